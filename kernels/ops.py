@@ -1,0 +1,34 @@
+"""The bundle of operations that a model is built with: chosen once, passed in, never swapped.
+
+A model's parameters and state_dict are the same whichever bundle it holds, so a checkpoint made with one runs with
+another, and a parity test is two constructors.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kernels import reference
+
+
+@dataclass(frozen=True)
+class Ops:
+    """Functions with the signatures and meanings of `kernels/reference.py`."""
+
+    name: str
+    embedding: Callable[..., Tensor]
+    layer_norm: Callable[..., Tensor]
+    add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    linear_gelu: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., tuple[Tensor, Tensor | None]]
+
+
+REFERENCE = Ops(
+    name="reference",
+    embedding=reference.embedding,
+    layer_norm=reference.layer_norm,
+    add_layer_norm=reference.add_layer_norm,
+    linear_gelu=reference.linear_gelu,
+    linear_cross_entropy=reference.linear_cross_entropy,
+)

@@ -1,0 +1,175 @@
+"""GPT-2 (Radford et al. 2019), with nanoGPT's parameter names, initialisation and forward signature.
+
+The residual stream is handed from block to block together with the last sub-layer's output that has not been added to
+it yet, so that every residual addition meets the LayerNorm after it in one operation, `ops.add_layer_norm`:
+
+    x, branch = embedding(idx), None
+    for each block:   x, h = add_layer_norm(branch, x);  branch = attention(h)
+                      x, h = add_layer_norm(branch, x);  branch = mlp(h)
+    x, h = add_layer_norm(branch, x);  logits = h @ wte.T
+
+Precision. Parameters, the residual stream, LayerNorm statistics and the loss are float32. Matmuls and attention run in
+`compute_dtype`: LayerNorm writes its output in it, weights are cast to it where they are used, and the gradients of the
+casts arrive in float32. With float32 nothing is cast at all. This is what nanoGPT's autocast computes, said explicitly,
+because fused ops have no autocast rule.
+"""
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import REFERENCE, Ops
+from model.attention import KVCache, causal_attention
+from model.config import GPTConfig
+from model.generate import generate
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """layer(x), computed in x's dtype."""
+    return F.linear(x, layer.weight.to(x.dtype), cast(layer.bias, x.dtype))
+
+
+def cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with an optional bias, taking in the sub-layer output that waits to be added to the stream."""
+
+    def __init__(self, config: GPTConfig, ops: Ops) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+        self.ops, self.dropout = ops, config.dropout
+
+    def forward(self, x: Tensor, branch: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(x + dropout(branch), its LayerNorm in `dtype`)."""
+        if branch is None:
+            return x, self.ops.layer_norm(x, self.weight, self.bias, dtype)
+        p = self.dropout if self.training else 0.0
+        return self.ops.add_layer_norm(branch, x, self.weight, self.bias, dtype, p)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+
+    def forward(self, h: Tensor, cache: KVCache | None) -> Tensor:
+        p = self.dropout if self.training else 0.0
+        y = causal_attention(linear(self.c_attn, h), self.n_head, p, cache, self.layer)
+        return linear(self.c_proj, y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig, ops: Ops) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.ops, self.gelu = ops, config.gelu
+
+    def forward(self, h: Tensor) -> Tensor:
+        weight, bias = self.c_fc.weight.to(h.dtype), cast(self.c_fc.bias, h.dtype)
+        return linear(self.c_proj, self.ops.linear_gelu(h, weight, bias, self.gelu))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config, ops)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = LayerNorm(config, ops)
+        self.mlp = MLP(config, ops)
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None, dtype: torch.dtype, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor]:
+        x, h = self.ln_1(x, branch, dtype)
+        branch = self.attn(h, cache)
+        x, h = self.ln_2(x, branch, dtype)
+        return x, self.mlp(h)
+
+
+class GPT(nn.Module):
+    """A GPT whose head shares its weight with the token embedding.
+
+    `compute_dtype` (float32 at first) is the dtype of matmuls and attention; see the module's docstring.
+    """
+
+    def __init__(self, config: GPTConfig, ops: Ops = REFERENCE) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.compute_dtype = torch.float32
+        # built in nanoGPT's order, so that the same seed draws the same weights
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList([Block(config, ops, layer) for layer in range(config.n_layer)]),
+                "ln_f": LayerNorm(config, ops),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+        self.apply(self._init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # the branches that add to the stream, 2 a layer (GPT-2, section 2.3)
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(logits, loss) of idx (B, T) int64.
+
+        With targets (B, T) int64, -1 where a position does not count: logits (B, T, V), or None where the loss is fused
+        with the head, and the mean loss, a float32 scalar. Without: the logits of the last position, (B, 1, V), and None.
+        With a cache, idx continues the tokens it holds. Raises ValueError where idx is longer than block_size allows.
+        """
+        T, start = idx.size(1), 0 if cache is None else cache.length
+        if start + T > self.config.block_size:
+            raise ValueError(f"idx: got {start + T} tokens, expected at most block_size ({self.config.block_size})")
+        p = self.config.dropout if self.training else 0.0
+        tr, dtype = self.transformer, self.compute_dtype
+        x, branch = self.ops.embedding(idx, tr.wte.weight, tr.wpe.weight[start : start + T], p), None
+        for block in tr.h:
+            x, branch = block(x, branch, dtype, cache)
+        if cache is not None:
+            cache.length += T
+        if targets is None:
+            _, h = tr.ln_f(x[:, -1:], branch[:, -1:], dtype)
+            return linear(self.lm_head, h), None
+        _, h = tr.ln_f(x, branch, dtype)
+        loss, logits = self.ops.linear_cross_entropy(h, self.lm_head.weight.to(dtype), targets)
+        return logits, loss
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters, without the position embeddings by default; the token embeddings are the head's weight."""
+        n = sum(parameter.numel() for parameter in self.parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Keep only the first `block_size` positions: a pretrained model on shorter sequences. ValueError if it would grow."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"block_size: got {block_size}, expected at most the model's {self.config.block_size}")
+        self.config = dataclasses.replace(self.config, block_size=block_size)
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+
+    @torch.no_grad()
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
+    ) -> Tensor:
+        """idx (B, T) int64 followed by `max_new_tokens` drawn from the model; `model/generate.py` streams them instead."""
+        tokens = generate(self, idx, max_new_tokens, temperature, top_k)
+        return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)

@@ -1,0 +1,282 @@
+"""Weights from elsewhere, and weights for elsewhere: Hugging Face's GPT-2 files and nanoGPT's checkpoints.
+
+GPT-2 is read and written as Hugging Face keeps it, `config.json` beside `model.safetensors`. Against our
+state_dict:
+
+| there                                   | here                                                         |
+|-----------------------------------------|--------------------------------------------------------------|
+| `h.0.…`, or `transformer.h.0.…`         | `transformer.h.0.…`                                          |
+| c_attn, c_proj, c_fc weights (in, out)  | (out, in): OpenAI's "Conv1D" is a Linear, stored transposed  |
+| `lm_head.weight`, absent where tied     | always tied to `transformer.wte.weight`                      |
+| `attn.bias`, `attn.masked_bias`         | none: the causal mask, not a parameter                       |
+
+`transformers` is not imported: it would look for another package of the name `kernels`. Models are built on
+the meta device and given the tensors: the weights are in memory once, and nothing is initialised in vain.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import REFERENCE, Ops
+from kernels.reference import LAYER_NORM_EPS
+from model.config import GPT2_SIZES, GPTConfig
+from model.gpt import GPT
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+HUB = "openai-community"  # the account that holds OpenAI's four models
+END_OF_TEXT = 50256  # the id of <|endoftext|> in GPT-2's vocabulary
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MASKS = (".attn.bias", ".attn.masked_bias")
+HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}  # Hugging Face's names -> ours
+SHAPE = {  # our field -> config.json's
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
+
+
+def load_gpt2(
+    source: str | os.PathLike[str], *, dropout: float = 0.0, gelu: str | None = None, ops: Ops = REFERENCE
+) -> GPT:
+    """A GPT with the weights of `source`, float32 on the CPU.
+
+    source: a `model.safetensors` file, a folder that holds one, or a name of GPT2_SIZES, which
+    `huggingface_hub` downloads once and keeps. The shape comes from the `config.json` beside the file;
+    without one, from the tensors, if the width is that of one of OpenAI's models (no tensor tells the number
+    of heads). gelu: None is what config.json says, else "tanh".
+
+    Raises FileNotFoundError (nothing there, or no network), ImportError (a package is missing), ValueError
+    (not the tensors of a GPT-2, or one whose config.json asks for what our GPT does not compute).
+    """
+    safetensors = _safetensors()
+    path, config_path = _locate(source)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = {key: _our_name(key) for key in file.keys() if not key.endswith(MASKS)}  # noqa: SIM118
+            shapes = {names[key]: tuple(file.get_slice(key).get_shape()) for key in names}
+            settings = _read_config(config_path) if config_path else _infer_config(shapes, path)
+            if gelu is not None:
+                settings["gelu"] = gelu
+            config = GPTConfig(**settings, dropout=dropout)
+            _check(shapes, {name: _flip(name, shape) for name, shape in _shapes(config).items()}, path)
+            state = {name: _read_tensor(file, key, name) for key, name in names.items()}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    return _assemble(config, state, path, ops)
+
+
+def from_checkpoint(
+    checkpoint: Mapping[str, Any], *, dropout: float | None = None, ops: Ops = REFERENCE
+) -> GPT:
+    """The GPT of a checkpoint as `train.checkpoint.load` returns it, ours or nanoGPT's; memory is shared.
+
+    Reads `model_args`, `model` and, where there, `nanofuse["gelu"]`. dropout: None is the checkpoint's.
+    Raises ValueError where shape and tensors do not agree.
+    """
+    config = GPTConfig(**checkpoint["model_args"], gelu=checkpoint.get("nanofuse", {}).get("gelu", "erf"))
+    if dropout is not None:
+        config = dataclasses.replace(config, dropout=dropout)
+    return _assemble(config, checkpoint["model"], "model", ops)
+
+
+def export_gpt2(model: GPT, folder: str | os.PathLike[str]) -> Path:
+    """Write `model` into `folder` for `transformers`' GPT2LMHeadModel.from_pretrained; returns `folder`.
+
+    Weights are float32. Biases that the model lacks are written as zeros: the layout always has them. A
+    padded vocabulary keeps its size. Each file is replaced in one step, the weights first: no instant leaves
+    half a file.
+    """
+    folder, config, save_file = Path(folder), model.config, _safetensors().torch.save_file
+    tensors = {
+        name: tensor.to("cpu", torch.float32) for name, tensor in model.state_dict().items() if name != HEAD
+    }
+    for name, shape in _shapes(dataclasses.replace(config, bias=True)).items():
+        if name not in tensors and name != HEAD:
+            tensors[name] = torch.zeros(shape)
+        elif name.endswith(CONV1D):
+            tensors[name] = tensors[name].t().contiguous()
+    end_of_text = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None
+    description = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{theirs: getattr(config, ours) for ours, theirs in SHAPE.items()},
+        "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
+        "layer_norm_epsilon": LAYER_NORM_EPS,
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text),
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _replace(
+        folder / CONFIG,
+        lambda path: path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8"),
+    )
+    return folder
+
+
+def _locate(source: str | os.PathLike[str]) -> tuple[Path, Path | None]:
+    """The safetensors file that `source` names, downloaded if need be; the config.json beside it, if any."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / WEIGHTS
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.parent}: no {WEIGHTS} in this folder")
+    if not path.is_file():
+        if str(source) not in GPT2_SIZES:
+            names = ", ".join(GPT2_SIZES)
+            raise FileNotFoundError(f"{source}: no such file or folder, and not one of {names}")
+        path = _download(str(source), WEIGHTS)
+        return path, _download(str(source), CONFIG)
+    config = path.with_name(CONFIG)
+    return path, config if config.is_file() else None
+
+
+def _download(name: str, file: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ImportError(
+            f"{name}: downloading needs huggingface_hub: "
+            f"pip install 'nanofuse[data]', or give the path of a {WEIGHTS}"
+        ) from None
+    try:
+        return Path(hf_hub_download(f"{HUB}/{name}", file))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{name}: cannot download {HUB}/{name}/{file} ({reason}); give the path of a {WEIGHTS} instead"
+        ) from error
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError(
+            "reading and writing GPT-2 weights needs safetensors: pip install 'nanofuse[data]'"
+        ) from None
+    return safetensors
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """GPTConfig's fields from a Hugging Face config.json. Models that ours cannot be are refused."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        shape = {ours: int(found[theirs]) for ours, theirs in SHAPE.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not the config.json of a GPT-2 ({type(error).__name__}: {error})"
+        ) from None
+    only = {
+        "model_type": ("gpt2",),
+        "activation_function": tuple(GELUS),
+        "layer_norm_epsilon": (LAYER_NORM_EPS,),
+        "n_inner": (None, 4 * shape["n_embd"]),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+    }
+    for key, allowed in only.items():
+        if key in found and found[key] not in allowed:
+            raise ValueError(f"{path}: {key}: got {found[key]!r}, expected {' or '.join(map(repr, allowed))}")
+    return {**shape, "bias": True, "gelu": GELUS[found.get("activation_function", "gelu_new")]}
+
+
+def _infer_config(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
+    """GPTConfig's fields from the tensors of one of OpenAI's models, cut in depth or length perhaps."""
+    try:
+        (vocab_size, n_embd), (block_size, _) = shapes[EMBEDDING], shapes["transformer.wpe.weight"]
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"{path}: no wte.weight and wpe.weight of two dimensions, expected a GPT-2's tensors"
+        ) from None
+    heads = {size["n_embd"]: size["n_head"] for size in GPT2_SIZES.values()}
+    if n_embd not in heads:
+        widths = ", ".join(map(str, heads))
+        raise ValueError(
+            f"{path}: width {n_embd} is not one of OpenAI's ({widths}): a {CONFIG} must tell n_head"
+        )
+    n_layer = len({name.split(".")[2] for name in shapes if name.startswith("transformer.h.")})
+    shape = {"n_layer": n_layer, "n_head": heads[n_embd], "n_embd": n_embd}
+    return {**shape, "vocab_size": vocab_size, "block_size": block_size, "bias": True, "gelu": "tanh"}
+
+
+def _our_name(key: str) -> str:
+    return key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
+
+
+def _flip(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[::-1] if name.endswith(CONV1D) else shape
+
+
+def _read_tensor(file: Any, key: str, name: str) -> Tensor:
+    """The tensor `key` as our parameter `name`: float32, contiguous, not a view of the mapped file."""
+    tensor = file.get_tensor(key)
+    tensor = tensor.t() if name.endswith(CONV1D) else tensor
+    return tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
+
+
+def _assemble(config: GPTConfig, state: Mapping[str, Tensor], where: object, ops: Ops) -> GPT:
+    """A GPT that owns the tensors of `state`, under our names."""
+    _check({name: tuple(tensor.shape) for name, tensor in state.items()}, _shapes(config), where)
+    if HEAD in state and not torch.equal(state[HEAD], state[EMBEDDING]):
+        raise ValueError(f"{where}: {HEAD} differs from {EMBEDDING}, expected a head tied to the embedding")
+    with torch.device("meta"):  # no memory, no initialisation, no draw from the random state
+        model = GPT(config, ops)
+    model.load_state_dict({**state, HEAD: state[EMBEDDING]}, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight  # one parameter again, not two over one memory
+    return model
+
+
+def _check(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object
+) -> None:
+    """Raise ValueError, naming the first few, unless names and shapes agree. The tied head may be absent."""
+    wrong = [f"{name} is missing" for name in expected if name not in found and name != HEAD]
+    wrong += [f"{name} is unknown" for name in found if name not in expected]
+    wrong += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{where}: {'; '.join(wrong[:3])}{more}")
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`; once its bytes are on the disk, give it the name `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,218 @@
+"""The command line: every spelling of a setting, argv order, refusals, help."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from train.cli import Parsed, help_text, parse_settings
+from train.config import TrainConfig, compose, parse, preset
+from train.configfile import preset_names, preset_summary
+from train.errors import UserError
+from train.settings import setting, settings_of
+
+ROOT = Path(__file__).parents[2]
+FIELDS = settings_of(TrainConfig)
+
+
+def refused(argv: list[str]) -> str:
+    """The one line that `argv` is refused with."""
+    with pytest.raises(UserError) as caught:
+        compose(parse(argv), {})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def values(field: dataclasses.Field) -> st.SearchStrategy:
+    """Values of a setting's type that a command line can carry."""
+    if field.metadata["choices"]:
+        return st.sampled_from(field.metadata["choices"])
+    kinds = {
+        bool: st.booleans(),
+        int: st.integers(-(2**63), 2**63 - 1),
+        float: st.floats(allow_nan=False, allow_infinity=False),
+        str: st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
+    }
+    return kinds[type(field.default)]
+
+
+@st.composite
+def spelled(draw) -> tuple[dict, list[str]]:
+    """Settings and one way to write them on a command line."""
+    wanted = draw(st.fixed_dictionaries({}, optional={name: values(field) for name, field in FIELDS.items()}))
+    argv = []
+    for name in draw(st.permutations(sorted(wanted))):
+        value = wanted[name]
+        key = draw(st.sampled_from([name, name.replace("_", "-")]))
+        text = draw(st.sampled_from([repr(value), str(value)]))
+        if isinstance(value, bool):
+            switch = [f"--{key}"] if value else [draw(st.sampled_from([f"--no-{key}", f"--no_{key}"]))]
+            argv += draw(
+                st.sampled_from(
+                    [switch, [f"--{key}={text}"], [f"--{key}={text.lower()}"], [f"--{key}", text]]
+                )
+            )
+            continue
+        if isinstance(value, str) and value[:1] in ("'", '"'):
+            text = repr(value)  # text that begins with a quote needs quotes around it
+        pair = (
+            [f"--{key}={text}"]
+            if text.startswith("--")
+            else draw(st.sampled_from([[f"--{key}={text}"], [f"--{key}", text]]))
+        )
+        argv += pair
+    return wanted, argv
+
+
+@given(spelled())
+@settings(max_examples=150, deadline=None)
+@example(({"learning_rate": 1.0}, ["--learning_rate=1"]))
+@example(({"max_iters": 600000}, ["--max_iters=600_000"]))
+@example(({"learning_rate": -1e-3}, ["--learning-rate", "-1e-3"]))
+@example(({"wandb_run_name": "a=b"}, ["--wandb_run_name=a=b"]))
+@example(({"wandb_run_name": "5"}, ["--wandb_run_name=5"]))
+@example(({"compile": True}, ["--no-compile", "--compile"]))
+@example(({"batch_size": 3}, ["--batch_size=2", "--batch-size", "3"]))
+def test_every_spelling_gives_the_value_back(case):
+    wanted, argv = case
+    parsed = parse(argv)
+    assert parsed.settings == wanted
+    assert all(type(value) is type(FIELDS[name].default) for name, value in parsed.settings.items())
+    assert parsed.sources == []
+
+
+@given(
+    st.lists(
+        st.text(st.characters(exclude_characters="\0"))
+        | st.sampled_from(["--", "--compile=", "--seed", "docs"])
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_any_command_line_is_read_or_refused_in_one_line(argv):
+    try:
+        assert isinstance(parse(argv), Parsed)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--batch_siz=1", ("'batch_siz'", "did you mean batch_size?")),
+        ("--no-compil", ("did you mean compile?",)),
+        ("--no-batch_size", ("--no-batch_size", "no switch")),
+        ("--no-compile=True", ("no_compile",)),
+        ("--max_iters=1e3", ("max_iters", "1000.0 (float)", "int")),
+        ("--max_iters=True", ("max_iters", "True (bool)", "int")),
+        ("--batch_size=5*8", ("batch_size", "'5*8'", "int")),
+        ("--batch_size=", ("batch_size", "''", "int")),
+        ("--batch_size", ("batch_size", "no value", "--batch_size=12")),
+        ("--seed=" + "9" * 6000, ("seed", "int")),
+        ("--seed=0x" + "f" * 6000, ("seed", "64 bits")),
+        ("--learning_rate=0x" + "f" * 6000, ("learning_rate", "too large")),
+        ("--learning_rate=" + "[" * 100000, ("learning_rate", "float")),
+        ("--learning_rate=fast", ("learning_rate", "'fast' (str)", "float")),
+        ("--learning_rate=1e999", ("learning_rate", "inf", "finite")),
+        ("--compile=1", ("compile", "1 (int)", "bool")),
+        ("--compile=yes", ("compile", "'yes'", "bool")),
+        ("-batch_size=3", ("two dashes",)),
+        ("batch_size=3", ("--batch_size=3",)),
+        ("config/train_shakespeare_char.py", ("did you mean shakespeare_char?",)),
+        ("config/train_gpt2.py", ("did you mean gpt2?",)),
+        ("shakespeare-char", ("did you mean shakespeare_char?",)),
+        ("wibble", ("'wibble'", "the presets are", "docs_cpu")),
+        ("tests", ("'tests'", "not a regular file")),
+        ("", ("''", "the presets are")),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_a_wrong_argument_is_refused_with_a_hint(argument, expected, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    line = refused([argument])
+    assert all(part in line for part in expected), line
+    assert len(line) < 300
+
+
+def test_a_value_that_looks_like_an_option_is_not_swallowed():
+    assert "no value" in refused(["--batch_size", "--compile"])
+    assert parse(["--out_dir=--compile"]).settings == {"out_dir": "--compile"}
+
+
+def test_presets_files_and_overrides_apply_in_argv_order(folder):
+    mine = folder / "order.py"
+    mine.write_text("batch_size = 7\nmax_iters = 9\n")
+    parsed = parse(["--batch_size=3", "--seed=5", "shakespeare_char", str(mine), "--max_iters=11"])
+    assert parsed.sources == ["shakespeare_char", str(mine)]
+    got = parsed.settings
+    assert (got["seed"], got["batch_size"], got["max_iters"], got["n_layer"]) == (5, 7, 11, 6)
+
+
+def test_a_preset_wins_over_a_folder_or_file_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("docs").mkdir()
+    Path("gpt2").write_text("batch_size = 1\n")
+    assert parse(["docs"]).settings == preset("docs")
+    assert parse(["gpt2"]).settings == preset("gpt2")
+    assert parse(["./gpt2"]).settings == {"batch_size": 1}
+
+
+def test_another_command_declares_its_own_settings():
+    @dataclasses.dataclass(frozen=True)
+    class SampleConfig:
+        start: str = setting("\n", "prompt", group="text")
+        top_k: int = setting(200, "likeliest tokens kept", low=0)
+
+    assert parse_settings(SampleConfig, ["--start=To be"], presets=False).settings == {"start": "To be"}
+    assert parse_settings(SampleConfig, ["a", "b"], presets=False, files=True).files == ["a", "b"]
+    with pytest.raises(UserError, match="not a setting"):
+        parse_settings(SampleConfig, ["gpt2"], presets=False)
+    with pytest.raises(UserError, match="unknown setting 'batch_size'"):
+        parse_settings(SampleConfig, ["--batch_size=1"], presets=False)
+    text = help_text(SampleConfig, "python -m train.sample", "Sample text.")
+    assert "usage: python -m train.sample [--key=value ...]" in text
+    assert "--top_k=200" in text
+    assert "presets" not in text
+
+
+# ---- the help
+
+
+def test_help_lists_every_setting_and_preset_on_a_line_of_its_own():
+    text = help_text(TrainConfig, "python -m train", "Train.", positional="[preset ...]", presets=True)
+    lines = text.splitlines()
+    for name, field in FIELDS.items():
+        (line,) = [line for line in lines if line.startswith(f"  --{name}=")]
+        assert line.startswith(f"  --{name}={field.default} ")
+        assert field.metadata["help"] in line
+    for name in preset_names():
+        assert any(line.split()[:1] == [name] and preset_summary(name) in line for line in lines)
+    headings = ("I/O", "data", "model", "AdamW", "learning rate", "system", "presets")
+    assert all(f"{heading}:" in lines for heading in headings)
+    assert max(map(len, lines)) <= 110
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_told_not_run(flag):
+    assert parse([flag]).help
+    assert parse(["--batch_size=3", flag, "--no-such"]).help  # what follows is not read
+    assert not parse([]).help
+
+
+def test_help_is_short_of_torch():
+    """Importing torch takes seconds: the settings and their help must not."""
+    code = "import sys; import train.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_a_refusal_exits_with_status_2_and_one_line():
+    code = "import sys; from train import config, errors; errors.run(lambda: config.parse(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--batch_siz=1"], cwd=ROOT, timeout=60, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: unknown setting 'batch_siz' (did you mean batch_size?)")

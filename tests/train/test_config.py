@@ -1,0 +1,151 @@
+"""TrainConfig: its defaults, its validation, and what a run's settings are composed of."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.cli import Parsed
+from train.config import TrainConfig, choose_base, compose, parse, preset, validate
+from train.errors import UserError
+
+# What nanoGPT's train.py starts from. Ours differs in gradient_accumulation_steps, backend, device and dtype alone.
+NANOGPT = {
+    "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False,
+    "always_save_checkpoint": True, "init_from": "scratch", "wandb_log": False, "wandb_project": "owt",
+    "wandb_run_name": "gpt2", "dataset": "openwebtext", "batch_size": 12, "block_size": 1024, "n_layer": 12,
+    "n_head": 12, "n_embd": 768, "dropout": 0.0, "bias": False, "learning_rate": 6e-4, "max_iters": 600000,
+    "weight_decay": 1e-1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "decay_lr": True, "warmup_iters": 2000,
+    "lr_decay_iters": 600000, "min_lr": 6e-5, "compile": True,
+}  # fmt: skip
+
+
+def test_names_and_defaults_are_nanogpts():
+    ours = dataclasses.asdict(TrainConfig())
+    assert {name: ours.get(name) for name in NANOGPT} == NANOGPT
+    assert {name: type(ours[name]) for name in NANOGPT} == {
+        name: type(value) for name, value in NANOGPT.items()
+    }
+    assert ours["gradient_accumulation_steps"] == 1
+    assert [ours[name] for name in ("backend", "device", "dtype", "gelu")] == ["auto"] * 4
+
+
+def test_the_defaults_are_valid_and_frozen():
+    validate(TrainConfig())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().batch_size = 3
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"n_head": 5}, ("n_embd", "768", "multiple of n_head (5)")),
+        ({"batch_size": 0}, ("batch_size", "0", "at least 1")),
+        ({"block_size": 0}, ("block_size", "0", "at least 1")),
+        ({"n_layer": 0}, ("n_layer", "0", "at least 1")),
+        ({"n_head": 0}, ("n_head", "0", "at least 1")),
+        ({"n_embd": -768}, ("n_embd", "-768", "at least 1")),
+        ({"dropout": 1.0}, ("dropout", "1.0", "at least 0 and below 1")),
+        ({"dropout": -0.1}, ("dropout", "-0.1", "at least 0 and below 1")),
+        ({"beta1": 1.0}, ("beta1", "1.0", "below 1")),
+        ({"beta2": 1.5}, ("beta2", "1.5", "below 1")),
+        ({"learning_rate": -1e-3}, ("learning_rate", "-0.001", "at least 0")),
+        ({"learning_rate": float("inf")}, ("learning_rate", "inf", "finite")),
+        ({"weight_decay": float("nan")}, ("weight_decay", "nan", "finite")),
+        ({"eval_interval": 0}, ("eval_interval", "0", "at least 1")),
+        ({"log_interval": 0}, ("log_interval", "0", "at least 1")),
+        ({"eval_iters": 0}, ("eval_iters", "0", "at least 1")),
+        ({"gradient_accumulation_steps": 0}, ("gradient_accumulation_steps", "0", "at least 1")),
+        ({"keep_checkpoints": 0}, ("keep_checkpoints", "0", "at least 1")),
+        ({"max_iters": -1}, ("max_iters", "-1", "at least 0")),
+        ({"max_minutes": -1.0}, ("max_minutes", "-1.0", "at least 0")),
+        ({"patience": -1}, ("patience", "-1", "at least 0")),
+        ({"peak_flops": -1.0}, ("peak_flops", "-1.0", "at least 0")),
+        ({"seed": -1}, ("seed", "-1", "at least 0")),
+        ({"warmup_iters": 11, "lr_decay_iters": 10}, ("warmup_iters", "11", "lr_decay_iters (10)")),
+        ({"dtype": "bf16"}, ("dtype", "'bf16'", "float32", "did you mean bfloat16?")),
+        ({"mfu_formula": "8n"}, ("mfu_formula", "'8n'", "nanogpt | 6n")),
+        ({"gelu": "exact"}, ("gelu", "'exact'", "auto | erf | tanh")),
+        ({"backend": "mpi"}, ("backend", "'mpi'", "auto | nccl | gloo")),
+        ({"device": "cuda:x"}, ("device", "'cuda:x'", "cuda:N")),
+        ({"device": "gpu"}, ("device", "'gpu'", "cuda:N")),
+        ({"out_dir": ""}, ("out_dir", "''")),
+        ({"dataset": ""}, ("dataset", "''")),
+        ({"batch_size": "12"}, ("batch_size", "'12'", "int")),
+        ({"compile": 1}, ("compile", "1", "bool")),
+    ],
+    ids=lambda value: (
+        " ".join(f"{name}={came}" for name, came in value.items()) if isinstance(value, dict) else ""
+    ),
+)
+def test_an_impossible_value_is_refused(change, expected):
+    with pytest.raises(UserError) as caught:
+        validate(TrainConfig(**change))
+    assert all(part in str(caught.value) for part in expected), caught.value
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 3e-5, "decay_lr": False},
+        {"learning_rate": 3e-5},  # below min_lr: the rate rises, as in nanoGPT
+        {"warmup_iters": 10, "lr_decay_iters": 10},
+        {"warmup_iters": 11, "lr_decay_iters": 10, "decay_lr": False},
+        {"learning_rate": 0.0},
+        {"max_iters": 0},
+        {"device": "cuda:1"},
+        {"device": "mps"},
+        {"init_from": "/weights/gpt2"},
+    ],
+    ids=str,
+)
+def test_an_odd_but_possible_value_is_allowed(change):
+    validate(TrainConfig(**change))
+
+
+# ---- base and compose
+
+
+def test_the_default_job_is_sized_for_the_machine():
+    for argv in ([], ["--compile", "--seed=3"]):
+        cpu, gpu = (choose_base(parse(argv), gpu=gpu) for gpu in (False, True))
+        assert cpu.settings == preset("docs_cpu")
+        assert gpu.settings == preset("docs")
+        assert "docs_cpu" in cpu.why
+        assert "no GPU" in cpu.why
+        assert "preset docs:" in gpu.why
+    assert compose(parse(["--compile"]), cpu.settings).compile
+    assert compose(parse([]), cpu.settings).n_embd == 128
+
+
+@pytest.mark.parametrize(
+    "argv", [["gpt2"], ["--init_from=gpt2"], ["eval_gpt2"], ["shakespeare_char", "--init_from=resume"]]
+)
+def test_whoever_names_a_preset_or_weights_gets_the_plain_defaults_below(argv):
+    parsed = parse(argv)
+    assert choose_base(parsed, gpu=False, stored={"seed": 7}).settings == {}
+    assert compose(parsed, {}) == TrainConfig(**parsed.settings)
+
+
+def test_a_resumed_run_goes_on_with_its_own_settings():
+    stored = dataclasses.asdict(TrainConfig(n_layer=2, seed=7, learning_rate=1e-2)) | {"a_forks_own": 1}
+    parsed = parse(["--init_from=resume", "--max_iters=5"])
+    config = compose(parsed, choose_base(parsed, gpu=True, stored=stored).settings)
+    assert config == TrainConfig(n_layer=2, seed=7, learning_rate=1e-2, init_from="resume", max_iters=5)
+
+
+def test_compose_puts_the_named_settings_over_the_base():
+    base = TrainConfig(batch_size=3, seed=9)
+    assert compose(Parsed(settings={"batch_size": 5}), base) == TrainConfig(batch_size=5, seed=9)
+    with pytest.raises(UserError, match="batch_size: got '5'"):
+        compose(Parsed(), {"batch_size": "5"})
+    with pytest.raises(UserError, match="multiple of n_head"):
+        compose(Parsed(settings={"n_head": 5}), base)
+
+
+@given(st.dictionaries(st.sampled_from(["batch_size", "n_layer", "max_iters"]), st.integers(1, 99)))
+@settings(max_examples=30, deadline=None)
+def test_compose_after_compose_is_the_same(named):
+    once = compose(Parsed(settings=named), {})
+    assert compose(Parsed(), dataclasses.asdict(once)) == once

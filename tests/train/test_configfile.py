@@ -1,0 +1,263 @@
+"""Config files: what they may hold, that nothing in them runs, and the presets that ship."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.cli import Parsed
+from train.config import TrainConfig, compose, parse
+from train.configfile import load_config_file, preset_names, preset_summary
+from train.errors import UserError
+from train.settings import settings_of
+
+FIELDS = settings_of(TrainConfig)
+
+# The statements of nanoGPT's seven config files, without their comments.
+NANOGPT_CONFIGS = {
+    "train_gpt2": "wandb_log = True\nwandb_project = 'owt'\nwandb_run_name='gpt2-124M'\nbatch_size = 12\n"
+    "block_size = 1024\ngradient_accumulation_steps = 5 * 8\nmax_iters = 600000\nlr_decay_iters = 600000\n"
+    "eval_interval = 1000\neval_iters = 200\nlog_interval = 10\nweight_decay = 1e-1\n",
+    "train_shakespeare_char": "out_dir = 'out-shakespeare-char'\neval_interval = 250 # x\neval_iters = 200\n"
+    "log_interval = 10\nalways_save_checkpoint = False\nwandb_log = False\nwandb_project = 'shakespeare-char'\n"
+    "wandb_run_name = 'mini-gpt'\ndataset = 'shakespeare_char'\ngradient_accumulation_steps = 1\n"
+    "batch_size = 64\nblock_size = 256\nn_layer = 6\nn_head = 6\nn_embd = 384\ndropout = 0.2\n"
+    "learning_rate = 1e-3\nmax_iters = 5000\nlr_decay_iters = 5000\nmin_lr = 1e-4\nbeta2 = 0.99\n"
+    "warmup_iters = 100\n",
+    "finetune_shakespeare": "import time\nout_dir = 'out-shakespeare'\neval_interval = 5\neval_iters = 40\n"
+    "wandb_log = False\nwandb_project = 'shakespeare'\nwandb_run_name = 'ft-' + str(time.time())\n"
+    "dataset = 'shakespeare'\ninit_from = 'gpt2-xl'\nalways_save_checkpoint = False\nbatch_size = 1\n"
+    "gradient_accumulation_steps = 32\nmax_iters = 20\nlearning_rate = 3e-5\ndecay_lr = False\n",
+    **{
+        "eval_" + name.replace("-", "_"): "batch_size = 8\neval_iters = 500\neval_only = True\n"
+        f"wandb_log = False\ninit_from = '{name}'\n"
+        for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("config")
+
+
+@pytest.fixture
+def load(folder):
+    """Load a config file of the given text."""
+
+    def load(text: str | bytes) -> dict:
+        path = folder / "mine.py"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_config_file(path, TrainConfig)
+
+    return load
+
+
+@pytest.mark.parametrize("name", sorted(NANOGPT_CONFIGS))
+def test_nanogpts_own_files_load(name, load):
+    text = NANOGPT_CONFIGS[name]
+    got = load(text)
+    expected = {}
+    exec(text, expected)  # as nanoGPT reads them
+    expected = {key: value for key, value in expected.items() if key in FIELDS}
+    if name == "finetune_shakespeare":
+        assert got["wandb_run_name"].startswith("ft-1")
+        got["wandb_run_name"] = expected["wandb_run_name"]
+    assert got == expected
+    assert list(got) == list(expected)
+    compose(Parsed(settings=got), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("max_iters = (2 + 3) * 4 ** 2 // 3 % 7 - -1", {"max_iters": (2 + 3) * 4**2 // 3 % 7 + 1}),
+        ("learning_rate = 1 / 8", {"learning_rate": 0.125}),
+        ("learning_rate = 10 ** -3", {"learning_rate": 10**-3}),
+        ("learning_rate = 1", {"learning_rate": 1.0}),
+        ("out_dir = 'out-' + \"a\" 'b'", {"out_dir": "out-ab"}),
+        ("max_iters = 10\nlr_decay_iters = max_iters * 2", {"max_iters": 10, "lr_decay_iters": 20}),
+        ("batch_size = 1\nbatch_size = batch_size + 1", {"batch_size": 2}),
+        ('"""doc"""\n# comment\n\nbias = True; compile = False', {"bias": True, "compile": False}),
+        ("seed = -2 ** 63", {"seed": -(2**63)}),
+        ("batch_size = (\n    4 *\n    5\n)\r\n", {"batch_size": 20}),
+        ("wandb_run_name = 'ü\\d'", {"wandb_run_name": "ü\\d"}),
+        ("\ufeffbatch_size = 3", {"batch_size": 3}),
+        ("import time", {}),
+        ("", {}),
+    ],
+)
+def test_a_config_file_may_hold(text, expected, load):
+    got = load(text)
+    assert got == expected
+    assert [type(value) for value in got.values()] == [type(value) for value in expected.values()]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("n_layers = 1", "did you mean n_layer?"),
+        ("batch_size = '12'", "got '12' (str), expected int"),
+        ("batch_size = 8 / 2", "got 4.0 (float), expected int"),
+        ("batch_size = 1e3", "got 1000.0 (float), expected int"),
+        ("compile = 1", "expected bool"),
+        ("batch_size = None", "refused"),
+        ("batch_size = [1][0]", "refused"),
+        ("batch_size = int(3)", "refused"),
+        ("batch_size = 3 if True else 4", "refused"),
+        ("batch_size = (lambda: 3)()", "refused"),
+        ("batch_size = (n := 3)", "refused"),
+        ("out_dir = f'{1}'", "refused"),
+        ("out_dir = 'a' * 3", "refused"),
+        ("out_dir = '%d' % 3", "refused"),
+        ("batch_size = True + 1", "refused"),
+        ("batch_size = 1 << 3", "refused"),
+        ("batch_size = n_layer", "n_layer is not assigned"),
+        ("batch_size += 1", "refused"),
+        ("batch_size: int = 3", "refused"),
+        ("batch_size = n_layer = 3", "refused"),
+        ("batch_size, n_layer = 3, 4", "refused"),
+        ("import os", "refused"),
+        ("import time as t", "refused"),
+        ("import time, os", "refused"),
+        ("from time import time", "refused"),
+        ("wandb_run_name = str(time.time)", "refused"),
+        ("wandb_run_name = str(time.time(0))", "refused"),
+        ("wandb_run_name = time.time()", "refused"),
+        ("print(1)", "refused"),
+        ("if 1: batch_size = 3", "refused"),
+        ("3", "refused"),
+        ("batch_size = 1 / 0", "division by zero"),
+        ("learning_rate = 10.0 ** 400", "cannot be computed"),
+        ("learning_rate = (-8) ** 0.5", "complex"),
+        ("max_iters = 9 ** 9 ** 9 ** 9", "64 bits"),
+        ("seed = 2 ** 63", "64 bits"),
+        ("seed = 0x" + "f" * 9999, "64 bits"),
+        ("seed = " + "9" * 9999, "not Python"),
+        ("seed = " + "-" * 200000 + "1", "deep"),
+        ("seed = " + "1+" * 200000 + "1", "deep"),
+        ("seed = " + "(" * 1000 + "1" + ")" * 1000, "not Python"),
+        ("out_dir = 'a\\0'", "zero byte"),
+        ("batch_size =", "not Python"),
+        ("  batch_size = 3", "not Python"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_a_config_file_is_refused_with_its_line(line, reason, load, folder):
+    with pytest.raises(UserError) as caught:
+        load(f"# a comment\neval_only = True\n{line}\n")
+    message = str(caught.value)
+    assert reason in message
+    assert "\n" not in message
+    if reason == "deep":  # the parser gives up without a line
+        return
+    assert message.startswith(f"{folder / 'mine.py'}:3: ")
+    assert line.strip()[:20] in message.replace("\\'", "'").replace("\\\\", "\\")
+
+
+def test_the_refused_line_of_a_long_statement_is_named(load):
+    with pytest.raises(UserError, match=r"mine\.py:4: refused.*in 'len\(\\'a\\'\)'"):
+        load("batch_size = (\n    1\n    +\n    len('a')\n)\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"batch_size = 1\0", b"\xff\xfe", b"# coding: no-such\n", b"#" * (1 << 20) + b"\n"],
+    ids=lambda b: str(b[:8]),
+)
+def test_a_file_that_is_no_text_is_refused(text, load):
+    with pytest.raises(UserError, match=r"mine\.py"):
+        load(text)
+
+
+def test_what_repeats_cannot_grow(load):
+    with pytest.raises(UserError, match=r":6: .*64 bits"):
+        load("seed = 10\n" + "seed = seed * seed\n" * 60)
+    with pytest.raises(UserError, match=r":14: .*characters"):
+        load("out_dir = 'a'\n" + "out_dir = out_dir + out_dir\n" * 60)
+
+
+def test_an_unreadable_file_is_refused(folder):
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config_file(folder / "none.py", TrainConfig)
+
+
+PIECES = st.sampled_from(
+    "= + - * / // % ** ( ) [ ] , . : ; # ' \" \\ \n \t \0 lambda import time str open exec __import__ if for def "
+    "batch_size learning_rate out_dir compile n_layer 1 0 -1 9e9 2**99 True None 'a' f'{x}' time.time()".split(
+        " "
+    )
+)
+
+
+@given(
+    st.one_of(
+        st.text(),
+        st.lists(PIECES).map(" ".join),
+        st.tuples(st.sampled_from(sorted(FIELDS)), st.lists(PIECES, min_size=1)).map(
+            lambda pair: f"{pair[0]} = {' '.join(pair[1])}\n"
+        ),
+    ).map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | st.binary()
+)
+@settings(max_examples=300, deadline=None)
+def test_junk_loads_or_is_refused_in_one_line(folder, junk):
+    path = folder / "junk.py"
+    path.write_bytes(junk)
+    try:
+        got = load_config_file(path, TrainConfig)
+    except UserError as error:
+        assert str(error).startswith(str(path))
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert all(type(value) is type(FIELDS[name].default) for name, value in got.items())
+
+
+CALLS = [
+    "open({path!r}, 'w')",
+    "__import__('pathlib').Path({path!r}).touch()",
+    "exec('open({path!r}, \"w\")')",
+]
+PLACES = [
+    "{}", "batch_size = {}", "out_dir = 'a' + {}", "out_dir = f'{{{}}}'", "batch_size = [x for x in [{}]]",
+    "if {}: pass", "class A: x = {}", "def f(x={}): pass", "@{}\ndef f(): pass", "batch_size: {} = 3",
+    "batch_size[{}] = 3", "assert {}", "batch_size = (lambda: {})()", "out_dir = str(time.time({}))",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("call", CALLS, ids=["open", "import", "exec"])
+def test_nothing_in_a_config_file_runs(place, call, load, tmp_path):
+    target = tmp_path / "ran"
+    with pytest.raises(UserError):
+        load(place.format(call.format(path=str(target))))
+    assert not target.exists()
+
+
+# ---- presets
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_is_valid_and_says_what_it_is(name):
+    config = compose(parse([name]), {})
+    assert not config.wandb_log
+    assert preset_summary(name).endswith(".")
+
+
+def test_presets_are_nanogpts():
+    assert set(preset_names()) == {
+        "gpt2", "shakespeare_char", "finetune_shakespeare", "eval_gpt2", "eval_gpt2_medium", "eval_gpt2_large",
+        "eval_gpt2_xl", "docs", "docs_cpu",
+    }  # fmt: skip
+    for name, text in NANOGPT_CONFIGS.items():
+        theirs = {}
+        exec(text, theirs)
+        theirs = {key: value for key, value in theirs.items() if key in FIELDS}
+        theirs |= {"wandb_log": False}  # logging to a service is for the user to switch on
+        if name == "finetune_shakespeare":
+            theirs |= {"wandb_run_name": "ft-gpt2-xl"}
+        assert compose(parse([name.removeprefix("train_")]), {}) == dataclasses.replace(
+            TrainConfig(), **theirs
+        )

@@ -1,0 +1,208 @@
+"""Device names to peaks, devices and dtypes by name, on machines with any or no accelerator."""
+
+import re
+
+import pytest
+import torch
+
+from train import hardware
+from train.errors import UserError
+from train.hardware import (
+    DEVICES,
+    available_devices,
+    device_name,
+    lookup,
+    peak_flops,
+    resolve_device,
+    resolve_dtype,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+REAL_NAMES = {  # as torch.cuda.get_device_name() gives them: dense bf16 TFLOP/s (V100, T4: fp16)
+    "Tesla V100-SXM2-16GB": 125,
+    "Tesla V100-PCIE-32GB": 112,
+    "Tesla T4": 65,
+    "A100-SXM4-40GB": 312,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA A10": 125,
+    "NVIDIA A10G": 70,
+    "NVIDIA A40": 149.7,
+    "NVIDIA RTX A6000": 154.8,
+    "NVIDIA L4": 121,
+    "NVIDIA L40S": 362,
+    "NVIDIA RTX 6000 Ada Generation": 364,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA H200": 989,
+    "NVIDIA GH200 480GB": 989,
+    "NVIDIA B200": 2250,
+    "NVIDIA GeForce RTX 3090": 71.2,
+    "GeForce RTX 3080": 61.2,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 5090": 209.6,
+    "AMD Instinct MI250X": 191.5,
+    "AMD Instinct MI250X / MI250": 191.5,
+    "AMD Instinct MI300X": 1307.4,
+}
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Pretend that torch sees one CUDA device of the given name and compute capability."""
+
+    def pretend(name="NVIDIA H100 80GB HBM3", capability=(9, 0), count=1):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    return pretend
+
+
+@pytest.fixture
+def tf32():
+    """Switch TF32 for float32 matmuls, and back at the end."""
+    before = torch.get_float32_matmul_precision()
+    yield lambda on: torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(("name", "tflops"), REAL_NAMES.items())
+def test_known_devices(name, tflops):
+    row = lookup(name)
+    assert (row.bf16 or row.fp16) == pytest.approx(tflops)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA H100",  # SXM or PCIe: cannot tell
+        "NVIDIA L400",
+        "NVIDIA Graphics Device",
+        "",
+    ],
+)
+def test_devices_that_only_resemble_known_ones(name):
+    assert lookup(name) is None
+
+
+@pytest.mark.parametrize("row", DEVICES, ids=lambda row: row.name)
+def test_a_row_is_plausible(row):
+    """Catches sparse figures, slipped columns and digits: tensor cores double their rate at half the bits."""
+    assert row.source
+    assert 200 < row.bandwidth < 10_000
+    assert row.bf16 in (None, row.fp16)
+    assert (row.bf16 is None) == ("V100" in row.name or row.name == "T4")
+    for wide, narrow in ((row.tf32, row.bf16), (row.bf16, row.fp8)):
+        if wide and narrow:
+            assert 1.9 < narrow / wide < 2.1
+    assert row.fp32 <= (row.tf32 or row.fp16)
+    assert 20 < row.fp16 * 1000 / row.bandwidth < 450  # FLOPs a byte
+
+
+def test_no_name_fits_two_rows():
+    for name in REAL_NAMES:
+        bare = re.sub(r"^(NVIDIA|Tesla|AMD) ", "", name)
+        assert sum(re.fullmatch(row.name, bare) is not None for row in DEVICES) == 1, name
+
+
+def test_peak_of_a_known_device(cuda, tf32):
+    cuda()
+    peak = peak_flops(CUDA, torch.bfloat16)
+    assert peak.flops == 989e12
+    assert "H100 data sheet" in peak.source
+    assert "bf16" in peak.source
+    assert peak_flops(CUDA, torch.float8_e4m3fn).flops == 1979e12
+    tf32(False)
+    assert peak_flops(CUDA, torch.float32).flops == 67e12
+    tf32(True)
+    assert peak_flops(CUDA, torch.float32).flops == 495e12
+
+
+def test_a_device_without_tf32_ignores_the_switch(cuda, tf32):
+    cuda("Tesla T4", (7, 5))
+    tf32(True)
+    assert peak_flops(CUDA, torch.float32).flops == 8.1e12
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16), ("Tesla T4", torch.bfloat16)]
+)
+def test_what_the_table_lacks_is_measured(cuda, monkeypatch, name, dtype):
+    cuda(name)
+    monkeypatch.setattr(hardware, "_measure", lambda device, dtype: 5e12)
+    assert peak_flops(CUDA, dtype) == hardware.Peak(5e12, f"measured bfloat16 matmul peak of {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_measured_peak_of_this_cpu(dtype):
+    before = torch.random.get_rng_state()
+    peak = peak_flops(CPU, dtype)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert 1e8 < peak.flops < 1e15
+    assert peak.source.startswith(f"measured {str(dtype)[6:]} matmul peak of this CPU, ")
+    assert peak.source.endswith(f"{torch.get_num_threads()} threads")
+
+
+def test_device_names(cuda):
+    assert device_name(CPU)
+    cuda("NVIDIA H200")
+    assert device_name(CUDA) == "NVIDIA H200"
+
+
+def test_resolve_device_without_an_accelerator(no_accelerator):
+    assert resolve_device("auto") == resolve_device("cpu") == CPU
+    assert available_devices() == ["cpu"]
+    for name in ("cuda", "cuda:0", "mps", "tpu", "cuda:x", ""):
+        with pytest.raises(UserError, match=f"device: got '{name}', expected one of: auto, cpu$"):
+            resolve_device(name)
+
+
+def test_resolve_device_with_two_gpus(cuda):
+    cuda(count=2)
+    assert resolve_device("auto") == resolve_device("cuda") == CUDA
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert resolve_device("cpu") == CPU
+    with pytest.raises(
+        UserError, match=r"device: got 'cuda:2', expected one of: auto, cuda:0, cuda:1, .*cpu"
+    ):
+        resolve_device("cuda:2")
+
+
+def test_resolve_device_on_a_mac(no_accelerator, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto") == resolve_device("mps") == torch.device("mps")
+    assert resolve_dtype("auto", torch.device("mps")) == torch.float32
+
+
+def test_dtypes_of_gpus(cuda):
+    cuda(capability=(8, 0))
+    assert resolve_dtype("auto", CUDA) == resolve_dtype("bfloat16", CUDA) == torch.bfloat16
+    assert resolve_dtype("float16", CUDA) == torch.float16
+    cuda(capability=(7, 5))
+    assert resolve_dtype("auto", CUDA) == torch.float16
+    assert resolve_dtype("float32", CUDA) == torch.float32
+    with pytest.raises(UserError, match="dtype: got 'bfloat16', expected one of: auto, float16, float32"):
+        resolve_dtype("bfloat16", CUDA)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_dtypes_of_cpus(monkeypatch, fast):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert resolve_dtype("auto", CPU) == (torch.bfloat16 if fast else torch.float32)
+    assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
+    for name in ("float16", "float64", "bf16"):
+        with pytest.raises(UserError, match=f"dtype: got '{name}', expected one of: auto, .*float32"):
+            resolve_dtype(name, CPU)

@@ -1,0 +1,267 @@
+"""The two console lines, metrics.jsonl through kills and resumes, and the optional sinks, played by fakes."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.errors import UserError
+from train.log import METRICS, RunLog, read_metrics
+
+SETTINGS = {"out_dir": "out", "batch_size": 12, "learning_rate": 1e-3, "compile": True}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a RunLog in tmp_path/out; its console lines gather in `start.lines`."""
+
+    def start(**options):
+        defaults = {"device": "AMD EPYC", "parameters": 123, "console": start.lines.append}
+        return RunLog(tmp_path / "out", SETTINGS, **defaults | options)
+
+    start.lines = []
+    start.path = tmp_path / "out" / METRICS
+    return start
+
+
+def log_iteration(log, iter_num, loss=1.0, mfu=0.5):
+    log.iteration(iter_num, loss=loss, seconds=0.1, mfu=mfu, lr=1e-3, grad_norm=0.7, tokens_per_second=7680.0)
+
+
+def losses(records, kind="iter", name="loss"):
+    return {record["iter"]: record[name] for record in records if record["kind"] == kind}
+
+
+def test_the_reference_lines(start):
+    log = start()
+    log.iteration(
+        5000, loss=0.82361, seconds=0.033219, mfu=0.11071, lr=1e-4, grad_norm=1.0, tokens_per_second=4.9e5
+    )
+    log.evaluation(5000, train_loss=0.62238, val_loss=1.70441, lr=1e-4, seconds=4.4)
+    log.message("done")
+    log.saved(5000, seconds=0.3)
+    assert start.lines == [
+        "iter 5000: loss 0.8236, time 33.22ms, mfu 11.07%",
+        "step 5000: train loss 0.6224, val loss 1.7044",
+        "done",
+    ]
+
+
+def test_the_default_console_is_the_terminal(tmp_path, capsys):
+    RunLog(tmp_path, SETTINGS, device="cpu", parameters=1).message("hello")
+    assert capsys.readouterr().out == "hello\n"
+
+
+def test_the_records(start):
+    log = start()
+    log_iteration(log, 0, loss=4.25)
+    log.evaluation(0, train_loss=4.2, val_loss=4.3, lr=0.0, seconds=2.5)
+    log.saved(0, seconds=0.3)
+    run, iteration, evaluation, saved = [json.loads(line) for line in start.path.read_text().splitlines()]
+    assert run["kind"] == "run"
+    assert run["settings"] == SETTINGS
+    assert (run["device"], run["parameters"], run["resumed"]) == ("AMD EPYC", 123, False)
+    assert run["torch"].startswith("2.")
+    assert "triton" in run
+    assert iteration == {
+        "kind": "iter",
+        "iter": 0,
+        "loss": 4.25,
+        "seconds": 0.1,
+        "mfu": 0.5,
+        "lr": 1e-3,
+        "grad_norm": 0.7,
+        "tokens_per_second": 7680.0,
+    }
+    assert evaluation == {
+        "kind": "eval",
+        "iter": 0,
+        "train_loss": 4.2,
+        "val_loss": 4.3,
+        "lr": 0.0,
+        "seconds": 2.5,
+    }
+    assert saved == {"kind": "save", "iter": 0, "seconds": 0.3}
+
+
+def test_every_line_is_on_the_disk_at_once(start):
+    log = start()
+    for i in range(3):
+        log_iteration(log, i)
+        assert len(start.path.read_text().splitlines()) == i + 2
+
+
+def test_what_is_not_finite_is_null(start):
+    log = start()
+    log_iteration(log, 0, loss=float("nan"), mfu=float("inf"))
+    assert start.lines == ["iter 0: loss nan, time 100.00ms, mfu inf%"]
+    strict = [json.loads(line, parse_constant=pytest.fail) for line in start.path.read_text().splitlines()]
+    assert strict[1]["loss"] is None
+    assert strict[1]["mfu"] is None
+
+
+def test_resuming_forgets_what_was_past_the_checkpoint(start):
+    log = start()
+    for i in range(6):
+        log_iteration(log, i, loss=float(i))
+    log = start(resume_iter=3)  # killed after 5, checkpoint at 3, and now every second iteration is logged
+    for i in (4, 6):
+        log_iteration(log, i, loss=10.0 + i)
+    records = read_metrics(start.path)
+    assert losses(records) == {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0, 4: 14.0, 6: 16.0}
+    assert [record["iter"] for record in records if record["kind"] == "run"] == [0, 3]
+
+
+def test_what_a_resumed_run_does_again_counts_once(start):
+    log = start()
+    log.evaluation(4, train_loss=1.0, val_loss=2.0, lr=0.0, seconds=1.0)
+    log_iteration(log, 4, loss=5.0)
+    log = start(resume_iter=4)
+    log.evaluation(4, train_loss=1.0, val_loss=2.5, lr=0.0, seconds=1.0)
+    log_iteration(log, 4, loss=6.0)
+    records = read_metrics(start.path)
+    assert [record["kind"] for record in records] == ["run", "run", "eval", "iter"]
+    assert losses(records) == {4: 6.0}
+    assert losses(records, "eval", "val_loss") == {4: 2.5}
+
+
+def test_a_new_run_in_an_old_folder_starts_over_and_loses_nothing(start):
+    log = start()
+    log_iteration(log, 7, loss=3.0)
+    before = start.path.read_bytes()
+    log = start()
+    log_iteration(log, 0, loss=4.0)
+    assert losses(read_metrics(start.path)) == {0: 4.0}
+    assert start.path.read_bytes().startswith(before)
+
+
+@given(cut=st.integers(0, 600))
+def test_a_kill_inside_a_line_costs_that_line_alone(tmp_path_factory, cut):
+    folder = tmp_path_factory.mktemp("out")
+    options = {"device": "cpu", "parameters": 1, "console": lambda line: None}
+    log = RunLog(folder, {}, **options)
+    for i in range(3):
+        log_iteration(log, i, loss=float(i))
+    whole = (folder / METRICS).read_bytes()
+    (folder / METRICS).write_bytes(whole[: max(0, len(whole) - cut)])
+    kept = losses(read_metrics(folder / METRICS))
+    log = RunLog(folder, {}, **options, resume_iter=2)
+    log_iteration(log, 3, loss=3.0)
+    after = losses(read_metrics(folder / METRICS))
+    assert after == kept | {3: 3.0}
+    assert len(kept) >= (cut < 2) * 3
+    assert all(loss == i for i, loss in after.items())
+
+
+def test_reading_skips_what_is_no_record(tmp_path):
+    path = tmp_path / METRICS
+    path.write_bytes(
+        b'\n[]\n3\nnull\n{"kind": "iter"}\n\xff\xfe\n{"kind": "iter", "iter": 1, "loss": 2.0}\n{"kind": "it'
+    )
+    assert losses(read_metrics(path)) == {1: 2.0}
+
+
+@pytest.mark.parametrize(
+    "obstacle", ["a file where the folder should be", "a folder where the file should be"]
+)
+def test_a_folder_that_cannot_be_written(start, obstacle):
+    if obstacle.startswith("a file"):
+        start.path.parent.write_text("")
+    else:
+        start.path.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^out_dir: cannot write .*metrics.jsonl: [A-Z][a-z ]+$"):
+        start()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk(start):
+    start.path.parent.mkdir()
+    start.path.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"^out_dir: cannot write .*: No space left on device$"):
+        start()
+
+
+class FakeWandb(ModuleType):
+    def __init__(self, error=None):
+        super().__init__("wandb")
+        self.error, self.logged, self.finished = error, [], False
+
+    def init(self, **options):
+        self.options = options
+        if self.error:
+            raise self.error
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished = True
+
+
+def test_wandb_gets_nanogpts_keys(start, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = start(wandb_log=True, wandb_project="owt", wandb_run_name="mine")
+    assert wandb.options == {"project": "owt", "name": "mine", "config": SETTINGS}
+    log.evaluation(0, train_loss=4.2, val_loss=4.3, lr=0.0, seconds=1.0)
+    log_iteration(log, 10, loss=3.0, mfu=0.25)
+    log.evaluation(20, train_loss=2.2, val_loss=2.3, lr=1e-3, seconds=1.0)
+    log.close()
+    first, iteration, second = wandb.logged
+    assert first == {"iter": 0, "train/loss": 4.2, "val/loss": 4.3, "lr": 0.0}
+    assert second == {"iter": 20, "train/loss": 2.2, "val/loss": 2.3, "lr": 1e-3, "mfu": 25.0}
+    assert iteration["iter"] == 10
+    assert iteration["loss"] == 3.0
+    assert iteration["mfu"] == 25.0
+    assert wandb.finished
+
+
+def test_wandb_that_does_not_start(start, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(RuntimeError("api_key not configured\n(no-tty)")))
+    with pytest.raises(UserError, match=r"^wandb_log: wandb.init failed: api_key not configured \(no-tty\)$"):
+        start(wandb_log=True)
+    assert not start.path.parent.exists()
+
+
+def test_tensorboard_gets_the_same_curves(start, monkeypatch):
+    scalars, opened = [], []
+
+    class SummaryWriter:
+        def __init__(self, log_dir, purge_step):
+            opened.append((log_dir, purge_step))
+
+        def add_scalar(self, name, value, step):
+            scalars.append((name, value, step))
+
+        def close(self):
+            scalars.append("closed")
+
+    fake = ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    log = start(tensorboard_log=True, resume_iter=20)
+    log.evaluation(20, train_loss=2.2, val_loss=2.3, lr=1e-3, seconds=1.0)
+    log.close()
+    assert opened == [(str(start.path.parent / "tensorboard"), 20)]
+    assert scalars == [("train/loss", 2.2, 20), ("val/loss", 2.3, 20), ("lr", 1e-3, 20), "closed"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "module", "extra"),
+    [("wandb_log", "wandb", "wandb"), ("tensorboard_log", "torch.utils.tensorboard", "tensorboard")],
+)
+def test_a_missing_package_stops_before_anything_is_written(start, monkeypatch, setting, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"^{setting}: .*pip install 'nanofuse\[{extra}\]'$"):
+        start(**{setting: True})
+    assert not start.path.parent.exists()
+
+
+def test_nothing_optional_is_imported_unasked(start, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    start().close()

@@ -1,0 +1,104 @@
+"""What a run is made of: the model by init_from, compiled and wrapped; the data; the optimizer."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model import GPT, GPTConfig
+from model.pretrained import from_checkpoint, load_gpt2
+from train.checkpoint_layout import MODEL_ARGS
+from train.config import TrainConfig
+from train.data import Dataset
+from train.datasets import ensure_docs
+from train.distributed import World
+from train.errors import UserError
+
+SHAPE = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # what weights fix once and for all
+
+
+def open_dataset(name: str, world: World) -> Dataset:
+    """data/<name>, or the folder of an absolute path. The corpus `docs`, which needs nothing, is made where it is missing."""
+    folder = Path("data") / name
+    if name == "docs":
+        if world.master:
+            ensure_docs(folder)
+        world.barrier()
+    return Dataset(folder)
+
+
+def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoint: dict | None) -> GPT:
+    """A new model, OpenAI's, or the checkpoint's. `named`: the settings that the user wrote, which must not contradict it.
+
+    Raises UserError where they do, where weights cannot be had, and where the data's vocabulary does not fit the model.
+    """
+    if config.init_from == "scratch":
+        shape = {name: getattr(config, name) for name in MODEL_ARGS if name != "vocab_size"}
+        gelu = "erf" if config.gelu == "auto" else config.gelu
+        torch.manual_seed(config.seed)
+        return GPT(GPTConfig(vocab_size=dataset.vocab_size, gelu=gelu, **shape))
+    try:
+        if checkpoint is not None:
+            model = from_checkpoint(checkpoint, dropout=config.dropout)
+        else:
+            model = load_gpt2(config.init_from, dropout=config.dropout)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"init_from={config.init_from}: {error}") from error
+    _check_shape(config, named, model)
+    if "block_size" in named and config.block_size < model.config.block_size:
+        model.crop_block_size(config.block_size)
+    if dataset.n_vocab > model.config.vocab_size:
+        raise UserError(
+            f"dataset={config.dataset}: its vocabulary has {dataset.n_vocab} entries, the model's {model.config.vocab_size}"
+        )
+    return model
+
+
+def _check_shape(config: TrainConfig, named: set[str], model: GPT) -> None:
+    for name in SHAPE:
+        came, fixed = getattr(config, name), getattr(model.config, name)
+        if name in named and came not in (fixed, "auto"):
+            raise UserError(f"{name}: got {came}, expected {fixed}, as the weights of init_from={config.init_from} have")
+    if "block_size" in named and config.block_size > model.config.block_size:
+        raise UserError(
+            f"block_size: got {config.block_size}, expected at most {model.config.block_size}, the positions that the "
+            f"weights of init_from={config.init_from} know"
+        )
+
+
+def adopt_shape(config: TrainConfig, model: GPT) -> TrainConfig:
+    """The settings, with the shape that the model really has: what the log and the checkpoint shall say."""
+    return dataclasses.replace(config, **{name: getattr(model.config, name) for name in (*SHAPE, "block_size")})
+
+
+def model_to_train(
+    model: GPT, config: TrainConfig, world: World, device: torch.device, say: Callable[[str], None]
+) -> nn.Module:
+    """`model` as the step runs it: compiled if wanted and possible, in DDP where there are several ranks.
+
+    torch.compile works at the first call, so that call is made here, on zeros: where it fails, the run goes on in eager mode.
+    """
+
+    def wrapped(module: nn.Module) -> nn.Module:
+        if world.size == 1:
+            return module
+        return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
+
+    if not config.compile:
+        return wrapped(model)
+    say("compiling the model... (takes a ~minute)")
+    compiled = wrapped(torch.compile(model))
+    zeros = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=device)
+    try:
+        compiled(zeros, zeros)[1].backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # from Dynamo, Inductor, a C++ compiler that is not there, Triton, a driver: all kinds
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        say(f"compile: not possible on this machine, going on without it: {reason}")
+        compiled = wrapped(model)
+    model.zero_grad(set_to_none=True)
+    return compiled

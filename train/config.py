@@ -1,0 +1,155 @@
+"""TrainConfig: every setting of a training run, with nanoGPT's names and defaults wherever it has them.
+
+A run's settings come in two layers. The base is the default job, a resumed checkpoint's own settings, or the
+plain defaults (`choose_base`). Over it lie the settings that the command line names by preset, config file
+or `--key=value`, the last one winning (`parse`). `compose` puts one over the other and validates the result.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from train.cli import Parsed, parse_settings
+from train.configfile import load_config_file, preset_path
+from train.errors import UserError
+from train.settings import Value, check_values, setting, settings_of, shown, typed
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Primitive values only: a checkpoint stores them as a dict and loads them with `weights_only=True`."""
+
+    out_dir: str = setting("out", "folder of the checkpoint, metrics.jsonl and the loss curve", group="I/O")
+    eval_interval: int = setting(2000, "iterations between evaluations", low=1)
+    log_interval: int = setting(1, "iterations between console lines", low=1)
+    eval_iters: int = setting(200, "batches of each split in an evaluation", low=1)
+    eval_only: bool = setting(False, "evaluate once and stop")
+    always_save_checkpoint: bool = setting(
+        True, "save after every evaluation, not only after the best so far"
+    )
+    keep_checkpoints: int = setting(2, "checkpoints kept, the newest included", low=1)
+    init_from: str = setting(
+        "scratch", "scratch, resume, gpt2*, or a path to model.safetensors or its folder"
+    )
+    bpe_dir: str = setting("", "folder of GPT-2's vocab.bpe and encoder.json, for a machine without network")
+
+    wandb_log: bool = setting(False, "log to Weights & Biases", group="wandb, TensorBoard")
+    wandb_project: str = setting("owt", "Weights & Biases project")
+    wandb_run_name: str = setting("gpt2", "Weights & Biases run name")
+    tensorboard_log: bool = setting(False, "log to TensorBoard, under out_dir")
+
+    dataset: str = setting("openwebtext", "folder under data/, or an absolute path", group="data")
+    gradient_accumulation_steps: int = setting(1, "micro-batches in a step, over all ranks together", low=1)
+    batch_size: int = setting(12, "sequences in a micro-batch", low=1)
+    block_size: int = setting(1024, "tokens in a sequence", low=1)
+    seed: int = setting(1337, "seed of the weights, the batches and dropout", low=0)
+
+    n_layer: int = setting(12, "number of blocks", group="model", low=1)
+    n_head: int = setting(12, "attention heads; must divide n_embd", low=1)
+    n_embd: int = setting(768, "width", low=1)
+    dropout: float = setting(0.0, "0 for pretraining, 0.1 or more for finetuning", low=0, below=1)
+    bias: bool = setting(False, "biases in Linear and LayerNorm")
+    gelu: str = setting(
+        "auto", "auto: erf for a new model, tanh for OpenAI's weights", choices=("auto", "erf", "tanh")
+    )
+
+    learning_rate: float = setting(6e-4, "largest learning rate, reached after warmup", group="AdamW", low=0)
+    max_iters: int = setting(600000, "steps in all", low=0)
+    max_minutes: float = setting(0.0, "stop after this many minutes; 0: no limit", low=0)
+    patience: int = setting(0, "stop after this many evaluations without improvement; 0: never", low=0)
+    weight_decay: float = setting(1e-1, "weight decay of tensors of two or more dimensions", low=0)
+    beta1: float = setting(0.9, "decay of the mean gradient", low=0, below=1)
+    beta2: float = setting(0.95, "decay of the mean squared gradient", low=0, below=1)
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", low=0)
+
+    decay_lr: bool = setting(True, "warm up, then follow a cosine; off: constant", group="learning rate")
+    warmup_iters: int = setting(2000, "steps of linear warmup", low=0)
+    lr_decay_iters: int = setting(600000, "step at which the cosine ends; about max_iters", low=0)
+    min_lr: float = setting(6e-5, "learning rate after that step; about learning_rate / 10", low=0)
+
+    backend: str = setting(
+        "auto",
+        "between processes; auto: nccl on CUDA, gloo on a CPU",
+        group="system",
+        choices=("auto", "nccl", "gloo"),
+    )
+    device: str = setting("auto", "where to run: auto, cpu, cuda, cuda:N or mps")
+    dtype: str = setting(
+        "auto",
+        "precision of the matmuls",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    compile: bool = setting(True, "torch.compile the model")
+    mfu_formula: str = setting(
+        "nanogpt", "FLOPs a token; nanogpt: 6N + 12LHQT, 6n: 6N", choices=("nanogpt", "6n")
+    )
+    peak_flops: float = setting(
+        0.0, "FLOP/s of one device, for the MFU; 0: from the table, or measured", low=0
+    )
+
+
+def validate(config: TrainConfig) -> None:
+    """UserError for a value that no machine and no data could make work.
+
+    min_lr above learning_rate is allowed, as in nanoGPT: the schedule is defined, it rises. So is
+    warmup_iters equal to lr_decay_iters: a schedule without a cosine.
+    """
+    check_values(config)
+    if config.n_embd % config.n_head:
+        raise UserError(f"n_embd: got {config.n_embd}, expected a multiple of n_head ({config.n_head})")
+    if config.decay_lr and config.warmup_iters > config.lr_decay_iters:
+        raise UserError(
+            f"warmup_iters: got {config.warmup_iters}, "
+            f"expected at most lr_decay_iters ({config.lr_decay_iters})"
+        )
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device, re.ASCII):
+        raise UserError(f"device: got {shown(config.device)}, expected auto, cpu, cuda, cuda:N or mps")
+    for name in ("out_dir", "dataset", "init_from"):
+        if not getattr(config, name):
+            raise UserError(f"{name}: got '', expected a name")
+
+
+def parse(argv: list[str]) -> Parsed:
+    """The settings that a training command line names: presets, config files and overrides in argv order."""
+    return parse_settings(TrainConfig, argv, presets=True)
+
+
+def preset(name: str) -> dict[str, Value]:
+    """The settings of a shipped preset, by name."""
+    return load_config_file(preset_path(name), TrainConfig)
+
+
+class Base(NamedTuple):
+    settings: Mapping[str, Value]
+    why: str  # for the console: what was chosen and the reason
+
+
+def choose_base(parsed: Parsed, *, gpu: bool, stored: Mapping[str, Value] | None = None) -> Base:
+    """What lies under the settings that were named. `stored`: those in the checkpoint that is being resumed.
+
+    Whoever names a preset or a config file gets it over the plain defaults, as in nanoGPT. Otherwise a
+    resumed run goes on with its own settings, and a new one is the default job, sized for the machine.
+    """
+    init_from = parsed.settings.get("init_from", TrainConfig.init_from)
+    if not parsed.sources and init_from == "resume" and stored is not None:
+        return Base(stored, "the settings stored in the checkpoint")
+    if not parsed.sources and init_from == "scratch":
+        name, reason = ("docs", "a GPU was found") if gpu else ("docs_cpu", "no GPU was found")
+        return Base(preset(name), f"preset {name}: no preset was named, and {reason}")
+    return Base({}, "the defaults")
+
+
+def compose(parsed: Parsed, base: TrainConfig | Mapping[str, Value]) -> TrainConfig:
+    """`base` under the settings that were named, validated.
+
+    Keys of `base` that are no setting are left out: the checkpoint of a fork may carry some. UserError as in
+    `validate`, and for a value of another type.
+    """
+    under = dataclasses.asdict(base) if isinstance(base, TrainConfig) else base
+    settings = settings_of(TrainConfig)
+    kept = {name: typed(settings[name], value) for name, value in under.items() if name in settings}
+    config = TrainConfig(**{**kept, **parsed.settings})
+    validate(config)
+    return config

@@ -1,0 +1,333 @@
+"""Token files in, batches out.
+
+A prepared dataset is two flat files of token ids, `train.bin` and `val.bin`, and a description, `meta.json`. `Dataset`
+maps the files into memory and never copies them. `Loader` draws the batches.
+
+A batch is a function of (seed, step, rank) and of nothing else: there is no position in the data to save, and a resumed run
+continues with the batches it would have had. The start offsets of a step are one draw without replacement for the *global*
+batch, all micro-steps of all ranks, of which each rank takes its rows. So ranks never share a sample within a step, and two
+processes train on exactly what one process would have trained on.
+
+While the device works, a thread gathers the steps that follow. The thread touches host memory only: a CUDA call from a second
+thread would invalidate a graph capture that happens to be under way in the first.
+"""
+
+import json
+import math
+import pickle
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+
+from train.errors import UserError
+from train.tokenizer import GPT2_TOKENS, Tokenizer, from_meta, padded_vocab_size
+
+Split = Literal["train", "val"]
+
+FULL_SCAN_BYTES = (
+    256 << 20
+)  # files up to this size are checked whole before the first step; larger ones batch by batch
+SCAN_TOKENS = 4 << 20  # tokens looked at together in such a check
+RUN_BYTES = (
+    1 << 20
+)  # small steps are gathered many at a time: waking the thread costs more than filling 12 x 64 tokens
+MAX_RUN = 16
+HOST_BUFFERS = 3  # one being filled, one being handed out, one that the device may still be reading
+STREAMS = {"train": 1, "val": 2}  # evaluation draws of the two splits; 0 is training, 3 the dropout seeds
+
+
+class Dataset:
+    """A prepared dataset: `folder` with train.bin, val.bin and, unless it is GPT-2 BPE as nanoGPT writes it, its meta.
+
+    Attributes:
+        train, val: (n,) read-only np.memmap of uint16 or uint32 token ids; no part of them is read here.
+        meta: dict as in meta.json ("vocab_size", "tokenizer", "dtype", "chars", ...).
+        n_vocab: ids in the files are below this.
+        vocab_size: what a new model should be given; n_vocab, or GPT-2's padded to a multiple of 64.
+
+    Raises UserError where a file is missing, empty, of a size that is no whole number of tokens, or where meta is malformed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.meta = _read_meta(self.folder)
+        self.n_vocab: int = self.meta["vocab_size"]
+        self.vocab_size = (
+            padded_vocab_size(self.n_vocab) if self.meta.get("tokenizer") == "gpt2" else self.n_vocab
+        )
+        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        self.train = _open_tokens(self.folder / "train.bin", dtype)
+        self.val = _open_tokens(self.folder / "val.bin", dtype)
+
+    def split(self, name: Split) -> np.memmap:
+        return self.train if name == "train" else self.val
+
+    def path(self, name: Split) -> Path:
+        return self.folder / f"{name}.bin"
+
+    def tokenizer(self, bpe_dir: str | Path | None = None) -> Tokenizer:
+        """The tokenizer that made the files. Raises UserError where meta does not say, or GPT-2's ranks cannot be had."""
+        return from_meta(self.meta, bpe_dir)
+
+    def check_length(self, block_size: int) -> None:
+        """Raise UserError where a split does not hold one sample: block_size tokens and the one that follows them."""
+        for name in ("train", "val"):
+            if (length := len(self.split(name))) <= block_size:
+                raise UserError(
+                    f"block_size={block_size}: {self.path(name)} holds {length:,} tokens, at least {block_size + 1:,} needed"
+                )
+
+    def check(self, block_size: int, vocab_size: int | None = None) -> None:
+        """Raise UserError where a split is too short for `block_size` or holds an id of `vocab_size` or more.
+
+        Files over 256 MB are not read for this: the loader checks every batch that it draws.
+        """
+        self.check_length(block_size)
+        limit = self.vocab_size if vocab_size is None else vocab_size
+        for name in ("train", "val"):
+            tokens = np.asarray(self.split(name))
+            if tokens.nbytes > FULL_SCAN_BYTES or limit > np.iinfo(tokens.dtype).max:
+                continue
+            for start in range(0, len(tokens), SCAN_TOKENS):
+                chunk = tokens[start : start + SCAN_TOKENS]
+                if chunk.max() >= limit:
+                    at = int(np.argmax(chunk >= limit))
+                    raise _bad_token(self.path(name), start + at, int(chunk[at]), limit)
+
+
+class Batch(NamedTuple):
+    """What one rank trains on in one step, A micro-steps of B samples of T tokens.
+
+    x, y: (A, B, T) int64, contiguous, on the loader's device; y is x one token later.
+    seeds: A ints in [0, 2^63), the seed of each micro-step's dropout masks.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    seeds: tuple[int, ...]
+
+
+class _Buffer:
+    """Pinned host memory for a run of steps, and the event after which the device has read it all."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.memory = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+        self.copied: torch.cuda.Event | None = None
+
+
+class _Run(NamedTuple):
+    """Consecutive steps gathered together: run `number` of `length` steps begins with step number * length."""
+
+    number: int
+    buffer: _Buffer | None
+    batches: "Future[list[Batch]]"
+
+
+class Loader:
+    """Draws the batches of one rank. A context manager; `close` ends its thread.
+
+    Args:
+        batch_size, block_size: B samples of T tokens a micro-step.
+        accumulation: micro-steps a step of this rank.
+        seed: with the step's number it determines every batch.
+        device: where batches are put; copies to a CUDA device start from pinned memory and do not block.
+        rank, world_size: global micro-step m * world_size + rank is this rank's m-th.
+        vocab_size: ids in a batch must be below it; default the dataset's.
+
+    Raises UserError where the dataset is shorter than one sample.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        block_size: int,
+        accumulation: int = 1,
+        seed: int = 1337,
+        device: str | torch.device = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        vocab_size: int | None = None,
+    ) -> None:
+        dataset.check_length(block_size)
+        self.dataset = dataset
+        self.batch_size, self.block_size, self.accumulation = batch_size, block_size, accumulation
+        self.seed = seed % 2**64
+        self.device = torch.device(device)
+        self.rank, self.world_size = rank, world_size
+        self.vocab_size = dataset.vocab_size if vocab_size is None else vocab_size
+        # row i of this view is tokens[i : i + T + 1]; indexing it with offsets is 3 to 10 times faster than a loop over slices
+        self._windows = {
+            name: np.lib.stride_tricks.sliding_window_view(np.asarray(dataset.split(name)), block_size + 1)
+            for name in ("train", "val")
+        }
+        step_bytes = 16 * accumulation * batch_size * block_size
+        self._run_length = min(max(RUN_BYTES // step_bytes, 1), MAX_RUN)
+        self._shape = (self._run_length, 2, accumulation, batch_size, block_size)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        pinned = range(HOST_BUFFERS if self.device.type == "cuda" else 0)
+        self._buffers = deque(_Buffer(self._shape) for _ in pinned)
+        self._current: _Run | None = None
+        self._next: _Run | None = None
+
+    def train(self, step: int) -> Batch:
+        """The batch of `step`, from memory if the steps are asked for in order; any order gives the same batches."""
+        number, i = divmod(step, self._run_length)
+        if self._current is None or self._current.number != number:
+            run = self._next if self._next and self._next.number == number else self._gather_later(number)
+            run.batches.result()  # waits, and raises what the thread met
+            self._current, self._next = run, self._gather_later(number + 1)
+        batch = self._current.batches.result()[i]
+        return batch if self.device.type == "cpu" else self._to_device(batch, self._current.buffer)
+
+    def evaluation(self, split: Split, k: int) -> Batch:
+        """The k-th evaluation batch of a split, (1, B, T): the same at every evaluation and on every rank.
+
+        Fixed batches take the sampling noise out of the difference between two evaluations, which is what early stopping and
+        the best checkpoint are decided by. Ranks share an evaluation out by taking different k.
+        """
+        offsets = self._draw(split, (STREAMS[split], k), self.batch_size)
+        shape = (2, 1, self.batch_size, self.block_size)
+        x, y = self._gather(split, offsets, torch.empty(shape, dtype=torch.int64)).to(self.device)
+        return Batch(x, y, (0,))  # dropout is off
+
+    def close(self) -> None:
+        """End the thread. The batches handed out stay valid."""
+        self._thread.shutdown(cancel_futures=True)
+        self._next = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _gather_later(self, number: int) -> _Run:
+        """Hand a run to the thread. It works in order, so that a buffer is never filled by two runs at once."""
+        buffer = None
+        if self._buffers:
+            self._buffers.rotate(-1)
+            buffer = self._buffers[-1]
+            if buffer.copied is not None:
+                buffer.copied.synchronize()  # long done, unless the host is HOST_BUFFERS - 1 runs ahead of the device
+        return _Run(number, buffer, self._thread.submit(self._gather_run, number, buffer and buffer.memory))
+
+    def _gather_run(self, number: int, memory: torch.Tensor | None) -> list[Batch]:
+        memory = torch.empty(self._shape, dtype=torch.int64) if memory is None else memory
+        return [self._gather_step(number * self._run_length + i, xy) for i, xy in enumerate(memory)]
+
+    def _gather_step(self, step: int, xy: torch.Tensor) -> Batch:
+        shape = (self.accumulation, self.world_size, self.batch_size)
+        offsets = self._draw("train", (0, step), math.prod(shape)).reshape(shape)[:, self.rank]
+        x, y = self._gather("train", offsets.ravel(), xy)
+        return Batch(x, y, self._dropout_seeds(step))
+
+    def _to_device(self, batch: Batch, buffer: _Buffer | None) -> Batch:
+        x, y = (t.to(self.device, non_blocking=buffer is not None) for t in batch[:2])
+        if buffer is not None:
+            buffer.copied = torch.cuda.Event()
+            buffer.copied.record(torch.cuda.current_stream(self.device))
+        return Batch(x, y, batch.seeds)
+
+    def _draw(self, split: Split, key: tuple[int, int], size: int) -> np.ndarray:
+        """(size,) int64 start offsets in 0 ... len - block_size - 1, distinct unless there are fewer than `size` of them.
+
+        numpy draws a small sample of a large range by Floyd's method, without a table of the range.
+        """
+        n = len(self.dataset.split(split)) - self.block_size
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, *key))))
+        return generator.choice(n, size=size, replace=size > n)
+
+    def _gather(self, split: Split, offsets: np.ndarray, buffer: torch.Tensor) -> torch.Tensor:
+        """Fill buffer[0] with the samples at `offsets` and buffer[1] with the same a token later, widened to int64."""
+        rows = self._windows[split][offsets]  # (A·B, T + 1), the files' dtype
+        if rows.max() >= self.vocab_size:
+            row, column = np.argwhere(rows >= self.vocab_size)[0]
+            position = int(offsets[row]) + int(column)
+            raise _bad_token(self.dataset.path(split), position, int(rows[row, column]), self.vocab_size)
+        x, y = buffer.view(2, -1, self.block_size).numpy()
+        x[:] = rows[:, :-1]
+        y[:] = rows[:, 1:]
+        return buffer
+
+    def _dropout_seeds(self, step: int) -> tuple[int, ...]:
+        first = np.random.SeedSequence((self.seed, 3, step))
+        states = first.generate_state(self.accumulation * self.world_size, np.uint64)
+        return tuple(int(s) >> 1 for s in states[self.rank :: self.world_size])
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """nanoGPT's meta.pkl is dicts, strings and ints. Anything else would have to be looked up by name: refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}; only dicts, strings and ints are read")
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(k) and _is_plain(v) for k, v in value.items())
+    return isinstance(value, str | int)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json, else nanoGPT's meta.pkl, else GPT-2 BPE: completed and checked."""
+    if not (folder / "train.bin").is_file():
+        what = "no train.bin" if folder.is_dir() else "no such dataset"
+        raise UserError(f"{folder}: {what}; make it with: python -m train.prepare {folder.name}")
+    path = folder / "meta.json"
+    meta: Any = {"vocab_size": GPT2_TOKENS, "tokenizer": "gpt2"}
+    try:
+        if path.is_file():
+            meta = json.loads(path.read_text("utf-8"))
+        elif (path := folder / "meta.pkl").is_file():
+            with path.open("rb") as file:
+                meta = _from_pickle(_PlainUnpickler(file).load())
+        vocab_size = meta["vocab_size"]
+        if type(vocab_size) is not int or vocab_size < 1:
+            raise ValueError(f"vocab_size is {vocab_size!r}, expected a positive int")
+        dtype = meta.setdefault("dtype", "uint16" if vocab_size <= 1 << 16 else "uint32")
+        if dtype not in ("uint16", "uint32"):
+            raise ValueError(f"dtype is {dtype!r}, expected uint16 or uint32")
+    except KeyError as error:
+        raise UserError(f"{path}: no {error.args[0]!r} in it") from None
+    except Exception as error:  # an unpickler fed with garbage raises almost anything
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    return meta
+
+
+def _from_pickle(meta: Any) -> dict[str, Any]:
+    """nanoGPT's {vocab_size, itos, stoi} in the form of meta.json; always uint16, which is all that nanoGPT writes."""
+    if not isinstance(meta, dict) or not _is_plain(meta):
+        raise ValueError("expected a dict of strings and ints")
+    found = {"vocab_size": meta["vocab_size"], "dtype": "uint16"}
+    if "itos" in meta:
+        found |= {"tokenizer": "char", "chars": [meta["itos"][i] for i in range(meta["vocab_size"])]}
+    return found
+
+
+def _open_tokens(path: Path, dtype: np.dtype) -> np.memmap:
+    try:
+        size = path.stat().st_size
+        if size == 0 or size % dtype.itemsize:
+            raise UserError(
+                f"{path}: {size:,} bytes, expected a positive multiple of {dtype.itemsize} ({dtype.name} tokens)"
+            )
+        return np.memmap(path, dtype=dtype, mode="r")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: missing; make it with: python -m train.prepare {path.parent.name}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _bad_token(path: Path, position: int, token: int, vocab_size: int) -> UserError:
+    return UserError(
+        f"{path}: token {token} at position {position:,}, expected ids below vocab_size={vocab_size}"
+    )

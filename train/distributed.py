@@ -1,0 +1,98 @@
+"""Ranks: what torchrun starts, and the few things that they tell each other besides gradients."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.errors import UserError
+
+
+@dataclass
+class World:
+    """This process's place among the ranks; a lone process is rank 0 of 1 and every exchange is free."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    _asked: tuple[dist.Work, Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def master(self) -> bool:
+        """Whether this rank talks to the console and writes files."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks of a tensor of the same shape on each, in place; waits for the others."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            self.sum(torch.zeros(1))
+
+    def wish(self, value: int) -> int:
+        """Tell the others `value`; returns the largest that any rank told in the *previous* call (0 in the first).
+
+        Every rank gets the same answer in the same iteration, so that all stop together. One call late, so that the
+        exchange is under way during a whole training step and nobody waits for it.
+        """
+        if self.size == 1:
+            return value
+        answer = 0
+        if self._asked is not None:
+            work, told = self._asked
+            work.wait()
+            answer = int(told.item())
+        told = torch.tensor(value)
+        self._asked = dist.all_reduce(told, dist.ReduceOp.MAX, async_op=True), told
+        return answer
+
+
+def world_from_environment() -> World:
+    """The place that torchrun gave this process by RANK, LOCAL_RANK and WORLD_SIZE; alone without them."""
+    if "RANK" not in os.environ:
+        return World()
+    try:
+        return World(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"RANK, LOCAL_RANK, WORLD_SIZE: expected three integers as torchrun sets them ({error})"
+        ) from error
+
+
+def local_device(device: torch.device, world: World) -> torch.device:
+    """The device of this rank: ranks on a machine take its GPUs in order. UserError where there are more ranks than GPUs."""
+    if world.size == 1 or device.type != "cuda":
+        return device
+    if world.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"nproc_per_node: rank {world.rank} is the machine's number {world.local_rank}, expected at most "
+            f"{torch.cuda.device_count()} ranks, one a GPU; with --device=cpu any number runs"
+        )
+    return torch.device("cuda", world.local_rank)
+
+
+@contextmanager
+def process_group(world: World, backend: str, device: torch.device) -> Iterator[None]:
+    """Join the ranks, and part again. Gradients on GPUs travel by NCCL, all else by gloo."""
+    if world.size == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    gpu = "nccl" if backend == "auto" else backend
+    try:
+        dist.init_process_group("gloo" if device.type != "cuda" else f"cpu:gloo,cuda:{gpu}")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"backend: {backend!r} could not join {world.size} ranks: {error}") from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,26 @@
+"""What ends a command early, said in one line: the setting, what came, what was expected."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Bad input. `str(error)` is the whole message: one line that names the setting, what came and what was expected."""
+
+    status = 2
+
+
+class RunError(UserError):
+    """A run that cannot go on, though its input was good: a loss that is not finite."""
+
+    status = 1
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command and exit with what `main` returns (None: 0), or with one line on stderr and the error's status."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.status)

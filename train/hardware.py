@@ -1,0 +1,247 @@
+"""Which device and dtype to run on, and how fast that device could be at best.
+
+A peak is the vendor's dense figure (no structured sparsity) for matmuls that accumulate in float32, as
+torch's do. GeForce cards do those at half the rate of float16 sums, so their larger advertised figures do
+not apply. A card that boosts over its rated clock can beat its data sheet by a few per cent.
+"""
+
+import platform
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from train.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COLUMNS = {  # of the table below, by dtype
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8",
+    torch.float8_e5m2: "fp8",
+}
+
+
+@dataclass(frozen=True)
+class Peak:
+    flops: float  # FLOP/s of one device
+    source: str  # the data sheet, or what was measured
+
+
+@dataclass(frozen=True)
+class Device:
+    """One row of the table: dense TFLOP/s by precision (None: the device lacks it) and GB/s of memory."""
+
+    name: str  # regular expression for the whole of torch.cuda.get_device_name() after the maker's name
+    fp32: float  # outside the tensor cores
+    tf32: float | None
+    fp16: float
+    bf16: float | None
+    fp8: float | None
+    bandwidth: float
+    source: str
+
+
+def _geforce(series: int, model: str, fp32: float, bandwidth: float) -> Device:
+    """Summing in float32, the tensor cores do TF32 at the shaders' FP32 rate, 16 bits at 2x, FP8 at 4x."""
+    chip = {30: "Ampere GA102", 40: "Ada", 50: "RTX Blackwell"}[series]
+    fp8 = 4 * fp32 if series >= 40 else None
+    source = f"NVIDIA {chip} white paper, GeForce specifications"
+    return Device(f"GeForce RTX {model}", fp32, fp32, 2 * fp32, 2 * fp32, fp8, bandwidth, source)
+
+
+# A MIG slice, a laptop chip or a regional variant has another name and is measured instead. Where one name
+# covers two cards, the faster is listed: MFU is then understated, never overstated.
+DEVICES = (
+    # name, fp32, tf32, fp16, bf16, fp8, GB/s, source
+    Device(r"V100-SXM[23]-(16|32)GB", 15.7, None, 125, None, None, 900, "NVIDIA V100 data sheet"),
+    Device(r"V100-PCIE-(16|32)GB", 14, None, 112, None, None, 900, "NVIDIA V100 data sheet"),
+    Device(r"V100S-PCIE-32GB", 16.4, None, 130, None, None, 1134, "NVIDIA V100 data sheet"),
+    Device(r"T4", 8.1, None, 65, None, None, 320, "NVIDIA T4 data sheet"),
+    Device(r"A100-SXM4-40GB", 19.5, 156, 312, 312, None, 1555, "NVIDIA A100 data sheet"),
+    Device(r"A100-SXM4-80GB", 19.5, 156, 312, 312, None, 2039, "NVIDIA A100 data sheet"),
+    Device(r"A100-PCIE-40GB", 19.5, 156, 312, 312, None, 1555, "NVIDIA A100 data sheet"),
+    Device(r"A100(-PCIE-80GB| 80GB PCIe)", 19.5, 156, 312, 312, None, 1935, "NVIDIA A100 data sheet"),
+    Device(r"A30", 10.3, 82, 165, 165, None, 933, "NVIDIA A30 data sheet"),
+    Device(r"A10", 31.2, 62.5, 125, 125, None, 600, "NVIDIA A10 data sheet"),
+    Device(r"A10G", 35, 35, 70, 70, None, 600, "NVIDIA A10G data sheet"),
+    Device(r"A40", 37.4, 74.8, 149.7, 149.7, None, 696, "NVIDIA A40 data sheet"),
+    Device(r"RTX A6000", 38.7, 77.4, 154.8, 154.8, None, 768, "NVIDIA Ampere GA102 white paper"),
+    Device(r"L4", 30.3, 60, 121, 121, 242.5, 300, "NVIDIA L4 data sheet"),
+    Device(r"L40", 90.5, 90.5, 181, 181, 362, 864, "NVIDIA L40 data sheet"),
+    Device(r"L40S", 91.6, 183, 362, 362, 733, 864, "NVIDIA L40S data sheet"),
+    Device(r"RTX 6000 Ada Generation", 91.1, 182, 364, 364, 728, 960, "NVIDIA RTX 6000 Ada data sheet"),
+    Device(r"H100 (80|96)GB HBM3", 67, 495, 989, 989, 1979, 3350, "NVIDIA H100 data sheet, SXM"),
+    Device(r"H100 PCIe", 51, 378, 756, 756, 1513, 2000, "NVIDIA H100 data sheet, PCIe"),
+    Device(r"H100 NVL", 60, 418, 835, 835, 1671, 3900, "NVIDIA H100 data sheet, NVL"),
+    Device(r"H200", 67, 495, 989, 989, 1979, 4800, "NVIDIA H200 data sheet, SXM"),
+    Device(r"H200 NVL", 60, 418, 835, 835, 1671, 4800, "NVIDIA H200 data sheet, NVL"),
+    Device(r"GH200 480GB", 67, 495, 989, 989, 1979, 4000, "NVIDIA GH200 data sheet, HBM3"),
+    Device(r"GH200 144G HBM3e", 67, 495, 989, 989, 1979, 4900, "NVIDIA GH200 data sheet, HBM3e"),
+    Device(r"B200", 75, 1100, 2250, 2250, 4500, 7700, "NVIDIA Blackwell data sheet, HGX B200"),
+    Device(r"GB200", 80, 1250, 2500, 2500, 5000, 8000, "NVIDIA Blackwell data sheet, GB200 NVL72"),
+    _geforce(30, "3060", 12.7, 360),
+    _geforce(30, "3060 Ti", 16.2, 448),
+    _geforce(30, "3070", 20.3, 448),
+    _geforce(30, "3070 Ti", 21.7, 608),
+    _geforce(30, "3080", 30.6, 912),  # the 12 GB card; the 10 GB one, of the same name, has 29.8 and 760
+    _geforce(30, "3080 Ti", 34.1, 912),
+    _geforce(30, "3090", 35.6, 936),
+    _geforce(30, "3090 Ti", 40.0, 1008),
+    _geforce(40, "4060", 15.1, 272),
+    _geforce(40, "4060 Ti", 22.1, 288),
+    _geforce(40, "4070", 29.1, 504),
+    _geforce(40, "4070 SUPER", 35.5, 504),
+    _geforce(40, "4070 Ti", 40.1, 504),
+    _geforce(40, "4070 Ti SUPER", 44.1, 672),
+    _geforce(40, "4080", 48.7, 717),
+    _geforce(40, "4080 SUPER", 52.2, 736),
+    _geforce(40, "4090", 82.6, 1008),
+    _geforce(50, "5060", 19.2, 448),
+    _geforce(50, "5060 Ti", 23.7, 448),
+    _geforce(50, "5070", 30.9, 672),
+    _geforce(50, "5070 Ti", 43.9, 896),
+    _geforce(50, "5080", 56.3, 960),
+    _geforce(50, "5090", 104.8, 1792),
+    # torch sees each of the two dies of an MI250 as a device of its own: half of the data sheet's figures.
+    # Their fp32 is the matrix cores'.
+    Device(r"Instinct MI250", 45.3, None, 181, 181, None, 1638, "AMD MI250 data sheet, one of two dies"),
+    Device(
+        r"Instinct MI250X.*", 47.9, None, 191.5, 191.5, None, 1638, "AMD MI250X data sheet, one of two dies"
+    ),
+    Device(r"Instinct MI300X( OAM)?", 163.4, 653.7, 1307.4, 1307.4, 2614.9, 5300, "AMD MI300X data sheet"),
+)
+
+
+def lookup(name: str) -> Device | None:
+    """The table's row for a torch.cuda.get_device_name(), None for a device that is not in it."""
+    name = re.sub(r"^((NVIDIA|Tesla|AMD) )+", "", name.strip())
+    return next((device for device in DEVICES if re.fullmatch(device.name, name)), None)
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called, for the console and the logs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type == "cpu" and cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return f"{device.type} ({platform.processor() or platform.machine()})"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The dense matmul peak of one device in `dtype`: its data sheet's, or measured where the table lacks it.
+
+    float32 means TF32 where the device has it and torch may use it (`torch.set_float32_matmul_precision`).
+    Measuring takes about half a second of matmuls on the device; nothing else should run there meanwhile.
+    """
+    name = device_name(device)
+    row = lookup(name) if device.type == "cuda" else None
+    if row is not None:
+        column = COLUMNS.get(dtype, "")
+        if column == "fp32" and row.tf32 is not None and _tf32_allowed():
+            column = "tf32"
+        if figure := getattr(row, column, None):
+            return Peak(figure * 1e12, f"{row.source}, dense {column}")
+    where = f"this CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else name
+    precision = str(dtype).removeprefix("torch.")
+    return Peak(_measure(device, dtype), f"measured {precision} matmul peak of {where}")
+
+
+def _tf32_allowed() -> bool:
+    # answers whichever of torch's two ways of setting it was used; reading `allow_tf32` can raise
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _measure(device: torch.device, dtype: torch.dtype, budget: float = 0.5) -> float:
+    """The best FLOP/s of square matmuls of three sizes, in about `budget` seconds."""
+    # On a CPU a longer timing only catches more of what else runs there. A GPU needs its queue filled.
+    sizes, repeats = ((256, 512, 1024), 1) if device.type == "cpu" else ((1024, 2048, 4096), 8)
+    generator = torch.Generator(device)  # the run's own random state stays as it is
+    best = 0.0
+    for size in sizes:
+        flops = 2 * size**3
+        if best and flops / best > budget:
+            break
+        a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+        _time_matmul(a, b, 1)  # chooses and loads the kernel
+        deadline = time.perf_counter() + budget / len(sizes)
+        while True:
+            best = max(best, flops / _time_matmul(a, b, repeats))
+            if time.perf_counter() > deadline:
+                break
+    return best
+
+
+def _time_matmul(a: torch.Tensor, b: torch.Tensor, repeats: int) -> float:
+    synchronize(a.device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    synchronize(a.device)
+    return (time.perf_counter() - start) / repeats
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def available_devices() -> list[str]:
+    """The names that resolve_device accepts on this machine, best first."""
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return [*devices, "cpu"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that auto (the best there is), cpu, cuda (the first), cuda:N or mps names.
+
+    Raises UserError, naming the devices that exist, for any other.
+    """
+    devices = available_devices()
+    wanted = {"auto": devices[0], "cuda": "cuda:0"}.get(name, name)
+    if wanted not in devices:
+        raise UserError(f"device: got {name!r}, expected one of: auto, {', '.join(devices)}")
+    return torch.device(wanted)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype that auto, float32, bfloat16 or float16 means on `device`.
+
+    auto is bfloat16 on a CUDA device that has it (sm_80 and later) and on a CPU with instructions for it
+    (AVX512_BF16, AMX), float16 on an older CUDA device, else float32. Raises UserError for a dtype that the
+    device lacks. bfloat16, when asked for, runs on every CPU, slowly where the instructions are missing:
+    good enough to try things out. float16 is refused on a CPU: no faster there, and it costs loss scaling.
+    """
+    offered = ["float32"]
+    if device.type == "cuda":
+        # not torch.cuda.is_bf16_supported(): it counts emulation
+        offered = ["bfloat16", "float16", "float32"] if _sm(device) >= (8, 0) else ["float16", "float32"]
+    elif device.type == "cpu":
+        offered = ["bfloat16", "float32"] if _cpu_has_bfloat16() else ["float32", "bfloat16"]
+    elif device.type == "mps":
+        offered = ["float32", "bfloat16", "float16"]
+    if name == "auto":
+        return DTYPES[offered[0]]
+    if name not in offered:
+        raise UserError(f"dtype: got {name!r}, expected one of: auto, {', '.join(offered)} (on {device})")
+    return DTYPES[name]
+
+
+def _sm(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _cpu_has_bfloat16() -> bool:
+    # Private names, but stable since torch 2.6. Every CPU with AMX tiles multiplies bfloat16 with them.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

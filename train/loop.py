@@ -1,0 +1,214 @@
+"""The loop: when to evaluate, save, log and stop. How a step is computed is `step.py`'s business.
+
+Iterations are counted from 0. Before iteration n, if n is a multiple of eval_interval, the model as n updates left it is
+evaluated and, where the settings say so, saved. After max_iters updates comes a last evaluation, and the end.
+"""
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from train.config import TrainConfig
+from train.data import Loader
+from train.distributed import World
+from train.errors import RunError
+from train.hardware import synchronize
+from train.log import RunLog
+from train.metrics import StepTimer, mfu, tokens_per_second
+from train.schedule import learning_rate
+from train.step import StepResult, TrainStep
+
+GO_ON, OUT_OF_TIME, INTERRUPTED = range(3)  # what ranks tell each other after a step; the largest wins
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint must hold besides weights and moments."""
+
+    iter_num: int = 0  # updates done
+    best_val_loss: float = 1e9
+    stale_evals: int = 0  # evaluations since the best one
+    judged_at: int = -1  # iteration of the last evaluation that counted: a resumed run repeats it, for show
+
+
+class Losses(NamedTuple):
+    train: float
+    val: float
+
+
+class Signals:
+    """Within the context, SIGINT and SIGTERM only set `caught`, so that a step can finish; a second SIGINT interrupts."""
+
+    def __init__(self) -> None:
+        self.caught = 0
+
+    def __enter__(self) -> Self:
+        self._before = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if self.caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = number
+
+
+@dataclass
+class Loop:
+    """A run from `progress` to its end.
+
+    model: for evaluations; the one that `step` trains, without DDP around it. save: writes a checkpoint of the present state;
+    called on the master rank only. log: None on the other ranks. flops: FLOPs an iteration, over all ranks. peak_flops: of
+    all devices used, together.
+    """
+
+    config: TrainConfig
+    world: World
+    device: torch.device
+    model: nn.Module
+    step: TrainStep
+    loader: Loader
+    log: RunLog | None
+    save: Callable[[Progress], None]
+    flops: float
+    peak_flops: float
+    progress: Progress
+    timer: StepTimer = field(default_factory=StepTimer)
+    losses: Losses | None = None  # of the last evaluation
+    ended: str = ""  # why the run ended, for people
+    _unread: list[StepResult] = field(default_factory=list)  # results since the host last waited for the device
+
+    def run(self) -> int:
+        """Train. Returns 0, or the number of the signal that ended the run. RunError for a loss that is not finite."""
+        config, progress = self.config, self.progress
+        deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else float("inf")
+        last = progress.iter_num >= config.max_iters
+        self.timer.start()
+        with Signals() as signals:
+            while True:
+                if last or config.eval_only or progress.iter_num % config.eval_interval == 0:
+                    losses = self._evaluate()
+                    if progress.judged_at != progress.iter_num and not config.eval_only:
+                        worth_saving = self._judge(losses)
+                        if worth_saving and progress.iter_num > 0:
+                            self._save()
+                    self.timer.start()
+                if last or config.eval_only or 0 < config.patience <= progress.stale_evals:
+                    self.ended = self.ended or self._why_now()
+                    return 0
+                self._iterate()
+                wish = INTERRUPTED if signals.caught else OUT_OF_TIME if time.monotonic() > deadline else GO_ON
+                wish = self.world.wish(wish)
+                if wish == INTERRUPTED:
+                    self._read_results()
+                    self._save()
+                    self.ended = f"interrupted after {progress.iter_num} iterations"
+                    return signals.caught or signal.SIGTERM
+                if wish == OUT_OF_TIME:
+                    self.ended = f"max_minutes={config.max_minutes:g} have passed"
+                last = wish == OUT_OF_TIME or progress.iter_num >= config.max_iters
+
+    def _why_now(self) -> str:
+        if self.config.eval_only:
+            return "eval_only: one evaluation, no training"
+        if self.progress.iter_num >= self.config.max_iters:
+            return f"{self.progress.iter_num} iterations done"
+        return f"no better validation loss in {self.progress.stale_evals} evaluations"
+
+    def _iterate(self) -> None:
+        config, iter_num = self.config, self.progress.iter_num
+        lr = learning_rate(iter_num, config)
+        self._unread.append(self.step(self.loader.train(iter_num), lr))
+        self.timer.step()
+        self.progress.iter_num += 1
+        if iter_num % config.log_interval == 0:
+            loss, grad_norm = self._read_results()
+            seconds, _ = self.timer.lap()
+            tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
+            if self.log is not None:
+                self.log.iteration(
+                    iter_num,
+                    loss=loss,
+                    seconds=seconds,
+                    mfu=mfu(self.flops, seconds, self.peak_flops),
+                    lr=lr,
+                    grad_norm=grad_norm,
+                    tokens_per_second=tokens_per_second(tokens, seconds),
+                )
+
+    def _read_results(self) -> tuple[float, float]:
+        """Wait for the device; (loss, gradient norm) of the last iteration. RunError, naming it, for the first not finite."""
+        synchronize(self.device)
+        if not self._unread:
+            return float("nan"), float("nan")
+        first = self.progress.iter_num - len(self._unread)
+        table = torch.stack([torch.stack(result) for result in self._unread]).cpu()  # (iterations, 2)
+        self._unread.clear()
+        self.world.sum(table).div_(self.world.size)
+        # float16's scaler skips an update whose gradients overflowed; for it they are no failure
+        checked = table[:, :1] if self.step.scaler.is_enabled() else table
+        for row, values in enumerate(checked.tolist()):
+            self._check_finite(first + row, dict(zip(("loss", "gradient norm"), values, strict=False)))
+        loss, grad_norm = table[-1].tolist()
+        return loss, grad_norm
+
+    def _check_finite(self, iter_num: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            if not abs(value) < float("inf"):
+                raise RunError(
+                    f"{name}: got {value} at iteration {iter_num}, expected a finite number; nothing was saved since, so a "
+                    f"checkpoint in {self.config.out_dir} is good; a lower learning_rate or another dtype may help"
+                )
+
+    def _evaluate(self) -> Losses:
+        """Report the mean loss of eval_iters batches of each split; the timer stands afterwards."""
+        self._read_results()
+        self.timer.pause()
+        begin, config, progress = time.perf_counter(), self.config, self.progress
+        self.model.eval()
+        sums = torch.stack([self._sum_of_losses("train"), self._sum_of_losses("val")])
+        self.model.train()
+        self.losses = losses = Losses(*(self.world.sum(sums) / config.eval_iters).tolist())
+        lr, seconds = learning_rate(progress.iter_num, config), time.perf_counter() - begin
+        if self.log is not None:
+            self.log.evaluation(progress.iter_num, losses.train, losses.val, lr=lr, seconds=seconds)
+        self._check_finite(progress.iter_num, {"train loss": losses.train, "val loss": losses.val})
+        return losses
+
+    def _judge(self, losses: Losses) -> bool:
+        """Whether the evaluated state is worth a checkpoint."""
+        progress = self.progress
+        better = losses.val < progress.best_val_loss
+        progress.best_val_loss = min(losses.val, progress.best_val_loss)
+        progress.stale_evals = 0 if better else progress.stale_evals + 1
+        progress.judged_at = progress.iter_num
+        return better or self.config.always_save_checkpoint
+
+    @torch.no_grad()
+    def _sum_of_losses(self, split: str) -> Tensor:
+        """Over this rank's share of the split's evaluation batches; float64 on the CPU, so that the order hardly matters."""
+        losses = []
+        for k in range(self.world.rank, self.config.eval_iters, self.world.size):
+            batch = self.loader.evaluation(split, k)
+            _, loss = self.model(batch.x[0], batch.y[0])
+            losses.append(loss)
+        return torch.stack(losses).cpu().double().sum() if losses else torch.zeros((), dtype=torch.float64)
+
+    def _save(self) -> None:
+        self.timer.pause()
+        if self.log is not None:
+            begin = time.perf_counter()
+            self.log.message(f"saving checkpoint to {self.config.out_dir}")
+            self.save(self.progress)
+            self.log.saved(self.progress.iter_num, seconds=time.perf_counter() - begin)
+        self.world.barrier()
+        self.timer.start()

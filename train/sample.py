@@ -1,0 +1,199 @@
+"""Sample from a trained model: python -m train.sample --out_dir=out --start="To be" """
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model import GPT
+from model.generate import generate
+from model.pretrained import from_checkpoint, load_gpt2
+from train.checkpoint import load
+from train.cli import help_text, parse_settings
+from train.data import Dataset
+from train.errors import UserError, run
+from train.hardware import device_name, resolve_device, resolve_dtype
+from train.settings import check_values, setting
+from train.tokenizer import GPT2Tokenizer, StreamDecoder, Tokenizer, from_meta
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """nanoGPT's sampling settings, by name and default, and top_p and bpe_dir."""
+
+    init_from: str = setting(
+        "resume",
+        "resume (the checkpoint in out_dir), gpt2*, or a path to model.safetensors or its folder",
+        group="model",
+    )
+    out_dir: str = setting("out", "folder of the checkpoint")
+    bpe_dir: str = setting("", "folder of GPT-2's vocab.bpe and encoder.json, for a machine without network")
+
+    start: str = setting("\n", "the prompt, or FILE:prompt.txt", group="sampling")
+    num_samples: int = setting(10, "samples to draw", low=1)
+    max_new_tokens: int = setting(500, "tokens drawn for each", low=0)
+    temperature: float = setting(0.8, "below 1 less random, above 1 more; 0: always the likeliest", low=0)
+    top_k: int = setting(200, "draw from the k likeliest tokens; 0: from all", low=0)
+    top_p: float = setting(
+        1.0, "draw from the likeliest tokens that hold this probability; 1: from all", low=0
+    )
+    seed: int = setting(1337, "of the draws", low=0)
+
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="system")
+    dtype: str = setting("auto", "of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: bool = setting(False, "torch.compile the model: slow to start, then faster")
+
+
+def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
+    """The model that the settings name, on the CPU in float32, and its tokenizer. Raises UserError."""
+    if config.init_from == "resume":
+        path = Path(config.out_dir) / "ckpt.pt"
+        checkpoint = load(path)
+        try:
+            model = from_checkpoint(checkpoint, dropout=0.0)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+        tokenizer = checkpoint_tokenizer(checkpoint, config.bpe_dir)
+    else:
+        try:
+            model = load_gpt2(config.init_from)
+        except (FileNotFoundError, ImportError, ValueError) as error:
+            raise UserError(f"init_from: {error}") from error
+        tokenizer = GPT2Tokenizer(config.bpe_dir or None)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise UserError(
+            f"init_from={config.init_from}: the model has {model.config.vocab_size} tokens, its tokenizer"
+            f" ({tokenizer.name}) {tokenizer.n_vocab}; they were not made for each other"
+        )
+    return model, tokenizer
+
+
+def checkpoint_tokenizer(checkpoint: Mapping[str, Any], bpe_dir: str = "") -> Tokenizer:
+    """The tokenizer of a loaded checkpoint: its own; for nanoGPT's, that of its dataset; else GPT-2's."""
+    if "tokenizer" in checkpoint["nanofuse"]:
+        return from_meta(checkpoint["nanofuse"]["tokenizer"], bpe_dir or None)
+    folder = Path("data", str(checkpoint["config"].get("dataset", "")))
+    if any((folder / name).is_file() for name in ("meta.json", "meta.pkl")):
+        return Dataset(folder).tokenizer(bpe_dir or None)
+    return GPT2Tokenizer(bpe_dir or None)
+
+
+def to_inference(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
+    """Prepare for sampling alone: the linear layers keep their weights in `dtype`, cast once, not at every token.
+
+    The logits are bit for bit those of the model with compute_dtype = dtype before.
+    """
+    model.to(device).eval()
+    model.compute_dtype = dtype
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):  # the head too, which leaves the embedding its float32
+            for name, weight in list(layer.named_parameters(recurse=False)):
+                setattr(layer, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+
+
+def read_prompt(start: str) -> str:
+    """`start`, or with a `FILE:` in front the text of that file. Raises UserError."""
+    if not start.startswith("FILE:"):
+        return start
+    path = Path(start.removeprefix("FILE:"))
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"start: {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"start: {path} is not UTF-8 text (byte {error.start}), expected a prompt") from error
+
+
+def sample_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    start: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = SampleConfig.temperature,
+    top_k: int = SampleConfig.top_k,
+    top_p: float = SampleConfig.top_p,
+    generator: torch.Generator | None = None,
+) -> Iterator[str]:
+    """The text of one sample, `start` first, in pieces as they are drawn; a piece never ends inside a character.
+
+    top_k: 0 for all. generator: on the model's device. Raises UserError at the call, where `start` cannot be
+    encoded or a number is out of range.
+    """
+    try:
+        ids = tokenizer.encode(start)
+    except ValueError as error:
+        raise UserError(f"start: {error}") from error
+    if not ids:
+        hint = "'<|endoftext|>'" if tokenizer.name == "gpt2" else "$'\\n'"
+        raise UserError(f"start: got {start!r}, expected at least one token to go on from: --start={hint}")
+    idx = torch.tensor([ids], device=model.lm_head.weight.device)
+    try:
+        tokens = generate(
+            model,
+            idx,
+            max_new_tokens,
+            temperature,
+            top_k or None,
+            top_p,
+            n_vocab=tokenizer.n_vocab,
+            generator=generator,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return _pieces(tokenizer, ids, tokens)
+
+
+def _pieces(tokenizer: Tokenizer, ids: list[int], tokens: Iterable[torch.Tensor]) -> Iterator[str]:
+    decoder = StreamDecoder(tokenizer)
+    yield decoder.feed(ids)
+    for token in tokens:
+        yield decoder.feed([int(token)])  # waits for the device
+    yield decoder.finish()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command. Samples go to stdout, what they were drawn from to stderr. Raises UserError."""
+    parsed = parse_settings(SampleConfig, sys.argv[1:] if argv is None else argv, presets=False)
+    if parsed.help:
+        about = "Draw samples from a trained model."
+        print(help_text(SampleConfig, "python -m train.sample", about))
+        return
+    config = SampleConfig(**parsed.settings)
+    check_values(config)
+    prompt = read_prompt(config.start)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    model, tokenizer = load_model(config)
+    to_inference(model, device, dtype)
+    name = f"{config.out_dir}/ckpt.pt" if config.init_from == "resume" else config.init_from
+    print(
+        f"{name}: {model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.name} tokens,"
+        f" {str(dtype).removeprefix('torch.')} on {device_name(device)}",
+        file=sys.stderr,
+    )
+    if config.compile:
+        model.compile(dynamic=True)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    for _ in range(config.num_samples):
+        pieces = sample_text(
+            model,
+            tokenizer,
+            prompt,
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            generator=generator,
+        )
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print("\n---------------")
+
+
+if __name__ == "__main__":
+    run(main)

