@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from model.attention import KVCache
+from model.attention import KVCache, attention_dtype
 
 if TYPE_CHECKING:  # gpt.py imports this file
     from model.gpt import GPT
@@ -81,8 +81,7 @@ def _stream(
     tokens = torch.cat([idx, idx.new_empty(batch, max_new_tokens)], dim=1)
     cache = None
     if use_cache and length < block_size:
-        dtype = torch.float32 if idx.device.type == "cpu" else model.compute_dtype  # causal_attention's
-        cache = KVCache(model.config, batch, idx.device, dtype)
+        cache = KVCache(model.config, batch, idx.device, attention_dtype(idx.device, model.compute_dtype))
     was_training = model.training
     model.eval()
     try:
@@ -98,9 +97,7 @@ def _stream(
         model.train(was_training)
 
 
-def probabilities(
-    logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
+def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """softmax(logits / temperature) of (B, V) float32 logits, zero outside top_k, then top_p.
 
     Rows sum to 1. Tokens that tie with the k-th are kept, as nanoGPT keeps them.

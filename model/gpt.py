@@ -118,7 +118,7 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # the branches that add to the stream, 2 a layer (GPT-2, section 2.3)
+            if name.endswith("c_proj.weight"):  # what adds to the stream, twice a layer (GPT-2, section 2.3)
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
     @staticmethod
@@ -133,13 +133,13 @@ class GPT(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """(logits, loss) of idx (B, T) int64.
 
-        With targets (B, T) int64, -1 where a position does not count: logits (B, T, V), or None where the loss is fused
-        with the head, and the mean loss, a float32 scalar. Without: the logits of the last position, (B, 1, V), and None.
-        With a cache, idx continues the tokens it holds. Raises ValueError where idx is longer than block_size allows.
+        With targets (B, T) int64, -1 where a position does not count: logits (B, T, V), or None where the loss is
+        fused with the head, and the mean loss, a float32 scalar. Without: the logits of the last position, (B, 1, V),
+        and None. With a cache, idx continues the tokens it holds. ValueError where idx is longer than block_size.
         """
         T, start = idx.size(1), 0 if cache is None else cache.length
         if start + T > self.config.block_size:
-            raise ValueError(f"idx: got {start + T} tokens, expected at most block_size ({self.config.block_size})")
+            raise ValueError(f"idx: got {start + T} tokens, expected at most {self.config.block_size} (block_size)")
         p = self.config.dropout if self.training else 0.0
         tr, dtype = self.transformer, self.compute_dtype
         x, branch = self.ops.embedding(idx, tr.wte.weight, tr.wpe.weight[start : start + T], p), None
@@ -155,21 +155,19 @@ class GPT(nn.Module):
         return logits, loss
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters, without the position embeddings by default; the token embeddings are the head's weight."""
+        """Number of parameters, by default without the position embeddings; the token embeddings are the head's."""
         n = sum(parameter.numel() for parameter in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
     def crop_block_size(self, block_size: int) -> None:
-        """Keep only the first `block_size` positions: a pretrained model on shorter sequences. ValueError if it would grow."""
+        """Keep only the first `block_size` positions, for shorter sequences. ValueError if it would grow."""
         if block_size > self.config.block_size:
             raise ValueError(f"block_size: got {block_size}, expected at most the model's {self.config.block_size}")
         self.config = dataclasses.replace(self.config, block_size=block_size)
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
 
     @torch.no_grad()
-    def generate(
-        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
-    ) -> Tensor:
-        """idx (B, T) int64 followed by `max_new_tokens` drawn from the model; `model/generate.py` streams them instead."""
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+        """idx (B, T) int64, followed by `max_new_tokens` drawn from the model; `model/generate.py` can stream them."""
         tokens = generate(self, idx, max_new_tokens, temperature, top_k)
         return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)

@@ -75,9 +75,7 @@ def load_gpt2(
     return _assemble(config, state, path, ops)
 
 
-def from_checkpoint(
-    checkpoint: Mapping[str, Any], *, dropout: float | None = None, ops: Ops = REFERENCE
-) -> GPT:
+def from_checkpoint(checkpoint: Mapping[str, Any], *, dropout: float | None = None, ops: Ops = REFERENCE) -> GPT:
     """The GPT of a checkpoint as `train.checkpoint.load` returns it, ours or nanoGPT's; memory is shared.
 
     Reads `model_args`, `model` and, where there, `nanofuse["gelu"]`. dropout: None is the checkpoint's.
@@ -97,9 +95,7 @@ def export_gpt2(model: GPT, folder: str | os.PathLike[str]) -> Path:
     half a file.
     """
     folder, config, save_file = Path(folder), model.config, _safetensors().torch.save_file
-    tensors = {
-        name: tensor.to("cpu", torch.float32) for name, tensor in model.state_dict().items() if name != HEAD
-    }
+    tensors = {name: tensor.to("cpu", torch.float32) for name, tensor in model.state_dict().items() if name != HEAD}
     for name, shape in _shapes(dataclasses.replace(config, bias=True)).items():
         if name not in tensors and name != HEAD:
             tensors[name] = torch.zeros(shape)
@@ -148,8 +144,7 @@ def _download(name: str, file: str) -> Path:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise ImportError(
-            f"{name}: downloading needs huggingface_hub: "
-            f"pip install 'nanofuse[data]', or give the path of a {WEIGHTS}"
+            f"{name}: downloading needs huggingface_hub: pip install 'nanofuse[data]', or give the path of a {WEIGHTS}"
         ) from None
     try:
         return Path(hf_hub_download(f"{HUB}/{name}", file))
@@ -164,9 +159,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError:
-        raise ImportError(
-            "reading and writing GPT-2 weights needs safetensors: pip install 'nanofuse[data]'"
-        ) from None
+        raise ImportError("reading and writing GPT-2 weights needs safetensors: pip install 'nanofuse[data]'") from None
     return safetensors
 
 
@@ -176,9 +169,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         shape = {ours: int(found[theirs]) for ours, theirs in SHAPE.items()}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not the config.json of a GPT-2 ({type(error).__name__}: {error})"
-        ) from None
+        raise ValueError(f"{path}: not the config.json of a GPT-2 ({type(error).__name__}: {error})") from None
     only = {
         "model_type": ("gpt2",),
         "activation_function": tuple(GELUS),
@@ -206,9 +197,7 @@ def _infer_config(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str
     heads = {size["n_embd"]: size["n_head"] for size in GPT2_SIZES.values()}
     if n_embd not in heads:
         widths = ", ".join(map(str, heads))
-        raise ValueError(
-            f"{path}: width {n_embd} is not one of OpenAI's ({widths}): a {CONFIG} must tell n_head"
-        )
+        raise ValueError(f"{path}: width {n_embd} is not one of OpenAI's ({widths}): a {CONFIG} must tell n_head")
     n_layer = len({name.split(".")[2] for name in shapes if name.startswith("transformer.h.")})
     shape = {"n_layer": n_layer, "n_head": heads[n_embd], "n_embd": n_embd}
     return {**shape, "vocab_size": vocab_size, "block_size": block_size, "bias": True, "gelu": "tanh"}
@@ -246,9 +235,7 @@ def _assemble(config: GPTConfig, state: Mapping[str, Tensor], where: object, ops
     return model
 
 
-def _check(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object
-) -> None:
+def _check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object) -> None:
     """Raise ValueError, naming the first few, unless names and shapes agree. The tied head may be absent."""
     wrong = [f"{name} is missing" for name in expected if name not in found and name != HEAD]
     wrong += [f"{name} is unknown" for name in found if name not in expected]

@@ -50,7 +50,7 @@ def main() -> int:
 def train(
     config: TrainConfig, parsed: Parsed, why: str, checkpoint: dict | None, world: World, device: torch.device
 ) -> int:
-    """One rank's run from its settings to its end; the exit status. Nothing is written before all input has been checked."""
+    """One rank's run from its settings to its end; the exit status. Nothing is written before all input is checked."""
     if config.gradient_accumulation_steps % world.size:
         raise UserError(
             f"gradient_accumulation_steps: got {config.gradient_accumulation_steps}, expected a multiple of the "
@@ -88,12 +88,28 @@ def train(
     resumed_at = None if checkpoint is None else checkpoint["iter_num"]
     del checkpoint  # its tensors are as large as the model's and the optimizer's together
 
-    log = _open_log(config, raw_model, device, resumed_at) if world.master else None
+    log = None
+    if world.master:  # the first thing that writes
+        log = RunLog(
+            config.out_dir,
+            dataclasses.asdict(config),
+            device=device_name(device),
+            parameters=raw_model.get_num_params(),
+            resume_iter=resumed_at,
+            wandb_log=config.wandb_log,
+            wandb_project=config.wandb_project,
+            wandb_run_name=config.wandb_run_name,
+            tensorboard_log=config.tensorboard_log,
+        )
     say = log.message if log is not None else lambda text: None
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     say(f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on")
     say(f"device: {device_name(device)} x {world.size}, {str(dtype).removeprefix('torch.')}")
-    say(f"peak: {config.peak_flops:g} FLOP/s, as set" if peak is None else f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}")
+    say(
+        f"peak: {config.peak_flops:g} FLOP/s, as set"
+        if peak is None
+        else f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}"
+    )
     say(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M; tokens per iteration: {tokens:,}")
 
     def save(progress: Progress) -> None:
@@ -149,28 +165,12 @@ def train(
     return 128 + status if status else 0
 
 
-def _open_log(config: TrainConfig, model: GPT, device: torch.device, resumed_at: int | None) -> RunLog:
-    """The first thing that writes: an earlier run's files in out_dir are moved aside for a new one."""
-    aside = None if resumed_at is not None else checkpoints.set_aside(Path(config.out_dir))
-    log = RunLog(
-        config.out_dir,
-        dataclasses.asdict(config),
-        device=device_name(device),
-        parameters=model.get_num_params(),
-        resume_iter=resumed_at,
-        wandb_log=config.wandb_log,
-        wandb_project=config.wandb_project,
-        wandb_run_name=config.wandb_run_name,
-        tensorboard_log=config.tensorboard_log,
-    )
-    if aside is not None:
-        log.message(f"the earlier run in {config.out_dir} was moved to {aside}")
-    return log
-
-
 def _farewell(config: TrainConfig, loop: Loop, model: GPT, dataset: Dataset, say: Callable[[str], None]) -> None:
     """The end of a run: its losses, what the model writes, and where everything lies."""
-    say(f"final losses: train {loop.losses.train:.4f}, val {loop.losses.val:.4f}; best val {loop.progress.best_val_loss:.4f}")
+    say(
+        f"final losses: train {loop.losses.train:.4f}, val {loop.losses.val:.4f}"
+        f" (best {loop.progress.best_val_loss:.4f})"
+    )
     try:
         generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
         text = "".join(sample_text(model, dataset.tokenizer(config.bpe_dir or None), "\n", 300, generator=generator))

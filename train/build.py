@@ -21,7 +21,7 @@ SHAPE = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # what weights fix once
 
 
 def open_dataset(name: str, world: World) -> Dataset:
-    """data/<name>, or the folder of an absolute path. The corpus `docs`, which needs nothing, is made where it is missing."""
+    """data/<name>, or the folder of an absolute path. The corpus `docs`, which needs no network, is made if missing."""
     folder = Path("data") / name
     if name == "docs":
         if world.master:
@@ -31,20 +31,20 @@ def open_dataset(name: str, world: World) -> Dataset:
 
 
 def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoint: dict | None) -> GPT:
-    """A new model, OpenAI's, or the checkpoint's. `named`: the settings that the user wrote, which must not contradict it.
+    """A new model, OpenAI's, or the checkpoint's. `named`: the settings that the user wrote; they must not contradict it.
 
-    Raises UserError where they do, where weights cannot be had, and where the data's vocabulary does not fit the model.
+    Raises UserError where they do, where weights cannot be had, and where the data's vocabulary is larger.
     """
+    gelu = None if config.gelu == "auto" else config.gelu
     if config.init_from == "scratch":
         shape = {name: getattr(config, name) for name in MODEL_ARGS if name != "vocab_size"}
-        gelu = "erf" if config.gelu == "auto" else config.gelu
         torch.manual_seed(config.seed)
-        return GPT(GPTConfig(vocab_size=dataset.vocab_size, gelu=gelu, **shape))
+        return GPT(GPTConfig(vocab_size=dataset.vocab_size, gelu=gelu or "erf", **shape))
     try:
         if checkpoint is not None:
             model = from_checkpoint(checkpoint, dropout=config.dropout)
         else:
-            model = load_gpt2(config.init_from, dropout=config.dropout)
+            model = load_gpt2(config.init_from, dropout=config.dropout, gelu=gelu)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"init_from={config.init_from}: {error}") from error
     _check_shape(config, named, model)
@@ -52,7 +52,7 @@ def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoi
         model.crop_block_size(config.block_size)
     if dataset.n_vocab > model.config.vocab_size:
         raise UserError(
-            f"dataset={config.dataset}: its vocabulary has {dataset.n_vocab} entries, the model's {model.config.vocab_size}"
+            f"dataset={config.dataset}: it has {dataset.n_vocab} different tokens, the model {model.config.vocab_size}"
         )
     return model
 
@@ -61,7 +61,9 @@ def _check_shape(config: TrainConfig, named: set[str], model: GPT) -> None:
     for name in SHAPE:
         came, fixed = getattr(config, name), getattr(model.config, name)
         if name in named and came not in (fixed, "auto"):
-            raise UserError(f"{name}: got {came}, expected {fixed}, as the weights of init_from={config.init_from} have")
+            raise UserError(
+                f"{name}: got {came}, expected {fixed}, as the weights of init_from={config.init_from} have"
+            )
     if "block_size" in named and config.block_size > model.config.block_size:
         raise UserError(
             f"block_size: got {config.block_size}, expected at most {model.config.block_size}, the positions that the "
@@ -79,7 +81,7 @@ def model_to_train(
 ) -> nn.Module:
     """`model` as the step runs it: compiled if wanted and possible, in DDP where there are several ranks.
 
-    torch.compile works at the first call, so that call is made here, on zeros: where it fails, the run goes on in eager mode.
+    torch.compile works at the first call, so that call is made here, on zeros: where it fails, the run goes on without.
     """
 
     def wrapped(module: nn.Module) -> nn.Module:

@@ -35,7 +35,7 @@ __all__ = ["load", "load_optimizer", "pack", "save", "set_aside"]
 _NAME = "ckpt.pt"
 _PREVIOUS = "ckpt-previous-{}.pt"
 _SAVING = "ckpt.pt.saving-"
-_OF_A_RUN = ("ckpt*.pt", "metrics.jsonl", "loss.png", "loss.svg")
+_OF_A_RUN = ("ckpt*.pt", "metrics.jsonl", "loss.png", "loss.svg", "tensorboard")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
@@ -105,9 +105,7 @@ def set_aside(out_dir: Path) -> Path | None:
         for path in files:
             path.rename(folder / path.name)
     except OSError as error:
-        raise UserError(
-            f"out_dir={out_dir}: the earlier run in it could not be set aside ({error})"
-        ) from error
+        raise UserError(f"out_dir={out_dir}: the earlier run in it could not be set aside ({error})") from error
     return folder
 
 
@@ -124,9 +122,7 @@ def _read(path: Path) -> dict:
         try:
             raw = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
         except UnpicklingError as error:
-            raise ValueError(
-                f"is not loaded: it holds more than tensors and plain values ({_line(error)})"
-            ) from error
+            raise ValueError(f"is not loaded: it holds more than tensors and plain values{_culprit(error)}") from error
         except Exception as error:  # whatever a foreign zip archive makes torch raise
             raise ValueError(f"is not a checkpoint that torch can read ({_line(error)})") from error
     try:
@@ -141,12 +137,8 @@ def _verify(file: BinaryIO) -> None:
     if not zipfile.is_zipfile(file):  # looks for the directory at the end
         length = file.seek(0, os.SEEK_END)
         if start == b"PK\x03\x04":
-            raise ValueError(
-                f"is cut short: the directory at the end of its zip archive is missing ({length} bytes)"
-            )
-        raise ValueError(
-            f"is not a checkpoint: {length} bytes, but not the zip archive that torch.save writes"
-        )
+            raise ValueError(f"is cut short: the directory at the end of its zip archive is missing ({length} bytes)")
+        raise ValueError(f"is not a checkpoint: {length} bytes, but not the zip archive that torch.save writes")
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
@@ -167,6 +159,11 @@ def _offer(path: Path) -> str:
         move = shlex.join(["mv", str(previous), str(path)])
         return f"; the one before it, of iteration {iteration}, is whole: `{move}`, then resume again"
     return ""
+
+
+def _culprit(error: UnpicklingError) -> str:
+    match = re.search(r"GLOBAL (\S+)", str(error))  # the one useful word of a page of advice
+    return f" ({match[1]})" if match else ""
 
 
 def _line(error: Exception) -> str:
@@ -202,10 +199,7 @@ def _keep_previous(out_dir: Path, keep: int) -> None:
 
 def _previous(out_dir: Path) -> list[tuple[int, Path]]:
     """(index, path) of every ckpt-previous-<index>.pt, the newest first."""
-    found = (
-        (re.fullmatch(r"ckpt-previous-(\d+)\.pt", path.name), path)
-        for path in out_dir.glob("ckpt-previous-*")
-    )
+    found = ((re.fullmatch(r"ckpt-previous-(\d+)\.pt", path.name), path) for path in out_dir.glob("ckpt-previous-*"))
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
@@ -246,9 +240,7 @@ def _why_not_saved(out_dir: Path, checkpoint: dict, error: OSError) -> str:
     if error.errno not in _NO_ROOM:
         return f"out_dir={out_dir}: the checkpoint could not be written ({error}); {left}"
     storages = (tensor.untyped_storage() for tensor in _tensors(checkpoint))
-    needed = sum(
-        {storage.data_ptr(): storage.nbytes() for storage in storages}.values()
-    )  # tied weights count once
+    needed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # tied weights count once
     free = shutil.disk_usage(out_dir).free
     return (
         f"out_dir={out_dir}: no room for the checkpoint: it needs {needed / 1e6:.2f} MB, "

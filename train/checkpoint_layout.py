@@ -24,9 +24,7 @@ MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size",
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter, beside its count of steps
 
 _WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module)\.)+")  # torch.compile's and DDP's
-_MASK = re.compile(
-    r"\.attn\.bias$"
-)  # the causal mask, a 4-D buffer of nanoGPT's where it has no flash attention
+_MASK = re.compile(r"\.attn\.bias$")  # the causal mask, a 4-D buffer of nanoGPT's where it has no flash attention
 
 
 def pack(
@@ -94,8 +92,8 @@ def unpack(raw: object) -> dict:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Give an AdamW the step counts and moments of `state`, a checkpoint's "optimizer".
 
-    The rate, betas and decay stay this run's, fused, foreach and capturable this device's (load_state_dict alone
-    takes them from the file). Tensors that need no cast or move are not copied.
+    The rate, betas and decay stay this run's; fused, foreach and capturable this device's;
+    load_state_dict alone takes them from the file. Tensors that need no cast or move are not copied.
     Raises UserError where its parameters are not those of the checkpoint, in number or shape.
     """
     own = optimizer.state_dict()["param_groups"]
@@ -159,7 +157,7 @@ def _moments(entry: object, param: torch.Tensor, index: int) -> dict[str, torch.
     for key in MOMENTS:
         if entry[key].shape != param.shape:
             raise UserError(f"{saved} the shape {list(entry[key].shape)}, this model {list(param.shape)}")
-    # A number or a tensor, as the AdamW that wrote it liked; load_state_dict moves it where this one wants it.
+    # A number or a tensor, as the AdamW of the file had it; load_state_dict moves it where this one wants it.
     step = torch.tensor(float(entry["step"]), dtype=torch.float32)
     return {"step": step, **{key: entry[key] for key in MOMENTS}}
 

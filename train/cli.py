@@ -65,9 +65,8 @@ def help_text(cls: type, prog: str, about: str, *, positional: str = "", presets
         if setting.metadata["group"] or not rows:
             section = rows.setdefault(setting.metadata["group"] or "settings", [])
         choices = " | ".join(setting.metadata["choices"])
-        section.append(
-            (f"--{name}={setting.default}", setting.metadata["help"] + f" ({choices})" * bool(choices))
-        )
+        default = setting.default if str(setting.default).isprintable() else repr(setting.default)
+        section.append((f"--{name}={default}", setting.metadata["help"] + f" ({choices})" * bool(choices)))
     if presets:
         rows["presets"] = [(name, preset_summary(name)) for name in preset_names()]
     width = max(len(left) for section in rows.values() for left, _ in section)
@@ -104,7 +103,7 @@ def _value(setting: Field, text: str) -> Value:
     kind = type(setting.default)
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if kind is str and not (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
+    if kind is str and text[:1] not in ("'", '"'):
         return typed(setting, text)
     try:
         with warnings.catch_warnings():
@@ -112,7 +111,7 @@ def _value(setting: Field, text: str) -> Value:
             value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
-    return typed(setting, value)
+    return typed(setting, text if kind is str and type(value) is not str else value)
 
 
 def _config_file(argument: str) -> str:

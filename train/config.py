@@ -26,13 +26,9 @@ class TrainConfig:
     log_interval: int = setting(1, "iterations between console lines", low=1)
     eval_iters: int = setting(200, "batches of each split in an evaluation", low=1)
     eval_only: bool = setting(False, "evaluate once and stop")
-    always_save_checkpoint: bool = setting(
-        True, "save after every evaluation, not only after the best so far"
-    )
+    always_save_checkpoint: bool = setting(True, "save after every evaluation, not only after the best so far")
     keep_checkpoints: int = setting(2, "checkpoints kept, the newest included", low=1)
-    init_from: str = setting(
-        "scratch", "scratch, resume, gpt2*, or a path to model.safetensors or its folder"
-    )
+    init_from: str = setting("scratch", "scratch, resume, gpt2*, or a path to model.safetensors or its folder")
     bpe_dir: str = setting("", "folder of GPT-2's vocab.bpe and encoder.json, for a machine without network")
 
     wandb_log: bool = setting(False, "log to Weights & Biases", group="wandb, TensorBoard")
@@ -51,9 +47,7 @@ class TrainConfig:
     n_embd: int = setting(768, "width", low=1)
     dropout: float = setting(0.0, "0 for pretraining, 0.1 or more for finetuning", low=0, below=1)
     bias: bool = setting(False, "biases in Linear and LayerNorm")
-    gelu: str = setting(
-        "auto", "auto: erf for a new model, tanh for OpenAI's weights", choices=("auto", "erf", "tanh")
-    )
+    gelu: str = setting("auto", "auto: erf for a new model, tanh for OpenAI's weights", choices=("auto", "erf", "tanh"))
 
     learning_rate: float = setting(6e-4, "largest learning rate, reached after warmup", group="AdamW", low=0)
     max_iters: int = setting(600000, "steps in all", low=0)
@@ -82,12 +76,8 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool = setting(True, "torch.compile the model")
-    mfu_formula: str = setting(
-        "nanogpt", "FLOPs a token; nanogpt: 6N + 12LHQT, 6n: 6N", choices=("nanogpt", "6n")
-    )
-    peak_flops: float = setting(
-        0.0, "FLOP/s of one device, for the MFU; 0: from the table, or measured", low=0
-    )
+    mfu_formula: str = setting("nanogpt", "FLOPs a token; nanogpt: 6N + 12LHQT, 6n: 6N", choices=("nanogpt", "6n"))
+    peak_flops: float = setting(0.0, "FLOP/s of one device, for the MFU; 0: from the table, or measured", low=0)
 
 
 def validate(config: TrainConfig) -> None:
@@ -101,8 +91,7 @@ def validate(config: TrainConfig) -> None:
         raise UserError(f"n_embd: got {config.n_embd}, expected a multiple of n_head ({config.n_head})")
     if config.decay_lr and config.warmup_iters > config.lr_decay_iters:
         raise UserError(
-            f"warmup_iters: got {config.warmup_iters}, "
-            f"expected at most lr_decay_iters ({config.lr_decay_iters})"
+            f"warmup_iters: got {config.warmup_iters}, expected at most lr_decay_iters ({config.lr_decay_iters})"
         )
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device, re.ASCII):
         raise UserError(f"device: got {shown(config.device)}, expected auto, cpu, cuda, cuda:N or mps")

@@ -1,103 +1,32 @@
-"""Token files in, batches out.
+"""Batches drawn from a prepared dataset.
 
-A prepared dataset is two flat files of token ids, `train.bin` and `val.bin`, and a description, `meta.json`. `Dataset`
-maps the files into memory and never copies them. `Loader` draws the batches.
+A batch is a function of (seed, step, rank) and of nothing else: there is no position in the data to save, and
+a resumed run continues with the batches it would have had. The start offsets of a step are one draw without
+replacement for the *global* batch, all micro-steps of all ranks, of which each rank takes its rows. So ranks
+never share a sample within a step, and two processes train on exactly what one would have trained on.
 
-A batch is a function of (seed, step, rank) and of nothing else: there is no position in the data to save, and a resumed run
-continues with the batches it would have had. The start offsets of a step are one draw without replacement for the *global*
-batch, all micro-steps of all ranks, of which each rank takes its rows. So ranks never share a sample within a step, and two
-processes train on exactly what one process would have trained on.
-
-While the device works, a thread gathers the steps that follow. The thread touches host memory only: a CUDA call from a second
-thread would invalidate a graph capture that happens to be under way in the first.
+While the device works, a thread gathers the steps that follow. The thread touches host memory only: a CUDA
+call from a second thread would invalidate a graph capture that happens to be under way in the first.
 """
 
-import json
 import math
-import pickle
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 
-from train.errors import UserError
-from train.tokenizer import GPT2_TOKENS, Tokenizer, from_meta, padded_vocab_size
+from train.tokenfiles import Dataset, Split, bad_token
 
-Split = Literal["train", "val"]
+__all__ = ["Batch", "Dataset", "Loader", "Split"]
 
-FULL_SCAN_BYTES = (
-    256 << 20
-)  # files up to this size are checked whole before the first step; larger ones batch by batch
-SCAN_TOKENS = 4 << 20  # tokens looked at together in such a check
-RUN_BYTES = (
-    1 << 20
-)  # small steps are gathered many at a time: waking the thread costs more than filling 12 x 64 tokens
+# Small steps are gathered many at a time: waking the thread costs more than filling 12 x 64 tokens.
+RUN_BYTES = 1 << 20
 MAX_RUN = 16
 HOST_BUFFERS = 3  # one being filled, one being handed out, one that the device may still be reading
 STREAMS = {"train": 1, "val": 2}  # evaluation draws of the two splits; 0 is training, 3 the dropout seeds
-
-
-class Dataset:
-    """A prepared dataset: `folder` with train.bin, val.bin and, unless it is GPT-2 BPE as nanoGPT writes it, its meta.
-
-    Attributes:
-        train, val: (n,) read-only np.memmap of uint16 or uint32 token ids; no part of them is read here.
-        meta: dict as in meta.json ("vocab_size", "tokenizer", "dtype", "chars", ...).
-        n_vocab: ids in the files are below this.
-        vocab_size: what a new model should be given; n_vocab, or GPT-2's padded to a multiple of 64.
-
-    Raises UserError where a file is missing, empty, of a size that is no whole number of tokens, or where meta is malformed.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.meta = _read_meta(self.folder)
-        self.n_vocab: int = self.meta["vocab_size"]
-        self.vocab_size = (
-            padded_vocab_size(self.n_vocab) if self.meta.get("tokenizer") == "gpt2" else self.n_vocab
-        )
-        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-        self.train = _open_tokens(self.folder / "train.bin", dtype)
-        self.val = _open_tokens(self.folder / "val.bin", dtype)
-
-    def split(self, name: Split) -> np.memmap:
-        return self.train if name == "train" else self.val
-
-    def path(self, name: Split) -> Path:
-        return self.folder / f"{name}.bin"
-
-    def tokenizer(self, bpe_dir: str | Path | None = None) -> Tokenizer:
-        """The tokenizer that made the files. Raises UserError where meta does not say, or GPT-2's ranks cannot be had."""
-        return from_meta(self.meta, bpe_dir)
-
-    def check_length(self, block_size: int) -> None:
-        """Raise UserError where a split does not hold one sample: block_size tokens and the one that follows them."""
-        for name in ("train", "val"):
-            if (length := len(self.split(name))) <= block_size:
-                raise UserError(
-                    f"block_size={block_size}: {self.path(name)} holds {length:,} tokens, at least {block_size + 1:,} needed"
-                )
-
-    def check(self, block_size: int, vocab_size: int | None = None) -> None:
-        """Raise UserError where a split is too short for `block_size` or holds an id of `vocab_size` or more.
-
-        Files over 256 MB are not read for this: the loader checks every batch that it draws.
-        """
-        self.check_length(block_size)
-        limit = self.vocab_size if vocab_size is None else vocab_size
-        for name in ("train", "val"):
-            tokens = np.asarray(self.split(name))
-            if tokens.nbytes > FULL_SCAN_BYTES or limit > np.iinfo(tokens.dtype).max:
-                continue
-            for start in range(0, len(tokens), SCAN_TOKENS):
-                chunk = tokens[start : start + SCAN_TOKENS]
-                if chunk.max() >= limit:
-                    at = int(np.argmax(chunk >= limit))
-                    raise _bad_token(self.path(name), start + at, int(chunk[at]), limit)
 
 
 class Batch(NamedTuple):
@@ -121,7 +50,7 @@ class _Buffer:
 
 
 class _Run(NamedTuple):
-    """Consecutive steps gathered together: run `number` of `length` steps begins with step number * length."""
+    """Consecutive steps gathered together. Run n holds the steps from n * run_length on."""
 
     number: int
     buffer: _Buffer | None
@@ -162,7 +91,7 @@ class Loader:
         self.device = torch.device(device)
         self.rank, self.world_size = rank, world_size
         self.vocab_size = dataset.vocab_size if vocab_size is None else vocab_size
-        # row i of this view is tokens[i : i + T + 1]; indexing it with offsets is 3 to 10 times faster than a loop over slices
+        # Row i of this view is tokens[i : i + T + 1]; indexing it beats a loop of slices 3 to 10 times.
         self._windows = {
             name: np.lib.stride_tricks.sliding_window_view(np.asarray(dataset.split(name)), block_size + 1)
             for name in ("train", "val")
@@ -177,7 +106,7 @@ class Loader:
         self._next: _Run | None = None
 
     def train(self, step: int) -> Batch:
-        """The batch of `step`, from memory if the steps are asked for in order; any order gives the same batches."""
+        """The batch of `step`. Any order gives the same batches; in order they are ready when asked for."""
         number, i = divmod(step, self._run_length)
         if self._current is None or self._current.number != number:
             run = self._next if self._next and self._next.number == number else self._gather_later(number)
@@ -189,8 +118,9 @@ class Loader:
     def evaluation(self, split: Split, k: int) -> Batch:
         """The k-th evaluation batch of a split, (1, B, T): the same at every evaluation and on every rank.
 
-        Fixed batches take the sampling noise out of the difference between two evaluations, which is what early stopping and
-        the best checkpoint are decided by. Ranks share an evaluation out by taking different k.
+        Fixed batches take the sampling noise out of the difference between two evaluations, which is what
+        early stopping and the best checkpoint are decided by. Ranks share an evaluation out by taking
+        different k.
         """
         offsets = self._draw(split, (STREAMS[split], k), self.batch_size)
         shape = (2, 1, self.batch_size, self.block_size)
@@ -209,13 +139,13 @@ class Loader:
         self.close()
 
     def _gather_later(self, number: int) -> _Run:
-        """Hand a run to the thread. It works in order, so that a buffer is never filled by two runs at once."""
+        """Hand a run to the thread, which works in order: no buffer is ever filled by two runs at once."""
         buffer = None
         if self._buffers:
             self._buffers.rotate(-1)
             buffer = self._buffers[-1]
             if buffer.copied is not None:
-                buffer.copied.synchronize()  # long done, unless the host is HOST_BUFFERS - 1 runs ahead of the device
+                buffer.copied.synchronize()  # long done, unless the host is far ahead of the device
         return _Run(number, buffer, self._thread.submit(self._gather_run, number, buffer and buffer.memory))
 
     def _gather_run(self, number: int, memory: torch.Tensor | None) -> list[Batch]:
@@ -236,7 +166,7 @@ class Loader:
         return Batch(x, y, batch.seeds)
 
     def _draw(self, split: Split, key: tuple[int, int], size: int) -> np.ndarray:
-        """(size,) int64 start offsets in 0 ... len - block_size - 1, distinct unless there are fewer than `size` of them.
+        """(size,) int64 start offsets in [0, len - block_size), distinct unless there are fewer than `size`.
 
         numpy draws a small sample of a large range by Floyd's method, without a table of the range.
         """
@@ -245,12 +175,12 @@ class Loader:
         return generator.choice(n, size=size, replace=size > n)
 
     def _gather(self, split: Split, offsets: np.ndarray, buffer: torch.Tensor) -> torch.Tensor:
-        """Fill buffer[0] with the samples at `offsets` and buffer[1] with the same a token later, widened to int64."""
+        """Fill buffer[0] with the samples at `offsets`, buffer[1] with the same a token later, as int64."""
         rows = self._windows[split][offsets]  # (A·B, T + 1), the files' dtype
         if rows.max() >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
             position = int(offsets[row]) + int(column)
-            raise _bad_token(self.dataset.path(split), position, int(rows[row, column]), self.vocab_size)
+            raise bad_token(self.dataset.path(split), position, int(rows[row, column]), self.vocab_size)
         x, y = buffer.view(2, -1, self.block_size).numpy()
         x[:] = rows[:, :-1]
         y[:] = rows[:, 1:]
@@ -260,74 +190,3 @@ class Loader:
         first = np.random.SeedSequence((self.seed, 3, step))
         states = first.generate_state(self.accumulation * self.world_size, np.uint64)
         return tuple(int(s) >> 1 for s in states[self.rank :: self.world_size])
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """nanoGPT's meta.pkl is dicts, strings and ints. Anything else would have to be looked up by name: refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}; only dicts, strings and ints are read")
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(k) and _is_plain(v) for k, v in value.items())
-    return isinstance(value, str | int)
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json, else nanoGPT's meta.pkl, else GPT-2 BPE: completed and checked."""
-    if not (folder / "train.bin").is_file():
-        what = "no train.bin" if folder.is_dir() else "no such dataset"
-        raise UserError(f"{folder}: {what}; make it with: python -m train.prepare {folder.name}")
-    path = folder / "meta.json"
-    meta: Any = {"vocab_size": GPT2_TOKENS, "tokenizer": "gpt2"}
-    try:
-        if path.is_file():
-            meta = json.loads(path.read_text("utf-8"))
-        elif (path := folder / "meta.pkl").is_file():
-            with path.open("rb") as file:
-                meta = _from_pickle(_PlainUnpickler(file).load())
-        vocab_size = meta["vocab_size"]
-        if type(vocab_size) is not int or vocab_size < 1:
-            raise ValueError(f"vocab_size is {vocab_size!r}, expected a positive int")
-        dtype = meta.setdefault("dtype", "uint16" if vocab_size <= 1 << 16 else "uint32")
-        if dtype not in ("uint16", "uint32"):
-            raise ValueError(f"dtype is {dtype!r}, expected uint16 or uint32")
-    except KeyError as error:
-        raise UserError(f"{path}: no {error.args[0]!r} in it") from None
-    except Exception as error:  # an unpickler fed with garbage raises almost anything
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    return meta
-
-
-def _from_pickle(meta: Any) -> dict[str, Any]:
-    """nanoGPT's {vocab_size, itos, stoi} in the form of meta.json; always uint16, which is all that nanoGPT writes."""
-    if not isinstance(meta, dict) or not _is_plain(meta):
-        raise ValueError("expected a dict of strings and ints")
-    found = {"vocab_size": meta["vocab_size"], "dtype": "uint16"}
-    if "itos" in meta:
-        found |= {"tokenizer": "char", "chars": [meta["itos"][i] for i in range(meta["vocab_size"])]}
-    return found
-
-
-def _open_tokens(path: Path, dtype: np.dtype) -> np.memmap:
-    try:
-        size = path.stat().st_size
-        if size == 0 or size % dtype.itemsize:
-            raise UserError(
-                f"{path}: {size:,} bytes, expected a positive multiple of {dtype.itemsize} ({dtype.name} tokens)"
-            )
-        return np.memmap(path, dtype=dtype, mode="r")
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: missing; make it with: python -m train.prepare {path.parent.name}"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _bad_token(path: Path, position: int, token: int, vocab_size: int) -> UserError:
-    return UserError(
-        f"{path}: token {token} at position {position:,}, expected ids below vocab_size={vocab_size}"
-    )

@@ -68,13 +68,13 @@ def world_from_environment() -> World:
 
 
 def local_device(device: torch.device, world: World) -> torch.device:
-    """The device of this rank: ranks on a machine take its GPUs in order. UserError where there are more ranks than GPUs."""
+    """The device of this rank: ranks on a machine take its GPUs in order. UserError for more ranks than GPUs."""
     if world.size == 1 or device.type != "cuda":
         return device
     if world.local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"nproc_per_node: rank {world.rank} is the machine's number {world.local_rank}, expected at most "
-            f"{torch.cuda.device_count()} ranks, one a GPU; with --device=cpu any number runs"
+            f"nproc_per_node: got more than {world.local_rank}, expected at most {torch.cuda.device_count()}, one a "
+            f"GPU; with --device=cpu any number runs"
         )
     return torch.device("cuda", world.local_rank)
 

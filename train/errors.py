@@ -1,12 +1,14 @@
 """What ends a command early, said in one line: the setting, what came, what was expected."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 
 class UserError(Exception):
-    """Bad input. `str(error)` is the whole message: one line that names the setting, what came and what was expected."""
+    """Bad input. `str(error)` is the message: one line that names the setting, what came and what was expected."""
 
     status = 2
 
@@ -21,6 +23,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit with what `main` returns (None: 0), or with one line on stderr and the error's status."""
     try:
         sys.exit(main() or 0)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # `| head` has read enough; what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.status)

@@ -109,9 +109,7 @@ DEVICES = (
     # torch sees each of the two dies of an MI250 as a device of its own: half of the data sheet's figures.
     # Their fp32 is the matrix cores'.
     Device(r"Instinct MI250", 45.3, None, 181, 181, None, 1638, "AMD MI250 data sheet, one of two dies"),
-    Device(
-        r"Instinct MI250X.*", 47.9, None, 191.5, 191.5, None, 1638, "AMD MI250X data sheet, one of two dies"
-    ),
+    Device(r"Instinct MI250X.*", 47.9, None, 191.5, 191.5, None, 1638, "AMD MI250X data sheet, one of two dies"),
     Device(r"Instinct MI300X( OAM)?", 163.4, 653.7, 1307.4, 1307.4, 2614.9, 5300, "AMD MI300X data sheet"),
 )
 

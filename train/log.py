@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint import set_aside
 from train.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -68,14 +69,14 @@ class RunLog:
             except Exception as error:  # no login, no network: theirs to say, in one line
                 raise UserError(f"wandb_log: wandb.init failed: {' '.join(str(error).split())}") from error
             self._wandb = wandb
+        if resume_iter is None and (aside := set_aside(self._path.parent)):
+            console(f"the earlier run in {out_dir} was moved to {aside}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _end_partial_line(self._path)
             self._file = self._path.open("ab", buffering=0)  # so that a line is one write, at once
             if writer:  # purge_step hides what an earlier run logged from there on
-                self._tensorboard = writer(
-                    str(self._path.parent / "tensorboard"), purge_step=resume_iter or 0
-                )
+                self._tensorboard = writer(str(self._path.parent / "tensorboard"), purge_step=resume_iter or 0)
         except OSError as error:
             raise UserError(f"out_dir: cannot write {self._path}: {error.strerror}") from error
         self._append(
@@ -118,9 +119,7 @@ class RunLog:
         self._mfu = mfu
         self._chart(iter_num, {**values, "mfu": mfu * 100})
 
-    def evaluation(
-        self, iter_num: int, train_loss: float, val_loss: float, lr: float, seconds: float
-    ) -> None:
+    def evaluation(self, iter_num: int, train_loss: float, val_loss: float, lr: float, seconds: float) -> None:
         """The line of an evaluation: the mean loss of each split. seconds: what evaluating took."""
         self._console(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self._append("eval", iter_num, train_loss=train_loss, val_loss=val_loss, lr=lr, seconds=seconds)
@@ -172,11 +171,11 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
     for line in Path(path).read_bytes().splitlines():
         try:
             record = json.loads(line)
-            key = record["kind"], record["iter"]
-        except (ValueError, TypeError, KeyError):
+            key = str(record["kind"]), int(record["iter"])
+        except (ValueError, TypeError, KeyError, OverflowError):
             continue
         if record["kind"] == "run":
-            last = record["iter"] if record.get("resumed") else -1
+            last = key[1] if record.get("resumed") else -1
             records = {old: kept for old, kept in records.items() if old[1] <= last}
         records.pop(key, None)  # so that the order is that of the last times
         records[key] = record
@@ -211,9 +210,7 @@ def _import_wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError(
-            "wandb_log: got True, but wandb is not installed; pip install 'nanofuse[wandb]'"
-        ) from error
+        raise UserError("wandb_log: got True, but wandb is not installed; pip install 'nanofuse[wandb]'") from error
     return wandb
 
 

@@ -1,7 +1,7 @@
 """The loop: when to evaluate, save, log and stop. How a step is computed is `step.py`'s business.
 
-Iterations are counted from 0. Before iteration n, if n is a multiple of eval_interval, the model as n updates left it is
-evaluated and, where the settings say so, saved. After max_iters updates comes a last evaluation, and the end.
+Iterations are counted from 0. Before iteration n, if n is a multiple of eval_interval, the model as n updates left it
+is evaluated and, where the settings say so, saved. After max_iters updates comes a last evaluation, and the end.
 """
 
 import signal
@@ -43,7 +43,7 @@ class Losses(NamedTuple):
 
 
 class Signals:
-    """Within the context, SIGINT and SIGTERM only set `caught`, so that a step can finish; a second SIGINT interrupts."""
+    """In its context SIGINT and SIGTERM only set `caught`, so that a step can finish; a second SIGINT interrupts."""
 
     def __init__(self) -> None:
         self.caught = 0
@@ -66,9 +66,9 @@ class Signals:
 class Loop:
     """A run from `progress` to its end.
 
-    model: for evaluations; the one that `step` trains, without DDP around it. save: writes a checkpoint of the present state;
-    called on the master rank only. log: None on the other ranks. flops: FLOPs an iteration, over all ranks. peak_flops: of
-    all devices used, together.
+    model: for evaluations; the one that `step` trains, without DDP around it. save: writes a checkpoint of the present
+    state; called on the master rank only. log: None on the other ranks. flops: FLOPs an iteration, over all ranks.
+    peak_flops: of all devices used, together.
     """
 
     config: TrainConfig
@@ -146,7 +146,7 @@ class Loop:
                 )
 
     def _read_results(self) -> tuple[float, float]:
-        """Wait for the device; (loss, gradient norm) of the last iteration. RunError, naming it, for the first not finite."""
+        """Wait for the device; (loss, gradient norm) of the last iteration. RunError for the first not finite."""
         synchronize(self.device)
         if not self._unread:
             return float("nan"), float("nan")
@@ -165,8 +165,8 @@ class Loop:
         for name, value in values.items():
             if not abs(value) < float("inf"):
                 raise RunError(
-                    f"{name}: got {value} at iteration {iter_num}, expected a finite number; nothing was saved since, so a "
-                    f"checkpoint in {self.config.out_dir} is good; a lower learning_rate or another dtype may help"
+                    f"{name}: got {value} at iteration {iter_num}, expected a finite number; nothing was saved "
+                    f"since, so a checkpoint in {self.config.out_dir} is good; a lower learning_rate may help"
                 )
 
     def _evaluate(self) -> Losses:
@@ -195,7 +195,7 @@ class Loop:
 
     @torch.no_grad()
     def _sum_of_losses(self, split: str) -> Tensor:
-        """Over this rank's share of the split's evaluation batches; float64 on the CPU, so that the order hardly matters."""
+        """Over this rank's share of the split's evaluation batches; in float64, so that the order hardly matters."""
         losses = []
         for k in range(self.world.rank, self.config.eval_iters, self.world.size):
             batch = self.loader.evaluation(split, k)

@@ -38,9 +38,7 @@ class SampleConfig:
     max_new_tokens: int = setting(500, "tokens drawn for each", low=0)
     temperature: float = setting(0.8, "below 1 less random, above 1 more; 0: always the likeliest", low=0)
     top_k: int = setting(200, "draw from the k likeliest tokens; 0: from all", low=0)
-    top_p: float = setting(
-        1.0, "draw from the likeliest tokens that hold this probability; 1: from all", low=0
-    )
+    top_p: float = setting(1.0, "draw from the likeliest tokens that hold this probability; 1: from all", low=0)
     seed: int = setting(1337, "of the draws", low=0)
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="system")
@@ -61,7 +59,7 @@ def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     else:
         try:
             model = load_gpt2(config.init_from)
-        except (FileNotFoundError, ImportError, ValueError) as error:
+        except (OSError, ImportError, ValueError) as error:
             raise UserError(f"init_from: {error}") from error
         tokenizer = GPT2Tokenizer(config.bpe_dir or None)
     if tokenizer.n_vocab > model.config.vocab_size:
@@ -83,7 +81,7 @@ def checkpoint_tokenizer(checkpoint: Mapping[str, Any], bpe_dir: str = "") -> To
 
 
 def to_inference(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
-    """Prepare for sampling alone: the linear layers keep their weights in `dtype`, cast once, not at every token.
+    """Prepare for sampling alone: linear layers keep their weights in `dtype`, cast once, not at every token.
 
     The logits are bit for bit those of the model with compute_dtype = dtype before.
     """
@@ -93,6 +91,20 @@ def to_inference(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
         if isinstance(layer, nn.Linear):  # the head too, which leaves the embedding its float32
             for name, weight in list(layer.named_parameters(recurse=False)):
                 setattr(layer, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+
+
+def try_compile(model: GPT, device: torch.device) -> nn.Module:
+    """`model` compiled, for any number of tokens; where that fails, itself, and a line on stderr."""
+    compiled = torch.compile(model, dynamic=True)
+    try:
+        list(generate(compiled, torch.zeros(1, 2, dtype=torch.int64, device=device), 2, 0))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Dynamo's, Inductor's, a missing C++ compiler's, Triton's, a driver's: all kinds
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        print(f"compile: not possible here, going on without it: {reason}", file=sys.stderr)
+        return model
+    return compiled
 
 
 def read_prompt(start: str) -> str:
@@ -119,7 +131,7 @@ def sample_text(
     top_p: float = SampleConfig.top_p,
     generator: torch.Generator | None = None,
 ) -> Iterator[str]:
-    """The text of one sample, `start` first, in pieces as they are drawn; a piece never ends inside a character.
+    """The text of one sample, `start` first, in pieces as they are drawn, none ending inside a character.
 
     top_k: 0 for all. generator: on the model's device. Raises UserError at the call, where `start` cannot be
     encoded or a number is out of range.
@@ -177,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         file=sys.stderr,
     )
     if config.compile:
-        model.compile(dynamic=True)
+        model = try_compile(model, device)
     generator = torch.Generator(device).manual_seed(config.seed)
     for _ in range(config.num_samples):
         pieces = sample_text(

@@ -1,4 +1,4 @@
-"""The learning rate of an iteration: linear warmup, cosine decay (Loshchilov and Hutter 2017, arXiv:1608.03983), a floor."""
+"""The learning rate of an iteration: linear warmup, then a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
 
 import math
 

@@ -55,9 +55,7 @@ def typed(field: dataclasses.Field, value: Any) -> Value:
         except OverflowError:
             raise UserError(f"{field.name}: got {shown(value)}, too large for a float") from None
     if type(value) is not kind:
-        raise UserError(
-            f"{field.name}: got {shown(value)} ({type(value).__name__}), expected {kind.__name__}"
-        )
+        raise UserError(f"{field.name}: got {shown(value)} ({type(value).__name__}), expected {kind.__name__}")
     if kind is int and not -(2**63) <= value < 2**63:
         raise UserError(f"{field.name}: got {shown(value)}, expected a whole number that fits 64 bits")
     if kind is str and "\0" in value:  # every path call would fail on it later, with a ValueError

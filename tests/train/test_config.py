@@ -10,23 +10,21 @@ from train.cli import Parsed
 from train.config import TrainConfig, choose_base, compose, parse, preset, validate
 from train.errors import UserError
 
-# What nanoGPT's train.py starts from. Ours differs in gradient_accumulation_steps, backend, device and dtype alone.
+# What nanoGPT's train.py starts from. Ours differs in gradient_accumulation_steps, backend, device, dtype.
 NANOGPT = {
     "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False,
     "always_save_checkpoint": True, "init_from": "scratch", "wandb_log": False, "wandb_project": "owt",
-    "wandb_run_name": "gpt2", "dataset": "openwebtext", "batch_size": 12, "block_size": 1024, "n_layer": 12,
-    "n_head": 12, "n_embd": 768, "dropout": 0.0, "bias": False, "learning_rate": 6e-4, "max_iters": 600000,
-    "weight_decay": 1e-1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "decay_lr": True, "warmup_iters": 2000,
-    "lr_decay_iters": 600000, "min_lr": 6e-5, "compile": True,
+    "wandb_run_name": "gpt2", "dataset": "openwebtext", "batch_size": 12, "block_size": 1024,
+    "n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.0, "bias": False, "learning_rate": 6e-4,
+    "max_iters": 600000, "weight_decay": 1e-1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
+    "decay_lr": True, "warmup_iters": 2000, "lr_decay_iters": 600000, "min_lr": 6e-5, "compile": True,
 }  # fmt: skip
 
 
 def test_names_and_defaults_are_nanogpts():
     ours = dataclasses.asdict(TrainConfig())
     assert {name: ours.get(name) for name in NANOGPT} == NANOGPT
-    assert {name: type(ours[name]) for name in NANOGPT} == {
-        name: type(value) for name, value in NANOGPT.items()
-    }
+    assert {name: type(ours[name]) for name in NANOGPT} == {name: type(value) for name, value in NANOGPT.items()}
     assert ours["gradient_accumulation_steps"] == 1
     assert [ours[name] for name in ("backend", "device", "dtype", "gelu")] == ["auto"] * 4
 
@@ -75,9 +73,7 @@ def test_the_defaults_are_valid_and_frozen():
         ({"batch_size": "12"}, ("batch_size", "'12'", "int")),
         ({"compile": 1}, ("compile", "1", "bool")),
     ],
-    ids=lambda value: (
-        " ".join(f"{name}={came}" for name, came in value.items()) if isinstance(value, dict) else ""
-    ),
+    ids=lambda value: " ".join(f"{name}={came}" for name, came in value.items()) if isinstance(value, dict) else "",
 )
 def test_an_impossible_value_is_refused(change, expected):
     with pytest.raises(UserError) as caught:

@@ -174,9 +174,7 @@ def test_resolve_device_with_two_gpus(cuda):
     assert resolve_device("auto") == resolve_device("cuda") == CUDA
     assert resolve_device("cuda:1") == torch.device("cuda:1")
     assert resolve_device("cpu") == CPU
-    with pytest.raises(
-        UserError, match=r"device: got 'cuda:2', expected one of: auto, cuda:0, cuda:1, .*cpu"
-    ):
+    with pytest.raises(UserError, match=r"device: got 'cuda:2', expected one of: auto, cuda:0, cuda:1, .*cpu"):
         resolve_device("cuda:2")
 
 

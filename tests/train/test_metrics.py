@@ -48,9 +48,7 @@ def test_laps_are_the_means_of_their_own_iterations(durations, log_interval, eva
     assert logged + len(since) == len(durations)
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from(["start", "pause", "step", "lap"]), st.integers(0, 100)), max_size=80)
-)
+@given(st.lists(st.tuples(st.sampled_from(["start", "pause", "step", "lap"]), st.integers(0, 100)), max_size=80))
 def test_laps_add_up_to_the_running_time(events):
     clock = Clock()
     timer = StepTimer(clock)

@@ -1,0 +1,300 @@
+"""Weights in and out: bit for bit through our own files, to rounding against transformers, and never half."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from model import GPT, GPTConfig
+from model.pretrained import export_gpt2, from_checkpoint, load_gpt2
+
+SHAPE = {"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 12}
+CONFIG = {"model_type": "gpt2", "n_positions": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 12}
+
+
+def make_model(seed: int = 0, **shape) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**SHAPE | shape)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)  # biases and LayerNorms too
+    return model
+
+
+def hub_tensors(config: dict = CONFIG) -> dict[str, torch.Tensor]:
+    """The tensors of a GPT-2 under the names of the file on the hub, its mask buffers among them."""
+    torch.manual_seed(1)
+    c, t = config["n_embd"], config["n_positions"]
+    tensors = {"wte.weight": torch.randn(config["vocab_size"], c), "wpe.weight": torch.randn(t, c)}
+    for i in range(config["n_layer"]):
+        for name, rows, columns in (
+            ("attn.c_attn", c, 3 * c),
+            ("attn.c_proj", c, c),
+            ("mlp.c_fc", c, 4 * c),
+            ("mlp.c_proj", 4 * c, c),
+        ):
+            tensors[f"h.{i}.{name}.weight"] = torch.randn(rows, columns)
+            tensors[f"h.{i}.{name}.bias"] = torch.randn(columns)
+        for name in ("ln_1", "ln_2"):
+            tensors[f"h.{i}.{name}.weight"], tensors[f"h.{i}.{name}.bias"] = torch.randn(2, c).clone().unbind()
+        tensors[f"h.{i}.attn.bias"] = torch.ones(t, t).tril()[None, None]
+        tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    tensors["ln_f.weight"], tensors["ln_f.bias"] = torch.randn(2, c).unbind()
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict | None = CONFIG) -> Path:
+    folder.mkdir(exist_ok=True)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gelu", ["erf", "tanh"])
+def test_round_trip(tmp_path, bias, gelu):
+    model = make_model(bias=bias, gelu=gelu, dropout=0.1)
+    assert export_gpt2(model, tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
+    again = load_gpt2(tmp_path / "new" / "folder").eval()
+    assert again.config == GPTConfig(**SHAPE, bias=True, gelu=gelu, dropout=0.0)
+    ours, theirs = model.state_dict(), again.state_dict()
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, ours[name] if name in ours else torch.zeros_like(tensor)), name
+    idx = torch.randint(11, (3, 8))
+    assert torch.equal(again(idx, idx)[0], model(idx, idx)[0])
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head", [True, False])
+def test_files_of_the_hub(tmp_path, prefix, dtype, head):
+    tensors = {name: tensor.to(dtype) for name, tensor in hub_tensors().items()}
+    file = {prefix + name: tensor for name, tensor in tensors.items()}
+    if head:
+        file["lm_head.weight"] = tensors["wte.weight"].clone()
+    model = load_gpt2(write(tmp_path, file))
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        if name.endswith((".attn.bias", ".masked_bias")):
+            assert f"transformer.{name}" not in state
+            continue
+        linear = name.endswith(".weight") and ("attn" in name or "mlp" in name)
+        expected = (tensor.T if linear else tensor).float()
+        assert torch.equal(state[f"transformer.{name}"], expected), name
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(p.is_contiguous() and p.requires_grad for p in model.parameters())
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.config == GPTConfig(**SHAPE, bias=True, gelu="tanh")
+
+
+def test_arguments(tmp_path):
+    write(tmp_path, hub_tensors(), CONFIG | {"activation_function": "gelu"})
+    assert load_gpt2(tmp_path).config.gelu == "erf"
+    assert load_gpt2(tmp_path, gelu="tanh").config.gelu == "tanh"
+    assert load_gpt2(str(tmp_path / "model.safetensors"), dropout=0.2).config.dropout == 0.2
+
+
+def test_without_config_the_width_tells_the_heads(tmp_path):
+    config = CONFIG | {"n_embd": 768, "n_layer": 1}
+    model = load_gpt2(write(tmp_path, hub_tensors(config), None))
+    assert model.config == GPTConfig(
+        block_size=8, vocab_size=11, n_layer=1, n_head=12, n_embd=768, bias=True, gelu="tanh"
+    )
+    with pytest.raises(ValueError, match=r"width 12 is not one of OpenAI's .*config\.json must tell n_head"):
+        load_gpt2(write(tmp_path, hub_tensors(), None))
+
+
+def test_loading_draws_nothing_and_owns_its_memory(tmp_path):
+    folder = write(tmp_path, hub_tensors())
+    before = torch.get_rng_state()
+    model = load_gpt2(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.write(b"\0" * (folder / "model.safetensors").stat().st_size)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, *shape):
+    return lambda tensors: tensors.update({name: torch.zeros(*shape)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("h.1.ln_2.bias"), r"transformer\.h\.1\.ln_2\.bias is missing"),
+        (put("h.2.ln_1.bias", 12), r"h\.2\.ln_1\.bias is unknown"),
+        (put("h.0.attn.c_attn.weight", 36, 12), r"c_attn\.weight has shape \(36, 12\), expected \(12, 36\)"),
+        (put("wpe.weight", 9, 12), r"wpe\.weight has shape \(9, 12\), expected \(8, 12\)"),
+        (put("lm_head.weight", 11, 12), r"lm_head\.weight differs from transformer\.wte\.weight"),
+        (put("lm_head.weight", 12, 12), r"lm_head\.weight has shape \(12, 12\)"),
+        (lambda tensors: [tensors.pop(name) for name in list(tensors) if "ln" in name], "; and 7 more"),
+    ],
+)
+def test_other_tensors_are_refused(tmp_path, change, message):
+    tensors = hub_tensors()
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        load_gpt2(write(tmp_path, tensors))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt_neo"}, "model_type: got 'gpt_neo', expected 'gpt2'"),
+        ({"activation_function": "relu"}, "activation_function: got 'relu'"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon: got 1e-06, expected 1e-05"),
+        ({"n_inner": 24}, "n_inner: got 24, expected None or 48"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: got True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings: got False"),
+        ({"n_head": 5}, "n_embd: got 12, expected a multiple of n_head"),
+        ({"n_embd": "wide"}, r"config\.json: not the config\.json of a GPT-2"),
+    ],
+)
+def test_other_models_are_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_gpt2(write(tmp_path, hub_tensors(), CONFIG | change))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{"])
+def test_a_config_that_is_none(tmp_path, content):
+    write(tmp_path, hub_tensors())
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json: not the config\.json of a GPT-2"):
+        load_gpt2(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_cut_file_is_refused(tmp_path, keep):
+    path = write(tmp_path, hub_tensors()) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
+        load_gpt2(tmp_path)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gpt3: no such file or folder, and not one of gpt2, gpt2-medium"):
+        load_gpt2("gpt3")
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors in this folder"):
+        load_gpt2(tmp_path)
+
+
+def test_missing_packages(tmp_path, monkeypatch):
+    write(tmp_path, hub_tensors())
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"pip install 'nanofuse\[data\]', or give the path"):
+        load_gpt2("gpt2")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"pip install 'nanofuse\[data\]'"):
+        load_gpt2(tmp_path)
+
+
+def test_by_name(tmp_path, monkeypatch):
+    write(tmp_path, hub_tensors())
+    asked = []
+
+    def download(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        return str(tmp_path / file)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=download))
+    assert load_gpt2("gpt2-xl").config.n_embd == 12
+    assert asked == [("openai-community/gpt2-xl", name) for name in ("model.safetensors", "config.json")]
+
+    def offline(repository: str, file: str) -> str:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=offline))
+    with pytest.raises(FileNotFoundError, match=r"gpt2: cannot download .*\(no route\); give the path"):
+        load_gpt2("gpt2")
+
+
+def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
+    export_gpt2(make_model(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["config.json", "model.safetensors"]
+
+    def fail(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError("no room")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(OSError, match="no room"):
+        export_gpt2(make_model(seed=1), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def checkpoint_of(model: GPT, **extra) -> dict:
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    return {
+        "model": model.state_dict(),
+        "model_args": {name: getattr(model.config, name) for name in names},
+        "nanofuse": extra,
+    }
+
+
+def test_from_checkpoint():
+    model = make_model(bias=False, dropout=0.1)
+    again = from_checkpoint(checkpoint_of(model))
+    assert again.config == model.config
+    assert again.lm_head.weight is again.transformer.wte.weight
+    for name, p in again.named_parameters():
+        assert p.requires_grad
+        assert p.data_ptr() == model.get_parameter(name).data_ptr()
+    assert from_checkpoint(checkpoint_of(model, gelu="tanh")).config.gelu == "tanh"
+    assert from_checkpoint(checkpoint_of(model), dropout=0.0).config.dropout == 0.0
+
+
+def test_from_checkpoint_of_another_shape():
+    checkpoint = checkpoint_of(make_model())
+    checkpoint["model_args"]["block_size"] = 16
+    with pytest.raises(ValueError, match=r"model: transformer\.wpe\.weight has shape \(8, 12\), expected \(16, 12\)"):
+        from_checkpoint(checkpoint)
+
+
+TRANSFORMERS = """
+import sys, torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+idx = torch.load("idx.pt")
+logits = {}
+for name in ("tanh", "erf"):
+    model, report = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    logits[name] = model.eval()(idx).logits.detach()
+torch.manual_seed(0)
+config = GPT2Config(n_layer=2, n_head=2, n_embd=12, vocab_size=11, n_positions=8)
+model = GPT2LMHeadModel(config).eval()
+model.save_pretrained("theirs")
+logits["theirs"] = model(idx).logits.detach()
+torch.save(logits, "logits.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+def test_transformers_agrees(tmp_path):
+    """In a process of its own, away from our packages: transformers looks for one of the name `kernels`."""
+    idx = torch.randint(11, (3, 8))
+    torch.save(idx, tmp_path / "idx.pt")
+    models = {"tanh": make_model(gelu="tanh", bias=False, dropout=0.1), "erf": make_model(gelu="erf")}
+    for name, model in models.items():
+        export_gpt2(model, tmp_path / name)
+    command = [sys.executable, "-I", "-c", TRANSFORMERS]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    models["theirs"] = load_gpt2(tmp_path / "theirs").eval()
+    for name, logits in torch.load(tmp_path / "logits.pt").items():
+        torch.testing.assert_close(models[name](idx, idx)[0], logits, rtol=0, atol=1e-4)
+    assert "transformers" not in sys.modules

@@ -1,0 +1,105 @@
+"""Small checkpoints for the tests, ours and as nanoGPT writes them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from train import checkpoint
+from train.errors import UserError
+
+MODEL_ARGS = dict(n_layer=1, n_head=2, n_embd=8, block_size=16, bias=True, vocab_size=32, dropout=0.0)
+
+
+def make_model(seed: int = 0, width: int = 8) -> torch.nn.Module:
+    """Named and tied like nanoGPT's GPT, with the fewest layers that have both kinds of parameter."""
+    torch.manual_seed(seed)
+    linear = torch.nn.Linear(width, 32, bias=False)
+    embedding = torch.nn.Embedding(32, width)
+    embedding.weight = linear.weight
+    return torch.nn.ModuleDict(
+        {
+            "transformer": torch.nn.ModuleDict({"wte": embedding, "ln_f": torch.nn.LayerNorm(width)}),
+            "lm_head": linear,
+        }
+    )
+
+
+def make_adamw(model: torch.nn.Module, **options) -> torch.optim.AdamW:
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, **({"lr": 1e-3, "betas": (0.9, 0.95)} | options))
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.AdamW, steps: int, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+
+def make_checkpoint(iteration: int = 3, **changes) -> dict:
+    """One whose every weight equals its iteration, so that a mix of two would show."""
+    model = make_model()
+    for p in model.parameters():
+        torch.nn.init.constant_(p, iteration)
+    optimizer = make_adamw(model)
+    train(model, optimizer, 1)
+    for p in model.parameters():
+        torch.nn.init.constant_(p, iteration)
+    packed = checkpoint.pack(
+        model.state_dict(),
+        optimizer.state_dict(),
+        MODEL_ARGS,
+        iteration,
+        1.5,
+        {"dataset": "docs"},
+        {"gelu": "erf"},
+    )
+    return packed | changes
+
+
+def make_nanogpt(iteration: int = 3, prefix: str = "", **changes) -> dict:
+    """As nanoGPT's train.py saves it."""
+    model = make_model()
+    optimizer = make_adamw(model)
+    train(model, optimizer, iteration)
+    return {
+        "model": {prefix + name: tensor for name, tensor in model.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "model_args": MODEL_ARGS,
+        "iter_num": iteration,
+        "best_val_loss": torch.tensor(1.25),
+        "config": {"out_dir": "out", "dropout": 0.0, "compile": True},
+    } | changes
+
+
+def assert_same(a: object, b: object) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def saved_iterations(out_dir: Path) -> list[int]:
+    paths = sorted(out_dir.glob("ckpt*.pt"), key=lambda path: (len(path.name), path.name))
+    return [checkpoint.load(path)["iter_num"] for path in paths]

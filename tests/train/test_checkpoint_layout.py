@@ -1,0 +1,158 @@
+"""What is in a checkpoint: nanoGPT's layout, both ways, and an optimizer that goes on where it was."""
+
+import pytest
+import torch
+
+from tests.train.checkpoints import MODEL_ARGS, assert_same, make_adamw, make_model, make_nanogpt, train
+from train import checkpoint
+from train.errors import UserError
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_loads_nanogpts(tmp_path, prefix):
+    theirs = make_nanogpt(prefix=prefix)
+    torch.save(theirs, tmp_path / "ckpt.pt")
+    loaded = checkpoint.load(tmp_path / "ckpt.pt")
+    assert_same(dict(loaded["model"]), dict(make_nanogpt()["model"]))
+    assert_same(loaded["best_val_loss"], 1.25)
+    assert loaded["nanofuse"] == {}
+    for key in ("optimizer", "model_args", "iter_num", "config"):
+        assert_same(loaded[key], theirs[key])
+
+
+def test_nanogpts_causal_masks_are_dropped(tmp_path):
+    theirs = make_nanogpt()
+    theirs["model"] |= {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16),
+        "transformer.h.0.attn.c_attn.bias": torch.ones(24),
+    }
+    torch.save(theirs, tmp_path / "ckpt.pt")
+    model = checkpoint.load(tmp_path / "ckpt.pt")["model"]
+    assert "transformer.h.0.attn.bias" not in model
+    assert "transformer.h.0.attn.c_attn.bias" in model
+
+
+def test_nanogpt_loads_ours(tmp_path):
+    """What its train.py and sample.py do with a checkpoint, word for word."""
+    model = make_model()
+    optimizer = make_adamw(model, fused=True)
+    train(model, optimizer, 3)
+    # a run under CUDA graphs: its rate in a tensor, its AdamW capturable
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group |= {"lr": torch.tensor(1e-3), "capturable": True}
+    compiled = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+    packed = checkpoint.pack(compiled, state, MODEL_ARGS, 3, torch.tensor(1.5), {"dataset": "docs"}, {"chars": ["a"]})
+    checkpoint.save(tmp_path, packed, keep=2)
+
+    loaded = torch.load(tmp_path / "ckpt.pt", map_location="cpu")
+    assert list(loaded["model_args"]) == [
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "block_size",
+        "bias",
+        "vocab_size",
+        "dropout",
+    ]
+    assert type(loaded["best_val_loss"]) is float
+    assert all(type(value) is int for key, value in loaded["model_args"].items() if key not in ("bias", "dropout"))
+    twin = make_model(seed=9)
+    twin.load_state_dict(loaded["model"])
+    theirs = make_adamw(twin)
+    theirs.load_state_dict(loaded["optimizer"])
+    train(model, optimizer, 2, seed=5)
+    train(twin, theirs, 2, seed=5)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("where", ["config", "extra"])
+def test_pack_refuses_what_load_would(where):
+    import numpy
+
+    state = make_nanogpt()
+    values = {"config": {}, "extra": {}} | {where: {"lr": [numpy.float32(1)]}}
+    with pytest.raises(ValueError, match=r"\['lr'\]\[0\] is a float32"):
+        checkpoint.pack(state["model"], state["optimizer"], MODEL_ARGS, 1, 1.0, **values)
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize("source", [True, False, None])
+@pytest.mark.parametrize("target", [True, False, None])
+def test_optimizer_goes_on_where_it_was(tmp_path, source, target):
+    """Whichever implementation of AdamW it was and is now: same moments, same count, this one's flags."""
+    model, twin = make_model(), make_model(seed=9)
+    before = make_adamw(model, fused=source)
+    train(model, before, 3)
+    torch.save(make_nanogpt(model=model.state_dict(), optimizer=before.state_dict()), tmp_path / "ckpt.pt")
+    loaded = checkpoint.load(tmp_path / "ckpt.pt")
+
+    rate = torch.tensor(2e-3) if target else 2e-3
+    after = make_adamw(twin, fused=target, lr=rate, betas=(0.8, 0.9))
+    after.param_groups[0]["weight_decay"] = 0.3
+    flags = [{k: v for k, v in group.items() if k != "params"} for group in after.param_groups]
+    twin.load_state_dict(loaded["model"])
+    checkpoint.load_optimizer(after, loaded["optimizer"])
+
+    for group, expected in zip(after.param_groups, flags, strict=True):
+        assert {k: v for k, v in group.items() if k != "params"} == expected
+        assert group["lr"] is rate  # a step captured in a graph reads this very tensor
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_same(before.state[p], after.state[q])
+
+    for group, like in zip(before.param_groups, after.param_groups, strict=True):
+        group |= {k: like[k] for k in ("betas", "weight_decay", "fused", "lr")}
+    train(model, before, 3, seed=2)
+    train(twin, after, 3, seed=2)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_optimizer_takes_a_count_that_is_a_number():
+    model = make_model()
+    old = make_adamw(model)
+    train(model, old, 3)
+    state = old.state_dict()
+    for entry in state["state"].values():
+        entry["step"] = 3
+    for fused in (True, False):
+        new = make_adamw(model, fused=fused)
+        checkpoint.load_optimizer(new, state)
+        steps = [entry["step"] for entry in new.state.values()]
+        assert [(s.item(), s.dtype) for s in steps] == [(3.0, torch.float32)] * 3
+        train(model, new, 1)
+
+
+def test_optimizer_before_its_first_step():
+    optimizer = make_adamw(make_model())
+    checkpoint.load_optimizer(optimizer, make_adamw(make_model()).state_dict())
+    assert not optimizer.state
+
+
+def test_optimizer_of_another_model_is_refused():
+    model = make_model(width=16)
+    wide = make_adamw(model)
+    train(model, wide, 1)
+    narrow = make_adamw(make_model())
+    with pytest.raises(UserError, match=r"tensor 0 the shape \[32, 16\], this model \[32, 8\]"):
+        checkpoint.load_optimizer(narrow, wide.state_dict())
+    assert not narrow.state
+    only = torch.optim.AdamW(make_model().parameters())
+    with pytest.raises(UserError, match=r"groups of 3 tensors, this model's 1 and 2"):
+        checkpoint.load_optimizer(narrow, only.state_dict())
+    state = wide.state_dict()
+    del state["state"][1]
+    with pytest.raises(UserError, match="tensor 1 no step"):
+        checkpoint.load_optimizer(make_adamw(make_model(width=16)), state)
+
+
+def test_another_optimizer_is_refused():
+    model = make_model()
+    groups = [{"params": [p for p in model.parameters() if (p.ndim >= 2) is decay]} for decay in (True, False)]
+    sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    train(model, sgd, 1)
+    with pytest.raises(UserError, match="it is not an AdamW's"):
+        checkpoint.load_optimizer(make_adamw(model), sgd.state_dict())

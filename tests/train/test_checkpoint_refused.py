@@ -1,0 +1,187 @@
+"""Loads: what is cut short, damaged or foreign is refused by name, and the previous checkpoint offered."""
+
+import pickle
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.train.checkpoints import (
+    MODEL_ARGS,
+    assert_same,
+    make_checkpoint,
+    make_model,
+    make_nanogpt,
+    refusal,
+)
+from train import checkpoint
+from train.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> bytes:
+    folder = tmp_path_factory.mktemp("whole")
+    checkpoint.save(folder, make_checkpoint(3), keep=1)
+    return (folder / "ckpt.pt").read_bytes()
+
+
+def test_truncated_at_many_lengths(tmp_path, whole):
+    path = tmp_path / "ckpt.pt"
+    for length in {*range(8), *range(0, len(whole), 37), *range(len(whole) - 30, len(whole))}:
+        path.write_bytes(whole[:length])
+        assert str(path) in refusal(path)
+    path.write_bytes(whole)
+    checkpoint.load(path)
+
+
+def test_truncated_says_so(tmp_path, whole):
+    (tmp_path / "ckpt.pt").write_bytes(whole[: len(whole) // 2])
+    assert "is cut short" in refusal(tmp_path / "ckpt.pt")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_flipped_bit_is_refused_or_harmless(tmp_path, whole, data):
+    """Harmless: in the padding, or in a field of the zip that means nothing here (a date, a permission)."""
+    position, bit = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 7))
+    flipped = bytearray(whole)
+    flipped[position] ^= 1 << bit
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(flipped)
+    try:
+        loaded = checkpoint.load(path)
+    except UserError as error:
+        assert str(path) in str(error)  # noqa: PT017
+    else:
+        assert_same(loaded, make_checkpoint(3))
+
+
+def test_every_flip_within_a_tensor_is_refused_though_torch_takes_it(tmp_path, whole):
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(whole)
+    with zipfile.ZipFile(path) as archive:
+        members = [info for info in archive.infolist() if "/data/" in info.filename]
+        member = next(info for info in members if info.file_size == 1024)
+    header = 30 + int.from_bytes(whole[member.header_offset + 26 :][:2], "little")
+    header += int.from_bytes(whole[member.header_offset + 28 :][:2], "little")
+    for offset in (0, 511, member.file_size - 1):
+        flipped = bytearray(whole)
+        flipped[member.header_offset + header + offset] ^= 0x40
+        path.write_bytes(flipped)
+        torch.load(path, weights_only=True)  # why load checks the CRCs itself
+        assert f"is damaged: its member {member.filename}" in refusal(path)
+
+
+def foreign_files() -> dict:
+    def of(value):
+        return lambda path: torch.save(value, path)
+
+    def other(**changes):
+        return of(make_nanogpt(**changes))
+
+    def without(key):
+        return of({k: v for k, v in make_nanogpt().items() if k != key})
+
+    def safetensors(path):
+        from safetensors.torch import save_file
+
+        save_file({"w": torch.zeros(3)}, path)
+
+    def archive(path):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("word/document.xml", "<xml/>")
+
+    bad_args = [
+        {"n_layer": 0},
+        {"n_head": 2.0},
+        {"bias": 1},
+        {"dropout": "no"},
+        {"vocab_size": None},
+        {"rope": True},
+    ]
+    return {
+        "empty": (lambda path: path.write_bytes(b""), "0 bytes"),
+        "folder": (lambda path: path.mkdir(), "is a folder"),
+        "text": (lambda path: path.write_text("hello " * 99), "not the zip archive"),
+        "pickle": (lambda path: path.write_bytes(pickle.dumps({"model": {}})), "not the zip archive"),
+        "legacy torch": (
+            lambda path: torch.save(make_nanogpt(), path, _use_new_zipfile_serialization=False),
+            "not the zip archive",
+        ),
+        "safetensors": (safetensors, "not the zip archive"),
+        "another zip": (archive, "not a checkpoint that torch can read"),
+        "a tensor": (of(torch.zeros(3)), "it holds a Tensor"),
+        "an object": (of({"model": Path("x")}), "more than tensors and plain values (pathlib"),
+        "a state_dict": (of(make_model().state_dict()), "it has no model, optimizer"),
+        **{f"no {key}": (without(key), f"it has no {key}") for key in make_nanogpt()},
+        "model a list": (other(model=[torch.zeros(1)]), "its model is not a dict"),
+        "model empty": (other(model={}), "its model is not a dict"),
+        "model of numbers": (other(model={"w": 1.0}), "its model has 'w', a float"),
+        "optimizer a list": (other(optimizer=[]), "its optimizer is not"),
+        "optimizer without groups": (other(optimizer={"state": {}}), "its optimizer is not"),
+        "iter_num a string": (other(iter_num="5"), "its iter_num is '5'"),
+        "iter_num negative": (other(iter_num=-1), "its iter_num is -1"),
+        "best_val_loss None": (other(best_val_loss=None), "its best_val_loss is a NoneType"),
+        "best_val_loss a vector": (other(best_val_loss=torch.zeros(2)), "its best_val_loss is a Tensor"),
+        "config a list": (other(config=[]), "its config or nanofuse"),
+        "nanofuse a list": (other(nanofuse=[]), "its config or nanofuse"),
+        "model_args a list": (other(model_args=[1]), "its model_args are list"),
+        "model_args short": (other(model_args={"n_layer": 1}), "its model_args are n_layer,"),
+        **{
+            f"model_args {bad}": (other(model_args=MODEL_ARGS | bad), f"its {next(iter(bad))} is")
+            for bad in bad_args[:-1]
+        },
+        "model_args of another model": (other(model_args=MODEL_ARGS | bad_args[-1]), "rope"),
+    }
+
+
+FOREIGN = foreign_files()
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_files(tmp_path, kind):
+    make, says = FOREIGN[kind]
+    path = tmp_path / "ckpt.pt"
+    make(path)
+    message = refusal(path)
+    assert str(path) in message
+    assert says in message
+
+
+def test_missing_names_out_dir_and_init_from(tmp_path):
+    message = refusal(tmp_path / "ckpt.pt")
+    assert f"out_dir={tmp_path}" in message
+    assert "init_from=resume" in message
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+def test_the_previous_one_is_offered_and_the_offer_works(tmp_path, damage):
+    out_dir = tmp_path / "my out"
+    for iteration in (1, 2, 3):
+        checkpoint.save(out_dir, make_checkpoint(iteration), keep=3)
+    path = out_dir / "ckpt.pt"
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(whole[:-100])
+    elif damage == "flipped":
+        path.write_bytes(whole[:1500] + bytes([whole[1500] ^ 1]) + whole[1501:])
+    message = refusal(path)
+    assert "iteration 2, is whole" in message
+    subprocess.run(message.split("`")[1], shell=True, check=True)
+    assert checkpoint.load(path)["iter_num"] == 2
+
+
+def test_a_previous_one_that_is_damaged_is_not_offered(tmp_path):
+    for iteration in (1, 2, 3):
+        checkpoint.save(tmp_path, make_checkpoint(iteration), keep=3)
+    for name in ("ckpt.pt", "ckpt-previous-1.pt"):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:-100])
+    assert "iteration 1, is whole" in refusal(tmp_path / "ckpt.pt")
+    (tmp_path / "ckpt-previous-2.pt").write_bytes(b"")
+    assert "is whole" not in refusal(tmp_path / "ckpt.pt")

@@ -1,0 +1,169 @@
+"""The corpora by name. No network is used: downloads come from files, OpenWebText from a stand-in."""
+
+import hashlib
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from train import datasets
+from train.datasets import docs_text, download, ensure_docs, prepare_openwebtext, prepare_shakespeare
+from train.errors import UserError
+from train.tokenfiles import Dataset
+from train.tokenizer import GPT2Tokenizer
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return docs_text()
+
+
+# docs
+
+
+def test_docs_is_plain_text_of_the_expected_size(text):
+    assert 1_500_000 < len(text) < 2_200_000
+    assert set(text) == {"\n", *map(chr, range(32, 127))}
+    assert 'The "assert" statement' in text  # from the language reference
+    assert "Return the sum of a 'start' value" in text or "Base class for" in text  # from a docstring
+
+
+def test_docs_says_nothing_long_twice(text):
+    paragraphs = [p.strip("\n") for p in text.split("\n\n") if len(p.strip("\n")) > datasets.LONG]
+    assert len(paragraphs) == len(set(paragraphs))
+
+
+def test_docs_validation_part_is_like_the_rest(text):
+    cut = int(len(text) * 0.9)
+    counts = [np.bincount(np.frombuffer(part.encode(), np.uint8), minlength=128) for part in (text[:cut], text[cut:])]
+    train, val = (count / count.sum() for count in counts)
+    assert np.abs(train - val).sum() < 0.08  # alphabetical order instead of the shuffle: 0.2
+
+
+def test_ensure_docs_makes_it_once_and_says_what_it_is(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(datasets, "docs_text", lambda: text[:50_000])
+    lines = []
+    ensure_docs(tmp_path / "data" / "docs", lines.append)
+    dataset = Dataset(tmp_path / "data" / "docs")
+    assert (len(dataset.train), len(dataset.val)) == (45_000, 5_000)
+    assert dataset.tokenizer().decode(dataset.val) == text[45_000:50_000]
+    monkeypatch.setattr(datasets, "docs_text", lambda: pytest.fail("made again"))
+    ensure_docs(tmp_path / "data" / "docs", lines.append)
+    assert lines[0] == lines[1]
+    assert "50,000 characters" in lines[0]
+    assert hashlib.sha256(text[:50_000].encode()).hexdigest() in lines[0]
+
+
+def test_ensure_docs_mends_a_half_made_folder(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(datasets, "docs_text", lambda: text[:50_000])
+    ensure_docs(tmp_path, print)
+    (tmp_path / "train.bin").unlink()
+    ensure_docs(tmp_path, print)
+    assert len(Dataset(tmp_path).train) == 45_000
+
+
+# TinyShakespeare and downloads
+
+
+PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 20
+
+
+@pytest.fixture
+def play(tmp_path, monkeypatch):
+    """TinyShakespeare is PLAY, and is downloaded from a file."""
+    source = tmp_path / "source.txt"
+    source.write_text(PLAY)
+    monkeypatch.setattr(datasets, "SHAKESPEARE_URL", source.as_uri())
+    monkeypatch.setattr(datasets, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY.encode()).hexdigest())
+    return source
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_shakespeare_is_downloaded_and_split_as_nanogpt_splits_it(tmp_path, play, tokenizer):
+    folder = tmp_path / "data" / "shakespeare"
+    prepare_shakespeare(folder, tokenizer)
+    dataset = Dataset(folder)
+    coder = dataset.tokenizer()
+    cut = int(len(PLAY) * 0.9)
+    assert dataset.train.tolist() == coder.encode(PLAY[:cut])
+    assert dataset.val.tolist() == coder.encode(PLAY[cut:])
+    assert dataset.meta["sha256"] == hashlib.sha256(PLAY.encode()).hexdigest()
+
+
+def test_shakespeare_takes_the_file_that_is_there(tmp_path, play):
+    folder = tmp_path / "shakespeare_char"
+    folder.mkdir()
+    play.rename(folder / "input.txt")
+    prepare_shakespeare(folder, "char")
+    assert len(Dataset(folder).train) == int(len(PLAY) * 0.9)
+
+
+def test_another_file_in_its_place_is_refused(tmp_path, play):
+    folder = tmp_path / "shakespeare_char"
+    folder.mkdir()
+    (folder / "input.txt").write_text("To be")
+    with pytest.raises(UserError, match=r"input\.txt: sha256 is .* expected .*delete it"):
+        prepare_shakespeare(folder, "char")
+    assert [path.name for path in folder.iterdir()] == ["input.txt"]
+
+
+def test_no_network_leaves_nothing_and_says_where_to_put_the_file(tmp_path, play):
+    play.unlink()
+    folder = tmp_path / "data" / "shakespeare"
+    with pytest.raises(UserError, match=rf"cannot be downloaded.*put the file at {folder / 'input.txt'}"):
+        prepare_shakespeare(folder, "char")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_download_of_another_sha256_is_refused_whole(tmp_path, play):
+    with pytest.raises(UserError, match=r"sha256 is .* put the file at"):
+        download(play.as_uri(), tmp_path / "input.txt", "0" * 64)
+    assert list(tmp_path.iterdir()) == [play]
+
+
+# OpenWebText
+
+
+class Documents(list):
+    """What is used of a `datasets.Dataset`."""
+
+    def train_test_split(self, test_size: float, seed: int, shuffle: bool) -> dict[str, "Documents"]:
+        assert (test_size, seed, shuffle) == (0.0005, 2357, True)
+        return {"train": Documents(self[1:]), "test": Documents(self[:1])}
+
+    def iter(self, batch_size: int):
+        for start in range(0, len(self), batch_size):
+            yield {"text": list(self[start : start + batch_size])}
+
+
+def test_openwebtext_ends_every_document(tmp_path, monkeypatch):
+    documents = Documents(f"Document {n}. <|endoftext|> is text here." for n in range(12))
+    package = types.ModuleType("datasets")
+    package.load_dataset = lambda name, split: documents
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    monkeypatch.setattr(datasets, "DOCUMENTS", 5)
+    seen = []
+    prepare_openwebtext(tmp_path / "owt", see=lambda done, total: seen.append((done, total)))
+    bpe = GPT2Tokenizer()
+    want = [[*bpe.encode_ordinary(text).tolist(), 50256] for text in documents]
+    dataset = Dataset(tmp_path / "owt")
+    assert dataset.val.tolist() == want[0]
+    assert dataset.train.tolist() == [i for ids in want[1:] for i in ids]
+    assert seen[-1] == (12, 12)
+
+
+def test_openwebtext_without_its_package_or_network(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"nanofuse\[data\]"):
+        prepare_openwebtext(tmp_path / "owt")
+    package = types.ModuleType("datasets")
+    monkeypatch.setitem(sys.modules, "datasets", package)
+
+    def offline(name, split):
+        raise ConnectionError("no route\nto host")
+
+    package.load_dataset = offline
+    with pytest.raises(UserError, match=r"ConnectionError: no route$"):
+        prepare_openwebtext(tmp_path / "owt")
+    assert not (tmp_path / "owt").exists()

@@ -1,0 +1,259 @@
+"""Text files into token files, as a command and piece by piece."""
+
+import json
+import os
+import pickle
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from train import encode, prepare
+from train.encode import last_cut, read_text, split_at, whole_words, write_dataset
+from train.errors import UserError
+from train.tokenfiles import Dataset
+from train.tokenizer import GPT2Tokenizer
+
+ROOT = Path(__file__).parents[2]
+TEXT = "To be, or not to be: that's the question.\nOb's edler im Gemüt, €, die Pfeil' … 生存还是毁灭。\n" * 30
+)
+
+
+def run(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare", *arguments])
+    prepare.main()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        prepare.signal, "signal", lambda *_: None
+    )  # the command's handler is not for the tests
+    return tmp_path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# The result
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 1 << 20])
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
+def test_files_are_encoded_one_after_the_other(monkeypatch, folder, tokenizer, chunk):
+    monkeypatch.setattr(encode, "CHUNK", chunk)
+    (folder / "a.txt").write_text(TEXT[:1000])
+    (folder / "b.txt").write_text(TEXT[1000:])
+    run(monkeypatch, "a.txt", "b.txt", f"--tokenizer={tokenizer}")
+    dataset = Dataset("data/a")
+    coder = dataset.tokenizer()
+    text = TEXT.encode() if tokenizer == "byte" else TEXT
+    cut = int(len(text) * 0.9)
+    ids = [list(part) if tokenizer == "byte" else coder.encode(part) for part in (text[:cut], text[cut:])]
+    assert [dataset.train.tolist(), dataset.val.tolist()] == ids
+    assert (dataset.meta["train_tokens"], dataset.meta["val_tokens"]) == (len(ids[0]), len(ids[1]))
+
+
+def test_nanogpt_reads_the_folder(monkeypatch, folder):
+    (folder / "a.txt").write_text("hello world, hello moon")
+    run(monkeypatch, "a.txt", "--dataset", "greetings", "--val_fraction=0.5")
+    meta = pickle.loads((folder / "data/greetings/meta.pkl").read_bytes())
+    train = np.memmap("data/greetings/train.bin", dtype=np.uint16, mode="r")
+    assert meta["vocab_size"] == len(meta["itos"]) == len(meta["stoi"]) == 11
+    assert "".join(meta["itos"][i] for i in train.tolist()) == "hello world"
+
+
+def test_an_alphabet_over_65536_takes_uint32(monkeypatch, folder):
+    text = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)[:70000]
+    (folder / "a.txt").write_text(text, newline="")
+    run(monkeypatch, "a.txt")
+    dataset = Dataset("data/a")
+    assert dataset.train.dtype == np.uint32
+    assert dataset.tokenizer().decode(dataset.train) + dataset.tokenizer().decode(dataset.val) == text
+
+
+def test_prepared_again_with_another_tokenizer_leaves_no_old_meta(monkeypatch, folder):
+    (folder / "a.txt").write_text(TEXT)
+    run(monkeypatch, "a.txt")
+    (folder / "data/a/notes.md").write_text("mine")
+    run(monkeypatch, "a.txt", "--tokenizer=byte")
+    assert sorted(os.listdir("data/a")) == ["meta.json", "notes.md", "train.bin", "val.bin"]
+    assert Dataset("data/a").n_vocab == 256
+
+
+# The pieces
+
+WORDS = st.text(st.sampled_from("ab'sl ré\n\t\u00a0\x1c生。\uff112½,.!_\u0301\u2028"), max_size=80)
+
+
+@given(text=WORDS, size=st.integers(1, 20))
+@example(text="it's 'll  we'll\n\n x", size=1)
+@settings(max_examples=300, deadline=None)
+def test_bpe_in_pieces_is_bpe_of_the_whole(bpe, text, size):
+    want = bpe.encode_ordinary(text).tolist()
+    for at in range(1, len(text)):
+        if last_cut(text[: at + 1], at) == at:
+            assert bpe.encode_ordinary(text[:at]).tolist() + bpe.encode_ordinary(text[at:]).tolist() == want
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "CHUNK", size)
+        pieces = list(whole_words(text[i : i + size] for i in range(0, len(text), size)))
+    assert "".join(pieces) == text
+    assert [i for piece in pieces for i in bpe.encode_ordinary(piece).tolist()] == want
+
+
+@pytest.fixture(scope="module")
+def bpe() -> GPT2Tokenizer:
+    return GPT2Tokenizer()
+
+
+def test_words_are_not_held_for_ever(monkeypatch):
+    monkeypatch.setattr(encode, "CHUNK", 10)
+    monkeypatch.setattr(encode, "LONGEST_WORD", 100)
+    pieces = list(whole_words(["aaaaa"] * 1000))
+    assert "".join(pieces) == "a" * 5000
+    assert max(map(len, pieces)) < 120
+    assert all(len(piece) < 30 for piece in whole_words(["one two "] * 100))
+
+
+@given(text=st.text(st.characters(codec="utf-8"), max_size=50), chunk=st.integers(1, 9), cut=st.floats(0, 1))
+def test_text_is_read_and_split_whole(tmp_path_factory, text, chunk, cut):
+    path = tmp_path_factory.getbasetemp() / "text.txt"
+    path.write_bytes(text.encode())
+    size = int(len(text) * cut)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "CHUNK", chunk)
+        first, second = split_at(read_text([path]), size)
+        assert "".join(first) == text[:size]
+        assert "".join(second) == text[size:]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to prepare"),
+        (["shakespeare_cher"], "did you mean shakespeare_char"),
+        (["xyzzy"], "expected one of docs"),
+        (["no.txt"], "'no.txt': no such file"),
+        (["a.txt", "docs"], "'docs': no such file"),
+        (["."], "not a regular file"),
+        (["empty.txt"], "empty.txt: empty"),
+        (["a.txt", "latin.txt"], r"latin.txt: byte 2,003 is not UTF-8"),
+        (["a.txt", "cut.txt", "--tokenizer=gpt2"], r"cut.txt: byte 2,000 is not UTF-8"),
+        (["short.txt"], "val part has 1 tokens"),
+        (["a.txt", "--tokenizer=bpe"], "tokenizer: got 'bpe', expected auto | char | byte | gpt2"),
+        (["a.txt", "--tokeniser=char"], "did you mean tokenizer"),
+        (["a.txt", "--val_fraction=1.0"], "val_fraction: got 1.0"),
+        (["a.txt", "--tokenizer=gpt2", "--bpe_dir=nowhere"], r"bpe_dir: nowhere/encoder.json"),
+        (["docs.txt"], "dataset: docs is the name of a corpus"),
+        (["openwebtext", "--tokenizer=char"], "openwebtext: "),
+        (["a.txt", "--dataset=new/../../a.txt/b"], "cannot be written: "),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, folder, arguments, message):
+    (folder / "a.txt").write_text(TEXT)
+    (folder / "docs.txt").write_text(TEXT)
+    (folder / "short.txt").write_text("12345678")
+    (folder / "empty.txt").touch()
+    (folder / "latin.txt").write_bytes(b"a" * 2000 + "abé".encode()[:2] + b"c\xe9" + b"a" * 200)
+    (folder / "cut.txt").write_bytes(b"a" * 2000 + "€".encode()[:2])
+    monkeypatch.setattr(encode, "CHUNK", 1000)
+    before = tree(folder)
+    with pytest.raises(UserError, match=message.replace("|", r"\|")) as caught:
+        run(monkeypatch, *arguments)
+    assert "\n" not in str(caught.value)
+    assert tree(folder) == before
+    assert not (folder / "data").exists()
+
+
+def test_a_failure_leaves_the_old_data(monkeypatch, folder):
+    (folder / "a.txt").write_text(TEXT)
+    run(monkeypatch, "a.txt")
+    before = tree(folder / "data")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encode, "sync", full)
+    with pytest.raises(UserError, match=r"data/a: cannot be written: No space left on device"):
+        run(monkeypatch, "a.txt", "--tokenizer=byte")
+    assert tree(folder / "data") == before
+
+
+@pytest.mark.parametrize("failing", range(1, 5))
+def test_an_end_between_the_renames_leaves_no_mixture(monkeypatch, folder, failing):
+    (folder / "a.txt").write_text(TEXT)
+    run(monkeypatch, "a.txt")
+    calls = []
+    rename = os.replace
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            run(monkeypatch, "a.txt", "--val_fraction=0.2")
+    assert not (folder / "data/a/train.bin").exists()
+    assert not [name for name in os.listdir("data/a") if name.startswith(".")]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(folder):
+    path = folder / "a.txt"
+    path.write_text(TEXT)
+    size = path.stat().st_size
+    reads = []
+
+    def see(data: bytes) -> None:
+        reads.append(len(data))
+        if sum(reads) == size:  # the first pass has ended
+            path.write_text(TEXT.replace("To", "So"))
+
+    with pytest.raises(UserError, match="changed while being read"):
+        write_dataset(folder / "data", [path], "char", see=see)
+    assert not (folder / "data").exists()
+
+
+# The command
+
+
+def test_command_prints_counts_and_status(folder):
+    (folder / "a.txt").write_text(TEXT)
+    command = [sys.executable, "-m", "train.prepare"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "a.txt"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    train = int(len(TEXT) * 0.9)
+    assert f"data/a/train.bin: {train:,} tokens" in done.stdout
+    assert json.loads((folder / "data/a/meta.json").read_text())["sha256"] in done.stdout
+    failed = subprocess.run([*command, "b.txt"], env=environment, capture_output=True, text=True)
+    assert (failed.returncode, failed.stdout, failed.stderr) == (2, "", "error: 'b.txt': no such file\n")
+
+
+def test_a_bar_on_a_terminal_only(monkeypatch, tmp_path):
+    clock = iter(range(0, 10_000, 40))  # seconds: every look is due
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
+    master, slave = pty.openpty()
+    outputs = []
+    with open(slave, "w") as terminal, open(tmp_path / "log", "w+") as log:
+        for stream in (terminal, log):
+            with prepare.Progress("bytes", stream) as progress:
+                progress.to(50, 100)
+        log.seek(0)
+        outputs = os.read(master, 1000).decode(), log.read()
+    os.close(master)
+    assert "\r[###############               ]  50%, 1 bytes/s, 40 s left" in outputs[0]
+    assert outputs[0].endswith("\r\033[K")
+    assert outputs[1] == " 50%, 1 bytes/s, 40 s left\n"

@@ -1,0 +1,263 @@
+"""The command that samples: nanoGPT's output, whose checkpoints load too, and one line for each mistake."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from model.generate import generate
+from model.pretrained import export_gpt2
+from train.checkpoint import save
+from train.checkpoint_layout import MODEL_ARGS, pack
+from train.errors import UserError
+from train.sample import SampleConfig, load_model, main, sample_text, to_inference
+from train.tokenizer import ByteTokenizer, CharTokenizer
+
+CHARS = "\n abcdefghijklmnopqrstuvwxyz"
+TOKENIZER = CharTokenizer(CHARS)
+
+
+def make_model(seed: int = 0, **shape) -> GPT:
+    torch.manual_seed(seed)
+    config = {"block_size": 16, "vocab_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 8, "bias": False}
+    return GPT(GPTConfig(**config | shape))
+
+
+def args_of(model: GPT) -> dict:
+    return {name: getattr(model.config, name) for name in MODEL_ARGS}
+
+
+def write_checkpoint(out_dir: Path, model: GPT, **extra) -> None:
+    optimizer = torch.optim.AdamW(model.parameters()).state_dict()
+    save(out_dir, pack(model.state_dict(), optimizer, args_of(model), 7, 1.5, {}, extra), keep=1)
+
+
+def write_nanogpt(out_dir: Path, model: GPT, dataset: str) -> None:
+    """ckpt.pt as nanoGPT writes it: a compiled model's keys, a mask, a tensor as loss, nothing of ours."""
+    state = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+    state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(16, 16).tril()[None, None]
+    checkpoint = {
+        "model": state,
+        "optimizer": torch.optim.AdamW(model.parameters()).state_dict(),
+        "model_args": args_of(model),
+        "iter_num": 7,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"dataset": dataset},
+    }
+    out_dir.mkdir()
+    torch.save(checkpoint, out_dir / "ckpt.pt")
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch) -> Path:
+    """The current directory, with a checkpoint in out/."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("out"), make_model(), gelu="tanh", tokenizer=TOKENIZER.meta())
+    return tmp_path
+
+
+def samples(capsys, *argv: str) -> list[str]:
+    main(["--device=cpu", "--num_samples=2", "--max_new_tokens=20", *argv])
+    text = capsys.readouterr().out
+    *found, rest = text.split("\n---------------\n")
+    assert rest == ""
+    return found
+
+
+def test_defaults_are_nanogpts():
+    config = SampleConfig()
+    assert (config.init_from, config.out_dir, config.start) == ("resume", "out", "\n")
+    assert (config.num_samples, config.max_new_tokens, config.seed) == (10, 500, 1337)
+    assert (config.temperature, config.top_k, config.top_p) == (0.8, 200, 1.0)
+    assert (config.device, config.dtype, config.compile) == ("auto", "auto", False)
+
+
+def test_output(run_dir, capsys):
+    found = samples(capsys, "--start=to be ")
+    assert [len(text) for text in found] == [6 + 20] * 2  # ids from 28 on, padding, would not decode
+    assert all(text.startswith("to be ") for text in found)
+    assert found[0] != found[1]
+    assert samples(capsys, "--start=to be ") == found
+    assert samples(capsys, "--start=to be ", "--seed=1") != found
+
+
+def test_options_reach_the_draw(run_dir, capsys):
+    a, b = samples(capsys, "--temperature=0")
+    assert a == b
+    assert samples(capsys, "--top_k=1") == [a, b]
+    assert samples(capsys, "--top_p=0.0001") == [a, b]
+    assert samples(capsys, "--top_k=0") == samples(capsys, "--top_k=1000")
+    assert samples(capsys, "--temperature=0", "--max_new_tokens=5") == [a[:6]] * 2
+
+
+def test_prompt_from_a_file(run_dir, capsys):
+    Path("prompt.txt").write_text("from a file\n", encoding="utf-8")
+    assert all(text.startswith("from a file\n") for text in samples(capsys, "--start=FILE:prompt.txt"))
+
+
+def test_gelu_comes_from_the_checkpoint(run_dir):
+    model, tokenizer = load_model(SampleConfig())
+    assert model.config.gelu == "tanh"
+    assert tokenizer.chars == tuple(CHARS)
+
+
+@pytest.mark.parametrize("meta", ["meta.pkl", "meta.json"])
+def test_nanogpts_checkpoint(tmp_path, monkeypatch, capsys, meta):
+    monkeypatch.chdir(tmp_path)
+    model = make_model(vocab_size=28)
+    write_nanogpt(Path("out"), model, "letters")
+    folder = Path("data/letters")
+    folder.mkdir(parents=True)
+    for name in ("train.bin", "val.bin"):
+        (folder / name).write_bytes(bytes(64))
+    if meta == "meta.pkl":
+        table = {
+            "vocab_size": 28,
+            "itos": dict(enumerate(CHARS)),
+            "stoi": {c: i for i, c in enumerate(CHARS)},
+        }
+        (folder / meta).write_bytes(pickle.dumps(table))
+    else:
+        (folder / meta).write_text(json.dumps(TOKENIZER.meta()))
+    expected = model.eval().generate(torch.tensor([TOKENIZER.encode("hey")]), 20, 0)[0].tolist()
+    text = TOKENIZER.decode(expected)
+    assert samples(capsys, "--start=hey", "--temperature=0", "--dtype=float32") == [text, text]
+
+
+def test_exported_weights_speak_gpt2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    export_gpt2(make_model(vocab_size=50304), "weights")
+    for text in samples(capsys, "--init_from=weights", "--start=Hello world"):
+        assert text.startswith("Hello world")
+        assert len(text) > 15
+
+
+class Parrot(torch.nn.Module):
+    """Stands in for a GPT: whatever the prompt, it says `script`, one byte a token."""
+
+    def __init__(self, script: bytes) -> None:
+        super().__init__()
+        self.config = GPTConfig(block_size=1, vocab_size=256, n_layer=1, n_head=1, n_embd=1)
+        self.lm_head = torch.nn.Linear(1, 1)
+        self.script, self.said = script, 0
+
+    def forward(self, idx: torch.Tensor) -> tuple[torch.Tensor, None]:
+        self.said += 1
+        return torch.eye(256)[self.script[self.said - 1]].view(1, 1, 256), None
+
+
+def test_text_streams_and_never_ends_inside_a_character():
+    script = "aé€!".encode() + b"\xe2\x82"  # the last character is cut off
+    parrot = Parrot(script)
+    pieces = sample_text(parrot, ByteTokenizer(), "é", len(script), temperature=0)
+    assert next(pieces) == "é"
+    assert parrot.said == 0
+    assert next(pieces) == "a"
+    assert parrot.said == 1
+    rest = list(pieces)
+    assert [piece for piece in rest if piece] == ["é", "€", "!", "\ufffd"]
+    assert rest[:2] == ["", "é"]
+
+
+def test_every_piece_is_flushed(run_dir, monkeypatch):
+    events = []
+
+    class Terminal:
+        def write(self, text):
+            events.append(text)
+
+        def flush(self):
+            events.append(None)
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    main(["--device=cpu", "--num_samples=1", "--max_new_tokens=3", "--start=ab"])
+    written = [i for i, event in enumerate(events) if event and "---" not in event and event != "\n"]
+    assert len(written) >= 3
+    assert all(None in events[i + 1 : i + 3] for i in written)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_casting_once_changes_nothing(dtype):
+    model, idx = make_model(bias=True).eval(), torch.randint(32, (2, 9))
+    model.compute_dtype = dtype
+    logits, _ = model(idx)
+    tokens = list(generate(model, idx, 12, 0))
+    to_inference(model, torch.device("cpu"), dtype)
+    assert torch.equal(model(idx)[0], logits)
+    assert all(torch.equal(a, b) for a, b in zip(generate(model, idx, 12, 0), tokens, strict=True))
+    assert {layer.weight.dtype for layer in model.modules() if isinstance(layer, torch.nn.Linear)} == {dtype}
+
+
+def test_without_a_compiler_it_goes_on(run_dir, capsys, monkeypatch):
+    expected = samples(capsys)
+
+    def fail(model, **options):
+        def call(*args, **kwargs):
+            raise RuntimeError("\nno C++ compiler\nat all")
+
+        broken = make_model()
+        broken.forward = call
+        return broken
+
+    monkeypatch.setattr(torch, "compile", fail)
+    main(["--device=cpu", "--num_samples=2", "--max_new_tokens=20", "--compile"])
+    out, err = capsys.readouterr()
+    assert out == "".join(text + "\n---------------\n" for text in expected)
+    assert "compile: not possible here, going on without it: no C++ compiler\n" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--out_dir=nowhere"], r"no.* nowhere/ckpt\.pt"),
+        (["--init_from=nowhere"], "init_from: nowhere: no such file or folder, and not one of gpt2"),
+        (["--start=ÿ"], "start: character 'ÿ' is not among the 28"),
+        (["--start="], r"start: got '', expected at least one token to go on from: --start=\$'\\n'"),
+        (["--start=FILE:absent.txt"], r"start: absent\.txt cannot be read \(No such file"),
+        (["--start=FILE:binary.txt"], r"start: binary\.txt is not UTF-8 text \(byte 2\)"),
+        (["--temperature=-1"], "temperature: got -1"),
+        (["--top_k=-1"], "top_k: got -1"),
+        (["--top_p=0"], "top_p: got 0"),
+        (["--top_p=1.5"], "top_p: got 1.5"),
+        (["--num_samples=0"], "num_samples: got 0"),
+        (["--max_new_tokens=-1"], "max_new_tokens: got -1"),
+        (["--device=abacus"], "device: got 'abacus'"),
+        (["--dtype=int8"], "dtype: got 'int8'"),
+        (["--temprature=1"], "did you mean temperature"),
+        (["prompt.txt"], "prompt.txt"),
+    ],
+)
+def test_mistakes(run_dir, capsys, argv, message):
+    Path("binary.txt").write_bytes(b"ab\xff\xfe")
+    with pytest.raises(UserError, match=message):
+        main(["--device=cpu", *argv])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_vocabulary_too_large_for_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("out"), make_model(vocab_size=20), tokenizer=TOKENIZER.meta())
+    with pytest.raises(UserError, match=r"the model has 20 tokens, its tokenizer \(char\) 28"):
+        main(["--device=cpu"])
+
+
+def test_help(capsys):
+    main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name}=" in text for name in SampleConfig.__dataclass_fields__)
+
+
+def test_command(tmp_path):
+    """As a user runs it: status 2 and one line."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "train.sample", f"--out_dir={tmp_path}/nothing"]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
