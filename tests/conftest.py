@@ -1,9 +1,19 @@
-"""Shared by all tests: one thread a worker, since pytest-xdist already runs a worker a core."""
+"""Shared by all tests."""
 
 import os
 
+import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: one thread each, in the commands that tests start too
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """For tests that compile: skips them where torch.compile has no C++ compiler or no Python headers to work with."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+    except Exception as error:
+        pytest.skip(f"torch.compile does not work on this machine: {str(error).strip().splitlines()[0]}")

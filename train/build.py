@@ -24,7 +24,7 @@ def open_dataset(name: str, world: World) -> Dataset:
     """data/<name>, or the folder of an absolute path. The corpus `docs`, which needs no network, is made if missing."""
     folder = Path("data") / name
     if name == "docs":
-        if world.master:
+        if world.local_rank == 0:  # one a machine
             ensure_docs(folder)
         world.barrier()
     return Dataset(folder)

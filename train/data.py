@@ -10,6 +10,7 @@ call from a second thread would invalidate a graph capture that happens to be un
 """
 
 import math
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -26,7 +27,7 @@ __all__ = ["Batch", "Dataset", "Loader", "Split"]
 RUN_BYTES = 1 << 20
 MAX_RUN = 16
 HOST_BUFFERS = 3  # one being filled, one being handed out, one that the device may still be reading
-STREAMS = {"train": 1, "val": 2}  # evaluation draws of the two splits; 0 is training, 3 the dropout seeds
+STREAMS = {"train": 1, "val": 2}  # random streams of the evaluations; 0 is training's
 
 
 class Batch(NamedTuple):
@@ -122,7 +123,7 @@ class Loader:
         early stopping and the best checkpoint are decided by. Ranks share an evaluation out by taking
         different k.
         """
-        offsets = self._draw(split, (STREAMS[split], k), self.batch_size)
+        offsets = self._draw(split, self._generator(STREAMS[split], k), self.batch_size)
         shape = (2, 1, self.batch_size, self.block_size)
         x, y = self._gather(split, offsets, torch.empty(shape, dtype=torch.int64)).to(self.device)
         return Batch(x, y, (0,))  # dropout is off
@@ -150,13 +151,19 @@ class Loader:
 
     def _gather_run(self, number: int, memory: torch.Tensor | None) -> list[Batch]:
         memory = torch.empty(self._shape, dtype=torch.int64) if memory is None else memory
-        return [self._gather_step(number * self._run_length + i, xy) for i, xy in enumerate(memory)]
+        batches = []
+        for i, xy in enumerate(memory):
+            batches.append(self._gather_step(number * self._run_length + i, xy))
+            time.sleep(0)  # let go of the GIL, for which the caller may be waiting
+        return batches
 
     def _gather_step(self, step: int, xy: torch.Tensor) -> Batch:
         shape = (self.accumulation, self.world_size, self.batch_size)
-        offsets = self._draw("train", (0, step), math.prod(shape)).reshape(shape)[:, self.rank]
+        generator = self._generator(0, step)
+        offsets = self._draw("train", generator, math.prod(shape)).reshape(shape)[:, self.rank]
+        seeds = generator.integers(2**63 - 1, size=shape[:2])[:, self.rank]
         x, y = self._gather("train", offsets.ravel(), xy)
-        return Batch(x, y, self._dropout_seeds(step))
+        return Batch(x, y, tuple(seeds.tolist()))
 
     def _to_device(self, batch: Batch, buffer: _Buffer | None) -> Batch:
         x, y = (t.to(self.device, non_blocking=buffer is not None) for t in batch[:2])
@@ -165,13 +172,15 @@ class Loader:
             buffer.copied.record(torch.cuda.current_stream(self.device))
         return Batch(x, y, batch.seeds)
 
-    def _draw(self, split: Split, key: tuple[int, int], size: int) -> np.ndarray:
+    def _generator(self, stream: int, number: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, stream, number))))
+
+    def _draw(self, split: Split, generator: np.random.Generator, size: int) -> np.ndarray:
         """(size,) int64 start offsets in [0, len - block_size), distinct unless there are fewer than `size`.
 
         numpy draws a small sample of a large range by Floyd's method, without a table of the range.
         """
         n = len(self.dataset.split(split)) - self.block_size
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, *key))))
         return generator.choice(n, size=size, replace=size > n)
 
     def _gather(self, split: Split, offsets: np.ndarray, buffer: torch.Tensor) -> torch.Tensor:
@@ -185,8 +194,3 @@ class Loader:
         x[:] = rows[:, :-1]
         y[:] = rows[:, 1:]
         return buffer
-
-    def _dropout_seeds(self, step: int) -> tuple[int, ...]:
-        first = np.random.SeedSequence((self.seed, 3, step))
-        states = first.generate_state(self.accumulation * self.world_size, np.uint64)
-        return tuple(int(s) >> 1 for s in states[self.rank :: self.world_size])

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import pickle
-import tempfile
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from train.errors import UserError
-from train.files import making_folder, replace_together, sync
+from train.files import making_folder, replace_together, staging_folder, sync
 from train.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 
 CHUNK = 1 << 20  # bytes read at once
@@ -84,9 +83,9 @@ def write_tokens(
     """
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
     meta = tokenizer.meta() | {"dtype": dtype.name}
-    with making_folder(folder), tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as staging:
+    with making_folder(folder), staging_folder(folder) as staging:
         for name in ("train", "val"):
-            with open(Path(staging, f"{name}.bin"), "wb") as file:
+            with open(staging / f"{name}.bin", "wb") as file:
                 for ids in splits[name]:
                     file.write(np.ascontiguousarray(ids, dtype=dtype))
                 count = file.tell() // dtype.itemsize
@@ -101,10 +100,10 @@ def write_tokens(
             chars = dict(enumerate(tokenizer.chars))
             files["meta.pkl"] = pickle.dumps({"vocab_size": tokenizer.n_vocab, "itos": chars, "stoi": ids})
         for name, data in files.items():
-            with open(Path(staging, name), "wb") as file:
+            with open(staging / name, "wb") as file:
                 file.write(data)
                 sync(file)
-        replace_together(Path(staging), folder, FILES)
+        replace_together(staging, folder, FILES)
     return meta
 
 

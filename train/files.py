@@ -1,6 +1,8 @@
 """Files that appear whole or not at all."""
 
+import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +29,30 @@ def making_folder(folder: Path) -> Iterator[None]:
         if isinstance(error, OSError):
             raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
         raise
+
+
+@contextmanager
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside `folder`, gone at the end; what a killed process left of one goes too.
+
+    A lock, which the system drops with the process, tells one that is in use from one that was left.
+    """
+    for path in folder.glob(".staging-*"):
+        with suppress(OSError), _locked(path):
+            shutil.rmtree(path)
+    with tempfile.TemporaryDirectory(prefix=".staging-", dir=folder) as path, _locked(Path(path)):
+        yield Path(path)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, or raise BlockingIOError where another does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

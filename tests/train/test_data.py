@@ -227,7 +227,7 @@ def test_drawing_from_nine_billion_tokens_makes_no_table_of_them(tmp_path):
     dataset.check(8)  # too large to be read for it
     with loader(dataset, batch_size=480) as batches:
         assert batches.train(0).x.sum() == 0
-        offsets = batches._draw("train", (0, 0), 4800)
+        offsets = batches._draw("train", np.random.default_rng(0), 4800)
     assert len(set(offsets.tolist())) == 4800
     assert offsets.max() > length * 0.9
 

@@ -115,9 +115,17 @@ def test_the_recorded_logits(name: str) -> None:
 @pytest.mark.parametrize("name", TRACES)
 @pytest.mark.parametrize(
     ("optimizer", "compile"),
-    [(plain_adamw, False), (our_adamw, False), pytest.param(our_adamw, True, marks=pytest.mark.slow)],
+    [
+        (plain_adamw, False),
+        (our_adamw, False),
+        pytest.param(our_adamw, True, marks=pytest.mark.slow),
+    ],
 )
-def test_the_recorded_trace(name: str, optimizer: MakeOptimizer, compile: bool) -> None:
+def test_the_recorded_trace(
+    name: str, optimizer: MakeOptimizer, compile: bool, request: pytest.FixtureRequest
+) -> None:
+    if compile:
+        request.getfixturevalue("compiler")
     case = TRACES[name]
     golden, truth = recorded(case), train(case, our_adamw, dtype=torch.float64)
     got = train(case, optimizer, compile=compile)

@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +17,12 @@ from hypothesis import strategies as st
 from train import encode, prepare
 from train.encode import last_cut, read_text, split_at, whole_words, write_dataset
 from train.errors import UserError
+from train.files import staging_folder
 from train.tokenfiles import Dataset
 from train.tokenizer import GPT2Tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXT = "To be, or not to be: that's the question.\nOb's edler im Gemüt, €, die Pfeil' … 生存还是毁灭。\n" * 30
-)
 
 
 def run(monkeypatch, *arguments: str) -> None:
@@ -32,9 +33,8 @@ def run(monkeypatch, *arguments: str) -> None:
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        prepare.signal, "signal", lambda *_: None
-    )  # the command's handler is not for the tests
+    handler = SimpleNamespace(SIGTERM=None, signal=lambda *_: None)  # the command's own is not for the tests
+    monkeypatch.setattr(prepare, "signal", handler)
     return tmp_path
 
 
@@ -210,6 +210,17 @@ def test_an_end_between_the_renames_leaves_no_mixture(monkeypatch, folder, faili
     assert not [name for name in os.listdir("data/a") if name.startswith(".")]
 
 
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not(monkeypatch, folder):
+    (folder / "a.txt").write_text(TEXT)
+    (folder / "data/a/.staging-dead").mkdir(parents=True)
+    (folder / "data/a/.staging-dead/train.bin").write_text("half")
+    with staging_folder(folder / "data/a") as used:
+        assert os.listdir("data/a") == [used.name]
+        run(monkeypatch, "a.txt")
+        assert used.is_dir()
+    assert sorted(os.listdir("data/a")) == ["meta.json", "meta.pkl", "train.bin", "val.bin"]
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(folder):
     path = folder / "a.txt"
     path.write_text(TEXT)
@@ -244,7 +255,7 @@ def test_command_prints_counts_and_status(folder):
 
 def test_a_bar_on_a_terminal_only(monkeypatch, tmp_path):
     clock = iter(range(0, 10_000, 40))  # seconds: every look is due
-    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     master, slave = pty.openpty()
     outputs = []
     with open(slave, "w") as terminal, open(tmp_path / "log", "w+") as log:

@@ -1,0 +1,1 @@
+"""Measuring: our training step beside the reference implementation's, in one process, on one device."""

@@ -1,0 +1,252 @@
+"""The definitions themselves, held against float64 arithmetic written out here."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import REFERENCE, Ops, reference
+
+BFLOAT16 = torch.finfo(torch.bfloat16).eps
+FLOAT32 = torch.finfo(torch.float32).eps
+dtypes = pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 8 * FLOAT32), (torch.bfloat16, BFLOAT16)],
+    ids=["float64", "float32", "bfloat16"],
+)
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Every element within `tolerance` of the largest: one rounding, relative to it."""
+    assert expected.dtype == torch.float64
+    assert got.shape == expected.shape
+    assert (got.double() - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1.0)
+
+
+def true_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x = x.double()
+    mean = x.sum(-1, keepdim=True) / x.size(-1)
+    variance = ((x - mean) ** 2).sum(-1, keepdim=True) / x.size(-1)
+    y = (x - mean) / torch.sqrt(variance + 1e-5) * weight.double()
+    return y if bias is None else y + bias.double()
+
+
+def true_gelu(x: Tensor, approximate: str) -> Tensor:
+    x = x.double()
+    if approximate == "erf":
+        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def true_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
+    losses = []
+    for row, target in zip(logits.double(), targets.tolist(), strict=True):
+        if target != ignore_index:
+            top = row.max()
+            losses.append(top + (row - top).exp().sum().log() - row[target])
+    return torch.stack(losses).mean()
+
+
+# The bundle
+
+
+def test_the_bundle_is_frozen_and_whole():
+    for field in dataclasses.fields(Ops):
+        assert getattr(REFERENCE, field.name)
+    for field in dataclasses.fields(Ops)[1:]:
+        assert getattr(REFERENCE, field.name) is getattr(reference, field.name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        REFERENCE.layer_norm = None
+    with pytest.raises(TypeError):
+        Ops(name="half")
+
+
+# Embedding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_embedding(dtype):
+    wte, wpe = draw(11, 6, dtype=dtype), draw(4, 6, seed=1, dtype=dtype)
+    idx = torch.tensor([[0, 10, 3, 3], [5, 5, 5, 5]])
+    x = REFERENCE.embedding(idx, wte, wpe)
+    assert x.dtype == dtype
+    for b in range(2):
+        for t in range(4):
+            assert torch.equal(x[b, t], wte[idx[b, t]] + wpe[t])
+
+
+def test_embedding_dropout():
+    idx = torch.zeros(200, 50, dtype=torch.int64)
+    x = REFERENCE.embedding(idx, torch.ones(1, 8), torch.ones(50, 8), p=0.2)
+    assert set(x.unique().tolist()) == {0.0, 2.5}
+    assert abs(x.eq(0).float().mean() - 0.2) < 0.01
+
+
+# LayerNorm
+
+
+@dtypes
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 32), (5, 27), (1, 1), (4, 1000)])
+def test_layer_norm(dtype, tolerance, bias, shape):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = (3 * draw(*shape) + 1).to(dtype)
+    weight = draw(shape[-1], seed=1, dtype=wide)
+    shift = draw(shape[-1], seed=2, dtype=wide) if bias else None
+    y = REFERENCE.layer_norm(x, weight, shift, dtype)
+    assert y.dtype == dtype
+    assert_near(y, true_norm(x, weight, shift), tolerance)
+
+
+def test_layer_norm_statistics_are_float32():
+    """A row about 1000 with deviations of 4, of which bfloat16 sums and squares would keep nothing."""
+    x = (1000 + 4 * draw(8, 512).round()).to(torch.bfloat16)
+    one = torch.ones(512)
+    y = REFERENCE.layer_norm(x, one, None, torch.float32)
+    assert y.dtype == torch.float32
+    assert_near(y, true_norm(x, one, None), 2e-4)
+    assert y.mean(-1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("output", [torch.float32, torch.bfloat16])
+def test_layer_norm_writes_the_dtype_asked_for(output):
+    x, weight = draw(4, 16), draw(16, seed=1)
+    y = REFERENCE.layer_norm(x, weight, None, output)
+    assert y.dtype == output
+    assert torch.equal(y, REFERENCE.layer_norm(x, weight, None, torch.float32).to(output))
+
+
+def test_layer_norm_of_a_constant_row_is_its_bias():
+    y = REFERENCE.layer_norm(torch.full((3, 8), 7.0), draw(8), draw(8, seed=1), torch.float32)
+    assert torch.equal(y, draw(8, seed=1).expand(3, 8))
+
+
+# The residual connection
+
+
+@dtypes
+def test_add_layer_norm(dtype, tolerance):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, stream = draw(3, 5, 24, dtype=dtype), 2 * draw(3, 5, 24, seed=1, dtype=wide)
+    weight, bias = draw(24, seed=2, dtype=wide), draw(24, seed=3, dtype=wide)
+    before = stream.clone()
+    residual, y = REFERENCE.add_layer_norm(x, stream, weight, bias, dtype)
+    assert (residual.dtype, y.dtype) == (wide, dtype)
+    assert torch.equal(stream, before)
+    assert_near(residual, x.double() + stream.double(), 1e-12 if wide == torch.float64 else FLOAT32)
+    assert_near(y, true_norm(x.double() + stream.double(), weight, bias), tolerance)
+
+
+def test_add_layer_norm_adds_in_float32():
+    residual, _ = REFERENCE.add_layer_norm(
+        torch.full((1, 4), 0.125, dtype=torch.bfloat16), torch.full((1, 4), 512.0), torch.ones(4), None, torch.bfloat16
+    )
+    assert residual.eq(512.125).all()  # bfloat16 has no number between 512 and 516
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_add_layer_norm_drops_the_branch_alone(p):
+    x, stream, n = torch.full((300, 64), 3.0), draw(300, 64), 300 * 64
+    weight = draw(64, seed=2)
+    residual, y = REFERENCE.add_layer_norm(x, stream, weight, None, torch.float32, p)
+    branch = residual - stream
+    dropped = branch == 0
+    torch.testing.assert_close(branch[~dropped], torch.full_like(branch[~dropped], 3 / (1 - p)))
+    assert abs(dropped.float().mean() - p) < 5 * math.sqrt(p * (1 - p) / n)
+    assert abs(branch.mean() / 3 - 1) < 5 * math.sqrt(p / (1 - p) / n)  # the mean is kept
+    assert_near(y, true_norm(residual, weight, None), 8 * FLOAT32)
+
+
+def test_dropout_of_0_takes_nothing_from_the_generator():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    REFERENCE.add_layer_norm(draw(2, 4), draw(2, 4), torch.ones(4), None, torch.float32, 0.0)
+    REFERENCE.embedding(torch.zeros(1, 2, dtype=torch.int64), draw(3, 4), draw(2, 4), 0.0)
+    assert torch.equal(torch.rand(1), expected)
+
+
+# GELU
+
+
+@dtypes
+@pytest.mark.parametrize("approximate", ["erf", "tanh"])
+def test_gelu(dtype, tolerance, approximate):
+    x = torch.cat([torch.linspace(-8, 8, 801), torch.tensor([0.0, 100.0, -100.0])]).to(dtype)
+    y = reference.gelu(x, approximate)
+    assert y.dtype == dtype
+    expected = true_gelu(x, approximate)
+    assert ((y.double() - expected).abs() <= tolerance * expected.abs().clamp_min(1.0)).all()
+
+
+def test_the_two_gelus_differ():
+    x = torch.linspace(-4, 4, 801, dtype=torch.float64)
+    assert 1e-4 < (reference.gelu(x, "erf") - reference.gelu(x, "tanh")).abs().max() < 1e-3
+
+
+@dtypes
+@pytest.mark.parametrize("approximate", ["erf", "tanh"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_gelu(dtype, tolerance, approximate, bias):
+    x, weight = draw(2, 5, 9, dtype=dtype), draw(7, 9, seed=1, dtype=dtype)
+    shift = draw(7, seed=2, dtype=dtype) if bias else None
+    y = REFERENCE.linear_gelu(x, weight, shift, approximate)
+    assert y.dtype == dtype
+    product = torch.einsum("btk,nk->btn", x.double(), weight.double()) + (0 if shift is None else shift.double())
+    assert_near(y, true_gelu(product, approximate), 2 * tolerance)  # two roundings: the product's, and the GELU's
+
+
+# Cross-entropy
+
+
+@dtypes
+@pytest.mark.parametrize("ignore_index", [-1, -100, 3])
+def test_cross_entropy(dtype, tolerance, ignore_index):
+    logits = 5 * draw(13, 10, dtype=dtype)
+    targets = torch.arange(13) % 10
+    targets[[2, 7]] = ignore_index
+    loss = reference.cross_entropy(logits, targets, ignore_index)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert loss.shape == ()
+    expected = true_cross_entropy(logits, targets, ignore_index)
+    assert_near(loss, expected, min(tolerance, 8 * FLOAT32))  # float32 inside, whatever the logits' dtype
+
+
+def test_cross_entropy_survives_large_logits():
+    logits = torch.tensor([[1e4, 0.0, -1e4], [0.0, 3e38, 0.0]])
+    loss = reference.cross_entropy(logits, torch.tensor([0, 1]))
+    assert loss == 0
+    assert reference.cross_entropy(logits[:1], torch.tensor([1])) == 1e4
+
+
+def test_cross_entropy_of_nothing_is_nan():
+    assert reference.cross_entropy(draw(2, 4), torch.tensor([-1, -1])).isnan()
+
+
+def test_ignored_rows_get_no_gradient():
+    logits, targets = draw(4, 6).requires_grad_(), torch.tensor([1, -1, 5, -1])
+    reference.cross_entropy(logits, targets).backward()
+    expected = logits.detach().double().softmax(-1)
+    expected[torch.arange(4), targets] -= 1
+    expected[targets == -1] = 0
+    assert_near(logits.grad, expected / 2, FLOAT32)
+    assert logits.grad[targets == -1].eq(0).all()
+
+
+@dtypes
+def test_linear_cross_entropy(dtype, tolerance):
+    x, weight = draw(2, 5, 8, dtype=dtype), draw(11, 8, seed=1, dtype=dtype)
+    targets = torch.arange(10).view(2, 5)
+    targets[1, 2] = -1
+    loss, logits = REFERENCE.linear_cross_entropy(x, weight, targets)
+    assert logits.dtype == dtype
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = torch.einsum("btc,vc->btv", x.double(), weight.double())
+    assert_near(logits, expected, tolerance)
+    assert_near(loss, true_cross_entropy(expected.flatten(0, 1), targets.flatten()), 2 * tolerance)

@@ -1,0 +1,226 @@
+"""What the model computes, held against a plain function in float64 that shares no code with it."""
+
+import math
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import GPT, GPTConfig
+
+SHAPES = {
+    "usual": dict(B=3, block_size=16, vocab_size=40, n_layer=2, n_head=4, n_embd=32),
+    "odd": dict(B=5, T=7, block_size=13, vocab_size=37, n_layer=3, n_head=3, n_embd=27, bias=False, gelu="tanh"),
+    "one of all": dict(B=1, block_size=1, vocab_size=2, n_layer=1, n_head=1, n_embd=3, gelu="tanh"),
+    "heads of one": dict(B=2, T=5, block_size=8, vocab_size=11, n_layer=1, n_head=6, n_embd=6),
+}
+
+
+def make(seed: int = 0, **shape) -> GPT:
+    """A model with weights large enough that every part of it matters, and biases that are not zero."""
+    model = GPT(GPTConfig(**shape))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 1 + 0.2 * values if ".ln_" in name and parameter.ndim == 1 else 0.2 * values
+    return model
+
+
+def case(B: int, T: int | None = None, **shape) -> tuple[GPT, Tensor, Tensor]:
+    model, generator = make(**shape), torch.Generator().manual_seed(1)
+    size = (B, T or shape["block_size"])
+    idx, targets = (torch.randint(shape["vocab_size"], size, generator=generator) for _ in range(2))
+    if targets.numel() > 3:
+        targets.view(-1)[::3] = -1
+    return model, idx, targets
+
+
+def definition(w: Mapping[str, Tensor], config: GPTConfig, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits, loss) of GPT-2 in the dtype of its weights, written with nothing but arithmetic."""
+    B, T = idx.shape
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        y = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"]
+        return y + w.get(f"{name}.bias", 0)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+
+    def gelu(x: Tensor) -> Tensor:
+        if config.gelu == "erf":
+            return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+        return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+    def attention(x: Tensor, name: str) -> Tensor:
+        q, k, v = (
+            part.view(B, T, config.n_head, -1).transpose(1, 2) for part in linear(x, f"{name}.c_attn").chunk(3, dim=-1)
+        )
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+        scores = scores.masked_fill(torch.arange(T) > torch.arange(T)[:, None], -math.inf)
+        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        return linear((weights @ v).transpose(1, 2).reshape(B, T, -1), f"{name}.c_proj")
+
+    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:T]
+    for i in range(config.n_layer):
+        block = f"transformer.h.{i}"
+        x = x + attention(norm(x, f"{block}.ln_1"), f"{block}.attn")
+        x = x + linear(gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
+    logits = norm(x, "transformer.ln_f") @ w["transformer.wte.weight"].T
+    log_probs = logits - logits.exp().sum(-1, keepdim=True).log()
+    counted = targets != -1
+    return logits, -log_probs[counted].gather(1, targets[counted][:, None]).mean()
+
+
+def truth(model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(logits, loss, gradients by name) in float64."""
+    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    logits, loss = definition(weights, model.config, idx, targets)
+    loss.backward()
+    return logits.detach(), loss.detach(), {name: w.grad for name, w in weights.items()}
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """Relative to the tensor's norm: what rounding makes of it, however small single elements are."""
+    return ((got.double() - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+
+
+def total_error(model: GPT, gradients: dict[str, Tensor]) -> float:
+    names = list(gradients)
+    parameters = dict(model.named_parameters())
+    return error(
+        torch.cat([parameters[name].grad.flatten() for name in names]),
+        torch.cat([gradients[name].flatten() for name in names]),
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_float64_is_the_definition(name):
+    model, idx, targets = case(**SHAPES[name])
+    expected_logits, expected_loss, gradients = truth(model, idx, targets)
+    model.double()
+    model.compute_dtype = torch.float64
+    logits, loss = model(idx, targets)
+    loss.backward()
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-11, atol=1e-12)
+    for parameter, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[parameter], rtol=1e-9, atol=1e-11, msg=parameter)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_float32_is_the_definition_but_for_rounding(name):
+    model, idx, targets = case(**SHAPES[name])
+    expected_logits, expected_loss, gradients = truth(model, idx, targets)
+    logits, loss = model(idx, targets)
+    loss.backward()
+    eps = torch.finfo(torch.float32).eps
+    assert error(logits, expected_logits) < 16 * eps
+    assert error(loss, expected_loss) < 16 * eps
+    assert total_error(model, gradients) < 64 * eps
+
+
+@pytest.mark.parametrize("name", ["usual", "odd"])
+def test_bfloat16_is_the_definition_but_for_its_rounding(name):
+    model, idx, targets = case(**SHAPES[name])
+    expected_logits, expected_loss, gradients = truth(model, idx, targets)
+    model.compute_dtype = torch.bfloat16
+    logits, loss = model(idx, targets)
+    loss.backward()
+    eps = torch.finfo(torch.bfloat16).eps
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    assert eps / 50 < error(logits, expected_logits) < 4 * eps  # below, it was not computed in bfloat16
+    assert error(loss, expected_loss) < eps
+    assert total_error(model, gradients) < 4 * eps
+
+
+def test_the_stream_stays_float32_under_bfloat16():
+    """Thirty layers each add a little to a large stream, which bfloat16 would round away."""
+    model = make(block_size=4, vocab_size=5, n_layer=30, n_head=1, n_embd=8)
+    model.compute_dtype = torch.bfloat16
+    with torch.no_grad():
+        model.transformer.wte.weight.copy_(torch.linspace(-300, 300, 40).view(5, 8))
+        for name, p in model.named_parameters():
+            if "c_proj" in name:
+                p.mul_(0.05)
+    seen = []
+    model.transformer.ln_f.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    idx = torch.tensor([[0, 1, 2, 4]])
+    model(idx, idx)
+    start = model.transformer.wte.weight[idx] + model.transformer.wpe.weight[:4]
+    assert seen[0].dtype == torch.float32
+    assert (seen[0] != start)[:, (0, 3)].all()
+
+
+def test_ignored_targets_do_not_count():
+    model, idx, _ = case(**SHAPES["usual"])
+    targets = torch.full_like(idx, -1)
+    targets[1, 4] = 7
+    logits, loss = model(idx, targets)
+    torch.testing.assert_close(loss, -logits[1, 4].log_softmax(-1)[7])
+    loss.backward()
+    others = [i for i in range(40) if i not in idx[1, :5]]
+    # rows of wte that no token of sample 1 uses still get the head's gradient; positions after 4 get none
+    assert model.transformer.wpe.weight.grad[5:].eq(0).all()
+    assert model.transformer.wte.weight.grad[others].ne(0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_later_token_changes_nothing_before_it(dtype):
+    model, idx, targets = case(**SHAPES["usual"])
+    model.compute_dtype = dtype
+    before, _ = model(idx, targets)
+    for t in (1, 8, 15):
+        changed = idx.clone()
+        changed[:, t] = (idx[:, t] + 1) % 40
+        after, _ = model(changed, targets)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert (after[:, t:] != before[:, t:]).flatten(2).any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_do_not_see_each_other(dtype):
+    model, idx, targets = case(**SHAPES["odd"])
+    model.compute_dtype = dtype
+    before, _ = model(idx, targets)
+    idx[2] = (idx[2] + 1) % 37
+    after, _ = model(idx, targets)
+    assert torch.equal(after[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
+
+
+def test_under_autocast_as_nanogpts_scripts_use_it():
+    model, idx, targets = case(**SHAPES["usual"])
+    expected_logits, expected_loss, gradients = truth(model, idx, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, loss = model(idx, targets)
+        last, _ = model(idx)
+        sampled = model.generate(idx[:, :3], 20)
+    loss.backward()
+    eps = torch.finfo(torch.bfloat16).eps
+    assert loss.dtype == torch.float32
+    assert eps / 50 < error(logits, expected_logits) < 4 * eps
+    assert error(last, expected_logits[:, -1:]) < 4 * eps
+    assert error(loss, expected_loss) < eps
+    assert total_error(model, gradients) < 4 * eps
+    assert sampled.shape == (3, 23)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_as_one_graph(dtype):
+    model, idx, targets = case(**SHAPES["usual"])
+    model.compute_dtype = dtype
+    _, _, gradients = truth(model, idx, targets)
+    eager, eager_loss = model(idx, targets)
+    compiled = torch.compile(model, fullgraph=True)
+    logits, loss = compiled(idx, targets)
+    loss.backward()
+    eps = torch.finfo(dtype).eps
+    assert error(logits, eager.double()) < 16 * eps
+    assert error(loss, eager_loss.double()) < 16 * torch.finfo(torch.float32).eps + (eps if eps > 1e-4 else 0)
+    assert total_error(model, gradients) < (64 if dtype == torch.float32 else 4) * eps
+    last, _ = compiled(idx)
+    assert error(last, eager[:, -1:].double()) < 16 * eps

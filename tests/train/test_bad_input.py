@@ -1,0 +1,335 @@
+"""Bad input gets one line, exit status 2, and nothing written."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from model.pretrained import export_gpt2
+from train import checkpoint
+from train.__main__ import main
+from train.errors import run
+
+ROOT = Path(__file__).parents[2]
+CHARS = "abcdefghijklmnopqrstuvwxyz .,!?\n"
+JOB = dict(
+    n_layer=1,
+    n_head=2,
+    n_embd=32,
+    block_size=16,
+    batch_size=4,
+    dataset="letters",
+    max_iters=2,
+    warmup_iters=0,
+    lr_decay_iters=10,
+    eval_interval=2,
+    eval_iters=1,
+    compile=False,
+    device="cpu",
+    dtype="float32",
+    peak_flops=1e12,
+)
+
+
+def make_data(folder: Path, *, train: int = 2000, val: int = 200, chars: str = CHARS) -> Path:
+    folder.mkdir(parents=True)
+    for name, length in (("train", train), ("val", val)):
+        (np.arange(length) * 7 % len(chars)).astype("<u2").tofile(folder / f"{name}.bin")
+    meta = {"vocab_size": len(chars), "tokenizer": "char", "dtype": "uint16", "chars": list(chars)}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def command(*argv: str, **settings) -> list[str]:
+    return [*argv, *(f"--{name}={value}" for name, value in (JOB | settings).items())]
+
+
+def tree(folder: Path) -> dict[str, tuple]:
+    """Every name below `folder` with what would change if it were written, replaced or touched."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        stat = path.lstat()
+        found[str(path.relative_to(folder))] = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_mode)
+    return found
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """The current folder, with data/letters in it."""
+    make_data(tmp_path / "data" / "letters")
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def start(here, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """`python -m train` with JOB and some changes: (exit status, stdout, stderr)."""
+
+    def start(*argv: str, **settings) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train", *command(*argv, **settings)])
+        with pytest.raises(SystemExit) as ended:
+            run(main)
+        return ended.value.code, *capsys.readouterr()
+
+    return start
+
+
+@pytest.fixture
+def refusal(here, start) -> Callable[..., str]:
+    """The one line by which a command is refused, without a trace on the disk or the console."""
+
+    def refusal(*argv: str, **settings) -> str:
+        before = tree(here)
+        status, out, err = start(*argv, **settings)
+        assert status == 2
+        assert out == ""
+        assert re.fullmatch(r"error: [^\n]+\n", err), err
+        assert tree(here) == before
+        return err
+
+    return refusal
+
+
+def test_the_job_is_good_but_for_what_the_tests_change(here, start):
+    status, out, err = start()
+    assert (status, err) == (0, "")
+    assert "step 2: train loss " in out
+    assert (here / "out" / "ckpt.pt").is_file()
+
+
+SETTINGS = [
+    ("--batch_sizes=3", ["batch_sizes", "did you mean batch_size?"]),
+    ("--learning-rat=3", ["learning_rat", "did you mean learning_rate?"]),
+    ("--batch_size=many", ["batch_size", "'many'", "expected int"]),
+    ("--batch_size=1.5", ["batch_size", "1.5", "expected int"]),
+    ("--learning_rate=fast", ["learning_rate", "'fast'", "expected float"]),
+    ("--decay_lr=maybe", ["decay_lr", "'maybe'", "expected bool"]),
+    ("--batch_size=0", ["batch_size", "got 0", "at least 1"]),
+    ("--n_embd=30 --n_head=4", ["n_embd", "got 30", "multiple of n_head (4)"]),
+    ("--dropout=1", ["dropout", "got 1", "below 1"]),
+    ("--learning_rate=nan", ["learning_rate", "nan"]),
+    ("--gelu=tanhh", ["gelu", "'tanhh'", "did you mean tanh?"]),
+    ("--device=cuda", ["device", "'cuda'", "expected one of: auto, cpu"]),
+    ("--device=cuda:7", ["device", "'cuda:7'", "expected one of: auto, cpu"]),
+    ("--device=tpu", ["device", "'tpu'", "expected one of: auto, cpu"]),
+    ("--dtype=float16", ["dtype", "'float16'", "expected one of", "float32", "on cpu"]),
+    ("--dtype=float8", ["dtype", "'float8'", "bfloat16"]),
+    ("shakespear_char", ["shakespear_char", "did you mean shakespeare_char?"]),
+    ("no_such_file.py", ["no_such_file.py"]),
+    ("--block_size=200", ["block_size=200", "val.bin", "200 tokens", "at least 201"]),
+    ("--block_size=2000000000", ["block_size=2000000000", "train.bin", "2,000 tokens"]),
+    ("--dataset=numbers", ["data/numbers", "no such dataset", "python -m train.prepare numbers"]),
+    ("--out_dir=", ["out_dir", "expected a name"]),
+    ("--init_from=", ["init_from", "expected a name"]),
+    ("--init_from=resume", ["init_from=resume", "there is no", "ckpt.pt"]),
+    ("--init_from=resume --out_dir=data/letters/train.bin", ["data/letters/train.bin/ckpt.pt"]),
+    ("--init_from=gpt3", ["init_from=gpt3", "no such file", "gpt2-xl"]),
+    ("--init_from=data/letters", ["init_from=data/letters", "no model.safetensors"]),
+    ("--init_from=data/letters/train.bin", ["init_from=data/letters/train.bin", "not a whole safetensors file"]),
+    ("--out_dir=data/letters/train.bin", ["out_dir", "cannot write", "data/letters/train.bin"]),
+    ("--out_dir=data/letters/train.bin/deeper", ["out_dir", "cannot write", "Not a directory"]),
+    ("--wandb_log", ["wandb_log", "not installed", "pip install 'nanofuse[wandb]'"]),
+    ("--tensorboard_log", ["tensorboard_log", "not installed", "pip install 'nanofuse[tensorboard]'"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), SETTINGS, ids=[changes for changes, _ in SETTINGS])
+def test_a_setting_that_cannot_be(refusal, monkeypatch, changes, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for module in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    message = refusal(**{}, **settings_of(changes)) if changes.startswith("--") else refusal(changes)
+    for word in words:
+        assert word in message
+
+
+def settings_of(text: str) -> dict[str, str]:
+    """{"a": "1"} of "--a=1": put over JOB, where the test's own must come last."""
+    return {
+        name.removeprefix("--"): value if equals else "True"
+        for name, equals, value in (word.partition("=") for word in text.split())
+    }
+
+
+def test_the_shape_is_checked_before_memory_is_taken_for_it(refusal, monkeypatch):
+    def none(*args):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr("train.build.GPT", none)
+    assert "block_size=3000" in refusal(block_size=3000)
+
+
+# Data
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_token_outside_the_vocabulary(refusal, here, split):
+    path = here / "data" / "letters" / f"{split}.bin"
+    tokens = np.fromfile(path, "<u2")
+    tokens[150] = 32
+    tokens.tofile(path)
+    message = refusal()
+    assert f"data/letters/{split}.bin" in message
+    assert "token 32 at position 150" in message
+    assert "vocab_size=32" in message
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_dataset_too_short(refusal, here, split):
+    path = here / "data" / "letters" / f"{split}.bin"
+    os.truncate(path, 2 * 16)
+    message = refusal()
+    assert f"block_size=16: data/letters/{split}.bin holds 16 tokens, expected at least 17" in message
+    os.truncate(path, 0)
+    assert "0 bytes" in refusal()
+    path.unlink()
+    assert f"{split}.bin" in refusal()
+
+
+def test_a_meta_that_cannot_be_read(refusal, here):
+    (here / "data" / "letters" / "meta.json").write_text("{")
+    assert "data/letters/meta.json: cannot be read" in refusal()
+
+
+@pytest.mark.parametrize(
+    "environment", [{"RANK": "0"}, {"RANK": "one", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}], ids=["half", "not a number"]
+)
+def test_half_of_torchruns_environment(refusal, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert "expected three integers as torchrun sets them" in refusal()
+
+
+# Checkpoints and weights
+
+
+@pytest.fixture
+def trained(here, start) -> Path:
+    """out/, with a checkpoint of 2 iterations."""
+    status, _, _ = start()
+    assert status == 0
+    return here / "out"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(block_size=17), ["block_size: got 17", "at most 16", "init_from=resume"]),
+        (dict(n_layer=2), ["n_layer: got 2, expected 1", "init_from=resume"]),
+        (dict(n_head=4), ["n_head: got 4, expected 2"]),
+        (dict(n_embd=64), ["n_embd: got 64, expected 32"]),
+        (dict(bias=True), ["bias: got True, expected False"]),
+        (dict(gelu="tanh"), ["gelu: got tanh, expected erf"]),
+        (dict(dataset="more"), ["dataset=more", "33 different tokens", "the model 32"]),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_another_shape(refusal, here, trained, changes, words):
+    make_data(here / "data" / "more", chars=CHARS + "0")
+    message = refusal(init_from="resume", **changes)
+    for word in words:
+        assert word in message
+
+
+def test_a_checkpoint_whose_parts_disagree(refusal, trained):
+    path = trained / "ckpt.pt"
+    good = checkpoint.load(path)
+    torch.save(good | {"model_args": good["model_args"] | {"n_layer": 2}}, path)
+    message = refusal(init_from="resume", n_layer=2)
+    assert "init_from=resume" in message
+    assert "transformer.h.1" in message
+    state = {i: {k: torch.zeros(3) for k in ("step", "exp_avg", "exp_avg_sq")} for i in good["optimizer"]["state"]}
+    for moments in state.values():
+        moments["step"] = torch.tensor(1.0)
+    torch.save(good | {"optimizer": good["optimizer"] | {"state": state}}, path)
+    message = refusal(init_from="resume")
+    assert "optimizer" in message
+    assert "shape [3]" in message
+
+
+def test_a_checkpoint_that_is_damaged(refusal, trained):
+    path = trained / "ckpt.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "out/ckpt.pt is cut short" in refusal(init_from="resume")
+
+
+@pytest.mark.parametrize("why", ["no package", "no network"])
+def test_gpt2_without_a_way_to_get_it(refusal, monkeypatch, tmp_path_factory, why):
+    hub = pytest.importorskip("huggingface_hub")
+    if why == "no package":
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    else:
+
+        def unreachable(*args):
+            raise OSError("the network is unreachable\nand so on")
+
+        monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+    message = refusal(init_from="gpt2", block_size=16)
+    assert "init_from=gpt2" in message
+    assert "path of a model.safetensors" in message
+
+
+def test_weights_that_know_less_than_is_asked(refusal, here):
+    torch.manual_seed(0)
+    export_gpt2(GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=1, n_head=2, n_embd=32)), here / "weights")
+    assert "dataset=letters: it has 32 different tokens, the model 31" in refusal(init_from="weights", bias=True)
+    assert "block_size: got 17, expected at most 16" in refusal(init_from="weights", bias=True, block_size=17)
+    assert "n_head: got 4, expected 2" in refusal(init_from="weights", bias=True, n_head=4)
+
+
+# From outside
+
+
+def test_as_a_command(here):
+    before = tree(here)
+    ended = subprocess.run(
+        [sys.executable, "-m", "train", "--batchsize=3"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: unknown setting 'batchsize' (did you mean batch_size?); --help lists them all\n"
+    assert tree(here) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs RLIMIT_FSIZE")
+def test_a_full_disk_at_a_save(here):
+    """A limit on the size of files stands for it: metrics.jsonl still fits, the checkpoint does not."""
+    script = """
+        import resource, signal, sys
+        from train.__main__ import main
+        from train.errors import run
+
+        for limit in (None, 20_000):
+            if limit:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the write fails instead
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+                sys.argv += ["--init_from=resume", "--max_iters=6"]
+            try:
+                run(main)
+            except SystemExit as ended:
+                print("status", ended.code)
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *command()],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert re.findall(r"^status .*$", ended.stdout, re.MULTILINE) == ["status 0", "status 2"], ended.stderr
+    assert re.fullmatch(r"error: out_dir=out: no room for the checkpoint: [^\n]+\n", ended.stderr)
+    assert "is still whole" in ended.stderr
+    assert sorted(path.name for path in (here / "out").glob("*.pt*")) == ["ckpt.pt"]
+    assert checkpoint.load(here / "out" / "ckpt.pt")["iter_num"] == 2

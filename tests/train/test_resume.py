@@ -1,0 +1,187 @@
+"""Resume is exact: a run in two pieces and the same run in one leave the same bits."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import train.__main__ as command
+from tests.train.checkpoints import assert_same
+from tests.train.runs import Stop, crash, iterations, last, logged, refusal, resume, run, send
+from train import errors
+
+N = 7  # no multiple of the intervals
+CONSTANT = dict(learning_rate=0.0, decay_lr=False)  # so no evaluation after the first is better
+STATE = ("model", "optimizer", "iter_num", "best_val_loss")
+
+
+def assert_same_end(a: Path, b: Path, keys: tuple[str, ...] = STATE) -> None:
+    assert_same(*({key: last(folder)[key] for key in keys} for folder in (a, b)))
+
+
+@pytest.mark.parametrize(("dtype", "log_interval"), [("float32", 1), ("float32", 3), ("bfloat16", 1), ("bfloat16", 2)])
+def test_two_halves_are_the_whole(tmp_path, dtype, log_interval):
+    """With the dropout and the accumulation of JOB, and evaluations at other iterations in every run."""
+    settings = dict(dtype=dtype, log_interval=log_interval)
+    run(tmp_path / "whole", max_iters=2 * N, eval_interval=5, **settings)
+    run(tmp_path / "halves", max_iters=N, eval_interval=3, eval_iters=1, **settings)
+    resume(tmp_path / "halves", max_iters=2 * N, eval_interval=4)
+
+    expected = logged(tmp_path / "whole")
+    assert list(expected) == list(range(0, 2 * N, log_interval))
+    assert logged(tmp_path / "halves") == expected
+    assert_same_end(tmp_path / "halves", tmp_path / "whole", keys=("model", "optimizer", "iter_num"))
+
+
+def test_the_loss_scale_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "resolve_dtype", lambda name, device: torch.float16)  # which a CPU can, slowly
+    run(tmp_path / "whole", max_iters=2 * N)
+    run(tmp_path / "halves", max_iters=N)
+    resume(tmp_path / "halves", max_iters=2 * N)
+    assert last(tmp_path / "whole")["nanofuse"]["scaler"]["_growth_tracker"] == 2 * N
+    assert logged(tmp_path / "halves") == logged(tmp_path / "whole")
+    assert_same_end(tmp_path / "halves", tmp_path / "whole", keys=("model", "optimizer", "nanofuse"))
+
+
+@pytest.mark.slow
+def test_two_halves_are_the_whole_when_compiled(tmp_path):
+    settings = dict(compile=True, eval_interval=5)
+    run(tmp_path / "whole", max_iters=2 * N, **settings)
+    run(tmp_path / "halves", max_iters=N, **settings)
+    resume(tmp_path / "halves", max_iters=2 * N)
+    assert logged(tmp_path / "halves") == logged(tmp_path / "whole")
+    assert_same_end(tmp_path / "halves", tmp_path / "whole", keys=("model", "optimizer", "iter_num"))
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_loses_nothing(tmp_path, capsys, number, always):
+    settings = dict(max_iters=100, eval_interval=2, always_save_checkpoint=always, learning_rate=0.1, warmup_iters=2)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    # Both end by a signal, which saves the very end, the best or not.
+    assert run(tmp_path / "whole", at={2 * N - 1: send(number)}, **settings) == 128 + number
+    assert run(tmp_path / "halves", at={N - 1: send(number)}, **settings) == 128 + number
+    assert last(tmp_path / "halves")["iter_num"] == N
+    assert iterations(tmp_path / "halves", "save")[-1] == N
+    assert f"interrupted after {N} iterations" in capsys.readouterr().out
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+    assert resume(tmp_path / "halves", at={N - 1: send(number)}) == 128 + number
+    for kind in ("iter", "eval"):
+        assert logged(tmp_path / "halves", kind) == logged(tmp_path / "whole", kind)
+    saves = iterations(tmp_path / "halves", "save")
+    saves.remove(N)
+    assert saves == iterations(tmp_path / "whole", "save")
+    assert_same_end(tmp_path / "halves", tmp_path / "whole", keys=(*STATE, "model_args", "nanofuse"))
+
+
+def test_the_best_loss_decides_over_a_resume_what_is_saved(tmp_path):
+    settings = dict(always_save_checkpoint=False, eval_interval=2, warmup_iters=0, lr_decay_iters=3, min_lr=0.0)
+    run(tmp_path / "out", max_iters=4, learning_rate=0.01, **settings)
+    best = last(tmp_path / "out")
+    assert best["iter_num"] == 4
+    # It diverges slowly from here on: nothing is better than what the first run had.
+    resume(tmp_path / "out", max_iters=8, learning_rate=0.5, decay_lr=False)
+    assert all(
+        record["val_loss"] > best["best_val_loss"] for n, record in logged(tmp_path / "out", "eval").items() if n > 4
+    )
+    assert_same(last(tmp_path / "out"), best)
+
+
+def test_patience_is_counted_over_a_signal(tmp_path):
+    settings = dict(CONSTANT, eval_interval=2, patience=3, max_iters=100)
+    run(tmp_path / "out", at={4: send(signal.SIGTERM)}, **settings)
+    assert last(tmp_path / "out")["nanofuse"]["stale_evals"] == 2  # 2 and 4
+    assert resume(tmp_path / "out") == 0
+    assert iterations(tmp_path / "out", "eval") == [0, 2, 4, 6]
+    assert iterations(tmp_path / "out", "iter") == [0, 1, 2, 3, 4, 5]
+
+
+def test_an_evaluation_that_a_resume_repeats_counts_once(tmp_path):
+    settings = dict(CONSTANT, eval_interval=2, patience=3, max_iters=100, always_save_checkpoint=True)
+    with pytest.raises(Stop):
+        run(tmp_path / "out", at={4: crash}, **settings)
+    resume(tmp_path / "out")
+    assert iterations(tmp_path / "out", "eval") == [0, 2, 4, 4, 6]
+    evaluations = logged(tmp_path / "out", "eval")
+    assert len({record["val_loss"] for record in evaluations.values()}) == 1
+
+
+def test_less_patience_ends_a_resumed_run_after_its_next_evaluation(tmp_path, capsys):
+    """It may stand between two evaluations, with none of its own to report."""
+    run(tmp_path / "out", at={4: send(signal.SIGTERM)}, eval_interval=2, max_iters=100, **CONSTANT)
+    assert resume(tmp_path / "out", patience=2) == 0
+    assert last(tmp_path / "out")["iter_num"] == 6
+    assert "no better validation loss in 3 evaluations" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_evaluated_and_left_as_it_is(tmp_path):
+    run(tmp_path / "out", max_iters=4)
+    before = last(tmp_path / "out")
+    assert resume(tmp_path / "out") == 0
+    assert iterations(tmp_path / "out", "iter") == [0, 1, 2, 3]
+    assert iterations(tmp_path / "out", "eval") == [0, 2, 4, 4]
+    assert_same(last(tmp_path / "out"), before)
+
+
+def test_goes_on_with_the_stored_settings(tmp_path):
+    run(tmp_path / "out", max_iters=4, learning_rate=0.02, beta2=0.9, dropout=0.3, weight_decay=0.5)
+    stored = last(tmp_path / "out")["config"]
+    resume(tmp_path / "out", max_iters=6, weight_decay=0.25)
+    config = last(tmp_path / "out")["config"]
+    assert config == stored | {"init_from": "resume", "max_iters": 6, "weight_decay": 0.25}
+    assert last(tmp_path / "out")["model_args"]["dropout"] == 0.3
+    group = last(tmp_path / "out")["optimizer"]["param_groups"][0]
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.9), 0.25)
+
+
+def test_nothing_there(tmp_path, capsys):
+    message = refusal(resume, tmp_path / "out")
+    assert "init_from=resume" in message
+    assert str(tmp_path / "out" / "ckpt.pt") in message
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as exit:
+        errors.run(lambda: resume(tmp_path / "out"))
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(n_layer=3), "n_layer: got 3, expected 1"),
+        (dict(n_head=4), "n_head: got 4, expected 2"),
+        (dict(n_embd=64), "n_embd: got 64, expected 32"),
+        (dict(bias=True), "bias: got True, expected False"),
+        (dict(gelu="tanh"), "gelu: got tanh, expected erf"),
+        (dict(block_size=32), "block_size: got 32, expected at most 16"),
+    ],
+)
+def test_another_shape(tmp_path, settings, message):
+    run(tmp_path / "out", max_iters=2)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert message in refusal(resume, tmp_path / "out", **settings)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+
+
+def test_the_shape_it_has_may_be_named(tmp_path):
+    run(tmp_path / "out", max_iters=2)
+    assert resume(tmp_path / "out", n_layer=1, n_embd=32, block_size=16, gelu="auto", max_iters=4) == 0
+    assert last(tmp_path / "out")["iter_num"] == 4
+
+
+def test_a_shorter_block_size_crops_weights_and_moments(tmp_path):
+    run(tmp_path / "out", max_iters=4)
+    before = last(tmp_path / "out")
+    resume(tmp_path / "out", block_size=8, max_iters=6, **CONSTANT)
+    after = last(tmp_path / "out")
+    assert after["model_args"]["block_size"] == after["config"]["block_size"] == 8
+    wpe = "transformer.wpe.weight"
+    assert torch.equal(after["model"][wpe], before["model"][wpe][:8])
+    index = list(k for k in before["model"] if k != "lm_head.weight").index(wpe)
+    moments = [state["optimizer"]["state"][index]["exp_avg_sq"] for state in (before, after)]
+    assert [m.shape for m in moments] == [(16, 32), (8, 32)]
+    assert after["optimizer"]["state"][index]["step"] == 6
+    assert (moments[1] > 0.9 * moments[0][:8]).all()  # two steps with beta2 0.95 after what was there
+    assert resume(tmp_path / "out", max_iters=8) == 0
