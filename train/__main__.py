@@ -10,15 +10,15 @@ import torch
 from model import GPT
 from model.flops import flops_per_token
 from train import checkpoint as checkpoints
-from train.build import adopt_shape, build_model, model_to_train, open_dataset
+from train.build import adopt_shape, build_model, model_to_train, open_dataset, optimizer_state
 from train.checkpoint_layout import MODEL_ARGS
-from train.cli import Parsed, help_text
+from train.cli import help_text
 from train.config import TrainConfig, choose_base, compose, parse
 from train.data import Dataset, Loader
 from train.distributed import World, local_device, process_group, world_from_environment
 from train.errors import UserError, run
-from train.hardware import device_name, peak_flops, resolve_device, resolve_dtype
-from train.log import RunLog
+from train.hardware import Peak, device_name, peak_flops, resolve_device, resolve_dtype
+from train.log import RunLog, check_sinks
 from train.loop import Loop, Progress
 from train.optim import adamw
 from train.plot import plot_run
@@ -34,38 +34,41 @@ def main() -> int:
         print(help_text(TrainConfig, "python -m train", ABOUT, positional="[PRESET | CONFIG FILE ...]", presets=True))
         return 0
     device = resolve_device(str(parsed.settings.get("device", TrainConfig.device)))
-    checkpoint = None
-    out_dir = str(parsed.settings.get("out_dir", TrainConfig.out_dir))
+    checkpoint = stored = None
     if parsed.settings.get("init_from") == "resume":
+        out_dir = str(parsed.settings.get("out_dir", TrainConfig.out_dir))
         checkpoint = checkpoints.load(Path(out_dir) / "ckpt.pt")
-    stored = None if checkpoint is None else {**checkpoint["config"], "out_dir": out_dir}
+        stored = {**checkpoint["config"], "out_dir": out_dir}
     base = choose_base(parsed, gpu=device.type != "cpu", stored=stored)
     config = compose(parsed, base.settings)
     world = world_from_environment()
     device = local_device(resolve_device(config.device), world)
     with process_group(world, config.backend, device):
-        return train(config, parsed, base.why, checkpoint, world, device)
+        return train(config, set(parsed.settings), base.why, checkpoint, world, device)
 
 
 def train(
-    config: TrainConfig, parsed: Parsed, why: str, checkpoint: dict | None, world: World, device: torch.device
+    config: TrainConfig, named: set[str], why: str, checkpoint: dict | None, world: World, device: torch.device
 ) -> int:
-    """One rank's run from its settings to its end; the exit status. Nothing is written before all input is checked."""
+    """One rank's run from its settings to its end; the exit status. Nothing is written before all input is checked.
+
+    named: the settings that the user wrote. why: where the others come from. checkpoint: the one to go on from.
+    """
     if config.gradient_accumulation_steps % world.size:
         raise UserError(
             f"gradient_accumulation_steps: got {config.gradient_accumulation_steps}, expected a multiple of the "
             f"{world.size} processes, which share them out"
         )
     dtype = resolve_dtype(config.dtype, device)
+    check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
     dataset = open_dataset(config.dataset, world)
-    raw_model = build_model(config, set(parsed.settings), dataset, checkpoint).to(device)
+    raw_model = build_model(config, named, dataset, checkpoint).to(device)
     raw_model.compute_dtype = dtype
     config = adopt_shape(config, raw_model)
     dataset.check(config.block_size, raw_model.config.vocab_size)
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True  # float32 matmuls, where any are left
-    peak = peak_flops(device, dtype) if not config.peak_flops else None
-
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # of float32 matmuls, where any are left
+    peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
     optimizer = adamw(
         raw_model,
         learning_rate=config.learning_rate,
@@ -73,61 +76,22 @@ def train(
         weight_decay=config.weight_decay,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    progress = Progress()
+    progress, resumed_at = Progress(), None
     if checkpoint is not None:
-        checkpoints.load_optimizer(optimizer, checkpoint["optimizer"])
-        ours = checkpoint["nanofuse"]
-        progress = Progress(
-            checkpoint["iter_num"],
-            checkpoint["best_val_loss"],
-            ours.get("stale_evals", 0),
-            ours.get("judged_at", checkpoint["iter_num"]),
-        )
-        if scaler.is_enabled() and ours.get("scaler"):
-            scaler.load_state_dict(ours["scaler"])
-    resumed_at = None if checkpoint is None else checkpoint["iter_num"]
-    del checkpoint  # its tensors are as large as the model's and the optimizer's together
+        progress = _restore(checkpoint, raw_model, optimizer, scaler)
+        resumed_at = progress.iter_num
+        del checkpoint  # its tensors are as large as the model's and the optimizer's together
 
-    log = None
-    if world.master:  # the first thing that writes
-        log = RunLog(
-            config.out_dir,
-            dataclasses.asdict(config),
-            device=device_name(device),
-            parameters=raw_model.get_num_params(),
-            resume_iter=resumed_at,
-            wandb_log=config.wandb_log,
-            wandb_project=config.wandb_project,
-            wandb_run_name=config.wandb_run_name,
-            tensorboard_log=config.tensorboard_log,
-        )
+    log = _open_log(config, raw_model, device, resumed_at) if world.master else None
     say = log.message if log is not None else lambda text: None
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     say(f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on")
     say(f"device: {device_name(device)} x {world.size}, {str(dtype).removeprefix('torch.')}")
-    say(
-        f"peak: {config.peak_flops:g} FLOP/s, as set"
-        if peak is None
-        else f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}"
-    )
+    say(f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}")
     say(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M; tokens per iteration: {tokens:,}")
 
     def save(progress: Progress) -> None:
-        state = checkpoints.pack(
-            raw_model.state_dict(),
-            optimizer.state_dict(),
-            {name: getattr(raw_model.config, name) for name in MODEL_ARGS},
-            progress.iter_num,
-            progress.best_val_loss,
-            dataclasses.asdict(config),
-            {
-                "gelu": raw_model.config.gelu,
-                "tokenizer": dataset.meta,
-                "scaler": scaler.state_dict(),
-                "stale_evals": progress.stale_evals,
-                "judged_at": progress.judged_at,
-            },
-        )
+        state = _pack(config, raw_model, optimizer, scaler, dataset, progress)
         checkpoints.save(Path(config.out_dir), state, config.keep_checkpoints)
 
     model = model_to_train(raw_model, config, world, device, say)
@@ -153,7 +117,7 @@ def train(
             log=log,
             save=save,
             flops=flops_per_token(raw_model.config, config.mfu_formula) * tokens,
-            peak_flops=world.size * (config.peak_flops or peak.flops),
+            peak_flops=world.size * peak.flops,
             progress=progress,
         )
         status = loop.run()
@@ -165,15 +129,66 @@ def train(
     return 128 + status if status else 0
 
 
+def _restore(checkpoint: dict, model: GPT, optimizer: torch.optim.AdamW, scaler: torch.amp.GradScaler) -> Progress:
+    """Give the optimizer and the scaler what the checkpoint holds for them; where the run stood."""
+    checkpoints.load_optimizer(optimizer, optimizer_state(checkpoint, model))
+    ours, iter_num = checkpoint["nanofuse"], checkpoint["iter_num"]
+    if scaler.is_enabled() and ours.get("scaler"):
+        scaler.load_state_dict(ours["scaler"])
+    # nanoGPT saves right after an evaluation, and does not count those without improvement
+    stale_evals, judged_at = ours.get("stale_evals", 0), ours.get("judged_at", iter_num)
+    return Progress(iter_num, checkpoint["best_val_loss"], stale_evals, judged_at)
+
+
+def _pack(
+    config: TrainConfig,
+    model: GPT,
+    optimizer: torch.optim.AdamW,
+    scaler: torch.amp.GradScaler,
+    dataset: Dataset,
+    progress: Progress,
+) -> dict:
+    """The checkpoint of the present state."""
+    return checkpoints.pack(
+        model.state_dict(),
+        optimizer.state_dict(),
+        {name: getattr(model.config, name) for name in MODEL_ARGS},
+        progress.iter_num,
+        progress.best_val_loss,
+        dataclasses.asdict(config),
+        {
+            "gelu": model.config.gelu,
+            "tokenizer": dataset.meta,
+            "scaler": scaler.state_dict(),
+            "stale_evals": progress.stale_evals,
+            "judged_at": progress.judged_at,
+        },
+    )
+
+
+def _open_log(config: TrainConfig, model: GPT, device: torch.device, resumed_at: int | None) -> RunLog:
+    return RunLog(
+        config.out_dir,
+        dataclasses.asdict(config),
+        device=device_name(device),
+        parameters=model.get_num_params(),
+        resume_iter=resumed_at,
+        wandb_log=config.wandb_log,
+        wandb_project=config.wandb_project,
+        wandb_run_name=config.wandb_run_name,
+        tensorboard_log=config.tensorboard_log,
+    )
+
+
 def _farewell(config: TrainConfig, loop: Loop, model: GPT, dataset: Dataset, say: Callable[[str], None]) -> None:
     """The end of a run: its losses, what the model writes, and where everything lies."""
-    say(
-        f"final losses: train {loop.losses.train:.4f}, val {loop.losses.val:.4f}"
-        f" (best {loop.progress.best_val_loss:.4f})"
-    )
+    losses, best = loop.losses, loop.progress.best_val_loss
+    say(f"final losses: train {losses.train:.4f}, val {losses.val:.4f} (best {best:.4f})")
     try:
+        tokenizer = dataset.tokenizer(config.bpe_dir or None)
+        start = "\n" if tokenizer.name != "char" or "\n" in tokenizer.chars else tokenizer.chars[0]
         generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
-        text = "".join(sample_text(model, dataset.tokenizer(config.bpe_dir or None), "\n", 300, generator=generator))
+        text = "".join(sample_text(model, tokenizer, start, 300, generator=generator))
         say(f"a sample:\n{text}\n---------------")
     except UserError as error:  # GPT-2's ranks need a download once
         say(f"no sample of text: {error}")

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
 from model.pretrained import from_checkpoint, load_gpt2
-from train.checkpoint_layout import MODEL_ARGS
+from train.checkpoint_layout import MODEL_ARGS, MOMENTS
 from train.config import TrainConfig
 from train.data import Dataset
 from train.datasets import ensure_docs
@@ -31,12 +31,14 @@ def open_dataset(name: str, world: World) -> Dataset:
 
 
 def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoint: dict | None) -> GPT:
-    """A new model, OpenAI's, or the checkpoint's. `named`: the settings that the user wrote; they must not contradict it.
+    """A new model, OpenAI's, or the checkpoint's. `named`: the settings that the user wrote; none may contradict it.
 
-    Raises UserError where they do, where weights cannot be had, and where the data's vocabulary is larger.
+    Raises UserError where one does, where weights cannot be had, where the data is shorter than a new model's
+    block_size, and where its vocabulary is larger than a given model's.
     """
     gelu = None if config.gelu == "auto" else config.gelu
     if config.init_from == "scratch":
+        dataset.check_length(config.block_size)  # before memory is taken for that many positions
         shape = {name: getattr(config, name) for name in MODEL_ARGS if name != "vocab_size"}
         torch.manual_seed(config.seed)
         return GPT(GPTConfig(vocab_size=dataset.vocab_size, gelu=gelu or "erf", **shape))
@@ -69,6 +71,18 @@ def _check_shape(config: TrainConfig, named: set[str], model: GPT) -> None:
             f"block_size: got {config.block_size}, expected at most {model.config.block_size}, the positions that the "
             f"weights of init_from={config.init_from} know"
         )
+
+
+def optimizer_state(checkpoint: dict, model: GPT) -> dict:
+    """The checkpoint's AdamW state; where `model` was cropped, with the moments of its position embeddings cut too."""
+    state, kept = checkpoint["optimizer"], model.config.block_size
+    matrices = [p for p in model.parameters() if p.dim() >= 2]  # in the optimizer's order
+    index = next(i for i, p in enumerate(matrices) if p is model.transformer.wpe.weight)
+    entry = state["state"].get(index)
+    if kept == checkpoint["model_args"]["block_size"] or not isinstance(entry, dict):
+        return state
+    cut = {key: value[:kept] if key in MOMENTS and value.ndim == 2 else value for key, value in entry.items()}
+    return {**state, "state": {**state["state"], index: cut}}
 
 
 def adopt_shape(config: TrainConfig, model: GPT) -> TrainConfig:

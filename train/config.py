@@ -125,7 +125,7 @@ def choose_base(parsed: Parsed, *, gpu: bool, stored: Mapping[str, Value] | None
     if not parsed.sources and init_from == "resume" and stored is not None:
         return Base(stored, "the settings stored in the checkpoint")
     if not parsed.sources and init_from == "scratch":
-        name, reason = ("docs", "a GPU was found") if gpu else ("docs_cpu", "no GPU was found")
+        name, reason = ("docs", "the device is a GPU") if gpu else ("docs_cpu", "the device is a CPU")
         return Base(preset(name), f"preset {name}: no preset was named, and {reason}")
     return Base({}, "the defaults")
 

@@ -161,6 +161,18 @@ class RunLog:
                 self._tensorboard.add_scalar(name, value, iter_num)
 
 
+def check_sinks(out_dir: str | os.PathLike, *, wandb_log: bool, tensorboard_log: bool) -> None:
+    """UserError where a RunLog would fail for want of a package or of a folder to write to. Writes nothing."""
+    if wandb_log:
+        _import_wandb()
+    if tensorboard_log:
+        _import_summary_writer()
+    folder = next(path for path in (Path(out_dir), *Path(out_dir).absolute().parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        what = "cannot be written" if folder.is_dir() else "is no folder"
+        raise UserError(f"out_dir: got {os.fspath(out_dir)!r}, expected a folder that can be written; {folder} {what}")
+
+
 def read_metrics(path: str | os.PathLike) -> list[Record]:
     """The records of the last run in a metrics.jsonl, in order, as if nothing had interrupted it.
 

@@ -102,9 +102,9 @@ class Loop:
                         if worth_saving and progress.iter_num > 0:
                             self._save()
                     self.timer.start()
-                if last or config.eval_only or 0 < config.patience <= progress.stale_evals:
-                    self.ended = self.ended or self._why_now()
-                    return 0
+                    if last or config.eval_only or 0 < config.patience <= progress.stale_evals:
+                        self.ended = self.ended or self._why_now()
+                        return 0
                 self._iterate()
                 wish = INTERRUPTED if signals.caught else OUT_OF_TIME if time.monotonic() > deadline else GO_ON
                 wish = self.world.wish(wish)
@@ -204,11 +204,9 @@ class Loop:
         return torch.stack(losses).cpu().double().sum() if losses else torch.zeros((), dtype=torch.float64)
 
     def _save(self) -> None:
-        self.timer.pause()
         if self.log is not None:
             begin = time.perf_counter()
             self.log.message(f"saving checkpoint to {self.config.out_dir}")
             self.save(self.progress)
             self.log.saved(self.progress.iter_num, seconds=time.perf_counter() - begin)
         self.world.barrier()
-        self.timer.start()

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import pytest
+import torch
+
 import train.__main__ as command
 from tests.train.test_kills import JOB, make_data, records
 from train import checkpoint
@@ -14,12 +17,16 @@ from train.errors import UserError
 from train.log import read_metrics
 from train.step import StepResult, TrainStep
 
+CONSTANT = dict(learning_rate=0.0, decay_lr=False)  # so no evaluation after the first is better
+
+Happenings = dict[int, Callable[[TrainStep], None]]
+
 
 class Stop(Exception):
     """Ends a run as a crash would."""
 
 
-def run(out_dir: Path, at: dict[int, Callable[[], None]] | None = None, **settings) -> int:
+def run(out_dir: Path, at: Happenings | None = None, **settings) -> int:
     """`python -m train` on a small job; its exit status. A setting None is not named.
 
     at: step -> what happens in the middle of it. Steps are counted from the start of this process.
@@ -31,37 +38,52 @@ def run(out_dir: Path, at: dict[int, Callable[[], None]] | None = None, **settin
 
     class Step(TrainStep):
         def __call__(self, batch: Batch, lr: float) -> StepResult:
-            (at or {}).get(next(steps), lambda: None)()
+            if happens := (at or {}).get(next(steps)):
+                happens(self)
             return super().__call__(batch, lr)
 
     named = JOB | {"out_dir": out_dir, "dataset": data, "max_iters": 6} | settings
     argv = ["train", *(f"--{key}={value}" for key, value in named.items() if value is not None)]
-    with mock.patch.object(sys, "argv", argv), mock.patch.object(command, "TrainStep", Step):
+    torch.seed()  # a process of its own would not find the generator as the last run left it
+    with (
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.object(command, "TrainStep", Step),
+        mock.patch.object(command, "plot_run", return_value=None),  # dearer than all the rest
+    ):
         return command.main()
 
 
-def resume(out_dir: Path, at: dict[int, Callable[[], None]] | None = None, **settings) -> int:
+def resume(out_dir: Path, at: Happenings | None = None, **settings) -> int:
     """Go on with the run in out_dir, naming nothing but `settings`."""
     return run(out_dir, at, **(dict.fromkeys([*JOB, "dataset", "max_iters"]) | {"init_from": "resume"} | settings))
 
 
-def send(number: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
+def send(*numbers: int) -> Callable[[TrainStep], None]:
+    """The process gets these signals."""
+
+    def happens(step: TrainStep) -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    return happens
 
 
-def crash() -> None:
+def poison(step: TrainStep) -> None:
+    """A weight is lost, so the loss of this very step is not finite."""
+    step.parameters[0].data.fill_(float("nan"))
+
+
+def crash(step: TrainStep) -> None:
     raise Stop
 
 
 def refusal(go: Callable[..., int], *args, status: int = 2, **settings) -> str:
     """The one line of a run that must fail."""
-    try:
-        ended = go(*args, **settings)
-    except UserError as error:
-        assert error.status == status
-        assert "\n" not in str(error)
-        return str(error)
-    raise AssertionError(f"not refused, but ended with {ended}")
+    with pytest.raises(UserError) as caught:
+        go(*args, **settings)
+    assert caught.value.status == status
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def logged(out_dir: Path, kind: str = "iter") -> dict[int, dict]:

@@ -121,9 +121,7 @@ def test_the_recorded_logits(name: str) -> None:
         pytest.param(our_adamw, True, marks=pytest.mark.slow),
     ],
 )
-def test_the_recorded_trace(
-    name: str, optimizer: MakeOptimizer, compile: bool, request: pytest.FixtureRequest
-) -> None:
+def test_the_recorded_trace(name: str, optimizer: MakeOptimizer, compile: bool, request: pytest.FixtureRequest) -> None:
     if compile:
         request.getfixturevalue("compiler")
     case = TRACES[name]

@@ -1,6 +1,7 @@
 """Resume is exact: a run in two pieces and the same run in one leave the same bits."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,10 @@ import torch
 
 import train.__main__ as command
 from tests.train.checkpoints import assert_same
-from tests.train.runs import Stop, crash, iterations, last, logged, refusal, resume, run, send
+from tests.train.runs import CONSTANT, Stop, crash, iterations, last, logged, refusal, resume, run, send
 from train import errors
 
 N = 7  # no multiple of the intervals
-CONSTANT = dict(learning_rate=0.0, decay_lr=False)  # so no evaluation after the first is better
 STATE = ("model", "optimizer", "iter_num", "best_val_loss")
 
 
@@ -44,7 +44,17 @@ def test_the_loss_scale_is_resumed(tmp_path, monkeypatch):
     assert_same_end(tmp_path / "halves", tmp_path / "whole", keys=("model", "optimizer", "nanofuse"))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Inductor adds up an embedding's gradient with atomics, in whatever order its threads come."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread", "compiler")
 def test_two_halves_are_the_whole_when_compiled(tmp_path):
     settings = dict(compile=True, eval_interval=5)
     run(tmp_path / "whole", max_iters=2 * N, **settings)

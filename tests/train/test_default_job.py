@@ -1,0 +1,85 @@
+"""The default job, from an empty folder and without a network, as a newcomer meets it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train.__main__ as command
+from train import checkpoint
+from train.plot import main as plot_main
+from train.sample import main as sample_main
+
+ROOT = Path(__file__).parents[2]
+SHORT = ("--max_iters=20", "--eval_interval=10", "--eval_iters=2")
+# Imported by every Python before anything else: whoever opens a connection to another machine ends.
+NO_NETWORK = """
+import socket
+def refuse(*args, **kwargs):
+    raise OSError("no network in this test")
+socket.getaddrinfo = socket.create_connection = refuse
+socket.socket.connect = refuse
+"""
+
+
+def newcomer(folder: Path) -> str:
+    """The output of `python -m train` in `folder`, cut off from the network."""
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(NO_NETWORK)
+    path = os.pathsep.join([str(folder / "site"), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "train", *SHORT],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_from_nothing_to_a_sample(tmp_path, monkeypatch, capsys):
+    first = newcomer(tmp_path)
+    # 1. what was chosen and why, on which text
+    assert "preset docs_cpu: no preset was named, and the device is a CPU" in first
+    meta = json.loads((tmp_path / "data" / "docs" / "meta.json").read_text())
+    assert re.search(rf"docs: [\d,]+ characters of Python's own documentation, sha256 {meta['sha256']}\n", first)
+    assert "number of parameters: 0.8" in first
+    # 2. the lines, and the last losses again
+    losses = {n: r"train loss (\S+), val loss (\S+)" for n in (0, 10, 20)}
+    found = {n: re.search(f"^step {n}: {pattern}$", first, re.M) for n, pattern in losses.items()}
+    assert all(found.values())
+    assert float(found[20][2]) < float(found[0][2])
+    assert f"final losses: train {found[20][1]}, val {found[20][2]} (best" in first
+    # 3. text
+    sample = first.partition("a sample:\n")[2].partition("\n---------------\n")[0]
+    assert len(sample) >= 250
+    # 4. where everything lies
+    for name, path in {"checkpoint": "ckpt.pt", "metrics": "metrics.jsonl", "loss curve": "loss.png"}.items():
+        said = re.search(rf"^{name}: +(.*)$", first, re.M)[1]
+        assert Path(said).with_suffix("") == Path("out", path).with_suffix("")  # a .svg where there is no matplotlib
+        assert (tmp_path / said).stat().st_size > 0
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 20
+
+    # The other commands find it without being told where.
+    monkeypatch.chdir(tmp_path)
+    before = Path("out", "ckpt.pt").read_bytes()
+    sample_main(["--num_samples=1", "--max_new_tokens=50", "--start=import", "--device=cpu"])
+    assert "import" in capsys.readouterr().out
+    plot_main([])
+    assert "loss curve: out/loss." in capsys.readouterr().out
+
+    # Once more: the corpus is there, the model is drawn by the same seed, and nothing is overwritten.
+    monkeypatch.setattr(sys, "argv", ["train", *SHORT, "--device=cpu"])
+    assert command.main() == 0
+    second = capsys.readouterr().out
+    (aside,) = Path("out").glob("earlier-*")
+    assert f"the earlier run in out was moved to {aside}" in second
+    assert (aside / "ckpt.pt").read_bytes() == before
+    assert re.findall("^step .*", second, re.M)[0] == re.findall("^step .*", first, re.M)[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out", "site"]

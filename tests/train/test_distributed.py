@@ -1,0 +1,287 @@
+"""Several processes: the same run as one, shared out; and its ends, good and bad. By torchrun, on the CPU."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import GPTConfig
+from model.flops import flops_per_token
+from tests.train.jobs import CHARS, JOB, ROOT, arguments, make_data
+from train import checkpoint
+from train.__main__ import main
+from train.data import Dataset, Loader
+from train.distributed import World, local_device, process_group, world_from_environment
+from train.errors import UserError
+from train.log import read_metrics
+
+RUN = dict(
+    gradient_accumulation_steps=4,
+    max_iters=6,
+    eval_interval=3,
+    eval_iters=5,  # that no number of processes divides
+    log_interval=1,
+)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """The current folder, with data/letters in it."""
+    make_data(tmp_path / "data" / "letters")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.__main__.plot_run", lambda out_dir: None)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def start(processes: int, *command: str) -> subprocess.Popen:
+    """torchrun, in the current folder; a session of its own, so that nothing of it outlives the test unseen."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(torchrun: subprocess.Popen, timeout: float = 300) -> tuple[str, str]:
+    """(stdout, stderr) of torchrun, once it has ended; it is killed, and the test fails, if it hangs."""
+    try:
+        return torchrun.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(torchrun.pid, signal.SIGKILL)
+        out, err = torchrun.communicate()
+        pytest.fail(f"torchrun hangs\n{out}\n{err}")
+
+
+def train_alone(monkeypatch, **changes) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(**RUN | changes)])
+    assert main() == 0
+
+
+def train_together(processes: int, **changes) -> str:
+    torchrun = start(processes, "-m", "train", *arguments(**RUN | changes))
+    out, err = finish(torchrun)
+    assert torchrun.returncode == 0, out + err
+    return out
+
+
+def records(out_dir: str | Path, kind: str) -> list[dict]:
+    return [record for record in read_metrics(Path(out_dir) / "metrics.jsonl") if record["kind"] == kind]
+
+
+def assert_same_losses(a: str, b: str) -> None:
+    for kind, keys in (("iter", ("loss", "grad_norm")), ("eval", ("train_loss", "val_loss"))):
+        ours, theirs = records(a, kind), records(b, kind)
+        assert [r["iter"] for r in ours] == [r["iter"] for r in theirs]
+        assert len(ours) > 1
+        for x, y in zip(ours, theirs, strict=True):
+            for key in keys:
+                assert x[key] == pytest.approx(y[key], rel=1e-5), (kind, x["iter"], key)
+
+
+# A place among the ranks
+
+
+def test_a_lone_process(here):
+    world = world_from_environment()
+    assert (world, world.master) == (World(0, 0, 1), True)
+    assert world.sum(torch.tensor([2.0])).tolist() == [2.0]
+    assert [world.wish(value) for value in (0, 2, 1)] == [0, 2, 1]
+    world.barrier()
+    with process_group(world, "auto", torch.device("cpu")):
+        assert not torch.distributed.is_initialized()
+
+
+def test_the_place_that_torchrun_gives(here, monkeypatch):
+    for name, value in (("RANK", "5"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    assert world_from_environment() == World(5, 1, 8)
+    assert not world_from_environment().master
+    monkeypatch.setenv("WORLD_SIZE", "eight")
+    with pytest.raises(UserError, match=r"expected three integers as torchrun sets them .*'eight'"):
+        world_from_environment()
+
+
+def test_ranks_take_the_gpus_in_order(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert local_device(gpu, World(3, 1, 4)) == torch.device("cuda", 1)
+    assert local_device(torch.device("cuda", 1), World()) == torch.device("cuda", 1)
+    assert local_device(cpu, World(3, 3, 4)) == cpu
+    with pytest.raises(UserError, match="expected at most 2, one a GPU"):
+        local_device(gpu, World(2, 2, 4))
+
+
+def test_ranks_that_cannot_meet(here, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(UserError, match=r"backend: 'auto' could not join 2 ranks: .*MASTER_ADDR"),
+        process_group(World(0, 0, 2), "auto", torch.device("cpu")),
+    ):
+        pass
+
+
+def test_ranks_draw_disjoint_samples(here):
+    folder = here / "data" / "letters"
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": 65536, "tokenizer": "byte"}))
+    np.arange(3000, dtype="<u2").tofile(folder / "train.bin")  # so that a sample's first token is its offset
+    for step in (0, 1, 100):
+        offsets = []
+        for rank in range(4):
+            with Loader(
+                Dataset(folder), batch_size=3, block_size=8, accumulation=2, seed=7, rank=rank, world_size=4
+            ) as loader:
+                offsets += loader.train(step).x[:, :, 0].flatten().tolist()
+        assert len(set(offsets)) == 4 * 2 * 3
+
+
+# One driver, three ranks
+
+
+@pytest.mark.slow
+def test_what_ranks_tell_each_other(here):
+    script = """
+        import json, sys
+        import torch
+        from train.distributed import process_group, world_from_environment
+
+        world = world_from_environment()
+        with process_group(world, "auto", torch.device("cpu")):
+            told = [world.wish(value) for value in (0, world.rank, 0, 2 - world.rank, 0)]
+            total = world.sum(torch.tensor([[1.0, world.rank]], dtype=torch.float64))
+            world.barrier()
+        with open(f"rank{world.rank}.json", "w") as file:
+            json.dump([world.rank, world.size, world.master, told, total.tolist()], file)
+    """
+    (here / "driver.py").write_text(textwrap.dedent(script))
+    torchrun = start(3, "driver.py")
+    _, err = finish(torchrun)
+    assert torchrun.returncode == 0, err
+    found = [json.loads((here / f"rank{rank}.json").read_text()) for rank in range(3)]
+    for rank, answers in enumerate(found):
+        # every wish is the largest of the previous call's, the same on all
+        assert answers == [rank, 3, rank == 0, [0, 0, 2, 0, 2], [[3.0, 3.0]]]
+
+
+# Runs
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(here, monkeypatch):
+    """The same losses, the same weights; and each goes on where the other stopped."""
+    changes = dict(dropout=0.2)
+    train_alone(monkeypatch, out_dir="one", **changes)
+    out = train_together(2, out_dir="two", **changes)
+    assert_same_losses("one", "two")
+    one, two = (checkpoint.load(Path(name) / "ckpt.pt") for name in ("one", "two"))
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(two["model"][name], tensor, rtol=1e-3, atol=1e-4)
+    assert out.count("step 3:") == out.count("iter 3:") == out.count("saving checkpoint to two") / 2 == 1
+
+    # MFU counts both
+    assert re.search(r"^device: .* x 2, float32$", out, re.MULTILINE)
+    shape = {name: JOB[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    tokens = RUN["gradient_accumulation_steps"] * JOB["batch_size"] * JOB["block_size"]
+    flops = flops_per_token(GPTConfig(vocab_size=len(CHARS), bias=False, **shape)) * tokens
+    assert f"tokens per iteration: {tokens:,}" in out
+    for processes, out_dir in enumerate(("one", "two"), start=1):
+        for record in records(out_dir, "iter"):
+            assert record["mfu"] * record["seconds"] * JOB["peak_flops"] * processes == pytest.approx(flops, rel=1e-9)
+            assert record["tokens_per_second"] * record["seconds"] == pytest.approx(tokens, rel=1e-9)
+
+    # two ranks go on with what one saved, one with what two saved
+    shutil.copytree("one", "then-two")
+    shutil.copytree("two", "then-one")
+    train_together(2, out_dir="then-two", init_from="resume", max_iters=10, **changes)
+    train_alone(monkeypatch, out_dir="then-one", init_from="resume", max_iters=10, **changes)
+    train_alone(monkeypatch, out_dir="one", init_from="resume", max_iters=10, **changes)
+    assert_same_losses("one", "then-two")
+    assert_same_losses("one", "then-one")
+    assert records("one", "iter")[-1]["iter"] == 9
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one(here, monkeypatch):
+    train_alone(monkeypatch, out_dir="one")
+    train_together(4, out_dir="four")
+    assert_same_losses("one", "four")
+
+
+# Ends
+
+
+@pytest.mark.slow
+def test_accumulation_that_the_ranks_do_not_divide(here):
+    before = sorted(here.rglob("*"))
+    torchrun = start(3, "-m", "train", *arguments(**RUN))
+    out, err = finish(torchrun)
+    assert torchrun.returncode != 0
+    lines = {line for line in err.splitlines() if line.startswith("error: ")}
+    assert lines == {
+        "error: gradient_accumulation_steps: got 4, expected a multiple of the 3 processes, which share them out"
+    }
+    assert err.count("Traceback") == 1  # torchrun's own
+    assert out == ""
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_others(here):
+    script = """
+        import os
+        from train import data
+        from train.__main__ import main
+        from train.errors import run
+
+        rank, batch = os.environ["RANK"], data.Loader.train
+        open(f"pid{rank}", "w").write(str(os.getpid()))
+
+        def failing(self, step):
+            if rank == "1" and step == 3:
+                raise RuntimeError("the disk of rank one has gone")
+            return batch(self, step)
+
+        data.Loader.train = failing
+        run(main)
+    """
+    (here / "driver.py").write_text(textwrap.dedent(script))
+    torchrun = start(2, "driver.py", *arguments(**RUN | {"max_iters": 10**6}))
+    out, err = finish(torchrun)
+    assert torchrun.returncode != 0
+    assert "RuntimeError: the disk of rank one has gone" in err
+    assert "iter 2:" in out
+    assert "iter 4:" not in out
+    for rank in (0, 1):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((here / f"pid{rank}").read_text()), 0)
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_lets_the_ranks_save(here):
+    torchrun = start(2, "-m", "train", *arguments(**RUN | {"max_iters": 10**6, "eval_interval": 10**6}))
+    path = here / "out" / "metrics.jsonl"
+    while torchrun.poll() is None and not (path.exists() and len(records("out", "iter")) > 2):
+        time.sleep(0.05)
+    torchrun.send_signal(signal.SIGTERM)
+    out, err = finish(torchrun)
+    assert torchrun.returncode != 0
+    done = re.search(r"^interrupted after (\d+) iterations$", out, re.MULTILINE)
+    assert done, out + err
+    saved = checkpoint.load(here / "out" / "ckpt.pt")
+    assert saved["iter_num"] == int(done[1]) == records("out", "iter")[-1]["iter"] + 1
+    assert saved["best_val_loss"] < 1e9

@@ -1,0 +1,220 @@
+"""The loop: what is said, evaluated, saved and timed."""
+
+import dataclasses
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model import GPT, GPTConfig
+from model.pretrained import from_checkpoint
+from tests.train.runs import CONSTANT, iterations, last, logged, run
+from tests.train.test_kills import VOCABULARY, make_data
+from train.config import TrainConfig
+from train.data import Batch, Dataset, Loader
+from train.distributed import World
+from train.log import RunLog
+from train.loop import Loop, Progress
+from train.metrics import StepTimer
+from train.optim import adamw
+from train.step import StepResult, TrainStep
+
+# What is said
+
+
+def test_the_exact_lines(tmp_path, capsys):
+    run(tmp_path / "out", max_iters=4, eval_interval=2, log_interval=3)
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line for line in lines if line.startswith("step")]
+    iters = [line for line in lines if line.startswith("iter")]
+    for line, n in zip(steps, (0, 2, 4), strict=True):
+        assert re.fullmatch(rf"step {n}: train loss \d\.\d{{4}}, val loss \d\.\d{{4}}", line)
+        record = logged(tmp_path / "out", "eval")[n]
+        assert line == f"step {n}: train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}"
+    for line, n in zip(iters, (0, 3), strict=True):
+        assert re.fullmatch(rf"iter {n}: loss \d\.\d{{4}}, time \d+\.\d\dms, mfu \d+\.\d\d%", line)
+        assert f"loss {logged(tmp_path / 'out')[n]['loss']:.4f}," in line
+    assert lines.index(steps[1]) < lines.index(iters[1]) < lines.index(steps[2])
+    assert "4 iterations done" in lines
+
+
+@pytest.mark.parametrize(
+    ("max_iters", "eval_interval", "log_interval"), [(0, 3, 1), (1, 1, 1), (6, 3, 2), (7, 3, 3), (5, 100, 4)]
+)
+def test_what_is_logged_evaluated_and_saved(tmp_path, max_iters, eval_interval, log_interval):
+    settings = dict(max_iters=max_iters, eval_interval=eval_interval, log_interval=log_interval)
+    assert run(tmp_path / "out", **settings) == 0
+    evaluations = [*range(0, max_iters, eval_interval), max_iters]  # the last one comes whatever the interval
+    assert iterations(tmp_path / "out", "iter") == list(range(0, max_iters, log_interval))
+    assert iterations(tmp_path / "out", "eval") == evaluations
+    assert iterations(tmp_path / "out", "save") == evaluations[1:]
+
+
+def test_the_rate_logged_is_the_iterations_own(tmp_path):
+    run(tmp_path / "out", max_iters=4, warmup_iters=3, learning_rate=0.04)
+    assert [record["lr"] for record in logged(tmp_path / "out").values()] == pytest.approx([0.01, 0.02, 0.03, 0.04])
+
+
+def test_max_iters_0_evaluates(tmp_path, capsys):
+    assert run(tmp_path / "out", max_iters=0) == 0
+    out = capsys.readouterr().out
+    assert "step 0: " in out
+    assert "none was saved" in out
+
+
+def test_an_evaluation_is_the_mean_of_its_batches_without_dropout(tmp_path):
+    run(tmp_path / "out", max_iters=2, dropout=0.5, eval_iters=3, **CONSTANT)
+    evaluations = logged(tmp_path / "out", "eval")
+    assert evaluations[0] == evaluations[2] | {"iter": 0}  # the same weights, the same batches, no masks
+    model = from_checkpoint(last(tmp_path / "out")).eval()
+    with Loader(Dataset(tmp_path / "data"), batch_size=2, block_size=16) as loader:
+        for split in ("train", "val"):
+            batches = [loader.evaluation(split, k) for k in range(3)]
+            losses = [model(batch.x[0], batch.y[0])[1].item() for batch in batches]
+            assert evaluations[2][f"{split}_loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
+
+
+# The loop on its own, with a clock that only moves when told to
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclasses.dataclass
+class Parts:
+    """A Loop on a small GPT. A step takes a second of the clock, an evaluation batch 100, a save 10,000."""
+
+    folder: Path
+    settings: dict
+    clock: Clock = dataclasses.field(default_factory=Clock)
+    saved: list[Progress] = dataclasses.field(default_factory=list)
+    lines: list[str] = dataclasses.field(default_factory=list)
+
+    def run(self, evaluated: nn.Module | None = None) -> int:
+        shape = dict(batch_size=2, block_size=16, n_layer=1, n_head=2, n_embd=32, dropout=0.5)
+        config = TrainConfig(**shape | dict(out_dir=str(self.folder), eval_iters=1) | self.settings)
+        model = GPT(GPTConfig(16, VOCABULARY, 1, 2, 32, dropout=0.5))
+        make_data(self.folder / "data")
+        clock = self.clock
+
+        class Step(TrainStep):
+            def __call__(self, batch: Batch, lr: float) -> StepResult:
+                clock.now += 1
+                assert model.training
+                return super().__call__(batch, lr)
+
+        def save(progress: Progress) -> None:
+            clock.now += 10_000
+            self.saved.append(dataclasses.replace(progress))
+
+        optimizer = adamw(model, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+        log = RunLog(self.folder, {}, device="cpu", parameters=0, console=self.lines.append)
+        with Loader(Dataset(self.folder / "data"), batch_size=2, block_size=16) as loader:
+            self.loop = Loop(
+                config,
+                World(),
+                torch.device("cpu"),
+                model=evaluated or Evaluated(model, clock),
+                step=Step(model, optimizer, grad_clip=1.0),
+                loader=loader,
+                log=log,
+                save=save,
+                flops=5e9,
+                peak_flops=2e10,
+                progress=Progress(),
+                timer=StepTimer(clock),
+            )
+            return self.loop.run()
+
+
+class Evaluated(nn.Module):
+    """Looks at how it is evaluated, and takes its time."""
+
+    def __init__(self, model: GPT, clock: Clock) -> None:
+        super().__init__()
+        self.model, self.clock, self.calls = model, clock, 0
+
+    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        assert not self.model.training
+        assert not torch.is_grad_enabled()
+        self.clock.now += 100
+        self.calls += 1
+        return self.model(idx, targets)
+
+
+class Scripted(nn.Module):
+    """Has these validation losses, one an evaluation."""
+
+    def __init__(self, *losses: float) -> None:
+        super().__init__()
+        self.losses = iter(x for loss in losses for x in (0.0, loss))  # the training split comes first
+
+    def forward(self, idx: Tensor, targets: Tensor) -> tuple[None, Tensor]:
+        return None, torch.tensor(next(self.losses))
+
+
+@pytest.mark.parametrize("log_interval", [1, 2, 3, 5])
+def test_the_time_of_an_iteration_leaves_out_evaluations_and_saves(tmp_path, log_interval):
+    parts = Parts(tmp_path, dict(max_iters=12, eval_interval=4, log_interval=log_interval))
+    assert parts.run() == 0
+    assert [progress.iter_num for progress in parts.saved] == [4, 8, 12]
+    assert parts.clock.now == 12 * 1 + 4 * 2 * 100 + 3 * 10_000
+    iters = [line for line in parts.lines if line.startswith("iter")]
+    assert len(iters) == len(range(0, 12, log_interval))
+    assert all(line.endswith("time 1000.00ms, mfu 25.00%") for line in iters)
+
+
+def test_an_evaluation_is_without_dropout_and_gradients_and_training_goes_on_with_them(tmp_path):
+    parts = Parts(tmp_path, dict(max_iters=4, eval_interval=2, eval_iters=3))
+    parts.run()
+    evaluated = parts.loop.model
+    assert evaluated.calls == 3 * 2 * 3
+    assert evaluated.model.training
+    assert all(parameter.grad is None for parameter in evaluated.parameters())
+
+
+def test_only_improvements_are_saved_if_so_set(tmp_path):
+    parts = Parts(tmp_path, dict(max_iters=6, eval_interval=1, always_save_checkpoint=False))
+    parts.run(Scripted(3.0, 2.0, 2.5, 1.0, 1.0, 1.5, 0.5))
+    assert [(p.iter_num, p.best_val_loss, p.stale_evals) for p in parts.saved] == [
+        (1, 2.0, 0),
+        (3, 1.0, 0),
+        (6, 0.5, 0),
+    ]
+
+
+def test_every_evaluation_is_saved_with_the_best_loss_so_far(tmp_path):
+    parts = Parts(tmp_path, dict(max_iters=3, eval_interval=1))
+    parts.run(Scripted(3.0, 2.0, 2.5, 1.0))
+    assert [(p.iter_num, p.best_val_loss, p.stale_evals) for p in parts.saved] == [
+        (1, 2.0, 0),
+        (2, 2.0, 1),
+        (3, 1.0, 0),
+    ]
+
+
+def test_patience_begins_anew_with_every_improvement(tmp_path):
+    parts = Parts(tmp_path, dict(max_iters=100, eval_interval=1, patience=2))
+    parts.run(Scripted(3.0, 3.5, 2.0, 2.5, 1.0, 1.5, 1.0))
+    assert parts.loop.progress.iter_num == 6
+    assert parts.loop.losses.val == 1.0
+
+
+def test_a_signal_in_an_evaluation_lets_it_finish_and_saves_after_the_next_step(tmp_path):
+    class Interrupted(Scripted):
+        def forward(self, idx: Tensor, targets: Tensor) -> tuple[None, Tensor]:
+            signal.raise_signal(signal.SIGTERM)
+            return super().forward(idx, targets)
+
+    parts = Parts(tmp_path, dict(max_iters=100, eval_interval=1))
+    assert parts.run(Interrupted(3.0)) == signal.SIGTERM
+    assert parts.loop.losses.val == 3.0
+    assert [progress.iter_num for progress in parts.saved] == [1]

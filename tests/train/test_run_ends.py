@@ -1,0 +1,89 @@
+"""How a run ends: done, out of time or patience, interrupted, or with a loss that is not finite."""
+
+import signal
+
+import pytest
+
+from tests.train.runs import CONSTANT, iterations, last, poison, refusal, resume, run, send
+
+
+def test_eval_only_evaluates_once_and_changes_nothing(tmp_path, capsys):
+    run(tmp_path / "out", max_iters=2)
+    before = last(tmp_path / "out")["iter_num"], (tmp_path / "out" / "ckpt.pt").read_bytes()
+    capsys.readouterr()
+    assert resume(tmp_path / "out", eval_only=True, max_iters=100) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("step 2: ")]) == 1
+    assert not [line for line in lines if line.startswith(("iter", "saving"))]
+    assert (last(tmp_path / "out")["iter_num"], (tmp_path / "out" / "ckpt.pt").read_bytes()) == before
+
+    run(tmp_path / "new", eval_only=True)
+    assert {kind: iterations(tmp_path / "new", kind) for kind in ("iter", "eval", "save")} == {
+        "iter": [],
+        "eval": [0],
+        "save": [],
+    }
+
+
+def test_max_minutes_evaluates_and_saves(tmp_path, capsys):
+    assert run(tmp_path / "out", max_iters=100, max_minutes=1e-9, eval_interval=50) == 0
+    assert iterations(tmp_path / "out", "iter") == [0]
+    assert iterations(tmp_path / "out", "eval") == [0, 1]
+    assert last(tmp_path / "out")["iter_num"] == 1
+    assert "max_minutes=1e-09 have passed" in capsys.readouterr().out
+    assert resume(tmp_path / "out", max_minutes=60.0, max_iters=3) == 0  # minutes are a run's, not the whole training's
+    assert iterations(tmp_path / "out", "iter") == [0, 1, 2]
+
+
+def test_patience_ends_the_run(tmp_path, capsys):
+    assert run(tmp_path / "out", max_iters=100, eval_interval=2, patience=2, **CONSTANT) == 0
+    assert iterations(tmp_path / "out", "eval") == [0, 2, 4]
+    assert iterations(tmp_path / "out", "iter") == [0, 1, 2, 3]
+    assert "no better validation loss in 2 evaluations" in capsys.readouterr().out
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", at={3: send(signal.SIGINT, signal.SIGINT)}, eval_interval=2)
+    assert iterations(tmp_path / "out", "iter") == [0, 1, 2]
+    assert last(tmp_path / "out")["iter_num"] == 2
+
+
+@pytest.mark.parametrize("log_interval", [1, 100])
+@pytest.mark.parametrize("end", ["logged", "evaluated", "signal"])
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, log_interval, end):
+    """However long nobody looked at the loss, the iteration named is the one that had it."""
+    at = {4: poison} | ({5: send(signal.SIGTERM)} if end == "signal" else {})
+    settings = dict(eval_interval=3, max_iters=5 if end == "evaluated" else 100, log_interval=log_interval)
+    message = refusal(run, tmp_path / "out", at, status=1, **settings)
+    assert "loss: got nan at iteration 4" in message
+    assert last(tmp_path / "out")["iter_num"] == 3
+    assert all(tensor.isfinite().all() for tensor in last(tmp_path / "out")["model"].values())
+    assert iterations(tmp_path / "out", "save") == [3]
+    assert iterations(tmp_path / "out", "eval") == [0, 3]
+
+
+def test_a_huge_rate_ends_the_run_before_it_saves(tmp_path):
+    message = refusal(
+        run,
+        tmp_path / "out",
+        status=1,
+        learning_rate=1e38,
+        decay_lr=False,
+        eval_interval=1,
+        always_save_checkpoint=True,
+    )
+    assert "at iteration 1," in message
+    assert "learning_rate" in message
+    assert iterations(tmp_path / "out", "save") == []
+
+
+def test_an_earlier_run_is_moved_aside_whole(tmp_path, capsys):
+    run(tmp_path / "out", max_iters=4)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    run(tmp_path / "out", max_iters=2, seed=2)
+    (aside,) = (tmp_path / "out").glob("earlier-*")
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == files
+    assert f"the earlier run in {tmp_path / 'out'} was moved to {aside}" in capsys.readouterr().out
+    assert last(tmp_path / "out")["iter_num"] == 2
+    assert iterations(tmp_path / "out", "iter") == [0, 1]

@@ -1,0 +1,177 @@
+"""One optimizer step: what it computes, by hand and by torch's own parts."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from model import GPT, GPTConfig
+from train.data import Batch
+from train.optim import adamw, param_groups
+from train.step import TrainStep
+
+LR = 0.01
+
+
+def small_model(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, dropout=dropout, bias=True))
+    model.compute_dtype = dtype
+    return model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def optimizer(model: nn.Module, learning_rate: float = 1.0, weight_decay: float = 0.1) -> torch.optim.AdamW:
+    """Its own rate is not the step's: that has to come with the call."""
+    return adamw(model, learning_rate=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+
+
+def make_batch(accumulation: int = 1, rows: int = 4, seeds: tuple[int, ...] | None = None) -> Batch:
+    tokens = torch.randint(11, (accumulation, rows, 9), generator=torch.Generator().manual_seed(1))
+    return Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), seeds or tuple(range(accumulation)))
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("accumulation", [2, 3])
+@pytest.mark.parametrize("grad_clip", [0.0, 0.1])
+def test_micro_steps_are_one_large_batch(accumulation, grad_clip):
+    batch = make_batch(accumulation)
+    together = Batch(batch.x.reshape(1, -1, 8), batch.y.reshape(1, -1, 8), (0,))
+    models, results = [], []
+    for one in (batch, together):
+        model = small_model(dtype=torch.float64)
+        step = TrainStep(model, optimizer(model), grad_clip=grad_clip)
+        results.append([step(one, LR) for _ in range(3)])
+        models.append(model)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.loss, b.loss, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-10, atol=1e-12)
+    for name, value in models[0].state_dict().items():
+        # Some gradients, as the keys' biases', are 0 but for rounding, of which Adam makes full steps.
+        if not name.endswith("c_attn.bias"):
+            torch.testing.assert_close(value, models[1].state_dict()[name], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 0.05, 1e6])
+def test_clipping_by_hand(grad_clip):
+    ours, theirs = small_model(), small_model()
+    step = TrainStep(ours, optimizer(ours), grad_clip=grad_clip)
+    reference = torch.optim.AdamW(param_groups(theirs, 0.1), lr=LR, betas=(0.9, 0.95), fused=True)
+    batch = make_batch()
+    for _ in range(3):
+        result = step(batch, LR)
+        loss = theirs(batch.x[0], batch.y[0])[1]
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(theirs.parameters(), grad_clip or float("inf"))
+        reference.step()
+        reference.zero_grad()
+        assert result.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert result.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)  # before clipping
+        assert norm > 0.05
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-6, atol=1e-7)
+
+
+def test_the_clipped_gradient_is_the_one_used():
+    """Adam's first step hides the scale of a gradient; its moments do not."""
+    moments = []
+    for grad_clip in (0.0, 0.05):
+        model = small_model()
+        adam = optimizer(model)
+        norm = TrainStep(model, adam, grad_clip=grad_clip)(make_batch(), LR).grad_norm
+        moments.append(adam.state[model.transformer.wpe.weight]["exp_avg"])
+    torch.testing.assert_close(moments[1], moments[0] * (0.05 / norm), rtol=1e-4, atol=1e-9)
+
+
+def test_the_rate_is_the_one_passed():
+    model = small_model()
+    adam = optimizer(model, learning_rate=1.0, weight_decay=0.0)
+    step = TrainStep(model, adam, grad_clip=0.0)
+    moved = []
+    for lr in (0.0, 1e-3):
+        before = weights(model)
+        step(make_batch(), lr)
+        moved.append(max((value - before[name]).abs().max().item() for name, value in model.state_dict().items()))
+    assert moved[0] == 0.0
+    assert 0.5e-3 < moved[1] < 1.5e-3  # Adam's early steps are as long as the rate
+
+
+def test_leaves_no_gradients():
+    model = small_model()
+    TrainStep(model, optimizer(model), grad_clip=1.0)(make_batch(2), LR)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_step_forgets_the_gradients_of_the_last():
+    """The same weights and batch again: the same norm, not twice that."""
+    model = small_model()
+    step = TrainStep(model, optimizer(model), grad_clip=0.0)
+    first, second = (step(make_batch(2), 0.0).grad_norm for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_dropout_is_a_function_of_the_seeds():
+    def loss(seeds: tuple[int, ...], state: int) -> tuple[float, float]:
+        model = small_model(dropout=0.5)
+        torch.manual_seed(state)  # what the generator was doing before is of no account
+        result = TrainStep(model, optimizer(model), grad_clip=1.0)(make_batch(2, seeds=seeds), LR)
+        return result.loss.item(), result.grad_norm.item()
+
+    assert loss((1, 2), state=0) == loss((1, 2), state=99)
+    assert len({loss(seeds, 0) for seeds in [(1, 2), (3, 4), (1, 4), (3, 2)]}) == 4  # every micro-step has its own
+
+
+class Ignoring(nn.Module):
+    """A loss of exactly zero gradient, so that an update is decay and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.ones(3, 4))
+        self.cube = nn.Parameter(torch.ones(2, 3, 4))
+        self.vector = nn.Parameter(torch.ones(5))
+        self.number = nn.Parameter(torch.ones(()))
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, 0.0 * sum(parameter.sum() for parameter in self.parameters())
+
+
+def test_only_matrices_decay():
+    model = Ignoring()
+    result = TrainStep(model, optimizer(model, weight_decay=0.5), grad_clip=1.0)(make_batch(), LR)
+    assert result.grad_norm == 0
+    for name, shrunk in {"matrix": True, "cube": True, "vector": False, "number": False}.items():
+        value = getattr(model, name)
+        torch.testing.assert_close(value, torch.full_like(value, 1 - 0.5 * LR if shrunk else 1.0))
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_float16_skips_the_update_that_overflowed_and_goes_on(grad_clip):
+    model = small_model(dtype=torch.float16)
+    adam = optimizer(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
+    step = TrainStep(model, adam, grad_clip=grad_clip, scaler=scaler)
+    before = weights(model)
+    skipped = step(make_batch(2), LR)
+    assert not skipped.grad_norm.isfinite()
+    assert skipped.loss.isfinite()  # reported unscaled
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+    assert all(state["step"] == 0 and not state["exp_avg"].any() for state in adam.state.values())
+    assert scaler.get_scale() == 2.0**10
+
+    step(make_batch(2), LR)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert any((value != before[name]).any() for name, value in model.state_dict().items())
+
+
+def test_a_scale_changes_neither_loss_nor_norm_nor_update():
+    """With float32 and a power of two, not by a bit."""
+    results, models = [], []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**12)):
+        model = small_model()
+        step = TrainStep(model, optimizer(model), grad_clip=0.1, scaler=scaler)
+        results.append([step(make_batch(2), LR) for _ in range(3)])
+        models.append(weights(model))
+    assert results[0] == results[1]
+    torch.testing.assert_close(models[0], models[1], rtol=0, atol=0)
