@@ -108,6 +108,20 @@ SETTINGS = [
 ]
 
 
+def test_the_default_job_makes_no_corpus_for_a_run_that_cannot_be(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["train", "--out_dir=file"])
+    with pytest.raises(SystemExit) as stopped:
+        run(main)
+    assert stopped.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == "error: out_dir: got 'file', expected a folder that can be written; file is no folder\n"
+    )
+    assert os.listdir(tmp_path) == ["file"]
+
+
 @pytest.mark.parametrize(("changes", "words"), SETTINGS, ids=[changes for changes, _ in SETTINGS])
 def test_a_setting_that_cannot_be(refusal, monkeypatch, changes, words):
     for backend in (torch.cuda, torch.backends.mps):

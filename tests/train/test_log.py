@@ -134,7 +134,9 @@ def test_a_new_run_in_an_old_folder_starts_over_and_loses_nothing(start):
     log = start()
     log_iteration(log, 0, loss=4.0)
     assert losses(read_metrics(start.path)) == {0: 4.0}
-    assert start.path.read_bytes().startswith(before)
+    (aside,) = start.path.parent.glob("earlier-*")
+    assert (aside / METRICS).read_bytes() == before
+    assert str(aside) in start.lines[0]
 
 
 @given(cut=st.integers(0, 600))
@@ -177,7 +179,7 @@ def test_a_full_disk(start):
     start.path.parent.mkdir()
     start.path.symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"^out_dir: cannot write .*: No space left on device$"):
-        start()
+        start(resume_iter=0)
 
 
 class FakeWandb(ModuleType):
