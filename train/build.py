@@ -107,9 +107,11 @@ def model_to_train(
         return wrapped(model)
     say("compiling the model... (takes a ~minute)")
     compiled = wrapped(torch.compile(model))
-    zeros = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=device)
+    shape = config.batch_size, config.block_size
+    # two tensors: one in both places would be compiled for that case alone
+    idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
     try:
-        compiled(zeros, zeros)[1].backward()
+        compiled(idx, targets)[1].backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # from Dynamo, Inductor, a C++ compiler that is not there, Triton, a driver: all kinds
