@@ -39,6 +39,9 @@ def main() -> int:
         out_dir = str(parsed.settings.get("out_dir", TrainConfig.out_dir))
         checkpoint = checkpoints.load(Path(out_dir) / "ckpt.pt")
         stored = {**checkpoint["config"], "out_dir": out_dir}
+        if not checkpoint["nanofuse"]:  # nanoGPT's: it has no auto, and wrote down what its own machine had
+            for name in ("device", "dtype", "backend"):
+                stored.pop(name, None)
     base = choose_base(parsed, gpu=device.type != "cpu", stored=stored)
     config = compose(parsed, base.settings)
     world = world_from_environment()

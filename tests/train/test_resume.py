@@ -34,6 +34,19 @@ def test_two_halves_are_the_whole(tmp_path, dtype, log_interval):
     assert_same_end(tmp_path / "halves", tmp_path / "whole", keys=("model", "optimizer", "iter_num"))
 
 
+def test_nanogpts_run_goes_on_with_its_settings_but_on_this_machine(tmp_path):
+    run(tmp_path / "out", max_iters=N, learning_rate=1e-4)
+    theirs = last(tmp_path / "out")
+    del theirs["nanofuse"]
+    theirs["config"] |= {"device": "cuda", "dtype": "float16", "backend": "nccl"}
+    torch.save(theirs, tmp_path / "out" / "ckpt.pt")
+    resume(tmp_path / "out", max_iters=N + 2)
+    ours = last(tmp_path / "out")
+    assert ours["iter_num"] == N + 2
+    assert ours["config"]["learning_rate"] == 1e-4
+    assert [ours["config"][name] for name in ("device", "dtype", "backend")] == ["auto"] * 3
+
+
 def test_the_loss_scale_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "resolve_dtype", lambda name, device: torch.float16)  # which a CPU can, slowly
     run(tmp_path / "whole", max_iters=2 * N)
