@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import train.__main__ as command
-from tests.train.test_kills import JOB, make_data, records
+from tests.train.jobs import make_data
+from tests.train.test_kills import KILLED_JOB, records
 from train import checkpoint
 from train.data import Batch
 from train.errors import UserError
@@ -42,7 +43,7 @@ def run(out_dir: Path, at: Happenings | None = None, **settings) -> int:
                 happens(self)
             return super().__call__(batch, lr)
 
-    named = JOB | {"out_dir": out_dir, "dataset": data, "max_iters": 6} | settings
+    named = KILLED_JOB | {"out_dir": out_dir, "dataset": data, "max_iters": 6} | settings
     argv = ["train", *(f"--{key}={value}" for key, value in named.items() if value is not None)]
     torch.seed()  # a process of its own would not find the generator as the last run left it
     with (
@@ -55,7 +56,9 @@ def run(out_dir: Path, at: Happenings | None = None, **settings) -> int:
 
 def resume(out_dir: Path, at: Happenings | None = None, **settings) -> int:
     """Go on with the run in out_dir, naming nothing but `settings`."""
-    return run(out_dir, at, **(dict.fromkeys([*JOB, "dataset", "max_iters"]) | {"init_from": "resume"} | settings))
+    return run(
+        out_dir, at, **(dict.fromkeys([*KILLED_JOB, "dataset", "max_iters"]) | {"init_from": "resume"} | settings)
+    )
 
 
 def send(*numbers: int) -> Callable[[TrainStep], None]:

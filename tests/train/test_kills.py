@@ -13,36 +13,22 @@ import time
 import traceback
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from tests.train.jobs import JOB, ROOT, make_data
 from train import checkpoint
 from train.__main__ import main
 from train.log import read_metrics
 
-ROOT = Path(__file__).parents[2]
-VOCABULARY = 32
 # Dropout and accumulation, whose random state must survive too; a save every other iteration.
-JOB = dict(
-    n_layer=1,
-    n_head=2,
-    n_embd=32,
-    block_size=16,
+KILLED_JOB = JOB | dict(
     dropout=0.1,
-    batch_size=2,
     gradient_accumulation_steps=2,
-    learning_rate=0.01,
-    warmup_iters=10,
     lr_decay_iters=1000,
     eval_interval=2,
     eval_iters=2,
     log_interval=1,
-    always_save_checkpoint=True,
-    compile=False,
-    device="cpu",
-    dtype="float32",
-    peak_flops=1e12,
 )
 
 
@@ -146,24 +132,6 @@ def drive(folder: Path, kills: int, seed: int) -> None:
     print(f"{kills} kills, {inside} of them inside a save, {resumed} resumes; {last} iterations")
 
 
-def make_data(folder: Path) -> None:
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    lengths = {"train": 4000, "val": 1000}
-    for split, length in lengths.items():
-        (rng.zipf(1.5, length) % VOCABULARY).astype("<u2").tofile(folder / f"{split}.bin")
-    meta = {
-        "vocab_size": VOCABULARY,
-        "tokenizer": "char",
-        "dtype": "uint16",
-        "chars": [chr(97 + i) for i in range(VOCABULARY)],
-        "train_tokens": lengths["train"],
-        "val_tokens": lengths["val"],
-        "sha256": "0" * 64,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta))
-
-
 def start(out_dir: Path, resume: bool, max_iters: int) -> int:
     """Fork a child that is `python -m train`, and return its process id."""
     sys.stdout.flush()
@@ -177,7 +145,7 @@ def start(out_dir: Path, resume: bool, max_iters: int) -> int:
         os.dup2(descriptor, 2)
         init_from = "resume" if resume else "scratch"
         this = dict(out_dir=out_dir, dataset=out_dir.parent / "data", init_from=init_from, max_iters=max_iters)
-        sys.argv = ["train", *(f"--{key}={value}" for key, value in (JOB | this).items())]
+        sys.argv = ["train", *(f"--{key}={value}" for key, value in (KILLED_JOB | this).items())]
         status = main()
     except BaseException:
         traceback.print_exc()
@@ -197,7 +165,7 @@ def assert_alive(child: int, out_dir: Path) -> None:
 
 
 def await_saves(child: int, out_dir: Path, completed: int, count: int) -> None:
-    while last_save(out_dir) < completed + count * JOB["eval_interval"]:
+    while last_save(out_dir) < completed + count * KILLED_JOB["eval_interval"]:
         assert_alive(child, out_dir)
         time.sleep(5e-3)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from model import GPT, GPTConfig
 from model.pretrained import from_checkpoint
+from tests.train.jobs import CHARS, make_data
 from tests.train.runs import CONSTANT, iterations, last, logged, run
-from tests.train.test_kills import VOCABULARY, make_data
 from train.config import TrainConfig
 from train.data import Batch, Dataset, Loader
 from train.distributed import World
@@ -101,7 +101,7 @@ class Parts:
     def run(self, evaluated: nn.Module | None = None) -> int:
         shape = dict(batch_size=2, block_size=16, n_layer=1, n_head=2, n_embd=32, dropout=0.5)
         config = TrainConfig(**shape | dict(out_dir=str(self.folder), eval_iters=1) | self.settings)
-        model = GPT(GPTConfig(16, VOCABULARY, 1, 2, 32, dropout=0.5))
+        model = GPT(GPTConfig(16, len(CHARS), 1, 2, 32, dropout=0.5))
         make_data(self.folder / "data")
         clock = self.clock
 

@@ -22,7 +22,7 @@ def assert_same_end(a: Path, b: Path, keys: tuple[str, ...] = STATE) -> None:
 
 @pytest.mark.parametrize(("dtype", "log_interval"), [("float32", 1), ("float32", 3), ("bfloat16", 1), ("bfloat16", 2)])
 def test_two_halves_are_the_whole(tmp_path, dtype, log_interval):
-    """With the dropout and the accumulation of JOB, and evaluations at other iterations in every run."""
+    """With the dropout and the accumulation of KILLED_JOB, and evaluations at other iterations in every run."""
     settings = dict(dtype=dtype, log_interval=log_interval)
     run(tmp_path / "whole", max_iters=2 * N, eval_interval=5, **settings)
     run(tmp_path / "halves", max_iters=N, eval_interval=3, eval_iters=1, **settings)
