@@ -83,15 +83,16 @@ def nanogpts(folder: str, weights, shape: GPTConfig, config, device: torch.devic
     autocast = device.type == "cuda"
 
     def step(batch: Batch) -> Tensor:
-        accumulation = len(batch.seeds)
+        losses = []
         for x, y in zip(batch.x, batch.y, strict=True):
             with torch.autocast("cuda", torch.bfloat16) if autocast else contextlib.nullcontext():
-                loss = net(x, y)[1] / accumulation
+                loss = net(x, y)[1] / len(batch.seeds)
             loss.backward()
+            losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach() * accumulation
+        return torch.stack(losses).sum()
 
     return step
 
