@@ -45,14 +45,22 @@ class World:
         """
         if self.size == 1:
             return value
-        answer = 0
-        if self._asked is not None:
-            work, told = self._asked
-            work.wait()
-            answer = int(told.item())
+        answer = self._answer()
         told = torch.tensor(value)
         self._asked = dist.all_reduce(told, dist.ReduceOp.MAX, async_op=True), told
         return answer
+
+    def part(self) -> None:
+        """Finish the last exchange and wait for the others: nothing is under way when the ranks end."""
+        self._answer()
+        self.barrier()
+
+    def _answer(self) -> int:
+        if self._asked is None:
+            return 0
+        (work, told), self._asked = self._asked, None
+        work.wait()
+        return int(told.item())
 
 
 def world_from_environment() -> World:
@@ -81,7 +89,10 @@ def local_device(device: torch.device, world: World) -> torch.device:
 
 @contextmanager
 def process_group(world: World, backend: str, device: torch.device) -> Iterator[None]:
-    """Join the ranks, and part again. Gradients on GPUs travel by NCCL, all else by gloo."""
+    """Join the ranks, and part again. Gradients on GPUs travel by NCCL, all else by gloo.
+
+    A rank that fails does not wait for the others, which may never come: it ends, and torchrun ends them.
+    """
     if world.size == 1:
         yield
         return
@@ -92,7 +103,6 @@ def process_group(world: World, backend: str, device: torch.device) -> Iterator[
         dist.init_process_group("gloo" if device.type != "cuda" else f"cpu:gloo,cuda:{gpu}")
     except (RuntimeError, ValueError) as error:
         raise UserError(f"backend: {backend!r} could not join {world.size} ranks: {error}") from error
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    world.part()
+    dist.destroy_process_group()
