@@ -1,6 +1,7 @@
 """python -m train [presets and config files] [--key=value ...]: parse, build, run."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,14 @@ def main() -> int:
     world = world_from_environment()
     device = local_device(resolve_device(config.device), world)
     with process_group(world, config.backend, device):
-        return train(config, set(parsed.settings), base.why, checkpoint, world, device)
+        status = train(config, set(parsed.settings), base.why, checkpoint, world, device)
+    if world.size > 1:
+        # Past the interpreter's own end: threads of torch's communication that still ask for the GIL during it abort
+        # the process ("terminate called without an active exception"), and torchrun takes the run for failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def train(
