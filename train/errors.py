@@ -29,5 +29,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # in one write: print's two, text and newline, mix when several ranks fail at once and stderr is unbuffered
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
         sys.exit(error.status)
