@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports kernels: Triton decides when a kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: one thread each, in the commands that tests start too
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

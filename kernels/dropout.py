@@ -1,0 +1,32 @@
+"""Dropout masks that are recomputed, never stored: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy
+as 1, 2, 3") of (seed, row, column).
+
+The seed is one int64 in device memory, so that a captured graph draws new masks at every replay. Element (row, col) is
+kept where the top 24 bits of word col % 4 of Philox(key=seed, counter=(col // 4, row, 0, 0)) are at least p * 2^24:
+one evaluation serves four neighbours.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def keep_mask(seed, o_row, threshold, BLOCK_N: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) bool: which columns 0 … BLOCK_N of rows o_row (BLOCK_M,) int32 are kept. BLOCK_N >= 4."""
+    o_quad = tl.arange(0, BLOCK_N // 4)
+    zero = tl.zeros((o_row.shape[0], BLOCK_N // 4), dtype=tl.int32)
+    w0, w1, w2, w3 = tl.philox(seed, zero + o_quad[None, :], zero + o_row[:, None], zero, zero)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (M, N/4, 2, 2), the last index running fastest: w0 w1 w2 w3
+    return (words.reshape(o_row.shape[0], BLOCK_N) >> 8).to(tl.int32) >= threshold
+
+
+def keep_threshold(p: float) -> int:
+    """What `keep_mask` compares 24 random bits with, so that a share p is dropped."""
+    return round(p * 2**24)
+
+
+def new_seed(x: Tensor, p: float) -> Tensor | None:
+    """A seed (1,) int64 on x's device, from torch's generator, for one call of an op; None where nothing is dropped."""
+    return torch.randint(2**62, (1,), device=x.device) if p > 0 else None

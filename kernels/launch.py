@@ -1,0 +1,95 @@
+"""How kernels are launched: on what device, with what arguments, and which inputs are refused.
+
+A kernel file plans before it launches. A planner gets tensors and a `Device` and returns `Launch`es: kernel, grid,
+arguments, compile-time constants. The op runs them; `kernels/targets.py` makes the same ones from meta tensors for a
+device that is not there, and compiles them. So what is inspected is what runs.
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, in numpy
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan depends on."""
+
+    capability: int  # 90: sm_90, Hopper; 0: Triton's interpreter
+    multiprocessors: int  # streaming multiprocessors; grids of persistent kernels are multiples of it
+
+
+INTERPRETER = Device(capability=0, multiprocessors=2)
+
+
+@lru_cache
+def _cuda_device(index: int | None) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def device_of(x: Tensor) -> Device:
+    """The device that a launch on x runs on."""
+    return INTERPRETER if INTERPRETED else _cuda_device(x.device.index)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: `kernel[grid](**args, **constants)`.
+
+    args: tensors, tensor descriptors, numbers and None, by parameter name; constants: the kernel's `tl.constexpr`s.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    constants: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def run(x: Tensor, *launches: Launch) -> None:
+    """Run the launches, in order, on x's device. One with an empty grid is left out."""
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
+        for launch in launches:
+            if 0 not in launch.grid:
+                options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+                launch.kernel[launch.grid](**launch.args, **launch.constants, **options)
+
+
+def check(
+    name: str,
+    x: Tensor,
+    *,
+    shape: tuple[int | None, ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    device: torch.device | None = None,
+) -> None:
+    """ValueError, naming the argument, what came and what was expected, unless a kernel can take x.
+
+    shape: None in a place stands for any size; device: that of the op's other tensors, if x is not the first.
+    """
+    if shape is not None and not (
+        x.ndim == len(shape) and all(want in (None, got) for got, want in zip(x.shape, shape, strict=True))
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected ({wanted})")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name}: got {x.dtype}, expected {' or '.join(str(dtype) for dtype in dtypes)}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name}: got a tensor on {x.device}, expected {device}, where the other arguments are")
+    if x.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"{name}: got a tensor on {x.device}, expected cuda (or a CPU with TRITON_INTERPRET=1)")
+
+
+def rows(x: Tensor) -> Tensor:
+    """x (..., C) as (M, C) whose last stride is 1: a view where the strides allow it, else a copy."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()

@@ -1,0 +1,334 @@
+"""LayerNorm, alone and fused with the dropout and the residual addition before it.
+
+    residual' = residual + keep * x / (1 - p)                       (add_layer_norm; otherwise residual' = x)
+    xhat = (residual' - mean) * rstd,   y = xhat * weight + bias     statistics over the last dimension, C wide
+
+Backward, with g = dy * weight and the stream's own gradient dresidual' (Ba et al. 2016, arXiv:1607.06450):
+
+    dresidual = dresidual' + rstd * (g - mean(g) - xhat * mean(g * xhat)),   dx = keep * dresidual / (1 - p)
+    dweight = sum over rows of dy * xhat,   dbias = sum over rows of dy
+
+Saved for it: residual' (which exists anyway, as the stream), mean and rstd, 8 bytes a row; the mask is drawn again.
+
+Bytes, with C of 768, a float32 stream and bfloat16 x and y: forward reads x, residual (6 B an element) and writes
+residual', y (6 B); backward reads dy, dresidual', residual' (10 B) and writes dresidual, dx (6 B). weight and bias come
+out of the cache. Sums over rows are kept in registers by a fixed number of programs, each taking every P-th tile of
+rows, then summed over the P partial rows: no atomics, the same bits every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.dropout import keep_mask, keep_threshold, new_seed
+from kernels.launch import FLOATS, Device, Launch, check, device_of, rows, run
+from kernels.reference import LAYER_NORM_EPS
+
+MAX_WIDTH = 8192  # a row is held in one block's registers
+
+
+@triton.jit
+def add_layer_norm_fwd_kernel(
+    x_ptr,  # (M, C), None: residual alone is normalised
+    residual_ptr,  # (M, C)
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,) or None
+    seed_ptr,  # (1,) int64, or None: nothing is dropped
+    stream_ptr,  # out: residual' (M, C); None with x_ptr
+    y_ptr,  # out (M, C)
+    mean_ptr,  # out (M,)
+    rstd_ptr,  # out (M,)
+    x_stride,
+    residual_stride,
+    M,
+    C,
+    threshold,
+    scale,  # 1 / (1 - p)
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    o_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_col = tl.arange(0, BLOCK_N)
+    m_col = o_col < C
+    mask = (o_row < M)[:, None] & m_col[None, :]
+    row64 = o_row.to(tl.int64)[:, None]
+    r = tl.load(residual_ptr + row64 * residual_stride + o_col[None, :], mask=mask, other=0.0).to(tl.float32)
+    if x_ptr is not None:
+        x = tl.load(x_ptr + row64 * x_stride + o_col[None, :], mask=mask, other=0.0).to(tl.float32)
+        if seed_ptr is not None:
+            x = tl.where(keep_mask(tl.load(seed_ptr), o_row, threshold, BLOCK_N), x * scale, 0.0)
+        stream = (r + x).to(stream_ptr.dtype.element_ty)
+        tl.store(stream_ptr + row64 * C + o_col[None, :], stream, mask=mask)
+        r = stream.to(tl.float32)  # what is normalised is what the stream holds, rounded
+    mean = tl.sum(r, axis=1) / C
+    centred = tl.where(mask, r - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps)
+    weight = tl.load(weight_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)
+    y = centred * rstd[:, None] * weight[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + row64 * C + o_col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + o_row, mean, mask=o_row < M)
+    tl.store(rstd_ptr + o_row, rstd, mask=o_row < M)
+
+
+@triton.jit
+def add_layer_norm_bwd_kernel(
+    dy_ptr,  # (M, C)
+    dstream_ptr,  # (M, C), None: residual' has no gradient of its own
+    stream_ptr,  # (M, C): residual'
+    weight_ptr,  # (C,)
+    mean_ptr,  # (M,)
+    rstd_ptr,  # (M,)
+    seed_ptr,  # (1,) int64, or None
+    dresidual_ptr,  # out (M, C)
+    dx_ptr,  # out (M, C); None where it equals dresidual
+    dweight_ptr,  # out (P, C) float32: each program's sum over its rows
+    dbias_ptr,  # out (P, C) float32, or None
+    dy_stride,
+    dstream_stride,
+    stream_stride,
+    M,
+    C,
+    threshold,
+    scale,
+    tiles_per_program,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    o_col = tl.arange(0, BLOCK_N)
+    m_col = o_col < C
+    weight = tl.load(weight_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for i in range(tiles_per_program):
+        o_row = (i * tl.num_programs(0) + pid) * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_row = o_row < M
+        mask = m_row[:, None] & m_col[None, :]
+        row64 = o_row.to(tl.int64)[:, None]
+        stream = tl.load(stream_ptr + row64 * stream_stride + o_col[None, :], mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row64 * dy_stride + o_col[None, :], mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + o_row, mask=m_row, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + o_row, mask=m_row, other=0.0)[:, None]
+        xhat = tl.where(mask, (stream - mean) * rstd, 0.0)
+        dweight += dy * xhat
+        if dbias_ptr is not None:
+            dbias += dy
+        g = dy * weight[None, :]
+        mean_g = tl.sum(g, axis=1)[:, None] / C
+        mean_gx = tl.sum(g * xhat, axis=1)[:, None] / C
+        dresidual = rstd * (g - mean_g - xhat * mean_gx)
+        if dstream_ptr is not None:
+            offset = row64 * dstream_stride + o_col[None, :]
+            dresidual += tl.load(dstream_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        out = row64 * C + o_col[None, :]
+        tl.store(dresidual_ptr + out, dresidual.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if dx_ptr is not None:
+            dx = dresidual
+            if seed_ptr is not None:
+                dx = tl.where(keep_mask(tl.load(seed_ptr), o_row, threshold, BLOCK_N), dx * scale, 0.0)
+            tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dweight_ptr + pid * C + o_col, tl.sum(dweight, axis=0), mask=m_col)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + pid * C + o_col, tl.sum(dbias, axis=0), mask=m_col)
+
+
+def _block(C: int) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, num_warps): 16 elements a thread up to 1024 wide, so that 128-bit accesses of 2-byte elements
+    stay whole; wider rows get more warps, then more elements a thread."""
+    BLOCK_N = max(16, triton.next_power_of_2(C))
+    num_warps = min(16, max(4, BLOCK_N // 512))
+    return max(1, 16 * 32 * num_warps // BLOCK_N), BLOCK_N, num_warps
+
+
+def plan_forward(
+    device: Device,
+    x: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    stream: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> list[Launch]:
+    """x, residual (M, C) with unit last stride; stream, y (M, C), mean, rstd (M,) are written."""
+    M, C = residual.shape
+    BLOCK_M, BLOCK_N, num_warps = _block(C)
+    args = dict(
+        x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, seed_ptr=seed, stream_ptr=stream, y_ptr=y,
+        mean_ptr=mean, rstd_ptr=rstd, x_stride=0 if x is None else x.stride(0), residual_stride=residual.stride(0),
+        M=M, C=C, threshold=keep_threshold(p), scale=1 / (1 - p), eps=LAYER_NORM_EPS,
+    )  # fmt: skip
+    constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+    return [Launch(add_layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),), args, constants, num_warps)]
+
+
+def backward_programs(device: Device, M: int, C: int) -> int:
+    """P, the programs of the backward kernel and the rows of its partial sums: at most 4 a multiprocessor."""
+    return min(triton.cdiv(M, _block(C)[0]), 4 * device.multiprocessors)
+
+
+def plan_backward(
+    device: Device,
+    dy: Tensor,
+    dstream: Tensor | None,
+    stream: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    p: float,
+    dresidual: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor,
+    dbias: Tensor | None,
+) -> list[Launch]:
+    """dy, dstream, stream (M, C) with unit last stride; dresidual, dx (M, C), dweight, dbias (P, C) are written."""
+    M, C = dy.shape
+    BLOCK_M, BLOCK_N, num_warps = _block(C)
+    P = dweight.shape[0]
+    args = dict(
+        dy_ptr=dy, dstream_ptr=dstream, stream_ptr=stream, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
+        seed_ptr=seed, dresidual_ptr=dresidual, dx_ptr=dx, dweight_ptr=dweight, dbias_ptr=dbias,
+        dy_stride=dy.stride(0), dstream_stride=0 if dstream is None else dstream.stride(0),
+        stream_stride=stream.stride(0), M=M, C=C, threshold=keep_threshold(p), scale=1 / (1 - p),
+        tiles_per_program=triton.cdiv(triton.cdiv(M, BLOCK_M), max(P, 1)),
+    )  # fmt: skip
+    constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+    return [Launch(add_layer_norm_bwd_kernel, (P,), args, constants, num_warps)]
+
+
+@torch.library.custom_op("nanofuse::add_layer_norm", mutates_args=())
+def _forward(
+    x: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(residual', y, mean, rstd). Without x there is no new stream, and residual' is empty."""
+    stream, y, mean, rstd = _outputs(x, residual, dtype)
+    out = None if x is None else stream
+    run(residual, *plan_forward(device_of(residual), x, residual, weight, bias, seed, p, out, y, mean, rstd))
+    return stream, y, mean, rstd
+
+
+def _outputs(x: Tensor | None, residual: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    M, C = residual.shape
+    stream = residual.new_empty(0 if x is None else M, C)
+    y = residual.new_empty(M, C, dtype=dtype)
+    return stream, y, *(residual.new_empty(M, dtype=torch.float32) for _ in range(2))
+
+
+@_forward.register_fake
+def _(x, residual, weight, bias, seed, p, dtype):
+    return _outputs(x, residual, dtype)
+
+
+@torch.library.custom_op("nanofuse::add_layer_norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    dstream: Tensor | None,
+    stream: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    p: float,
+    dx_dtype: torch.dtype | None,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dresidual, dx, dweight, dbias); dx empty where dx_dtype is None, dbias where there is no bias."""
+    (M, C), device = dy.shape, device_of(dy)
+    dresidual, dx = stream.new_empty(M, C), dy.new_empty(M if dx_dtype else 0, C, dtype=dx_dtype)
+    P = backward_programs(device, M, C)
+    dweight, dbias = (dy.new_empty(P if wanted else 0, C, dtype=torch.float32) for wanted in (True, has_bias))
+    run(dy, *plan_backward(
+        device, dy, dstream, stream, weight, mean, rstd, seed, p,
+        dresidual, dx if dx_dtype else None, dweight, dbias if has_bias else None,
+    ))  # fmt: skip
+    return dresidual, dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
+
+
+@_backward.register_fake
+def _(dy, dstream, stream, weight, mean, rstd, seed, p, dx_dtype, has_bias):
+    (M, C), (dweight, dbias) = dy.shape, (weight.new_empty(weight.shape) for _ in range(2))
+    return stream.new_empty(M, C), dy.new_empty(M if dx_dtype else 0, C, dtype=dx_dtype), dweight, dbias
+
+
+def _save(ctx, inputs, output):
+    x, residual, weight, bias, seed, p, _ = inputs
+    stream, _, mean, rstd = output
+    ctx.set_materialize_grads(False)  # the last residual' is used by nobody: no zeros are made up for it, nor read
+    ctx.save_for_backward(residual if x is None else stream, weight, mean, rstd, seed)
+    ctx.p, ctx.x_dtype, ctx.has_bias = p, None if x is None else x.dtype, bias is not None
+
+
+def _differentiate(ctx, dstream, dy, dmean, drstd):
+    stream, weight, mean, rstd, seed = ctx.saved_tensors
+    dy = torch.zeros_like(stream) if dy is None else rows(dy)
+    dstream = None if dstream is None else rows(dstream)
+    same = ctx.x_dtype == stream.dtype and seed is None  # then dx is dresidual: written once
+    dx_dtype = None if same else ctx.x_dtype
+    dresidual, dx, dweight, dbias = _backward(
+        dy, dstream, stream, weight, mean, rstd, seed, ctx.p, dx_dtype, ctx.has_bias
+    )
+    dx = None if ctx.x_dtype is None else dresidual if same else dx
+    return dx, dresidual, dweight, dbias if ctx.has_bias else None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _check(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **streams: Tensor) -> None:
+    first = next(iter(streams.values()))
+    C = first.shape[-1] if first.ndim else 0
+    for name, stream in streams.items():
+        check(name, stream, shape=tuple(first.shape), device=first.device)
+    if not 1 <= C <= MAX_WIDTH:
+        raise ValueError(f"{next(iter(streams))}: got {C} channels, expected 1 to {MAX_WIDTH}")
+    check("weight", weight, shape=(C,), device=first.device)
+    if bias is not None:
+        check("bias", bias, shape=(C,), device=first.device, dtypes=(weight.dtype,))
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype: got {dtype}, expected {' or '.join(str(known) for known in FLOATS)}")
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """LayerNorm over the last dimension; the meaning of `reference.layer_norm`.
+
+    x (..., C), C up to 8192, weight and bias (C,): float32, bfloat16 or float16. Returns y (..., C) in `dtype`.
+    ValueError for what cannot be served.
+    """
+    _check(weight, bias, dtype, x=x)
+    _, y, _, _ = _forward(None, rows(x), weight.contiguous(), _packed(bias), None, 0.0, dtype)
+    return y.view(x.shape)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """residual' = residual + dropout(x) and y = LayerNorm(residual'); the meaning of `reference.add_layer_norm`.
+
+    x and residual (..., C), C up to 8192, weight and bias (C,): float32, bfloat16 or float16; 0 <= p < 1. Returns
+    residual' in residual's dtype and y in `dtype`. The mask's seed is drawn from torch's generator of x's device.
+    ValueError for what cannot be served.
+    """
+    _check(weight, bias, dtype, x=x, residual=residual)
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p: got {p}, expected 0 or more and less than 1")
+    seed = new_seed(x, p)
+    stream, y, _, _ = _forward(rows(x), rows(residual), weight.contiguous(), _packed(bias), seed, p, dtype)
+    return stream.view(x.shape), y.view(x.shape)
+
+
+def _packed(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()

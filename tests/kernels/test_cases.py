@@ -1,0 +1,53 @@
+"""Every case of the registry: values, gradients, bits, compilation, bytes."""
+
+import pytest
+import torch
+
+from kernels.cases import CASES, Case
+from kernels.cases.case import Shape
+from kernels.launch import INTERPRETED
+from tests.kernels.checks import assert_as_good_as_torch, in_float64, outputs_and_gradients
+from tests.kernels.memory import Memory
+
+REGIMES = [
+    pytest.param(case, shape, dtype, id=f"{case.name}-{'x'.join(map(str, shape))}-{str(dtype)[6:]}")
+    for case in CASES
+    for shape in case.shapes
+    for dtype in case.dtypes
+]
+BY_NAME = [pytest.param(case, id=case.name) for case in CASES]
+
+
+@pytest.mark.parametrize(("case", "shape", "dtype"), REGIMES)
+def test_agrees_with_float64(
+    case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, nan_filled: None
+) -> None:
+    inputs = case.make_inputs(shape, dtype, device)
+    fused = outputs_and_gradients(case.fused, inputs)
+    exact = outputs_and_gradients(case.reference, in_float64(inputs))
+    assert_as_good_as_torch(fused, outputs_and_gradients(case.reference, inputs), exact)
+    again = outputs_and_gradients(case.fused, inputs)
+    for name, got in fused.items():
+        assert torch.equal(got.nan_to_num(), again[name].nan_to_num()), f"{name}: other bits the second time"
+
+
+@pytest.mark.parametrize("case", BY_NAME)
+def test_compiled_without_a_break_it_is_the_same(case: Case, device: torch.device, compiler: None) -> None:
+    inputs = case.make_inputs(case.shapes[0], case.dtypes[-1], device)
+    torch.compiler.reset()
+    compiled = torch.compile(case.fused, fullgraph=True)
+    eager, got = outputs_and_gradients(case.fused, inputs), outputs_and_gradients(compiled, inputs)
+    assert_as_good_as_torch(got, eager, eager)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="bytes are counted in Triton's interpreter")
+@pytest.mark.parametrize(("case", "shape", "dtype"), REGIMES)
+def test_moves_the_bytes_it_states(case: Case, shape: Shape, dtype: torch.dtype, memory: Memory) -> None:
+    inputs = case.make_inputs(shape, dtype, torch.device("cpu"))
+    returned = case.fused(**inputs)
+    forward = memory.loaded + memory.stored
+    assert forward == sum(case.forward_bytes(shape, dtype))
+    if case.backward_bytes is not None:
+        outputs = [o for o in (returned if isinstance(returned, tuple) else (returned,)) if o is not None]
+        torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+        assert memory.loaded + memory.stored - forward == sum(case.backward_bytes(shape, dtype))
