@@ -275,7 +275,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, dstream, dy, dmean, drstd):
     stream, weight, mean, rstd, seed = ctx.saved_tensors
     dy = torch.zeros_like(stream) if dy is None else rows(dy)
-    dstream = None if dstream is None else rows(dstream)
+    dstream = None if dstream is None or ctx.x_dtype is None else rows(dstream)  # without x, residual' is empty
     same = ctx.x_dtype == stream.dtype and seed is None  # then dx is dresidual: written once
     dx_dtype = None if same else ctx.x_dtype
     dresidual, dx, dweight, dbias = _backward(

@@ -41,13 +41,17 @@ def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
 def assert_as_good_as_torch(
     fused: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], what: str = ""
 ) -> None:
-    """Every element of `fused` lies within twice plain torch's largest error, and one rounding, of `exact`."""
+    """Every element of `fused` lies within twice plain torch's largest error, and one rounding, of `exact`.
+
+    Torch's error over a handful of elements may be nought by luck: four float32 ulps of the largest are always allowed.
+    """
     assert fused.keys() == plain.keys() == exact.keys()
     for name, got in fused.items():
         assert got.dtype == plain[name].dtype, f"{what} {name}: {got.dtype}, expected {plain[name].dtype}"
         assert got.shape == exact[name].shape, f"{what} {name}: {got.shape}, expected {exact[name].shape}"
         want = exact[name].double()
         allowed = 2 * largest((plain[name].double() - want).abs()) + torch.finfo(got.dtype).eps * want.abs()
+        allowed += 4 * torch.finfo(torch.float32).eps * largest(want.abs())
         error = (got.double() - want).abs()
         agree = (error <= allowed) | (got.double() == want) | (got.isnan() & want.isnan())
         assert agree.all(), (

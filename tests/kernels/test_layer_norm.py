@@ -1,0 +1,233 @@
+"""layer_norm and add_layer_norm: what the registry's cases leave open."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import layer_norm as ln
+from kernels import reference
+from kernels.launch import INTERPRETED
+from tests.kernels.checks import assert_as_good_as_torch, in_float64, outputs_and_gradients
+from tests.kernels.philox import keep_mask
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """x's values in other memory."""
+    if layout == "sliced":  # rows further apart than they are wide, and off every alignment
+        wide = x.new_zeros(*x.shape[:-1], x.shape[-1] + 3)
+        wide[..., 1:-2] = x
+        return wide[..., 1:-2]
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "one row for all":
+        return x[:1].expand(x.shape)
+    return x
+
+
+layouts = st.sampled_from(["packed", "sliced", "transposed", "one row for all"])
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=st.one_of(
+        st.tuples(st.integers(0, 9), st.integers(1, 70)),
+        st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(1, 70)),
+    ),
+    layout=st.tuples(layouts, layouts, layouts),
+    # the stream in float32 or in x's dtype: elsewhere torch rounds x first, and its error on few elements is a lottery
+    x_dtype=st.sampled_from(DTYPES),
+    wide_stream=st.booleans(),
+    y_dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+    offset=st.sampled_from([0.0, 100.0]),  # a mean far from 0: the variance must not be a difference of squares
+)
+def test_any_shape_stride_and_dtype(shape, layout, x_dtype, wide_stream, y_dtype, bias, offset) -> None:
+    torch.manual_seed(0)
+    device = "cpu" if INTERPRETED else "cuda"
+    C, stream_dtype = shape[-1], torch.float32 if wide_stream else x_dtype
+    x, residual = (torch.randn(shape, device=device) + offset for _ in range(2))
+    inputs = {
+        "x": laid_out(x.to(x_dtype), layout[0]).detach().requires_grad_(),
+        "residual": laid_out(residual.to(stream_dtype), layout[1]).detach().requires_grad_(),
+        "weight": torch.randn(C, device=device, requires_grad=True),
+        "bias": torch.randn(C, device=device, requires_grad=True) if bias else None,
+        "dtype": y_dtype,
+    }
+
+    def relaid(function):
+        def gradients_of_any_stride(**kwargs):
+            stream, y = function(**kwargs)
+            return stream, Relay.apply(y, layout[2])
+
+        return gradients_of_any_stride
+
+    fused = outputs_and_gradients(relaid(ln.add_layer_norm), inputs)
+    plain = outputs_and_gradients(relaid(reference.add_layer_norm), inputs)
+    exact = outputs_and_gradients(relaid(reference.add_layer_norm), in_float64(inputs))
+    assert_as_good_as_torch(fused, plain, exact)
+
+
+class Relay(torch.autograd.Function):
+    """The identity; its gradient arrives in another layout."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layout: str) -> Tensor:
+        ctx.layout = layout
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return laid_out(gradient, ctx.layout), None
+
+
+def test_the_last_stream_needs_no_gradient(device: torch.device) -> None:
+    x, residual = (torch.randn(6, 48, device=device, requires_grad=True) for _ in range(2))
+    weight = torch.ones(48, device=device)
+    _, y = ln.add_layer_norm(x, residual, weight, None, torch.float32)
+    _, expected = reference.add_layer_norm(x, residual, weight, None, torch.float32)
+    got = torch.autograd.grad(y.square().sum(), (x, residual))
+    want = torch.autograd.grad(expected.square().sum(), (x, residual))
+    torch.testing.assert_close(got, want)
+
+
+def test_the_normalised_output_may_go_unused(device: torch.device) -> None:
+    x, residual = (torch.randn(6, 48, device=device, requires_grad=True) for _ in range(2))
+    stream, _ = ln.add_layer_norm(x, residual, torch.ones(48, device=device), None, torch.float32)
+    for gradient in torch.autograd.grad(stream.sum(), (x, residual)):
+        assert torch.equal(gradient, torch.ones_like(gradient))
+
+
+def test_values_that_are_no_numbers_stay_in_their_row(device: torch.device) -> None:
+    x = torch.randn(5, 40, device=device)
+    x[1, 3], x[2, 0], x[3] = torch.inf, torch.nan, 7.0
+    y = ln.layer_norm(x, torch.ones(40, device=device), None, torch.float32)
+    assert y[1].isnan().any()
+    assert y[2].isnan().all()
+    assert torch.equal(y[3], torch.zeros_like(y[3]))  # no variance at all: eps, not a division by zero
+    expected = reference.layer_norm(x, torch.ones(40, device=device), None, torch.float32)
+    torch.testing.assert_close(y[[0, 4]], expected[[0, 4]])
+
+
+# Dropout
+
+
+@pytest.mark.parametrize(("M", "C"), [(1, 37), (70, 64), (9, 600)])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_is_philox_of_the_seed_forward_and_backward(M: int, C: int, x_dtype: torch.dtype, device) -> None:
+    p = 0.3
+    torch.manual_seed(5)
+    x = torch.randn(M, C, device=device).to(x_dtype).requires_grad_()
+    residual, weight = (torch.randn(size, device=device, requires_grad=True) for size in ((M, C), (C,)))
+    torch.manual_seed(7)
+    seed = torch.randint(2**62, (1,), device=device)
+    keep = torch.from_numpy(keep_mask(seed.item(), M, C, p)).to(device)
+
+    def masked(x, residual, weight):
+        stream = residual + (x * keep / (1 - p)).to(residual.dtype)
+        return stream, reference.layer_norm(stream, weight, None, weight.dtype)
+
+    def fused(x, residual, weight):
+        torch.manual_seed(7)
+        return ln.add_layer_norm(x, residual, weight, None, torch.float32, p)
+
+    inputs = {"x": x, "residual": residual, "weight": weight}
+    exact = outputs_and_gradients(masked, in_float64(inputs))
+    assert_as_good_as_torch(outputs_and_gradients(fused, inputs), outputs_and_gradients(masked, inputs), exact)
+
+
+def test_every_call_draws_a_new_mask_and_the_generator_repeats_them(device: torch.device) -> None:
+    x, residual, weight = torch.ones(40, 100, device=device), torch.zeros(40, 100, device=device), torch.ones(100)
+    weight = weight.to(device)
+
+    def masks(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        return [ln.add_layer_norm(x, residual, weight, None, torch.float32, 0.2)[0] for _ in range(2)]
+
+    first, second = masks(1)
+    assert not torch.equal(first, second)
+    assert all(torch.equal(a, b) for a, b in zip((first, second), masks(1), strict=True))
+    assert abs((first == 0).float().mean().item() - 0.2) < 0.03  # five standard deviations
+
+
+# As an op
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, None])
+def test_opcheck(p: float, bias: bool, x_dtype: torch.dtype | None, device: torch.device) -> None:
+    seed = torch.tensor([3], device=device) if p else None
+    x = None if x_dtype is None else torch.randn(4, 24, device=device).to(x_dtype).requires_grad_()
+    residual, weight = (torch.randn(size, device=device, requires_grad=True) for size in ((4, 24), (24,)))
+    b = torch.randn(24, device=device, requires_grad=True) if bias else None
+    arguments = (x, residual, weight, b, seed if x is not None else None, p if x is not None else 0.0, torch.bfloat16)
+    torch.library.opcheck(torch.ops.nanofuse.add_layer_norm.default, arguments)
+    with torch.no_grad():
+        _, y, mean, rstd = torch.ops.nanofuse.add_layer_norm(*arguments)
+    backward = (torch.ones_like(y), None, residual.detach(), weight.detach(), mean, rstd, arguments[4], arguments[5])
+    torch.library.opcheck(torch.ops.nanofuse.add_layer_norm_backward.default, (*backward, x_dtype, bias))
+
+
+def test_compiled_with_dropout(device: torch.device, compiler: None) -> None:
+    x, residual = (torch.ones(8, 64, device=device, requires_grad=True) for _ in range(2))
+    weight = torch.ones(64, device=device)
+    torch.compiler.reset()
+    compiled = torch.compile(ln.add_layer_norm, fullgraph=True)
+    streams = []
+    for _ in range(2):
+        stream, _ = compiled(x, residual, weight, None, torch.float32, 0.5)
+        (dx,) = torch.autograd.grad(stream.sum(), x)
+        assert torch.equal(dx == 0, stream == 1)  # dropped in both directions, or in neither
+        streams.append(stream)
+    assert not torch.equal(*streams)
+
+
+# Refused
+
+
+GOOD = {
+    "x": torch.zeros(3, 8),
+    "residual": torch.zeros(3, 8),
+    "weight": torch.zeros(8),
+    "bias": torch.zeros(8),
+    "dtype": torch.float32,
+    "p": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"residual": torch.zeros(2, 8)}, r"residual: got shape \(2, 8\), expected \(3, 8\)"),
+        ({"x": torch.zeros(3, 8, dtype=torch.float64)}, "x: got torch.float64, expected torch.float32 or"),
+        ({"x": torch.zeros(3, 8, dtype=torch.int64)}, "x: got torch.int64, expected"),
+        ({"weight": torch.zeros(7)}, r"weight: got shape \(7,\), expected \(8\)"),
+        ({"bias": torch.zeros(8, 1)}, r"bias: got shape \(8, 1\), expected \(8\)"),
+        ({"bias": torch.zeros(8).bfloat16()}, "bias: got torch.bfloat16, expected torch.float32"),
+        ({"dtype": torch.float64}, "dtype: got torch.float64, expected"),
+        ({"p": 1.0}, "p: got 1.0, expected 0 or more and less than 1"),
+        ({"x": torch.zeros(()), "residual": torch.zeros(())}, "x: got 0 channels, expected 1 to 8192"),
+        ({"x": torch.zeros(1, 8193), "residual": torch.zeros(1, 8193)}, "x: got 8193 channels, expected 1 to 8192"),
+        ({"residual": torch.zeros(3, 8, device="meta")}, "residual: got a tensor on meta, expected"),
+    ],
+)
+def test_refused_with_what_came_and_what_was_expected(bad: dict, message: str, device: torch.device) -> None:
+    good = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in GOOD.items()}
+    bad = {
+        name: value.to(device) if isinstance(value, Tensor) and value.device.type != "meta" else value
+        for name, value in bad.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        ln.add_layer_norm(**{**good, **bad})
+
+
+def test_the_widest_row(device: torch.device) -> None:
+    x = torch.randn(2, ln.MAX_WIDTH, device=device)
+    weight = torch.randn(ln.MAX_WIDTH, device=device)
+    torch.testing.assert_close(
+        ln.layer_norm(x, weight, None, torch.float32), reference.layer_norm(x, weight, None, torch.float32)
+    )
