@@ -12,8 +12,11 @@ Saved for it: residual' (which exists anyway, as the stream), mean and rstd, 8 b
 
 Bytes, with C of 768, a float32 stream and bfloat16 x and y: forward reads x, residual (6 B an element) and writes
 residual', y (6 B); backward reads dy, dresidual', residual' (10 B) and writes dresidual, dx (6 B). weight and bias come
-out of the cache. Sums over rows are kept in registers by a fixed number of programs, each taking every P-th tile of
-rows, then summed over the P partial rows: no atomics, the same bits every run.
+out of the cache. Both kernels are bound by memory: the forward one is planned for 32 warps on a multiprocessor, the
+backward one, which keeps its sums over rows in registers, for 12.
+
+Those sums are made by a fixed number of programs, each taking every P-th tile of rows, then over the P partial rows: no
+atomics, the same bits every run.
 """
 
 import torch
@@ -25,7 +28,7 @@ from kernels.dropout import keep_mask, keep_threshold, new_seed
 from kernels.launch import FLOATS, Device, Launch, check, device_of, rows, run
 from kernels.reference import LAYER_NORM_EPS
 
-MAX_WIDTH = 8192  # a row is held in one block's registers
+MAX_WIDTH = 4096  # a row is held in one block's registers
 
 
 @triton.jit
@@ -43,6 +46,7 @@ def add_layer_norm_fwd_kernel(
     residual_stride,
     M,
     C,
+    inv_C,  # 1 / C: a division costs a slow path
     threshold,
     scale,  # 1 / (1 - p)
     eps,
@@ -62,9 +66,9 @@ def add_layer_norm_fwd_kernel(
         stream = (r + x).to(stream_ptr.dtype.element_ty)
         tl.store(stream_ptr + row64 * C + o_col[None, :], stream, mask=mask)
         r = stream.to(tl.float32)  # what is normalised is what the stream holds, rounded
-    mean = tl.sum(r, axis=1) / C
+    mean = tl.sum(r, axis=1) * inv_C
     centred = tl.where(mask, r - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) * inv_C + eps)
     weight = tl.load(weight_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)
     y = centred * rstd[:, None] * weight[None, :]
     if bias_ptr is not None:
@@ -92,6 +96,7 @@ def add_layer_norm_bwd_kernel(
     stream_stride,
     M,
     C,
+    inv_C,
     threshold,
     scale,
     tiles_per_program,
@@ -118,8 +123,8 @@ def add_layer_norm_bwd_kernel(
         if dbias_ptr is not None:
             dbias += dy
         g = dy * weight[None, :]
-        mean_g = tl.sum(g, axis=1)[:, None] / C
-        mean_gx = tl.sum(g * xhat, axis=1)[:, None] / C
+        mean_g = tl.sum(g, axis=1)[:, None] * inv_C
+        mean_gx = tl.sum(g * xhat, axis=1)[:, None] * inv_C
         dresidual = rstd * (g - mean_g - xhat * mean_gx)
         if dstream_ptr is not None:
             offset = row64 * dstream_stride + o_col[None, :]
@@ -140,7 +145,7 @@ def _block(C: int) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, num_warps): 16 elements a thread up to 1024 wide, so that 128-bit accesses of 2-byte elements
     stay whole; wider rows get more warps, then more elements a thread."""
     BLOCK_N = max(16, triton.next_power_of_2(C))
-    num_warps = min(16, max(4, BLOCK_N // 512))
+    num_warps = min(8, max(4, BLOCK_N // 512))
     return max(1, 16 * 32 * num_warps // BLOCK_N), BLOCK_N, num_warps
 
 
@@ -163,15 +168,18 @@ def plan_forward(
     args = dict(
         x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, seed_ptr=seed, stream_ptr=stream, y_ptr=y,
         mean_ptr=mean, rstd_ptr=rstd, x_stride=0 if x is None else x.stride(0), residual_stride=residual.stride(0),
-        M=M, C=C, threshold=keep_threshold(p), scale=1 / (1 - p), eps=LAYER_NORM_EPS,
+        M=M, C=C, inv_C=1 / C, threshold=keep_threshold(p), scale=1 / (1 - p), eps=LAYER_NORM_EPS,
     )  # fmt: skip
     constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
     return [Launch(add_layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),), args, constants, num_warps)]
 
 
 def backward_programs(device: Device, M: int, C: int) -> int:
-    """P, the programs of the backward kernel and the rows of its partial sums: at most 4 a multiprocessor."""
-    return min(triton.cdiv(M, _block(C)[0]), 4 * device.multiprocessors)
+    """P, the programs of the backward kernel and the rows of its partial sums: as many as run at once, so that none is
+    left over for a second round. What fits on a multiprocessor is decided by registers."""
+    BLOCK_M, BLOCK_N, _ = _block(C)
+    resident = {2048: 3, 4096: 1}.get(BLOCK_N, 4)
+    return min(triton.cdiv(M, BLOCK_M), resident * device.multiprocessors)
 
 
 def plan_backward(
@@ -197,7 +205,7 @@ def plan_backward(
         dy_ptr=dy, dstream_ptr=dstream, stream_ptr=stream, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
         seed_ptr=seed, dresidual_ptr=dresidual, dx_ptr=dx, dweight_ptr=dweight, dbias_ptr=dbias,
         dy_stride=dy.stride(0), dstream_stride=0 if dstream is None else dstream.stride(0),
-        stream_stride=stream.stride(0), M=M, C=C, threshold=keep_threshold(p), scale=1 / (1 - p),
+        stream_stride=stream.stride(0), M=M, C=C, inv_C=1 / C, threshold=keep_threshold(p), scale=1 / (1 - p),
         tiles_per_program=triton.cdiv(triton.cdiv(M, BLOCK_M), max(P, 1)),
     )  # fmt: skip
     constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
@@ -305,7 +313,7 @@ def _check(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **streams: T
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """LayerNorm over the last dimension; the meaning of `reference.layer_norm`.
 
-    x (..., C), C up to 8192, weight and bias (C,): float32, bfloat16 or float16. Returns y (..., C) in `dtype`.
+    x (..., C), C up to 4096, weight and bias (C,): float32, bfloat16 or float16. Returns y (..., C) in `dtype`.
     ValueError for what cannot be served.
     """
     _check(weight, bias, dtype, x=x)
@@ -318,7 +326,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """residual' = residual + dropout(x) and y = LayerNorm(residual'); the meaning of `reference.add_layer_norm`.
 
-    x and residual (..., C), C up to 8192, weight and bias (C,): float32, bfloat16 or float16; 0 <= p < 1. Returns
+    x and residual (..., C), C up to 4096, weight and bias (C,): float32, bfloat16 or float16; 0 <= p < 1. Returns
     residual' in residual's dtype and y in `dtype`. The mask's seed is drawn from torch's generator of x's device.
     ValueError for what cannot be served.
     """
