@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LAYER_NORM_EPS = 1e-5  # GPT-2's; nanoGPT's too
+CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
 def widened(x: Tensor) -> Tensor:
@@ -51,26 +52,116 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     return F.gelu(x, approximate="none" if approximate == "erf" else approximate)
 
 
+def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """gelu(x + bias): x (..., C), bias (C,), of one dtype. Returns (..., C) in it."""
+    return gelu(x if bias is None else x + bias, approximate)
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """GELU(x @ weight.T + bias): x (..., K), weight (N, K), bias (N,), all of one dtype. Returns (..., N) in it."""
     return gelu(F.linear(x, weight, bias), approximate)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
-    """Mean of -log softmax(logits)[target] over the targets that are not `ignore_index`; float32 scalar.
+def mlp(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, approximate: str
+) -> Tensor:
+    """A transformer block's feed-forward half: GELU(x @ fc_weight.T + fc_bias) @ proj_weight.T + proj_bias.
 
-    logits (M, V) of any float dtype, targets (M,) int64. Where every target is ignored, the mean of nothing is NaN.
+    x (..., K), fc_weight (N, K), fc_bias (N,), proj_weight (C, N), proj_bias (C,), all of one dtype. Returns (..., C).
     """
-    return F.cross_entropy(widened(logits), targets, ignore_index=ignore_index)
+    return F.linear(linear_gelu(x, fc_weight, fc_bias, approximate), proj_weight, proj_bias)
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int = -1,
+    *,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    n_vocab: int | None = None,
+) -> Tensor:
+    """Mean or sum of -log softmax(logits)[target] over the targets that are not `ignore_index`; float32 scalar.
+
+    logits (M, V) of any float dtype, targets (M,) int64. Columns from `n_vocab` on are padding: no probability, and no
+    gradient. `label_smoothing`: that share of each target is spread over all n_vocab columns. `z_loss` adds z_loss *
+    lse^2, lse being the row's log-sum-exp (PaLM, arXiv:2204.02311, section 5). Where every target is ignored, the mean
+    of nothing is NaN.
+    """
+    logits = widened(logits)[:, :n_vocab]
+    options = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    loss = F.cross_entropy(logits, targets, **options)
+    if z_loss:
+        counted = targets != ignore_index
+        penalty = z_loss * torch.where(counted, logits.logsumexp(-1), 0).square().sum()
+        loss = loss + (penalty / counted.sum() if reduction == "mean" else penalty)
+    return loss
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -1,
+    *,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    n_vocab: int | None = None,
+    chunk_rows: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """The head and the loss: cross_entropy(x @ weight.T, targets).
+    """The head and the loss: cross_entropy(x @ weight.T, targets), whose options it takes.
 
-    x (B, T, C) and weight (V, C) of one dtype, targets (B, T) int64. Returns the loss, a float32 scalar, and the logits
-    (B, T, V), or None from an implementation that never holds them all.
+    x (..., C) and weight (V, C) of one dtype, targets (...) int64. Returns the loss, a float32 scalar, and the logits
+    (..., V), or None from an implementation that never holds them all. `chunk_rows`, how many rows' logits a fused
+    implementation holds at a time (0: all), changes nothing here.
     """
     logits = F.linear(x, weight)
-    return cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index), logits
+    options = dict(reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, n_vocab=n_vocab)
+    return cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index, **options), logits
+
+
+@torch.no_grad()
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    *,
+    n_decay: int,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    max_norm: float = 0.0,
+    inv_scale: Tensor | None = None,
+    compute: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One update of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) after clipping, in place and without a sync.
+
+    param, exp_avg, exp_avg_sq (n,) float32, flat buffers of which elements [0, n_decay) decay; grad (n,) of any float
+    dtype, to be multiplied by inv_scale () float32; lr () float32; step () float32 or int64, the updates done so far.
+    `max_norm`: largest norm of the whole gradient, 0 for no clipping. compute (n,): a rounded copy of the new param.
+
+    Returns the gradient's norm, unscaled and before clipping, and found_inf, 1 where that norm is not finite, both ()
+    float32. Then nothing is changed, nor is step advanced.
+    """
+    (beta1, beta2), t = betas, step.double() + 1
+    g = widened(grad)
+    norm = torch.linalg.vector_norm(g)
+    if inv_scale is not None:
+        g, norm = g * inv_scale, norm * inv_scale
+    if max_norm > 0:
+        g = g * (max_norm / (norm + CLIP_EPS)).clamp(max=1.0)
+    m = exp_avg.lerp(g, 1 - beta1)
+    v = exp_avg_sq.mul(beta2).addcmul_(g, g, value=1 - beta2)
+    p = param.clone()
+    p[:n_decay] *= 1 - lr * weight_decay
+    p -= lr / (1 - beta1**t) * m / (v.sqrt() / (1 - beta2**t).sqrt() + eps)
+    finite = norm.isfinite()
+    for old, new in ((param, p), (exp_avg, m), (exp_avg_sq, v), (step, step + 1), (compute, p)):
+        if old is not None:
+            old.copy_(torch.where(finite, new.to(old.dtype), old))
+    return norm, finite.logical_not().to(norm.dtype)
