@@ -1,0 +1,457 @@
+"""linear_gelu and mlp: what the registry's cases leave open. The choice between their paths and its measurement."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import linear_gelu as module
+from kernels import matmul, reference, tune, tuned
+from kernels.gelu import FORMS
+from kernels.launch import INTERPRETED, Device, run
+from kernels.linear_gelu import linear_gelu, mlp
+from kernels.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles
+from kernels.tuned import Problem
+from tests.kernels.checks import assert_as_good_as_torch, in_float64, outputs_and_gradients
+from tests.kernels.memory import Memory
+from tests.kernels.test_layer_norm import Relay, laid_out, layouts
+
+BOTH = ("triton", "cublas")
+paths = pytest.mark.parametrize("path", BOTH)
+SMALL = Tiles(16, 32, 16, 4, 2, 1)
+
+
+def drawn(M: int, K: int, N: int, dtype: torch.dtype = torch.float32, *, bias: bool = True) -> dict[str, Any]:
+    """The inputs of mlp, on the device that tests run on."""
+    generator, device = torch.Generator().manual_seed(0), "cpu" if INTERPRETED else "cuda"
+
+    def randn(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*size, generator=generator) * scale).to(device, dtype).requires_grad_()
+
+    return {
+        "x": randn(M, K),
+        "fc_weight": randn(N, K, scale=2 * K**-0.5),
+        "fc_bias": randn(N) if bias else None,
+        "proj_weight": randn(K, N, scale=N**-0.5),
+        "proj_bias": randn(K) if bias else None,
+        "approximate": "erf",
+    }
+
+
+def assert_means(fused, meaning, inputs: dict[str, Any]) -> None:
+    exact = outputs_and_gradients(meaning, in_float64(inputs))
+    assert_as_good_as_torch(outputs_and_gradients(fused, inputs), outputs_and_gradients(meaning, inputs), exact)
+
+
+# Shapes, strides, dtypes
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    lead=st.one_of(st.tuples(), st.tuples(st.integers(0, 70)), st.tuples(st.integers(0, 3), st.integers(0, 20))),
+    K=st.integers(1, 40),
+    N=st.integers(1, 70),
+    layout=st.tuples(layouts, layouts, layouts, layouts),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    bias=st.booleans(),
+    approximate=st.sampled_from(FORMS),
+    path=st.sampled_from(BOTH),
+    both_layers=st.booleans(),
+)
+def test_any_shape_stride_and_dtype(lead, K, N, layout, dtype, bias, approximate, path, both_layers) -> None:
+    inputs = drawn(1, K, N, dtype, bias=bias) | {"approximate": approximate}
+    inputs["x"] = torch.randn((*lead, K), generator=torch.Generator().manual_seed(1)).to(inputs["fc_weight"])
+    names = ("x", "fc_weight", "proj_weight")
+    for name, how in zip(names, layout, strict=False):
+        if inputs[name].ndim > 1 or how == "sliced":
+            inputs[name] = laid_out(inputs[name].detach(), how)
+        inputs[name] = inputs[name].detach().requires_grad_()
+    fused, meaning = (mlp, reference.mlp) if both_layers else (linear_gelu, reference.linear_gelu)
+    if not both_layers:
+        inputs = {k.removeprefix("fc_"): v for k, v in inputs.items() if not k.startswith("proj_")}
+    assert_means(
+        lambda **kwargs: Relay.apply(fused(**kwargs, path=path), layout[3]),
+        lambda **kwargs: Relay.apply(meaning(**kwargs), layout[3]),
+        inputs,
+    )
+
+
+@paths
+def test_the_gradient_of_a_mean(path: str) -> None:
+    """Every stride of the gradient that arrives is 0."""
+    inputs = drawn(40, 24, 56)
+    assert_means(lambda **i: mlp(**i, path=path).mean() * 100, lambda **i: reference.mlp(**i).mean() * 100, inputs)
+
+
+@paths
+def test_without_rows_the_gradients_of_parameters_are_nought(path: str) -> None:
+    inputs = drawn(0, 24, 40)
+    y = mlp(**inputs, path=path)
+    assert y.shape == (0, 24)
+    y.sum().backward()
+    for name, x in inputs.items():
+        if isinstance(x, Tensor):
+            assert torch.equal(x.grad, torch.zeros_like(x)), name
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the case's own tests see M of 32 x 1024 rows")
+def test_rows_more_than_two_to_the_31st_elements_apart() -> None:
+    def apart(x: Tensor) -> Tensor:
+        far = torch.empty(2**31 + 64, dtype=x.dtype).as_strided(x.shape, (2**31 // (len(x) - 1), 1))
+        return far.copy_(x)
+
+    inputs = {name: x.detach() if isinstance(x, Tensor) else x for name, x in drawn(2, 24, 2, torch.bfloat16).items()}
+    x, weight, proj_weight = inputs["x"], inputs["fc_weight"], inputs["proj_weight"][:2].t().contiguous()
+    expected = module.forward(x, weight, None, "erf", True, SMALL)
+    for far in ((apart(x), weight), (x, apart(weight))):
+        for got, want in zip(module.forward(*far, None, "erf", True, SMALL), expected, strict=True):
+            assert torch.equal(got, want)
+    dy, pre = x[:, :2], torch.ones(2, 2, dtype=x.dtype)
+    expected, _ = module.backward(dy, proj_weight, pre, "erf", False, SMALL)
+    for far in ((apart(dy), proj_weight), (dy, apart(proj_weight))):
+        assert torch.equal(module.backward(*far, pre, "erf", False, SMALL)[0], expected)
+
+
+# Tensor descriptors
+
+DESCRIPTORS = pytest.mark.skipif(
+    not INTERPRETED and torch.cuda.get_device_capability() < (9, 0), reason="needs compute capability 9.0"
+)
+
+
+@DESCRIPTORS
+@pytest.mark.parametrize(
+    ("M", "K", "N"),
+    [
+        (32, 32, 64),  # whole tiles, if small ones
+        (37, 40, 72),  # nothing fills its tile
+        (1, 8, 8),  # the smallest
+        (150, 24, 40),  # more rows of tiles than are taken together
+    ],
+)
+@pytest.mark.parametrize("tiles", [SMALL, Tiles(16, 32, 16, 4, 2, 2)] if INTERPRETED else FORWARD_TILES[90], ids=str)
+@pytest.mark.parametrize("full", [True, False], ids=["with bias and pre", "act alone"])
+def test_descriptors_move_what_pointers_do(M: int, K: int, N: int, tiles: Tiles, full: bool, nan_filled: None) -> None:
+    inputs = drawn(M, K, N, torch.bfloat16)
+    x, weight, bias, proj_weight = (inputs[k].detach() for k in ("x", "fc_weight", "fc_bias", "proj_weight"))
+    act = x.new_empty(M, N)
+    pre = torch.empty_like(act) if full else None
+    hopper = Device(90, 2)
+    (launch,) = matmul.plan_forward(hopper, x, weight, bias if full else None, "erf", pre, act, tiles)
+    assert launch.constants["TMA"]
+    run(x, launch)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double() if full else None)
+    torch.testing.assert_close(act.double(), reference.gelu(exact, "erf"), rtol=2**-8, atol=1e-5)
+    if full:
+        torch.testing.assert_close(pre.double(), exact, rtol=2**-8, atol=1e-5)
+
+    pre, dpre = exact.to(x.dtype), torch.empty_like(act)
+    dbias = x.new_empty(matmul.partial_rows(M, tiles), N, dtype=torch.float32) if full else None
+    (launch,) = matmul.plan_backward(hopper, x, proj_weight, pre, "tanh", dpre, dbias, tiles)
+    assert launch.constants["TMA"]
+    run(x, launch)
+    leaf = pre.double().requires_grad_()
+    act = reference.gelu(leaf, "tanh")
+    (exact,) = torch.autograd.grad(act, leaf, x.double() @ proj_weight.double())
+    torch.testing.assert_close(dpre.double(), exact, rtol=2**-8, atol=1e-5)
+    if full:
+        torch.testing.assert_close(dbias.double().sum(0), exact.sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_descriptors_are_used_where_addresses_and_strides_allow() -> None:
+    x = torch.empty(64, 64, dtype=torch.bfloat16)
+    hopper, blackwell = Device(90, 132), Device(120, 170)
+    assert matmul.has_descriptors(hopper, x, None, x[:, 8:], x[:1])
+    assert matmul.has_descriptors(blackwell, x)
+    assert not matmul.has_descriptors(Device(89, 128), x)
+    assert not matmul.has_descriptors(hopper, x, x[:, 1:])  # an address
+    assert not matmul.has_descriptors(hopper, x, x.new_empty(64, 37))  # a stride
+    assert not matmul.has_descriptors(hopper, x[:1].expand(64, 64))  # rows that are the same one
+    assert not matmul.has_descriptors(hopper, x[:0])
+
+
+@pytest.mark.parametrize("table", [FORWARD_TILES, BACKWARD_TILES], ids=["forward", "backward"])
+def test_every_device_has_tiles(table: dict[int, tuple[Tiles, ...]]) -> None:
+    for capability, meant_for in {80: 80, 86: 86, 89: 86, 90: 90, 100: 90, 103: 90, 120: 120, 121: 120}.items():
+        device = Device(capability, 100)
+        assert matmul.tiles_for(table, device, torch.bfloat16) == table[meant_for]
+        assert len(matmul.tiles_for(table, device, torch.float32)) == 1
+
+
+def test_the_grid_is_what_is_resident_or_one_program_a_tile() -> None:
+    tiles = Tiles(128, 128, 64, 4, 3, 2)
+    for M, programs in ((32768, 264), (128, 24)):
+        x, weight = (torch.empty(size, 768, dtype=torch.bfloat16, device="meta") for size in (M, 3072))
+        act = torch.empty(M, 3072, dtype=torch.bfloat16, device="meta")
+        (launch,) = matmul.plan_forward(Device(90, 132), x, weight, None, "erf", None, act, tiles)
+        assert launch.grid == (programs,)
+
+
+# What is computed
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the operations that pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@paths
+def test_backward_makes_up_no_gradients_of_what_is_kept(path: str) -> None:
+    """Nor others than are asked for."""
+    inputs = drawn(20, 24, 40)
+    y = mlp(**inputs, path=path)
+    with Recorder() as recorder:
+        y.backward(torch.ones_like(y))
+    assert not [name for name in recorder.names if "zero" in name or name == "full"]
+    assert recorder.names.count("mm") == 3  # dx and the weights' gradients; mlp_dpre has its own
+
+
+@paths
+@pytest.mark.parametrize("wanted", ["x", "fc_weight", "fc_bias", "proj_weight", "proj_bias"])
+def test_one_gradient_alone(path: str, wanted: str, memory: Memory | None) -> None:
+    inputs = drawn(37, 24, 40)
+    for name, x in inputs.items():
+        if isinstance(x, Tensor):
+            x.requires_grad_(name == wanted)
+    assert_means(lambda **i: mlp(**i, path=path), reference.mlp, inputs)
+    if wanted.startswith("fc_") or wanted == "x":
+        linear = {k.removeprefix("fc_"): v for k, v in inputs.items() if not k.startswith("proj_")}
+        assert_means(lambda **i: linear_gelu(**i, path=path), reference.linear_gelu, linear)
+
+
+def test_a_frozen_bias_has_no_partial_sums(memory: Memory | None) -> None:
+    inputs = drawn(37, 24, 40)
+    inputs["fc_bias"].requires_grad_(False)
+    y = mlp(**inputs, path="triton")
+    before = memory.stored if memory else 0
+    y.backward(torch.ones_like(y))
+    assert memory is None or memory.stored - before == 37 * 40 * 4  # dpre
+
+
+@pytest.mark.parametrize("function", [linear_gelu, mlp])
+@paths
+def test_nothing_is_kept_where_nothing_needs_a_gradient(function, path: str, memory: Memory | None) -> None:
+    inputs = drawn(37, 24, 40, torch.bfloat16)
+    if function is linear_gelu:
+        inputs = {k.removeprefix("fc_"): v for k, v in inputs.items() if not k.startswith("proj_")}
+    expected = function(**inputs, path=path)
+    assert expected.requires_grad
+    stored = memory.stored if memory else 0
+    with torch.no_grad():
+        assert torch.equal(function(**inputs, path=path), expected)
+    assert memory is None or memory.stored - stored == 37 * 40 * 2  # act, not pre
+    frozen = {name: x.detach() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    assert torch.equal(function(**frozen, path=path), expected)
+    assert memory is None or memory.stored - stored == 2 * 37 * 40 * 2
+
+
+@paths
+def test_float32_is_not_rounded_to_fewer_bits(path: str) -> None:
+    """As TF32 tensor cores would."""
+    inputs = drawn(32, 512, 48)
+    inputs["x"] = inputs["x"].detach() + 1e-5  # bits beyond the tenth
+    assert_means(lambda **i: mlp(**i, path=path), reference.mlp, inputs)
+
+
+@paths
+@pytest.mark.parametrize("bias", [True, False])
+def test_registered_as_torch_wants_it(path: str, bias: bool) -> None:
+    x, fc_weight, fc_bias, *proj, approximate = drawn(5, 16, 24, bias=bias).values()
+    ops, fc = torch.ops.nanofuse, (x, fc_weight, fc_bias)
+    for keep in (True, False):
+        # without what is kept there is no backward to check
+        checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+        checks = checks if keep else checks[:2]
+        torch.library.opcheck(ops.linear_gelu, (*fc, approximate, keep, path), test_utils=checks)
+        torch.library.opcheck(ops.mlp, (*fc, *proj, approximate, keep, path), test_utils=checks)
+    pre = torch.randn(5, 24, device=x.device)
+    torch.library.opcheck(ops.mlp_dpre, (x.detach(), proj[0].detach(), pre, approximate, bias, path))
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"approximate": "none"}, "approximate: got 'none', expected 'erf' or 'tanh'"),
+        ({"path": "cuda"}, "path: got 'cuda', expected auto, triton or cublas"),
+        ({"x": torch.zeros(3, 8, dtype=torch.float64)}, "x: got torch.float64, expected torch.float32 or"),
+        ({"x": torch.zeros(())}, r"x: got shape \(\), expected \(..., K\)"),
+        ({"x": torch.zeros(3, 0)}, r"x: got shape \(3, 0\), expected \(..., K\)"),
+        ({"fc_weight": torch.zeros(16, 7)}, r"fc_weight: got shape \(16, 7\), expected \(any, 8\)"),
+        ({"fc_weight": torch.zeros(0, 8)}, r"fc_weight: got shape \(0, 8\), expected at least one row"),
+        (
+            {"fc_weight": torch.zeros(16, 8, dtype=torch.float16)},
+            "fc_weight: got torch.float16, expected torch.float32",
+        ),
+        ({"fc_bias": torch.zeros(8)}, r"fc_bias: got shape \(8,\), expected \(16\)"),
+        ({"fc_bias": torch.zeros(16).half()}, "fc_bias: got torch.float16, expected torch.float32"),
+        ({"proj_weight": torch.zeros(8, 8)}, r"proj_weight: got shape \(8, 8\), expected \(any, 16\)"),
+        ({"proj_weight": torch.zeros(8, 16, device="meta")}, "proj_weight: got a tensor on meta, expected"),
+        ({"proj_bias": torch.zeros(16)}, r"proj_bias: got shape \(16,\), expected \(8\)"),
+    ],
+)
+def test_refused(changes: dict, message: str, device: torch.device) -> None:
+    sizes = {"x": (3, 8), "fc_weight": (16, 8), "fc_bias": (16,), "proj_weight": (8, 16), "proj_bias": (8,)}
+    inputs = {name: torch.zeros(size) for name, size in sizes.items()} | {"approximate": "erf"} | changes
+    inputs = {k: v.to(device) if isinstance(v, Tensor) and not v.is_meta else v for k, v in inputs.items()}
+    with pytest.raises(ValueError, match=message):
+        mlp(**inputs)
+    if not any(name.startswith("proj_") for name in changes):
+        inputs = {k.removeprefix("fc_"): v for k, v in inputs.items() if not k.startswith("proj_")}
+        with pytest.raises(ValueError, match=message.removeprefix("fc_")):
+            linear_gelu(**inputs)
+
+
+# The table of measurements
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty one."""
+    path = tmp_path / "tuned.json"
+    path.write_text("{}")
+    monkeypatch.setattr(tuned, "TABLE", path)
+    return path
+
+
+PROBLEM = Problem("linear_gelu", torch.bfloat16, 37, 96, 24)
+
+
+def test_the_table_that_is_shipped_can_be_read() -> None:
+    for device, problems in json.loads(tuned.TABLE.read_text()).items():
+        assert isinstance(device, str)
+        for problem, entry in problems.items():
+            best = min(entry["ms"], key=entry["ms"].get)
+            assert tuned.CUBLAS in entry["ms"], problem
+            assert entry["use"] == tuned.CUBLAS or str(Tiles(**entry["use"])) == best, problem
+
+
+def test_cublas_where_nothing_was_measured(table: Path) -> None:
+    x = torch.empty(37, 24)
+    assert tuned.choose("auto", PROBLEM, x, (SMALL,)) is None
+    assert tuned.choose("cublas", PROBLEM, x, (SMALL,)) is None
+    assert tuned.choose("triton", PROBLEM, x, (SMALL,)) == SMALL
+
+
+def test_what_was_measured_is_taken_on_that_device_for_that_problem(table: Path) -> None:
+    other, x = Tiles(32, 32, 32, 4, 2, 1), torch.empty(37, 24)
+    tuned.record("a card", PROBLEM, None, {"cublas": 1.0}, "")
+    tuned.record("cpu", Problem("mlp_dpre", torch.bfloat16, 37, 96, 24), None, {"cublas": 1.0}, "")
+    tuned.record("cpu", PROBLEM, SMALL, {"cublas": 2.0, str(SMALL): 1.0}, "torch 2")
+    assert tuned.choose("auto", PROBLEM, x, (other,)) == SMALL
+    assert tuned.choose("triton", PROBLEM, x, (other,)) == SMALL
+    assert tuned.choose("cublas", PROBLEM, x, (other,)) is None
+    assert tuned.choose("auto", Problem("linear_gelu", torch.float16, 37, 96, 24), x, (other,)) is None
+    assert tuned.measured("a card", PROBLEM) is None
+    tuned.record("cpu", PROBLEM, None, {"cublas": 1.0, str(SMALL): 1.0}, "torch 3")  # again, over the older one
+    assert tuned.choose("auto", PROBLEM, x, (other,)) is None
+    assert json.loads(table.read_text())["cpu"][str(PROBLEM)]["with"] == "torch 3"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the bytes that tell the paths apart are counted in the interpreter")
+def test_auto_goes_by_the_table_forward_and_backward(table: Path, memory: Memory) -> None:
+    inputs = drawn(37, 24, 96, torch.bfloat16)
+
+    def moved(path: str) -> int:
+        before = memory.loaded
+        mlp(**inputs, path=path).sum().backward()
+        return memory.loaded - before
+
+    fused, apart = moved("triton"), moved("cublas")
+    assert moved("auto") == apart != fused
+    tuned.record("cpu", PROBLEM, SMALL, {}, "")
+    half_way = moved("auto")
+    assert half_way not in (apart, fused)
+    tuned.record("cpu", Problem("mlp_dpre", torch.bfloat16, 37, 96, 24), SMALL, {}, "")
+    assert moved("auto") == fused
+
+
+# Its measurement
+
+
+@pytest.fixture
+def work(device: torch.device) -> tune.Work:
+    return tune.works(37, 24, torch.bfloat16, device)[0]
+
+
+def clock(ms: dict[Tiles | None, float], work: tune.Work, timed: list[Tiles | None]):
+    """(work, a time()) that tells `ms` by the tiles that run."""
+
+    def run(tiles: Tiles | None) -> tuple[Tensor, Tensor]:
+        timed.append(tiles)
+        return work.run(tiles)
+
+    def time(function) -> float:
+        function()
+        return ms[timed[-1]]
+
+    return tune.Work(work.problem, work.tiles, run, work.exact), time
+
+
+@pytest.mark.parametrize(("factor", "wins"), [(0.5, True), (0.98, True), (0.995, False), (2.0, False)])
+def test_what_is_faster_by_more_than_noise_wins(factor: float, wins: bool, work, table: Path) -> None:
+    tiles = work.tiles[0]
+    watched, time = clock({None: 2.0} | dict.fromkeys(work.tiles, 3.0) | {tiles: 2.0 * factor}, work, [])
+    assert tune.measure(watched, "a card", time)
+    assert tuned.measured("a card", work.problem) == (tiles if wins else None)
+    entry = json.loads(table.read_text())["a card"][str(work.problem)]
+    assert entry["ms"]["cublas"] == 2.0
+    assert entry["ms"][str(tiles)] == 2.0 * factor
+    assert torch.__version__ in entry["with"]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["forward", "backward"])
+@pytest.mark.parametrize("wrong", ["one element", "nan", "second output"])
+def test_what_is_wrong_is_neither_timed_nor_taken(which: int, wrong: str, device, table: Path, capsys) -> None:
+    work = tune.works(37, 24, torch.bfloat16, device)[which]
+    timed: list[Tiles | None] = []
+
+    def run(tiles: Tiles | None) -> tuple[Tensor, Tensor]:
+        first, second = work.run(tiles)
+        if tiles is not None:
+            spoilt = second if wrong == "second output" else first
+            spoilt.view(-1)[-1] += torch.nan if wrong == "nan" else 1.0
+        return first, second
+
+    spoilt, time = clock({None: 2.0}, tune.Work(work.problem, work.tiles, run, work.exact), timed)
+    assert not tune.measure(spoilt, "a card", time)
+    assert tuned.measured("a card", work.problem) is None
+    assert list(json.loads(table.read_text())["a card"][str(work.problem)]["ms"]) == ["cublas"]
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_rows_are_checked_in_chunks_to_the_last(work: tune.Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tune.errors(work, None)
+    monkeypatch.setattr(tune, "CHUNK", 8)
+    assert tune.errors(work, None) == whole
+    backward = tune.works(37, 24, torch.bfloat16, torch.device("cpu" if INTERPRETED else "cuda"))[1]
+    torch.testing.assert_close(tune.errors(backward, None)[1], 0.0, rtol=0, atol=0.1)  # sums over all chunks
+
+
+def test_without_a_gpu_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch, capsys, table: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert table.read_text() == "{}"
+
+
+@pytest.mark.parametrize("shape", ["768", "0x768", "32768x-1", "ax3"])
+def test_a_shape_that_is_none(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["--shapes", shape])
+    assert f"got {shape}, expected ROWSxWIDTH" in capsys.readouterr().err
