@@ -1,0 +1,279 @@
+"""AdamW over flat buffers: norm, clipping, decay, update and low-precision copy, in two launches.
+
+Every parameter of the model lies in one buffer, those that decay first: the mask is a comparison with `n_decay`. With
+g the unscaled gradient, |g| its norm over all elements and t the number of this update (Loshchilov and Hutter 2019,
+arXiv:1711.05101; clipping as `torch.nn.utils.clip_grad_norm_`):
+
+    g <- g * min(1, max_norm / (|g| + 1e-6))
+    m <- m + (1 - beta1) * (g - m)
+    v <- v + (1 - beta2) * (g * g - v)
+    p <- p * (1 - lr * decay) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+Where |g| is not finite nothing changes, not even t. lr, t and the loss scale are read from device memory: a captured
+graph replays with the values of the day.
+
+1. The norm kernel: each of P programs sums the squares of every P-th tile, in float32, and the first one turns t into
+   bias corrections. 1 - beta^t is taken in float64 of a float32 logarithm, whose relative error it does not enlarge;
+   with beta itself in float32, 1 - beta would be off by 1e-5 where beta is 0.999.
+2. The update kernel: each program sums those P numbers again, 2 KB out of L2, always in the same order: no third
+   launch, no atomics, no counter that somebody must reset. Then one pass over the buffers. v is moved by its
+   difference, like m: the rounding of a float32 beta2 would come back multiplied by 1 / (1 - beta2).
+
+Bytes an element, with bfloat16 gradient and copy: 2 for the norm; 2 + 12 read and 12 + 2 written by the update. The
+norm kernel walks backwards, so that the update begins with gradients that L2 still holds. A thread takes 4 elements:
+128 bits of the float32 buffers, 64 of the others, and a warp's are contiguous. Accesses are that wide where buffers are
+aligned to 16 bytes and n is divisible by 16.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import reference
+from kernels.launch import FLOATS, Device, Launch, check, device_of, run
+
+CLIP_EPS = tl.constexpr(reference.CLIP_EPS)
+
+NORM_BYTES, NORM_WARPS = 16384, 8  # of gradient, a tile: four 128-bit loads a thread under way
+NORM_PROGRAMS = 4  # a multiprocessor, which holds them at once up to 64 registers a thread
+UPDATE_BLOCK, UPDATE_WARPS = 512, 4
+UPDATE_PROGRAMS = 32  # a multiprocessor: about three times what it holds, so that none idles long at the end
+
+
+@triton.jit
+def adamw_norm_kernel(
+    grad_ptr,  # (n,)
+    lr_ptr,  # () float32
+    step_ptr,  # () float32 or int64: updates done
+    partial_ptr,  # out (P,) float32: each program's sum of squares
+    scalars_ptr,  # out (3,) float32: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), 1 - lr * weight_decay
+    n,
+    tiles,
+    tiles_per_program,
+    log2_beta1,
+    log2_beta2,
+    weight_decay,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if pid == 0:
+        t = (tl.load(step_ptr) + 1).to(tl.float64)
+        correction1 = (1.0 - tl.exp2(t * log2_beta1)).to(tl.float32)
+        correction2 = (1.0 - tl.exp2(t * log2_beta2)).to(tl.float32)
+        lr = tl.load(lr_ptr)
+        tl.store(scalars_ptr, tl.div_rn(lr, correction1))
+        tl.store(scalars_ptr + 1, tl.div_rn(1.0, tl.sqrt_rn(correction2)))
+        tl.store(scalars_ptr + 2, 1.0 - lr * weight_decay)
+    squares = tl.zeros((BLOCK,), dtype=tl.float32)
+    for i in range(tiles_per_program):
+        tile = tiles - 1 - (i * tl.num_programs(0) + pid)
+        offset = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        g = tl.load(grad_ptr + offset, mask=(offset >= 0) & (offset < n), other=0.0).to(tl.float32)
+        squares += g * g
+    tl.store(partial_ptr + pid, tl.sum(squares))
+
+
+@triton.jit
+def adamw_update_kernel(
+    param_ptr,  # in and out (n,) float32
+    grad_ptr,  # (n,)
+    exp_avg_ptr,  # in and out (n,) float32
+    exp_avg_sq_ptr,  # in and out (n,) float32
+    step_ptr,  # in and out () float32 or int64
+    inv_scale_ptr,  # () float32, or None: the gradient is not scaled
+    compute_ptr,  # out (n,) bfloat16 or float16, or None
+    partial_ptr,  # (P,) float32
+    scalars_ptr,  # (3,) float32
+    norm_ptr,  # out () float32
+    found_inf_ptr,  # out () float32
+    n,
+    n_decay,
+    P,
+    tiles_per_program,
+    weight1,  # 1 - beta1
+    weight2,  # 1 - beta2
+    eps,
+    max_norm,  # infinity: no clipping
+    BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    o_partial = tl.arange(0, BLOCK_P)
+    norm = tl.sqrt_rn(tl.sum(tl.load(partial_ptr + o_partial, mask=o_partial < P, other=0.0)))
+    factor = 1.0
+    if inv_scale_ptr is not None:
+        factor = tl.load(inv_scale_ptr)
+        norm *= factor
+    factor *= tl.minimum(1.0, max_norm / (norm + CLIP_EPS))
+    finite = norm < float("inf")  # false for NaN too
+    step_size = tl.load(scalars_ptr)
+    inv_sqrt_correction2 = tl.load(scalars_ptr + 1)
+    decay = tl.load(scalars_ptr + 2)
+    if pid == 0:
+        tl.store(norm_ptr, norm)
+        tl.store(found_inf_ptr, 1.0 - finite.to(tl.float32))
+        if finite:
+            tl.store(step_ptr, tl.load(step_ptr) + 1)
+    if finite:
+        for i in range(tiles_per_program):
+            offset = (i * tl.num_programs(0) + pid).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            mask = offset < n
+            g = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32) * factor
+            p = tl.load(param_ptr + offset, mask=mask, other=0.0)
+            m = tl.load(exp_avg_ptr + offset, mask=mask, other=0.0)
+            v = tl.load(exp_avg_sq_ptr + offset, mask=mask, other=0.0)
+            m += weight1 * (g - m)
+            v += weight2 * (g * g - v)
+            p *= tl.where(offset < n_decay, decay, 1.0)
+            p -= step_size * tl.div_rn(m, tl.sqrt_rn(v) * inv_sqrt_correction2 + eps)
+            tl.store(exp_avg_ptr + offset, m, mask=mask)
+            tl.store(exp_avg_sq_ptr + offset, v, mask=mask)
+            tl.store(param_ptr + offset, p, mask=mask)
+            if compute_ptr is not None:
+                tl.store(compute_ptr + offset, p.to(compute_ptr.dtype.element_ty), mask=mask)
+
+
+def norm_programs(device: Device, grad: Tensor) -> int:
+    """P, the programs of the norm kernel and its partial sums; one at least, which sets the bias corrections."""
+    return max(1, min(triton.cdiv(grad.nbytes, NORM_BYTES), NORM_PROGRAMS * device.multiprocessors))
+
+
+def update_programs(device: Device, n: int) -> int:
+    """Programs of the update kernel; one at least, which advances the step."""
+    return max(1, min(triton.cdiv(n, UPDATE_BLOCK), UPDATE_PROGRAMS * device.multiprocessors))
+
+
+def plan_adamw(
+    device: Device,
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    inv_scale: Tensor | None,
+    compute: Tensor | None,
+    partial: Tensor,
+    scalars: Tensor,
+    norm: Tensor,
+    found_inf: Tensor,
+    n_decay: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    max_norm: float,
+) -> list[Launch]:
+    """Contiguous (n,) buffers; partial (P,), scalars (3,), norm and found_inf () float32 are written."""
+    n, P, programs = param.numel(), partial.numel(), update_programs(device, param.numel())
+    tiles = triton.cdiv(grad.nbytes, NORM_BYTES)
+    log2_beta1, log2_beta2 = (math.log2(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+    norm_args = dict(
+        grad_ptr=grad, lr_ptr=lr, step_ptr=step, partial_ptr=partial, scalars_ptr=scalars, n=n, tiles=tiles,
+        tiles_per_program=triton.cdiv(tiles, P), log2_beta1=log2_beta1, log2_beta2=log2_beta2,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+    update_args = dict(
+        param_ptr=param, grad_ptr=grad, exp_avg_ptr=exp_avg, exp_avg_sq_ptr=exp_avg_sq, step_ptr=step,
+        inv_scale_ptr=inv_scale, compute_ptr=compute, partial_ptr=partial, scalars_ptr=scalars, norm_ptr=norm,
+        found_inf_ptr=found_inf, n=n, n_decay=n_decay, P=P,
+        tiles_per_program=triton.cdiv(triton.cdiv(n, UPDATE_BLOCK), programs), weight1=1 - beta1, weight2=1 - beta2,
+        eps=eps, max_norm=max_norm if max_norm > 0 else math.inf,
+    )  # fmt: skip
+    update_constants = dict(BLOCK=UPDATE_BLOCK, BLOCK_P=triton.next_power_of_2(P))
+    return [
+        Launch(adamw_norm_kernel, (P,), norm_args, dict(BLOCK=NORM_BYTES // grad.itemsize), NORM_WARPS),
+        Launch(adamw_update_kernel, (programs,), update_args, update_constants, UPDATE_WARPS),
+    ]
+
+
+@torch.library.custom_op("nanofuse::adamw", mutates_args=("param", "exp_avg", "exp_avg_sq", "step", "compute"))
+def _adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    inv_scale: Tensor | None,
+    compute: Tensor | None,
+    n_decay: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    max_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """(norm, found_inf)."""
+    device = device_of(param)
+    norm, found_inf = param.new_empty(()), param.new_empty(())
+    partial, scalars = param.new_empty(norm_programs(device, grad)), param.new_empty(3)
+    run(param, *plan_adamw(
+        device, param, grad, exp_avg, exp_avg_sq, lr, step, inv_scale, compute, partial, scalars, norm, found_inf,
+        n_decay, beta1, beta2, eps, weight_decay, max_norm,
+    ))  # fmt: skip
+    return norm, found_inf
+
+
+@_adamw.register_fake
+def _(param, grad, exp_avg, exp_avg_sq, lr, step, inv_scale, compute, *numbers):
+    return param.new_empty(()), param.new_empty(())
+
+
+@torch.no_grad()
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    *,
+    n_decay: int,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    max_norm: float = 0.0,
+    inv_scale: Tensor | None = None,
+    compute: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One AdamW update of flat buffers, in place; the meaning of `reference.adamw`.
+
+    param, exp_avg, exp_avg_sq (n,) float32; grad (n,) float32, bfloat16 or float16, multiplied by inv_scale () float32
+    first, the inverse of the loss scale. lr () float32; step () float32 or int64, the updates done so far, advanced by
+    one. Elements [0, n_decay) decay. max_norm: largest norm of the whole gradient, 0 for no clipping. compute (n,)
+    bfloat16 or float16: a rounded copy of the new param. The buffers must not overlap.
+
+    Returns the gradient's norm, unscaled and before clipping, and found_inf, both () float32. found_inf is 1 where that
+    norm is not finite (also where only the float32 sum of squares overflows); then nothing is changed at all.
+
+    ValueError for what cannot be served: the buffers that are written must be contiguous.
+    """
+    check("param", param, shape=(None,), dtypes=(torch.float32,))
+    n, device = param.numel(), param.device
+    check("grad", grad, shape=(n,), device=device)
+    for name, moment in {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}.items():
+        check(name, moment, shape=(n,), dtypes=(torch.float32,), device=device)
+    check("lr", lr, shape=(), dtypes=(torch.float32,), device=device)
+    check("step", step, shape=(), dtypes=(torch.float32, torch.int64), device=device)
+    if inv_scale is not None:
+        check("inv_scale", inv_scale, shape=(), dtypes=(torch.float32,), device=device)
+    if compute is not None:
+        check("compute", compute, shape=(n,), dtypes=FLOATS[1:], device=device)
+    for name, x in {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "compute": compute}.items():
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{name}: got stride {x.stride(0)}, expected a contiguous buffer, since it is written")
+    if not 0 <= n_decay <= n:
+        raise ValueError(f"n_decay: got {n_decay}, expected 0 to {n}, the number of elements")
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas: got {betas}, expected two numbers of 0 or more and less than 1")
+    for name, number in {"eps": eps, "weight_decay": weight_decay, "max_norm": max_norm}.items():
+        if not number >= 0.0:
+            raise ValueError(f"{name}: got {number}, expected 0 or more")
+    return _adamw(
+        param, grad.contiguous(), exp_avg, exp_avg_sq, lr, step, inv_scale, compute,
+        n_decay, *betas, eps, weight_decay, max_norm,
+    )  # fmt: skip

@@ -1,0 +1,334 @@
+"""The start of the residual stream: token plus position embedding and dropout, one pass.
+
+    x[b, t] = keep * (wte[idx[b, t]] + wpe[t]) / (1 - p)
+
+Backward, with g = keep * dx / (1 - p): dwte[v] = sum of g over the rows that hold token v, dwpe[t] = sum of g over b.
+Saved: the tokens and the dropout seed; the mask is drawn again.
+
+Both sums are taken in float32 in an order that the tokens alone decide: no atomics, the same bits every run. The rows
+are sorted by token (stably), so that a token's rows are one segment. One program per vocabulary row would do, if tokens
+were spread evenly; but one letter in six is a space, 2,500 rows for one program while others rest, some 150 us. So the
+sorted rows are cut at every 32nd, a first kernel sums each piece that holds one token only, and the program of a token
+adds those sums to what is left of its segment at both ends: at most 62 rows and one partial sum for each 32.
+
+Bytes, C wide, M = B * T rows: forward reads 2 and writes 1 row of C for each of M (the position rows come out of the
+cache). Backward reads M rows for dwte and again for dwpe, and writes V + T; what is summed in pieces costs another 8 in
+128 of float32. A row whose token is not one of 0 … V - 1 reads nothing and comes out as NaN: a kernel cannot raise, and
+a loss that is NaN at once is better than one that is a little wrong.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.dropout import keep_mask, keep_threshold, new_seed
+from kernels.launch import Device, Launch, check, device_of, rows, run
+
+MAX_WIDTH = 8192  # a row is held in one block's registers
+PIECE = 32  # sorted rows that are summed in advance where they hold one token
+
+
+@triton.jit
+def embedding_fwd_kernel(
+    idx_ptr,  # (M,) int64 or int32
+    wte_ptr,  # (V, C)
+    wpe_ptr,  # (T, C)
+    seed_ptr,  # (1,) int64, or None: nothing is dropped
+    x_ptr,  # out (M, C)
+    wte_stride,
+    wpe_stride,
+    M,
+    T,
+    V,
+    C,
+    threshold,
+    scale,  # 1 / (1 - p)
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    o_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_col = tl.arange(0, BLOCK_N)
+    m_row = o_row < M
+    token = tl.load(idx_ptr + o_row, mask=m_row, other=-1).to(tl.int64)
+    known = (token >= 0) & (token < V)
+    mask = m_row[:, None] & (o_col < C)[None, :]
+    m_known = mask & known[:, None]
+    position = (o_row % T).to(tl.int64)
+    wte = tl.load(wte_ptr + token[:, None] * wte_stride + o_col[None, :], mask=m_known, other=float("nan"))
+    wpe = tl.load(wpe_ptr + position[:, None] * wpe_stride + o_col[None, :], mask=m_known, other=0.0)
+    x = wte.to(tl.float32) + wpe.to(tl.float32)
+    if seed_ptr is not None:
+        kept = keep_mask(tl.load(seed_ptr), o_row, threshold, BLOCK_N)
+        x = tl.where(kept, x * scale, 0.0)
+    row64 = o_row.to(tl.int64)[:, None]
+    tl.store(x_ptr + row64 * C + o_col[None, :], x.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gradient(dx_ptr, seed_ptr, o_row, m_row, dx_stride, C, threshold, scale, BLOCK_N: tl.constexpr):
+    """g of rows o_row (BLOCK_M,), 0 where m_row is false: (BLOCK_M, BLOCK_N) float32."""
+    o_col = tl.arange(0, BLOCK_N)
+    mask = m_row[:, None] & (o_col < C)[None, :]
+    offset = o_row.to(tl.int64)[:, None] * dx_stride + o_col[None, :]
+    g = tl.load(dx_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if seed_ptr is not None:
+        g = tl.where(keep_mask(tl.load(seed_ptr), o_row.to(tl.int32), threshold, BLOCK_N), g * scale, 0.0)
+    return g
+
+
+@triton.jit
+def _sum_sorted(
+    dx_ptr,
+    order_ptr,
+    seed_ptr,
+    first,
+    count,
+    head,
+    gap,
+    dx_stride,
+    C,
+    threshold,
+    scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """g summed over `count` sorted rows from `first` on, of which all after `head` lie `gap` further on.
+
+    (BLOCK_M, BLOCK_N) float32, of which every row is a part of the sum.
+    """
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    done = 0
+    while done < count:
+        o_summed = done + tl.arange(0, BLOCK_M)
+        m_row = o_summed < count
+        o_sorted = first + o_summed + tl.where(o_summed < head, 0, gap)
+        o_row = tl.load(order_ptr + o_sorted, mask=m_row, other=0)
+        total += _gradient(dx_ptr, seed_ptr, o_row, m_row, dx_stride, C, threshold, scale, BLOCK_N)
+        done += BLOCK_M
+    return total
+
+
+@triton.jit
+def embedding_bwd_pieces_kernel(
+    dx_ptr,  # (M, C)
+    tokens_ptr,  # (M,), sorted
+    order_ptr,  # (M,) int64: the row that each came from
+    seed_ptr,  # (1,) int64, or None
+    pieces_ptr,  # out (M // PIECE, C) float32: the sum of every piece of one token; the others stay unwritten
+    dx_stride,
+    C,
+    threshold,
+    scale,
+    PIECE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    first = pid * PIECE
+    if tl.load(tokens_ptr + first) == tl.load(tokens_ptr + first + PIECE - 1):
+        total = _sum_sorted(
+            dx_ptr, order_ptr, seed_ptr, first, PIECE, PIECE, 0, dx_stride, C, threshold, scale, BLOCK_M, BLOCK_N
+        )
+        o_col = tl.arange(0, BLOCK_N)
+        tl.store(pieces_ptr + pid.to(tl.int64) * C + o_col, tl.sum(total, axis=0), mask=o_col < C)
+
+
+@triton.jit
+def embedding_bwd_wte_kernel(
+    dx_ptr,  # (M, C)
+    starts_ptr,  # (V + 1,) int32: where each token's segment begins in the sorted order
+    order_ptr,  # (M,) int64
+    seed_ptr,  # (1,) int64, or None
+    pieces_ptr,  # (M // PIECE, C) float32
+    dwte_ptr,  # out (V, C)
+    dx_stride,
+    C,
+    threshold,
+    scale,
+    PIECE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    first, end = tl.load(starts_ptr + token), tl.load(starts_ptr + token + 1)
+    first_piece = (first + PIECE - 1) // PIECE
+    end_piece = tl.maximum(end // PIECE, first_piece)
+    gap = (end_piece - first_piece) * PIECE  # rows summed already
+    total = _sum_sorted(
+        dx_ptr, order_ptr, seed_ptr, first, end - first - gap, first_piece * PIECE - first, gap,
+        dx_stride, C, threshold, scale, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    o_col = tl.arange(0, BLOCK_N)
+    while first_piece < end_piece:
+        o_piece = first_piece + tl.arange(0, BLOCK_M)
+        mask = (o_piece < end_piece)[:, None] & (o_col < C)[None, :]
+        total += tl.load(pieces_ptr + o_piece.to(tl.int64)[:, None] * C + o_col[None, :], mask=mask, other=0.0)
+        first_piece += BLOCK_M
+    dwte = tl.sum(total, axis=0).to(dwte_ptr.dtype.element_ty)
+    tl.store(dwte_ptr + token * C + o_col, dwte, mask=o_col < C)
+
+
+@triton.jit
+def embedding_bwd_wpe_kernel(
+    dx_ptr,  # (M, C)
+    seed_ptr,  # (1,) int64, or None
+    dwpe_ptr,  # out (T, C)
+    dx_stride,
+    B,
+    T,
+    C,
+    threshold,
+    scale,
+    tiles,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    position = tl.program_id(0)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for i in range(tiles):
+        o_sequence = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_row = o_sequence * T + position
+        total += _gradient(dx_ptr, seed_ptr, o_row, o_sequence < B, dx_stride, C, threshold, scale, BLOCK_N)
+    o_col = tl.arange(0, BLOCK_N)
+    dwpe = tl.sum(total, axis=0).to(dwpe_ptr.dtype.element_ty)
+    tl.store(dwpe_ptr + position.to(tl.int64) * C + o_col, dwpe, mask=o_col < C)
+
+
+def _block(C: int, elements: int) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, num_warps): whole rows, so many elements a thread, more warps where rows are wide."""
+    BLOCK_N = max(16, triton.next_power_of_2(C))
+    num_warps = min(16, max(4, BLOCK_N // 256))
+    return max(1, elements * 32 * num_warps // BLOCK_N), BLOCK_N, num_warps
+
+
+def plan_forward(
+    device: Device, idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, p: float, x: Tensor
+) -> list[Launch]:
+    """idx (M,); wte (V, C) and wpe (T, C) with unit last stride; x (M, C) is written."""
+    (M, C), BLOCK = x.shape, _block(wte.shape[1], 16)
+    args = dict(
+        idx_ptr=idx, wte_ptr=wte, wpe_ptr=wpe, seed_ptr=seed, x_ptr=x, wte_stride=wte.stride(0),
+        wpe_stride=wpe.stride(0), M=M, T=wpe.shape[0], V=wte.shape[0], C=C, threshold=keep_threshold(p),
+        scale=1 / (1 - p),
+    )  # fmt: skip
+    constants = dict(BLOCK_M=BLOCK[0], BLOCK_N=BLOCK[1])
+    return [Launch(embedding_fwd_kernel, (triton.cdiv(M, BLOCK[0]),), args, constants, BLOCK[2])]
+
+
+def plan_wte_backward(
+    device: Device,
+    dx: Tensor,
+    tokens: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    seed: Tensor | None,
+    p: float,
+    pieces: Tensor,
+    dwte: Tensor,
+) -> list[Launch]:
+    """dx (M, C) with unit last stride; tokens, order (M,) sorted, starts (V + 1,); pieces, dwte (V, C) are written."""
+    (V, C), BLOCK = dwte.shape, _block(dwte.shape[1], 32)
+    args = dict(
+        dx_ptr=dx, order_ptr=order, seed_ptr=seed, pieces_ptr=pieces, dx_stride=dx.stride(0), C=C,
+        threshold=keep_threshold(p), scale=1 / (1 - p),
+    )  # fmt: skip
+    constants = dict(PIECE=PIECE, BLOCK_M=BLOCK[0], BLOCK_N=BLOCK[1])
+    return [
+        Launch(embedding_bwd_pieces_kernel, (len(pieces),), args | dict(tokens_ptr=tokens), constants, BLOCK[2]),
+        Launch(embedding_bwd_wte_kernel, (V,), args | dict(starts_ptr=starts, dwte_ptr=dwte), constants, BLOCK[2]),
+    ]
+
+
+def plan_wpe_backward(device: Device, dx: Tensor, seed: Tensor | None, p: float, dwpe: Tensor) -> list[Launch]:
+    """dx (B * T, C) with unit last stride; dwpe (T, C) is written."""
+    (T, C), BLOCK = dwpe.shape, _block(dwpe.shape[1], 32)
+    B = len(dx) // max(T, 1)
+    args = dict(
+        dx_ptr=dx, seed_ptr=seed, dwpe_ptr=dwpe, dx_stride=dx.stride(0), B=B, T=T, C=C, threshold=keep_threshold(p),
+        scale=1 / (1 - p), tiles=triton.cdiv(B, BLOCK[0]),
+    )  # fmt: skip
+    constants = dict(BLOCK_M=BLOCK[0], BLOCK_N=BLOCK[1])
+    return [Launch(embedding_bwd_wpe_kernel, (T,), args, constants, BLOCK[2])]
+
+
+def sort_by_token(idx: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor]:
+    """idx (M,) sorted, the rows that its elements came from, and where each token's segment starts, (V + 1,)."""
+    narrow = torch.int16 if V < 2**15 else torch.int32  # a radix sort passes over the keys once a byte
+    tokens, order = torch.sort(idx.to(narrow), stable=True)
+    starts = torch.searchsorted(tokens, torch.arange(V + 1, dtype=narrow, device=idx.device), out_int32=True)
+    return tokens, order, starts
+
+
+@torch.library.custom_op("nanofuse::embedding", mutates_args=())
+def _forward(idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    x = wte.new_empty(len(idx), wte.shape[1])
+    run(wte, *plan_forward(device_of(wte), idx, wte, wpe, seed, p, x))
+    return x
+
+
+@_forward.register_fake
+def _(idx, wte, wpe, seed, p):
+    return wte.new_empty(len(idx), wte.shape[1])
+
+
+@torch.library.custom_op("nanofuse::embedding_wte_backward", mutates_args=())
+def _wte_backward(dx: Tensor, idx: Tensor, seed: Tensor | None, p: float, V: int) -> Tensor:
+    M, C = dx.shape
+    tokens, order, starts = sort_by_token(idx, V)
+    pieces, dwte = dx.new_empty(M // PIECE, C, dtype=torch.float32), dx.new_empty(V, C)
+    run(dx, *plan_wte_backward(device_of(dx), dx, tokens, order, starts, seed, p, pieces, dwte))
+    return dwte
+
+
+@_wte_backward.register_fake
+def _(dx, idx, seed, p, V):
+    return dx.new_empty(V, dx.shape[1])
+
+
+@torch.library.custom_op("nanofuse::embedding_wpe_backward", mutates_args=())
+def _wpe_backward(dx: Tensor, seed: Tensor | None, p: float, T: int) -> Tensor:
+    dwpe = dx.new_empty(T, dx.shape[1])
+    run(dx, *plan_wpe_backward(device_of(dx), dx, seed, p, dwpe))
+    return dwpe
+
+
+@_wpe_backward.register_fake
+def _(dx, seed, p, T):
+    return dx.new_empty(T, dx.shape[1])
+
+
+def _save(ctx, inputs, output):
+    idx, wte, wpe, seed, p = inputs
+    ctx.save_for_backward(idx, seed)
+    ctx.p, ctx.V, ctx.T = p, len(wte), len(wpe)
+
+
+def _differentiate(ctx, dx):
+    (idx, seed), dx = ctx.saved_tensors, rows(dx)
+    _, needs_dwte, needs_dwpe, *_ = ctx.needs_input_grad
+    dwte = _wte_backward(dx, idx, seed, ctx.p, ctx.V) if needs_dwte else None
+    dwpe = _wpe_backward(dx, seed, ctx.p, ctx.T) if needs_dwpe else None
+    return None, dwte, dwpe, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, p: float = 0.0) -> Tensor:
+    """Token plus position embedding, then dropout; the meaning of `reference.embedding`.
+
+    idx (B, T) int64 or int32, wte (V, C), wpe (T, C), both float32, bfloat16 or float16, C up to 8192; 0 <= p < 1.
+    Returns (B, T, C) in wte's dtype, NaN where idx is not one of 0 … V - 1. The mask's seed is drawn from torch's
+    generator of wte's device. ValueError for what cannot be served.
+    """
+    check("wte", wte, shape=(None, None))
+    check("idx", idx, shape=(None, None), dtypes=(torch.int64, torch.int32), device=wte.device)
+    (B, T), C = idx.shape, wte.shape[1]
+    if not 1 <= C <= MAX_WIDTH:
+        raise ValueError(f"wte: got {C} channels, expected 1 to {MAX_WIDTH}")
+    check("wpe", wpe, shape=(T, C), dtypes=(wte.dtype,), device=wte.device)
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p: got {p}, expected 0 or more and less than 1")
+    x = _forward(idx.reshape(-1), rows(wte), rows(wpe), new_seed(wte, p), p)
+    return x.view(B, T, C)

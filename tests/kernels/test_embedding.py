@@ -1,0 +1,272 @@
+"""embedding: dropout masks predicted from their seeds, segments of every length, and what the cases leave open."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import embedding as em
+from kernels import reference
+from kernels.launch import INTERPRETED
+from tests.kernels.checks import assert_as_good_as_torch, in_float64, outputs_and_gradients
+from tests.kernels.philox import keep_mask, philox
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check(fused, plain, inputs: dict) -> None:
+    exact = outputs_and_gradients(plain, in_float64(inputs))
+    assert_as_good_as_torch(outputs_and_gradients(fused, inputs), outputs_and_gradients(plain, inputs), exact)
+
+
+def tables(V: int, T: int, C: int, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator(device).manual_seed(V + T)
+    return {
+        name: torch.randn(rows, C, generator=generator, device=device).to(dtype).requires_grad_()
+        for name, rows in (("wte", V), ("wpe", T))
+    }
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """x's values in other memory; of a gradient that is the same everywhere, the first value."""
+    if layout == "part of a larger table":  # rows further apart than they are wide, and off every alignment
+        large = x.new_zeros(*(size + 3 for size in x.shape))
+        inside = large[tuple(slice(1, 1 + size) for size in x.shape)]
+        inside.copy_(x)
+        return inside
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "the same everywhere":
+        return x.flatten()[:1].view([1] * x.ndim).expand(x.shape) if x.numel() else x
+    return x
+
+
+class Relay(torch.autograd.Function):
+    """The identity; its gradient arrives in another layout."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layout: str) -> Tensor:
+        ctx.layout = layout
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return laid_out(gradient, ctx.layout), None
+
+
+layouts = st.sampled_from(["packed", "part of a larger table", "transposed"])
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    B=st.integers(0, 4),
+    T=st.integers(0, 9),
+    C=st.one_of(st.integers(1, 70), st.sampled_from([768, 1600])),
+    V=st.integers(1, 12),
+    dtype=st.sampled_from(DTYPES),
+    idx_dtype=st.sampled_from([torch.int64, torch.int32]),
+    layout=st.tuples(layouts, layouts, layouts, st.one_of(layouts, st.just("the same everywhere"))),
+)
+def test_any_shape_stride_and_dtype(B, T, C, V, dtype, idx_dtype, layout) -> None:
+    device = torch.device("cpu" if INTERPRETED else "cuda")
+    idx = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(B * T)).to(device, idx_dtype)
+    inputs = {"idx": laid_out(idx, layout[0])}
+    for (name, x), how in zip(tables(V, T, C, device, dtype).items(), layout[1:3], strict=True):
+        inputs[name] = laid_out(x.detach(), how).requires_grad_()
+
+    def relaid(function):
+        return lambda **inputs: Relay.apply(function(**inputs), layout[3])
+
+    check(relaid(em.embedding), relaid(reference.embedding), inputs)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 2, 31, 32, 33, 63, 64, 65, 97, 130]), min_size=1, max_size=6),
+    C=st.sampled_from([5, 64, 300]),
+    seed=st.integers(0, 9),
+)
+def test_segments_that_begin_and_end_anywhere(lengths: list[int], C: int, seed: int) -> None:
+    """Each token as often as `lengths` says, in any order: the pieces of the sorted rows are cut everywhere."""
+    device = torch.device("cpu" if INTERPRETED else "cuda")
+    tokens = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
+    wte, _ = tables(len(lengths), 1, C, device).values()
+    check(
+        em.embedding,
+        reference.embedding,
+        {"idx": tokens[None].to(device), "wte": wte, "wpe": wte.new_zeros(len(tokens), C)},
+    )
+
+
+@pytest.mark.parametrize("V", [65, 2**15 - 1, 2**15, 50304])
+def test_sorted_by_token(V: int, device: torch.device) -> None:
+    """The keys of the sort hold the vocabulary's last token, and the end after it."""
+    idx = torch.randint(V, (500,), generator=torch.Generator().manual_seed(V)).to(device)
+    idx[:3] = torch.tensor([V - 1, 0, V - 1], device=device)
+    tokens, order, starts = em.sort_by_token(idx, V)
+    assert torch.equal(idx[order], tokens.long())
+    assert order[tokens == V - 1].tolist()[:2] == [0, 2]  # stable: in the order of the rows
+    assert starts.shape == (V + 1,)
+    assert torch.equal(starts.diff(), torch.bincount(idx, minlength=V))
+
+
+def test_only_the_gradients_that_are_wanted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    idx, kernels = torch.tensor([[0, 2, 2]], device=device), []
+    launch = em.run
+
+    def seen(x: Tensor, *launches) -> None:
+        kernels.extend(each.kernel.fn.__name__.removeprefix("embedding_") for each in launches)
+        launch(x, *launches)
+
+    monkeypatch.setattr(em, "run", seen)
+    for wanted, expected in {
+        (): [],
+        ("wte",): ["bwd_pieces_kernel", "bwd_wte_kernel"],
+        ("wpe",): ["bwd_wpe_kernel"],
+    }.items():
+        weights = {name: x.detach().requires_grad_(name in wanted) for name, x in tables(4, 3, 8, device).items()}
+        x = em.embedding(idx, **weights)
+        assert x.requires_grad == bool(wanted)
+        kernels.clear()
+        if wanted:
+            x.sum().backward()
+        assert kernels == expected
+        assert [name for name, weight in weights.items() if weight.grad is not None] == list(wanted)
+
+
+def test_tokens_out_of_the_vocabulary_are_nan_and_read_nothing(device: torch.device) -> None:
+    """The bounds of every access are watched meanwhile."""
+    V, weights = 6, tables(6, 4, 40, device)
+    idx = torch.tensor([[0, V, 5, -1], [2**40, 3, -(2**40), 3]], device=device)
+    bad = (idx < 0) | (idx >= V)
+    x = em.embedding(idx, **weights)
+    assert x[bad].isnan().all()
+    assert torch.equal(x[~bad], reference.embedding(idx.masked_fill(bad, 0), **weights)[~bad])
+    dwte, dwpe = torch.autograd.grad(x, list(weights.values()), torch.ones_like(x))
+    assert torch.equal(dwpe, torch.full_like(dwpe, 2.0))
+    assert dwte.shape == (V, 40)
+    assert torch.equal(dwte[[1, 2, 4]], torch.zeros(3, 40, device=device))
+
+
+@pytest.mark.parametrize("C", [1, em.MAX_WIDTH])
+def test_the_narrowest_and_the_widest_row(C: int, device: torch.device) -> None:
+    check(
+        em.embedding, reference.embedding, {"idx": torch.tensor([[1, 0, 1]], device=device), **tables(2, 3, C, device)}
+    )
+
+
+# Dropout
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # the known answers that Random123 (Salmon et al.) is tested with, in its kat_vectors
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((2**32 - 1,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0_A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_the_predictor_is_philox(counter, key, words) -> None:
+    assert tuple(int(word) for word in philox(tuple(np.array(c) for c in counter), key)) == words
+
+
+@pytest.mark.parametrize(("B", "T", "C"), [(2, 50, 37), (70, 2, 64), (1, 3, 600)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_is_philox_of_the_seed_forward_and_backward(B, T, C, dtype, device: torch.device) -> None:
+    """p of 0.3; few tokens, so that pieces, ends and sums over sequences all draw masks."""
+    p, V = 0.3, 2
+    torch.manual_seed(7)
+    seed = torch.randint(2**62, (1,), device=device)
+    keep = torch.from_numpy(keep_mask(seed.item(), B * T, C, p)).view(B, T, C).to(device)
+    idx = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(C)).to(device)
+
+    def masked(idx, wte, wpe):
+        return reference.embedding(idx, wte, wpe) * keep / (1 - p)
+
+    def fused(idx, wte, wpe):
+        torch.manual_seed(7)
+        return em.embedding(idx, wte, wpe, p)
+
+    inputs = {"idx": idx, **tables(V, T, C, device, dtype)}
+    check(fused, masked, inputs)
+    assert fused(**inputs)[~keep].eq(0).all()
+
+
+def test_every_call_draws_a_new_mask_and_the_generator_repeats_them(device: torch.device) -> None:
+    idx = torch.zeros(4, 10, device=device, dtype=torch.int64)
+    wte, wpe = torch.ones(1, 100, device=device), torch.zeros(10, 100, device=device)
+
+    def masks(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        return [em.embedding(idx, wte, wpe, 0.2) for _ in range(2)]
+
+    first, second = masks(1)
+    assert not torch.equal(first, second)
+    assert all(torch.equal(a, b) for a, b in zip((first, second), masks(1), strict=True))
+    assert set(first.unique().tolist()) == {0.0, 1.25}
+    assert abs((first == 0).float().mean().item() - 0.2) < 0.03  # five standard deviations
+
+
+# As ops
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_opcheck(p: float, device: torch.device) -> None:
+    seed = torch.tensor([3], device=device) if p else None
+    idx, weights = torch.tensor([4, 0, 4, 1, 1, 4], device=device), tables(5, 3, 24, device)
+    ops, dx = torch.ops.nanofuse, torch.ones(6, 24, device=device)
+    torch.library.opcheck(ops.embedding.default, (idx, *weights.values(), seed, p))
+    torch.library.opcheck(ops.embedding_wte_backward.default, (dx, idx, seed, p, 5))
+    torch.library.opcheck(ops.embedding_wpe_backward.default, (dx, seed, p, 3))
+
+
+def test_compiled_with_dropout(device: torch.device, compiler: None) -> None:
+    idx, wpe = torch.randint(3, (2, 8), device=device), torch.zeros(8, 64, device=device)
+    wte = torch.ones(3, 64, device=device, requires_grad=True)
+    torch.compiler.reset()
+    compiled = torch.compile(em.embedding, fullgraph=True)
+    drawn = []
+    for _ in range(2):
+        x = compiled(idx, wte, wpe, 0.5)
+        (dwte,) = torch.autograd.grad(x.sum(), wte)
+        kept = torch.zeros_like(wte).index_add_(0, idx.flatten(), x.detach().view(16, 64))
+        assert torch.equal(dwte, kept)  # of ones, kept ones count 2 in both directions
+        drawn.append(x)
+    assert not torch.equal(*drawn)
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"idx": torch.zeros(3, dtype=torch.int64)}, r"idx: got shape \(3,\), expected \(any, any\)"),
+        ({"idx": torch.zeros(2, 3)}, "idx: got torch.float32, expected torch.int64 or torch.int32"),
+        ({"wte": torch.zeros(5)}, r"wte: got shape \(5,\), expected \(any, any\)"),
+        ({"wte": torch.zeros(5, 8).double()}, "wte: got torch.float64, expected torch.float32 or"),
+        ({"wpe": torch.zeros(4, 8)}, r"wpe: got shape \(4, 8\), expected \(3, 8\)"),
+        ({"wpe": torch.zeros(3, 7)}, r"wpe: got shape \(3, 7\), expected \(3, 8\)"),
+        ({"wpe": torch.zeros(3, 8).half()}, "wpe: got torch.float16, expected torch.float32"),
+        ({"wpe": torch.zeros(3, 8, device="meta")}, "wpe: got a tensor on meta, expected"),
+        ({"wte": torch.zeros(5, 8193)}, "wte: got 8193 channels, expected 1 to 8192"),
+        ({"wte": torch.zeros(5, 0)}, "wte: got 0 channels, expected 1 to 8192"),
+        ({"p": 1.0}, "p: got 1.0, expected 0 or more and less than 1"),
+        ({"p": -0.1}, "p: got -0.1, expected 0 or more and less than 1"),
+    ],
+)
+def test_refused_with_what_came_and_what_was_expected(bad: dict, message: str, device: torch.device) -> None:
+    good = {"idx": torch.zeros(2, 3, dtype=torch.int64), "wte": torch.zeros(5, 8), "wpe": torch.zeros(3, 8), "p": 0.0}
+    arguments = {
+        name: x.to(device) if isinstance(x, Tensor) and x.device.type != "meta" else x
+        for name, x in (good | bad).items()
+    }
+    with pytest.raises(ValueError, match=message):
+        em.embedding(**arguments)
