@@ -1,8 +1,9 @@
-"""The operations a GPT is made of: what each means in plain torch, and (as they land) their fused Triton kernels.
+"""The operations a GPT is made of: what each means in plain torch, and their fused Triton kernels.
 
-The floor above uses `Ops`, the bundle a model is built with, and `REFERENCE`, the plain-torch bundle.
+The floors above use `Ops`, the bundle a model is built with; `REFERENCE`, the plain-torch bundle; and `select`, which
+gives the bundle for a device by name.
 """
 
-from kernels.ops import REFERENCE, Ops
+from kernels.ops import REFERENCE, Ops, select
 
-__all__ = ["REFERENCE", "Ops"]
+__all__ = ["REFERENCE", "Ops", "select"]
