@@ -74,8 +74,8 @@ class MLP(nn.Module):
         self.ops, self.gelu = ops, config.gelu
 
     def forward(self, h: Tensor) -> Tensor:
-        weight, bias = self.c_fc.weight.to(h.dtype), cast(self.c_fc.bias, h.dtype)
-        return linear(self.c_proj, self.ops.linear_gelu(h, weight, bias, self.gelu))
+        fc, proj = ((layer.weight.to(h.dtype), cast(layer.bias, h.dtype)) for layer in (self.c_fc, self.c_proj))
+        return self.ops.mlp(h, *fc, *proj, self.gelu)
 
 
 class Block(nn.Module):

@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,3 +21,11 @@ def compiler() -> None:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
     except Exception as error:
         pytest.skip(f"torch.compile does not work on this machine: {str(error).strip().splitlines()[0]}")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m gpu` opens no file without GPU tests: torch, triton, numpy, tiktoken and pytest are all that it needs."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    if config.option.markexpr == "gpu" and is_test and "pytest.mark.gpu" not in collection_path.read_text():
+        return True
+    return None

@@ -11,7 +11,7 @@ import torch
 from model import GPT
 from model.flops import flops_per_token
 from train import checkpoint as checkpoints
-from train.build import adopt_shape, build_model, model_to_train, open_dataset, optimizer_state
+from train.build import adopt_shape, build_model, choose_ops, model_to_train, open_dataset, optimizer_state
 from train.checkpoint_layout import MODEL_ARGS
 from train.cli import help_text
 from train.config import TrainConfig, choose_base, compose, parse
@@ -73,7 +73,8 @@ def train(
     dtype = resolve_dtype(config.dtype, device)
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
     dataset = open_dataset(config.dataset, world)
-    raw_model = build_model(config, named, dataset, checkpoint).to(device)
+    ops = choose_ops(config, device, dtype, dataset.vocab_size)
+    raw_model = build_model(config, named, dataset, checkpoint, ops).to(device)
     raw_model.compute_dtype = dtype
     config = adopt_shape(config, raw_model)
     dataset.check(config.block_size, raw_model.config.vocab_size)
@@ -97,7 +98,7 @@ def train(
     say = log.message if log is not None else lambda text: None
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     say(f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on")
-    say(f"device: {device_name(device)} x {world.size}, {str(dtype).removeprefix('torch.')}")
+    say(f"device: {device_name(device)} x {world.size}, {str(dtype).removeprefix('torch.')}, {ops.name} kernels")
     say(f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}")
     say(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M; tokens per iteration: {tokens:,}")
 

@@ -1,6 +1,7 @@
 """What a run is made of: the model by init_from, compiled and wrapped; the data; the optimizer."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kernels import Ops, select
 from model import GPT, GPTConfig
 from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint_layout import MODEL_ARGS, MOMENTS
@@ -17,6 +19,7 @@ from train.datasets import ensure_docs
 from train.distributed import World
 from train.errors import UserError
 
+LOSS_CHUNK = 4096  # rows of logits, where not all are held: enough for the matmuls to stay large
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # what weights fix once and for all
 
 
@@ -30,7 +33,25 @@ def open_dataset(name: str, world: World) -> Dataset:
     return Dataset(folder)
 
 
-def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoint: dict | None) -> GPT:
+def choose_ops(config: TrainConfig, device: torch.device, dtype: torch.dtype, vocab_size: int) -> Ops:
+    """The bundle of kernels for the run, its loss in chunks of rows if wanted. UserError for kernels that cannot run."""
+    try:
+        ops = select(config.kernels, device)
+    except ValueError as error:
+        raise UserError(f"kernels: {error}") from error
+    chunk = config.loss_chunk
+    if ops.name == "reference":
+        if chunk > 0:
+            raise UserError(f"loss_chunk: got {chunk}, expected 0 or -1: the reference kernels hold all logits")
+        return ops
+    if chunk < 0:
+        logits = config.batch_size * config.block_size * vocab_size * dtype.itemsize
+        room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
+        chunk = LOSS_CHUNK if logits > room / 4 else 0
+    return dataclasses.replace(ops, linear_cross_entropy=functools.partial(ops.linear_cross_entropy, chunk_rows=chunk))
+
+
+def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoint: dict | None, ops: Ops) -> GPT:
     """A new model, OpenAI's, or the checkpoint's. `named`: the settings that the user wrote; none may contradict it.
 
     Raises UserError where one does, where weights cannot be had, where the data is shorter than a new model's
@@ -41,12 +62,12 @@ def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoi
         dataset.check_length(config.block_size)  # before memory is taken for that many positions
         shape = {name: getattr(config, name) for name in MODEL_ARGS if name != "vocab_size"}
         torch.manual_seed(config.seed)
-        return GPT(GPTConfig(vocab_size=dataset.vocab_size, gelu=gelu or "erf", **shape))
+        return GPT(GPTConfig(vocab_size=dataset.vocab_size, gelu=gelu or "erf", **shape), ops)
     try:
         if checkpoint is not None:
-            model = from_checkpoint(checkpoint, dropout=config.dropout)
+            model = from_checkpoint(checkpoint, dropout=config.dropout, ops=ops)
         else:
-            model = load_gpt2(config.init_from, dropout=config.dropout, gelu=gelu)
+            model = load_gpt2(config.init_from, dropout=config.dropout, gelu=gelu, ops=ops)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"init_from={config.init_from}: {error}") from error
     _check_shape(config, named, model)

@@ -76,6 +76,16 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool = setting(True, "torch.compile the model")
+    kernels: str = setting(
+        "auto",
+        "fused: Triton's; reference: plain torch; auto: fused on CUDA",
+        choices=("auto", "fused", "reference"),
+    )
+    loss_chunk: int = setting(
+        -1,
+        "rows of logits held at a time by fused kernels; 0: all; -1: all, unless they fill a quarter of the GPU",
+        low=-1,
+    )
     mfu_formula: str = setting("nanogpt", "FLOPs a token; nanogpt: 6N + 12LHQT, 6n: 6N", choices=("nanogpt", "6n"))
     peak_flops: float = setting(0.0, "FLOP/s of one device, for the MFU; 0: from the table, or measured", low=0)
 

@@ -19,9 +19,8 @@ def outputs_and_gradients(function: Callable[..., Any], inputs: dict[str, Any]) 
     if leaves:
         differentiable = [o for o in outputs if o.requires_grad]
         generator = torch.Generator().manual_seed(1)
-        cotangents = [
-            torch.randn(o.shape, generator=generator).to(torch.bfloat16).to(o) for o in differentiable
-        ]  # exact in every dtype
+        # rounded to bfloat16: exact in every dtype
+        cotangents = [torch.randn(o.shape, generator=generator).to(torch.bfloat16).to(o) for o in differentiable]
         gradients = torch.autograd.grad(differentiable, list(leaves.values()), cotangents)
         results |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
     return results

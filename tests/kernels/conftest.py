@@ -7,6 +7,7 @@ import torch
 
 from kernels.launch import INTERPRETED
 from tests.kernels.memory import Memory, watch
+from tests.kernels.rounding import round_to_nearest
 
 
 @pytest.fixture
@@ -18,7 +19,10 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def memory(monkeypatch: pytest.MonkeyPatch) -> Memory | None:
     """Every access of every kernel is checked against the bounds of its tensors; None on a GPU."""
-    return watch(monkeypatch) if INTERPRETED else None
+    if not INTERPRETED:
+        return None
+    round_to_nearest(monkeypatch)
+    return watch(monkeypatch)
 
 
 @pytest.fixture

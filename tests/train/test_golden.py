@@ -16,6 +16,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from kernels import REFERENCE, Ops
+from kernels.fused import FUSED
+from kernels.launch import INTERPRETED
 from model import GPT, GPTConfig
 from train.data import Batch
 from train.optim import adamw, param_groups
@@ -39,9 +42,9 @@ def recorded(case: dict) -> Trace:
     return Trace(*(torch.tensor(values, dtype=torch.float64) for values in (case["loss"], case["grad_norm"], sums)))
 
 
-def golden_model(case: dict, dtype: torch.dtype = torch.float32, nudge: int = 0) -> GPT:
+def golden_model(case: dict, dtype: torch.dtype = torch.float32, nudge: int = 0, ops: Ops = REFERENCE) -> GPT:
     """With a `nudge`, a seed, the weights are off by up to half a unit in float32's last place."""
-    model = GPT(GPTConfig(**case["config"])).to(dtype)
+    model = GPT(GPTConfig(**case["config"]), ops).to(dtype)
     model.compute_dtype = dtype
     parameters = dict(model.named_parameters())
     assert sorted(parameters) == case["parameters"]
@@ -72,10 +75,12 @@ def train(
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
     nudge: int = 0,
+    ops: Ops = REFERENCE,
+    steps: int | None = None,
 ) -> Trace:
-    model = golden_model(case, dtype, nudge)
+    model = golden_model(case, dtype, nudge, ops)
     step = TrainStep(torch.compile(model) if compile else model, optimizer(model, case), grad_clip=case["grad_clip"])
-    results = [step(golden_batch(case, i), case["learning_rate"]) for i in range(len(case["loss"]))]
+    results = [step(golden_batch(case, i), case["learning_rate"]) for i in range(steps or len(case["loss"]))]
     parameters = dict(model.named_parameters())
     sums = torch.stack([parameters[name].detach().double().abs().sum() for name in case["parameters"]])
     return Trace(*(torch.stack(column).double() for column in zip(*results, strict=True)), sums)
@@ -136,3 +141,15 @@ def test_the_recorded_trace(name: str, optimizer: MakeOptimizer, compile: bool, 
     )
     assert relative(got.grad_norm, truth.grad_norm) < max(3 * norms, 2e-5)
     assert relative(got.final_abs_sum, truth.final_abs_sum) < max(3 * sums, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="fused kernels run on a CPU only in Triton's interpreter")
+@pytest.mark.parametrize("name", TRACES)
+def test_the_recorded_trace_with_fused_kernels(name: str) -> None:
+    """Its beginning: the interpreter takes a second a step."""
+    case = TRACES[name]
+    steps = 2 if case["gradient_accumulation_steps"] > 1 else 4
+    golden, got = recorded(case), train(case, our_adamw, ops=FUSED, steps=steps)
+    assert relative(got.loss, golden.loss[:steps]) < 2e-5
+    assert relative(got.grad_norm[:CALM], golden.grad_norm[:CALM]) < 2e-5

@@ -1,0 +1,164 @@
+"""The kernels on a CUDA device: the registry's regimes and GPT's own shapes, eager, compiled and captured.
+
+Needs torch, triton, numpy and pytest, nothing else.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from kernels.cases import CASES, Case
+from kernels.cases.case import Shape
+from kernels.launch import INTERPRETED
+from tests.kernels.checks import assert_as_good_as_torch, in_float64, outputs_and_gradients
+from tests.kernels.test_cases import REGIMES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+CUDA = torch.device("cuda")
+GPT_SHAPES = [
+    pytest.param(case, shape, id=f"{case.name}-{'x'.join(map(str, shape))}")
+    for case in CASES
+    for shape in case.gpt_shapes
+]
+BY_NAME = [pytest.param(case, id=case.name) for case in CASES]
+
+
+def assert_room_for(gigabytes: float) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < gigabytes * 2**30:
+        pytest.skip(f"needs {gigabytes} GiB of free GPU memory, there are {free / 2**30:.1f}")
+
+
+@pytest.mark.parametrize(("case", "shape", "dtype"), REGIMES)
+def test_every_regime(case: Case, shape: Shape, dtype: torch.dtype, nan_filled: None) -> None:
+    inputs = case.make_inputs(shape, dtype, CUDA)
+    fused, plain = (outputs_and_gradients(f, inputs) for f in (case.fused, case.reference))
+    assert_as_good_as_torch(fused, plain, outputs_and_gradients(case.reference, in_float64(inputs)))
+
+
+@pytest.mark.parametrize(("case", "shape"), GPT_SHAPES)
+def test_gpt_shapes(case: Case, shape: Shape) -> None:
+    torch.cuda.empty_cache()
+    inputs = case.make_inputs(shape, torch.bfloat16, CUDA)
+    fused = outputs_and_gradients(case.fused, inputs)
+    again = outputs_and_gradients(case.fused, inputs)
+    for name, got in fused.items():
+        assert torch.equal(got.nan_to_num(), again[name].nan_to_num()), f"{name}: other bits the second time"
+    del again
+    plain = outputs_and_gradients(case.reference, inputs)
+    exact = {name: x.cpu() for name, x in outputs_and_gradients(case.reference, in_float64(inputs)).items()}
+    on_host = [{name: x.cpu() for name, x in results.items()} for results in (fused, plain)]
+    assert_as_good_as_torch(*on_host, exact)
+
+
+@pytest.mark.parametrize("case", BY_NAME)
+def test_compiled(case: Case) -> None:
+    inputs = case.make_inputs(case.shapes[-1], torch.bfloat16, CUDA)
+    torch.compiler.reset()
+    compiled = torch.compile(case.fused, fullgraph=True)
+    eager, got = outputs_and_gradients(case.fused, inputs), outputs_and_gradients(compiled, inputs)
+    assert_as_good_as_torch(got, eager, eager)
+
+
+@pytest.mark.parametrize("case", BY_NAME)
+def test_captured_in_a_graph(case: Case) -> None:
+    """Replayed on other values, the graph gives what an eager call gives."""
+    inputs = case.make_inputs(case.shapes[-1], torch.bfloat16, CUDA)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        outputs_and_gradients(case.fused, inputs)  # compiles the kernels, fills the caches
+    torch.cuda.synchronize()
+    cotangents: dict[int, torch.Tensor] = {}
+    graph = torch.cuda.CUDAGraph()
+    run = functools.partial(_with_fixed_cotangents, case, inputs, cotangents)
+    run()
+    before = {n: x.detach().clone() for n, x in inputs.items() if isinstance(x, torch.Tensor)}
+    with torch.cuda.graph(graph, stream=side):
+        captured = run()
+    with torch.no_grad():
+        for name, x in inputs.items():
+            if isinstance(x, torch.Tensor):
+                x.copy_(before[name].flip(0) if x.requires_grad else before[name])
+    state = {n: x.detach().clone() for n, x in inputs.items() if isinstance(x, torch.Tensor)}
+    graph.replay()
+    torch.cuda.synchronize()
+    got = [x.clone() for x in captured]
+    with torch.no_grad():
+        for name, x in state.items():  # what the kernel changed in place, as it was
+            inputs[name].copy_(x)
+    for one, other in zip(got, run(), strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def _with_fixed_cotangents(case: Case, inputs: dict, cotangents: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+    returned = case.fused(**inputs)
+    outputs = [o for o in (returned if isinstance(returned, tuple) else (returned,)) if isinstance(o, torch.Tensor)]
+    leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    if not leaves:
+        return outputs
+    differentiable = [o for o in outputs if o.requires_grad]
+    for i, output in enumerate(differentiable):
+        cotangents.setdefault(i, torch.randn_like(output))
+    gradients = torch.autograd.grad(differentiable, leaves, [cotangents[i] for i in range(len(differentiable))])
+    return [o.detach() for o in outputs] + list(gradients)
+
+
+def test_dropout_masks_are_new_at_every_replay_and_the_same_in_the_backward_pass() -> None:
+    from kernels.layer_norm import add_layer_norm
+
+    x, residual = torch.ones(256, 384, device=CUDA, requires_grad=True), torch.zeros(256, 384, device=CUDA)
+    weight = torch.ones(384, device=CUDA)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        stream, _ = add_layer_norm(x, residual, weight, None, torch.bfloat16, 0.2)
+        return stream.detach(), *torch.autograd.grad(stream.sum(), x)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        stream, dx = step()
+    masks = []
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(stream == 0, dx == 0)
+        masks.append(stream == 0)
+        assert abs(masks[-1].float().mean().item() - 0.2) < 0.01
+    assert not torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[1], masks[2])
+
+
+@pytest.mark.parametrize("V", [50304, 50257])
+def test_more_logits_than_32_bits_count(V: int) -> None:
+    from kernels.cross_entropy import cross_entropy
+
+    M = 2**31 // V + 700
+    assert_room_for(2 * 2 * M * V / 2**30 + 4)
+    logits = torch.empty(M, V, dtype=torch.bfloat16, device=CUDA).normal_().requires_grad_()
+    targets = torch.randint(V, (M,), device=CUDA)
+    loss = cross_entropy(logits, targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, logits)
+    tail = slice(M - 64, M)  # beyond element 2^31
+    wide = logits[tail].detach().double().requires_grad_()
+    want = torch.nn.functional.cross_entropy(wide, targets[tail], reduction="sum")
+    (expected,) = torch.autograd.grad(want, wide)
+    torch.testing.assert_close(gradient[tail].double(), expected, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("M", [1, 65536])
+def test_many_rows(M: int) -> None:
+    from kernels import reference
+    from kernels.layer_norm import add_layer_norm
+
+    x, residual = (torch.randn(M, 768, device=CUDA, requires_grad=True) for _ in range(2))
+    weight = torch.randn(768, device=CUDA, requires_grad=True)
+    inputs = dict(x=x, residual=residual, weight=weight, bias=None, dtype=torch.float32)
+    fused, plain = (outputs_and_gradients(f, inputs) for f in (add_layer_norm, reference.add_layer_norm))
+    assert_as_good_as_torch(fused, plain, outputs_and_gradients(reference.add_layer_norm, in_float64(inputs)))

@@ -1,0 +1,126 @@
+"""GPT with the fused kernels: the model that it is with the reference's."""
+
+import inspect
+from dataclasses import fields
+
+import pytest
+import torch
+
+from kernels import REFERENCE, Ops, select
+from kernels.fused import FUSED
+from kernels.launch import INTERPRETED
+from model import GPT, GPTConfig
+from tests.kernels.checks import assert_as_good_as_torch
+from tests.kernels.rounding import round_to_nearest
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+SHAPE = dict(block_size=12, vocab_size=53, n_layer=2, n_head=3, n_embd=36)
+
+
+def make(ops: Ops, dtype: torch.dtype = torch.float32, **changes) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE | changes), ops).to(DEVICE)
+    with torch.no_grad():
+        for parameter in model.parameters():  # larger than they start: everything counts
+            parameter.mul_(3.0)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE))
+    if dtype == torch.float64:
+        model = model.double()
+    model.compute_dtype = dtype
+    return model
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    idx, targets = (torch.randint(53, (3, 12), generator=generator).to(DEVICE) for _ in range(2))
+    targets[1, 3:7] = -1  # 32 count: a power of two, whose reciprocal costs bfloat16 no rounding
+    return idx, targets
+
+
+def loss_and_gradients(model: GPT) -> dict[str, torch.Tensor]:
+    _, loss = model(*batch())
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_the_bundles_have_the_same_signatures() -> None:
+    for field in fields(Ops)[1:]:
+        fused, plain = getattr(FUSED, field.name), getattr(REFERENCE, field.name)
+        assert inspect.signature(fused).parameters.keys() >= inspect.signature(plain).parameters.keys(), field.name
+        for name, parameter in inspect.signature(plain).parameters.items():
+            assert inspect.signature(fused).parameters[name] == parameter, (field.name, name)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gelu", ["erf", "tanh"])
+def test_same_loss_and_gradients(bias: bool, gelu: str) -> None:
+    changes = dict(bias=bias, gelu=gelu)
+    fused, plain = (loss_and_gradients(make(ops, **changes)) for ops in (FUSED, REFERENCE))
+    exact = loss_and_gradients(make(REFERENCE, torch.float64, **changes))
+    assert_as_good_as_torch(fused, plain, exact)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_further_from_the_truth_in_bfloat16(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding is all over the place there; of each gradient as a whole it is not larger than plain torch's."""
+    round_to_nearest(monkeypatch)
+    fused, plain = (loss_and_gradients(make(ops, torch.bfloat16, bias=bias)) for ops in (FUSED, REFERENCE))
+    exact = loss_and_gradients(make(REFERENCE, torch.float64, bias=bias))
+    assert abs(fused["loss"] - exact["loss"]) < 4 * torch.finfo(torch.bfloat16).eps
+    for name in exact:
+        error, allowed = ((got[name].double() - exact[name]).norm().item() for got in (fused, plain))
+        assert error < 1.5 * allowed or name == "loss", f"{name}: off by {error:.3g}, plain torch by {allowed:.3g}"
+
+
+@pytest.mark.slow
+def test_compiled_whole_it_is_the_same(compiler: None) -> None:
+    torch.compiler.reset()
+    model = make(FUSED)
+    eager = loss_and_gradients(model)
+    model.zero_grad()
+    _, loss = torch.compile(model, fullgraph=True)(*batch())
+    loss.backward()
+    got = {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+    for name, expected in eager.items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_same_bits_twice(dropout: float) -> None:
+    def once() -> dict[str, torch.Tensor]:
+        model = make(FUSED, dropout=dropout)
+        torch.manual_seed(3)
+        return loss_and_gradients(model)
+
+    first, second = once(), once()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_dropout_drops_in_training_only() -> None:
+    model = make(FUSED, dropout=0.3)
+    losses = {model(*batch())[1].item() for _ in range(3)}
+    assert len(losses) == 3
+    model.eval()
+    with torch.no_grad():
+        losses = {model(*batch())[1].item() for _ in range(3)}
+    assert losses == {make(FUSED)(*batch())[1].item()}
+
+
+def test_weights_move_between_the_bundles() -> None:
+    fused, plain = make(FUSED), make(REFERENCE)
+    plain.load_state_dict(fused.state_dict())
+    idx, _ = batch()
+    torch.testing.assert_close(fused(idx)[0], plain(idx)[0])
+    tokens = [model.eval().generate(idx, 5, top_k=1) for model in (fused, plain)]
+    assert torch.equal(*tokens)
+
+
+# Choosing
+
+
+def test_auto_is_fused_on_cuda_only() -> None:
+    assert select("auto", torch.device("cpu")) is REFERENCE
+    assert select("reference", DEVICE) is REFERENCE
+    assert select("fused", DEVICE) is FUSED
+    with pytest.raises(ValueError, match="got 'quick', expected auto, fused or reference"):
+        select("quick", DEVICE)

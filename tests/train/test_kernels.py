@@ -1,0 +1,76 @@
+"""`--kernels` and `--loss_chunk`: a run does not differ but in speed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train.__main__ as command
+from kernels.launch import INTERPRETED
+from tests.train.jobs import ROOT, arguments, make_data
+from tests.train.runs import logged, resume, run
+from train.errors import UserError
+
+FUSED = dict(
+    kernels="fused", device="cpu" if INTERPRETED else "cuda", dtype="float32", dropout=0.0, n_layer=2, n_embd=16,
+    n_head=2, block_size=8, batch_size=2, gradient_accumulation_steps=1, eval_interval=100, eval_iters=1, max_iters=4,
+)  # fmt: skip
+
+
+@pytest.fixture
+def no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter 300 tokens of text at the end of a run take longer than the run."""
+    monkeypatch.setattr(command, "sample_text", lambda *args, **kwargs: iter(()))
+
+
+def assert_same_losses(one: Path, other: Path) -> None:
+    expected, got = logged(one), logged(other)
+    assert expected.keys() == got.keys()
+    assert expected
+    for iteration, record in expected.items():
+        assert got[iteration]["loss"] == pytest.approx(record["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_fused_run_and_its_checkpoint(tmp_path: Path, no_sample: None) -> None:
+    run(tmp_path / "reference", **FUSED | dict(kernels="reference"))
+    run(tmp_path / "fused", **FUSED)
+    assert_same_losses(tmp_path / "reference", tmp_path / "fused")
+    run(tmp_path / "moved", **FUSED | dict(max_iters=2))
+    resume(tmp_path / "moved", max_iters=4, kernels="reference")
+    assert_same_losses(tmp_path / "reference", tmp_path / "moved")
+
+
+@pytest.mark.slow
+def test_the_loss_in_chunks(tmp_path: Path, no_sample: None) -> None:
+    run(tmp_path / "whole", **FUSED | dict(loss_chunk=0, max_iters=3))
+    run(tmp_path / "chunks", **FUSED | dict(loss_chunk=5, max_iters=3))
+    assert_same_losses(tmp_path / "whole", tmp_path / "chunks")
+
+
+def test_chunks_need_fused_kernels(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="loss_chunk: got 5, expected 0 or -1: the reference kernels hold all logits"):
+        run(tmp_path / "out", kernels="reference", loss_chunk=5)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without CUDA")
+def test_fused_without_a_gpu_says_what_is_missing(tmp_path: Path) -> None:
+    make_data(tmp_path / "data" / "letters")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "train", *arguments(kernels="fused")],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "error: kernels: got fused, expected reference or auto: Triton's kernels need a CUDA device, this is cpu "
+        "(TRITON_INTERPRET=1 tries them on a CPU, slowly)\n"
+    )
+    assert not (tmp_path / "out").exists()
