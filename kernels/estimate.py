@@ -54,8 +54,8 @@ def estimate(plan: Plan, compiled: Compiled) -> Estimate | None:
     fill = plan.fill(compiled.launch)
     instructions, busy, loaded = Counter(), Counter(), 0.0
     regions, rounds = _regions(compiled, bulk)
-    for region in regions:
-        inside = [x for x in bulk if x.index in region]
+    for region, lines in regions:
+        inside = [x for x in bulk if x.index in region and x.line in lines]
         lanes = _elements(inside, tensors) * WARP * fill  # elements that one warp handles in one pass
         code = [compiled.code.instructions[i] for i in sorted(region)]
         for instruction in code:
@@ -80,22 +80,25 @@ def _elements(accesses: list[Access], tensors: dict) -> float:
     return max(by_statement.values())
 
 
-def _regions(compiled: Compiled, bulk: list[Access]) -> tuple[list[frozenset[int]], int]:
-    """The loops that touch the large tensors, without the loops inside them that do so, and 2; or all the code, and 1.
+def _regions(compiled: Compiled, bulk: list[Access]) -> tuple[list[tuple[frozenset[int], frozenset[str]]], int]:
+    """The loops that touch the large tensors, each with the lines that do, and 2; or all the code, and 1.
 
-    Of several versions of one loop, unrolled and remainder, the longest, which does most. 2 and 1: how often what
-    follows itself is run through to see it as it is when running.
+    A loop's lines are not those of loops inside it: what is left of them there is a remainder of an unrolled loop. Of
+    several versions of one loop, it is the longest, which does most. 2 and 1: how often what follows itself is run
+    through to see it as it is when running.
     """
     found: dict[frozenset[str], frozenset[int]] = {}
     taken: frozenset[int] = frozenset()
     for loop in sass.loops(compiled.code):  # the shortest first
-        own = loop - taken
-        if lines := frozenset(x.line for x in bulk if x.index in own):
+        within = {line for lines, inner in found.items() if inner <= loop for line in lines}
+        lines = frozenset(x.line for x in bulk if x.index in loop - taken and x.line not in within)
+        if lines:
+            found[lines] = loop - taken
             taken |= loop
-            found[lines] = own
     if found:
-        return list(found.values()), 2
-    return [frozenset(range(len(compiled.code.instructions)))] if bulk else [], 1
+        return [(region, lines) for lines, region in found.items()], 2
+    everything = frozenset(range(len(compiled.code.instructions)))
+    return [(everything, frozenset(x.line for x in bulk))] if bulk else [], 1
 
 
 def _matmul(plan: Plan, compiled: Compiled, dram: float) -> Estimate | None:

@@ -63,7 +63,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str
 
 
 def mlp(
-    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, approximate: str
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    approximate: str,
 ) -> Tensor:
     """A transformer block's feed-forward half: GELU(x @ fc_weight.T + fc_bias) @ proj_weight.T + proj_bias.
 

@@ -34,7 +34,7 @@ def open_dataset(name: str, world: World) -> Dataset:
 
 
 def choose_ops(config: TrainConfig, device: torch.device, dtype: torch.dtype, vocab_size: int) -> Ops:
-    """The bundle of kernels for the run, its loss in chunks of rows if wanted. UserError for kernels that cannot run."""
+    """The run's kernels, their loss in chunks of rows if wanted. UserError for kernels that cannot run."""
     try:
         ops = select(config.kernels, device)
     except ValueError as error:

@@ -193,11 +193,14 @@ def test_a_target_outside_the_vocabulary_is_nan_in_its_row(target: int, device: 
 
 
 def test_rows_beyond_32_bits(device: torch.device) -> None:
-    """Two rows, 2^31 elements apart, of memory that is never touched in between; the gradient over the logits."""
-    logits = torch.empty(2**31 + 64, dtype=torch.float16, device=device).as_strided((2, 40), (2**31, 1))
-    logits.copy_(torch.randn(2, 40))
-    inputs = {"logits": logits.clone().requires_grad_(), "targets": torch.tensor([5, 6], device=device)}
-    losses = torch.empty(2, 2, device=device)
+    """Rows 2^30 elements apart, of memory that is never touched in between; the gradient over the logits.
+
+    The last row begins at element 2^31, though neither its number nor the stride takes more than 32 bits.
+    """
+    logits = torch.empty(2**31 + 64, dtype=torch.float16, device=device).as_strided((3, 40), (2**30, 1))
+    logits.copy_(torch.randn(3, 40))
+    inputs = {"logits": logits.clone().requires_grad_(), "targets": torch.tensor([5, 6, 7], device=device)}
+    losses = torch.empty(2, 3, device=device)
     arguments = (logits, inputs["targets"], losses, None, logits, -1, 0.0, 0.0, 40)
     torch.testing.assert_close(ce.cross_entropy(logits, inputs["targets"]), reference.cross_entropy(**inputs))
     run(logits, *ce.plan_forward(device_of(logits), *arguments))

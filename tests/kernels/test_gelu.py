@@ -111,9 +111,10 @@ def test_any_shape_stride_and_dtype(shape, layout, dtype, bias, approximate) -> 
 
 
 @pytest.mark.parametrize("function", ["forward", "backward"])
-def test_rows_more_than_two_to_the_31st_elements_apart(function: str, device: torch.device) -> None:
-    far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device).as_strided((2, 48), (2**31, 1))
-    far.copy_(torch.randn(2, 48, device=device))
+def test_rows_two_to_the_31st_elements_apart(function: str, device: torch.device) -> None:
+    """A row number times a stride, each of 32 bits, of more bits."""
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device).as_strided((3, 48), (2**30, 1))
+    far.copy_(torch.randn(3, 48, device=device))
     near = far.contiguous()
     if function == "forward":
         assert torch.equal(gelu(far, "erf"), gelu(near, "erf"))

@@ -126,9 +126,9 @@ def test_the_inputs_stay_as_they_were_and_a_gradient_may_be_taken_twice(chunk_ro
 
 
 def test_rows_beyond_32_bits_are_scaled(device: torch.device) -> None:
-    """Two rows, 2^31 elements apart, of memory that is never touched in between."""
-    far = torch.empty(2**31 + 64, dtype=torch.float16, device=device).as_strided((2, 40), (2**31, 1))
-    x, scale = torch.randn(2, 40, dtype=torch.float16, device=device), torch.tensor(0.5, device=device)
+    """Rows 2^30 elements apart, of memory that is never touched in between; the last begins at element 2^31."""
+    far = torch.empty(2**31 + 64, dtype=torch.float16, device=device).as_strided((3, 40), (2**30, 1))
+    x, scale = torch.randn(3, 40, dtype=torch.float16, device=device), torch.tensor(0.5, device=device)
     near = torch.empty_like(x)
     far.copy_(x)
     run(x, *lce.plan_scale(device_of(x), far, scale, near), *lce.plan_scale(device_of(x), far, scale, far))

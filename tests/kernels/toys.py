@@ -13,7 +13,6 @@ from kernels.plans import BF16, FP32, meta
 
 N = 1 << 24  # elements
 BLOCK = 1024  # 8 a thread of 4 warps: 16 bytes of bfloat16
-PASSES = 8
 
 
 @triton.jit
