@@ -64,10 +64,10 @@ class Plan:
 def broken_budgets(budget: Budget, compiled: Compiled) -> Iterator[str]:
     """One line for each part of the budget, of this target, that the compiled kernel does not keep."""
     architecture = compiled.architecture
-    if compiled.spill_accesses > budget.spills or (compiled.spilled and not budget.spills):
+    if compiled.spills > budget.spills:
         yield (
-            f"spills {compiled.spilled} bytes a thread in {compiled.spill_accesses} instructions, "
-            f"budget {budget.spills}; it takes {compiled.registers} registers"
+            f"spills {compiled.local} bytes a thread in {compiled.spills} instructions, budget {budget.spills}; "
+            f"it takes {compiled.registers} registers"
         )
     narrow: Counter[tuple[str, str, str, int]] = Counter()
     for access in compiled.accesses:
@@ -84,7 +84,7 @@ def broken_budgets(budget: Budget, compiled: Compiled) -> Iterator[str]:
             f"{compiled.resident_warps} warps a multiprocessor, budget {min(budget.warps, most)}: blocks of "
             f"{compiled.warps} warps, {compiled.registers} registers a thread, {compiled.shared} bytes shared"
         )
-    elif budget.one_wave and (waves := compiled.waves) > 1:
+    elif budget.one_wave and (waves := compiled.waves or 0.0) > 1:
         yield (
             f"{waves:.2f} waves, budget 1: a multiprocessor holds {compiled.resident_warps} warps, in blocks of "
             f"{compiled.warps}, at {compiled.registers} registers a thread and {compiled.shared} bytes shared"

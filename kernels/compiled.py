@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf, prod
+from math import prod
 
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -32,7 +32,7 @@ class Compiled:
     launch: Launch
     architecture: Architecture
     registers: int  # a thread
-    spilled: int  # bytes of local memory a thread
+    local: int  # bytes of local memory a thread: what registers spill to
     shared: int  # bytes a block
     tensor_memory: int  # columns a block
     warps: int  # a block; more than launched with, where the compiler adds some to load
@@ -48,14 +48,14 @@ class Compiled:
         return resident_warps(self.architecture, self.warps, self.registers, self.shared, self.tensor_memory)
 
     @property
-    def waves(self) -> float:
-        """Blocks of the grid, over those that the architecture's card holds at once."""
+    def waves(self) -> float | None:
+        """Blocks of the grid, over those that the architecture's card holds at once; None where none fits."""
         blocks = self.resident_warps // self.warps * self.architecture.multiprocessors
-        return prod(self.launch.grid) / blocks if blocks else inf
+        return prod(self.launch.grid) / blocks if blocks else None
 
     @cached_property
-    def spill_accesses(self) -> int:
-        return sum(x.opcode in ("LDL", "STL") for x in self.code.instructions)
+    def spills(self) -> int:
+        return sass.spills(self.code)
 
     @cached_property
     def mma(self) -> str:
@@ -116,7 +116,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         launch=launch,
         architecture=ARCHITECTURES[capability],
         registers=usage["REG"],
-        spilled=usage["STACK"] + usage["LOCAL"],
+        local=usage["STACK"] + usage["LOCAL"],
         shared=binary.metadata.shared,
         tensor_memory=getattr(binary.metadata, "tmem_size", None) or 0,
         warps=binary.metadata.num_warps,

@@ -7,7 +7,7 @@ Saved: the tokens and the dropout seed; the mask is drawn again.
 
 Both sums are taken in float32 in an order that the tokens alone decide: no atomics, the same bits every run. The rows
 are sorted by token (stably), so that a token's rows are one segment. One program per vocabulary row would do, if tokens
-were spread evenly; but one letter in six is a space, 2,500 rows for one program while others rest, some 150 us. So the
+were spread evenly; but one letter in six is a space: 2,500 rows for one program, an estimated 150 us. So the
 sorted rows are cut at every 32nd, a first kernel sums each piece that holds one token only, and the program of a token
 adds those sums to what is left of its segment at both ends: at most 62 rows and one partial sum for each 32.
 

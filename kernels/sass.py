@@ -186,6 +186,15 @@ def loops(code: Code) -> list[frozenset[int]]:
     return sorted(found, key=len)
 
 
+def spills(code: Code) -> int:
+    """Instructions that move registers to local memory or back.
+
+    0 where nothing is loaded back: some compilers (sm_120, CUDA 12.9) store a zero there before each bulk load.
+    """
+    local = [x.opcode for x in code.instructions if (moved := access(x)) and moved.space == "local"]
+    return len(local) if "LDL" in local else 0
+
+
 def bytes_under_way(instructions: Iterable[Instruction], rounds: int) -> int:
     """The most bytes that a thread's global loads can have under way at once, in so many runs through instructions.
 

@@ -39,12 +39,11 @@ class Row:
     kernel: str
     target: int
     registers: int = 0
-    spilled: int = 0  # bytes a thread
     spills: int = 0  # instructions
     shared: int = 0  # bytes a block
     warps: int = 0  # a block
     resident_warps: int = 0  # a multiprocessor
-    waves: float = 0.0  # blocks of the grid, over those that the card holds at once
+    waves: float | None = None  # blocks of the grid, over those that the card holds at once
     loads: dict[str, int] = field(default_factory=dict)  # "128" (bits) or "tile" -> instructions
     stores: dict[str, int] = field(default_factory=dict)
     mma: str = ""
@@ -85,8 +84,7 @@ def inspect(job: Job) -> list[Row]:
                 kernel=kernel,
                 target=target,
                 registers=compiled.registers,
-                spilled=compiled.spilled,
-                spills=compiled.spill_accesses,
+                spills=compiled.spills,
                 shared=compiled.shared,
                 warps=compiled.warps,
                 resident_warps=compiled.resident_warps,
@@ -111,7 +109,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (  # heading, align
     ("spill", ">5", lambda row: str(row.spills)),
     ("shared", ">6", lambda row: str(row.shared)),
     ("warps", ">5", lambda row: str(row.resident_warps)),
-    ("waves", ">6", lambda row: f"{row.waves:.1f}"),
+    ("waves", ">6", lambda row: "-" if row.waves is None else f"{row.waves:.1f}"),
     ("loads", "<16", lambda row: _counts(row.loads)),
     ("stores", "<14", lambda row: _counts(row.stores)),
     ("mma", "<7", lambda row: row.mma or "-"),
@@ -205,19 +203,26 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def main(argv: list[str] | None = None, module: str = "kernels.plans") -> int:
-    """The command; returns its exit status: 0, or 1 where a budget is broken. UsageError where it cannot do as told."""
+def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m kernels.targets", description=__doc__.split("\n\n")[0])
     parser.add_argument("--target", type=int, action="append", help="compute capability, such as 90; default: all")
     parser.add_argument("--kernel", metavar="NAME", help="only kernels whose name contains this")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows there too")
     options = parser.parse_args(argv)
-    if INTERPRETED:
-        got = os.environ.get("TRITON_INTERPRET")
-        raise UsageError(f"TRITON_INTERPRET: got {got}, expected it unset: the interpreter takes the compiler's place")
     for target in options.target or ():
         if target not in ARCHITECTURES:
             raise UsageError(f"--target: got {target}, expected one of {', '.join(map(str, ARCHITECTURES))}")
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        raise UsageError(f"--json: got {options.json}, expected a file in a folder that exists")
+    return options
+
+
+def main(argv: list[str] | None = None, module: str = "kernels.plans") -> int:
+    """The command; returns its exit status: 0, or 1 where a budget is broken. UsageError where it cannot do as told."""
+    options = _options(argv)
+    if INTERPRETED:
+        got = os.environ.get("TRITON_INTERPRET")
+        raise UsageError(f"TRITON_INTERPRET: got {got}, expected it unset: the interpreter takes the compiler's place")
     targets = options.target or list(ARCHITECTURES)
     plans = importlib.import_module(module).PLANS
     device = Device(targets[0], ARCHITECTURES[targets[0]].multiprocessors)
@@ -225,8 +230,6 @@ def main(argv: list[str] | None = None, module: str = "kernels.plans") -> int:
     chosen = [i for i in labels if options.kernel is None or any(options.kernel in label for label in labels[i])]
     if not chosen:
         raise UsageError(f"--kernel: got {options.kernel!r}, expected part of a kernel's name, such as 'gelu'")
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        raise UsageError(f"--json: got {options.json}, expected a file in a folder that exists")
 
     rows: list[Row] = []
 

@@ -12,8 +12,8 @@ from kernels.cases.case import Case, Shape, Traffic, draw
 # (B, T, C, V)
 SHAPES = (
     (2, 9, 37, 11),  # nothing fills a block; fewer rows than a piece
-    (3, 70, 64, 3),  # long segments: whole pieces inside them, more than a tile; ragged ends
-    (40, 3, 24, 50),  # more sequences than a tile has rows; most tokens are not there
+    (3, 77, 64, 3),  # long segments: whole pieces inside them; the last row of one piece belongs to another token
+    (9, 3, 600, 50),  # several tiles of sequences, the last one ragged; most tokens are not there
     (1, 1, 1600, 2),  # one row, gpt2-xl's width
 )
 GPT_SHAPES = ((32, 1024, 768, 50304), (64, 256, 384, 65), (8, 1024, 1600, 50304))
@@ -22,7 +22,7 @@ GPT_SHAPES = ((32, 1024, 768, 50304), (64, 256, 384, 65), (8, 1024, 1600, 50304)
 @lru_cache
 def _tokens(B: int, T: int, V: int) -> Tensor:
     uniform = torch.rand(B, T, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return (V**uniform).long() - 1
+    return ((V + 1) ** uniform).long() - 1
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def test_the_two_gelus_differ():
 def test_linear_gelu(dtype, tolerance, approximate, bias):
     x, weight = draw(2, 5, 9, dtype=dtype), draw(7, 9, seed=1, dtype=dtype)
     shift = draw(7, seed=2, dtype=dtype) if bias else None
-    y = REFERENCE.linear_gelu(x, weight, shift, approximate)
+    y = reference.linear_gelu(x, weight, shift, approximate)
     assert y.dtype == dtype
     product = torch.einsum("btk,nk->btn", x.double(), weight.double()) + (0 if shift is None else shift.double())
     assert_near(y, true_gelu(product, approximate), 2 * tolerance)  # two roundings: the product's, and the GELU's

@@ -269,6 +269,12 @@ def test_no_product() -> None:
     assert sass.steps_of_product(sass.parse(STRAIGHT)) == ([], [])
 
 
+def test_spills() -> None:
+    spilled = code("STL.64 [R1], R4\n FADD R4, R2, R3\n LDL.64 R4, [R1]\n LDS R5, [R2]\n STG.E [R2.64], R4")
+    assert sass.spills(spilled) == 2
+    assert sass.spills(code("STL.64 [R1], RZ\n UTMALDG.2D [UR8], [UR4]\n STG.E [R2.64], R4")) == 0
+
+
 def test_bytes_under_way() -> None:
     together = ("LDG.E.128 R4, [R2.64]", "LDG.E.128 R8, [R2.64+0x10]", "FADD R0, R4, R8")
     one_by_one = ("LDG.E.128 R4, [R2.64]", "FADD R0, R7, R0", "LDG.E.128 R8, [R2.64+0x10]", "FADD R0, R8, R0")

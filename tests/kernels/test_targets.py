@@ -43,7 +43,7 @@ def test_every_kernel_keeps_its_budget_on_every_target(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout.split("\n\n")[-1] + done.stderr
     assert done.stdout.endswith("All budgets are kept.\n")
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert not any(row["broken"] or row["spills"] or row["spilled"] for row in rows)
+    assert not any(row["broken"] or row["spills"] for row in rows)
     targets_of: dict[str, set[int]] = {}
     for row in rows:
         targets_of.setdefault(row["kernel"], set()).add(row["target"])
@@ -131,7 +131,6 @@ def test_what_is_read(toys: Toys, target: int) -> None:
     assert (copied["warps"], copied["shared"], copied["spills"], copied["mma"]) == (4, 0, 0, "")
     assert 16 <= copied["registers"] <= 40
     assert rows["spills", target]["spills"] > 100
-    assert rows["spills", target]["spilled"] > 400
     assert rows["matmul", target]["mma"] == {80: "HMMA", 90: "HGMMA"}[target]
     assert rows["matmul", target]["shared"] >= 3 * 2 * 128 * 64 * 2  # stages of two tiles of bfloat16
     assert rows["loop", target]["waves"] < 1 < rows["two waves", target]["waves"]
