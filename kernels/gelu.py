@@ -158,9 +158,9 @@ def plan_forward(device: Device, x: Tensor, bias: Tensor | None, approximate: st
 
 
 def partial_rows(device: Device, M: int, C: int) -> int:
-    """P, the rows of the bias gradient's partial sums: as many as fill every multiprocessor with 4 programs."""
+    """P, the rows of the bias gradient's partial sums: of programs, 4 a multiprocessor, which all run at once."""
     _, _, row_tiles, column_tiles = _tiles(M, C)
-    return min(row_tiles, triton.cdiv(4 * device.multiprocessors, column_tiles))
+    return min(row_tiles, max(1, 4 * device.multiprocessors // column_tiles))
 
 
 def plan_backward(
