@@ -152,6 +152,28 @@ def test_more_logits_than_32_bits_count(V: int) -> None:
     torch.testing.assert_close(gradient[tail].double(), expected, rtol=1e-2, atol=1e-4)
 
 
+def test_adamw_on_more_elements_than_32_bits_count() -> None:
+    from kernels import adamw, reference
+
+    assert_room_for(36)
+    n, options = 2**31 + 5000, dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    grad = torch.full((n,), 2.0**-10, dtype=torch.bfloat16, device=CUDA)
+    state = {name: torch.full((n,), 0.01, device=CUDA) for name in ("param", "exp_avg", "exp_avg_sq")}
+    compute = torch.zeros(n, dtype=torch.bfloat16, device=CUDA)
+    tail = slice(2**31 - 5000, n)  # on both sides of element 2^31
+    grad[tail].normal_()
+    small = {name: x[tail].clone() for name, x in (state | {"grad": grad, "compute": compute}).items()}
+    lr, steps = torch.tensor(1e-3, device=CUDA), [torch.zeros((), device=CUDA) for _ in range(2)]
+    n_decay = 2**31 + 77
+    norm, found_inf = adamw.adamw(grad=grad, lr=lr, step=steps[0], n_decay=n_decay, compute=compute, **state, **options)
+    reference.adamw(lr=lr, step=steps[1], n_decay=n_decay - tail.start, **small, **options)
+    for name, x in (state | {"compute": compute}).items():
+        torch.testing.assert_close(x[tail], small[name], rtol=1e-5 if name != "compute" else 1e-2, atol=1e-7)
+    expected = grad.float().square_().sum(dtype=torch.float64).sqrt().float()
+    torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
+    assert found_inf == 0
+
+
 @pytest.mark.parametrize("M", [1, 65536])
 def test_many_rows(M: int) -> None:
     from kernels import reference
