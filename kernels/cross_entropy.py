@@ -66,8 +66,7 @@ def _write_gradient(
     counted = target != ignore_index
     known = ~counted | ((target >= 0) & (target < n_vocab))
     upstream = tl.where(counted, upstream, 0.0)
-    top = tl.where(counted, top, 0.0)
-    log2_total = tl.where(counted, log2_total, 0.0)
+    log2_total = tl.where(counted, log2_total, 0.0)  # -inf there, as is every x: their difference is no number
     penalty = (upstream * 2.0 * z_loss * (top + LN2 * log2_total))[:, None, None]
     miss = tl.where(known, -upstream * smoothing / n_vocab, float("nan"))
     hit = (miss - upstream * (1.0 - smoothing))[:, None, None]

@@ -208,6 +208,21 @@ def test_rows_beyond_32_bits(device: torch.device) -> None:
     torch.testing.assert_close(logits.clone(), expected)
 
 
+def test_only_aligned_rows_are_read_by_vectors() -> None:
+    rows = torch.zeros(4, 64, dtype=torch.bfloat16)
+    for logits, width in (
+        (rows, 8),
+        (rows.float(), 4),
+        (rows[:, :37], 8),
+        (rows[:, 1:], 1),
+        (rows.view(8, 32)[:, :5], 8),
+    ):
+        _, LANES, WIDTH, _ = ce.tile(logits)
+        assert width == WIDTH
+        assert logits.shape[1] <= LANES * WIDTH
+    assert ce.tile(torch.zeros(4, 37))[2] == 1
+
+
 # As an op
 
 

@@ -1,5 +1,6 @@
 """linear_cross_entropy: what the registry's cases leave open."""
 
+import math
 from typing import Any
 
 import pytest
@@ -161,9 +162,12 @@ def test_a_frozen_factor_costs_nothing(frozen: str, chunk_rows: int, memory: Mem
     M, C, V = 9, 8, 20
     inputs = draw(M, C, V, torch.device("cpu"))
     inputs[frozen].requires_grad_(False)
-    loss, _ = lce.linear_cross_entropy(**inputs, chunk_rows=chunk_rows)
-    stored = memory.stored
-    loss.backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss, _ = lce.linear_cross_entropy(**inputs, chunk_rows=chunk_rows)
+        stored = memory.stored
+        loss.backward()
+    products = sum(event.name in ("aten::mm", "aten::addmm_") for event in profile.events())
+    assert products == 2 * (math.ceil(M / chunk_rows) if chunk_rows else 1)  # the logits and one gradient
     scaled = V * C if frozen == "x" and chunk_rows else M * C  # dweight; dx, or x for dweight
     assert memory.stored - stored == 4 * scaled
     assert inputs[frozen].grad is None

@@ -184,13 +184,16 @@ def test_every_device_has_tiles(table: dict[int, tuple[Tiles, ...]]) -> None:
         assert len(matmul.tiles_for(table, device, torch.float32)) == 1
 
 
-def test_the_grid_is_what_is_resident_or_one_program_a_tile() -> None:
-    tiles = Tiles(128, 128, 64, 4, 3, 2)
-    for M, programs in ((32768, 264), (128, 24)):
-        x, weight = (torch.empty(size, 768, dtype=torch.bfloat16, device="meta") for size in (M, 3072))
-        act = torch.empty(M, 3072, dtype=torch.bfloat16, device="meta")
-        (launch,) = matmul.plan_forward(Device(90, 132), x, weight, None, "erf", None, act, tiles)
-        assert launch.grid == (programs,)
+@pytest.mark.parametrize(
+    ("M", "programs", "grid"), [(32768, 2, 264), (32768, 1, 132), (128, 2, 24)], ids=["two", "one", "few tiles"]
+)
+def test_the_grid_is_what_is_resident_or_one_program_a_tile(M: int, programs: int, grid: int) -> None:
+    x, weight = (torch.empty(size, 768, dtype=torch.bfloat16, device="meta") for size in (M, 3072))
+    act = torch.empty(M, 3072, dtype=torch.bfloat16, device="meta")
+    tiles = Tiles(128, 128, 64, 4, 3, programs)
+    (launch,) = matmul.plan_forward(Device(90, 132), x, weight, None, "erf", None, act, tiles)
+    assert launch.grid == (grid,)
+    assert launch.constants["FLATTEN"] == (programs == 1)  # alone, a program has only itself to overlap with
 
 
 # What is computed
@@ -217,6 +220,11 @@ def test_backward_makes_up_no_gradients_of_what_is_kept(path: str) -> None:
         y.backward(torch.ones_like(y))
     assert not [name for name in recorder.names if "zero" in name or name == "full"]
     assert recorder.names.count("mm") == 3  # dx and the weights' gradients; mlp_dpre has its own
+    y = linear_gelu(inputs["x"], inputs["fc_weight"], None, "erf", path)
+    with Recorder() as recorder:
+        y.backward(torch.ones_like(y))
+    assert not [name for name in recorder.names if "zero" in name or name == "full"]
+    assert recorder.names.count("mm") == 2
 
 
 @paths
@@ -256,6 +264,13 @@ def test_nothing_is_kept_where_nothing_needs_a_gradient(function, path: str, mem
     frozen = {name: x.detach() if isinstance(x, Tensor) else x for name, x in inputs.items()}
     assert torch.equal(function(**frozen, path=path), expected)
     assert memory is None or memory.stored - stored == 2 * 37 * 40 * 2
+
+
+def test_cublas_needs_one_buffer_where_nothing_is_kept() -> None:
+    x, weight, *_ = (x.detach() for x in drawn(37, 24, 40).values() if isinstance(x, Tensor))
+    with Recorder() as recorder:
+        module.forward(x, weight, None, "erf", False, None)
+    assert "empty_like" not in recorder.names
 
 
 @paths
