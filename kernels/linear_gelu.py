@@ -160,7 +160,8 @@ def _save_mlp(ctx, inputs, output):
 def _differentiate_mlp(ctx, dy, _dact, _dpre):
     x, fc_weight, proj_weight, act, pre = ctx.saved_tensors
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = ctx.needs_input_grad[:5]
-    dpre, dfc_bias = _mlp_dpre(dy, proj_weight, pre, ctx.approximate, need_fc_bias, ctx.path)
+    if need_x or need_fc_weight or need_fc_bias:
+        dpre, dfc_bias = _mlp_dpre(dy, proj_weight, pre, ctx.approximate, need_fc_bias, ctx.path)
     return (
         dpre @ fc_weight if need_x else None,
         dpre.t() @ x if need_fc_weight else None,

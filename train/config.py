@@ -81,11 +81,7 @@ class TrainConfig:
         "fused: Triton's; reference: plain torch; auto: fused on CUDA",
         choices=("auto", "fused", "reference"),
     )
-    loss_chunk: int = setting(
-        -1,
-        "rows of logits held at a time by fused kernels; 0: all; -1: all, unless they fill a quarter of the GPU",
-        low=-1,
-    )
+    loss_chunk: int = setting(-1, "rows of logits at a time, fused; 0: all; -1: all if memory allows", low=-1)
     mfu_formula: str = setting("nanogpt", "FLOPs a token; nanogpt: 6N + 12LHQT, 6n: 6N", choices=("nanogpt", "6n"))
     peak_flops: float = setting(0.0, "FLOP/s of one device, for the MFU; 0: from the table, or measured", low=0)
 

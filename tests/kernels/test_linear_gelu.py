@@ -83,6 +83,30 @@ def test_any_shape_stride_and_dtype(lead, K, N, layout, dtype, bias, approximate
 
 
 @paths
+@pytest.mark.parametrize("layout", ["sliced", "transposed", "one row for all"])
+@pytest.mark.parametrize("name", ["x", "fc_weight", "proj_weight", "gradient"])
+def test_one_operand_in_other_memory(path: str, layout: str, name: str) -> None:
+    inputs = drawn(20, 24, 40, torch.float16)
+    if name in inputs:
+        inputs[name] = laid_out(inputs[name].detach(), layout).requires_grad_()
+
+    def relaid(function):
+        return lambda **kwargs: Relay.apply(function(**kwargs), layout if name == "gradient" else "packed")
+
+    assert_means(relaid(lambda **kwargs: mlp(**kwargs, path=path)), relaid(reference.mlp), inputs)
+
+
+@paths
+@pytest.mark.parametrize("bias", ["fc_bias", "proj_bias"])
+def test_a_bias_in_other_memory(path: str, bias: str) -> None:
+    inputs = drawn(20, 24, 40)
+    apart = torch.stack([inputs[bias].detach(), torch.zeros_like(inputs[bias])], dim=1)[:, 0]
+    assert apart.stride() == (2,)
+    inputs[bias] = apart.requires_grad_()
+    assert_means(lambda **kwargs: mlp(**kwargs, path=path), reference.mlp, inputs)
+
+
+@paths
 def test_the_gradient_of_a_mean(path: str) -> None:
     """Every stride of the gradient that arrives is 0."""
     inputs = drawn(40, 24, 56)
@@ -213,7 +237,6 @@ class Recorder(TorchDispatchMode):
 
 @paths
 def test_backward_makes_up_no_gradients_of_what_is_kept(path: str) -> None:
-    """Nor others than are asked for."""
     inputs = drawn(20, 24, 40)
     y = mlp(**inputs, path=path)
     with Recorder() as recorder:
@@ -228,12 +251,20 @@ def test_backward_makes_up_no_gradients_of_what_is_kept(path: str) -> None:
 
 
 @paths
-@pytest.mark.parametrize("wanted", ["x", "fc_weight", "fc_bias", "proj_weight", "proj_bias"])
-def test_one_gradient_alone(path: str, wanted: str, memory: Memory | None) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "products"), [("x", 1), ("fc_weight", 1), ("fc_bias", 0), ("proj_weight", 1), ("proj_bias", 0)]
+)
+def test_one_gradient_alone(path: str, wanted: str, products: int) -> None:
+    """The others are not computed."""
     inputs = drawn(37, 24, 40)
     for name, x in inputs.items():
         if isinstance(x, Tensor):
             x.requires_grad_(name == wanted)
+    y = mlp(**inputs, path=path)
+    with Recorder() as recorder:
+        y.backward(torch.ones_like(y))
+    assert recorder.names.count("mm") == products
+    assert recorder.names.count("mlp_dpre") == (not wanted.startswith("proj_"))
     assert_means(lambda **i: mlp(**i, path=path), reference.mlp, inputs)
     if wanted.startswith("fc_") or wanted == "x":
         linear = {k.removeprefix("fc_"): v for k, v in inputs.items() if not k.startswith("proj_")}
