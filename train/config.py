@@ -78,7 +78,7 @@ class TrainConfig:
     compile: bool = setting(True, "torch.compile the model")
     kernels: str = setting(
         "auto",
-        "fused: Triton's; reference: plain torch; auto: fused on CUDA",
+        "Triton's or plain torch's; auto: fused on CUDA",
         choices=("auto", "fused", "reference"),
     )
     loss_chunk: int = setting(-1, "rows of logits at a time, fused; 0: all; -1: all if memory allows", low=-1)
