@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dropout import keep_mask, keep_threshold, new_seed
-from kernels.launch import Device, Launch, check, device_of, rows, run
+from kernels.launch import FLOATS, Device, Launch, check, device_of, rows, run
 
 MAX_WIDTH = 8192  # a row is held in one block's registers
 PIECE = 32  # sorted rows that are summed in advance where they hold one token
@@ -261,65 +261,65 @@ def sort_by_token(idx: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("nanofuse::embedding", mutates_args=())
-def _forward(idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    x = wte.new_empty(len(idx), wte.shape[1])
+def _forward(idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, p: float, dtype: torch.dtype) -> Tensor:
+    x = wte.new_empty(len(idx), wte.shape[1], dtype=dtype)
     run(wte, *plan_forward(device_of(wte), idx, wte, wpe, seed, p, x))
     return x
 
 
 @_forward.register_fake
-def _(idx, wte, wpe, seed, p):
-    return wte.new_empty(len(idx), wte.shape[1])
+def _(idx, wte, wpe, seed, p, dtype):
+    return wte.new_empty(len(idx), wte.shape[1], dtype=dtype)
 
 
 @torch.library.custom_op("nanofuse::embedding_wte_backward", mutates_args=())
-def _wte_backward(dx: Tensor, idx: Tensor, seed: Tensor | None, p: float, V: int) -> Tensor:
+def _wte_backward(dx: Tensor, idx: Tensor, seed: Tensor | None, p: float, V: int, dtype: torch.dtype) -> Tensor:
     M, C = dx.shape
     tokens, order, starts = sort_by_token(idx, V)
-    pieces, dwte = dx.new_empty(M // PIECE, C, dtype=torch.float32), dx.new_empty(V, C)
+    pieces, dwte = dx.new_empty(M // PIECE, C, dtype=torch.float32), dx.new_empty(V, C, dtype=dtype)
     run(dx, *plan_wte_backward(device_of(dx), dx, tokens, order, starts, seed, p, pieces, dwte))
     return dwte
 
 
 @_wte_backward.register_fake
-def _(dx, idx, seed, p, V):
-    return dx.new_empty(V, dx.shape[1])
+def _(dx, idx, seed, p, V, dtype):
+    return dx.new_empty(V, dx.shape[1], dtype=dtype)
 
 
 @torch.library.custom_op("nanofuse::embedding_wpe_backward", mutates_args=())
-def _wpe_backward(dx: Tensor, seed: Tensor | None, p: float, T: int) -> Tensor:
-    dwpe = dx.new_empty(T, dx.shape[1])
+def _wpe_backward(dx: Tensor, seed: Tensor | None, p: float, T: int, dtype: torch.dtype) -> Tensor:
+    dwpe = dx.new_empty(T, dx.shape[1], dtype=dtype)
     run(dx, *plan_wpe_backward(device_of(dx), dx, seed, p, dwpe))
     return dwpe
 
 
 @_wpe_backward.register_fake
-def _(dx, seed, p, T):
-    return dx.new_empty(T, dx.shape[1])
+def _(dx, seed, p, T, dtype):
+    return dx.new_empty(T, dx.shape[1], dtype=dtype)
 
 
 def _save(ctx, inputs, output):
-    idx, wte, wpe, seed, p = inputs
+    idx, wte, wpe, seed, p, _ = inputs
     ctx.save_for_backward(idx, seed)
-    ctx.p, ctx.V, ctx.T = p, len(wte), len(wpe)
+    ctx.p, ctx.V, ctx.T, ctx.dtype = p, len(wte), len(wpe), wte.dtype
 
 
 def _differentiate(ctx, dx):
     (idx, seed), dx = ctx.saved_tensors, rows(dx)
     _, needs_dwte, needs_dwpe, *_ = ctx.needs_input_grad
-    dwte = _wte_backward(dx, idx, seed, ctx.p, ctx.V) if needs_dwte else None
-    dwpe = _wpe_backward(dx, seed, ctx.p, ctx.T) if needs_dwpe else None
-    return None, dwte, dwpe, None, None
+    dwte = _wte_backward(dx, idx, seed, ctx.p, ctx.V, ctx.dtype) if needs_dwte else None
+    dwpe = _wpe_backward(dx, seed, ctx.p, ctx.T, ctx.dtype) if needs_dwpe else None
+    return None, dwte, dwpe, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, p: float = 0.0) -> Tensor:
+def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, p: float = 0.0) -> Tensor:
     """Token plus position embedding, then dropout; the meaning of `reference.embedding`.
 
     idx (B, T) int64 or int32, wte (V, C), wpe (T, C), both float32, bfloat16 or float16, C up to 8192; 0 <= p < 1.
-    Returns (B, T, C) in wte's dtype, NaN where idx is not one of 0 … V - 1. The mask's seed is drawn from torch's
+    Returns (B, T, C) in `dtype`, NaN where idx is not one of 0 … V - 1. The mask's seed is drawn from torch's
     generator of wte's device. ValueError for what cannot be served.
     """
     check("wte", wte, shape=(None, None))
@@ -330,5 +330,7 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, p: float = 0.0) -> Tensor:
     check("wpe", wpe, shape=(T, C), dtypes=(wte.dtype,), device=wte.device)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p: got {p}, expected 0 or more and less than 1")
-    x = _forward(idx.reshape(-1), rows(wte), rows(wpe), new_seed(wte, p), p)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype: got {dtype}, expected {' or '.join(str(known) for known in FLOATS)}")
+    x = _forward(idx.reshape(-1), rows(wte), rows(wpe), new_seed(wte, p), p, dtype)
     return x.view(B, T, C)

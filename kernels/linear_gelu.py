@@ -231,7 +231,7 @@ def mlp(
     _check(x, approximate, path)
     _check_linear("fc_", fc_weight, fc_bias, x, x.shape[-1])
     _check_linear("proj_", proj_weight, proj_bias, x, fc_weight.shape[0])
-    keep = _differentiable(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    keep = _differentiable(x, fc_weight, fc_bias, proj_weight)  # proj_bias's gradient takes neither act nor pre
     y, _, _ = _mlp(
         x.reshape(-1, x.shape[-1]), fc_weight, fc_bias, proj_weight, proj_bias, approximate, keep, path
     )  # fmt: skip

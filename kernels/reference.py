@@ -9,6 +9,7 @@ need no autocast rule.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
 
 LAYER_NORM_EPS = 1e-5  # GPT-2's; nanoGPT's too
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
@@ -19,20 +20,22 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, p: float = 0.0) -> Tensor:
+def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, p: float = 0.0) -> Tensor:
     """Token plus position embedding, then dropout: the start of the residual stream.
 
-    idx (B, T) int64, wte (V, C), wpe (T, C), the rows of idx's positions. Returns (B, T, C) in wte's dtype.
+    idx (B, T) int64, wte (V, C), wpe (T, C), the rows of idx's positions. Returns (B, T, C) in `dtype`.
     """
-    return F.dropout(F.embedding(idx, wte) + wpe, p, training=p > 0)
+    x = widened(F.embedding(idx, wte)) + widened(wpe)
+    return F.dropout(x.to(dtype), p, training=p > 0)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """LayerNorm over the last dimension: (x - mean) * rstd * weight + bias (Ba et al. 2016, arXiv:1607.06450).
 
-    x (..., C) of any float dtype, weight and bias (C,) float32. Returns y (..., C) in `dtype`; statistics in float32.
+    x (..., C), weight and bias (C,) of any float dtype. Returns y (..., C) in `dtype`; statistics in float32.
     """
-    return F.layer_norm(widened(x), weight.shape, weight, bias, LAYER_NORM_EPS).to(dtype)
+    x, weight, bias = widened(x), widened(weight), None if bias is None else widened(bias)
+    return F.layer_norm(x, weight.shape, weight, bias, LAYER_NORM_EPS).to(dtype)
 
 
 def add_layer_norm(
@@ -153,20 +156,35 @@ def adamw(
     Returns the gradient's norm, unscaled and before clipping, and found_inf, 1 where that norm is not finite, both ()
     float32. Then nothing is changed, nor is step advanced.
     """
-    (beta1, beta2), t = betas, step.double() + 1
-    g = widened(grad)
+    g = widened(grad) if grad.dtype != param.dtype else grad
     norm = torch.linalg.vector_norm(g)
-    if inv_scale is not None:
-        g, norm = g * inv_scale, norm * inv_scale
+    factor = torch.ones_like(norm) if inv_scale is None else inv_scale
+    norm = norm * factor
     if max_norm > 0:
-        g = g * (max_norm / (norm + CLIP_EPS)).clamp(max=1.0)
-    m = exp_avg.lerp(g, 1 - beta1)
-    v = exp_avg_sq.mul(beta2).addcmul_(g, g, value=1 - beta2)
-    p = param.clone()
-    p[:n_decay] *= 1 - lr * weight_decay
-    p -= lr / (1 - beta1**t) * m / (v.sqrt() / (1 - beta2**t).sqrt() + eps)
-    finite = norm.isfinite()
-    for old, new in ((param, p), (exp_avg, m), (exp_avg_sq, v), (step, step + 1), (compute, p)):
-        if old is not None:
-            old.copy_(torch.where(finite, new.to(old.dtype), old))
-    return norm, finite.logical_not().to(norm.dtype)
+        factor = factor * (max_norm / (norm + CLIP_EPS)).clamp(max=1.0)
+    found_inf = norm.isfinite().logical_not().float()
+    g = g * factor
+    beta1, beta2 = betas
+    for part, decay in ((slice(n_decay), weight_decay), (slice(n_decay, None), 0.0)):
+        taken = step.float().clone()
+        torch_adamw(
+            [param[part]],
+            [g[part]],
+            [exp_avg[part]],
+            [exp_avg_sq[part]],
+            [],
+            [taken],
+            fused=True,  # the one that leaves everything, the step count too, where found_inf says so
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=decay,
+            eps=eps,
+            maximize=False,
+        )
+    step.copy_(taken)
+    if compute is not None:
+        compute.copy_(torch.where(found_inf > 0, compute, param.to(compute.dtype)))
+    return norm, found_inf

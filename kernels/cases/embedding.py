@@ -28,7 +28,7 @@ def _tokens(B: int, T: int, V: int) -> Tensor:
 def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     randn, (B, T, C, V) = draw(device), shape
     wte, wpe = randn(V, C, dtype=dtype), randn(T, C, dtype=dtype)
-    return {"idx": _tokens(B, T, V).to(device), "wte": wte, "wpe": wpe}
+    return {"idx": _tokens(B, T, V).to(device), "wte": wte, "wpe": wpe, "dtype": dtype}
 
 
 def _forward_bytes(shape: Shape, dtype: torch.dtype) -> Traffic:

@@ -66,13 +66,14 @@ layouts = st.sampled_from(["packed", "part of a larger table", "transposed"])
     C=st.one_of(st.integers(1, 70), st.sampled_from([768, 1600])),
     V=st.integers(1, 12),
     dtype=st.sampled_from(DTYPES),
+    x_dtype=st.sampled_from(DTYPES),
     idx_dtype=st.sampled_from([torch.int64, torch.int32]),
     layout=st.tuples(layouts, layouts, layouts, st.one_of(layouts, st.just("the same everywhere"))),
 )
-def test_any_shape_stride_and_dtype(B, T, C, V, dtype, idx_dtype, layout) -> None:
+def test_any_shape_stride_and_dtype(B, T, C, V, dtype, x_dtype, idx_dtype, layout) -> None:
     device = torch.device("cpu" if INTERPRETED else "cuda")
     idx = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(B * T)).to(device, idx_dtype)
-    inputs = {"idx": laid_out(idx, layout[0])}
+    inputs = {"idx": laid_out(idx, layout[0]), "dtype": x_dtype}
     for (name, x), how in zip(tables(V, T, C, device, dtype).items(), layout[1:3], strict=True):
         inputs[name] = laid_out(x.detach(), how).requires_grad_()
 
@@ -97,7 +98,7 @@ def test_segments_that_begin_and_end_anywhere(lengths: list[int], C: int, seed: 
     check(
         em.embedding,
         reference.embedding,
-        {"idx": tokens[None].to(device), "wte": wte, "wpe": wte.new_zeros(len(tokens), C)},
+        {"idx": tokens[None].to(device), "wte": wte, "wpe": wte.new_zeros(len(tokens), C), "dtype": torch.float32},
     )
 
 
@@ -128,7 +129,7 @@ def test_only_the_gradients_that_are_wanted(device: torch.device, monkeypatch: p
         ("wpe",): ["bwd_wpe_kernel"],
     }.items():
         weights = {name: x.detach().requires_grad_(name in wanted) for name, x in tables(4, 3, 8, device).items()}
-        x = em.embedding(idx, **weights)
+        x = em.embedding(idx, **weights, dtype=torch.float32)
         assert x.requires_grad == bool(wanted)
         kernels.clear()
         if wanted:
@@ -142,9 +143,9 @@ def test_tokens_out_of_the_vocabulary_are_nan_and_read_nothing(device: torch.dev
     V, weights = 6, tables(6, 4, 40, device)
     idx = torch.tensor([[0, V, 5, -1], [2**40, 3, -(2**40), 3]], device=device)
     bad = (idx < 0) | (idx >= V)
-    x = em.embedding(idx, **weights)
+    x = em.embedding(idx, **weights, dtype=torch.float32)
     assert x[bad].isnan().all()
-    assert torch.equal(x[~bad], reference.embedding(idx.masked_fill(bad, 0), **weights)[~bad])
+    assert torch.equal(x[~bad], reference.embedding(idx.masked_fill(bad, 0), **weights, dtype=torch.float32)[~bad])
     dwte, dwpe = torch.autograd.grad(x, list(weights.values()), torch.ones_like(x))
     assert torch.equal(dwpe, torch.full_like(dwpe, 2.0))
     assert dwte.shape == (V, 40)
@@ -154,7 +155,9 @@ def test_tokens_out_of_the_vocabulary_are_nan_and_read_nothing(device: torch.dev
 @pytest.mark.parametrize("C", [1, em.MAX_WIDTH])
 def test_the_narrowest_and_the_widest_row(C: int, device: torch.device) -> None:
     check(
-        em.embedding, reference.embedding, {"idx": torch.tensor([[1, 0, 1]], device=device), **tables(2, 3, C, device)}
+        em.embedding,
+        reference.embedding,
+        {"idx": torch.tensor([[1, 0, 1]], device=device), **tables(2, 3, C, device), "dtype": torch.float32},
     )
 
 
@@ -187,14 +190,14 @@ def test_the_mask_is_philox_of_the_seed_forward_and_backward(B, T, C, dtype, dev
     keep = torch.from_numpy(keep_mask(seed.item(), B * T, C, p)).view(B, T, C).to(device)
     idx = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(C)).to(device)
 
-    def masked(idx, wte, wpe):
-        return reference.embedding(idx, wte, wpe) * keep / (1 - p)
+    def masked(idx, wte, wpe, dtype):
+        return reference.embedding(idx, wte, wpe, dtype) * keep / (1 - p)
 
-    def fused(idx, wte, wpe):
+    def fused(idx, wte, wpe, dtype):
         torch.manual_seed(7)
-        return em.embedding(idx, wte, wpe, p)
+        return em.embedding(idx, wte, wpe, dtype, p)
 
-    inputs = {"idx": idx, **tables(V, T, C, device, dtype)}
+    inputs = {"idx": idx, **tables(V, T, C, device, dtype), "dtype": dtype}
     check(fused, masked, inputs)
     assert fused(**inputs)[~keep].eq(0).all()
 
@@ -205,7 +208,7 @@ def test_every_call_draws_a_new_mask_and_the_generator_repeats_them(device: torc
 
     def masks(seed: int) -> list[Tensor]:
         torch.manual_seed(seed)
-        return [em.embedding(idx, wte, wpe, 0.2) for _ in range(2)]
+        return [em.embedding(idx, wte, wpe, torch.float32, 0.2) for _ in range(2)]
 
     first, second = masks(1)
     assert not torch.equal(first, second)
@@ -222,9 +225,9 @@ def test_opcheck(p: float, device: torch.device) -> None:
     seed = torch.tensor([3], device=device) if p else None
     idx, weights = torch.tensor([4, 0, 4, 1, 1, 4], device=device), tables(5, 3, 24, device)
     ops, dx = torch.ops.nanofuse, torch.ones(6, 24, device=device)
-    torch.library.opcheck(ops.embedding.default, (idx, *weights.values(), seed, p))
-    torch.library.opcheck(ops.embedding_wte_backward.default, (dx, idx, seed, p, 5))
-    torch.library.opcheck(ops.embedding_wpe_backward.default, (dx, seed, p, 3))
+    torch.library.opcheck(ops.embedding.default, (idx, *weights.values(), seed, p, torch.bfloat16))
+    torch.library.opcheck(ops.embedding_wte_backward.default, (dx, idx, seed, p, 5, torch.bfloat16))
+    torch.library.opcheck(ops.embedding_wpe_backward.default, (dx, seed, p, 3, torch.bfloat16))
 
 
 def test_compiled_with_dropout(device: torch.device, compiler: None) -> None:
@@ -234,7 +237,7 @@ def test_compiled_with_dropout(device: torch.device, compiler: None) -> None:
     compiled = torch.compile(em.embedding, fullgraph=True)
     drawn = []
     for _ in range(2):
-        x = compiled(idx, wte, wpe, 0.5)
+        x = compiled(idx, wte, wpe, torch.float32, 0.5)
         (dwte,) = torch.autograd.grad(x.sum(), wte)
         kept = torch.zeros_like(wte).index_add_(0, idx.flatten(), x.detach().view(16, 64))
         assert torch.equal(dwte, kept)  # of ones, kept ones count 2 in both directions
@@ -258,12 +261,14 @@ def test_compiled_with_dropout(device: torch.device, compiler: None) -> None:
         ({"wpe": torch.zeros(3, 8, device="meta")}, "wpe: got a tensor on meta, expected"),
         ({"wte": torch.zeros(5, 8193)}, "wte: got 8193 channels, expected 1 to 8192"),
         ({"wte": torch.zeros(5, 0)}, "wte: got 0 channels, expected 1 to 8192"),
+        ({"dtype": torch.float64}, "dtype: got torch.float64, expected"),
         ({"p": 1.0}, "p: got 1.0, expected 0 or more and less than 1"),
         ({"p": -0.1}, "p: got -0.1, expected 0 or more and less than 1"),
     ],
 )
 def test_refused_with_what_came_and_what_was_expected(bad: dict, message: str, device: torch.device) -> None:
-    good = {"idx": torch.zeros(2, 3, dtype=torch.int64), "wte": torch.zeros(5, 8), "wpe": torch.zeros(3, 8), "p": 0.0}
+    good = {"idx": torch.zeros(2, 3, dtype=torch.int64), "wte": torch.zeros(5, 8), "wpe": torch.zeros(3, 8)}
+    good |= {"dtype": torch.float32, "p": 0.0}
     arguments = {
         name: x.to(device) if isinstance(x, Tensor) and x.device.type != "meta" else x
         for name, x in (good | bad).items()

@@ -74,7 +74,7 @@ def test_the_bundle_is_frozen_and_whole():
 def test_embedding(dtype):
     wte, wpe = draw(11, 6, dtype=dtype), draw(4, 6, seed=1, dtype=dtype)
     idx = torch.tensor([[0, 10, 3, 3], [5, 5, 5, 5]])
-    x = REFERENCE.embedding(idx, wte, wpe)
+    x = REFERENCE.embedding(idx, wte, wpe, dtype)
     assert x.dtype == dtype
     for b in range(2):
         for t in range(4):
@@ -83,7 +83,7 @@ def test_embedding(dtype):
 
 def test_embedding_dropout():
     idx = torch.zeros(200, 50, dtype=torch.int64)
-    x = REFERENCE.embedding(idx, torch.ones(1, 8), torch.ones(50, 8), p=0.2)
+    x = REFERENCE.embedding(idx, torch.ones(1, 8), torch.ones(50, 8), torch.float32, p=0.2)
     assert set(x.unique().tolist()) == {0.0, 2.5}
     assert abs(x.eq(0).float().mean() - 0.2) < 0.01
 
@@ -168,7 +168,7 @@ def test_dropout_of_0_takes_nothing_from_the_generator():
     expected = torch.rand(1)
     torch.manual_seed(0)
     REFERENCE.add_layer_norm(draw(2, 4), draw(2, 4), torch.ones(4), None, torch.float32, 0.0)
-    REFERENCE.embedding(torch.zeros(1, 2, dtype=torch.int64), draw(3, 4), draw(2, 4), 0.0)
+    REFERENCE.embedding(torch.zeros(1, 2, dtype=torch.int64), draw(3, 4), draw(2, 4), torch.float32, 0.0)
     assert torch.equal(torch.rand(1), expected)
 
 
