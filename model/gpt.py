@@ -8,14 +8,21 @@ it yet, so that every residual addition meets the LayerNorm after it in one oper
                       x, h = add_layer_norm(branch, x);  branch = mlp(h)
     x, h = add_layer_norm(branch, x);  logits = h @ wte.T
 
-Precision. Parameters, the residual stream, LayerNorm statistics and the loss are float32. Matmuls and attention run in
-`compute_dtype`: LayerNorm writes its output in it, weights are cast to it where they are used, and the gradients of the
-casts arrive in float32. With float32 nothing is cast at all. This is what nanoGPT's autocast computes, said explicitly,
-because fused ops have no autocast rule.
+Precision. Parameters, LayerNorm statistics and the loss are float32. Matmuls and attention run in `compute_dtype`:
+LayerNorm writes its output in it. The residual stream has a dtype of its own, `stream_dtype`, float32 unless said. What
+the parameters are multiplied as depends on who holds the model:
+
+- Alone, it casts each weight to `compute_dtype` where it is used, and gradients arrive in float32: what nanoGPT's
+  autocast computes, said explicitly, because fused ops have no autocast rule.
+- In training, an optimizer keeps copies of all parameters in `compute_dtype` beside the float32 ones, and writes them
+  as it updates: `read_copies`. Then nothing is cast, and the copies are what is differentiated.
+
+With float32 nothing is cast, and there are no copies.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +34,19 @@ from model.config import GPTConfig
 from model.generate import generate
 
 
+def weights(layer: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias) of a layer as they are to be computed with: its copies, or its parameters, cast to `dtype`."""
+    bias = getattr(layer, "bias", None)
+    if hasattr(layer, "weight_copy"):
+        return layer.weight_copy, None if bias is None else layer.bias_copy
+    if dtype is None:
+        return layer.weight, bias
+    return layer.weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """layer(x), computed in x's dtype."""
-    return F.linear(x, layer.weight.to(x.dtype), cast(layer.bias, x.dtype))
-
-
-def cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.to(dtype)
+    return F.linear(x, *weights(layer, x.dtype))
 
 
 class LayerNorm(nn.Module):
@@ -48,9 +61,9 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor, branch: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(x + dropout(branch), its LayerNorm in `dtype`)."""
         if branch is None:
-            return x, self.ops.layer_norm(x, self.weight, self.bias, dtype)
+            return x, self.ops.layer_norm(x, *weights(self), dtype)
         p = self.dropout if self.training else 0.0
-        return self.ops.add_layer_norm(branch, x, self.weight, self.bias, dtype, p)
+        return self.ops.add_layer_norm(branch, x, *weights(self), dtype, p)
 
 
 class CausalSelfAttention(nn.Module):
@@ -74,8 +87,7 @@ class MLP(nn.Module):
         self.ops, self.gelu = ops, config.gelu
 
     def forward(self, h: Tensor) -> Tensor:
-        fc, proj = ((layer.weight.to(h.dtype), cast(layer.bias, h.dtype)) for layer in (self.c_fc, self.c_proj))
-        return self.ops.mlp(h, *fc, *proj, self.gelu)
+        return self.ops.mlp(h, *weights(self.c_fc, h.dtype), *weights(self.c_proj, h.dtype), self.gelu)
 
 
 class Block(nn.Module):
@@ -98,13 +110,14 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A GPT whose head shares its weight with the token embedding.
 
-    `compute_dtype` (float32 at first) is the dtype of matmuls and attention; see the module's docstring.
+    `compute_dtype` and `stream_dtype` (both float32 at first) are the dtypes of matmuls and attention, and of the
+    residual stream; see the module's docstring.
     """
 
     def __init__(self, config: GPTConfig, ops: Ops = REFERENCE) -> None:
         super().__init__()
         self.config, self.ops = config, ops
-        self.compute_dtype = torch.float32
+        self.compute_dtype = self.stream_dtype = torch.float32
         # built in nanoGPT's order, so that the same seed draws the same weights
         self.transformer = nn.ModuleDict(
             {
@@ -142,7 +155,8 @@ class GPT(nn.Module):
             raise ValueError(f"idx: got {start + T} tokens, expected at most {self.config.block_size} (block_size)")
         p = self.config.dropout if self.training else 0.0
         tr, dtype = self.transformer, self.compute_dtype
-        x, branch = self.ops.embedding(idx, tr.wte.weight, tr.wpe.weight[start : start + T], p), None
+        (wte, _), (wpe, _) = weights(tr.wte), weights(tr.wpe)
+        x, branch = self.ops.embedding(idx, wte, wpe[start : start + T], self.stream_dtype, p), None
         for block in tr.h:
             x, branch = block(x, branch, dtype, cache)
         if cache is not None:
@@ -151,8 +165,15 @@ class GPT(nn.Module):
             _, h = tr.ln_f(x[:, -1:], branch[:, -1:], dtype)
             return linear(self.lm_head, h), None
         _, h = tr.ln_f(x, branch, dtype)
-        loss, logits = self.ops.linear_cross_entropy(h, self.lm_head.weight.to(dtype), targets)
+        loss, logits = self.ops.linear_cross_entropy(h, weights(self.lm_head, dtype)[0], targets)
         return logits, loss
+
+    def read_copies(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
+        """Compute with these copies of the parameters, in `compute_dtype`, from here on. Whoever changes a parameter
+        changes its copy too. They are no part of the state_dict."""
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, f"{name}_copy", copies[parameter])
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, by default without the position embeddings; the token embeddings are the head's."""

@@ -26,6 +26,7 @@ def make(ops: Ops, dtype: torch.dtype = torch.float32, **changes) -> GPT:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE))
     if dtype == torch.float64:
         model = model.double()
+        model.stream_dtype = dtype
     model.compute_dtype = dtype
     return model
 

@@ -100,7 +100,7 @@ def test_float64_is_the_definition(name):
     model, idx, targets = case(**SHAPES[name])
     expected_logits, expected_loss, gradients = truth(model, idx, targets)
     model.double()
-    model.compute_dtype = torch.float64
+    model.compute_dtype = model.stream_dtype = torch.float64
     logits, loss = model(idx, targets)
     loss.backward()
     torch.testing.assert_close(logits, expected_logits, rtol=1e-11, atol=1e-12)
