@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels import select
 from model import GPT, GPTConfig
 from model.flops import flops_per_token
 from train.build import open_dataset
@@ -34,7 +35,7 @@ from train.errors import UserError, run
 from train.files import replacing
 from train.hardware import device_name, peak_flops, resolve_device, resolve_dtype, synchronize
 from train.metrics import mfu
-from train.optim import adamw
+from train.optim import FlatAdamW
 from train.settings import check_values, setting
 from train.step import TrainStep
 
@@ -56,11 +57,18 @@ class StepBenchConfig:
 
 
 def ours(weights: dict[str, Tensor], shape: GPTConfig, config, device: torch.device, dtype, *, compile: bool) -> Step:
-    model = GPT(shape).to(device)
+    ops = select("auto", device)
+    model = GPT(shape, ops).to(device)
     model.load_state_dict(weights)
     model.compute_dtype = dtype
-    betas = config.beta1, config.beta2
-    optimizer = adamw(model, learning_rate=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
+    optimizer = FlatAdamW(
+        model,
+        ops,
+        learning_rate=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        in_float32=config.gradient_accumulation_steps > 1,
+    )
     step = TrainStep(torch.compile(model) if compile else model, optimizer, grad_clip=config.grad_clip)
     return lambda batch: step(batch, config.learning_rate).loss
 

@@ -16,12 +16,13 @@ from train.checkpoint_layout import MODEL_ARGS
 from train.cli import help_text
 from train.config import TrainConfig, choose_base, compose, parse
 from train.data import Dataset, Loader
-from train.distributed import World, local_device, process_group, world_from_environment
+from train.distributed import Reducer, World, local_device, process_group, world_from_environment
 from train.errors import UserError, run
+from train.graph import GraphedStep
 from train.hardware import Peak, device_name, peak_flops, resolve_device, resolve_dtype
 from train.log import RunLog, check_sinks
 from train.loop import Loop, Progress
-from train.optim import adamw
+from train.optim import FlatAdamW, LossScale
 from train.plot import plot_run
 from train.sample import sample_text
 from train.step import TrainStep
@@ -75,19 +76,22 @@ def train(
     dataset = open_dataset(config.dataset, world)
     ops = choose_ops(config, device, dtype, dataset.vocab_size)
     raw_model = build_model(config, named, dataset, checkpoint, ops).to(device)
-    raw_model.compute_dtype = dtype
+    raw_model.compute_dtype, raw_model.stream_dtype = dtype, getattr(torch, config.residual_dtype)
     config = adopt_shape(config, raw_model)
     dataset.check(config.block_size, raw_model.config.vocab_size)
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # of float32 matmuls, where any are left
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
-    optimizer = adamw(
+    accumulation = config.gradient_accumulation_steps // world.size
+    optimizer = FlatAdamW(
         raw_model,
+        ops,
         learning_rate=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
+        in_float32=accumulation * world.size > 1,
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = LossScale(device, enabled=dtype == torch.float16)
     progress, resumed_at = Progress(), None
     if checkpoint is not None:
         progress = _restore(checkpoint, raw_model, optimizer, scaler)
@@ -106,12 +110,22 @@ def train(
         state = _pack(config, raw_model, optimizer, scaler, dataset, progress)
         checkpoints.save(Path(config.out_dir), state, config.keep_checkpoints)
 
-    model = model_to_train(raw_model, config, world, device, say)
+    model = model_to_train(raw_model, config, device, say)
+    optimizer.flat.clear()
+    step = TrainStep(
+        model,
+        optimizer,
+        grad_clip=config.grad_clip,
+        scaler=scaler,
+        reducer=Reducer(world, optimizer.flat) if world.size > 1 else None,
+    )
+    if config.cuda_graphs and device.type == "cuda":
+        step = GraphedStep(step, (accumulation, config.batch_size, config.block_size))
     loader = Loader(
         dataset,
         batch_size=config.batch_size,
         block_size=config.block_size,
-        accumulation=config.gradient_accumulation_steps // world.size,
+        accumulation=accumulation,
         seed=config.seed,
         device=device,
         rank=world.rank,
@@ -123,8 +137,8 @@ def train(
             config,
             world,
             device,
-            model=getattr(model, "module", model),
-            step=TrainStep(model, optimizer, grad_clip=config.grad_clip, scaler=scaler),
+            model=model,
+            step=step,
             loader=loader,
             log=log,
             save=save,
@@ -141,11 +155,11 @@ def train(
     return 128 + status if status else 0
 
 
-def _restore(checkpoint: dict, model: GPT, optimizer: torch.optim.AdamW, scaler: torch.amp.GradScaler) -> Progress:
+def _restore(checkpoint: dict, model: GPT, optimizer: FlatAdamW, scaler: LossScale) -> Progress:
     """Give the optimizer and the scaler what the checkpoint holds for them; where the run stood."""
     checkpoints.load_optimizer(optimizer, optimizer_state(checkpoint, model))
     ours, iter_num = checkpoint["nanofuse"], checkpoint["iter_num"]
-    if scaler.is_enabled() and ours.get("scaler"):
+    if scaler.enabled and ours.get("scaler"):
         scaler.load_state_dict(ours["scaler"])
     # nanoGPT saves right after an evaluation, and does not count those without improvement
     stale_evals, judged_at = ours.get("stale_evals", 0), ours.get("judged_at", iter_num)
@@ -155,8 +169,8 @@ def _restore(checkpoint: dict, model: GPT, optimizer: torch.optim.AdamW, scaler:
 def _pack(
     config: TrainConfig,
     model: GPT,
-    optimizer: torch.optim.AdamW,
-    scaler: torch.amp.GradScaler,
+    optimizer: FlatAdamW,
+    scaler: LossScale,
     dataset: Dataset,
     progress: Progress,
 ) -> dict:

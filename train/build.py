@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from kernels import Ops, select
 from model import GPT, GPTConfig
@@ -111,23 +110,16 @@ def adopt_shape(config: TrainConfig, model: GPT) -> TrainConfig:
     return dataclasses.replace(config, **{name: getattr(model.config, name) for name in (*SHAPE, "block_size")})
 
 
-def model_to_train(
-    model: GPT, config: TrainConfig, world: World, device: torch.device, say: Callable[[str], None]
-) -> nn.Module:
-    """`model` as the step runs it: compiled if wanted and possible, in DDP where there are several ranks.
+def model_to_train(model: GPT, config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> nn.Module:
+    """`model` as the step runs it: compiled if wanted and possible.
 
     torch.compile works at the first call, so that call is made here, on zeros: where it fails, the run goes on without.
     """
 
-    def wrapped(module: nn.Module) -> nn.Module:
-        if world.size == 1:
-            return module
-        return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
-
     if not config.compile:
-        return wrapped(model)
+        return model
     say("compiling the model... (takes a ~minute)")
-    compiled = wrapped(torch.compile(model))
+    compiled = torch.compile(model)
     shape = config.batch_size, config.block_size
     # two tensors: one in both places would be compiled for that case alone
     idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
@@ -138,6 +130,5 @@ def model_to_train(
     except Exception as error:  # from Dynamo, Inductor, a C++ compiler that is not there, Triton, a driver: all kinds
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         say(f"compile: not possible on this machine, going on without it: {reason}")
-        compiled = wrapped(model)
-    model.zero_grad(set_to_none=True)
+        compiled = model
     return compiled

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.errors import UserError
+from train.flat import FlatState
 
 
 @dataclass
@@ -61,6 +62,65 @@ class World:
         (work, told), self._asked = self._asked, None
         work.wait()
         return int(told.item())
+
+
+class Reducer:
+    """Sums flat gradients over the ranks, in few large pieces, while the backward pass still makes the others.
+
+    `start_with_backward` before the last micro-step of a step, `finish` after it; without the first, all is summed in
+    `finish`. Every rank's backward pass goes the same way, so all sum the same piece at the same time.
+    """
+
+    def __init__(self, world: World, flat: FlatState, piece: int = 2**23) -> None:
+        """piece: elements, at least, of one exchange."""
+        self.world, self.flat = world, flat
+        self._pieces, self._piece_of = [], {}
+        begin, members = 0, []
+        for leaf, place in flat.leaves.items():
+            members.append(leaf)
+            if place.stop - begin >= piece:
+                begin = self._cut(begin, place.stop, members)
+        if members:
+            self._cut(begin, len(flat.total), members)
+        for leaf in flat.leaves:
+            leaf.register_post_accumulate_grad_hook(self._arrived)
+        self._missing: list[int] | None = None  # by piece: gradients still to come; None: not watching
+        self._sent: dict[int, dist.Work] = {}
+
+    def _cut(self, begin: int, end: int, members: list[Tensor]) -> int:
+        self._piece_of |= dict.fromkeys(members, len(self._pieces))
+        self._pieces.append((slice(begin, end), len(members)))
+        members.clear()
+        return end
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether pieces are sent, and gathered, as they come."""
+        return self._missing is not None
+
+    def start_with_backward(self) -> None:
+        """Send each piece as soon as its gradients are there."""
+        self._missing = [count for _, count in self._pieces]
+
+    def _arrived(self, leaf: Tensor) -> None:
+        if self._missing is not None:
+            piece = self._piece_of[leaf]
+            self._missing[piece] -= 1
+            if self._missing[piece] == 0:
+                self._send(piece)
+
+    def _send(self, piece: int) -> None:
+        self._sent[piece] = dist.all_reduce(self.flat.gather(self._pieces[piece][0]), async_op=True)
+
+    def finish(self) -> None:
+        """Send what is left and wait for all."""
+        for piece in range(len(self._pieces)):
+            if piece not in self._sent:
+                self._send(piece)
+        for work in self._sent.values():
+            work.wait()
+        self._sent.clear()
+        self._missing = None
 
 
 def world_from_environment() -> World:

@@ -18,6 +18,7 @@ from train.config import TrainConfig
 from train.data import Loader
 from train.distributed import World
 from train.errors import RunError
+from train.graph import GraphedStep
 from train.hardware import synchronize
 from train.log import RunLog
 from train.metrics import StepTimer, mfu, tokens_per_second
@@ -75,7 +76,7 @@ class Loop:
     world: World
     device: torch.device
     model: nn.Module
-    step: TrainStep
+    step: TrainStep | GraphedStep
     loader: Loader
     log: RunLog | None
     save: Callable[[Progress], None]
@@ -155,7 +156,7 @@ class Loop:
         self._unread.clear()
         self.world.sum(table).div_(self.world.size)
         # float16's scaler skips an update whose gradients overflowed; for it they are no failure
-        checked = table[:, :1] if self.step.scaler.is_enabled() else table
+        checked = table[:, :1] if self.step.scaler.enabled else table
         for row, values in enumerate(checked.tolist()):
             self._check_finite(first + row, dict(zip(("loss", "gradient norm"), values, strict=False)))
         loss, grad_norm = table[-1].tolist()

@@ -1,7 +1,11 @@
-"""AdamW over a GPT's parameters, grouped as nanoGPT groups them."""
+"""AdamW over a GPT's flat state, in parameter groups and with a state_dict as nanoGPT has them."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from kernels import Ops
+from model import GPT
+from train.flat import FlatState
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -16,8 +20,118 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def adamw(
-    model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """torch's AdamW, fused: one kernel for many tensors on CUDA, one vectorised pass a tensor on a CPU."""
-    return torch.optim.AdamW(param_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
+class FlatAdamW(torch.optim.AdamW):
+    """torch's AdamW in what it means, holds and saves; its update is one call of `ops.adamw` over flat buffers.
+
+    lr (), steps (): float32 on the device, so that a captured update reads what they are at its replay.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        ops: Ops,
+        *,
+        learning_rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        in_float32: bool = False,
+    ) -> None:
+        """model, in_float32: as for FlatState, which takes over the model's parameters here."""
+        self.flat, self._adamw = FlatState(model, in_float32=in_float32), ops.adamw
+        super().__init__(param_groups(model, weight_decay), lr=learning_rate, betas=betas)
+        device = self.flat.param.device
+        self.lr, self.steps = (torch.full((), value, device=device) for value in (learning_rate, 0.0))
+        self._own_state()
+
+    def _own_state(self) -> None:
+        """Every tensor's moments are views of the flat ones; all have taken the same steps."""
+        for p in self.flat.places:
+            moments = {name: self.flat.view(getattr(self.flat, name), p) for name in ("exp_avg", "exp_avg_sq")}
+            self.state[p] = {"step": self.steps, **moments}
+
+    def set_lr(self, lr: float) -> None:
+        """The rate of updates from here on, also of those captured."""
+        self.lr.fill_(lr)
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def update(self, max_norm: float = 0.0, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Clip, update, write the copies, clear the gradients: (gradient norm, found_inf) as `ops.adamw` says."""
+        flat, group = self.flat, self.param_groups[0]
+        results = self._adamw(
+            flat.param,
+            flat.total,
+            flat.exp_avg,
+            flat.exp_avg_sq,
+            self.lr,
+            self.steps,
+            n_decay=flat.n_decay,
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            max_norm=max_norm,
+            inv_scale=inv_scale,
+            compute=flat.compute,
+        )
+        flat.total.zero_()
+        return results
+
+    def step(self, closure: None = None) -> None:
+        raise NotImplementedError("FlatAdamW.update is what makes a step")
+
+    def state_dict(self) -> dict:
+        """As torch's: moments by parameter, and a step count for each of its own: torch counts each one up."""
+        state = super().state_dict()
+        taken = {i: {**entry, "step": entry["step"].clone()} for i, entry in state["state"].items()}
+        return {**state, "state": taken}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """From torch's AdamW or ours; a state without moments starts from nought."""
+        super().load_state_dict(state_dict)
+        loaded = dict(self.state)
+        for buffer in (self.flat.exp_avg, self.flat.exp_avg_sq, self.steps):
+            buffer.zero_()
+        for p, entry in loaded.items():
+            self.flat.view(self.flat.exp_avg, p).copy_(entry["exp_avg"])
+            self.flat.view(self.flat.exp_avg_sq, p).copy_(entry["exp_avg_sq"])
+        if loaded:
+            self.steps.copy_(max(entry["step"] for entry in loaded.values()))
+        self._own_state()
+
+
+class LossScale:
+    """float16's loss scale, by torch.amp.GradScaler's rule and with its state, all of it on the device.
+
+    The loss is multiplied by `scale`; an update whose gradients overflowed is skipped and halves it, 2000 updates in a
+    row without one double it. `enabled` False: no scale at all.
+    """
+
+    GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
+
+    def __init__(self, device: torch.device, *, enabled: bool, scale: float = 65536.0) -> None:
+        self.enabled = enabled
+        self.scale = torch.full((), scale, device=device)
+        self._tracker = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, found_inf: Tensor) -> None:
+        """Adapt to whether the update was skipped."""
+        if self.enabled:
+            torch._amp_update_scale_(self.scale, self._tracker, found_inf, self.GROWTH, self.BACKOFF, self.INTERVAL)
+
+    def state_dict(self) -> dict:
+        """GradScaler's; {} where not enabled."""
+        if not self.enabled:
+            return {}
+        return {
+            "scale": self.scale.item(),
+            "growth_factor": self.GROWTH,
+            "backoff_factor": self.BACKOFF,
+            "growth_interval": self.INTERVAL,
+            "_growth_tracker": self._tracker.item(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.scale.fill_(state["scale"])
+        self._tracker.fill_(state["_growth_tracker"])

@@ -1,13 +1,17 @@
-"""One optimizer step: micro-steps, accumulation, clipping, update. The loop around it lives in `loop.py`."""
+"""One optimizer step: micro-steps, accumulation, clipping, update. The loop around it lives in `loop.py`.
 
-import contextlib
+Everything that changes from step to step lies in device memory, and nothing here waits for the device or branches on
+what it computed: so `graph.py` can capture `micro_step` and `update` and replay them.
+"""
+
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from train.data import Batch
+from train.distributed import Reducer
+from train.optim import FlatAdamW, LossScale
 
 
 class StepResult(NamedTuple):
@@ -20,48 +24,75 @@ class StepResult(NamedTuple):
 class TrainStep:
     """step(batch, lr) -> StepResult, leaving the parameters one AdamW update further and no gradients behind.
 
-    `model` maps (idx, targets) to (logits, loss) and may be compiled or wrapped in DDP, which then averages gradients
-    over ranks in the last micro-step. `grad_clip` is the largest global gradient norm, 0 for no clipping. `scaler`
-    scales float16's losses so that small gradients survive; it skips updates whose gradients overflowed.
+    `model` maps (idx, targets) to (logits, loss) and may be compiled. `grad_clip` is the largest global gradient norm,
+    0 for no clipping. `scaler` scales float16's losses so that small gradients survive; updates whose gradients
+    overflowed are skipped. `reducer` sums gradients over ranks.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: FlatAdamW,
         *,
         grad_clip: float,
-        scaler: torch.amp.GradScaler | None = None,
+        scaler: LossScale | None = None,
+        reducer: Reducer | None = None,
     ) -> None:
+        param = optimizer.flat.param
         self.model, self.optimizer, self.grad_clip = model, optimizer, grad_clip
-        self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-        self.parameters = list(model.parameters())
+        self.scaler = scaler or LossScale(param.device, enabled=False)
+        self.reducer = reducer
+        self.loss, self.grad_norm = param.new_zeros(()), param.new_zeros(())
 
     def __call__(self, batch: Batch, lr: float) -> StepResult:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.begin(lr)
         accumulation = len(batch.seeds)
-        losses = []
         for micro, seed in enumerate(batch.seeds):
-            # Dropout draws from torch's global generator. Seeding it for every micro-step makes the masks, like the
-            # data, a function of (seed, step): nothing to save, nothing that an evaluation could disturb.
-            torch.manual_seed(seed)
-            with self._gradient_sync(last=micro == accumulation - 1):
-                _, loss = self.model(batch.x[micro], batch.y[micro])
-                self.scaler.scale(loss / accumulation).backward()
-            losses.append(loss.detach())
-        self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if self.grad_clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(torch.stack(losses).mean(), grad_norm)
+            self.seed(seed)
+            if self.reducer is not None and micro == accumulation - 1:
+                self.reducer.start_with_backward()
+            self.micro_step(batch.x[micro], batch.y[micro], accumulation)
+        self.reduce()
+        self.update()
+        return self.result()
 
-    def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager:
-        """DDP reduces gradients in every backward pass unless told not to; once a step is enough."""
-        if isinstance(self.model, DistributedDataParallel) and not last:
-            return self.model.no_sync()
-        return contextlib.nullcontext()
+    def begin(self, lr: float) -> None:
+        """A new step, at this rate."""
+        self.optimizer.set_lr(lr)
+        self.loss.zero_()
+
+    @staticmethod
+    def seed(seed: int) -> None:
+        """Dropout draws from torch's generators. Seeding them for every micro-step makes the masks, like the data, a
+        function of (seed, step): nothing to save, nothing that an evaluation could disturb."""
+        torch.manual_seed(seed)
+
+    def micro_step(self, x: Tensor, y: Tensor, accumulation: int) -> None:
+        """Forward and backward of one of `accumulation`: adds to the gradients and to the mean loss."""
+        _, loss = self.model(x, y)
+        mean = loss / accumulation
+        (mean * self.scaler.scale if self.scaler.enabled else mean).backward()
+        if self.reducer is None or not self.reducer.overlapping:
+            self.optimizer.flat.gather()
+        self.loss += mean.detach()
+
+    def reduce(self) -> None:
+        """Sum the gradients over the ranks."""
+        if self.reducer is not None:
+            self.reducer.finish()
+
+    def update(self) -> None:
+        """Norm, clipping, AdamW, and the gradients cleared."""
+        size = 1 if self.reducer is None else self.reducer.world.size
+        inv_scale = None
+        if self.scaler.enabled:
+            inv_scale = 1 / (self.scaler.scale * size)
+        elif size > 1:
+            inv_scale = torch.full_like(self.grad_norm, 1 / size)
+        norm, found_inf = self.optimizer.update(self.grad_clip, inv_scale)
+        self.scaler.update(found_inf)
+        self.grad_norm.copy_(norm)
+
+    def result(self) -> StepResult:
+        """Of the step just made; copies, since the next one writes in the same places."""
+        return StepResult(self.loss.clone(), self.grad_norm.clone())

@@ -8,7 +8,6 @@ from torch._inductor.utils import fresh_cache
 from model import GPT, GPTConfig
 from train.build import model_to_train
 from train.config import TrainConfig
-from train.distributed import World
 
 CONFIG = TrainConfig(batch_size=2, block_size=8, n_layer=1, n_head=2, n_embd=16, compile=True)
 CPU = torch.device("cpu")
@@ -23,7 +22,7 @@ def small_model() -> GPT:
 def test_without_a_compiler_the_run_goes_on_in_eager_mode() -> None:
     model, lines = small_model(), []
     with fresh_cache(), inductor_config.patch({"cpp.cxx": (None, "/no/such/compiler")}):
-        chosen = model_to_train(model, CONFIG, World(), CPU, lines.append)
+        chosen = model_to_train(model, CONFIG, CPU, lines.append)
     assert chosen is model
     assert [line for line in lines if line.startswith("compile: not possible on this machine, going on without")]
     assert "no/such/compiler" in lines[-1]
@@ -36,7 +35,7 @@ def test_without_a_compiler_the_run_goes_on_in_eager_mode() -> None:
 def test_compiled_is_compiled_and_leaves_no_gradients() -> None:
     torch._dynamo.reset()
     model, lines = small_model(), []
-    chosen = model_to_train(model, CONFIG, World(), CPU, lines.append)
+    chosen = model_to_train(model, CONFIG, CPU, lines.append)
     assert chosen is not model
     assert not any("not possible" in line for line in lines)
     assert all(p.grad is None for p in model.parameters())
@@ -54,9 +53,9 @@ def test_memory_that_runs_out_is_not_taken_for_a_missing_compiler() -> None:
 
     torch._dynamo.reset()
     with pytest.raises(torch.OutOfMemoryError):
-        model_to_train(Hungry(), CONFIG, World(), CPU, lambda line: None)
+        model_to_train(Hungry(), CONFIG, CPU, lambda line: None)
 
 
 def test_not_asked_for_not_compiled() -> None:
     model = small_model()
-    assert model_to_train(model, TrainConfig(compile=False), World(), CPU, lambda line: None) is model
+    assert model_to_train(model, TrainConfig(compile=False), CPU, lambda line: None) is model

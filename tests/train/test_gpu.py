@@ -5,10 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels import REFERENCE, Ops, select
+from tests.train import test_graph as graphs
 from tests.train.runs import last, logged, resume, run
 from tests.train.test_golden import TRACES, golden_batch, golden_model, our_adamw, recorded, relative
 from train.data import Batch
+from train.graph import GraphedStep
 from train.step import TrainStep
+
+CUDA = torch.device("cuda")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,3 +56,36 @@ def test_resume_goes_on_where_the_run_was(tmp_path: Path, compile: bool) -> None
     expected, got = logged(tmp_path / "whole"), logged(tmp_path / "halves")
     for iteration, record in expected.items():  # the embedding's gradient is summed in no fixed order
         assert got[iteration]["loss"] == pytest.approx(record["loss"], rel=2e-3)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("accumulation", "dropout", "compile"), [(1, 0.0, False), (3, 0.2, False), (2, 0.2, True)])
+def test_a_replayed_step_is_the_eager_step(
+    kernels: str, dtype: torch.dtype, accumulation: int, dropout: float, compile: bool
+) -> None:
+    """With real graphs; dropout draws from the same seeds, and the compiled step is captured as it is."""
+    ops: Ops = select(kernels, CUDA) if kernels == "fused" else REFERENCE
+    settings = dict(accumulation=accumulation, dropout=dropout, dtype=dtype, device=CUDA)
+    eager, captured = graphs.make(ops, **settings), graphs.make(ops, **settings)
+    if compile:
+        torch.compiler.reset()
+        eager.model, captured.model = (torch.compile(step.model) for step in (eager, captured))
+    graphed = GraphedStep(captured, (accumulation, graphs.B, graphs.T))
+    got, expected = (graphs.train(step, accumulation, 20, CUDA) for step in (graphed, eager))
+    for one, other in zip(got, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, nan_ok=True)
+
+
+def test_evaluation_between_replays_changes_nothing() -> None:
+    step = graphs.make(dropout=0.2, device=CUDA)
+    twin = graphs.make(dropout=0.2, device=CUDA)
+    graphed, alone = (GraphedStep(each, (1, graphs.B, graphs.T)) for each in (step, twin))
+    for i in range(5):
+        batch = graphs.batch(i, 1, CUDA)
+        one, other = graphed(batch, 1e-2), alone(batch, 1e-2)
+        assert torch.equal(one.loss, other.loss)
+        step.model.eval()
+        with torch.no_grad():
+            step.model(batch.x[0], batch.y[0])
+        step.model.train()

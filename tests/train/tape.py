@@ -1,0 +1,53 @@
+"""What a CUDA graph does to a step, on a CPU: its tensor operations are recorded once and replayed without the host.
+
+Recorded at dispatch level are the operations, with the very tensors and the very numbers that they were called with.
+Replayed, each writes its results where it wrote them first. So whatever leans on the host is frozen, as in a graph: a
+Python number, a tensor made outside, a branch. Random operations ask the generator anew, as a graph's do.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Tape(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable, tuple, dict[str, Any], list[tuple[int, Tensor]]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        results = func(*args, **kwargs)
+        inputs = {storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        # a view, or what was written in place, is where it was: nothing to put back
+        fresh = [
+            (i, x)
+            for i, x in enumerate(tree_leaves(results))
+            if isinstance(x, Tensor) and (storage(x) not in inputs or x.numel() == 0)
+        ]
+        self.calls.append((func, args, kwargs, fresh))
+        return results
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, fresh in self.calls:
+            results = tree_leaves(func(*args, **kwargs))
+            for i, there in fresh:
+                there.copy_(results[i])
+
+
+def storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def tape(work: Callable[[], None]) -> Callable[[], None]:
+    """A `Capture`: runs the work twice, as a warm-up and to record it."""
+    work()
+    recorder = Tape()
+    with recorder:
+        work()
+    return recorder.replay

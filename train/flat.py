@@ -1,0 +1,73 @@
+"""A model's state in flat buffers: parameters, what matmuls read of them, gradients, moments.
+
+Each buffer has the same layout: first the tensors that decay (2 or more dimensions), in named_parameters' order, then
+the others. Each tensor starts at a multiple of ALIGN elements; the gaps are zeros, and stay so. So an update is one
+launch, zeroing is one memset, and ranks sum their gradients in few large calls.
+
+With bfloat16 or float16 the model reads copies of its parameters in that dtype, which the optimizer writes as it
+updates: no casts in the forward pass. The copies are what is differentiated; their gradients are summed in float32
+where there are several to sum, over micro-steps or ranks.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model import GPT
+
+ALIGN = 64  # elements: 128 bytes of a 2-byte type, a cache line
+
+
+class FlatState:
+    """Flat buffers of n elements, of which [0, n_decay) decay; the model's parameters become views of `param`.
+
+    model: on its device, in float32; its `compute_dtype` says which copies it gets. in_float32: sum gradients of copies
+    in float32.
+    """
+
+    def __init__(self, model: GPT, *, in_float32: bool = False) -> None:
+        parameters = list(model.parameters())
+        kept = parameters[0].dtype  # float32; float64 where a test wants the truth
+        assert all(p.dtype == kept and p.requires_grad for p in parameters)
+        order = sorted(parameters, key=lambda p: p.dim() < 2)  # stable: decayed ones first, each kind in its order
+        self.places: dict[nn.Parameter, slice] = {}
+        end = 0
+        for p in order:
+            self.places[p] = slice(end, end + p.numel())
+            end += -(-p.numel() // ALIGN) * ALIGN
+        self.n_decay = next((place.start for p, place in self.places.items() if p.dim() < 2), end)
+        device, dtype = order[0].device, model.compute_dtype
+        self.param, self.exp_avg, self.exp_avg_sq = (torch.zeros(end, device=device, dtype=kept) for _ in range(3))
+        self.grad = torch.zeros(end, device=device, dtype=dtype)  # where autograd writes
+        self.compute = None if dtype == kept else torch.zeros(end, device=device, dtype=dtype)
+        self.total = torch.zeros(end, device=device) if in_float32 and self.compute is not None else self.grad
+        leaves = {}
+        for p in order:
+            self.view(self.param, p).copy_(p.data)
+            p.data = self.view(self.param, p)
+            leaves[p] = p if self.compute is None else self.view(self.compute, p).detach().requires_grad_()
+            leaves[p].grad = self.view(self.grad, p)
+        self.leaves: dict[Tensor, slice] = {leaves[p]: self.places[p] for p in order}  # in the buffers' order
+        if self.compute is not None:
+            model.read_copies(leaves)
+            self.sync()
+
+    def view(self, buffer: Tensor, p: nn.Parameter) -> Tensor:
+        """p's part of a buffer, in p's shape."""
+        return buffer[self.places[p]].view(p.shape)
+
+    def sync(self) -> None:
+        """Write the copies anew, after the parameters were changed by somebody else than the optimizer."""
+        if self.compute is not None:
+            self.compute.copy_(self.param)
+
+    def gather(self, part: slice = slice(None)) -> Tensor:
+        """Add what autograd wrote to the total, and clear it for the next micro-step. Returns (part of) the total."""
+        if self.total is not self.grad:
+            self.total[part].add_(self.grad[part])
+            self.grad[part].zero_()
+        return self.total[part]
+
+    def clear(self) -> None:
+        """No gradients."""
+        self.grad.zero_()
+        self.total.zero_()
