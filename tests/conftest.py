@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -8,6 +9,14 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports kernels: Triton decides when a kernel is defined
     os.environ["TRITON_INTERPRET"] = "1"
+
+if importlib.util.find_spec("hypothesis"):  # `-m gpu` does without
+    from hypothesis import settings
+
+    # The same examples every time: an error bound that one in a million draws misses must not fail somebody's commit.
+    # `pytest --hypothesis-profile=default` draws others.
+    settings.register_profile("repeatable", derandomize=True)
+    settings.load_profile("repeatable")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: one thread each, in the commands that tests start too
     torch.set_num_threads(1)

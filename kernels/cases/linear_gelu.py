@@ -15,7 +15,7 @@ SHAPES = (
     (16, 32, 32),  # one whole tile
     (1, 16, 64),  # one row
     (37, 37, 53),  # nothing fills its tile; three tiles for each program
-    (150, 16, 72),  # more rows of tiles than are taken together
+    (130, 16, 40),  # more rows of tiles than are taken together
 )
 GPT_SHAPES = (
     (32 * 1024, 768, 4 * 768),

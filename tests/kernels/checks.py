@@ -38,11 +38,12 @@ def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_as_good_as_torch(
-    fused: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], what: str = ""
+    fused: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], what: str = "", summands: float = 0.0
 ) -> None:
     """Every element of `fused` lies within twice plain torch's largest error, and one rounding, of `exact`.
 
-    Torch's error over a handful of elements may be nought by luck: four float32 ulps of the largest are always allowed.
+    Torch's error over a handful of elements may be nought by luck: four float32 ulps of the largest are always allowed,
+    or of `summands`, the size of what was summed, where a result may be small because it cancels.
     """
     assert fused.keys() == plain.keys() == exact.keys()
     for name, got in fused.items():
@@ -50,7 +51,7 @@ def assert_as_good_as_torch(
         assert got.shape == exact[name].shape, f"{what} {name}: {got.shape}, expected {exact[name].shape}"
         want = exact[name].double()
         allowed = 2 * largest((plain[name].double() - want).abs()) + torch.finfo(got.dtype).eps * want.abs()
-        allowed += 4 * torch.finfo(torch.float32).eps * largest(want.abs())
+        allowed += 4 * torch.finfo(torch.float32).eps * max(largest(want.abs()), summands)
         error = (got.double() - want).abs()
         agree = (error <= allowed) | (got.double() == want) | (got.isnan() & want.isnan())
         assert agree.all(), (

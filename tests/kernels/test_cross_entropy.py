@@ -13,27 +13,11 @@ from kernels import cross_entropy as ce
 from kernels import reference
 from kernels.launch import INTERPRETED, device_of, run
 from tests.kernels.checks import assert_as_good_as_torch, in_float64, outputs_and_gradients
+from tests.kernels.layouts import laid_out
 from tests.kernels.memory import Memory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 inf, nan = math.inf, math.nan
-
-
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """x's values in other memory."""
-    if layout == "sliced":  # rows further apart than they are wide, and off every alignment
-        wide = x.new_zeros(x.shape[0], x.shape[1] + 3)
-        wide[:, 1:-2] = x
-        return wide[:, 1:-2]
-    if layout == "aligned":  # rows that are read 16 bytes at a time though their width is anything
-        wide = x.new_zeros(x.shape[0], x.shape[1] + 16 - x.shape[1] % 16)
-        wide[:, : x.shape[1]] = x
-        return wide[:, : x.shape[1]]
-    if layout == "transposed":
-        return x.t().contiguous().t()
-    if layout == "one row for all":
-        return x[:1].expand(x.shape)
-    return x
 
 
 layouts = st.sampled_from(["packed", "sliced", "aligned", "transposed", "one row for all"])

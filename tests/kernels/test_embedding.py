@@ -11,6 +11,7 @@ from kernels import embedding as em
 from kernels import reference
 from kernels.launch import INTERPRETED
 from tests.kernels.checks import assert_as_good_as_torch, in_float64, outputs_and_gradients
+from tests.kernels.layouts import Relay, laid_out
 from tests.kernels.philox import keep_mask, philox
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,33 +28,6 @@ def tables(V: int, T: int, C: int, device: torch.device, dtype: torch.dtype = to
         name: torch.randn(rows, C, generator=generator, device=device).to(dtype).requires_grad_()
         for name, rows in (("wte", V), ("wpe", T))
     }
-
-
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """x's values in other memory; of a gradient that is the same everywhere, the first value."""
-    if layout == "part of a larger table":  # rows further apart than they are wide, and off every alignment
-        large = x.new_zeros(*(size + 3 for size in x.shape))
-        inside = large[tuple(slice(1, 1 + size) for size in x.shape)]
-        inside.copy_(x)
-        return inside
-    if layout == "transposed":
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "the same everywhere":
-        return x.flatten()[:1].view([1] * x.ndim).expand(x.shape) if x.numel() else x
-    return x
-
-
-class Relay(torch.autograd.Function):
-    """The identity; its gradient arrives in another layout."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layout: str) -> Tensor:
-        ctx.layout = layout
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return laid_out(gradient, ctx.layout), None
 
 
 layouts = st.sampled_from(["packed", "part of a larger table", "transposed"])

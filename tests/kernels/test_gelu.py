@@ -13,8 +13,9 @@ from kernels import reference
 from kernels.gelu import FORMS, bias_gelu, gelu
 from kernels.launch import INTERPRETED, device_of, run
 from tests.kernels.checks import assert_as_good_as_torch, in_float64, outputs_and_gradients
+from tests.kernels.layouts import Relay, laid_out
 from tests.kernels.memory import Memory
-from tests.kernels.test_layer_norm import Relay, laid_out, layouts
+from tests.kernels.test_layer_norm import layouts
 
 forms = pytest.mark.parametrize("approximate", FORMS)
 

@@ -10,22 +10,10 @@ from kernels import layer_norm as ln
 from kernels import reference
 from kernels.launch import INTERPRETED
 from tests.kernels.checks import assert_as_good_as_torch, in_float64, outputs_and_gradients
+from tests.kernels.layouts import Relay, laid_out
 from tests.kernels.philox import keep_mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """x's values in other memory."""
-    if layout == "sliced":  # rows further apart than they are wide, and off every alignment
-        wide = x.new_zeros(*x.shape[:-1], x.shape[-1] + 3)
-        wide[..., 1:-2] = x
-        return wide[..., 1:-2]
-    if layout == "transposed":
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "one row for all":
-        return x[:1].expand(x.shape)
-    return x
 
 
 layouts = st.sampled_from(["packed", "sliced", "transposed", "one row for all"])
@@ -68,20 +56,7 @@ def test_any_shape_stride_and_dtype(shape, layout, x_dtype, wide_stream, y_dtype
     fused = outputs_and_gradients(relaid(ln.add_layer_norm), inputs)
     plain = outputs_and_gradients(relaid(reference.add_layer_norm), inputs)
     exact = outputs_and_gradients(relaid(reference.add_layer_norm), in_float64(inputs))
-    assert_as_good_as_torch(fused, plain, exact)
-
-
-class Relay(torch.autograd.Function):
-    """The identity; its gradient arrives in another layout."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layout: str) -> Tensor:
-        ctx.layout = layout
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return laid_out(gradient, ctx.layout), None
+    assert_as_good_as_torch(fused, plain, exact, summands=1.0)
 
 
 def test_the_last_stream_needs_no_gradient(device: torch.device) -> None:

@@ -13,8 +13,9 @@ from kernels import linear_cross_entropy as lce
 from kernels import reference
 from kernels.launch import INTERPRETED, device_of, run
 from tests.kernels.checks import assert_as_good_as_torch, in_float64, outputs_and_gradients
+from tests.kernels.layouts import laid_out
 from tests.kernels.memory import Memory
-from tests.kernels.test_cross_entropy import DTYPES, draw_targets, laid_out, layouts, nan, options
+from tests.kernels.test_cross_entropy import DTYPES, draw_targets, layouts, nan, options
 
 CHUNKS = pytest.mark.parametrize("chunk_rows", [0, 4])
 

@@ -19,8 +19,9 @@ from kernels.linear_gelu import linear_gelu, mlp
 from kernels.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles
 from kernels.tuned import Problem
 from tests.kernels.checks import assert_as_good_as_torch, in_float64, outputs_and_gradients
+from tests.kernels.layouts import Relay, laid_out
 from tests.kernels.memory import Memory
-from tests.kernels.test_layer_norm import Relay, laid_out, layouts
+from tests.kernels.test_layer_norm import layouts
 
 BOTH = ("triton", "cublas")
 paths = pytest.mark.parametrize("path", BOTH)
@@ -266,9 +267,20 @@ def test_one_gradient_alone(path: str, wanted: str, products: int) -> None:
     assert recorder.names.count("mm") == products
     assert recorder.names.count("mlp_dpre") == (not wanted.startswith("proj_"))
     assert_means(lambda **i: mlp(**i, path=path), reference.mlp, inputs)
-    if wanted.startswith("fc_") or wanted == "x":
-        linear = {k.removeprefix("fc_"): v for k, v in inputs.items() if not k.startswith("proj_")}
-        assert_means(lambda **i: linear_gelu(**i, path=path), reference.linear_gelu, linear)
+
+
+@paths
+@pytest.mark.parametrize(("wanted", "products"), [("x", 1), ("weight", 1), ("bias", 0)])
+def test_one_gradient_of_one_layer_alone(path: str, wanted: str, products: int) -> None:
+    inputs = {k.removeprefix("fc_"): v for k, v in drawn(37, 24, 40).items() if not k.startswith("proj_")}
+    for name, x in inputs.items():
+        if isinstance(x, Tensor):
+            x.requires_grad_(name == wanted)
+    y = linear_gelu(**inputs, path=path)
+    with Recorder() as recorder:
+        y.backward(torch.ones_like(y))
+    assert recorder.names.count("mm") == products
+    assert_means(lambda **i: linear_gelu(**i, path=path), reference.linear_gelu, inputs)
 
 
 def test_a_frozen_bias_has_no_partial_sums(memory: Memory | None) -> None:
