@@ -114,8 +114,8 @@ def model_to_train(model: GPT, config: TrainConfig, device: torch.device, say: C
     """`model` as the step runs it: compiled if wanted and possible.
 
     torch.compile works at the first call, so that call is made here, on zeros: where it fails, the run goes on without.
+    It leaves gradients behind, to be cleared.
     """
-
     if not config.compile:
         return model
     say("compiling the model... (takes a ~minute)")

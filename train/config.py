@@ -77,9 +77,7 @@ class TrainConfig:
     )
     compile: bool = setting(True, "torch.compile the model")
     cuda_graphs: bool = setting(True, "capture the step in CUDA graphs, where there is CUDA")
-    residual_dtype: str = setting(
-        "float32", "dtype of the residual stream; bfloat16 moves fewer bytes", choices=("float32", "bfloat16")
-    )
+    residual_dtype: str = setting("float32", "dtype of the residual stream", choices=("float32", "bfloat16"))
     kernels: str = setting(
         "auto",
         "Triton's or plain torch's; auto: fused on CUDA",

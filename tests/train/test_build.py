@@ -27,18 +27,16 @@ def test_without_a_compiler_the_run_goes_on_in_eager_mode() -> None:
     assert [line for line in lines if line.startswith("compile: not possible on this machine, going on without")]
     assert "no/such/compiler" in lines[-1]
     assert "\n" not in lines[-1]
-    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-def test_compiled_is_compiled_and_leaves_no_gradients() -> None:
+def test_compiled_is_compiled() -> None:
     torch._dynamo.reset()
     model, lines = small_model(), []
     chosen = model_to_train(model, CONFIG, CPU, lines.append)
     assert chosen is not model
     assert not any("not possible" in line for line in lines)
-    assert all(p.grad is None for p in model.parameters())
     idx, targets = torch.randint(11, (2, 8)), torch.randint(11, (2, 8))
     with torch._dynamo.config.patch(error_on_recompile=True):  # the training step finds its graph made
         loss = chosen(idx, targets)[1]
