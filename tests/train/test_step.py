@@ -108,6 +108,13 @@ def test_leaves_no_gradients():
     assert not any(parameter.grad.any() for parameter in model.parameters())
 
 
+def test_every_tensor_has_a_saved_step_count_of_its_own():
+    """torch's AdamW, which may load them, counts each one up in place."""
+    adam = optimizer(small_model())
+    steps = [entry["step"] for entry in adam.state_dict()["state"].values()]
+    assert len({step.untyped_storage().data_ptr() for step in steps}) == len(steps) > 1
+
+
 def test_a_step_forgets_the_gradients_of_the_last():
     """The same weights and batch again: the same norm, not twice that."""
     model = small_model()
