@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Device, Launch, check, device_of, rows, run
+from kernels.launch import Device, Launch, check, device_of, packed, rows, run
 
 FORMS = ("erf", "tanh")
 
@@ -229,11 +229,6 @@ def _differentiate(ctx, dy):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def packed(bias: Tensor | None) -> Tensor | None:
-    """bias with unit stride."""
-    return None if bias is None else bias.contiguous()
 
 
 def check_form(approximate: str) -> None:

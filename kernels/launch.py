@@ -1,7 +1,7 @@
 """How kernels are launched: on what device, with what arguments, and which inputs are refused.
 
 A kernel file plans before it launches. A planner gets tensors and a `Device` and returns `Launch`es: kernel, grid,
-arguments, compile-time constants. The op runs them; `kernels/targets.py` makes the same ones from meta tensors for a
+arguments, compile-time constants. The op runs them; `kernels/targets` makes the same ones from meta tensors for a
 device that is not there, and compiles them. So what is inspected is what runs.
 """
 
@@ -87,6 +87,11 @@ def check(
         raise ValueError(f"{name}: got a tensor on {x.device}, expected {device}, where the other arguments are")
     if x.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"{name}: got a tensor on {x.device}, expected cuda (or a CPU with TRITON_INTERPRET=1)")
+
+
+def packed(bias: Tensor | None) -> Tensor | None:
+    """bias (C,) with unit stride."""
+    return None if bias is None else bias.contiguous()
 
 
 def rows(x: Tensor) -> Tensor:

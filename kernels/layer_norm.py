@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dropout import keep_mask, keep_threshold, new_seed
-from kernels.launch import FLOATS, Device, Launch, check, device_of, rows, run
+from kernels.launch import FLOATS, Device, Launch, check, device_of, packed, rows, run
 from kernels.reference import LAYER_NORM_EPS
 
 MAX_WIDTH = 4096  # a row is held in one block's registers
@@ -317,7 +317,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     ValueError for what cannot be served.
     """
     _check(weight, bias, dtype, x=x)
-    _, y, _, _ = _forward(None, rows(x), weight.contiguous(), _packed(bias), None, 0.0, dtype)
+    _, y, _, _ = _forward(None, rows(x), weight.contiguous(), packed(bias), None, 0.0, dtype)
     return y.view(x.shape)
 
 
@@ -334,9 +334,5 @@ def add_layer_norm(
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p: got {p}, expected 0 or more and less than 1")
     seed = new_seed(x, p)
-    stream, y, _, _ = _forward(rows(x), rows(residual), weight.contiguous(), _packed(bias), seed, p, dtype)
+    stream, y, _, _ = _forward(rows(x), rows(residual), weight.contiguous(), packed(bias), seed, p, dtype)
     return stream.view(x.shape), y.view(x.shape)
-
-
-def _packed(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import gelu, matmul
-from kernels.gelu import check_form, packed
-from kernels.launch import check, device_of, rows, run
+from kernels.gelu import check_form
+from kernels.launch import check, device_of, packed, rows, run
 from kernels.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, tiles_for
 from kernels.tuned import PATHS, Problem, choose
 

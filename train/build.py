@@ -1,4 +1,4 @@
-"""What a run is made of: the model by init_from, compiled and wrapped; the data; the optimizer."""
+"""What a run is made of: the model by init_from, the kernels in it, compiled; the data."""
 
 import dataclasses
 import functools

@@ -81,7 +81,7 @@ def unchanged(step: TrainStep) -> Iterator[None]:
     optimizer, scaler = step.optimizer, step.scaler
     flat = optimizer.flat
     state = [flat.param, flat.exp_avg, flat.exp_avg_sq, flat.grad, flat.total, flat.compute, optimizer.steps]
-    state += [optimizer.lr, scaler.scale, scaler._tracker, step.loss, step.grad_norm]
+    state += [optimizer.lr, scaler.scale, scaler.growth_tracker, step.loss, step.grad_norm]
     kept = [(x, x.cpu().clone()) for x in state if x is not None]
     devices = [flat.param.device] if flat.param.is_cuda else []
     with torch.random.fork_rng(devices):

@@ -67,7 +67,7 @@ class Signals:
 class Loop:
     """A run from `progress` to its end.
 
-    model: for evaluations; the one that `step` trains, without DDP around it. save: writes a checkpoint of the present
+    model: for evaluations; the one that `step` trains. save: writes a checkpoint of the present
     state; called on the master rank only. log: None on the other ranks. flops: FLOPs an iteration, over all ranks.
     peak_flops: of all devices used, together.
     """

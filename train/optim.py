@@ -113,12 +113,14 @@ class LossScale:
     def __init__(self, device: torch.device, *, enabled: bool, scale: float = 65536.0) -> None:
         self.enabled = enabled
         self.scale = torch.full((), scale, device=device)
-        self._tracker = torch.zeros((), dtype=torch.int32, device=device)
+        self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
 
     def update(self, found_inf: Tensor) -> None:
         """Adapt to whether the update was skipped."""
         if self.enabled:
-            torch._amp_update_scale_(self.scale, self._tracker, found_inf, self.GROWTH, self.BACKOFF, self.INTERVAL)
+            torch._amp_update_scale_(
+                self.scale, self.growth_tracker, found_inf, self.GROWTH, self.BACKOFF, self.INTERVAL
+            )
 
     def state_dict(self) -> dict:
         """GradScaler's; {} where not enabled."""
@@ -129,9 +131,9 @@ class LossScale:
             "growth_factor": self.GROWTH,
             "backoff_factor": self.BACKOFF,
             "growth_interval": self.INTERVAL,
-            "_growth_tracker": self._tracker.item(),
+            "_growth_tracker": self.growth_tracker.item(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.scale.fill_(state["scale"])
-        self._tracker.fill_(state["_growth_tracker"])
+        self.growth_tracker.fill_(state["_growth_tracker"])

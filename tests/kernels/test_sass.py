@@ -2,8 +2,8 @@
 
 import pytest
 
-from kernels import sass
-from kernels.architectures import ARCHITECTURES, resident_warps
+from kernels.targets import sass
+from kernels.targets.architectures import ARCHITECTURES, resident_warps
 
 STRAIGHT = """
 	.type           copy_kernel,@function

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kernels.architectures import ARCHITECTURES, DRAM_LATENCY
+from kernels.targets.architectures import ARCHITECTURES, DRAM_LATENCY
 
 ROOT = Path(__file__).parents[2]
 Run = subprocess.CompletedProcess[str]
@@ -32,7 +32,7 @@ def compiling(*arguments: str, **environment: str) -> Run:
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
     """What the command makes of `toys.py` on sm_80 and sm_90, and its rows by (name, target)."""
     file = tmp_path_factory.mktemp("targets") / "toys.json"
-    command = "import sys; from kernels.targets import main; sys.exit(main(sys.argv[1:], 'tests.kernels.toys'))"
+    command = "import sys; from kernels.targets.command import main; sys.exit(main(sys.argv[1:], 'tests.kernels.toys'))"
     done = compiling("-c", command, "--target", "80", "--target", "90", "--json", str(file))
     assert not done.stderr
     return done, {(row["name"], row["target"]): row for row in json.loads(file.read_text())}
@@ -61,7 +61,7 @@ def kernels_in_source() -> set[str]:
     """The functions in kernels/ that are named as kernels are."""
     functions = [
         node
-        for file in (ROOT / "kernels").glob("*.py")
+        for file in (ROOT / "kernels").glob("*.py")  # not its folders: they hold none
         for node in ast.parse(file.read_text()).body
         if isinstance(node, ast.FunctionDef)
     ]

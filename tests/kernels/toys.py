@@ -7,9 +7,9 @@ import signal
 import triton
 import triton.language as tl
 
-from kernels.budgets import Budget, Matmul, Plan
 from kernels.launch import Device, Launch
-from kernels.plans import BF16, FP32, meta
+from kernels.targets.budgets import Budget, Matmul, Plan
+from kernels.targets.plans import BF16, FP32, meta
 
 N = 1 << 24  # elements
 BLOCK = 1024  # 8 a thread of 4 warps: 16 bytes of bfloat16

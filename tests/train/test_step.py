@@ -75,9 +75,10 @@ def test_clipping_by_hand(grad_clip):
         assert result.loss.item() == pytest.approx(loss.item(), rel=1e-6)
         assert result.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)  # before clipping
         assert norm > 0.05
-    for name, value in weights(ours).items():
-        if not name.endswith("c_attn.bias"):  # the keys' have gradients of nothing but rounding; see above
-            torch.testing.assert_close(value, weights(theirs)[name], rtol=1e-6, atol=1e-7)
+    results = weights(ours), weights(theirs)
+    for result in results:  # the keys' biases have gradients of nothing but rounding; see above
+        result["transformer.h.0.attn.c_attn.bias"][16:32] = 0
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
 def test_the_clipped_gradient_is_the_one_used():

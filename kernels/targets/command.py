@@ -2,9 +2,9 @@
 
     python -m kernels.targets [--target 90] [--kernel NAME] [--json FILE]
 
-Triton's own compiler makes what a launch on each target would run (`kernels/plans.py` says of what, and what it must
-keep); registers, spills, shared memory, access widths and tensor-core instructions are read from the machine code. The
-clocks are estimates (`kernels/estimate.py`).
+Triton's own compiler makes what a launch on each target would run (plans.py says of what, and what it must keep);
+registers, spills, shared memory, access widths and tensor-core instructions are read from the machine code. The clocks
+are estimates (estimate.py).
 """
 
 import argparse
@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from kernels.architectures import ARCHITECTURES
-from kernels.budgets import Plan, broken_budgets
-from kernels.compiled import Compiled, compile_launch
-from kernels.estimate import Estimate, estimate
 from kernels.launch import INTERPRETED, Device, Launch
+from kernels.targets.architectures import ARCHITECTURES
+from kernels.targets.budgets import Plan, broken_budgets
+from kernels.targets.compiled import Compiled, compile_launch
+from kernels.targets.estimate import Estimate, estimate
 
 Job = tuple[str, int, int]  # the module of PLANS, which of them, the target
 
@@ -217,7 +217,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: list[str] | None = None, module: str = "kernels.plans") -> int:
+def main(argv: list[str] | None = None, module: str = "kernels.targets.plans") -> int:
     """The command; returns its exit status: 0, or 1 where a budget is broken. UsageError where it cannot do as told."""
     options = _options(argv)
     if INTERPRETED:
@@ -260,7 +260,3 @@ def run() -> NoReturn:
     except (UsageError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    run()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels import adamw, cross_entropy, embedding, gelu, layer_norm, linear_cross_entropy, matmul
-from kernels.budgets import Budget, Matmul, Plan
 from kernels.launch import Device, Launch
+from kernels.targets.budgets import Budget, Matmul, Plan
 
 BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kernels.compiled import Compiled
 from kernels.launch import Device, Launch
+from kernels.targets.compiled import Compiled
 
 FULL_WIDTH = 16  # bytes, of a thread's access
 

@@ -6,10 +6,10 @@ An estimate, to find what to simplify before a GPU is at hand: it knows no laten
 from collections import Counter
 from dataclasses import dataclass
 
-from kernels import sass
-from kernels.architectures import WARP
-from kernels.budgets import Plan
-from kernels.compiled import Access, Compiled, tensor_of
+from kernels.targets import sass
+from kernels.targets.architectures import WARP
+from kernels.targets.budgets import Plan
+from kernels.targets.compiled import Access, Compiled, tensor_of
 
 
 @dataclass(frozen=True)

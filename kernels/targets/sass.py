@@ -17,7 +17,7 @@ from pathlib import Path
 
 import triton
 
-from kernels.architectures import ISSUE, LSU_BYTES, WARP, Architecture
+from kernels.targets.architectures import ISSUE, LSU_BYTES, WARP, Architecture
 
 
 @dataclass(frozen=True)

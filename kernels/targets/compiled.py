@@ -8,10 +8,10 @@ from math import prod
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kernels import sass
-from kernels.architectures import ARCHITECTURES, WARP, Architecture, resident_warps
 from kernels.launch import Launch
-from kernels.pointers import UNKNOWN, pointers_of, tensor_of
+from kernels.targets import sass
+from kernels.targets.architectures import ARCHITECTURES, WARP, Architecture, resident_warps
+from kernels.targets.pointers import UNKNOWN, pointers_of, tensor_of
 
 
 @dataclass(frozen=True)
