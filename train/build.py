@@ -110,8 +110,11 @@ def adopt_shape(config: TrainConfig, model: GPT) -> TrainConfig:
     return dataclasses.replace(config, **{name: getattr(model.config, name) for name in (*SHAPE, "block_size")})
 
 
-def model_to_train(model: GPT, config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> nn.Module:
-    """`model` as the step runs it: compiled if wanted and possible.
+def model_to_train(
+    model: GPT, config: TrainConfig, device: torch.device, say: Callable[[str], None], *, by_block: bool = False
+) -> nn.Module:
+    """`model` as the step runs it: compiled if wanted and possible. by_block: in place and block by block, as what
+    gathers a sharded block's parameters lies between blocks.
 
     torch.compile works at the first call, so that call is made here, on zeros: where it fails, the run goes on without.
     It leaves gradients behind, to be cleared.
@@ -119,7 +122,9 @@ def model_to_train(model: GPT, config: TrainConfig, device: torch.device, say: C
     if not config.compile:
         return model
     say("compiling the model... (takes a ~minute)")
-    compiled = torch.compile(model)
+    compiled = model if by_block else torch.compile(model)
+    for block in model.transformer.h if by_block else ():
+        block.forward = torch.compile(block.forward)
     shape = config.batch_size, config.block_size
     # two tensors: one in both places would be compiled for that case alone
     idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
@@ -131,4 +136,6 @@ def model_to_train(model: GPT, config: TrainConfig, device: torch.device, say: C
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         say(f"compile: not possible on this machine, going on without it: {reason}")
         compiled = model
+        for block in model.transformer.h if by_block else ():
+            del block.forward  # what the class has shows again
     return compiled

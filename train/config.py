@@ -77,6 +77,7 @@ class TrainConfig:
     )
     compile: bool = setting(True, "torch.compile the model")
     cuda_graphs: bool = setting(True, "capture the step in CUDA graphs, where there is CUDA")
+    shard: bool = setting(False, "share out parameters, gradients and moments over the processes (FSDP2)")
     residual_dtype: str = setting("float32", "dtype of the residual stream", choices=("float32", "bfloat16"))
     kernels: str = setting(
         "auto",
