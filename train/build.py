@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir  # TORCHINDUCTOR_CACHE_DIR, or the default
 
 from kernels import Ops, select
 from model import GPT, GPTConfig
@@ -17,6 +19,7 @@ from train.data import Dataset
 from train.datasets import ensure_docs
 from train.distributed import World
 from train.errors import UserError
+from train.hardware import synchronize
 
 LOSS_CHUNK = 4096  # rows of logits, where not all are held: enough for the matmuls to stay large
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # what weights fix once and for all
@@ -122,6 +125,7 @@ def model_to_train(
     if not config.compile:
         return model
     say("compiling the model... (takes a ~minute)")
+    begin = time.perf_counter()
     compiled = model if by_block else torch.compile(model)
     for block in model.transformer.h if by_block else ():
         block.forward = torch.compile(block.forward)
@@ -130,6 +134,8 @@ def model_to_train(
     idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
     try:
         compiled(idx, targets)[1].backward()
+        synchronize(device)
+        say(f"compiled in {time.perf_counter() - begin:.1f} s, kept for the next run in {cache_dir()}")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # from Dynamo, Inductor, a C++ compiler that is not there, Triton, a driver: all kinds
