@@ -77,6 +77,16 @@ def test_a_replayed_step_is_the_eager_step(
         assert one == pytest.approx(other, rel=1e-3, nan_ok=True)
 
 
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+def test_a_batch_of_one(kernels: str) -> None:
+    ops = select(kernels, CUDA)
+    eager, captured = (graphs.make(ops, dropout=0.2, dtype=torch.bfloat16, device=CUDA) for _ in range(2))
+    graphed = GraphedStep(captured, (1, 1, graphs.T))
+    got, expected = (graphs.train(step, 1, 20, CUDA, size=1) for step in (graphed, eager))
+    for one, other in zip(got, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
 def test_evaluation_between_replays_changes_nothing() -> None:
     step = graphs.make(dropout=0.2, device=CUDA)
     twin = graphs.make(dropout=0.2, device=CUDA)
