@@ -8,7 +8,7 @@ import json
 import math
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,8 @@ class Step:
     host_seconds: list[float] = field(default_factory=list)  # until the call returned, the device perhaps still at work
     peak_memory: int | None = None  # bytes on the device; CUDA only
     losses: list[float] = field(default_factory=list)  # of the first steps, by which it was checked
-    shape: dict[str, float] = field(
-        default_factory=dict
-    )  # n_layer, n_head, n_embd, block_size, vocab_size, batch_size, …
+    # n_layer, n_head, n_embd, block_size, vocab_size, bias (0 or 1), batch_size, accumulation
+    shape: dict[str, int] = field(default_factory=dict)
     skipped: str = ""
 
 
@@ -206,7 +205,7 @@ def _record(kind: type, value: Any, where: str) -> Any:
     unknown = value.keys() - hints.keys()
     if unknown:
         raise ValueError(f"{where or 'file'}: got the unknown field {min(unknown)!r}")
-    missing = {f.name for f in fields(kind) if f.default is f.default_factory} - value.keys()
+    missing = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING} - value.keys()
     if missing:
         raise ValueError(f"{where or 'file'}: the field {min(missing)!r} is missing")
     return kind(**{name: decode(hints[name], item, f"{where}.{name}".lstrip(".")) for name, item in value.items()})
