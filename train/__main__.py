@@ -11,6 +11,7 @@ import torch
 from model import GPT, GPTConfig
 from model.flops import flops_per_token
 from train import checkpoint as checkpoints
+from train.attention_choice import AttentionShape, choose_attention
 from train.build import adopt_shape, build_model, choose_ops, model_to_train, open_dataset, optimizer_state
 from train.checkpoint_layout import MODEL_ARGS
 from train.cli import help_text
@@ -88,6 +89,9 @@ def train(
         raw_model.to(device)
     config = adopt_shape(config, raw_model)
     dataset.check(config.block_size, raw_model.config.vocab_size)
+    raw_model.attention, attention = choose_attention(
+        config.attention, AttentionShape.of(raw_model, config.batch_size, device), world
+    )
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # of float32 matmuls, where any are left
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
@@ -114,6 +118,8 @@ def train(
     say(f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on")
     say(f"device: {device_name(device)} x {world.size}, {str(dtype).removeprefix('torch.')}, {ops.name} kernels")
     say(f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}")
+    if attention:
+        say(f"attention: {attention}")
     say(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M; tokens per iteration: {tokens:,}")
 
     if sharded:

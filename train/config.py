@@ -84,6 +84,11 @@ class TrainConfig:
         "Triton's or plain torch's; auto: fused on CUDA",
         choices=("auto", "fused", "reference"),
     )
+    attention: str = setting(
+        "auto",
+        "auto: fastest on CUDA",
+        choices=("auto", "cudnn", "flash", "efficient", "math", "flash_attn", "fa3", "fa4"),
+    )
     loss_chunk: int = setting(-1, "rows of logits at a time, fused; 0: all; -1: all if memory allows", low=-1)
     mfu_formula: str = setting("nanogpt", "FLOPs a token; nanogpt: 6N + 12LHQT, 6n: 6N", choices=("nanogpt", "6n"))
     peak_flops: float = setting(0.0, "FLOP/s of one device, for the MFU; 0: from the table, or measured", low=0)

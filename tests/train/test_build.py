@@ -25,6 +25,7 @@ def small_model() -> GPT:
 
 @pytest.mark.slow
 def test_without_a_compiler_the_run_goes_on_in_eager_mode() -> None:
+    torch._dynamo.reset()  # what other tests compiled
     model, lines = small_model(), []
     with fresh_cache(), inductor_config.patch({"cpp.cxx": (None, "/no/such/compiler")}):
         chosen = model_to_train(model, CONFIG, CPU, lines.append)

@@ -30,6 +30,7 @@ def test_a_lone_process(here):
     assert (world, world.master) == (World(0, 0, 1), True)
     assert world.sum(torch.tensor([2.0])).tolist() == [2.0]
     assert [world.wish(value) for value in (0, 2, 1)] == [0, 2, 1]
+    assert world.from_master(3) == 3
     world.barrier()
     with process_group(world, "auto", torch.device("cpu")):
         assert not torch.distributed.is_initialized()
@@ -93,9 +94,10 @@ def test_what_ranks_tell_each_other(here):
         with process_group(world, "auto", torch.device("cpu")):
             told = [world.wish(value) for value in (0, world.rank, 0, 2 - world.rank, 0)]
             total = world.sum(torch.tensor([[1.0, world.rank]], dtype=torch.float64))
+            masters = world.from_master(7 + world.rank)
             world.barrier()
         with open(f"rank{world.rank}.json", "w") as file:
-            json.dump([world.rank, world.size, world.master, told, total.tolist()], file)
+            json.dump([world.rank, world.size, world.master, told, total.tolist(), masters], file)
     """
     (here / "driver.py").write_text(textwrap.dedent(script))
     torchrun = start(3, "driver.py")
@@ -104,7 +106,7 @@ def test_what_ranks_tell_each_other(here):
     found = [json.loads((here / f"rank{rank}.json").read_text()) for rank in range(3)]
     for rank, answers in enumerate(found):
         # every wish is the largest of the previous call's, the same on all
-        assert answers == [rank, 3, rank == 0, [0, 0, 2, 0, 2], [[3.0, 3.0]]]
+        assert answers == [rank, 3, rank == 0, [0, 0, 2, 0, 2], [[3.0, 3.0]], 7]
 
 
 # Runs
