@@ -58,17 +58,15 @@ class Clocks:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The best that this device did in this run at one simple thing: FLOP/s of a large matmul, bytes/s of a copy."""
+    """The best that this device did in this run at one simple thing, a large matmul or a large copy."""
 
     what: str  # "matmul" or "copy"
     dtype: str
-    size: int  # FLOPs of a matmul; bytes read and written by a copy
-    seconds: list[float]
+    rates: list[float]  # FLOP/s, or bytes/s read and written: each the best of a fraction of a second
 
     @property
     def rate(self) -> float:
-        """FLOP/s or bytes/s of the median sample."""
-        return self.size / median(self.seconds)
+        return max(self.rates)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,177 @@
+"""Whole training steps, timed by turns: every variant checked against the first one's losses, then its samples taken.
+
+All variants of a workload live in one process, start from the same weights and train on the same batches, loading
+included. A turn is a few iterations of one of them; then the next one's.
+"""
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from bench import schema
+from bench.variants import Setting, Step, Variant
+from bench.workloads import Workload, make_corpus
+from model import GPT
+from model.flops import FORMULAS, flops_per_token
+from train.data import Loader
+from train.hardware import synchronize
+from train.tokenfiles import Dataset
+
+CHECKED = 5  # steps whose losses must agree before the clock runs
+AGREE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative; what low precision costs in them
+TURN = 0.25  # seconds that a turn takes, about
+LEAST = 3  # turns of each, at least
+
+
+@dataclass
+class Timed:
+    """A variant under measurement: its step and what was found so far; or why it is not measured."""
+
+    variant: Variant
+    step: Step | None = None
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    host_seconds: list[float] = field(default_factory=list)
+    peak_memory: int | None = None
+    skipped: str = ""
+
+
+def measure(
+    workload: Workload,
+    variants: list[Variant],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    seconds: float,
+    tell: Callable[[str], None] = lambda text: None,
+) -> list[schema.Step]:
+    """Rows of all variants, in their order; about `seconds` of samples, after building and checking. Where it is
+    interrupted, what was measured is kept: KeyboardInterrupt only ends the sampling."""
+    torch.manual_seed(0)
+    setting = Setting(workload, GPT(workload.config).state_dict(), device, dtype)
+    timed = [Timed(variant) for variant in variants]
+    with _loader(workload, device) as loader:
+        expected = None
+        for each in timed:
+            tell(f"{workload.name}: {each.variant.name}")
+            expected = _prepare(each, setting, loader, expected) or expected
+        try:
+            _sample([each for each in timed if each.step], loader, device, seconds)
+        except KeyboardInterrupt:
+            tell(f"{workload.name}: interrupted; what was measured is kept")
+    return [_row(each, workload, dtype) for each in timed]
+
+
+def _prepare(each: Timed, setting: Setting, loader: Loader, expected: list[float] | None) -> list[float]:
+    """Build the variant and check its first losses; they are returned. Sets `skipped` where it fails."""
+    device, before = setting.device, 0
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    try:
+        each.losses = _first_losses(each.variant, setting, loader)
+        step = each.variant.build(setting)
+        for i in range(2):
+            step(loader.train(i))
+        synchronize(device)
+    except Exception as error:  # of torch, a compiler, a driver, memory that runs out: the others go on without it
+        each.skipped = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return []
+    if device.type == "cuda":
+        each.peak_memory = torch.cuda.max_memory_allocated(device) - before
+    tolerance = AGREE[torch.float32 if each.variant.float32 else setting.dtype]
+    if expected:
+        worst = max(abs(a - b) / abs(b) for a, b in zip(each.losses, expected, strict=True))
+        if not worst < tolerance:
+            each.skipped = f"its losses are off by {worst:.1e}, expected {tolerance:.0e} at most"
+            return []
+    each.step = step
+    return each.losses
+
+
+def _first_losses(variant: Variant, setting: Setting, loader: Loader) -> list[float]:
+    """Of a step without dropout, whose masks no two implementations share."""
+    workload = setting.workload
+    still = workload.config.__class__(**{**vars(workload.config), "dropout": 0.0})
+    without = setting._replace(workload=Workload(workload.name, still, workload.batch_size, workload.accumulation))
+    step = variant.build(without)
+    return [step(loader.train(i)).item() for i in range(CHECKED)]
+
+
+def _sample(timed: list[Timed], loader: Loader, device: torch.device, seconds: float) -> None:
+    lengths = {}
+    for each in timed:  # how many iterations a turn takes
+        taken, _ = _turn(each.step, loader, 0, 2, device)
+        lengths[each.variant.name] = max(2, min(50, round(TURN / taken[-1])))
+    deadline, turns = time.perf_counter() + seconds, 0
+    while turns < LEAST or time.perf_counter() < deadline:
+        for each in timed:
+            count = lengths[each.variant.name]
+            taken, host = _turn(each.step, loader, turns * count, count, device)
+            each.seconds += taken
+            each.host_seconds += host
+        turns += 1
+
+
+def _turn(step: Step, loader: Loader, first: int, count: int, device: torch.device) -> tuple[list[float], list[float]]:
+    """Seconds of `count` iterations, and on CUDA what of them the host spent in the call.
+
+    On CUDA between events, with no waiting in between, as a run trains.
+    """
+    synchronize(device)
+    host, marks = [], [_mark(device)]
+    for i in range(first, first + count):
+        begin = time.perf_counter()
+        step(loader.train(i))
+        host.append(time.perf_counter() - begin)
+        marks.append(_mark(device))
+    synchronize(device)
+    if device.type != "cuda":
+        return [b - a for a, b in pairwise(marks)], []
+    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)], host
+
+
+def _mark(device: torch.device):
+    """Now: an event on a CUDA device, seconds elsewhere."""
+    if device.type != "cuda":
+        synchronize(device)
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _row(each: Timed, workload: Workload, dtype: torch.dtype) -> schema.Step:
+    computed = torch.float32 if each.variant.float32 else dtype
+    return schema.Step(
+        workload=workload.name,
+        variant=each.variant.name,
+        compares=each.variant.compares,
+        dtype=str(computed).removeprefix("torch."),
+        tokens=workload.tokens,
+        flops={formula: float(flops_per_token(workload.config, formula) * workload.tokens) for formula in FORMULAS},
+        seconds=each.seconds,
+        host_seconds=each.host_seconds,
+        peak_memory=each.peak_memory,
+        losses=each.losses,
+        shape=workload.shape,
+        skipped=each.skipped,
+    )
+
+
+@contextmanager
+def _loader(workload: Workload, device: torch.device) -> Iterator[Loader]:
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = Dataset(make_corpus(Path(folder), workload.config.vocab_size))
+        sizes = {"batch_size": workload.batch_size, "block_size": workload.config.block_size}
+        with Loader(dataset, **sizes, accumulation=workload.accumulation, device=device) as loader:
+            yield loader

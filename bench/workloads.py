@@ -1,0 +1,64 @@
+"""What is timed: shapes of training steps, and tokens to feed them."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from model import GPTConfig
+
+TOKENS = 2**21  # of a made-up corpus: random ids, so that no batch repeats within a measurement
+
+
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    config: GPTConfig
+    batch_size: int
+    accumulation: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """An iteration's."""
+        return self.accumulation * self.batch_size * self.config.block_size
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """As the results file holds it."""
+        config = asdict(self.config)
+        names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        sizes = {"bias": int(self.config.bias), "batch_size": self.batch_size, "accumulation": self.accumulation}
+        return {name: config[name] for name in names} | sizes
+
+
+def _gpt2(name: str, batch_size: int, **shape: int) -> Workload:
+    return Workload(name, GPTConfig(bias=False, **shape), batch_size)
+
+
+_CHAR = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65, "bias": False}
+_CPU = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 96, "bias": False}
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("cpu", GPTConfig(**_CPU), 12),  # what a machine without a GPU runs by default
+        Workload("shakespeare_char", GPTConfig(**_CHAR, dropout=0.2), 64),  # many small launches
+        _gpt2("gpt2", 32),
+        _gpt2("gpt2-batch-1", 1),  # where the host's overhead shows
+        _gpt2("gpt2-batch-4", 4),
+        _gpt2("gpt2-medium", 16, n_layer=24, n_head=16, n_embd=1024),
+        _gpt2("gpt2-xl", 4, n_layer=48, n_head=25, n_embd=1600),
+    )
+}
+DEFAULTS = {"cpu": ("cpu",), "cuda": ("gpt2", "shakespeare_char", "gpt2-batch-1")}
+
+
+def make_corpus(folder: Path, vocab_size: int) -> Path:
+    """A prepared dataset of random tokens, as `train.data` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", TOKENS), ("val", 2**14)):
+        rng.integers(vocab_size, size=count, dtype="<u2").tofile(folder / f"{split}.bin")
+    meta = {"vocab_size": vocab_size, "tokenizer": "byte", "dtype": "uint16"}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
