@@ -1,0 +1,159 @@
+"""python -m bench: everything that this machine can measure, in one results file.
+
+Ceilings, GPU tests, kernels, training steps: each part has its share of `--minutes`, and what one part leaves the next
+may use. The file is written anew after every part, so that whatever ends the run, what was measured is kept.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from train.ceilings import measure_bandwidth
+
+from bench import kernels, provenance, schema, steps, tests
+from bench.progress import Progress
+from bench.schema import Ceiling, Failure, Results
+from bench.tables import summary
+from bench.variants import variants
+from bench.workloads import DEFAULTS, WORKLOADS
+from train.cli import help_text, parse_settings
+from train.errors import UserError, run
+from train.hardware import measure_flops, peak_flops, resolve_device, resolve_dtype
+from train.settings import check_values, setting
+
+PARTS = ("ceilings", "tests", "kernels", "steps")
+SHARES = {"ceilings": 0.05, "tests": 0.3, "kernels": 0.35, "steps": 1.0}  # of the time that is left when a part begins
+ABOUT = "Measure this machine: its ceilings, GPU tests, kernels and training steps, into one results file."
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    minutes: float = setting(8.0, "about how long all of it may take", low=0.1)
+    parts: str = setting(",".join(PARTS), "which parts, separated by commas")
+    workloads: str = setting("", f"which steps, separated by commas: {', '.join(WORKLOADS)}; empty: by device")
+    nanogpt_dir: str = setting("", "folder of a nanoGPT checkout (its model.py), to be measured beside ours")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting("auto", "of our matmuls", choices=("auto", "float32", "bfloat16", "float16"))
+    out: str = setting("", "the results file; empty: bench/results/<device>-<date>.json")
+
+
+class Bench:
+    """A run in progress: what was found so far, and the time that is left."""
+
+    def __init__(self, config: BenchConfig, device: torch.device, dtype: torch.dtype, progress: Progress) -> None:
+        self.config, self.device, self.dtype, self.progress = config, device, dtype, progress
+        self.deadline = time.monotonic() + 60 * config.minutes
+        self.results = Results(
+            device=provenance.device(device),
+            software=provenance.software(),
+            commit=provenance.commit(),
+            date=provenance.now(),
+            command=provenance.command("bench", hidden=("nanogpt_dir", "out")),
+            peak=schema.Peak(**dataclasses.asdict(peak_flops(device, dtype))),
+            clocks_before=provenance.clocks(device),
+        )
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    def add(self, **found: object) -> None:
+        self.results = replace(self.results, **found)
+
+    def ceilings(self, seconds: float) -> None:
+        each = max(0.1, min(0.5, seconds / 6))
+        name = str(self.dtype).removeprefix("torch.")
+        matmuls = [measure_flops(self.device, self.dtype, each) for _ in range(3)]
+        copies = [measure_bandwidth(self.device, each) for _ in range(3)]
+        self.add(ceilings=[Ceiling("matmul", name, matmuls), Ceiling("copy", "float32", copies)])
+
+    def tests(self, seconds: float) -> None:
+        if self.device.type != "cuda":
+            self.progress.tell("tests: they need a CUDA device; the CPU's are `pytest`")
+            return
+        self.add(tests=tests.run(seconds))
+        if self.results.tests.failed:
+            raise RuntimeError(f"{self.results.tests.failed} GPU tests failed: {self.results.tests.failures[0]}, …")
+
+    def kernels(self, seconds: float) -> None:
+        for row in kernels.rows(self.device, seconds):
+            self.add(kernels=[*self.results.kernels, row])
+            self.progress.at(f"{row.case} {'x'.join(map(str, row.shape))} {row.direction}")
+
+    def steps(self, seconds: float) -> None:
+        names = workloads_of(self.config, self.device)
+        for i, name in enumerate(names):
+            every = variants(self.device, self.dtype, self.config.nanogpt_dir)
+            share = self.left / (len(names) - i)
+            rows = steps.measure(WORKLOADS[name], every, self.device, self.dtype, seconds=share, tell=self.progress.at)
+            self.add(steps=[*self.results.steps, *rows])
+
+
+def workloads_of(config: BenchConfig, device: torch.device) -> tuple[str, ...]:
+    names = tuple(config.workloads.split(",")) if config.workloads else DEFAULTS.get(device.type, ("cpu",))
+    for name in names:
+        if name not in WORKLOADS:
+            raise UserError(f"workloads: got {name!r}, expected some of: {', '.join(WORKLOADS)}")
+    return names
+
+
+def parts_of(config: BenchConfig) -> list[str]:
+    named = config.parts.split(",")
+    for name in named:
+        if name not in PARTS:
+            raise UserError(f"parts: got {name!r}, expected some of: {', '.join(PARTS)}")
+    return [name for name in PARTS if name in named]
+
+
+def measure(bench: Bench, parts: list[str], write: Callable[[Results], None]) -> int:
+    """Run the parts in their order; a part that fails is recorded, and the others go on. The exit status."""
+    status = 0
+    for name in parts:
+        bench.progress.part(name, bench.left)
+        try:
+            getattr(bench, name)(SHARES[name] * bench.left)
+        except KeyboardInterrupt:
+            bench.add(failures=[*bench.results.failures, Failure(name, "interrupted")])
+            status = 130
+            break
+        except Exception as error:  # whatever a driver, a compiler or a test's process comes up with
+            line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
+            bench.add(failures=[*bench.results.failures, Failure(name, line)])
+            bench.progress.tell(f"{name}: {line}")
+            status = 1
+        write(bench.results)
+    wrong = [row for row in (*bench.results.kernels, *bench.results.steps) if row.skipped.startswith("wrong")]
+    status = status or int(bool(wrong))
+    bench.add(clocks_after=provenance.clocks(bench.device), complete=status == 0 and set(parts) == set(PARTS))
+    write(bench.results)
+    return status
+
+
+def main() -> int:
+    parsed = parse_settings(BenchConfig, sys.argv[1:], presets=False)
+    if parsed.help:
+        print(help_text(BenchConfig, "python -m bench", ABOUT))
+        return 0
+    config = BenchConfig(**parsed.settings)
+    check_values(config)
+    parts, device = parts_of(config), resolve_device(config.device)
+    workloads_of(config, device)
+    dtype = resolve_dtype(config.dtype, device)
+    variants(device, dtype, config.nanogpt_dir)  # a folder that is none is refused before anything runs
+    bench = Bench(config, device, dtype, Progress(60 * config.minutes, sys.stderr))
+    name = "-".join(bench.results.device.name.lower().split()).replace("/", "-")
+    path = Path(config.out or Path("bench", "results", f"{name}-{bench.results.date[:10]}.json"))
+    status = measure(bench, parts, lambda results: schema.write(path, results))
+    bench.progress.end()
+    print(summary(bench.results))
+    print(f"written to {path}" + ("" if bench.results.complete else ", which is not complete"))
+    return status
+
+
+if __name__ == "__main__":
+    run(main)
