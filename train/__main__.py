@@ -11,7 +11,9 @@ import torch
 from model import GPT
 from model.flops import flops_per_token
 from train import checkpoint as checkpoints
+from train.breakdown import Bounds
 from train.build import adopt_shape, build_model, choose_ops, model_to_train, open_dataset, optimizer_state
+from train.ceilings import measure_ceilings
 from train.checkpoint_layout import MODEL_ARGS
 from train.cli import help_text
 from train.config import TrainConfig, choose_base, compose, parse
@@ -24,6 +26,7 @@ from train.log import RunLog, check_sinks
 from train.loop import Loop, Progress
 from train.optim import FlatAdamW, LossScale
 from train.plot import plot_run
+from train.profiler import ProfiledStep, profiled_iterations
 from train.sample import sample_text
 from train.step import TrainStep
 
@@ -71,6 +74,8 @@ def train(
             f"gradient_accumulation_steps: got {config.gradient_accumulation_steps}, expected a multiple of the "
             f"{world.size} processes, which share them out"
         )
+    if config.profile and device.type == "mps":
+        raise UserError("profile: got True, expected False on mps, whose kernels torch's profiler does not see")
     dtype = resolve_dtype(config.dtype, device)
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
     dataset = open_dataset(config.dataset, world)
@@ -121,6 +126,8 @@ def train(
     )
     if config.cuda_graphs and device.type == "cuda":
         step = GraphedStep(step, (accumulation, config.batch_size, config.block_size))
+    if config.profile and world.master:
+        step = _profiled(step, config, raw_model, optimizer, accumulation, progress.iter_num, say)
     loader = Loader(
         dataset,
         batch_size=config.batch_size,
@@ -149,10 +156,36 @@ def train(
         status = loop.run()
     if log is not None:
         say(loop.ended)
+        if isinstance(step, ProfiledStep):
+            step.end()
         if status == 0 and not config.eval_only:
             _farewell(config, loop, raw_model, dataset, say)
         log.close()
     return 128 + status if status else 0
+
+
+def _profiled(
+    step: TrainStep | GraphedStep,
+    config: TrainConfig,
+    model: GPT,
+    optimizer: FlatAdamW,
+    accumulation: int,
+    first: int,
+    say: Callable[[str], None],
+) -> ProfiledStep:
+    """`step`, a few iterations of which are profiled. accumulation: this rank's. first: the run's first iteration."""
+    total = optimizer.flat.total
+    bounds = Bounds(
+        measure_ceilings(total.device, model.compute_dtype),
+        model.config,
+        config.batch_size,
+        accumulation=accumulation,
+        compute=model.compute_dtype.itemsize,
+        stream=model.stream_dtype.itemsize,
+        gradients=total.element_size(),
+    )
+    which = profiled_iterations(first, config.max_iters, config.eval_interval, accumulation)
+    return ProfiledStep(step, which, first, bounds=bounds, out_dir=Path(config.out_dir), say=say)
 
 
 def _restore(checkpoint: dict, model: GPT, optimizer: FlatAdamW, scaler: LossScale) -> Progress:
