@@ -153,11 +153,13 @@ def train(
             peak_flops=world.size * peak.flops,
             progress=progress,
         )
-        status = loop.run()
+        try:
+            status = loop.run()
+        finally:
+            if isinstance(step, ProfiledStep):
+                step.end()
     if log is not None:
         say(loop.ended)
-        if isinstance(step, ProfiledStep):
-            step.end()
         if status == 0 and not config.eval_only:
             _farewell(config, loop, raw_model, dataset, say)
         log.close()

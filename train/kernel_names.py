@@ -63,7 +63,7 @@ PATTERNS = tuple(
         ),
         (
             COPIES,
-            r"^Mem(cpy|set)|copy|Copy|FillFunctor|^aten::(_to_copy|to|clone|contiguous|cat|stack|fill_|zero_|(zero|one)s(_like)?)$",
+            r"^Mem(cpy|set)|copy|Copy|FillFunctor|^aten::(_to_copy|to|clone|contiguous|cat|stack|fill_|zero_|(zero|one)s(_like)?|full(_like)?)$",
         ),
         (ELEMENTWISE, r"at::native.*(elementwise|reduce|dropout|distribution)"),
         (
@@ -74,7 +74,7 @@ PATTERNS = tuple(
         (BOOKKEEPING, r"^aten::(as_strided|view|_unsafe_view|reshape|flatten|t|transpose|permute|expand|slice\w*)$"),
         (
             BOOKKEEPING,
-            r"^aten::(select|narrow|unsqueeze|unbind|split|alias|detach_?|empty\w*|resize_|resolve_\w+|item)$|^detach$",
+            r"^aten::(select|narrow|unsqueeze|unbind|split|alias|detach_?|empty\w*|resize_|resolve_\w+|item|_local_scalar_dense)$|^detach$",
         ),
     )
 )

@@ -92,7 +92,7 @@ class ProfiledStep:
     def _begin(self) -> None:
         self.say(f"profile: {self._iterations} run under the profiler, which takes its part of their times")
         on_device = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
-        self._profile = profile(activities=[ProfilerActivity.CPU, *on_device])
+        self._profile = profile(activities=[ProfilerActivity.CPU, *on_device], acc_events=True)
         synchronize(self._device)
         self._profile.start()
         self._window = record_function(WINDOW)
@@ -117,8 +117,12 @@ class ProfiledStep:
         self._profile, self._done = None, True
 
     def end(self) -> None:
-        """The run is over: say so if it was before there was anything to show."""
+        """The run is over: say so if it was before there was anything to show.
+
+        To be called however it ended: Python cannot exit with a profiler that runs.
+        """
         if self._profile is not None:
+            self._window.__exit__(None, None, None)
             self._profile.stop()
         if not self.which:
             self.say(f"profile: none; it takes more than {WARM_UP} iterations, and two of them between evaluations")

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 import train.__main__ as command
 from kernels.launch import INTERPRETED
 from tests.train import test_graph as graphs
-from tests.train.runs import last, logged, refusal, resume, run, send
+from tests.train.runs import last, logged, poison, refusal, resume, run, send
 from tests.train.tape import tape
 from train.breakdown import Bounds
 from train.ceilings import Ceilings
@@ -101,6 +101,8 @@ def test_a_run_prints_where_its_time_goes_and_leaves_a_trace(tmp_path: Path, cap
     timeline = read(trace(tmp_path / "out"), cuda=False)
     assert sum(timeline.rows.values()) == pytest.approx(timeline.wall)
     assert timeline.wall / 5e3 == pytest.approx(total[0], abs=0.001)
+    updates = [e for e in trace(tmp_path / "out")["traceEvents"] if e["name"] == "aten::_fused_adamw_"]
+    assert len(updates) == 5 * 2  # what decays, and what does not
     names = {name for _, name in timeline.names}
     assert {"aten::mm", "aten::native_layer_norm", "aten::gelu_backward", "aten::_fused_adamw_"} <= names
 
@@ -135,7 +137,8 @@ def test_a_resumed_run_is_profiled_after_its_own_start(tmp_path: Path, capsys: p
 
 
 def test_a_new_run_sets_the_old_trace_aside(tmp_path: Path) -> None:
-    run(tmp_path / "out", **PROFILED)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "trace.json").write_text("{}")
     run(tmp_path / "out", max_iters=1)
     assert not (tmp_path / "out" / "trace.json").exists()
     assert len(list(tmp_path.glob("out/earlier-*/trace.json"))) == 1
@@ -161,8 +164,15 @@ def test_a_run_that_is_stopped_amidst_them(tmp_path: Path, capsys: pytest.Captur
     assert run(tmp_path / "out", at={7: send(signal.SIGTERM)}, **PROFILED) == 128 + signal.SIGTERM
     assert "profile: none; the run ended before iterations 5 to 9 were done" in capsys.readouterr().out
     assert not (tmp_path / "out" / "trace.json").exists()
-    resume(tmp_path / "out", max_iters=15)  # with the setting of before; the profiler is free again
+    resume(tmp_path / "out", max_iters=15)  # with the setting of before; torch's profiler can be started again
     assert "profile: 2 steps of" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_amidst_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A process that exits while the profiler runs dies of a segmentation fault."""
+    assert "loss: got nan" in refusal(run, tmp_path / "out", {7: poison}, status=1, **PROFILED)
+    assert "profile: none; the run ended before iterations 5 to 9 were done" in capsys.readouterr().out
+    assert not torch.autograd.profiler._is_profiler_enabled
 
 
 def test_a_trace_that_cannot_be_written_ends_no_training(
