@@ -1,18 +1,43 @@
-"""Causal self-attention, and the cache of keys and values that makes sampling linear in the tokens drawn.
+"""Causal self-attention by one of several kernels, and the cache of keys and values that makes sampling linear in the
+tokens drawn.
 
-| tensor      | layout                                                                     |
-|-------------|----------------------------------------------------------------------------|
-| qkv         | (B, T, 3C) packed, as c_attn writes it                                      |
-| q, k, v     | (B, H, T, Q) views of qkv: no copy; SDPA takes any strides with a unit last one |
-| y           | (B, T, C)                                                                  |
-| cache k, v  | (L, B, H, S, Q), S = block_size                                            |
+c_attn writes qkv (B, T, 3C), packed as (B, T, 3, H, Q). What becomes of it, with what is copied in elements a token:
+
+| backend               | the kernel reads             | and writes y           | and its gradient                |
+|-----------------------|------------------------------|------------------------|---------------------------------|
+| cudnn flash efficient | q, k, v: (B, H, T, Q) views  | (B, H, T, Q), in       | dq, dk, dv, in memory as        |
+|                       | of qkv                       | memory (B, T, H, Q)    | (B, T, H, Q); stacked: 3C       |
+| math                  | copies of the same views: 3C | (B, H, T, Q); copied: C| dq, dk, dv; stacked: 3C         |
+| flash_attn fa3        | qkv itself                   | (B, T, H, Q)           | dqkv itself, (B, T, 3, H, Q)    |
+| fa4                   | q, k, v: (B, T, H, Q) views  | (B, T, H, Q)           | dq, dk, dv; stacked: 3C         |
+| all, with a cache     | q: a view of qkv; k, v:      | as above               | none                            |
+|                       | written to the cache: 2C     |                        |                                 |
+
+c_proj reads y as (B, T, C), a view wherever its memory is (B, T, H, Q). The stacking is autograd's, which makes one
+gradient of those of three views; as they are cut at the 3, what it writes has dqkv's own order, and is written once.
+The cache holds (L, B, H, S, Q), S = block_size.
+
+The first four are torch's (`scaled_dot_product_attention`); `auto` leaves the choice among them to torch. The others
+are packages that are imported when they are asked for: flash_attn 2, its version for Hopper (`flash_attn_interface`)
+and the one for Hopper and Blackwell (`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
 """
+
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.config import GPTConfig
+
+SDPA = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 def attention_dtype(device: torch.device, compute_dtype: torch.dtype) -> torch.dtype:
@@ -44,19 +69,71 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
-def causal_attention(qkv: Tensor, n_head: int, p: float = 0.0, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+def causal_attention(
+    qkv: Tensor, n_head: int, p: float = 0.0, backend: str = "auto", cache: KVCache | None = None, layer: int = 0
+) -> Tensor:
     """softmax(q k^T / sqrt(Q) + causal mask) v, with dropout `p` on the weights: qkv (B, T, 3C) -> y (B, T, C).
 
-    With a cache, its `length` earlier tokens are attended to as well; then T must be 1, or the cache empty.
+    With a cache, its `length` earlier tokens are attended to as well; then T must be 1, or the cache empty. There, and
+    for a single token, where some backends give up, `backend` is `auto`. Raises ValueError for an unknown backend and
+    for dropout where a backend has none, ImportError where its package is missing, RuntimeError where it does not take
+    the device, dtype or head size.
     """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: got {backend!r}, expected {' | '.join(BACKENDS)}")
     B, T, C3 = qkv.shape
     dtype = qkv.dtype
-    qkv = qkv.to(attention_dtype(qkv.device, dtype))
-    q, k, v = qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4)  # each (B, H, T, Q)
+    packed = qkv.to(attention_dtype(qkv.device, dtype)).view(B, T, 3, n_head, C3 // (3 * n_head))
+    if cache is not None or T == 1:
+        backend = "auto"
+    y = PACKAGES[backend](packed, p) if backend in PACKAGES else _sdpa(packed, p, backend, cache, layer)
+    return y.reshape(B, T, C3 // 3).to(dtype)
+
+
+def _sdpa(packed: Tensor, p: float, backend: str, cache: KVCache | None, layer: int) -> Tensor:
+    """torch's: packed (B, T, 3, H, Q) -> (B, T, H, Q)."""
+    q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
     causal = True
     if cache is not None:
+        T = q.size(2)
         assert T == 1 or cache.length == 0, "several tokens after a filled cache would need a shifted mask"
         causal = T > 1
         k, v = cache.extend(layer, k, v)
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal)
-    return y.transpose(1, 2).reshape(B, T, C3 // 3).to(dtype)
+    with sdpa_kernel(SDPA[backend]) if backend in SDPA else nullcontext():
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal)
+    return y.transpose(1, 2)
+
+
+def _flash_attn(packed: Tensor, p: float) -> Tensor:
+    """flash_attn 2: packed (B, T, 3, H, Q) -> (B, T, H, Q). Its kernels are registered as torch's operations, so that
+    torch.compile takes them into its graph."""
+    from flash_attn import flash_attn_qkvpacked_func
+
+    return flash_attn_qkvpacked_func(packed, dropout_p=p, causal=True)
+
+
+def _fa3(packed: Tensor, p: float) -> Tensor:
+    """flash_attn 3, registered as torch's operations too."""
+    _no_dropout("fa3", p)
+    from flash_attn_interface import flash_attn_qkvpacked_func
+
+    return flash_attn_qkvpacked_func(packed, causal=True)
+
+
+@torch.compiler.disable  # its kernels are no operations that torch knows: the graph is cut here
+def _fa4(packed: Tensor, p: float) -> Tensor:
+    """flash_attn 4. It has no packed function."""
+    _no_dropout("fa4", p)
+    from flash_attn.cute import flash_attn_func
+
+    y, _ = flash_attn_func(*packed.unbind(2), causal=True)  # with the logarithms of the softmax's sums
+    return y
+
+
+def _no_dropout(backend: str, p: float) -> None:
+    if p > 0:
+        raise ValueError(f"attention: {backend} has no dropout, got {p}")
+
+
+PACKAGES: dict[str, Callable[[Tensor, float], Tensor]] = {"flash_attn": _flash_attn, "fa3": _fa3, "fa4": _fa4}
+BACKENDS = ("auto", *SDPA, *PACKAGES)

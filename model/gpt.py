@@ -73,9 +73,9 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
-    def forward(self, h: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, h: Tensor, backend: str, cache: KVCache | None) -> Tensor:
         p = self.dropout if self.training else 0.0
-        y = causal_attention(linear(self.c_attn, h), self.n_head, p, cache, self.layer)
+        y = causal_attention(linear(self.c_attn, h), self.n_head, p, backend, cache, self.layer)
         return linear(self.c_proj, y)
 
 
@@ -99,10 +99,10 @@ class Block(nn.Module):
         self.mlp = MLP(config, ops)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, dtype: torch.dtype, cache: KVCache | None
+        self, x: Tensor, branch: Tensor | None, dtype: torch.dtype, attention: str, cache: KVCache | None
     ) -> tuple[Tensor, Tensor]:
         x, h = self.ln_1(x, branch, dtype)
-        branch = self.attn(h, cache)
+        branch = self.attn(h, attention, cache)
         x, h = self.ln_2(x, branch, dtype)
         return x, self.mlp(h)
 
@@ -111,13 +111,14 @@ class GPT(nn.Module):
     """A GPT whose head shares its weight with the token embedding.
 
     `compute_dtype` and `stream_dtype` (both float32 at first) are the dtypes of matmuls and attention, and of the
-    residual stream; see the module's docstring.
+    residual stream; see the module's docstring. `attention` is one of `model.attention.BACKENDS`.
     """
 
     def __init__(self, config: GPTConfig, ops: Ops = REFERENCE) -> None:
         super().__init__()
         self.config, self.ops = config, ops
         self.compute_dtype = self.stream_dtype = torch.float32
+        self.attention = "auto"
         # built in nanoGPT's order, so that the same seed draws the same weights
         self.transformer = nn.ModuleDict(
             {
@@ -158,7 +159,7 @@ class GPT(nn.Module):
         (wte, _), (wpe, _) = weights(tr.wte), weights(tr.wpe)
         x, branch = self.ops.embedding(idx, wte, wpe[start : start + T], self.stream_dtype, p), None
         for block in tr.h:
-            x, branch = block(x, branch, dtype, cache)
+            x, branch = block(x, branch, dtype, self.attention, cache)
         if cache is not None:
             cache.length += T
         if targets is None:

@@ -49,18 +49,20 @@ def step_work(
     compute: int = 2,
     stream: int = 4,
     gradients: int = 2,
+    shards: int = 1,
     fused_gelu: bool = False,
 ) -> dict[str, Work]:
     """A step's parts and what each must do: `accumulation` micro-steps of batch_size x block_size tokens, an update.
 
     compute, stream, gradients: bytes of an element of the compute dtype, of the residual stream, and of the gradients
-    that the optimizer reads; weights that are not computed with in float32 are copies (`train/flat.py`). fused_gelu:
-    GELU and its derivative lie in the epilogues of matmuls; what is left of them is that the MLP's pre-activations are
-    written and read.
+    that the optimizer reads; weights that are not computed with in float32 are copies (`train/flat.py`). shards: into
+    how many the update is shared out, of which this is one; communication is no part. fused_gelu: GELU and its
+    derivative lie in the epilogues of matmuls; what is left of them is that the MLP's pre-activations are written and
+    read.
     """
     B, T, L, C, V = batch_size, config.block_size, config.n_layer, config.n_embd, config.vocab_size
     M, b, s = B * T, compute, stream
-    n = num_params(config, non_embedding=False)
+    n = -(-num_params(config, non_embedding=False) // shards)
     qkv, y, lse = 3 * M * C * b, M * C * b, 4 * M * config.n_head  # each row's log-sum-exp is kept for backward
     plain, added = ({"bias": config.bias, "add": add} for add in (False, True))  # nothing is added before the first
     pre = M * 4 * C * b

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from model import GPT
+from model import GPT, GPTConfig
 from model.flops import flops_per_token
 from train import checkpoint as checkpoints
-from train.breakdown import Bounds
+from train.attention_choice import AttentionShape, choose_attention
 from train.build import adopt_shape, build_model, choose_ops, model_to_train, open_dataset, optimizer_state
-from train.ceilings import measure_ceilings
 from train.checkpoint_layout import MODEL_ARGS
 from train.cli import help_text
 from train.config import TrainConfig, choose_base, compose, parse
@@ -26,7 +25,7 @@ from train.log import RunLog, check_sinks
 from train.loop import Loop, Progress
 from train.optim import FlatAdamW, LossScale
 from train.plot import plot_run
-from train.profiler import ProfiledStep, profiled_iterations
+from train.profiler import ProfiledStep, profiled_step
 from train.sample import sample_text
 from train.step import TrainStep
 
@@ -80,22 +79,35 @@ def train(
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
     dataset = open_dataset(config.dataset, world)
     ops = choose_ops(config, device, dtype, dataset.vocab_size)
-    raw_model = build_model(config, named, dataset, checkpoint, ops).to(device)
+    sharded = config.shard and world.size > 1
+    if sharded and dtype == torch.float16:
+        raise UserError("dtype: got float16, expected bfloat16 or float32 with shard=True, which has no loss scale")
+    raw_model = build_model(config, named, dataset, checkpoint, ops)
     raw_model.compute_dtype, raw_model.stream_dtype = dtype, getattr(torch, config.residual_dtype)
+    if sharded:
+        from train import shard  # only here: torch takes a second to import what it needs
+
+        shard.share_out(raw_model, world, device)
+    else:
+        raw_model.to(device)
     config = adopt_shape(config, raw_model)
     dataset.check(config.block_size, raw_model.config.vocab_size)
+    raw_model.attention, attention = choose_attention(
+        config.attention, AttentionShape.of(raw_model, config.batch_size, device), world
+    )
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # of float32 matmuls, where any are left
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
     accumulation = config.gradient_accumulation_steps // world.size
-    optimizer = FlatAdamW(
-        raw_model,
-        ops,
-        learning_rate=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        in_float32=accumulation * world.size > 1,
-    )
+    adamw = {
+        "learning_rate": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "weight_decay": config.weight_decay,
+    }
+    if sharded:
+        optimizer = shard.ShardedAdamW(raw_model, **adamw)
+    else:
+        optimizer = FlatAdamW(raw_model, ops, **adamw, in_float32=accumulation * world.size > 1)
     scaler = LossScale(device, enabled=dtype == torch.float16)
     progress, resumed_at = Progress(), None
     if checkpoint is not None:
@@ -109,25 +121,38 @@ def train(
     say(f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on")
     say(f"device: {device_name(device)} x {world.size}, {str(dtype).removeprefix('torch.')}, {ops.name} kernels")
     say(f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}")
+    if attention:
+        say(f"attention: {attention}")
     say(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M; tokens per iteration: {tokens:,}")
 
-    def save(progress: Progress) -> None:
-        state = _pack(config, raw_model, optimizer, scaler, dataset, progress)
-        checkpoints.save(Path(config.out_dir), state, config.keep_checkpoints)
+    if sharded:
+        say(f"shard: parameters, gradients and moments shared out over {world.size} processes; no CUDA graphs")
+    elif config.shard:
+        say("shard: one process, nothing to share out")
 
-    model = model_to_train(raw_model, config, device, say)
-    optimizer.flat.clear()
+    def save(progress: Progress) -> None:
+        if not sharded and not world.master:
+            return
+        states = raw_model.state_dict(), optimizer.state_dict()
+        if sharded:  # together
+            states = shard.whole_model(raw_model, keep=world.master), shard.whole(states[1], keep=world.master)
+        if world.master:
+            state = _pack(config, raw_model.config, *states, scaler, dataset, progress)
+            checkpoints.save(Path(config.out_dir), state, config.keep_checkpoints)
+
+    model = model_to_train(raw_model, config, device, say, by_block=sharded)
+    optimizer.clear()
     step = TrainStep(
         model,
         optimizer,
         grad_clip=config.grad_clip,
         scaler=scaler,
-        reducer=Reducer(world, optimizer.flat) if world.size > 1 else None,
+        reducer=Reducer(world, optimizer.flat) if world.size > 1 and not sharded else None,
     )
-    if config.cuda_graphs and device.type == "cuda":
+    if config.cuda_graphs and device.type == "cuda" and not sharded:
         step = GraphedStep(step, (accumulation, config.batch_size, config.block_size))
     if config.profile and world.master:
-        step = _profiled(step, config, raw_model, optimizer, accumulation, progress.iter_num, say)
+        step = profiled_step(step, config, raw_model, world, progress.iter_num, say)
     loader = Loader(
         dataset,
         batch_size=config.batch_size,
@@ -161,36 +186,12 @@ def train(
     if log is not None:
         say(loop.ended)
         if status == 0 and not config.eval_only:
-            _farewell(config, loop, raw_model, dataset, say)
+            _farewell(config, loop, None if sharded else raw_model, dataset, say)
         log.close()
     return 128 + status if status else 0
 
 
-def _profiled(
-    step: TrainStep | GraphedStep,
-    config: TrainConfig,
-    model: GPT,
-    optimizer: FlatAdamW,
-    accumulation: int,
-    first: int,
-    say: Callable[[str], None],
-) -> ProfiledStep:
-    """`step`, a few iterations of which are profiled. accumulation: this rank's. first: the run's first iteration."""
-    total = optimizer.flat.total
-    bounds = Bounds(
-        measure_ceilings(total.device, model.compute_dtype),
-        model.config,
-        config.batch_size,
-        accumulation=accumulation,
-        compute=model.compute_dtype.itemsize,
-        stream=model.stream_dtype.itemsize,
-        gradients=total.element_size(),
-    )
-    which = profiled_iterations(first, config.max_iters, config.eval_interval, accumulation)
-    return ProfiledStep(step, which, first, bounds=bounds, out_dir=Path(config.out_dir), say=say)
-
-
-def _restore(checkpoint: dict, model: GPT, optimizer: FlatAdamW, scaler: LossScale) -> Progress:
+def _restore(checkpoint: dict, model: GPT, optimizer: torch.optim.AdamW, scaler: LossScale) -> Progress:
     """Give the optimizer and the scaler what the checkpoint holds for them; where the run stood."""
     checkpoints.load_optimizer(optimizer, optimizer_state(checkpoint, model))
     ours, iter_num = checkpoint["nanofuse"], checkpoint["iter_num"]
@@ -203,22 +204,23 @@ def _restore(checkpoint: dict, model: GPT, optimizer: FlatAdamW, scaler: LossSca
 
 def _pack(
     config: TrainConfig,
-    model: GPT,
-    optimizer: FlatAdamW,
+    shape: GPTConfig,
+    model_state: dict,
+    optimizer_state: dict,
     scaler: LossScale,
     dataset: Dataset,
     progress: Progress,
 ) -> dict:
     """The checkpoint of the present state."""
     return checkpoints.pack(
-        model.state_dict(),
-        optimizer.state_dict(),
-        {name: getattr(model.config, name) for name in MODEL_ARGS},
+        model_state,
+        optimizer_state,
+        {name: getattr(shape, name) for name in MODEL_ARGS},
         progress.iter_num,
         progress.best_val_loss,
         dataclasses.asdict(config),
         {
-            "gelu": model.config.gelu,
+            "gelu": shape.gelu,
             "tokenizer": dataset.meta,
             "scaler": scaler.state_dict(),
             "stale_evals": progress.stale_evals,
@@ -241,11 +243,16 @@ def _open_log(config: TrainConfig, model: GPT, device: torch.device, resumed_at:
     )
 
 
-def _farewell(config: TrainConfig, loop: Loop, model: GPT, dataset: Dataset, say: Callable[[str], None]) -> None:
-    """The end of a run: its losses, what the model writes, and where everything lies."""
+def _farewell(config: TrainConfig, loop: Loop, model: GPT | None, dataset: Dataset, say: Callable[[str], None]) -> None:
+    """The end of a run: its losses, what the model writes, and where everything lies.
+
+    model: None where this rank does not have it.
+    """
     losses, best = loop.losses, loop.progress.best_val_loss
     say(f"final losses: train {losses.train:.4f}, val {losses.val:.4f} (best {best:.4f})")
     try:
+        if model is None:
+            raise UserError("the model is shared out; python -m train.sample reads it from the checkpoint")
         tokenizer = dataset.tokenizer(config.bpe_dir or None)
         start = "\n" if tokenizer.name != "char" or "\n" in tokenizer.chars else tokenizer.chars[0]
         generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir  # TORCHINDUCTOR_CACHE_DIR, or the default
 
 from kernels import Ops, select
 from model import GPT, GPTConfig
@@ -17,6 +19,7 @@ from train.data import Dataset
 from train.datasets import ensure_docs
 from train.distributed import World
 from train.errors import UserError
+from train.hardware import synchronize
 
 LOSS_CHUNK = 4096  # rows of logits, where not all are held: enough for the matmuls to stay large
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # what weights fix once and for all
@@ -110,8 +113,11 @@ def adopt_shape(config: TrainConfig, model: GPT) -> TrainConfig:
     return dataclasses.replace(config, **{name: getattr(model.config, name) for name in (*SHAPE, "block_size")})
 
 
-def model_to_train(model: GPT, config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> nn.Module:
-    """`model` as the step runs it: compiled if wanted and possible.
+def model_to_train(
+    model: GPT, config: TrainConfig, device: torch.device, say: Callable[[str], None], *, by_block: bool = False
+) -> nn.Module:
+    """`model` as the step runs it: compiled if wanted and possible. by_block: in place and block by block, as what
+    gathers a sharded block's parameters lies between blocks.
 
     torch.compile works at the first call, so that call is made here, on zeros: where it fails, the run goes on without.
     It leaves gradients behind, to be cleared.
@@ -119,16 +125,23 @@ def model_to_train(model: GPT, config: TrainConfig, device: torch.device, say: C
     if not config.compile:
         return model
     say("compiling the model... (takes a ~minute)")
-    compiled = torch.compile(model)
+    begin = time.perf_counter()
+    compiled = model if by_block else torch.compile(model)
+    for block in model.transformer.h if by_block else ():
+        block.forward = torch.compile(block.forward)
     shape = config.batch_size, config.block_size
     # two tensors: one in both places would be compiled for that case alone
     idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
     try:
         compiled(idx, targets)[1].backward()
+        synchronize(device)
+        say(f"compiled in {time.perf_counter() - begin:.1f} s, kept for the next run in {cache_dir()}")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # from Dynamo, Inductor, a C++ compiler that is not there, Triton, a driver: all kinds
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         say(f"compile: not possible on this machine, going on without it: {reason}")
         compiled = model
+        for block in model.transformer.h if by_block else ():
+            del block.forward  # what the class has shows again
     return compiled

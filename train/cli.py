@@ -64,7 +64,7 @@ def help_text(cls: type, prog: str, about: str, *, positional: str = "", presets
     for name, setting in settings_of(cls).items():
         if setting.metadata["group"] or not rows:
             section = rows.setdefault(setting.metadata["group"] or "settings", [])
-        choices = " | ".join(setting.metadata["choices"])
+        choices = "|".join(setting.metadata["choices"])
         default = setting.default if str(setting.default).isprintable() else repr(setting.default)
         section.append((f"--{name}={default}", setting.metadata["help"] + f" ({choices})" * bool(choices)))
     if presets:

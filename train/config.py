@@ -77,11 +77,17 @@ class TrainConfig:
     )
     compile: bool = setting(True, "torch.compile the model")
     cuda_graphs: bool = setting(True, "capture the step in CUDA graphs, where there is CUDA")
+    shard: bool = setting(False, "share out parameters, gradients and moments over the processes (FSDP2)")
     residual_dtype: str = setting("float32", "dtype of the residual stream", choices=("float32", "bfloat16"))
     kernels: str = setting(
         "auto",
         "Triton's or plain torch's; auto: fused on CUDA",
         choices=("auto", "fused", "reference"),
+    )
+    attention: str = setting(
+        "auto",
+        "auto: fastest on CUDA",
+        choices=("auto", "cudnn", "flash", "efficient", "math", "flash_attn", "fa3", "fa4"),
     )
     loss_chunk: int = setting(-1, "rows of logits at a time, fused; 0: all; -1: all if memory allows", low=-1)
     mfu_formula: str = setting("nanogpt", "FLOPs a token; nanogpt: 6N + 12LHQT, 6n: 6N", choices=("nanogpt", "6n"))

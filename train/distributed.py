@@ -33,6 +33,10 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def from_master(self, value: int) -> int:
+        """Rank 0's value, on every rank; waits for it."""
+        return int(self.sum(torch.tensor(value if self.master else 0)))
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:

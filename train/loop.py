@@ -68,9 +68,9 @@ class Signals:
 class Loop:
     """A run from `progress` to its end.
 
-    model: for evaluations; the one that `step` trains. save: writes a checkpoint of the present
-    state; called on the master rank only. log: None on the other ranks. flops: FLOPs an iteration, over all ranks.
-    peak_flops: of all devices used, together.
+    model: for evaluations; the one that `step` trains. save: has the present state written as a checkpoint; called on
+    every rank. log: None on all ranks but the master. flops: FLOPs an iteration, over all ranks. peak_flops: of all
+    devices used, together.
     """
 
     config: TrainConfig
@@ -197,18 +197,23 @@ class Loop:
 
     @torch.no_grad()
     def _sum_of_losses(self, split: str) -> Tensor:
-        """Over this rank's share of the split's evaluation batches; in float64, so that the order hardly matters."""
-        losses = []
-        for k in range(self.world.rank, self.config.eval_iters, self.world.size):
-            batch = self.loader.evaluation(split, k)
+        """Over this rank's share of the split's evaluation batches; in float64, so that the order hardly matters.
+
+        All ranks call the model equally often, as a sharded one must be; what is too much does not count.
+        """
+        losses, count = [], self.config.eval_iters
+        for first in range(0, count, self.world.size):
+            k = first + self.world.rank
+            batch = self.loader.evaluation(split, min(k, count - 1))
             _, loss = self.model(batch.x[0], batch.y[0])
-            losses.append(loss)
-        return torch.stack(losses).cpu().double().sum() if losses else torch.zeros((), dtype=torch.float64)
+            losses.append(loss if k < count else torch.zeros_like(loss))
+        return torch.stack(losses).cpu().double().sum()
 
     def _save(self) -> None:
+        begin = time.perf_counter()
         if self.log is not None:
-            begin = time.perf_counter()
             self.log.message(f"saving checkpoint to {self.config.out_dir}")
-            self.save(self.progress)
+        self.save(self.progress)
+        if self.log is not None:
             self.log.saved(self.progress.iter_num, seconds=time.perf_counter() - begin)
         self.world.barrier()

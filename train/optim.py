@@ -49,6 +49,18 @@ class FlatAdamW(torch.optim.AdamW):
             moments = {name: self.flat.view(getattr(self.flat, name), p) for name in ("exp_avg", "exp_avg_sq")}
             self.state[p] = {"step": self.steps, **moments}
 
+    def scalar(self) -> Tensor:
+        """A zero of the parameters' dtype, where they are."""
+        return self.flat.param.new_zeros(())
+
+    def gather(self) -> None:
+        """Take in what a micro-step's backward pass wrote."""
+        self.flat.gather()
+
+    def clear(self) -> None:
+        """No gradients."""
+        self.flat.clear()
+
     def set_lr(self, lr: float) -> None:
         """The rate of updates from here on, also of those captured."""
         self.lr.fill_(lr)

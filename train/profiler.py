@@ -12,8 +12,12 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from model import GPT
 from train.breakdown import Bounds, report
+from train.ceilings import measure_ceilings
+from train.config import TrainConfig
 from train.data import Batch
+from train.distributed import World
 from train.files import replace_together, staging_folder
 from train.graph import GraphedStep
 from train.hardware import synchronize
@@ -36,6 +40,31 @@ def profiled_iterations(first: int, max_iters: int, eval_interval: int, accumula
     if evaluated < begin + count:
         begin = evaluated + 1
     return range(begin, min(begin + count, max_iters))
+
+
+def profiled_step(
+    step: TrainStep | GraphedStep,
+    config: TrainConfig,
+    model: GPT,
+    world: World,
+    first: int,
+    say: Callable[[str], None],
+) -> "ProfiledStep":
+    """`step`, which trains `model`, profiled as the settings want. first: the run's first iteration."""
+    dtype, micro_steps = model.compute_dtype, config.gradient_accumulation_steps
+    accumulation = micro_steps // world.size
+    bounds = Bounds(
+        measure_ceilings(step.scaler.scale.device, dtype),
+        model.config,
+        config.batch_size,
+        accumulation=accumulation,
+        compute=dtype.itemsize,
+        stream=model.stream_dtype.itemsize,
+        gradients=4 if micro_steps > 1 else dtype.itemsize,  # summed in float32 where there are several
+        shards=world.size if config.shard else 1,
+    )
+    which = profiled_iterations(first, config.max_iters, config.eval_interval, accumulation)
+    return ProfiledStep(step, which, first, bounds=bounds, out_dir=Path(config.out_dir), say=say)
 
 
 class ProfiledStep:

@@ -4,7 +4,7 @@ Everything that changes from step to step lies in device memory, and nothing her
 what it computed: so `graph.py` can capture `micro_step` and `update` and replay them.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from train.data import Batch
 from train.distributed import Reducer
 from train.optim import FlatAdamW, LossScale
+
+if TYPE_CHECKING:
+    from train.shard import ShardedAdamW
 
 
 class StepResult(NamedTuple):
@@ -26,23 +29,22 @@ class TrainStep:
 
     `model` maps (idx, targets) to (logits, loss) and may be compiled. `grad_clip` is the largest global gradient norm,
     0 for no clipping. `scaler` scales float16's losses so that small gradients survive; updates whose gradients
-    overflowed are skipped. `reducer` sums gradients over ranks.
+    overflowed are skipped. `reducer` sums gradients over ranks; a sharded model sums its own.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: FlatAdamW,
+        optimizer: "FlatAdamW | ShardedAdamW",
         *,
         grad_clip: float,
         scaler: LossScale | None = None,
         reducer: Reducer | None = None,
     ) -> None:
-        param = optimizer.flat.param
         self.model, self.optimizer, self.grad_clip = model, optimizer, grad_clip
-        self.scaler = scaler or LossScale(param.device, enabled=False)
+        self.loss, self.grad_norm = optimizer.scalar(), optimizer.scalar()
+        self.scaler = scaler or LossScale(self.loss.device, enabled=False)
         self.reducer = reducer
-        self.loss, self.grad_norm = param.new_zeros(()), param.new_zeros(())
 
     def __call__(self, batch: Batch, lr: float) -> StepResult:
         self.begin(lr)
@@ -73,7 +75,7 @@ class TrainStep:
         mean = loss / accumulation
         (mean * self.scaler.scale if self.scaler.enabled else mean).backward()
         if self.reducer is None or not self.reducer.overlapping:
-            self.optimizer.flat.gather()
+            self.optimizer.gather()
         self.loss += mean.detach()
 
     def reduce(self) -> None:

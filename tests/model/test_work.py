@@ -126,6 +126,13 @@ def test_float32_keeps_no_copy() -> None:
     assert half["optimizer"].bytes - work["optimizer"].bytes == 2 * n
 
 
+def test_shards_share_the_update_alone() -> None:
+    whole, share = (step_work(GPT2, 2, accumulation=2, gradients=4, shards=shards) for shards in (1, 4))
+    for part, work in share.items():
+        shared = part in ("accumulation", "optimizer", "clearing")
+        assert work.bytes == pytest.approx(whole[part].bytes / (4 if shared else 1), rel=1e-6), part
+
+
 def test_twice_the_context_is_four_times_the_scores() -> None:
     longer = step_work(replace(GPT2, block_size=2048), 32)
     assert longer["attention backward"].flops == 4 * TABLE["attention backward"].flops

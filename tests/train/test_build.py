@@ -1,13 +1,18 @@
 """What a run is made of: compilation that cannot work on a machine must not end the run."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 
 from model import GPT, GPTConfig
+from tests.train.runs import run
 from train.build import model_to_train
 from train.config import TrainConfig
+from train.step import TrainStep
 
 CONFIG = TrainConfig(batch_size=2, block_size=8, n_layer=1, n_head=2, n_embd=16, compile=True)
 CPU = torch.device("cpu")
@@ -20,6 +25,7 @@ def small_model() -> GPT:
 
 @pytest.mark.slow
 def test_without_a_compiler_the_run_goes_on_in_eager_mode() -> None:
+    torch._dynamo.reset()  # what other tests compiled
     model, lines = small_model(), []
     with fresh_cache(), inductor_config.patch({"cpp.cxx": (None, "/no/such/compiler")}):
         chosen = model_to_train(model, CONFIG, CPU, lines.append)
@@ -37,11 +43,31 @@ def test_compiled_is_compiled() -> None:
     chosen = model_to_train(model, CONFIG, CPU, lines.append)
     assert chosen is not model
     assert not any("not possible" in line for line in lines)
+    assert "kept for the next run in /" in lines[-1]
     idx, targets = torch.randint(11, (2, 8)), torch.randint(11, (2, 8))
     with torch._dynamo.config.patch(error_on_recompile=True):  # the training step finds its graph made
         loss = chosen(idx, targets)[1]
         loss.backward()
     torch.testing.assert_close(loss, model(idx, targets)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_nothing_is_compiled_again_after_the_warm_up(tmp_path: Path, accumulation: int) -> None:
+    """One graph to train and one to evaluate, made by the first iteration; then come evaluations and saves."""
+    torch._dynamo.reset()
+    counters.clear()
+    seen = []
+
+    def look(step: TrainStep) -> None:
+        seen.append(counters["stats"]["unique_graphs"])
+
+    settings = dict(max_iters=7, eval_interval=2, dropout=0.2, gradient_accumulation_steps=accumulation)
+    run(tmp_path / "out", at={1: look, 6: look}, compile=True, **settings)
+    assert seen == [2, 2]
+    assert counters["stats"]["unique_graphs"] == 2  # after the last evaluation and the sample of text
+    assert not counters["graph_break"]
 
 
 def test_memory_that_runs_out_is_not_taken_for_a_missing_compiler() -> None:

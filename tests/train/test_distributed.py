@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -17,81 +15,12 @@ import torch
 
 from model import GPTConfig
 from model.flops import flops_per_token
-from tests.train.jobs import CHARS, JOB, ROOT, arguments, make_data
+from tests.train.jobs import CHARS, JOB, arguments
+from tests.train.ranks import RUN, assert_same_losses, finish, records, start, train_alone, train_together
 from train import checkpoint
-from train.__main__ import main
 from train.data import Dataset, Loader
 from train.distributed import World, local_device, process_group, world_from_environment
 from train.errors import UserError
-from train.log import read_metrics
-
-RUN = dict(
-    gradient_accumulation_steps=4,
-    max_iters=6,
-    eval_interval=3,
-    eval_iters=5,  # that no number of processes divides
-    log_interval=1,
-)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """The current folder, with data/letters in it."""
-    make_data(tmp_path / "data" / "letters")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("train.__main__.plot_run", lambda out_dir: None)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
-
-
-def start(processes: int, *command: str) -> subprocess.Popen:
-    """torchrun, in the current folder; a session of its own, so that nothing of it outlives the test unseen."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(torchrun: subprocess.Popen, timeout: float = 300) -> tuple[str, str]:
-    """(stdout, stderr) of torchrun, once it has ended; it is killed, and the test fails, if it hangs."""
-    try:
-        return torchrun.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(torchrun.pid, signal.SIGKILL)
-        out, err = torchrun.communicate()
-        pytest.fail(f"torchrun hangs\n{out}\n{err}")
-
-
-def train_alone(monkeypatch, **changes) -> None:
-    monkeypatch.setattr(sys, "argv", ["train", *arguments(**RUN | changes)])
-    assert main() == 0
-
-
-def train_together(processes: int, **changes) -> str:
-    torchrun = start(processes, "-m", "train", *arguments(**RUN | changes))
-    out, err = finish(torchrun)
-    assert torchrun.returncode == 0, out + err
-    return out
-
-
-def records(out_dir: str | Path, kind: str) -> list[dict]:
-    return [record for record in read_metrics(Path(out_dir) / "metrics.jsonl") if record["kind"] == kind]
-
-
-def assert_same_losses(a: str, b: str) -> None:
-    for kind, keys in (("iter", ("loss", "grad_norm")), ("eval", ("train_loss", "val_loss"))):
-        ours, theirs = records(a, kind), records(b, kind)
-        assert [r["iter"] for r in ours] == [r["iter"] for r in theirs]
-        assert len(ours) > 1
-        for x, y in zip(ours, theirs, strict=True):
-            for key in keys:
-                assert x[key] == pytest.approx(y[key], rel=1e-5), (kind, x["iter"], key)
-
 
 # A place among the ranks
 
@@ -101,6 +30,7 @@ def test_a_lone_process(here):
     assert (world, world.master) == (World(0, 0, 1), True)
     assert world.sum(torch.tensor([2.0])).tolist() == [2.0]
     assert [world.wish(value) for value in (0, 2, 1)] == [0, 2, 1]
+    assert world.from_master(3) == 3
     world.barrier()
     with process_group(world, "auto", torch.device("cpu")):
         assert not torch.distributed.is_initialized()
@@ -164,9 +94,10 @@ def test_what_ranks_tell_each_other(here):
         with process_group(world, "auto", torch.device("cpu")):
             told = [world.wish(value) for value in (0, world.rank, 0, 2 - world.rank, 0)]
             total = world.sum(torch.tensor([[1.0, world.rank]], dtype=torch.float64))
+            masters = world.from_master(7 + world.rank)
             world.barrier()
         with open(f"rank{world.rank}.json", "w") as file:
-            json.dump([world.rank, world.size, world.master, told, total.tolist()], file)
+            json.dump([world.rank, world.size, world.master, told, total.tolist(), masters], file)
     """
     (here / "driver.py").write_text(textwrap.dedent(script))
     torchrun = start(3, "driver.py")
@@ -175,7 +106,7 @@ def test_what_ranks_tell_each_other(here):
     found = [json.loads((here / f"rank{rank}.json").read_text()) for rank in range(3)]
     for rank, answers in enumerate(found):
         # every wish is the largest of the previous call's, the same on all
-        assert answers == [rank, 3, rank == 0, [0, 0, 2, 0, 2], [[3.0, 3.0]]]
+        assert answers == [rank, 3, rank == 0, [0, 0, 2, 0, 2], [[3.0, 3.0]], 7]
 
 
 # Runs

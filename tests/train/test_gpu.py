@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from kernels import REFERENCE, Ops, select
+from model.attention import SDPA
 from tests.train import test_graph as graphs
 from tests.train.runs import last, logged, resume, run
 from tests.train.test_golden import TRACES, golden_batch, golden_model, our_adamw, recorded, relative
+from train.attention_choice import MEASURED, AttentionShape, choose_attention, why_not
 from train.data import Batch
+from train.distributed import World
 from train.graph import GraphedStep
 from train.kernel_names import OTHER
 from train.step import TrainStep
@@ -80,6 +83,16 @@ def test_a_replayed_step_is_the_eager_step(
         assert one == pytest.approx(other, rel=1e-3, nan_ok=True)
 
 
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+def test_a_batch_of_one(kernels: str) -> None:
+    ops = select(kernels, CUDA)
+    eager, captured = (graphs.make(ops, dropout=0.2, dtype=torch.bfloat16, device=CUDA) for _ in range(2))
+    graphed = GraphedStep(captured, (1, 1, graphs.T))
+    got, expected = (graphs.train(step, 1, 20, CUDA, size=1) for step in (graphed, eager))
+    for one, other in zip(got, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
 def test_evaluation_between_replays_changes_nothing() -> None:
     step = graphs.make(dropout=0.2, device=CUDA)
     twin = graphs.make(dropout=0.2, device=CUDA)
@@ -92,6 +105,49 @@ def test_evaluation_between_replays_changes_nothing() -> None:
         with torch.no_grad():
             step.model(batch.x[0], batch.y[0])
         step.model.train()
+
+
+# Attention
+
+
+def test_auto_measures_and_says_what_it_took() -> None:
+    shape = AttentionShape(4, 256, 6, 64, 0.0, torch.bfloat16, CUDA)
+    before = torch.get_rng_state(), torch.cuda.get_rng_state()
+    backend, said = choose_attention("auto", shape, World())
+    assert backend in MEASURED
+    assert said.startswith(f"{backend}, fastest of {backend} ")
+    for name in MEASURED:
+        assert (f" {name} " in said) == (not why_not(name, shape)), why_not(name, shape)
+    assert " flash " in said  # what every device that has bfloat16 can do
+    assert all(
+        torch.equal(x, y) for x, y in zip(before, (torch.get_rng_state(), torch.cuda.get_rng_state()), strict=True)
+    )
+
+
+def test_a_run_says_which_attention_it_took(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(tmp_path / "out", device="cuda", dtype="bfloat16")
+    assert "\nattention: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("backend", [*SDPA, "flash_attn", "fa3", "fa4"])
+def test_every_attention_is_captured(backend: str, compile: bool, dropout: float) -> None:
+    shape = AttentionShape(graphs.B, graphs.T, 2, 8, dropout, torch.bfloat16, CUDA)  # as graphs.make makes it
+    if reason := why_not(backend, shape):
+        pytest.skip(f"{backend} does not run here: {reason}")
+    eager, captured = (graphs.make(dropout=dropout, dtype=torch.bfloat16, device=CUDA) for _ in range(2))
+    eager.model.attention = captured.model.attention = backend
+    if compile:
+        torch.compiler.reset()
+        eager.model, captured.model = (torch.compile(step.model) for step in (eager, captured))
+    graphed = GraphedStep(captured, (1, graphs.B, graphs.T))
+    got, expected = (graphs.train(step, 1, 10, CUDA) for step in (graphed, eager))
+    for one, other in zip(got, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+# The profile
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])

@@ -38,15 +38,17 @@ def make(
     return TrainStep(model, optimizer, grad_clip=0.5, scaler=scaler)
 
 
-def batch(step: int, accumulation: int, device: torch.device = CPU) -> Batch:
+def batch(step: int, accumulation: int, device: torch.device = CPU, size: int = B) -> Batch:
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(V, (accumulation, B, T + 1), generator=generator).to(device)
+    tokens = torch.randint(V, (accumulation, size, T + 1), generator=generator).to(device)
     seeds = tuple(100 * step + micro for micro in range(accumulation))
     return Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), seeds)
 
 
-def train(step: Callable, accumulation: int, steps: int, device: torch.device = CPU) -> list[tuple[float, float]]:
-    results = [step(batch(i, accumulation, device), 1e-2 / (1 + i)) for i in range(steps)]
+def train(
+    step: Callable, accumulation: int, steps: int, device: torch.device = CPU, size: int = B
+) -> list[tuple[float, float]]:
+    results = [step(batch(i, accumulation, device, size), 1e-2 / (1 + i)) for i in range(steps)]
     return [(r.loss.item(), r.grad_norm.item()) for r in results]
 
 
@@ -60,6 +62,12 @@ def test_a_replayed_step_is_the_eager_step(accumulation: int, dropout: float, dt
     assert train(graphed, accumulation, 20) == train(eager, accumulation, 20)
     for one, other in zip(captured.model.parameters(), eager.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_batch_of_one() -> None:
+    eager, captured = make(dropout=0.2), make(dropout=0.2)
+    graphed = GraphedStep(captured, (1, 1, T), capture=tape)
+    assert train(graphed, 1, 5, size=1) == train(eager, 1, 5, size=1)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ PROFILED = dict(profile=True, eval_interval=50, max_iters=12)
 @pytest.fixture(autouse=True)
 def ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take a second to measure."""
-    monkeypatch.setattr(command, "measure_ceilings", lambda device, dtype: CEILINGS)
+    monkeypatch.setattr("train.profiler.measure_ceilings", lambda device, dtype: CEILINGS)
 
 
 def trace(out_dir: Path) -> dict:

@@ -1,0 +1,77 @@
+"""On a CUDA device: attention by each of torch's backends. `pytest -m gpu`"""
+
+import pytest
+import torch
+
+from model.attention import SDPA, causal_attention
+from tests.model.test_attention import Written, truth
+from train.attention_choice import AttentionShape, why_not
+
+CUDA = torch.device("cuda")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+def need(backend: str, dtype: torch.dtype, dropout: float = 0.0) -> None:
+    """Skip what the device lacks; what it surely has must run."""
+    reason = why_not(backend, AttentionShape(2, 200, 3, 64, dropout, dtype, CUDA))
+    half = dtype != torch.float32
+    surely = {"cudnn": half, "flash": half, "efficient": True, "math": True}[backend]
+    if torch.cuda.get_device_capability() >= (9 if backend == "cudnn" else 8, 0) and surely:
+        assert reason == ""
+    elif reason:
+        pytest.skip(f"{backend} does not run here: {reason}")
+
+
+def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    qkv, dy = (torch.randn(2, 200, n * 192, generator=generator).to(CUDA, dtype) for n in (3, 1))
+    return qkv.requires_grad_(), dy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", SDPA)
+def test_the_formula(backend: str, dtype: torch.dtype) -> None:
+    """As near to float64 as math is, twice over."""
+    need(backend, dtype)
+    qkv, dy = inputs(dtype)
+    exact = truth(qkv.cpu(), dy.cpu())
+    errors = {}
+    for name in (backend, "math"):
+        y = causal_attention(qkv, 3, 0.0, name)
+        (dqkv,) = torch.autograd.grad(y, qkv, dy)
+        errors[name] = [(x.double().cpu() - e).abs().max().item() for x, e in zip((y, dqkv), exact, strict=True)]
+    largest = max(e.abs().max().item() for e in exact)
+    slack = largest * torch.finfo(dtype).eps
+    for error, allowed in zip(errors[backend], errors["math"], strict=True):
+        assert error <= 2 * allowed + slack
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
+def test_what_is_copied(backend: str) -> None:
+    """The kernel's own results, and the three gradients into one."""
+    need(backend, torch.bfloat16)
+    qkv, dy = inputs(torch.bfloat16)
+    with Written() as written:
+        y = causal_attention(qkv, 3, 0.0, backend)
+        torch.autograd.grad(y, qkv, dy)
+    kernels = [name for name in written.names if name.startswith("_scaled_dot_product")]
+    assert len(kernels) == 2
+    assert [name for name in written.names if name not in kernels] == ["stack"]
+
+
+@pytest.mark.parametrize("backend", SDPA)
+def test_dropout_is_a_function_of_the_seed(backend: str) -> None:
+    need(backend, torch.bfloat16, 0.2)
+    qkv, dy = inputs(torch.bfloat16)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        y = causal_attention(qkv, 3, 0.2, backend)
+        results.append((y, torch.autograd.grad(y, qkv, dy)[0]))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=2e-2, atol=2e-2)  # summed in no fixed order
+    assert not torch.equal(results[0][0], results[2][0])
