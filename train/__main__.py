@@ -25,6 +25,7 @@ from train.log import RunLog, check_sinks
 from train.loop import Loop, Progress
 from train.optim import FlatAdamW, LossScale
 from train.plot import plot_run
+from train.profiler import ProfiledStep, profiled_step
 from train.sample import sample_text
 from train.step import TrainStep
 
@@ -72,6 +73,8 @@ def train(
             f"gradient_accumulation_steps: got {config.gradient_accumulation_steps}, expected a multiple of the "
             f"{world.size} processes, which share them out"
         )
+    if config.profile and device.type == "mps":
+        raise UserError("profile: got True, expected False on mps, whose kernels torch's profiler does not see")
     dtype = resolve_dtype(config.dtype, device)
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
     dataset = open_dataset(config.dataset, world)
@@ -148,6 +151,8 @@ def train(
     )
     if config.cuda_graphs and device.type == "cuda" and not sharded:
         step = GraphedStep(step, (accumulation, config.batch_size, config.block_size))
+    if config.profile and world.master:
+        step = profiled_step(step, config, raw_model, world, progress.iter_num, say)
     loader = Loader(
         dataset,
         batch_size=config.batch_size,
@@ -173,7 +178,11 @@ def train(
             peak_flops=world.size * peak.flops,
             progress=progress,
         )
-        status = loop.run()
+        try:
+            status = loop.run()
+        finally:
+            if isinstance(step, ProfiledStep):
+                step.end()
     if log is not None:
         say(loop.ended)
         if status == 0 and not config.eval_only:

@@ -35,7 +35,7 @@ __all__ = ["load", "load_optimizer", "pack", "save", "set_aside"]
 _NAME = "ckpt.pt"
 _PREVIOUS = "ckpt-previous-{}.pt"
 _SAVING = "ckpt.pt.saving-"
-_OF_A_RUN = ("ckpt*.pt", "metrics.jsonl", "loss.png", "loss.svg", "tensorboard")
+_OF_A_RUN = ("ckpt*.pt", "metrics.jsonl", "loss.png", "loss.svg", "tensorboard", "trace.json")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 

@@ -92,6 +92,7 @@ class TrainConfig:
     loss_chunk: int = setting(-1, "rows of logits at a time, fused; 0: all; -1: all if memory allows", low=-1)
     mfu_formula: str = setting("nanogpt", "FLOPs a token; nanogpt: 6N + 12LHQT, 6n: 6N", choices=("nanogpt", "6n"))
     peak_flops: float = setting(0.0, "FLOP/s of one device, for the MFU; 0: from the table, or measured", low=0)
+    profile: bool = setting(False, "profile a few steps: out_dir/trace.json, and where their time goes")
 
 
 def validate(config: TrainConfig) -> None:

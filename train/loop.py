@@ -22,6 +22,7 @@ from train.graph import GraphedStep
 from train.hardware import synchronize
 from train.log import RunLog
 from train.metrics import StepTimer, mfu, tokens_per_second
+from train.profiler import ProfiledStep
 from train.schedule import learning_rate
 from train.step import StepResult, TrainStep
 
@@ -76,7 +77,7 @@ class Loop:
     world: World
     device: torch.device
     model: nn.Module
-    step: TrainStep | GraphedStep
+    step: TrainStep | GraphedStep | ProfiledStep
     loader: Loader
     log: RunLog | None
     save: Callable[[Progress], None]

@@ -113,6 +113,14 @@ def test_what_ranks_tell_each_other(here):
 
 
 @pytest.mark.slow
+def test_one_rank_profiles_for_all(here):
+    out = train_together(2, out_dir="out", profile=True, eval_interval=20, max_iters=8)
+    assert out.count("profile: 3 steps of") == 1
+    assert "communication" in out
+    assert Path("out/trace.json").exists()
+
+
+@pytest.mark.slow
 def test_two_ranks_train_as_one(here, monkeypatch):
     """The same losses, the same weights; and each goes on where the other stopped."""
     changes = dict(dropout=0.2)

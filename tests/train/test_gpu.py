@@ -1,5 +1,6 @@
 """On a CUDA device: the run that the CPU tests prove, once more where it matters. `pytest -m gpu`"""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from train.attention_choice import MEASURED, AttentionShape, choose_attention, w
 from train.data import Batch
 from train.distributed import World
 from train.graph import GraphedStep
+from train.kernel_names import OTHER
 from train.step import TrainStep
+from train.timeline import read
 
 CUDA = torch.device("cuda")
 
@@ -142,3 +145,28 @@ def test_every_attention_is_captured(backend: str, compile: bool, dropout: float
     got, expected = (graphs.train(step, 1, 10, CUDA) for step in (graphed, eager))
     for one, other in zip(got, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-3)
+
+
+# The profile
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_profile_sees_the_kernels(
+    tmp_path: Path, capsys: pytest.CaptureFixture, cuda_graphs: bool, compile: bool
+) -> None:
+    """Those of replayed graphs too; every instant of the steps is somebody's, and next to none of an unknown kernel."""
+    settings = dict(device="cuda", dtype="bfloat16", compile=compile, cuda_graphs=cuda_graphs, max_iters=12)
+    run(tmp_path / "out", profile=True, eval_interval=50, **settings)
+    output = capsys.readouterr().out
+    assert "profile: 5 steps of" in output
+    assert "host: " in output
+    timeline = read(json.loads((tmp_path / "out" / "trace.json").read_bytes()), cuda=True)
+    assert sum(timeline.rows.values()) == pytest.approx(timeline.wall)
+    for row in ("matmuls", "attention forward", "attention backward", "LayerNorm forward", "LayerNorm backward"):
+        assert timeline.rows[row] > 0, f"{row}; unknown: {[name for row, name in timeline.names if row == OTHER]}"
+    names = {name for _, name in timeline.names}
+    for kernel in ("add_layer_norm_fwd_kernel", "add_layer_norm_bwd_kernel", "adamw_update_kernel"):
+        assert any(kernel in name for name in names), kernel
+    assert timeline.rows[OTHER] < 0.05 * timeline.wall
+    assert last(tmp_path / "out")["iter_num"] == 12

@@ -1,0 +1,243 @@
+"""--profile: a run that shows where its time goes, and is the same run all the same."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+
+import train.__main__ as command
+from kernels.launch import INTERPRETED
+from tests.train import test_graph as graphs
+from tests.train.runs import last, logged, poison, refusal, resume, run, send
+from tests.train.tape import tape
+from train.breakdown import Bounds
+from train.ceilings import Ceilings
+from train.graph import GraphedStep
+from train.profiler import ProfiledStep, profiled_iterations
+from train.timeline import WINDOW, read
+
+CEILINGS = Ceilings(flops=1e11, bandwidth=1e10)
+PROFILED = dict(profile=True, eval_interval=50, max_iters=12)
+
+
+@pytest.fixture(autouse=True)
+def ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take a second to measure."""
+    monkeypatch.setattr("train.profiler.measure_ceilings", lambda device, dtype: CEILINGS)
+
+
+def trace(out_dir: Path) -> dict:
+    return json.loads((out_dir / "trace.json").read_text())
+
+
+def annotations(out_dir: Path) -> list[str]:
+    events = [e for e in trace(out_dir)["traceEvents"] if e.get("cat") == "user_annotation"]
+    return [event["name"] for event in sorted(events, key=lambda event: event["ts"])]
+
+
+def table(output: str) -> dict[str, list[float]]:
+    """row -> its numbers, as printed."""
+    lines = output.partition("reached\n")[2].splitlines()
+    rows = {}
+    for line in lines[: 1 + next(i for i, line in enumerate(lines) if line.startswith("total"))]:
+        rows[line[:24].strip()] = [float(number.rstrip("%")) for number in line[24:].split()]
+    return rows
+
+
+# Which iterations
+
+
+def test_after_a_warm_up() -> None:
+    assert profiled_iterations(0, 100, 2000, 1) == range(5, 10)
+    assert profiled_iterations(37, 100, 2000, 1) == range(42, 47)
+
+
+def test_no_evaluation_among_them() -> None:
+    assert profiled_iterations(0, 100, 7, 1) == range(8, 13)
+    assert profiled_iterations(0, 100, 5, 1) == range(6, 10)
+    assert profiled_iterations(0, 100, 10, 1) == range(5, 10)
+    assert not profiled_iterations(0, 100, 1, 1)
+
+
+def test_fewer_of_a_short_run_and_of_long_steps() -> None:
+    assert profiled_iterations(0, 7, 2000, 1) == range(5, 7)
+    assert not profiled_iterations(0, 5, 2000, 1)
+    assert len(profiled_iterations(0, 100, 2000, 20)) == 2
+    assert len(profiled_iterations(0, 100, 2000, 100)) == 1
+
+
+@given(st.integers(0, 50), st.integers(0, 60), st.integers(1, 30), st.integers(1, 50))
+def test_they_lie_in_the_run_between_two_evaluations(first: int, max_iters: int, interval: int, micro: int) -> None:
+    which = profiled_iterations(first, max_iters, interval, micro)
+    assert not any(i % interval == 0 for i in which)
+    assert all(first + 5 <= i < max_iters for i in which)
+    assert len(which) <= 5
+
+
+# A run
+
+
+def test_a_run_prints_where_its_time_goes_and_leaves_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(tmp_path / "out", **PROFILED)
+    output = capsys.readouterr().out
+    assert "profile: iterations 5 to 9 run under the profiler" in output
+    assert "floors are for 0.1 TFLOP/s in a matmul, 10 GB/s in a copy, as measured" in output
+    rows = table(output)
+    total = rows.pop("total")
+    for row in ("matmuls", "LayerNorm forward", "LayerNorm backward", "GELU backward", "optimizer", "idle"):
+        assert rows[row][0] > 0, row
+    assert sum(row[0] for row in rows.values()) == pytest.approx(total[0], abs=0.001 * len(rows))
+    assert sum(row[1] for row in rows.values()) == pytest.approx(100, abs=0.1 * len(rows))
+    assert rows["matmuls"][2] > 0
+    assert total[2] == pytest.approx(sum(row[2] for row in rows.values() if len(row) > 2), abs=0.001 * len(rows))
+    assert f"trace: {tmp_path / 'out' / 'trace.json'}" in output
+    assert "host:" not in output
+    assert annotations(tmp_path / "out") == [WINDOW, *(f"iteration {i}" for i in range(5, 10))]
+    timeline = read(trace(tmp_path / "out"), cuda=False)
+    assert sum(timeline.rows.values()) == pytest.approx(timeline.wall)
+    assert timeline.wall / 5e3 == pytest.approx(total[0], abs=0.001)
+    updates = [e for e in trace(tmp_path / "out")["traceEvents"] if e["name"] == "aten::_fused_adamw_"]
+    assert len(updates) == 5 * 2  # what decays, and what does not
+    names = {name for _, name in timeline.names}
+    assert {"aten::mm", "aten::native_layer_norm", "aten::gelu_backward", "aten::_fused_adamw_"} <= names
+
+
+def test_no_evaluation_falls_into_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(tmp_path / "out", **PROFILED | {"eval_interval": 4})
+    output = capsys.readouterr().out
+    assert "profile: iterations 5 to 7" in output
+    steps = 3 * 2  # of two micro-steps each: an evaluation would count another head's product
+    heads = [e for e in trace(tmp_path / "out")["traceEvents"] if e["name"] == "aten::nll_loss_forward"]
+    assert len(heads) == steps
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_run_is_the_same_to_the_bit(tmp_path: Path, dtype: str) -> None:
+    run(tmp_path / "plain", **PROFILED | {"profile": False}, dtype=dtype)
+    run(tmp_path / "profiled", **PROFILED, dtype=dtype)
+    assert not (tmp_path / "plain" / "trace.json").exists()
+    for kind in ("iter", "eval"):
+        assert logged(tmp_path / "profiled", kind) == logged(tmp_path / "plain", kind)
+    plain, profiled = (last(tmp_path / name)["model"] for name in ("plain", "profiled"))
+    assert all(torch.equal(profiled[name], tensor) for name, tensor in plain.items())
+
+
+def test_a_resumed_run_is_profiled_after_its_own_start(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(tmp_path / "out", max_iters=4, eval_interval=50)
+    assert "profile:" not in capsys.readouterr().out
+    resume(tmp_path / "out", profile=True, max_iters=16)
+    assert "profile: iterations 9 to 13 run" in capsys.readouterr().out
+    assert annotations(tmp_path / "out")[1:] == [f"iteration {i}" for i in range(9, 14)]
+    assert last(tmp_path / "out")["iter_num"] == 16
+
+
+def test_a_new_run_sets_the_old_trace_aside(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "trace.json").write_text("{}")
+    run(tmp_path / "out", max_iters=1)
+    assert not (tmp_path / "out" / "trace.json").exists()
+    assert len(list(tmp_path.glob("out/earlier-*/trace.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"max_iters": 5}, "profile: none; it takes more than 5 iterations, and two of them between evaluations"),
+        ({"eval_interval": 1}, "profile: none; it takes more than 5 iterations, and two of them between evaluations"),
+        ({"eval_only": True}, "profile: none; the run ended before iterations 5 to 9 were done"),
+    ],
+)
+def test_a_run_without_such_iterations_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture, settings: dict, said: str
+) -> None:
+    run(tmp_path / "out", **PROFILED | settings)
+    assert [line for line in capsys.readouterr().out.splitlines() if "profile" in line] == [said]
+    assert not (tmp_path / "out" / "trace.json").exists()
+
+
+def test_a_run_that_is_stopped_amidst_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(tmp_path / "out", at={7: send(signal.SIGTERM)}, **PROFILED) == 128 + signal.SIGTERM
+    assert "profile: none; the run ended before iterations 5 to 9 were done" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "trace.json").exists()
+    resume(tmp_path / "out", max_iters=15)  # with the setting of before; torch's profiler can be started again
+    assert "profile: 2 steps of" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_amidst_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A process that exits while the profiler runs dies of a segmentation fault."""
+    assert "loss: got nan" in refusal(run, tmp_path / "out", {7: poison}, status=1, **PROFILED)
+    assert "profile: none; the run ended before iterations 5 to 9 were done" in capsys.readouterr().out
+    assert not torch.autograd.profiler._is_profiler_enabled
+
+
+def test_a_trace_that_cannot_be_written_ends_no_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("train.profiler.replace_together", full)
+    assert run(tmp_path / "out", **PROFILED) == 0
+    assert "trace.json could not be written: [Errno 28] No space left on device" in capsys.readouterr().out
+    assert last(tmp_path / "out")["iter_num"] == 12
+    assert not list(tmp_path.glob("out/.staging-*"))
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path: Path, capsys: pytest.CaptureFixture, compiler: None) -> None:
+    """Nothing is compiled anew under the profiler; with one thread the bits are the same, too."""
+    torch.compiler.reset()
+    run(tmp_path / "plain", **PROFILED | {"profile": False}, compile=True)
+    torch.compiler.reset()
+    counters.clear()
+    capsys.readouterr()
+    run(tmp_path / "profiled", **PROFILED, compile=True)
+    rows = table(capsys.readouterr().out)
+    assert rows["torch.compile"][0] > 0
+    assert rows["torch.compile"][2] > 0  # LayerNorm's floor, and all else that it made kernels for
+    assert "LayerNorm forward" not in rows
+    assert sum(row[0] for name, row in rows.items() if name != "total") == pytest.approx(rows["total"][0], abs=0.02)
+    assert annotations(tmp_path / "profiled")[1:] == [f"iteration {i}" for i in range(5, 10)]
+    assert counters["stats"]["unique_graphs"] <= 2  # training's and evaluation's
+    if torch.get_num_threads() == 1:
+        assert logged(tmp_path / "profiled") == logged(tmp_path / "plain")
+
+
+# A step
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU real graphs are captured: test_gpu.py")
+def test_around_a_captured_step(tmp_path: Path) -> None:
+    said: list[str] = []
+    eager, captured = graphs.make(dropout=0.2), graphs.make(dropout=0.2)
+    config = captured.model.config
+    graphed = GraphedStep(captured, (1, graphs.B, graphs.T), capture=tape)
+    bounds = Bounds(CEILINGS, config, graphs.B, compute=4)
+    step = ProfiledStep(graphed, range(5, 8), 0, bounds=bounds, out_dir=tmp_path, say=said.append)
+    assert graphs.train(step, 1, 12) == graphs.train(eager, 1, 12)
+    assert step.scaler is captured.scaler
+    step.end()
+    assert [line.partition(";")[0].partition(" of")[0] for line in said] == [
+        "profile: iterations 5 to 7 run under the profiler, which takes its part",
+        "profile: 3 steps",
+        f"trace: {tmp_path / 'trace.json'}, for ui.perfetto.dev or chrome://tracing",
+    ]
+    assert annotations(tmp_path)[1:] == ["iteration 5", "iteration 6", "iteration 7"]
+
+
+def test_a_shorter_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(tmp_path / "out", **PROFILED | {"max_iters": 7})
+    assert "profile: 2 steps of" in capsys.readouterr().out
+
+
+def test_mps_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "local_device", lambda device, world: torch.device("mps"))
+    assert refusal(run, tmp_path / "out", **PROFILED) == (
+        "profile: got True, expected False on mps, whose kernels torch's profiler does not see"
+    )
+    assert not (tmp_path / "out").exists()
