@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from train.ceilings import measure_bandwidth
 
 from bench import kernels, provenance, schema, steps, tests
 from bench.progress import Progress
@@ -20,6 +19,7 @@ from bench.schema import Ceiling, Failure, Results
 from bench.tables import summary
 from bench.variants import variants
 from bench.workloads import DEFAULTS, WORKLOADS
+from train.ceilings import measure_bandwidth
 from train.cli import help_text, parse_settings
 from train.errors import UserError, run
 from train.hardware import measure_flops, peak_flops, resolve_device, resolve_dtype

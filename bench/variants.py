@@ -26,8 +26,6 @@ from train.graph import GraphedStep
 from train.optim import FlatAdamW, param_groups
 from train.step import TrainStep
 
-LEARNING_RATE, BETAS, WEIGHT_DECAY, GRAD_CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0
-
 Step = Callable[[Batch], Tensor]
 
 
@@ -38,6 +36,10 @@ class Setting(NamedTuple):
     weights: dict[str, Tensor]
     device: torch.device
     dtype: torch.dtype  # of our matmuls, and of the reference's autocast
+    learning_rate: float = 6e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
 
 
 class Variant(NamedTuple):
@@ -54,7 +56,10 @@ def reference(*, compile: bool, float32: bool) -> Variant:
         model = GPT(setting.workload.config, REFERENCE).to(setting.device)
         model.load_state_dict(setting.weights)
         optimizer = torch.optim.AdamW(
-            param_groups(model, WEIGHT_DECAY), lr=LEARNING_RATE, betas=BETAS, fused=setting.device.type == "cuda"
+            param_groups(model, setting.weight_decay),
+            lr=setting.learning_rate,
+            betas=setting.betas,
+            fused=setting.device.type == "cuda",
         )
         return _as_nanogpt_trains(torch.compile(model) if compile else model, optimizer, setting, float32=float32)
 
@@ -69,7 +74,9 @@ def nanogpt(folder: str, *, compile: bool, float32: bool) -> Variant:
         fields = {f.name: getattr(setting.workload.config, f.name) for f in dataclasses.fields(theirs.GPTConfig)}
         with contextlib.redirect_stdout(io.StringIO()):
             model = theirs.GPT(theirs.GPTConfig(**fields)).to(setting.device)
-            optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, setting.device.type)
+            optimizer = model.configure_optimizers(
+                setting.weight_decay, setting.learning_rate, setting.betas, setting.device.type
+            )
         model.load_state_dict(setting.weights)
         return _as_nanogpt_trains(torch.compile(model) if compile else model, optimizer, setting, float32=float32)
 
@@ -98,15 +105,15 @@ def ours(
         optimizer = FlatAdamW(
             model,
             bundle,
-            learning_rate=LEARNING_RATE,
-            betas=BETAS,
-            weight_decay=WEIGHT_DECAY,
+            learning_rate=setting.learning_rate,
+            betas=setting.betas,
+            weight_decay=setting.weight_decay,
             in_float32=workload.accumulation > 1,
         )
-        step = TrainStep(torch.compile(model) if compile else model, optimizer, grad_clip=GRAD_CLIP)
+        step = TrainStep(torch.compile(model) if compile else model, optimizer, grad_clip=setting.grad_clip)
         if graphed:
             step = GraphedStep(step, (workload.accumulation, workload.batch_size, workload.config.block_size))
-        return lambda batch: step(batch, LEARNING_RATE).loss
+        return lambda batch: step(batch, setting.learning_rate).loss
 
     return Variant(name, build, compares, float32)
 
@@ -164,7 +171,7 @@ def _as_nanogpt_trains(model: nn.Module, optimizer: torch.optim.Optimizer, setti
                 loss = model(x, y)[1] / len(batch.seeds)
             loss.backward()
             losses.append(loss.detach())
-        torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
+        torch.nn.utils.clip_grad_norm_(parameters, setting.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return torch.stack(losses).sum()

@@ -1,0 +1,139 @@
+"""Timing of steps: nothing is timed that trains another model, nothing that was measured is lost."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import steps
+from bench.variants import Setting, Variant, nanogpt, ours, reference, variants
+from bench.workloads import Workload
+from model import GPTConfig
+from tests.bench.stand_in import make_checkout
+from tests.train.test_golden import TRACES, golden_batch, golden_model, recorded, relative
+from train.data import Batch
+from train.errors import UserError
+
+CPU = torch.device("cpu")
+SMALL = Workload("small", GPTConfig(block_size=8, vocab_size=17, n_layer=1, n_head=2, n_embd=16, bias=True), 2, 2)
+EAGER = reference(compile=False, float32=True)
+
+
+def measure(*variants: Variant, workload: Workload = SMALL, dtype: torch.dtype = torch.float32):
+    return steps.measure(workload, list(variants), CPU, dtype, seconds=0.0)
+
+
+def test_every_variant_is_checked_and_timed(tmp_path: Path, capsys) -> None:
+    theirs = nanogpt(make_checkout(tmp_path), compile=False, float32=True)
+    rows = measure(theirs, EAGER, ours("ours eager"), ours("a rung", compares=False))
+    assert [row.variant for row in rows] == ["nanoGPT eager", "reference eager", "ours eager", "a rung"]
+    assert [row.compares for row in rows] == [True, True, True, False]
+    for row in rows:
+        assert row.skipped == ""
+        assert row.losses == pytest.approx(rows[0].losses, rel=1e-5)
+        assert len(row.losses) == steps.CHECKED
+        assert len(row.seconds) >= 2 * steps.LEAST
+        assert min(row.seconds) > 0
+        assert (row.workload, row.dtype, row.tokens) == ("small", "float32", 2 * 2 * 8)
+        assert row.flops["nanogpt"] > row.flops["6n"] > 0
+        assert row.shape["accumulation"] == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_what_trains_another_model_is_not_timed(tmp_path: Path) -> None:
+    wrong = nanogpt(make_checkout(tmp_path, fault=3.0), compile=False, float32=True)
+    first, second, third = measure(EAGER, wrong, ours("ours eager"))
+    assert second.skipped.startswith("wrong: its losses are off by ")
+    assert second.seconds == []
+    assert second.losses != pytest.approx(first.losses, rel=1e-4)
+    assert len(third.seconds) > 0
+
+
+def test_what_cannot_be_built_does_not_stop_the_others() -> None:
+    def build(setting: Setting):
+        raise RuntimeError("\nno such kernel\non this device")
+
+    first, second = measure(Variant("broken", build), EAGER)
+    assert first.skipped == "no such kernel"
+    assert len(second.seconds) > 0
+
+
+def test_dropout_is_off_where_losses_are_compared_and_on_where_they_are_timed() -> None:
+    seen = []
+
+    def build(setting: Setting):
+        seen.append(setting.workload.config.dropout)
+        return EAGER.build(setting)
+
+    workload = Workload("dropout", GPTConfig(**{**vars(SMALL.config), "dropout": 0.5}), 2)
+    first, second = measure(EAGER, Variant("watched", build), workload=workload)
+    assert seen == [0.0, 0.5]
+    assert second.losses == first.losses
+
+
+def test_an_interruption_keeps_what_was_measured() -> None:
+    calls = []
+
+    def build(setting: Setting):
+        step = EAGER.build(setting)
+
+        def interrupted(batch: Batch) -> torch.Tensor:
+            calls.append(batch)
+            if len(calls) == 200:  # some turns later
+                raise KeyboardInterrupt
+            return step(batch)
+
+        return interrupted
+
+    rows = steps.measure(SMALL, [EAGER, Variant("interrupted", build)], CPU, torch.float32, seconds=1000.0)
+    assert all(len(row.seconds) > 0 for row in rows)
+
+
+def test_low_precision_may_differ_by_what_it_costs(tmp_path: Path) -> None:
+    rows = measure(EAGER, ours("ours eager"), ours("flat", float32=True), dtype=torch.bfloat16)
+    assert [row.dtype for row in rows] == ["float32", "bfloat16", "float32"]
+    assert all(row.seconds for row in rows)
+    assert rows[1].losses != rows[0].losses
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_the_reference_in_this_tree_trains_as_nanogpt_does(name: str) -> None:
+    """Held to traces that nanoGPT computed."""
+    case = TRACES[name]
+    workload = Workload(name, GPTConfig(**case["config"]), case["batch_size"], case["gradient_accumulation_steps"])
+    model = golden_model(case)
+    setting = Setting(
+        workload,
+        model.state_dict(),
+        CPU,
+        torch.float32,
+        learning_rate=case["learning_rate"],
+        betas=tuple(case["betas"]),
+        weight_decay=case["weight_decay"],
+        grad_clip=case["grad_clip"],
+    )
+    step = EAGER.build(setting)
+    losses = torch.stack([step(golden_batch(case, i)) for i in range(len(case["loss"]))]).double()
+    assert relative(losses, recorded(case).loss) < 2e-5
+
+
+@pytest.mark.skipif("NANOGPT_DIR" not in os.environ, reason="NANOGPT_DIR names no nanoGPT checkout")
+def test_a_checkout_of_nanogpt_gives_the_same_losses() -> None:
+    theirs = nanogpt(os.environ["NANOGPT_DIR"], compile=False, float32=True)
+    first, second = measure(theirs, EAGER)
+    assert second.losses == pytest.approx(first.losses, rel=1e-6)
+
+
+def test_a_folder_without_nanogpt(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nanogpt_dir: got '.*', expected a nanoGPT checkout"):
+        nanogpt(str(tmp_path), compile=False, float32=True)
+
+
+def test_the_ladder_begins_with_the_reference_and_ends_with_ours(tmp_path: Path) -> None:
+    every = variants(CPU, torch.bfloat16, make_checkout(tmp_path))
+    names = [variant.name for variant in every]
+    assert names[:4] == ["nanoGPT eager", "reference eager", "nanoGPT compiled", "reference compiled"]
+    assert names[-1] == "ours compiled"
+    assert len(set(names)) == len(names)
+    assert not any(variant.compares for variant in every if not variant.name.startswith(("nano", "ref", "ours")))
