@@ -226,10 +226,10 @@ def _svg(series: list[Series], title: str) -> bytes:
         text((left + right) / 2, height - 12, "iteration", QUIET, "middle"),
         text(0, 0, Y_LABEL, QUIET, "middle", f'transform="translate(18 {height / 2}) rotate(-90)"'),
     ]
-    for y in _ticks(y_low, y_high):
+    for y in ticks(y_low, y_high):
         parts.append(f'<path d="M{left} {py(y):.1f}H{right}" stroke="{GRID}"/>')
         parts.append(text(left - 8, py(y) + 4, f"{y:g}", QUIET, "end"))
-    for x in _ticks(x_low, x_high):
+    for x in ticks(x_low, x_high):
         parts.append(f'<path d="M{px(x):.1f} {top}V{bottom}" stroke="{GRID}"/>')
         parts.append(text(px(x), bottom + 20, f"{x:.10g}", QUIET, "middle"))
     for one in series:
@@ -249,7 +249,7 @@ def _svg(series: list[Series], title: str) -> bytes:
     return "\n".join([*parts, "</svg>\n"]).encode()
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Four to ten round numbers, evenly spaced, between low and high."""
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
     step = next(m * power for m in (5, 2, 1) if (high - low) / (m * power) >= 4)
