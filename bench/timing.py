@@ -106,6 +106,8 @@ def _host_sample(work: Work, cold: Cold, device: torch.device) -> float:
 class Clock:
     """A clock that shows what it is told: by it pytest-benchmark times samples that were taken by turns before."""
 
+    __name__ = "Clock"  # what pytest-benchmark calls it in its files
+
     def __init__(self) -> None:
         self._now = 0.0
 
