@@ -40,7 +40,7 @@ def entrants(case: Case, device: torch.device) -> list[Entrant]:
     """The variants of a case, whether or not they can run here. torch.compile's is of the reference."""
     fused, plain = case.in_place or (case.fused, case.reference)
     compiled = Entrant("compiled", lambda: torch.compile(plain, dynamic=False))
-    if case is ATTENTION:
+    if case.name == ATTENTION.name:
         others = [Entrant(name, partial(partial, plain, backend=name)) for name in BACKENDS if name != "auto"]
         return [Entrant("reference", lambda: plain), compiled, *others]
 

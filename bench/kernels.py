@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.entrants import TIMED, Entrant, Function, entrants
+from bench.entrants import ATTENTION, TIMED, Entrant, Function, entrants
 from bench.schema import Kernel
 from bench.timing import Staged, Work, by_turns
 from kernels.cases import Case
@@ -52,7 +52,7 @@ def work_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str) -> tup
         if case.name.startswith("linear_cross_entropy") and direction != "both":
             return None, None
         forward = case.flops(shape)
-        backward = forward * 5 // 2 if case.name == "attention" else 2 * forward
+        backward = forward * 5 // 2 if case.name == ATTENTION.name else 2 * forward
         return None, {"forward": forward, "backward": backward, "both": forward + backward}[direction]
     forward = case.forward_bytes(shape, dtype).dram
     backward = case.backward_bytes(shape, dtype).dram if case.backward_bytes else 0
