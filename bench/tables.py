@@ -31,7 +31,8 @@ def summary(results: Results) -> str:
         blocks.append("measured ceilings: " + ", ".join(found))
     if results.tests:
         blocks.append(f"GPU tests: {results.tests.passed} passed, {results.tests.failed} failed")
-    blocks += [kernels_table(results)] if results.kernels else []
+    if results.kernels:
+        blocks.append(kernels_table(results.kernels, results.ceiling("matmul"), results.ceiling("copy")))
     for workload in dict.fromkeys(step.workload for step in results.steps):
         rows = [step for step in results.steps if step.workload == workload]
         blocks.append(f"{workload}\n{steps_table(rows, results)}")
@@ -69,15 +70,14 @@ def is_reference(row: Step) -> bool:
     return row.variant.startswith(("reference ", "nanoGPT "))
 
 
-def kernels_table(results: Results) -> str:
-    """Every kernel's rows: time, rate, share of the measured ceiling, ratio to torch.compile."""
-    table = [["kernel", "shape", "direction", "variant", "us", "GB/s", "of copy", "to compiled"]]
-    compiled = {key(row): median(row.seconds) for row in results.kernels if row.variant == "compiled" and row.seconds}
-    copy = results.ceiling("copy")
-    for row in (row for row in results.kernels if row.seconds):
-        seconds = median(row.seconds)
-        rate = row.bytes / seconds if row.bytes else None
-        other = compiled.get(key(row))
+def kernels_table(rows: list[Kernel], matmul: float | None, copy: float | None) -> str:
+    """Every row with samples: median time, rate, share of the ceiling of that kind (FLOP/s of a matmul, bytes/s of a
+    copy), and how many times faster than torch.compile's."""
+    table = [["kernel", "shape", "direction", "variant", "us", "rate", "of ceiling", "to compiled"]]
+    compiled = {key(row): median(row.seconds) for row in rows if row.variant == "compiled" and row.seconds}
+    for row in (row for row in rows if row.seconds):
+        seconds, other = median(row.seconds), compiled.get(key(row))
+        share = ceiling_share(row, matmul, copy)
         table.append(
             [
                 row.case,
@@ -85,12 +85,25 @@ def kernels_table(results: Results) -> str:
                 row.direction,
                 row.variant,
                 f"{1e6 * seconds:.1f}",
-                f"{rate / 1e9:.0f}" if rate else "",
-                f"{rate / copy:.0%}" if rate and copy else "",
+                rate(row),
+                f"{share:.0%}" if share else "",
                 f"{other / seconds:.2f}x" if other else "",
             ]
         )
     return aligned(table)
+
+
+def rate(row: Kernel) -> str:
+    """TFLOP/s of a row that counts FLOPs, else GB/s; nothing where it states neither."""
+    if row.flops:
+        return f"{row.flops / median(row.seconds) / 1e12:.4g} TFLOP/s"
+    return f"{row.bytes / median(row.seconds) / 1e9:.4g} GB/s" if row.bytes else ""
+
+
+def ceiling_share(row: Kernel, matmul: float | None, copy: float | None) -> float | None:
+    """A row's rate as a share of the ceiling of its kind; None where either is not known."""
+    work, ceiling = (row.flops, matmul) if row.flops else (row.bytes, copy)
+    return work / median(row.seconds) / ceiling if work and ceiling else None
 
 
 def key(row: Kernel) -> tuple:

@@ -18,6 +18,7 @@ SHAPES = (
     (12_288, 0),  # whole tiles, three programs of the norm kernel in float32: no power of two; nothing decays
 )
 GPT_SHAPES = ((124_373_760, 124_354_560), (10_745_088, 10_740_096))  # GPT-2 124M without biases; shakespeare_char
+CPU_SHAPES = ((1_000_000, 990_000),)
 
 
 def _on_copies(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor | None, ...]]:
@@ -91,6 +92,8 @@ def _case(name: str, *, copy: bool, scaled: bool, max_norm: float) -> Case:
         shapes=SHAPES,
         gpt_shapes=GPT_SHAPES,
         forward_bytes=_bytes(copy=copy, scaled=scaled),
+        cpu_shapes=() if copy else CPU_SHAPES,
+        in_place=(adamw.adamw, reference.adamw),
     )
 
 

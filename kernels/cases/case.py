@@ -19,7 +19,7 @@ class Traffic(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """What tests walk (`shapes`) and the benchmark times (`gpt_shapes`).
+    """What tests walk (`shapes`) and the benchmark times (`gpt_shapes`; on a CPU, `cpu_shapes`).
 
     `make_inputs(shape, dtype, device)` gives the keyword arguments of both `fused` and `reference`, drawn from a fixed
     seed; tensors among them that require grad are differentiated. Both return a tensor or a tuple of tensors, whose
@@ -36,6 +36,9 @@ class Case:
     backward_bytes: Callable[[Shape, torch.dtype], Traffic] | None = None  # None: nothing is differentiated
     flops: Callable[[Shape], int] | None = None  # forward; None: bound by memory, not worth counting
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    cpu_shapes: tuple[Shape, ...] = ()  # none where the case differs from another in its kernel only
+    # fused and reference that write over their inputs, where those above work on copies: these are timed
+    in_place: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
 
 def draw(device: torch.device, seed: int = 0) -> Callable[..., Tensor]:

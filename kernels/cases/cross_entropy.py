@@ -25,6 +25,8 @@ LINEAR_SHAPES = (
 )
 GPT_SHAPES = ((32 * 1024, 50304), (64 * 256, 65))
 LINEAR_GPT_SHAPES = ((32 * 1024, 768, 50304), (64 * 256, 384, 65), (8 * 1024, 1600, 50304))
+CPU_SHAPES = ((4096, 512),)
+LINEAR_CPU_SHAPES = ((4096, 384, 512),)
 
 PLAIN: dict[str, Any] = {}
 ALL = {"label_smoothing": 0.1, "z_loss": 1e-2, "reduction": "sum"}  # and padding
@@ -79,6 +81,7 @@ def _case(name: str, options: dict[str, Any], ignored: bool = False) -> Case:
         make_inputs=make_inputs,
         shapes=SHAPES,
         gpt_shapes=GPT_SHAPES,
+        cpu_shapes=() if options or ignored else CPU_SHAPES,
         forward_bytes=forward_bytes,
         backward_bytes=backward_bytes,
     )
@@ -114,6 +117,7 @@ def _linear_case(name: str, options: dict[str, Any], *, chunked: bool, ignored: 
         make_inputs=make_inputs,
         shapes=LINEAR_SHAPES,
         gpt_shapes=LINEAR_GPT_SHAPES,
+        cpu_shapes=() if options or ignored or chunked else LINEAR_CPU_SHAPES,
         forward_bytes=forward_bytes,
         backward_bytes=_backward_bytes(chunked),
         flops=lambda shape: 2 * shape[0] * shape[1] * shape[2],

@@ -17,6 +17,7 @@ SHAPES = (
     (1, 1, 1600, 2),  # one row, gpt2-xl's width
 )
 GPT_SHAPES = ((32, 1024, 768, 50304), (64, 256, 384, 65), (8, 1024, 1600, 50304))
+CPU_SHAPES = ((16, 256, 384, 512),)
 
 
 @lru_cache
@@ -57,6 +58,7 @@ CASES = [
         make_inputs=_inputs,
         shapes=SHAPES,
         gpt_shapes=GPT_SHAPES,
+        cpu_shapes=CPU_SHAPES,
         forward_bytes=_forward_bytes,
         backward_bytes=_backward_bytes,
     )

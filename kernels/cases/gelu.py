@@ -16,6 +16,7 @@ SHAPES = (
     (150, 300),  # two columns of tiles; every backward program takes several tiles, the last one ragged
 )
 GPT_SHAPES = ((32 * 1024, 4 * 768), (64 * 256, 4 * 384), (8 * 1024, 4 * 1600))
+CPU_SHAPES = ((1024, 4 * 384),)
 
 
 def _inputs(*, bias: bool, approximate: str) -> Callable[[Shape, torch.dtype, torch.device], dict[str, Any]]:
@@ -58,6 +59,7 @@ def _case(approximate: str, *, bias: bool) -> Case:
         make_inputs=_inputs(bias=bias, approximate=approximate),
         shapes=SHAPES,
         gpt_shapes=GPT_SHAPES,
+        cpu_shapes=CPU_SHAPES if bias else (),
         forward_bytes=_forward_bytes(bias=bias),
         backward_bytes=_backward_bytes(bias=bias),
     )

@@ -16,6 +16,7 @@ SHAPES = (
     (5, 2100),  # more warps
 )
 GPT_SHAPES = ((32 * 1024, 768), (64 * 256, 384), (8 * 1024, 1600))
+CPU_SHAPES = ((4096, 384),)
 
 
 def _inputs(*, bias: bool, add: bool, stream: torch.dtype | None):
@@ -64,6 +65,7 @@ def _case(name: str, *, bias: bool, add: bool, stream: torch.dtype | None = None
         make_inputs=_inputs(**settings),
         shapes=SHAPES,
         gpt_shapes=GPT_SHAPES,
+        cpu_shapes=CPU_SHAPES if bias and stream is None else (),
         forward_bytes=_forward_bytes(**settings),
         backward_bytes=_backward_bytes(**settings),
     )

@@ -23,6 +23,7 @@ GPT_SHAPES = (
     (16 * 1024, 1024, 4 * 1024),
     (8 * 1024, 1600, 4 * 1600),
 )
+CPU_SHAPES = ((1024, 384, 4 * 384),)
 
 
 def _linear_inputs(*, bias: bool, approximate: str) -> Callable[[Shape, torch.dtype, torch.device], dict[str, Any]]:
@@ -102,6 +103,7 @@ def _linear_case(approximate: str, *, bias: bool, path: str) -> Case:
         make_inputs=_linear_inputs(bias=bias, approximate=approximate),
         shapes=SHAPES,
         gpt_shapes=GPT_SHAPES,
+        cpu_shapes=CPU_SHAPES if bias else (),
         forward_bytes=_forward_bytes(bias=bias, path=path),
         backward_bytes=_elementwise_bytes(bias=bias),
         flops=lambda shape: 2 * shape[0] * shape[1] * shape[2],
@@ -120,6 +122,7 @@ def _mlp_case(approximate: str, *, bias: bool, path: str) -> Case:
         make_inputs=_mlp_inputs(bias=bias, approximate=approximate),
         shapes=SHAPES,
         gpt_shapes=GPT_SHAPES,
+        cpu_shapes=CPU_SHAPES if path == "auto" else (),
         forward_bytes=_forward_bytes(bias=bias, path=path),
         backward_bytes=backward_bytes(bias=bias),
         flops=lambda shape: 4 * shape[0] * shape[1] * shape[2],

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from kernels import adamw as aw
 from kernels import reference
+from kernels.cases.check import in_float64
 from kernels.launch import INTERPRETED, Launch
-from tests.kernels.checks import assert_as_good_as_torch, in_float64
+from tests.kernels.checks import assert_as_good_as_torch
 
 EPS = torch.finfo(torch.float32).eps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

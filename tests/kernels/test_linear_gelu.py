@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear_gelu as module
 from kernels import matmul, reference
+from kernels.cases.check import in_float64, outputs_and_gradients
 from kernels.gelu import FORMS
 from kernels.launch import INTERPRETED, Device, run
 from kernels.linear_gelu import linear_gelu, mlp
 from kernels.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles
-from tests.kernels.checks import assert_as_good_as_torch, in_float64, outputs_and_gradients
+from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.layouts import Relay, laid_out
 from tests.kernels.memory import Memory
 from tests.kernels.test_layer_norm import layouts

@@ -1,0 +1,134 @@
+"""What is timed against what: for each case, ours, plain torch eager and compiled, and other people's kernels.
+
+Others' packages are imported when they are asked for and are no dependency: Liger-Kernel's functions
+(https://github.com/linkedin/Liger-Kernel, `liger_kernel.transformers.functional`), and for attention, which is not ours
+either, every backend of `model/attention.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import reference, select
+from kernels.cases import CASES, Case, Traffic
+from kernels.cases.case import Shape, draw
+from kernels.launch import INTERPRETED
+from model.attention import BACKENDS, causal_attention
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One variant of a case. `make()` gives what is called with the case's inputs; it raises where it is not to be had.
+
+    `ours`: it is held to the tests' own criterion, and its failure is the run's. `own_inputs`: it may write over what
+    it is given, so every call gets copies.
+    """
+
+    name: str
+    make: Callable[[], Function]
+    ours: bool = False
+    own_inputs: bool = False
+
+
+def entrants(case: Case, device: torch.device) -> list[Entrant]:
+    """The variants of a case, whether or not they can run here. torch.compile's is of the reference."""
+    fused, plain = case.in_place or (case.fused, case.reference)
+    compiled = Entrant("compiled", lambda: torch.compile(plain, dynamic=False))
+    if case.name == ATTENTION.name:
+        others = [Entrant(name, partial(partial, plain, backend=name)) for name in BACKENDS if name != "auto"]
+        return [Entrant("reference", lambda: plain), compiled, *others]
+
+    def ours() -> Function:
+        if reason := why_not_fused(device):
+            raise ValueError(reason)
+        return fused
+
+    found = [Entrant("fused", ours, ours=True), Entrant("reference", lambda: plain), compiled]
+    if case.name in LIGER:
+        found.append(Entrant("liger", LIGER[case.name], own_inputs=True))
+    return found
+
+
+def why_not_fused(device: torch.device) -> str:
+    """Why our kernels are not timed on this device; empty where they are."""
+    if INTERPRETED or device.type != "cuda":
+        return "Triton's kernels need a CUDA device; its interpreter is no benchmark"
+    try:
+        select("fused", device)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+# Liger-Kernel
+
+
+def _liger_layer_norm() -> Function:
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        return liger_layer_norm(x, weight, bias, reference.LAYER_NORM_EPS).to(dtype)
+
+    return layer_norm
+
+
+def _liger_cross_entropy() -> Function:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+        return liger_cross_entropy(logits, targets, ignore_index=-1).float()
+
+    return cross_entropy
+
+
+def _liger_linear_cross_entropy() -> Function:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
+        return liger_fused_linear_cross_entropy(x, weight, targets, ignore_index=-1).float()  # in chunks of its own
+
+    return linear_cross_entropy
+
+
+LIGER: Mapping[str, Callable[[], Function]] = {  # those cases that it has a counterpart of
+    "layer_norm": _liger_layer_norm,
+    "cross_entropy": _liger_cross_entropy,
+    "linear_cross_entropy": _liger_linear_cross_entropy,
+    "linear_cross_entropy in chunks": _liger_linear_cross_entropy,
+}
+
+
+# Attention
+
+
+def _qkv(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    B, T, H, Q = shape
+    return {"qkv": draw(device)(B, T, 3 * H * Q, dtype=dtype), "n_head": H}
+
+
+def _attention_bytes(shape: Shape, dtype: torch.dtype) -> Traffic:
+    """qkv and y, or their gradients."""
+    B, T, H, Q = shape
+    return Traffic(4 * B * T * H * Q * dtype.itemsize)
+
+
+ATTENTION = Case(
+    name="attention",
+    fused=causal_attention,
+    reference=causal_attention,
+    make_inputs=_qkv,
+    shapes=((2, 64, 2, 32),),
+    gpt_shapes=((32, 1024, 12, 64), (64, 256, 6, 64), (8, 1024, 25, 64)),
+    cpu_shapes=((4, 256, 6, 64),),
+    forward_bytes=_attention_bytes,
+    backward_bytes=_attention_bytes,
+    flops=lambda shape: 2 * shape[0] * shape[1] ** 2 * shape[2] * shape[3],  # two products, half of each masked
+)
+
+TIMED: tuple[Case, ...] = (*CASES, ATTENTION)

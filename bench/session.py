@@ -1,0 +1,55 @@
+"""What one `pytest bench/` measured, and how pytest-benchmark is shown it."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
+
+import pytest
+import torch
+
+from bench.schema import Kernel, median
+from bench.tables import ceiling_share
+from bench.timing import Clock
+from train.ceilings import Ceilings, measure_ceilings
+from train.hardware import resolve_device, resolve_dtype
+
+CLOCK = Clock()  # one for all: pytest-benchmark wants a test's timer before the test begins
+
+
+@dataclass
+class Session:
+    device: torch.device
+    dtype: torch.dtype
+    kernels: list[Kernel] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, config: pytest.Config) -> Self:
+        """The session of this run of pytest: the same one every time."""
+        if SESSION not in config.stash:
+            device = resolve_device("auto")
+            config.stash[SESSION] = cls(device, resolve_dtype("auto", device))
+        return config.stash[SESSION]
+
+    @cached_property
+    def ceilings(self) -> Ceilings:
+        """The device's, measured when they are first asked for."""
+        return measure_ceilings(self.device, self.dtype)
+
+
+SESSION = pytest.StashKey[Session]()
+
+
+def facts(row: Kernel, group: list[Kernel], ceilings: Ceilings) -> dict[str, Any]:
+    """What stands beside a row's times in a file of pytest-benchmark's; rates are those of the median."""
+    seconds = median(row.seconds)
+    compiled = next((median(r.seconds) for r in group if r.variant == "compiled" and r.seconds), None)
+    return {
+        "shape": row.shape,
+        "dtype": row.dtype,
+        "bytes": row.bytes,
+        "flops": row.flops,
+        "bytes_per_second": row.bytes / seconds if row.bytes else None,
+        "flops_per_second": row.flops / seconds if row.flops else None,
+        "share_of_ceiling": ceiling_share(row, ceilings.flops, ceilings.bandwidth),
+        "times_faster_than_compiled": compiled / seconds if compiled else None,
+    }

@@ -1,0 +1,87 @@
+"""How a kernel is held to its meaning: the error that plain torch makes at that precision is the measure."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PIECE = 2**24  # elements that are compared at a time: in float64 they take 128 MB
+
+
+def outputs_and_gradients(function: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """What `function(**inputs)` returns, and the gradients of the inputs that require one, by name.
+
+    The gradients are of the outputs' dot products with fixed random numbers, the same ones at every precision.
+    """
+    returned = function(**inputs)
+    outputs = [o for o in (returned if isinstance(returned, tuple) else (returned,)) if isinstance(o, Tensor)]
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    leaves = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
+    if leaves:
+        differentiable = [o for o in outputs if o.requires_grad]
+        generator = torch.Generator().manual_seed(1)
+        # rounded to bfloat16: exact in every dtype
+        cotangents = [torch.randn(o.shape, generator=generator).to(torch.bfloat16).to(o) for o in differentiable]
+        gradients = torch.autograd.grad(differentiable, list(leaves.values()), cotangents)
+        results |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return results
+
+
+def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same values, and what is asked for as a dtype, in float64."""
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().double().requires_grad_(value.requires_grad)
+        return torch.float64 if isinstance(value, torch.dtype) else value
+
+    return {name: widen(value) for name, value in inputs.items()}
+
+
+def disagreement(
+    fused: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    *,
+    summands: float = 0.0,
+    times: float = 2.0,
+) -> str:
+    """What is wrong with `fused`, in one line; empty where nothing is.
+
+    Every element must lie within `times` plain torch's largest error, and one rounding, of `exact`. Torch's error over
+    a handful of elements may be nought by luck: four float32 ulps of the largest are always allowed, or of `summands`,
+    the size of what was summed, where a result may be small because it cancels.
+    """
+    if not fused.keys() == plain.keys() == exact.keys():
+        return f"got {', '.join(fused)}, expected {', '.join(exact)}"
+    for name, got in fused.items():
+        if got.dtype != plain[name].dtype:
+            return f"{name}: {got.dtype}, expected {plain[name].dtype}"
+        if got.shape != exact[name].shape:
+            return f"{name}: {got.shape}, expected {exact[name].shape}"
+        if reason := _off(*(x.reshape(-1).split(PIECE) for x in (got, plain[name], exact[name])), summands, times):
+            return f"{name}: {reason}"
+    return ""
+
+
+def _off(
+    got: tuple[Tensor, ...], plain: tuple[Tensor, ...], exact: tuple[Tensor, ...], summands: float, times: float
+) -> str:
+    slack = max(times * largest((p.double() - x.double()).abs()) for p, x in zip(plain, exact, strict=True))
+    slack += 4 * torch.finfo(torch.float32).eps * max(summands, *(largest(x.double().abs()) for x in exact))
+    count, off, worst, most = 0, 0, 0.0, 0.0
+    for piece, want in zip(got, exact, strict=True):
+        piece, want = piece.double(), want.double()
+        allowed = slack + torch.finfo(got[0].dtype).eps * want.abs()
+        error = (piece - want).abs()
+        agree = (error <= allowed) | (piece == want) | (piece.isnan() & want.isnan())
+        count, off = count + agree.numel(), off + (~agree).sum().item()
+        worst, most = max(worst, largest(error)), max(most, largest(allowed))
+    return f"{off} of {count} elements off, the worst by {worst:.3g}, allowed {most:.3g}" if off else ""
+
+
+def largest(x: Tensor) -> float:
+    """The largest number in x that is one: infinities cancel elsewhere."""
+    x = x[x.isfinite()]
+    return x.max().item() if x.numel() else 0.0
