@@ -231,7 +231,7 @@ def _join(a: tuple, b: tuple) -> Row:
 
 
 def _tell(title: str, rows: Sequence[Row]) -> list[str]:
-    cells = [[title, "A, ms", "B, ms", "B/A", f"{LEVEL:.0%} interval", "verdict"]]
+    cells = [[title, "A, ms", "B, ms", "B/A", f"{100 * LEVEL:.0f} % interval", "verdict"]]
     for row, verdict in zip(rows, verdicts(rows), strict=True):
         a, b = _median(row.a), _median(row.b)
         interval, words = NONE, f"too few samples ({_count(row.a)} and {_count(row.b)}, expected {LEAST})"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from bench.scene import SIZE, Dot, Line, Mark, Rect, Scene, Text, text_width, wrap
 from train.plot import ticks
 
-WIDE, NARROW = 920, 352
+WIDE, NARROW = 1000, 352
 BAR, ROW, LINE = 14, 24, 17  # heights of a bar, of its row, of a line of text
 SMALL = 12  # text that comments
 LEFT, RIGHT = 0, 2  # margins

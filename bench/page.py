@@ -27,7 +27,7 @@ CSS = f"""
 {STYLE}
 *{{box-sizing:border-box}}
 body{{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 {FONT};text-size-adjust:100%}}
-main{{max-width:1000px;margin:0 auto;padding:56px 40px 80px;overflow-wrap:break-word}}
+main{{max-width:1080px;margin:0 auto;padding:56px 40px 80px;overflow-wrap:break-word}}
 h1{{font-size:30px;line-height:1.2;letter-spacing:-.015em;margin:0 0 12px}}
 h2{{font-size:21px;letter-spacing:-.01em;margin:64px 0 8px;padding-top:20px;border-top:1px solid var(--grid)}}
 figcaption,.source,li{{overflow-wrap:anywhere}}
@@ -42,7 +42,8 @@ figcaption,.source{{color:var(--quiet);font-size:13px;line-height:1.5;margin:10p
 .narrow{{display:none!important}}
 table{{border-collapse:collapse;width:100%;font-size:13px;line-height:1.4;font-variant-numeric:tabular-nums}}
 th,td{{text-align:left;vertical-align:baseline;padding:5px 10px 5px 0;border-bottom:1px solid var(--grid)}}
-td:first-child{{white-space:nowrap}}
+td:not(.n){{overflow-wrap:anywhere;min-width:6.2em}}
+td:first-child{{min-width:11em!important}}
 th:last-child,td:last-child{{padding-right:0}}
 th{{color:var(--quiet);font-weight:500;vertical-align:bottom}}
 th span{{display:block;font-weight:400}}
@@ -51,15 +52,16 @@ th span{{display:block;font-weight:400}}
 .ours td:first-child{{color:var(--ours)}}
 .computed td,.missing td{{color:var(--quiet)}}
 .computed td{{font-style:italic}}
-@media screen and (max-width:900px){{
+@media screen and (max-width:1080px){{
 main{{padding:32px 24px 56px}}
 h1{{font-size:25px}}
 thead{{display:none}}
 tr{{display:grid;grid-template-columns:1fr 1fr;gap:0 28px;padding:10px 0;border-bottom:1px solid var(--grid)}}
-td{{display:flex;justify-content:space-between;gap:16px;border:0;padding:1px 0;text-align:right}}
-td{{grid-column:1/-1;min-width:0;overflow-wrap:anywhere}}
+td{{display:flex;justify-content:space-between;gap:8px;border:0;padding:1px 0;text-align:right}}
+td,td:not(.n),td:first-child{{min-width:0!important}}
+td{{grid-column:1/-1;overflow-wrap:anywhere}}
 td.n{{grid-column:auto}}
-td::before{{content:attr(data-label);color:var(--quiet);font-weight:400;font-style:normal;text-align:left;white-space:nowrap}}
+td::before{{content:attr(data-label);color:var(--quiet);font-weight:400;font-style:normal;text-align:left;white-space:normal;overflow-wrap:normal}}
 td:first-child{{font-weight:600;justify-content:flex-start;text-align:left;white-space:normal}}
 td:first-child::before,td.none{{display:none}}
 }}
@@ -69,6 +71,7 @@ td:first-child::before,td.none{{display:none}}
 }}
 @media print{{
 @page{{margin:14mm}}
+:root{{--paper:#fff}}
 body{{font-size:10.5pt}}
 main{{max-width:none;padding:0}}
 table{{font-size:7.5pt}}

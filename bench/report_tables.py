@@ -247,9 +247,9 @@ def estimated(found: Sequence[Estimate]) -> Table:
     caption = (
         "Estimates, not measurements: nobody has run these. The floor is each part of the step at its data sheet's "
         "FLOP/s or bytes/s, whichever takes longer. Attainable assumes what good kernels reach on an H100, on every "
-        f"device: {ATTAINED.matmul:.0%} of the sheet's FLOP/s in matmuls, {ATTAINED.attention:.0%} in attention, "
-        f"{ATTAINED.bandwidth:.0%} of its bytes/s. Whether the step fits the memory is not asked. "
-        f"Data sheets: {', '.join(dict.fromkeys(one.source for one in found))}."
+        f"device: of the sheet's FLOP/s {100 * ATTAINED.matmul:.0f} % in matmuls, {100 * ATTAINED.attention:.0f} % in "
+        f"attention; of its bytes/s {100 * ATTAINED.bandwidth:.0f} %. Whether the step fits the memory is not asked. "
+        f"Data sheets: {'; '.join(dict.fromkeys(one.source for one in found))}."
     )
     return Table("Devices that nobody measured", caption, columns, rows, ["computed"] * len(rows))
 

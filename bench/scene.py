@@ -132,7 +132,11 @@ def wrap(words: str, width: float, size: float = SIZE) -> list[str]:
 
 def escaped(words: str) -> str:
     """For markup; without control characters, which a compiler's message may hold and XML may not."""
-    return escape("".join(c for c in words if c.isprintable()))
+    return escape(printable(words))
+
+
+def printable(words: str) -> str:
+    return "".join(c for c in words if c.isprintable())
 
 
 STYLE = "".join(f".{role}{{fill:var(--{role})}}.s-{role}{{stroke:var(--{role})}}" for role in LIGHT) + (
@@ -205,8 +209,9 @@ def _hatch(rect: Rect, gap: float = 6) -> list[Line]:
 # As PNG
 
 
-def png_file(scene: Scene, dpi: int = 192) -> bytes:
+def png_file(scene: Scene, dpi: int = 144) -> bytes:
     """The same picture by day. ImportError without matplotlib."""
+    from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure  # not pyplot: it would pick a window system
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
@@ -224,8 +229,8 @@ def png_file(scene: Scene, dpi: int = 192) -> bytes:
                 look = {"facecolor": "none", "edgecolor": colour, "linestyle": (0, (4, 2))}
                 look = look if estimate else {"facecolor": colour, "edgecolor": "none"}
                 axes.add_patch(Rectangle((x, y), width, height, zorder=order, **look))
-                for line in _hatch(mark) if estimate else ():
-                    axes.plot((line.x1, line.x2), (line.y1, line.y2), color=colour, linewidth=0.45, zorder=order)
+                hatch = [((line.x1, line.y1), (line.x2, line.y2)) for line in _hatch(mark) if estimate]
+                axes.add_collection(LineCollection(hatch, colors=colour, linewidths=0.45, zorder=order), autolim=False)
             case Line(x1, y1, x2, y2, _, width):
                 axes.plot((x1, x2), (y1, y2), color=colour, linewidth=width * points, zorder=order)
             case Dot(x, y, _, radius, filled):
@@ -235,7 +240,7 @@ def png_file(scene: Scene, dpi: int = 192) -> bytes:
                 side = {"start": "left", "middle": "center", "end": "right"}[anchor]
                 weight = "bold" if bold else "normal"
                 look = {"color": colour, "fontsize": size * points, "weight": weight, "parse_math": False}
-                axes.text(x, y, words, ha=side, va="baseline", zorder=order, path_effects=[rim], **look)
+                axes.text(x, y, printable(words), ha=side, va="baseline", zorder=order, path_effects=[rim], **look)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
