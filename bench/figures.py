@@ -1,12 +1,13 @@
 """The report's pictures: which bars and dots there are, what they say, and where their numbers come from."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 from bench.digest import KernelRow, Run, StepRow, Workload, is_ours
 from bench.estimates import Estimate
-from bench.layout import Bar, DotLine, Group, Picture, bars, dots
+from bench.layout import Bar, DotLine, Group, Look, Picture, bars, dots
 from bench.report_tables import milliseconds, percent, rate, shape
 
 
@@ -23,14 +24,15 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
-# how a variant's dot looks; what is ours lies on top of the others
-DOTS = {
-    "reference": ("reference", True),
-    "compiled": ("ink", False),
-    "liger": ("worse", False),
-    "flash_attn": ("better", False),
-    "fused": ("ours", True),
-}
+# How the dots of others' kernels look, whoever is there; no two alike as long as these last.
+OTHERS = [(role, filled) for filled in (False, True) for role in ("worse", "better", "floor", "rung")]
+
+
+def _looks(variants: Iterable[str]) -> dict[str, Look]:
+    """In the order in which dots are laid over each other: what is ours lies on top."""
+    others = dict.fromkeys(v for v in variants if v not in ("reference", "compiled", "fused"))
+    looks = dict(zip(others, cycle(OTHERS), strict=False))
+    return {"reference": ("reference", True), "compiled": ("ink", False), **looks, "fused": ("ours", True)}
 
 
 def mfu(name: str, found: list[tuple[str, Run, Workload]], guesses: Sequence[Estimate]) -> Figure:
@@ -137,7 +139,13 @@ def kernels(label: str, run: Run, suffix: str) -> Figure | None:
         line = f"{shape(row.kernel)} {row.kernel.direction}, {row.kernel.dtype}"
         cases.setdefault(row.kernel.case, {}).setdefault(line, []).append(row)
     drawn = {case: [_dot_line(name, line) for name, line in lines.items()] for case, lines in cases.items()}
-    return Figure(slug(f"kernels-{suffix}"), title, caption, dots(title, drawn, DOTS)) if rows else None
+    return (
+        Figure(
+            slug(f"kernels-{suffix}"), title, caption, dots(title, drawn, _looks(row.kernel.variant for row in rows))
+        )
+        if rows
+        else None
+    )
 
 
 def _dot_line(name: str, line: list[KernelRow]) -> DotLine:

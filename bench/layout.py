@@ -155,7 +155,7 @@ class DotLine:
 def dots(title: str, cases: Mapping[str, Sequence[DotLine]], looks: Mapping[str, Look]) -> Picture:
     """A line for each entry of a case, a dot for each variant, from none to the whole of a ceiling.
 
-    looks: of the variants, in the order in which they are laid over each other; others are hollow and quiet.
+    looks: of all the variants, in the order in which they are laid over each other.
     """
     return lambda width: _Dots(width, looks).scene(title, cases)
 
@@ -178,7 +178,7 @@ class _Dots:
         )
         self.right = self.width - 12 if self.narrow else self.width - RIGHT - room - 16
         self.most = max(1.0, *(share for line in lines for share in line.shares.values()))
-        self.order = [*(v for v in self.looks if v in variants), *sorted(variants - self.looks.keys())]
+        self.order = [variant for variant in self.looks if variant in variants]
         self._key()
         top = self.y
         for case, entries in cases.items():
@@ -225,7 +225,7 @@ class _Dots:
         self.y += 24
 
     def _dot(self, variant: str, x: float, y: float) -> Dot:
-        role, filled = self.looks.get(variant, ("quiet", False))
+        role, filled = self.looks[variant]
         return Dot(x, y, role, filled=filled)
 
     def _x(self, share: float) -> float:
