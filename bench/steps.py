@@ -92,7 +92,7 @@ def _prepare(each: Timed, setting: Setting, loader: Loader, expected: list[float
     if expected:
         worst = max(abs(a - b) / abs(b) for a, b in zip(each.losses, expected, strict=True))
         if not worst < tolerance:
-            each.skipped = f"wrong: its losses are off by {worst:.1e}, expected {tolerance:.0e} at most"
+            each.skipped = f"{schema.WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most"
             return []
     each.step = step
     return each.losses
