@@ -90,8 +90,12 @@ class Bench:
         for i, name in enumerate(names):
             every = variants(self.device, self.dtype, self.config.nanogpt_dir)
             share = self.left / (len(names) - i)
-            rows = steps.measure(WORKLOADS[name], every, self.device, self.dtype, seconds=share, tell=self.progress.at)
-            self.add(steps=[*self.results.steps, *rows])
+            rows: list[schema.Step] = []
+            options = {"seconds": share, "tell": self.progress.at, "into": rows}
+            try:
+                steps.measure(WORKLOADS[name], every, self.device, self.dtype, **options)
+            finally:
+                self.add(steps=[*self.results.steps, *rows])
 
 
 def workloads_of(config: BenchConfig, device: torch.device) -> tuple[str, ...]:

@@ -51,22 +51,25 @@ def measure(
     *,
     seconds: float,
     tell: Callable[[str], None] = lambda text: None,
+    into: list[schema.Step] | None = None,
 ) -> list[schema.Step]:
-    """Rows of all variants, in their order; about `seconds` of samples, after building and checking. Where it is
-    interrupted, what was measured is kept: KeyboardInterrupt only ends the sampling."""
+    """Rows of all variants, in their order; about `seconds` of samples, after building and checking.
+
+    They are also appended to `into`, with what was measured so far where an exception or an interruption ends it.
+    """
     torch.manual_seed(0)
     setting = Setting(workload, GPT(workload.config).state_dict(), device, dtype)
     timed = [Timed(variant) for variant in variants]
     with _loader(workload, device) as loader:
-        expected = None
-        for each in timed:
-            tell(f"{workload.name}: {each.variant.name}")
-            expected = _prepare(each, setting, loader, expected) or expected
+        expected, rows = None, [] if into is None else into
         try:
+            for each in timed:
+                tell(f"{workload.name}: {each.variant.name}")
+                expected = _prepare(each, setting, loader, expected) or expected
             _sample([each for each in timed if each.step], loader, device, seconds)
-        except KeyboardInterrupt:
-            tell(f"{workload.name}: interrupted; what was measured is kept")
-    return [_row(each, workload, dtype) for each in timed]
+        finally:
+            rows += [_row(each, workload, dtype) for each in timed if each.seconds or each.skipped]
+    return rows
 
 
 def _prepare(each: Timed, setting: Setting, loader: Loader, expected: list[float] | None) -> list[float]:
