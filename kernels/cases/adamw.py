@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import adamw, reference
+from kernels import adamw, reference, traffic
 from kernels.cases.case import Case, Shape, Traffic, draw
 from kernels.launch import INTERPRETER, Device
 
@@ -74,11 +74,10 @@ def _bytes(*, copy: bool, scaled: bool):
         n, b = shape[0], dtype.itemsize
         P = adamw.norm_programs(device, torch.empty(n, dtype=dtype, device="meta"))
         programs = adamw.update_programs(device, n)
-        elements = b + 12 + 12 + (_copy_dtype(dtype).itemsize if copy else 0)
-        outputs = 4 + 8 + 4 + 4  # lr; step, read and written; norm, found_inf
+        dram = traffic.adamw(n, b, copy=_copy_dtype(dtype).itemsize if copy else 0)
         norm_kernel = n * b + 4 * P + 12 + 4  # the partial sums and scalars; step, a second time
         every_program = 4 * P + 12 + 4 * scaled
-        return Traffic(n * elements + outputs, norm_kernel + programs * every_program)
+        return Traffic(dram, norm_kernel + programs * every_program)
 
     return forward_bytes
 

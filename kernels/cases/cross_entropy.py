@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import cross_entropy, linear_cross_entropy, reference
+from kernels import cross_entropy, linear_cross_entropy, reference, traffic
 from kernels.cases.case import Case, Shape, Traffic, draw
 from kernels.launch import INTERPRETER
 
@@ -48,10 +48,9 @@ def _options(V: int, options: dict[str, Any]) -> dict[str, Any]:
 def _sweeps(M: int, width: int, b: int, ignored: bool, *, gradient: bool) -> Traffic:
     """The forward kernel on rows of `width` logits of b bytes: it saves statistics, or writes the gradient."""
     counted = _counted(M, ignored)
-    read, per_row = counted * width * b, 8 * M + 8 * M  # the target; the loss, and whether it counts
-    if gradient:
-        return Traffic(read + per_row + M * width * b, counted * b + read)
-    return Traffic(read + per_row + 8 * M, counted * b)
+    dram = traffic.cross_entropy_forward(M, width, b, counted=counted, gradient=gradient)
+    again = counted * width * b if gradient else 0
+    return Traffic(dram, counted * b + again)
 
 
 # Logits at hand

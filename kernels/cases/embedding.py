@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import embedding, reference
+from kernels import embedding, reference, traffic
 from kernels.cases.case import Case, Shape, Traffic, draw
 
 # (B, T, C, V)
@@ -32,19 +32,21 @@ def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str,
 
 
 def _forward_bytes(shape: Shape, dtype: torch.dtype) -> Traffic:
-    (B, T, _, V), row = shape, shape[2] * dtype.itemsize
+    (B, T, C, V), b = shape, dtype.itemsize
     M, distinct = B * T, _tokens(B, T, V).unique().numel()
-    return Traffic(8 * M + (distinct + T + M) * row, (2 * M - distinct - T) * row)
+    dram = traffic.embedding_forward(M, T, C, b, b, distinct=distinct)
+    return Traffic(dram, (2 * M - distinct - T) * C * b)
 
 
 def _backward_bytes(shape: Shape, dtype: torch.dtype) -> Traffic:
-    (B, T, C, V), row = shape, shape[2] * dtype.itemsize
+    (B, T, C, V), b = shape, dtype.itemsize
     M, N = B * T, B * T // embedding.PIECE
     tokens = _tokens(B, T, V).flatten().sort().values[: N * embedding.PIECE].view(N, embedding.PIECE)
     summed = (tokens[:, 0] == tokens[:, -1]).sum().item()  # pieces that hold one token
     key = 2 if V < 2**15 else 4
     sorting = 8 * M + 8 * V + 2 * key * N  # each row's place, each segment's ends, each piece's
-    return Traffic((M + V + T) * row, M * row + sorting + 2 * summed * 4 * C)  # dx again, for wpe
+    dram = traffic.embedding_backward(M, T, C, V, b, b)
+    return Traffic(dram, M * C * b + sorting + 2 * summed * 4 * C)  # dx again, for wpe
 
 
 CASES = [

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kernels import gelu, reference
+from kernels import gelu, reference, traffic
 from kernels.cases.case import Case, Shape, Traffic, draw
 from kernels.launch import INTERPRETER, Device
 
@@ -33,7 +33,7 @@ def _forward_bytes(*, bias: bool) -> Callable[..., Traffic]:
     def forward_bytes(shape: Shape, dtype: torch.dtype, device: Device = INTERPRETER) -> Traffic:
         (M, C), b = shape, dtype.itemsize
         vector = C * b * bias
-        return Traffic(2 * M * C * b + vector, vector * (gelu._tiles(M, C)[2] - 1))
+        return Traffic(traffic.gelu_forward(M, C, b) + vector, vector * (gelu._tiles(M, C)[2] - 1))
 
     return forward_bytes
 
@@ -43,8 +43,8 @@ def _backward_bytes(*, bias: bool) -> Callable[..., Traffic]:
         (M, C), b = shape, dtype.itemsize
         P, vector = gelu.partial_rows(device, M, C), C * b
         if not bias:
-            return Traffic(3 * M * C * b)
-        return Traffic(3 * M * C * b + vector + 4 * P * C, vector * (P - 1))
+            return Traffic(traffic.gelu_backward(M, C, b))
+        return Traffic(traffic.gelu_backward(M, C, b) + vector + 4 * P * C, vector * (P - 1))
 
     return backward_bytes
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kernels import layer_norm, reference
+from kernels import layer_norm, reference, traffic
 from kernels.cases.case import Case, Shape, Traffic, draw
 from kernels.launch import INTERPRETER, Device
 
@@ -37,8 +37,8 @@ def _forward_bytes(*, bias: bool, add: bool, stream: torch.dtype | None):
         s = (stream or dtype).itemsize if add else b
         vectors = 4 * C * (1 + bias)
         programs = -(-M // layer_norm._block(C)[0])
-        elements = M * C * (2 * b + 2 * s if add else 2 * b)
-        return Traffic(elements + 8 * M + vectors, (programs - 1) * vectors)
+        dram = traffic.layer_norm_forward(M, C, b, s, bias=bias, add=add)
+        return Traffic(dram, (programs - 1) * vectors)
 
     return forward_bytes
 
@@ -48,8 +48,8 @@ def _backward_bytes(*, bias: bool, add: bool, stream: torch.dtype | None):
         (M, C), b = shape, dtype.itemsize
         s = (stream or dtype).itemsize if add else b
         P = layer_norm.backward_programs(device, M, C)
-        elements = b + 2 * s + (s if add else 0) + (b if add and s != b else 0)
-        return Traffic(M * C * elements + 8 * M + 4 * C * (1 + P * (1 + bias)), 4 * C * (P - 1))
+        dram = traffic.layer_norm_backward(M, C, b, s, bias=bias, add=add, partials=P)
+        return Traffic(dram, 4 * C * (P - 1))
 
     return backward_bytes
 

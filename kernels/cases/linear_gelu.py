@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import gelu, linear_gelu, matmul, reference
+from kernels import gelu, linear_gelu, matmul, reference, traffic
 from kernels.cases.case import Case, Shape, Traffic, draw
 from kernels.launch import INTERPRETER, Device
 
@@ -63,7 +63,7 @@ def _forward_bytes(*, bias: bool, path: str) -> Callable[..., Traffic]:
     def forward_bytes(shape: Shape, dtype: torch.dtype, device: Device = INTERPRETER) -> Traffic:
         (M, K, N), b = shape, dtype.itemsize
         if path != "triton":
-            return Traffic(2 * M * N * b)  # pre, act
+            return Traffic(traffic.gelu_forward(M, N, b))
         tiles = matmul.tiles_for(matmul.FORWARD_TILES, device, dtype)[0]
         once, again = _product_bytes(M, N, K, b, tiles)
         vector, row_tiles = N * b * bias, -(-M // tiles.BLOCK_M)
@@ -75,7 +75,8 @@ def _forward_bytes(*, bias: bool, path: str) -> Callable[..., Traffic]:
 def _elementwise_bytes(*, bias: bool) -> Callable[..., Traffic]:
     def backward_bytes(shape: Shape, dtype: torch.dtype, device: Device = INTERPRETER) -> Traffic:
         M, _, N = shape
-        return Traffic(3 * M * N * dtype.itemsize + 4 * N * gelu.partial_rows(device, M, N) * bias)
+        partial = 4 * N * gelu.partial_rows(device, M, N) * bias
+        return Traffic(traffic.gelu_backward(M, N, dtype.itemsize) + partial)
 
     return backward_bytes
 
