@@ -148,7 +148,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
             return Peak(figure * 1e12, f"{row.source}, dense {column}")
     where = f"this CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else name
     precision = str(dtype).removeprefix("torch.")
-    return Peak(_measure(device, dtype), f"measured {precision} matmul peak of {where}")
+    return Peak(measure_flops(device, dtype), f"measured {precision} matmul peak of {where}")
 
 
 def _tf32_allowed() -> bool:
@@ -156,7 +156,7 @@ def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _measure(device: torch.device, dtype: torch.dtype, budget: float = 0.5) -> float:
+def measure_flops(device: torch.device, dtype: torch.dtype, budget: float = 0.5) -> float:
     """The best FLOP/s of square matmuls of three sizes, in about `budget` seconds."""
     # On a CPU a longer timing only catches more of what else runs there. A GPU needs its queue filled.
     sizes, repeats = ((256, 512, 1024), 1) if device.type == "cpu" else ((1024, 2048, 4096), 8)

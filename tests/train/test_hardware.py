@@ -141,7 +141,7 @@ def test_a_device_without_tf32_ignores_the_switch(cuda, tf32):
 )
 def test_what_the_table_lacks_is_measured(cuda, monkeypatch, name, dtype):
     cuda(name)
-    monkeypatch.setattr(hardware, "_measure", lambda device, dtype: 5e12)
+    monkeypatch.setattr(hardware, "measure_flops", lambda device, dtype: 5e12)
     assert peak_flops(CUDA, dtype) == hardware.Peak(5e12, f"measured bfloat16 matmul peak of {name}")
 
 

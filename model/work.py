@@ -1,0 +1,97 @@
+"""What a training step must do at least, part by part: FLOPs, and bytes between memory and registers. Arithmetic only.
+
+Where `flops.py` counts a token's FLOPs by convention, to compare runs, this counts what no implementation can leave
+out, to see how far one is from the best:
+
+- Matmuls: 2 FLOPs a multiply-add, forward once and backward twice; of each product both operands are read and the
+  result is written.
+- Attention: only the causal half is computed. Forward has two products, backward five: the scores are made again
+  rather than kept. q, k, v and the output are read and written, the scores stay on the chip.
+- Everything else moves bytes and computes next to nothing: each input is read once, each output written once
+  (`kernels/traffic.py`).
+
+A part takes at least as long as its FLOPs take at the device's peak, and as long as its bytes take at its bandwidth:
+`floor`. That is a bound, not a promise: no attention kernel reaches a large matmul's FLOP/s at heads of 64. And where
+the caches hold what one part hands to the next, a part can be faster than its bytes say.
+"""
+
+from dataclasses import dataclass
+
+from kernels import traffic
+from model.config import GPTConfig
+from model.flops import num_params
+
+MATMULS = ("qkv", "attention projection", "mlp up", "mlp down", "head")
+
+
+@dataclass(frozen=True)
+class Work:
+    flops: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: int) -> "Work":
+        return Work(self.flops * times, self.bytes * times)
+
+
+def floor(work: Work, peak_flops: float, bandwidth: float) -> float:
+    """Seconds that `work` takes at least, at so many FLOP/s and bytes/s."""
+    return max(work.flops / peak_flops, work.bytes / bandwidth)
+
+
+def step_work(
+    config: GPTConfig,
+    batch_size: int,
+    *,
+    accumulation: int = 1,
+    compute: int = 2,
+    stream: int = 4,
+    gradients: int = 2,
+    fused_gelu: bool = False,
+) -> dict[str, Work]:
+    """A step's parts and what each must do: `accumulation` micro-steps of batch_size x block_size tokens, an update.
+
+    compute, stream, gradients: bytes of an element of the compute dtype, of the residual stream, and of the gradients
+    that the optimizer reads; weights that are not computed with in float32 are copies (`train/flat.py`). fused_gelu:
+    GELU and its derivative lie in the epilogues of matmuls; what is left of them is that the MLP's pre-activations are
+    written and read.
+    """
+    B, T, L, C, V = batch_size, config.block_size, config.n_layer, config.n_embd, config.vocab_size
+    M, b, s = B * T, compute, stream
+    n = num_params(config, non_embedding=False)
+    qkv, y, lse = 3 * M * C * b, M * C * b, 4 * M * config.n_head  # each row's log-sum-exp is kept for backward
+    plain, added = ({"bias": config.bias, "add": add} for add in (False, True))  # nothing is added before the first
+    pre = M * 4 * C * b
+    micro_step = {
+        "qkv": _linear(M, C, 3 * C, b) * L,
+        "attention projection": _linear(M, C, C, b) * L,
+        "mlp up": _linear(M, C, 4 * C, b) * L,
+        "mlp down": _linear(M, 4 * C, C, b) * L,
+        "head": _linear(M, C, V, b),
+        "attention forward": Work(2 * M * T * C, qkv + y + lse) * L,
+        "attention backward": Work(5 * M * T * C, 2 * (qkv + y) + lse) * L,
+        "LayerNorm forward": Work(bytes=traffic.layer_norm_forward(M, C, b, s, **plain))
+        + Work(bytes=traffic.layer_norm_forward(M, C, b, s, **added)) * (2 * L),
+        "LayerNorm backward": Work(bytes=traffic.layer_norm_backward(M, C, b, s, **plain))
+        + Work(bytes=traffic.layer_norm_backward(M, C, b, s, **added)) * (2 * L),
+        "GELU forward": Work(bytes=pre if fused_gelu else traffic.gelu_forward(M, 4 * C, b)) * L,
+        "GELU backward": Work(bytes=pre if fused_gelu else traffic.gelu_backward(M, 4 * C, b)) * L,
+        "cross-entropy": Work(bytes=traffic.cross_entropy_forward(M, V, b, counted=M, gradient=True)),
+        # how many tokens differ is the text's affair: their rows are left out
+        "embedding forward": Work(bytes=traffic.embedding_forward(M, T, C, b, s, distinct=0)),
+        "embedding backward": Work(bytes=traffic.embedding_backward(M, T, C, V, b, s)),
+    }
+    update = {
+        "accumulation": Work(bytes=n * (b + 2 * gradients)) * (accumulation - 1),  # the first could be the sum's start
+        # the norm is there before the first element is updated: the gradient is read twice
+        "optimizer": Work(bytes=n * gradients + traffic.adamw(n, gradients, copy=b if b != 4 else 0)),
+        "clearing": Work(bytes=n * gradients),
+    }
+    return {name: work * accumulation for name, work in micro_step.items()} | update
+
+
+def _linear(M: int, K: int, N: int, b: int) -> Work:
+    """x (M, K) @ w (K, N), and both gradients: three products of the same three sizes."""
+    return Work(2 * M * K * N, (M * K + K * N + M * N) * b) * 3
