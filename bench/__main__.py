@@ -90,8 +90,12 @@ class Bench:
         for i, name in enumerate(names):
             every = variants(self.device, self.dtype, self.config.nanogpt_dir)
             share = self.left / (len(names) - i)
-            rows = steps.measure(WORKLOADS[name], every, self.device, self.dtype, seconds=share, tell=self.progress.at)
-            self.add(steps=[*self.results.steps, *rows])
+            rows: list[schema.Step] = []
+            options = {"seconds": share, "tell": self.progress.at, "into": rows}
+            try:
+                steps.measure(WORKLOADS[name], every, self.device, self.dtype, **options)
+            finally:
+                self.add(steps=[*self.results.steps, *rows])
 
 
 def workloads_of(config: BenchConfig, device: torch.device) -> tuple[str, ...]:
@@ -127,7 +131,7 @@ def measure(bench: Bench, parts: list[str], write: Callable[[Results], None]) ->
             bench.progress.tell(f"{name}: {line}")
             status = 1
         write(bench.results)
-    wrong = [row for row in (*bench.results.kernels, *bench.results.steps) if row.skipped.startswith("wrong")]
+    wrong = [row for row in (*bench.results.kernels, *bench.results.steps) if row.skipped.startswith(schema.WRONG)]
     status = status or int(bool(wrong))
     bench.add(clocks_after=provenance.clocks(bench.device), complete=status == 0 and set(parts) == set(PARTS))
     write(bench.results)

@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("triton", reason="the cases are of Triton's kernels, and Triton is not installed")
 
 from bench.entrants import TIMED, entrants
-from bench.kernels import WRONG, Contest, directions, shapes
-from bench.schema import Kernel
+from bench.kernels import Contest, directions, shapes
+from bench.schema import WRONG, Kernel
 from bench.session import CLOCK, Session, facts
 from kernels.cases import Case
 from kernels.cases.case import Shape

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 
 from bench.session import CLOCK, SESSION, Session
-from bench.tables import kernels_table, key
+from bench.tables import kernels_table, key, steps_table
 from train.hardware import device_name
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nanogpt_dir", default="", help="folder of a nanoGPT checkout, timed beside our steps")
 
 
 @pytest.fixture(scope="session")
@@ -36,8 +40,28 @@ def show(benchmark: Any) -> Callable[[list[float]], None]:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = config.stash.get(SESSION, None)
-    if session is None or not session.kernels:
-        return
+    if session is not None and session.kernels:
+        _show_kernels(terminalreporter, session)
+    if session is not None and session.steps:
+        _show_steps(terminalreporter, session)
+
+
+def _show_steps(terminalreporter: Any, session: Session) -> None:
+    terminalreporter.section("training steps")
+    terminalreporter.line(
+        f"{device_name(session.device)}; peak {session.peak.flops / 1e12:.4g} TFLOP/s: {session.peak.source}"
+    )
+    for workload in dict.fromkeys(row.workload for row in session.steps):
+        terminalreporter.line("")
+        terminalreporter.line(workload)
+        rows = [row for row in session.steps if row.workload == workload]
+        terminalreporter.line(steps_table(rows, session.peak.flops))
+        for row in rows:
+            if row.skipped:
+                terminalreporter.line(f"not timed: {row.variant}: {row.skipped}")
+
+
+def _show_kernels(terminalreporter: Any, session: Session) -> None:
     flops, bandwidth = session.ceilings.flops, session.ceilings.bandwidth
     terminalreporter.section("kernels")
     measured = f"a matmul {flops / 1e12:.4g} TFLOP/s, a copy {bandwidth / 1e9:.4g} GB/s"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.entrants import ATTENTION, TIMED, Entrant, Function, entrants
-from bench.schema import Kernel
+from bench.schema import WRONG, Kernel
 from bench.timing import Staged, Work, by_turns
 from kernels.cases import Case
 from kernels.cases.case import Shape
@@ -26,7 +26,6 @@ from train.hardware import resolve_dtype
 Inputs = dict[str, Any]
 Graph = tuple[list[Tensor], list[Tensor]]  # outputs, and the inputs that they are differentiated by
 
-WRONG = "wrong: "  # how the reason begins where a check failed
 OTHERS_TIMES = 16.0  # of plain torch's error, that others may make
 CHECKED_FLOPS = 1e12  # of a forward pass in float64, which most GPUs compute slowly; above, fewer rows are checked
 LEAST_SECONDS = 0.02  # of timing, however little is left

@@ -15,6 +15,7 @@ from typing import Any
 from train.files import replacing
 
 FORMAT, VERSION = "nanofuse-bench", 1
+WRONG = "wrong: "  # how a row's `skipped` begins where its check failed
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
 """What one `pytest bench/` measured, and how pytest-benchmark is shown it."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
 import pytest
 import torch
 
-from bench.schema import Kernel, median
+from bench.schema import Kernel, Peak, Step, median
 from bench.tables import ceiling_share
 from bench.timing import Clock
 from train.ceilings import Ceilings, measure_ceilings
-from train.hardware import resolve_device, resolve_dtype
+from train.hardware import peak_flops, resolve_device, resolve_dtype
 
 CLOCK = Clock()  # one for all: pytest-benchmark wants a test's timer before the test begins
 
@@ -21,6 +21,7 @@ class Session:
     device: torch.device
     dtype: torch.dtype
     kernels: list[Kernel] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
 
     @classmethod
     def of(cls, config: pytest.Config) -> Self:
@@ -29,6 +30,11 @@ class Session:
             device = resolve_device("auto")
             config.stash[SESSION] = cls(device, resolve_dtype("auto", device))
         return config.stash[SESSION]
+
+    @cached_property
+    def peak(self) -> Peak:
+        """The device's peak FLOP/s, of which MFU is a share."""
+        return Peak(**asdict(peak_flops(self.device, self.dtype)))
 
     @cached_property
     def ceilings(self) -> Ceilings:

@@ -51,22 +51,25 @@ def measure(
     *,
     seconds: float,
     tell: Callable[[str], None] = lambda text: None,
+    into: list[schema.Step] | None = None,
 ) -> list[schema.Step]:
-    """Rows of all variants, in their order; about `seconds` of samples, after building and checking. Where it is
-    interrupted, what was measured is kept: KeyboardInterrupt only ends the sampling."""
+    """Rows of all variants, in their order; about `seconds` of samples, after building and checking.
+
+    They are also appended to `into`, with what was measured so far where an exception or an interruption ends it.
+    """
     torch.manual_seed(0)
     setting = Setting(workload, GPT(workload.config).state_dict(), device, dtype)
     timed = [Timed(variant) for variant in variants]
     with _loader(workload, device) as loader:
-        expected = None
-        for each in timed:
-            tell(f"{workload.name}: {each.variant.name}")
-            expected = _prepare(each, setting, loader, expected) or expected
+        expected, rows = None, [] if into is None else into
         try:
+            for each in timed:
+                tell(f"{workload.name}: {each.variant.name}")
+                expected = _prepare(each, setting, loader, expected) or expected
             _sample([each for each in timed if each.step], loader, device, seconds)
-        except KeyboardInterrupt:
-            tell(f"{workload.name}: interrupted; what was measured is kept")
-    return [_row(each, workload, dtype) for each in timed]
+        finally:
+            rows += [_row(each, workload, dtype) for each in timed if each.seconds or each.skipped]
+    return rows
 
 
 def _prepare(each: Timed, setting: Setting, loader: Loader, expected: list[float] | None) -> list[float]:
@@ -92,7 +95,7 @@ def _prepare(each: Timed, setting: Setting, loader: Loader, expected: list[float
     if expected:
         worst = max(abs(a - b) / abs(b) for a, b in zip(each.losses, expected, strict=True))
         if not worst < tolerance:
-            each.skipped = f"wrong: its losses are off by {worst:.1e}, expected {tolerance:.0e} at most"
+            each.skipped = f"{schema.WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most"
             return []
     each.step = step
     return each.losses

@@ -1,6 +1,6 @@
 """Results as text for a terminal."""
 
-from bench.schema import Kernel, Results, Step, median
+from bench.schema import Kernel, Peak, Results, Step, median
 from train.metrics import mfu, tokens_per_second
 
 
@@ -35,23 +35,22 @@ def summary(results: Results) -> str:
         blocks.append(kernels_table(results.kernels, results.ceiling("matmul"), results.ceiling("copy")))
     for workload in dict.fromkeys(step.workload for step in results.steps):
         rows = [step for step in results.steps if step.workload == workload]
-        blocks.append(f"{workload}\n{steps_table(rows, results)}")
+        blocks.append(f"{workload}\n{steps_table(rows, results.peak.flops if results.peak else None)}")
     skipped = [f"{row.variant}: {row.skipped}" for row in results.steps if row.skipped]
     blocks += ["not measured: " + "; ".join(skipped)] if skipped else []
     blocks += [f"failed: {failure.part}: {failure.error}" for failure in results.failures]
     return "\n\n".join(blocks)
 
 
-def steps_table(rows: list[Step], results: Results) -> str:
-    """One workload's: times, tokens/s, MFU of the device's peak in both conventions, memory, and the ratio to the best
-    of the reference's modes."""
+def steps_table(rows: list[Step], peak: float | None) -> str:
+    """One workload's: times, tokens/s, MFU of `peak` FLOP/s in both conventions, memory, and the ratio to the best of
+    the reference's modes."""
     references = [median(row.seconds) for row in rows if row.seconds and is_reference(row)]
     head = ["step", "ms/iter", "p10", "p90", "tokens/s", "MFU", "MFU 6N", "host ms", "peak GB", "speed-up"]
     table = [head]
     for row in (row for row in rows if row.seconds):
         seconds = median(row.seconds)
-        peak = results.peak.flops if results.peak else float("nan")
-        shares = [f"{mfu(row.flops[formula], seconds, peak):.1%}" for formula in ("nanogpt", "6n")]
+        shares = [f"{mfu(row.flops[formula], seconds, peak):.1%}" if peak else "" for formula in ("nanogpt", "6n")]
         table.append(
             [
                 row.variant,
@@ -64,6 +63,18 @@ def steps_table(rows: list[Step], results: Results) -> str:
             ]
         )
     return aligned(table)
+
+
+def step_facts(row: Step, peak: Peak) -> dict[str, object]:
+    """What stands beside a row's times in a file of pytest-benchmark's; of the median."""
+    seconds = median(row.seconds)
+    return {
+        "dtype": row.dtype,
+        "tokens_per_second": tokens_per_second(row.tokens, seconds),
+        **{f"mfu_{formula}": mfu(flops, seconds, peak.flops) for formula, flops in row.flops.items()},
+        "peak_memory": row.peak_memory,
+        "host_seconds": median(row.host_seconds) if row.host_seconds else None,
+    }
 
 
 def is_reference(row: Step) -> bool:

@@ -47,6 +47,7 @@ WORKLOADS = {
         _gpt2("gpt2-batch-1", 1),  # where the host's overhead shows
         _gpt2("gpt2-batch-4", 4),
         _gpt2("gpt2-medium", 16, n_layer=24, n_head=16, n_embd=1024),
+        _gpt2("gpt2-large", 8, n_layer=36, n_head=20, n_embd=1280),
         _gpt2("gpt2-xl", 4, n_layer=48, n_head=25, n_embd=1600),
     )
 }

@@ -98,6 +98,11 @@ class Reducer:
         return end
 
     @property
+    def sizes(self) -> list[int]:
+        """Elements of each exchange. The backward pass completes the last one's gradients first."""
+        return [part.stop - part.start for part, _ in self._pieces]
+
+    @property
     def overlapping(self) -> bool:
         """Whether pieces are sent, and gathered, as they come."""
         return self._missing is not None

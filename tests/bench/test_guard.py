@@ -1,0 +1,208 @@
+"""The regression guard: what a step does, counted, on any machine. No time is held to a number here.
+
+Kernels of a fused step and their bytes, counted in Triton's interpreter; operations of a reference step, counted at
+dispatch; and one ratio of two times, taken by turns, with room for any noise. A number that changes here was changed:
+if it was meant, the new one is written down with its reason.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from bench import schema
+from bench.steps import measure
+from bench.variants import ours, reference
+from bench.workloads import WORKLOADS
+from kernels import REFERENCE, Ops, gelu, layer_norm
+from kernels.cases import CASES, Traffic
+from kernels.fused import FUSED
+from kernels.launch import INTERPRETED, INTERPRETER
+from model import GPT, GPTConfig
+from model.work import step_work
+from tests.kernels.memory import watch
+from tests.train.tape import Tape, storage
+from train.data import Batch
+from train.optim import FlatAdamW
+from train.step import TrainStep
+
+CPU = torch.device("cpu")
+B, T, V, C = 2, 16, 53, 64  # 32 rows: one piece of the embedding's backward pass; no tensor is padded
+M = B * T
+CASE = {case.name: case for case in CASES}
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="kernels are counted in Triton's interpreter")
+
+
+def make(ops: Ops, n_layer: int, *, accumulation: int = 1, dropout: float = 0.0, dtype=torch.float32) -> TrainStep:
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=T, vocab_size=V, n_layer=n_layer, n_head=2, n_embd=C, dropout=dropout, bias=True)
+    model = GPT(config, ops)
+    model.compute_dtype = dtype
+    adamw = {"learning_rate": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    return TrainStep(model, FlatAdamW(model, ops, **adamw, in_float32=accumulation > 1), grad_clip=1.0)
+
+
+def batch(accumulation: int = 1) -> Batch:
+    """As the cases have it: tokens that repeat as a text's do, every fourth target ignored."""
+    x = CASE["embedding"].make_inputs((B, T, C, V), torch.float32, CPU)["idx"]
+    y = CASE["linear_cross_entropy"].make_inputs((M, C, V), torch.float32, CPU)["targets"].view(B, T)
+    repeated = (tokens.expand(accumulation, B, T).contiguous() for tokens in (x, y))
+    return Batch(*repeated, tuple(range(accumulation)))
+
+
+# Kernels
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Bytes that each kernel loads and stores from here on; `launches`: how often it runs."""
+    memory, call = watch(monkeypatch), interpreter.GridExecutor.__call__
+    moved = Counter()
+    moved.launches = Counter()
+
+    def counted(self, *args, **kwargs):
+        before = memory.loaded + memory.stored
+        call(self, *args, **kwargs)
+        moved[self.fn.__name__] += memory.loaded + memory.stored - before
+        moved.launches[self.fn.__name__] += 1
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
+    return moved
+
+
+@interpreted
+@pytest.mark.parametrize(("n_layer", "accumulation", "dropout"), [(1, 1, 0.0), (1, 2, 0.2), (3, 1, 0.2), (3, 2, 0.0)])
+def test_kernel_launches_of_a_step(moved: Counter, n_layer: int, accumulation: int, dropout: float) -> None:
+    """6 a layer and 9 a micro-step, 2 an update; dropout adds none."""
+    step = make(FUSED, n_layer, accumulation=accumulation, dropout=dropout)
+    step(batch(accumulation), 1e-3)
+    micro_step = {
+        "embedding_fwd_kernel": 1,
+        "add_layer_norm_fwd_kernel": 2 * n_layer + 1,
+        "gelu_fwd_kernel": n_layer,
+        "cross_entropy_fwd_kernel": 1,  # the loss and its gradient
+        "scale_kernel": 2,  # of the head's two gradients
+        "gelu_bwd_kernel": n_layer,
+        "add_layer_norm_bwd_kernel": 2 * n_layer + 1,
+        "embedding_bwd_pieces_kernel": 1,
+        "embedding_bwd_wte_kernel": 1,
+        "embedding_bwd_wpe_kernel": 1,
+    }
+    assert sum(micro_step.values()) == 6 * n_layer + 9
+    expected = Counter({name: count * accumulation for name, count in micro_step.items()})
+    assert moved.launches == expected + Counter({"adamw_norm_kernel": 1, "adamw_update_kernel": 1})
+
+
+@interpreted
+@pytest.mark.parametrize("n_layer", [1, 2])
+def test_bytes_of_a_step(moved: Counter, n_layer: int) -> None:
+    """What the cases state, summed; of that, what must come from memory is what `model/work.py` states."""
+    step = make(FUSED, n_layer)
+    flat = step.optimizer.flat
+    step(batch(), 1e-3)
+
+    def forward(name: str, *shape: int) -> Traffic:
+        return CASE[name].forward_bytes(shape, torch.float32)
+
+    def backward(name: str, *shape: int) -> Traffic:
+        return CASE[name].backward_bytes(shape, torch.float32)
+
+    plain, added = ("layer_norm", M, C), ("add_layer_norm", M, C)
+    mlp, head = ("mlp, erf, auto", M, C, 4 * C), ("linear_cross_entropy", M, C, V)
+    unused = 4 * M * C  # nobody uses the last block's stream: its gradient is not read
+    parts = {
+        "embedding_fwd": [forward("embedding", B, T, C, V)],
+        "embedding_bwd": [backward("embedding", B, T, C, V)],
+        "add_layer_norm_fwd": [forward(*plain), *2 * n_layer * [forward(*added)]],
+        "add_layer_norm_bwd": [backward(*plain), *2 * n_layer * [backward(*added)], Traffic(-unused)],
+        "gelu_fwd": n_layer * [forward(*mlp)],
+        "gelu_bwd": n_layer * [backward(*mlp)],
+        "cross_entropy": [forward(*head)],
+        "scale": [backward(*head)],
+        "adamw": [forward("adamw", len(flat.param), flat.n_decay)],
+    }
+    counted = {part: sum(n for kernel, n in moved.items() if kernel.startswith(part)) for part in parts}
+    assert sum(counted.values()) == sum(moved.values())
+    assert counted == {part: sum(map(sum, several)) for part, several in parts.items()}
+
+    work = step_work(step.model.config, B, compute=4, stream=4, gradients=4)
+    dram = {part: sum(traffic.dram for traffic in several) for part, several in parts.items()}
+    assert dram["add_layer_norm_fwd"] == work["LayerNorm forward"].bytes
+    assert dram["gelu_fwd"] == work["GELU forward"].bytes
+    assert dram["embedding_bwd"] == work["embedding backward"].bytes
+    assert dram["adamw"] == work["optimizer"].bytes - 4 * len(flat.param)  # once more for the norm, out of a cache
+    # What a model of the least leaves out: each program's row of weights' and biases' gradients, to be summed
+    rows = layer_norm.backward_programs(INTERPRETER, M, C) - 1
+    more = (2 * n_layer + 1) * 2 * rows * 4 * C
+    assert dram["add_layer_norm_bwd"] == work["LayerNorm backward"].bytes + more - unused
+    rows = gelu.partial_rows(INTERPRETER, M, 4 * C)
+    assert dram["gelu_bwd"] == work["GELU backward"].bytes + n_layer * rows * 4 * 4 * C
+
+
+# Dispatched operations
+
+
+def recorded(step: TrainStep, accumulation: int = 1) -> list[tuple]:
+    """The calls of a step: (operation, arguments, keywords, what it made)."""
+    data = batch(accumulation)
+    with Tape() as tape:
+        step(data, 1e-3)
+    return tape.calls
+
+
+# Operations that make or change a tensor, forward and backward: (a layer, a micro-step besides, an update). A view is
+# none; a fused operation is one, whatever it does inside.
+OPERATIONS = {
+    ("reference", torch.float32, 0.0): (41, 23, 30),
+    ("reference", torch.float32, 0.2): (77, 28, 30),  # 5 a mask, of 3; attention spelt out, as a CPU's drops weights
+    ("reference", torch.bfloat16, 0.0): (61, 38, 32),  # its LayerNorm and its loss widen, attention on a CPU too
+    ("reference", torch.bfloat16, 0.2): (97, 43, 32),
+    ("fused", torch.float32, 0.0): (33, 18, 7),
+    ("fused", torch.float32, 0.2): (61, 19, 7),
+    ("fused", torch.bfloat16, 0.0): (37, 22, 3),
+    ("fused", torch.bfloat16, 0.2): (65, 23, 3),
+}
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "dtype", "dropout"), OPERATIONS)
+def test_operations_of_a_step(name: str, dtype: torch.dtype, dropout: float) -> None:
+    """A copy, a cast, a gradient cleared twice: one operation more."""
+    layer, micro_step, update = OPERATIONS[name, dtype, dropout]
+    ops = {"reference": REFERENCE, "fused": FUSED}[name]
+    for n_layer, accumulation in ((1, 2), (2, 1)) if ops is REFERENCE else ((2, 2),):  # the interpreter is slow
+        step = make(ops, n_layer, accumulation=accumulation, dropout=dropout, dtype=dtype)
+        made = [str(func) for func, _, _, fresh in recorded(step, accumulation) if fresh or func._schema.is_mutable]
+        expected = accumulation * (n_layer * layer + micro_step) + update
+        assert len(made) == expected, Counter(made)
+
+
+@interpreted
+@pytest.mark.parametrize(("ops", "casts"), [(FUSED, 0), (REFERENCE, 11)], ids=["fused", "reference"])
+def test_no_parameter_is_cast_in_the_forward_pass(ops: Ops, casts: int) -> None:
+    """In bfloat16 the float32 ones are not even read. The reference widens the vectors of its 5 LayerNorms, and the
+    position embeddings."""
+    step = make(ops, 2, dtype=torch.bfloat16)
+    flat, data = step.optimizer.flat, batch()
+    with Tape() as tape:
+        step.model(data.x[0], data.y[0])
+    reads = [(func, storage(x)) for func, args, _, _ in tape.calls for x in args if isinstance(x, torch.Tensor)]
+    assert storage(flat.param) not in {x for _, x in reads}
+    cast = [func for func, x in reads if x == storage(flat.compute) and func is torch.ops.aten._to_copy.default]
+    assert len(cast) == casts
+    assert any(x == storage(flat.compute) for _, x in reads)
+
+
+# Time
+
+
+@pytest.mark.slow
+def test_ours_is_not_slower_than_the_reference_implementation() -> None:
+    """Eager, in float32, by turns in this process. 1.35: twice over what the two differ by, and over any noise that
+    medians and the fastest samples share."""
+    every = [reference(compile=False, float32=True), ours("ours eager", ops=REFERENCE, float32=True)]
+    theirs, mine = measure(WORKLOADS["cpu"], every, CPU, torch.float32, seconds=2)
+    assert (theirs.skipped, mine.skipped) == ("", "")
+    ratios = [take(mine.seconds) / take(theirs.seconds) for take in (schema.median, min)]
+    assert min(ratios) < 1.35, ratios

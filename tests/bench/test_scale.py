@@ -1,0 +1,385 @@
+"""The scale plan: its arithmetic by hand, what must hold whatever the numbers, and the command."""
+
+import dataclasses
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench import scale, scale_check, schema
+from bench.links import LINKS, Fabric, link_of
+from bench.ranks import CONFIG, SIZES
+from bench.scaling import Job, Rates, Traffic, floors, predict, share_out, slowness, traffic
+from bench.workloads import WORKLOADS
+from train.errors import RunError, UserError
+from train.hardware import lookup
+
+GPT2 = Job(WORKLOADS["gpt2"].config, 32)
+RATES = Rates(1e15, 3e12)
+HAND = Fabric(8, inside=100.0, between=10.0, hop_inside=1.0, hop_between=2.0, call=5.0)
+PLAIN = Fabric(8, inside=1.0, between=1.0)  # two devices all-reduce S bytes in S seconds
+
+# Collectives
+
+
+@pytest.mark.parametrize(
+    ("devices", "seconds"),
+    [
+        (1, 0.0),
+        (4, 2 * (3 / 4 * 80 / 100 + 3 * 1) + 5),
+        (8, 2 * (7 / 8 * 80 / 100 + 7 * 1) + 5),
+        (16, 2 * (7 / 8 * 80 / 100 + 7 * 1) + 2 * (1 / 2 * 80 / 8 / 10 + 1 * 2) + 5),  # a ring over 2 nodes
+        (512, 2 * (7 / 8 * 80 / 100 + 7 * 1) + 2 * (80 / 8 / 10 + 6 * 2) + 5),  # trees over 64
+    ],
+)
+def test_an_all_reduce(devices: int, seconds: float) -> None:
+    assert HAND.all_reduce(80, devices) == pytest.approx(seconds)
+
+
+def test_an_all_gather() -> None:
+    assert HAND.gather(80, 1) == 0
+    assert HAND.gather(80, 16) == pytest.approx((7 / 8 * 80 / 100 + 7) + (1 / 2 * 80 / 8 / 10 + 2) + 5)
+
+
+POSITIVE = st.floats(1e-3, 1e3)
+COUNTS = st.sampled_from([1, 2, 4, 8, 16, 64, 1024, 8192])
+
+
+@given(size=POSITIVE, devices=COUNTS, inside=POSITIVE, between=POSITIVE, hop=st.floats(0, 10))
+def test_limits_of_collectives(size: float, devices: int, inside: float, between: float, hop: float) -> None:
+    fabric = Fabric(8, inside, between, hop, hop, 0.1)
+    whole = fabric.all_reduce(size, devices)
+    assert fabric.all_reduce(2 * size, devices) >= whole
+    assert dataclasses.replace(fabric, inside=2 * inside, between=2 * between).all_reduce(size, devices) <= whole
+    # a ring of two halves: all-gather and reduce-scatter; trees never make it slower
+    assert whole <= 2 * fabric.gather(size, devices) + 1e-9
+    bound = 2 * size * (1 / inside + 1 / between / min(devices, 8))
+    assert Fabric(8, inside, between).all_reduce(size, devices) <= bound * (1 + 1e-9)
+
+
+@given(size=POSITIVE, inside=POSITIVE, between=POSITIVE)
+def test_more_devices_never_sum_faster(size: float, inside: float, between: float) -> None:
+    fabric = Fabric(8, inside, between, 0.01, 0.01)
+    seconds = [fabric.all_reduce(size, devices) for devices in (1, 2, 4, 8, 16, 64, 1024, 8192)]
+    assert all(a <= b * (1 + 1e-9) for a, b in pairwise(seconds))
+
+
+def test_links_are_of_known_devices_and_half_of_what_is_advertised() -> None:
+    for name, gbytes in (
+        ("NVIDIA A100-SXM4-80GB", 300),
+        ("NVIDIA H100 80GB HBM3", 450),
+        ("NVIDIA H200", 450),
+        ("NVIDIA B200", 900),
+        ("NVIDIA L4", 32),
+        ("NVIDIA GeForce RTX 4090", 32),
+    ):
+        assert lookup(name)
+        assert link_of(name).gbytes == gbytes
+    assert link_of("AMD EPYC 9B14") is None
+    assert link_of("NVIDIA GB200") is None
+    assert all(link.source for link in LINKS)
+
+
+# One device's share
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch_size", "accumulation"),
+    [(1, 32, 15), (2, 30, 8), (8, 30, 2), (64, 8, 1), (480, 1, 1), (1024, 1, 1)],  # 480 sequences
+)
+def test_sharing_out_nanogpts_iteration(devices: int, batch_size: int, accumulation: int) -> None:
+    job = share_out(GPT2, 491520, devices)
+    assert (job.batch_size, job.accumulation) == (batch_size, accumulation)
+
+
+@given(tokens=st.integers(1, 10**8), devices=st.integers(1, 10**4), batch_size=st.integers(1, 64))
+def test_a_share_is_never_short(tokens: int, devices: int, batch_size: int) -> None:
+    job = share_out(dataclasses.replace(GPT2, batch_size=batch_size), tokens, devices)
+    made = devices * job.batch_size * job.accumulation * 1024
+    assert made >= tokens
+    assert job.batch_size <= batch_size
+    assert made < tokens + devices * 1024 * (1 + job.accumulation)  # no more than rounding
+
+
+def test_what_ranks_exchange_of_gpt2() -> None:
+    sent = traffic(GPT2.config, torch.bfloat16)
+    assert sum(sent.pieces) == 4 * 124_373_760  # float32, whatever is computed in
+    assert sent.pieces[0] == 4 * 50304 * 768  # the token embedding by itself
+    assert len(sent.pieces) == 11
+    assert sent.block == 12 * 768**2 + 2 * 768
+    assert sent.blocks * sent.block + sent.rest == 124_373_760
+    assert (sent.compute, traffic(GPT2.config, torch.float32).compute) == (2, 4)
+
+
+def test_floors_of_a_step() -> None:
+    """Of sums in float32, an optimizer reads gradients twice as wide: 2 n bytes more twice, and as many cleared."""
+    n, alone, several = 124_373_760, floors(GPT2, RATES, several=False), floors(GPT2, RATES, several=True)
+    assert several.update - alone.update == pytest.approx(3 * 2 * n / 3e12)
+    assert several.micro - alone.micro == pytest.approx(n * (2 + 2 * 4) / 3e12)
+    wide = dataclasses.replace(GPT2, compute=4)
+    assert floors(wide, RATES, several=True) == floors(wide, RATES, several=False)
+
+
+# Steps
+
+
+def with_micro(seconds: float) -> tuple[Job, float]:
+    """A job, and the slowness by which a micro-step of several ranks takes so long."""
+    return GPT2, seconds / floors(GPT2, RATES, several=True).micro
+
+
+def test_the_measured_step_is_predicted_of_one_device() -> None:
+    for job in (GPT2, dataclasses.replace(GPT2, accumulation=5)):
+        slow = slowness(0.5, job, RATES)
+        predicted = predict(job, RATES, slow, traffic(job.config, torch.bfloat16), HAND, 1, overlap=False)
+        assert predicted.seconds == pytest.approx(0.5)
+        assert predicted.communication == 0
+        assert predicted.tokens == job.accumulation * 32 * 1024
+
+
+@pytest.mark.parametrize(
+    ("micro", "overlap", "exposed"),
+    [
+        (9.0, True, 40 - 6),  # a backward pass of 6 s hides as much of 40 s
+        (30.0, True, 30),  # of 20 s: all but the embedding's, which comes last
+        (30.0, False, 40),
+    ],
+)
+def test_a_step_of_two_devices(micro: float, overlap: bool, exposed: float) -> None:
+    job, slow = with_micro(micro)
+    sent = Traffic(pieces=[30, 10], blocks=0, block=0, rest=0, compute=2)
+    predicted = predict(dataclasses.replace(job, accumulation=3), RATES, slow, sent, PLAIN, 2, overlap=overlap)
+    update = slow * floors(job, RATES, several=True).update
+    assert predicted.communication == 40
+    assert predicted.exposed == pytest.approx(exposed)
+    assert predicted.seconds == pytest.approx(3 * micro + update + exposed)
+    assert predicted.tokens == 2 * 3 * 32 * 1024
+
+
+@pytest.mark.parametrize(
+    ("micro", "overlap", "exposed"),
+    [
+        (60.0, True, (38 - 20) + (106 - 40)),
+        (600.0, True, 8 + 16),  # what comes before the first block and after it
+        (600.0, False, 38 + 106),
+    ],
+)
+def test_a_sharded_step_of_two_devices(micro: float, overlap: bool, exposed: float) -> None:
+    """Two bytes an element gathered, four scattered; half of it travels: 8 and 16 of the rest, 10 and 20 a block."""
+    job, slow = with_micro(micro)
+    sent = Traffic(pieces=[], blocks=3, block=10, rest=8, compute=2)
+    settings = dict(overlap=overlap, shard=True)
+    predicted = predict(dataclasses.replace(job, accumulation=2), RATES, slow, sent, PLAIN, 2, **settings)
+    update = slow * floors(job, RATES, several=True).update / 2
+    assert predicted.communication == 2 * (8 + 3 * 10 + 3 * (10 + 20) + 16)
+    assert predicted.exposed == pytest.approx(2 * exposed)
+    assert predicted.seconds == pytest.approx(2 * micro + update + 2 * exposed)
+
+
+@given(devices=COUNTS, shard=st.booleans(), slow=st.floats(1, 10), accumulation=st.integers(1, 9), rate=POSITIVE)
+def test_limits_of_steps(devices: int, shard: bool, slow: float, accumulation: int, rate: float) -> None:
+    job = dataclasses.replace(GPT2, accumulation=accumulation)
+    sent = Traffic([4 * 38_633_472, 4 * 85_740_288], 12, 7_079_424, 39_420_672, 2)
+    fabric = Fabric(8, 1e9 * rate, 1e8 * rate, 1e-6, 1e-5, 1e-5)
+
+    def seconds(fabric: Fabric, **settings) -> float:
+        return predict(job, RATES, slow, sent, fabric, devices, shard=shard, **settings).seconds
+
+    hidden, exposed = (seconds(fabric, overlap=overlap) for overlap in (True, False))
+    free = seconds(Fabric(8, 1e30, 1e30), overlap=False)
+    assert free <= hidden <= exposed
+    assert seconds(dataclasses.replace(fabric, inside=1e12 * rate, between=1e11 * rate), overlap=True) <= hidden
+    if not shard and devices > 1:  # no time for links: as many tokens a device as one device makes of several steps
+        parts = floors(job, RATES, several=True)
+        assert free == pytest.approx(slow * (accumulation * parts.micro + parts.update))
+
+
+# The command
+
+
+def results(tmp_path: Path, *rows: schema.Step, **fields) -> str:
+    path = tmp_path / "results.json"
+    whole = {
+        "device": schema.Device("NVIDIA H100 80GB HBM3", "cuda"),
+        "software": schema.Software("3.11", "2.13", "3.7", "13", "9"),
+        "commit": schema.Commit("abc", clean=True),
+        "date": "2026-01-01T00:00:00Z",
+        "command": "python -m bench",
+        "peak": schema.Peak(989e12, "NVIDIA H100 data sheet"),
+        "ceilings": [schema.Ceiling("matmul", "bfloat16", [700e12]), schema.Ceiling("copy", "float32", [3e12])],
+    }
+    schema.write(path, schema.Results(**{**whole, **fields}, steps=list(rows)))
+    return str(path)
+
+
+def row(variant: str, seconds: float, batch_size: int = 32, **fields) -> schema.Step:
+    shape = {**WORKLOADS["gpt2"].shape, "batch_size": batch_size}
+    known = dict(compares=True, dtype="bfloat16", tokens=batch_size * 1024, seconds=[seconds] * 3, shape=shape)
+    return schema.Step("gpt2", variant, **known | fields)
+
+
+def cells(text: str, size: str) -> list[list[str]]:
+    """The rows of a size's table."""
+    block = next(block for block in text.split("\n\n") if block.startswith((f"{size}:", f"{size} (")))
+    return [line.split() for line in block.splitlines()[3:]]
+
+
+def test_a_measured_step_in_the_table(tmp_path: Path) -> None:
+    path = results(
+        tmp_path,
+        row("reference compiled", 0.01),  # not ours
+        row("LayerNorm", 0.01, compares=False),
+        row("ours eager", 0.09),
+        row("ours graphed", 0.07),
+        dataclasses.replace(row("ours compiled", 0.01), seconds=[], skipped="no compiler"),
+    )
+    config = scale.ScaleConfig(path, sizes="gpt2,gpt2-medium", devices="1,8", tokens=32 * 1024)
+    text = scale.report(config)
+    assert "measured    gpt2: 70.00 ms for 32,768 tokens, ours graphed, bfloat16, median of 3" in text
+    assert "ESTIMATE    gpt2-medium: the roofline floor" in text
+    assert "gpt2-medium (ESTIMATE from the floor)" in text
+    assert "700 TFLOP/s of a large matmul" in text
+    assert "data sheet  450 GB/s in one direction between devices of a node, NVLink 4" in text
+    assert "nothing hides exchanges, since a graph or a compiled pass ends before they begin: gpt2," in text
+    one, eight = cells(text, "gpt2")
+    flops = 6 * (124_373_760 - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert one[:4] == ["1", "1", "x", "32"]
+    assert one[4:9] == ["32,768", "70.00", "0.00", "0.00", f"{32768 / 0.07:,.0f}"]
+    assert one[9] == f"{flops * 32768 / 0.07 / 989e12:.1%}"
+    assert one[-1] == "100.0%"
+    assert eight[1:5] == ["1", "x", "4", "32,768"]
+    sums = sum(scale.fabric_of(config, "NVIDIA H100 80GB HBM3")[0].all_reduce(4 * n, 8) for n in [124_373_760])
+    assert float(eight[6]) == pytest.approx(1e3 * (sums + 10 * (8.4 + 2 * 7 * 3.4) / 1e6), abs=0.02)  # in 11 exchanges
+    assert eight[6] == eight[7]
+
+
+def test_weak_scaling_keeps_each_device_as_it_is(tmp_path: Path) -> None:
+    path = results(tmp_path, row("ours eager", 0.07))
+    config = scale.ScaleConfig(path, sizes="gpt2", devices="1,2,64", scaling="weak", overlap="no")
+    rows = cells(scale.report(config), "gpt2")
+    assert [cells[1:5] for cells in rows] == [["1", "x", "32", f"{32768 * n:,}"] for n in (1, 2, 64)]
+    milliseconds = [float(cells[5]) for cells in rows]
+    assert milliseconds == sorted(milliseconds)
+
+
+def test_an_eager_step_hides_and_a_sharded_one_is_never_a_graph(tmp_path: Path) -> None:
+    config = scale.ScaleConfig(results(tmp_path, row("ours eager", 0.07)), sizes="gpt2", devices="8")
+    text = scale.report(config)
+    assert "the backward pass hides exchanges: gpt2" in text
+    (eight,) = cells(text, "gpt2")
+    assert float(eight[7]) < float(eight[6])
+    path = results(tmp_path, row("ours eager", 0.09), row("ours graphed", 0.07))
+    text = scale.report(dataclasses.replace(config, results=path, shard=True))
+    assert "gpt2: 90.00 ms" in text
+    assert "each micro-step gathers the blocks twice" in text
+
+
+def test_between_measured_batches(tmp_path: Path) -> None:
+    """Of batches 1 and 3, measured at 10 and 2 times their floors, a batch of 2 takes 6 times its own."""
+    rates = Rates(700e12, 3e12)
+    floor = {n: slowness(1.0, dataclasses.replace(GPT2, batch_size=n), rates) ** -1 for n in (1, 2, 3)}
+    path = results(tmp_path, row("ours eager", 10 * floor[1], 1), row("ours graphed", 2 * floor[3], 3))
+    config = scale.ScaleConfig(path, sizes="gpt2", devices="1", scaling="weak", batch_size=2)
+    ((*_, batch, _, milliseconds, _, _, _, _, _, _),) = cells(scale.report(config), "gpt2")
+    assert batch == "2"
+    assert float(milliseconds) == pytest.approx(1e3 * 6 * floor[2], abs=0.01)
+
+
+def test_estimates_need_no_file() -> None:
+    text = scale.report(scale.ScaleConfig(device="4090", sizes="gpt2", devices="1,1024"))
+    assert "data sheet  165.2 TFLOP/s" in text
+    assert "32 GB/s in one direction between devices of a node, PCIe 4 x16" in text
+    assert "ESTIMATE" in text
+    assert cells(text, "gpt2")[1][0] == "1,024"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--results=none.json", "results: none.json: No such file or directory"),
+        ("--results=bad.json", "results: bad.json: is not a results file: it has no format 'nanofuse-bench'"),
+        ("--device=H1000", "device: got 'H1000', expected one that train/hardware.py knows"),
+        ("--device=T4", "device: got 'T4', expected one with bfloat16"),
+        ("--device=A30", "intranode_gbyte: got 0.0, expected GB/s in one direction: no link of A30 is known"),
+        ("--devices=1,two", "devices: got 'two', expected whole numbers from 1, separated by commas"),
+        ("--devices=0", "devices: got '0', expected whole numbers from 1, separated by commas"),
+        ("--devices=12", "devices: got 12, expected at most 8, which a node has, or a multiple of it"),
+        ("--sizes=gpt3", "sizes: got 'gpt3', expected some of: cpu, shakespeare_char, gpt2,"),
+        ("--link_share=1.5", "link_share: got 1.5, expected at least"),
+        ("--scaling=none", "scaling: got 'none', expected strong | weak"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["bench.scale", argument])
+    with pytest.raises(UserError) as error:
+        scale.main()
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+    assert error.value.status == 2
+
+
+def test_a_file_without_ceilings_of_a_device_that_nobody_knows(tmp_path: Path) -> None:
+    path = results(tmp_path, device=schema.Device("AMD EPYC", "cpu"), ceilings=[])
+    with pytest.raises(UserError, match=r"it has no ceilings, and no data sheet of AMD EPYC is known"):
+        scale.report(scale.ScaleConfig(path))
+
+
+@pytest.mark.slow
+def test_the_command() -> None:
+    command = [sys.executable, "-m", "bench.scale", "--sizes=gpt2", "--devices=4"]
+    ran = subprocess.run([*command], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0
+    assert ran.stdout.startswith("Predicted, not measured: H100 80GB HBM3, strong scaling\n")
+    assert ran.stderr == ""
+
+
+# Against ranks on this machine
+
+SENT = sum(traffic(CONFIG, torch.float32).pieces)
+ALONE = {"step": [0.3, 0.1, 0.2]}
+# 1 GB/s and 1 ms a hop: two ranks sum S bytes in S / 1e9 + 2e-3 seconds
+TWO = {f"all_reduce {n}": [9.0, 4 * n / 1e9 + 2e-3] for n in SIZES} | {"step": [0.2]}
+
+
+def test_ranks_that_share_cores_are_predicted() -> None:
+    pieces = len(traffic(CONFIG, torch.float32).pieces)
+    one, two, four = scale_check.predictions(ALONE, TWO, cores=2).values()
+    assert one.seconds == pytest.approx(0.1)
+    assert two.exposed == pytest.approx(SENT / 1e9 + pieces * 2e-3)
+    assert two.seconds == pytest.approx(0.1 + two.exposed)
+    assert four.computing == pytest.approx(0.2)  # two ranks a core
+    assert four.exposed == pytest.approx(2 * (2 * 3 / 4 * SENT / 1e9 + pieces * 2 * 3 * 1e-3))
+    roomy = scale_check.predictions(ALONE, TWO, cores=4)[4]
+    assert roomy.computing == pytest.approx(0.1)
+    assert roomy.exposed == pytest.approx(four.exposed / 2)
+
+
+def test_predicted_beside_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {1: ALONE, 2: TWO, 4: {**TWO, "step": [0.5]}}
+    monkeypatch.setattr(scale_check, "run_ranks", measured.__getitem__)
+    lines = [line.split() for line in scale_check.report().splitlines()]
+    assert lines[-3][-4:] == ["100.0", "100.0", "as", "measured"]
+    expected = scale_check.predictions(ALONE, TWO, len(scale_check.os.sched_getaffinity(0)))[4].seconds
+    assert lines[-1][-3:] == [f"{1e3 * expected:.1f}", "500.0", f"{expected / 0.5 - 1:+.0%}"]
+
+
+@pytest.mark.slow
+def test_two_ranks_are_measured() -> None:
+    """Not how fast they are: the machine may be busy."""
+    samples = scale_check.run_ranks(2)
+    assert samples.keys() == TWO.keys()
+    assert all(min(seconds) > 0 and len(seconds) == 15 for seconds in samples.values())
+    assert 0 < scale_check.links(samples).inside < 1e12
+
+
+def test_ranks_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_check.sys, "executable", "/bin/false")
+    with pytest.raises(RunError, match="check: 2 ranks ended with status 1: nothing was printed"):
+        scale_check.run_ranks(2)
