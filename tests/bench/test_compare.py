@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import report, schema
-from bench.compare import Row, Verdict, student, verdicts
+from bench import schema
+from bench.report import command as report
+from bench.report.compare import Row, Verdict, student, verdicts
 from bench.schema import Commit, Results
 from tests.bench.made import cpu, h100
 from train.errors import UserError

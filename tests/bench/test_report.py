@@ -12,7 +12,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import report, schema
+from bench import schema
+from bench.report import command as report
 from bench.schema import Ceiling, Results, median
 from tests.bench.made import all_devices, cpu, h100
 from train.errors import UserError

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, schema
-from bench.scene import DARK, LIGHT
+from bench import schema
+from bench.report import command as report
+from bench.report.scene import DARK, LIGHT
 from tests.bench.made import all_devices
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

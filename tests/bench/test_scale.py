@@ -11,10 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import scale, scale_check, schema
-from bench.links import LINKS, Fabric, link_of
-from bench.ranks import CONFIG, SIZES
-from bench.scaling import Job, Rates, Traffic, floors, predict, share_out, slowness, traffic
+from bench import schema
+from bench.scale import check
+from bench.scale import command as scale
+from bench.scale.links import LINKS, Fabric, link_of
+from bench.scale.model import Job, Rates, Traffic, floors, predict, share_out, slowness, traffic
+from bench.scale.ranks import CONFIG, SIZES
 from bench.workloads import WORKLOADS
 from train.errors import RunError, UserError
 from train.hardware import lookup
@@ -350,36 +352,36 @@ TWO = {f"all_reduce {n}": [9.0, 4 * n / 1e9 + 2e-3] for n in SIZES} | {"step": [
 
 def test_ranks_that_share_cores_are_predicted() -> None:
     pieces = len(traffic(CONFIG, torch.float32).pieces)
-    one, two, four = scale_check.predictions(ALONE, TWO, cores=2).values()
+    one, two, four = check.predictions(ALONE, TWO, cores=2).values()
     assert one.seconds == pytest.approx(0.1)
     assert two.exposed == pytest.approx(SENT / 1e9 + pieces * 2e-3)
     assert two.seconds == pytest.approx(0.1 + two.exposed)
     assert four.computing == pytest.approx(0.2)  # two ranks a core
     assert four.exposed == pytest.approx(2 * (2 * 3 / 4 * SENT / 1e9 + pieces * 2 * 3 * 1e-3))
-    roomy = scale_check.predictions(ALONE, TWO, cores=4)[4]
+    roomy = check.predictions(ALONE, TWO, cores=4)[4]
     assert roomy.computing == pytest.approx(0.1)
     assert roomy.exposed == pytest.approx(four.exposed / 2)
 
 
 def test_predicted_beside_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {1: ALONE, 2: TWO, 4: {**TWO, "step": [0.5]}}
-    monkeypatch.setattr(scale_check, "run_ranks", measured.__getitem__)
-    lines = [line.split() for line in scale_check.report().splitlines()]
+    monkeypatch.setattr(check, "run_ranks", measured.__getitem__)
+    lines = [line.split() for line in check.report().splitlines()]
     assert lines[-3][-4:] == ["100.0", "100.0", "as", "measured"]
-    expected = scale_check.predictions(ALONE, TWO, len(scale_check.os.sched_getaffinity(0)))[4].seconds
+    expected = check.predictions(ALONE, TWO, len(check.os.sched_getaffinity(0)))[4].seconds
     assert lines[-1][-3:] == [f"{1e3 * expected:.1f}", "500.0", f"{expected / 0.5 - 1:+.0%}"]
 
 
 @pytest.mark.slow
 def test_two_ranks_are_measured() -> None:
     """Not how fast they are: the machine may be busy."""
-    samples = scale_check.run_ranks(2)
+    samples = check.run_ranks(2)
     assert samples.keys() == TWO.keys()
     assert all(min(seconds) > 0 and len(seconds) == 15 for seconds in samples.values())
-    assert 0 < scale_check.links(samples).inside < 1e12
+    assert 0 < check.links(samples).inside < 1e12
 
 
 def test_ranks_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scale_check.sys, "executable", "/bin/false")
+    monkeypatch.setattr(check.sys, "executable", "/bin/false")
     with pytest.raises(RunError, match="check: 2 ranks ended with status 1: nothing was printed"):
-        scale_check.run_ranks(2)
+        check.run_ranks(2)

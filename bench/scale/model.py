@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench.links import Fabric
+from bench.scale.links import Fabric
 from model import GPT, GPTConfig
 from model.flops import num_params
 from model.work import floor, step_work

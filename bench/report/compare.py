@@ -19,8 +19,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from bench.digest import Run, is_ours
-from bench.report_tables import NONE, milliseconds, shape
+from bench.report.digest import Run, is_ours
+from bench.report.tables import NONE, milliseconds, shape
 from bench.schema import Kernel, Step, median
 from bench.tables import aligned
 from train.errors import UserError

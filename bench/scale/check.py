@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from bench.links import Fabric
-from bench.ranks import BATCH_SIZE, CONFIG, SIZES
-from bench.scaling import Job, Predicted, Rates, predict, slowness, traffic
+from bench.scale.links import Fabric
+from bench.scale.model import Job, Predicted, Rates, predict, slowness, traffic
+from bench.scale.ranks import BATCH_SIZE, CONFIG, SIZES
 from bench.tables import aligned
 from train.errors import RunError
 
@@ -33,7 +33,7 @@ def run_ranks(count: int) -> Samples:
     root = str(Path(__file__).parents[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     ranks = subprocess.Popen(
-        [*command, "-m", "bench.ranks"],
+        [*command, "-m", "bench.scale.ranks"],
         cwd=root,
         env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

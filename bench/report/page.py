@@ -4,10 +4,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.figures import Figure
-from bench.layout import NARROW, WIDE
-from bench.report_tables import NONE, Table
-from bench.scene import FONT, STYLE, escaped, inline_svg, schemes
+from bench.report.figures import Figure
+from bench.report.layout import NARROW, WIDE
+from bench.report.scene import FONT, STYLE, escaped, inline_svg, schemes
+from bench.report.tables import NONE, Table
 
 TITLE = "Model FLOPs utilisation, device by device"
 

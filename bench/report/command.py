@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import compare, figures, schema
-from bench import report_tables as tables
-from bench.digest import Run, in_order, labels
-from bench.estimates import Estimate, estimates
-from bench.figures import Figure, slug
-from bench.layout import WIDE
-from bench.page import Section, html, markdown
-from bench.scene import framed, png_file, svg_file
+from bench import schema
+from bench.report import compare, figures, tables
+from bench.report.digest import Run, in_order, labels
+from bench.report.estimates import Estimate, estimates
+from bench.report.figures import Figure, slug
+from bench.report.layout import WIDE
+from bench.report.page import Section, html, markdown
+from bench.report.scene import framed, png_file, svg_file
 from train.cli import help_text, parse_settings
-from train.errors import UserError, run
+from train.errors import UserError
 from train.files import making_folder, replacing
 from train.settings import check_values, setting
 
@@ -175,7 +175,3 @@ def main(argv: list[str] | None = None) -> int:
         print(note)
     print(f"{_count(len(runs), 'results file')}: {Path(config.out, 'report.html')}, report.md beside it")
     return min(bad, 1)
-
-
-if __name__ == "__main__":
-    run(main)

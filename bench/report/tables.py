@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from bench.digest import KernelRow, Run, StepRow, Workload
-from bench.estimates import ATTAINED, Estimate
+from bench.report.digest import KernelRow, Run, StepRow, Workload
+from bench.report.estimates import ATTAINED, Estimate
 from bench.schema import Kernel, Results
 
 NONE = "–"

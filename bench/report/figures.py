@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
-from bench.digest import KernelRow, Run, StepRow, Workload, is_ours
-from bench.estimates import Estimate
-from bench.layout import Bar, DotLine, Group, Look, Picture, bars, dots
-from bench.report_tables import milliseconds, percent, rate, shape
+from bench.report.digest import KernelRow, Run, StepRow, Workload, is_ours
+from bench.report.estimates import Estimate
+from bench.report.layout import Bar, DotLine, Group, Look, Picture, bars, dots
+from bench.report.tables import milliseconds, percent, rate, shape
 
 
 @dataclass(frozen=True)

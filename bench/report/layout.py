@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.scene import SIZE, Dot, Line, Mark, Rect, Scene, Text, text_width, wrap
+from bench.report.scene import SIZE, Dot, Line, Mark, Rect, Scene, Text, text_width, wrap
 from train.plot import ticks
 
 WIDE, NARROW = 1000, 352

@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench import scale_check, schema
-from bench.links import CALL, HOP_NETWORK, NCCL, Fabric, link_of
-from bench.scaling import Job, Predicted, Rates, Traffic, predict, share_out, slowness, traffic
+from bench import schema
+from bench.scale import check
+from bench.scale.links import CALL, HOP_NETWORK, NCCL, Fabric, link_of
+from bench.scale.model import Job, Predicted, Rates, Traffic, predict, share_out, slowness, traffic
 from bench.schema import Results, Step, median
 from bench.tables import aligned
 from bench.workloads import WORKLOADS
 from model.flops import flops_per_token
 from train.cli import help_text, parse_settings
-from train.errors import UserError, run
+from train.errors import UserError
 from train.hardware import DTYPES, lookup
 from train.metrics import mfu, tokens_per_second
 from train.settings import check_values, setting, shown
@@ -261,9 +262,5 @@ def main() -> int:
         return 0
     config = ScaleConfig(**parsed.settings)
     check_values(config)
-    print(scale_check.report() if config.check else report(config))
+    print(check.report() if config.check else report(config))
     return 0
-
-
-if __name__ == "__main__":
-    run(main)

@@ -6,7 +6,7 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
-from bench.estimates import step_floor
+from bench.report.estimates import step_floor
 from bench.schema import Kernel, Results, Step, median
 from bench.tables import is_reference, key, quantile
 from model.flops import FORMULAS
