@@ -2,8 +2,8 @@
 
 All variants live in one process and take turns, a block of iterations each, so that a machine whose speed drifts slows
 all of them; the ratios are of medians. Each is fed the same batches and starts from the same weights, and before
-anything is timed its losses are checked against nanoGPT's. nanoGPT is read from a folder that is named, its model.py
-untouched, and driven as its train.py drives it (autocast where its train.py has it: not on a CPU).
+anything is timed its losses, in eval mode, are checked against nanoGPT's. nanoGPT is read from a folder that is named,
+its model.py untouched, and driven as its train.py drives it (autocast where its train.py has it: not on a CPU).
 """
 
 import contextlib
@@ -19,9 +19,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import select
 from model import GPT, GPTConfig
@@ -39,7 +40,7 @@ from train.optim import FlatAdamW
 from train.settings import check_values, setting
 from train.step import TrainStep
 
-CHECKED = 5  # steps whose losses must agree before the clock runs
+CHECKED = 5  # steps, without dropout, whose losses must agree before the clock runs
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative; what low precision costs in them
 
 Step = Callable[[Batch], Tensor]  # one optimizer step; the loss
@@ -50,13 +51,21 @@ class StepBenchConfig:
     nanogpt_dir: str = setting("", "folder of a nanoGPT checkout (its model.py); empty: only ours")
     workload: str = setting("docs_cpu", "the preset whose shape, batch and optimizer are timed")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    dropout: float = setting(-1.0, "of both, while timed; -1: the workload's", low=-1, below=1)
     dtype: str = setting("auto", "of our matmuls", choices=("auto", "float32", "bfloat16", "float16"))
     rounds: int = setting(8, "turns that each variant takes", low=1)
     iters: int = setting(20, "iterations in a turn", low=1)
     out: str = setting("", "results file; empty: bench/results/step-<device type>-<workload>-<date>.json")
 
 
-def ours(weights: dict[str, Tensor], shape: GPTConfig, config, device: torch.device, dtype, *, compile: bool) -> Step:
+class Variant(NamedTuple):
+    model: nn.Module
+    step: Step
+
+
+def ours(
+    weights: dict[str, Tensor], shape: GPTConfig, config, device: torch.device, dtype, *, compile: bool
+) -> Variant:
     ops = select("auto", device)
     model = GPT(shape, ops).to(device)
     model.load_state_dict(weights)
@@ -70,10 +79,10 @@ def ours(weights: dict[str, Tensor], shape: GPTConfig, config, device: torch.dev
         in_float32=config.gradient_accumulation_steps > 1,
     )
     step = TrainStep(torch.compile(model) if compile else model, optimizer, grad_clip=config.grad_clip)
-    return lambda batch: step(batch, config.learning_rate).loss
+    return Variant(model, lambda batch: step(batch, config.learning_rate).loss)
 
 
-def nanogpts(folder: str, weights, shape: GPTConfig, config, device: torch.device, *, compile: bool) -> Step:
+def nanogpts(folder: str, weights, shape: GPTConfig, config, device: torch.device, *, compile: bool) -> Variant:
     path = Path(folder, "model.py")
     if not path.is_file():
         raise UserError(f"nanogpt_dir: got {folder!r}, expected a nanoGPT checkout, with its model.py")
@@ -102,7 +111,7 @@ def nanogpts(folder: str, weights, shape: GPTConfig, config, device: torch.devic
         optimizer.zero_grad(set_to_none=True)
         return torch.stack(losses).sum()
 
-    return step
+    return Variant(model, step)
 
 
 def check(name: str, losses: list[float], expected: list[float], tolerance: float) -> None:
@@ -119,33 +128,41 @@ def measure(settings: StepBenchConfig) -> dict:
     dataset = open_dataset(config.dataset, World())
     shape = GPTConfig(
         **{k: getattr(config, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "bias")},
-        dropout=0.0,  # so that losses can be compared
+        dropout=config.dropout if settings.dropout < 0 else settings.dropout,
         vocab_size=dataset.vocab_size,
     )
     torch.manual_seed(config.seed)
     weights = GPT(shape).state_dict()
-    steps: dict[str, Step] = {}
+    variants: dict[str, Variant] = {}
     for compile in (False, True):
         mode = "compiled" if compile else "eager"
         if settings.nanogpt_dir:
-            steps[f"nanoGPT {mode}"] = nanogpts(settings.nanogpt_dir, weights, shape, config, device, compile=compile)
-        steps[f"ours {mode}"] = ours(weights, shape, config, device, dtype, compile=compile)
+            variants[f"nanoGPT {mode}"] = nanogpts(
+                settings.nanogpt_dir, weights, shape, config, device, compile=compile
+            )
+        variants[f"ours {mode}"] = ours(weights, shape, config, device, dtype, compile=compile)
     accumulation = config.gradient_accumulation_steps
     sizes = {"batch_size": config.batch_size, "block_size": config.block_size, "accumulation": accumulation}
     with Loader(dataset, **sizes, seed=config.seed, device=device) as loader:
-        losses = {name: [step(loader.train(i)).item() for i in range(CHECKED)] for name, step in steps.items()}
+        losses = {}
+        for name, (model, step) in variants.items():
+            model.eval()
+            losses[name] = [step(loader.train(i)).item() for i in range(CHECKED)]
+            model.train()
+            step(loader.train(0))  # compiled anew
         expected = next(iter(losses.values()))
-        for name in steps:
+        for name in variants:
             check(name, losses[name], expected, AGREE[dtype if name.startswith("ours") else torch.float32])
-        samples: dict[str, list[float]] = {name: [] for name in steps}
+        samples: dict[str, list[float]] = {name: [] for name in variants}
         for turn in range(settings.rounds):
-            for name, step in steps.items():
+            for name, (_, step) in variants.items():
                 samples[name] += timed(step, loader, turn * settings.iters, settings.iters, device)
     tokens = accumulation * config.batch_size * config.block_size
     return {
         "workload": settings.workload,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "dropout": shape.dropout,
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "commit": commit(),
@@ -200,7 +217,8 @@ def main() -> None:
     settings = StepBenchConfig(**parsed.settings)
     check_values(settings)
     results = measure(settings)
-    print(f"{settings.workload} on {results['device']}, {results['threads']} threads, ours in {results['dtype']}")
+    print(f"{settings.workload}, dropout {results['dropout']}, on {results['device']}, {results['threads']} threads")
+    print(f"ours in {results['dtype']}")
     print(table(results))
     stem = f"step-{resolve_device(settings.device).type}-{settings.workload}-{results['date']}.json"
     path = Path(settings.out or Path("bench", "results", stem))
