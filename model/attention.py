@@ -10,7 +10,7 @@ c_attn writes qkv (B, T, 3C), packed as (B, T, 3, H, Q). What becomes of it, wit
 | math                  | copies of the same views: 3C | (B, H, T, Q); copied: C| dq, dk, dv; stacked: 3C         |
 | flash_attn fa3        | qkv itself                   | (B, T, H, Q)           | dqkv itself, (B, T, 3, H, Q)    |
 | fa4                   | q, k, v: (B, T, H, Q) views  | (B, T, H, Q)           | dq, dk, dv; stacked: 3C         |
-| auto, bfloat16 on CPU | q, k, v: (BH, T, Q); 3C      | (B, H, T, Q); copied: C| dq, dk, dv; stacked: 3C         |
+| `_by_matmuls`, CPU    | q, k, v: (BH, T, Q); 3C      | (B, H, T, Q); copied: C| dq, dk, dv; stacked: 3C         |
 | all, with a cache     | q: a view of qkv; k, v:      | as above               | none                            |
 |                       | written to the cache: 2C     |                        |                                 |
 
@@ -19,9 +19,9 @@ gradient of those of three views; as they are cut at the 3, what it writes has d
 The cache holds (L, B, H, S, Q), S = block_size.
 
 The first four are torch's (`scaled_dot_product_attention`); `auto` leaves the choice among them to torch, but computes
-by itself in bfloat16 on a CPU, where none of them is fast: `_by_matmuls`. The others are packages, imported when they
-are asked for: flash_attn 2, its version for Hopper (`flash_attn_interface`) and the one for Hopper and Blackwell
-(`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
+by itself on a CPU with dropout or in bfloat16, where none of them is fast: `_by_matmuls`. The others are packages,
+imported when they are asked for: flash_attn 2, its version for Hopper (`flash_attn_interface`) and the one for Hopper
+and Blackwell (`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
 """
 
 import math
@@ -111,8 +111,11 @@ def _sdpa(packed: Tensor, p: float, backend: str, cache: KVCache | None, layer: 
 
 
 def _slow_in_sdpa(qkv: Tensor, p: float) -> bool:
-    """Where `_by_matmuls` is faster, and the (B, H, T, T) that it keeps are few or SDPA would keep them too."""
-    return qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and (p > 0 or qkv.size(1) <= 256)
+    """Where `_by_matmuls` is faster, and the (B, H, T, T) that it keeps are few or SDPA would keep them too. Not in
+    float16, whose range its products would leave."""
+    if qkv.device.type != "cpu" or qkv.dtype == torch.float16:
+        return False
+    return p > 0 or (qkv.dtype == torch.bfloat16 and qkv.size(1) <= 256)
 
 
 def _by_matmuls(packed: Tensor, p: float) -> Tensor:
