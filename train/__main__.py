@@ -84,6 +84,7 @@ def train(
         raise UserError("dtype: got float16, expected bfloat16 or float32 with shard=True, which has no loss scale")
     raw_model = build_model(config, named, dataset, checkpoint, ops)
     raw_model.compute_dtype, raw_model.stream_dtype = dtype, getattr(torch, config.residual_dtype)
+    raw_model.recompute = config.recompute
     if sharded:
         from train import shard  # only here: torch takes a second to import what it needs
 
