@@ -88,7 +88,7 @@ def causal_attention(
         backend = "auto"
     if backend in PACKAGES:
         y = PACKAGES[backend](packed, p)
-    elif backend == "auto" and cache is None and _slow_in_sdpa(qkv, p):
+    elif backend == "auto" and cache is None and slow_in_sdpa(qkv.device, qkv.dtype, T, p):
         y = _by_matmuls(packed, p)
     else:
         y = _sdpa(packed, p, backend, cache, layer)
@@ -110,12 +110,12 @@ def _sdpa(packed: Tensor, p: float, backend: str, cache: KVCache | None, layer: 
     return y.transpose(1, 2)
 
 
-def _slow_in_sdpa(qkv: Tensor, p: float) -> bool:
+def slow_in_sdpa(device: torch.device, dtype: torch.dtype, tokens: int, p: float) -> bool:
     """Where `_by_matmuls` is faster, and the (B, H, T, T) that it keeps are few or SDPA would keep them too. Not in
     float16, whose range its products would leave."""
-    if qkv.device.type != "cpu" or qkv.dtype == torch.float16:
+    if device.type != "cpu" or dtype == torch.float16:
         return False
-    return p > 0 or (qkv.dtype == torch.bfloat16 and qkv.size(1) <= 256)
+    return p > 0 or (dtype == torch.bfloat16 and tokens <= 256)
 
 
 def _by_matmuls(packed: Tensor, p: float) -> Tensor:
