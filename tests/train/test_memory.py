@@ -11,8 +11,11 @@ import train.__main__ as command
 import train.memory
 from model import GPTConfig
 from model.memory import Step, estimate
+from model.recompute import MODES
 from tests.train.runs import refusal, resume, run
+from train.config import TrainConfig
 from train.memory import advice, free_memory, total
+from train.settings import settings_of
 
 GPT2 = Step(GPTConfig(vocab_size=50304, bias=False), batch_size=48, accumulation=5, several=True)
 JOB = dict(batch_size=8, block_size=64, n_embd=64)
@@ -101,6 +104,10 @@ def test_where_nobody_says_what_is_free_nothing_is_refused(
     with_room(monkeypatch, None)
     run(tmp_path / "out", max_iters=0)
     assert re.search(r"^memory: \S+ MB estimated: [^;]*$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_setting_offers_every_mode() -> None:
+    assert settings_of(TrainConfig)["recompute"].metadata["choices"] == MODES
 
 
 def test_resumed_with_another_mode(tmp_path: Path) -> None:
