@@ -20,13 +20,22 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def dropout(x: Tensor, p: float) -> Tensor:
+    """x with a share p of its elements 0 and the others divided by 1 - p; x itself where p is 0.
+
+    F.dropout's masks and bits, by one operation on every device: on a CPU F.dropout writes its noise in place, which an
+    activation checkpoint cannot keep (`model/recompute.py`).
+    """
+    return torch.native_dropout(x, p, True)[0] if p > 0 else x
+
+
 def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, p: float = 0.0) -> Tensor:
     """Token plus position embedding, then dropout: the start of the residual stream.
 
     idx (B, T) int64, wte (V, C), wpe (T, C), the rows of idx's positions. Returns (B, T, C) in `dtype`.
     """
     x = widened(F.embedding(idx, wte)) + widened(wpe)
-    return F.dropout(x.to(dtype), p, training=p > 0)
+    return dropout(x.to(dtype), p)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -46,7 +55,7 @@ def add_layer_norm(
     x (..., C), a sub-layer's output; residual (..., C), the stream. Returns residual', in residual's dtype, and y, in
     `dtype`.
     """
-    residual = residual + F.dropout(x, p, training=p > 0).to(residual.dtype)
+    residual = residual + dropout(x, p).to(residual.dtype)
     return residual, layer_norm(residual, weight, bias, dtype)
 
 

@@ -10,6 +10,7 @@ c_attn writes qkv (B, T, 3C), packed as (B, T, 3, H, Q). What becomes of it, wit
 | math                  | copies of the same views: 3C | (B, H, T, Q); copied: C| dq, dk, dv; stacked: 3C         |
 | flash_attn fa3        | qkv itself                   | (B, T, H, Q)           | dqkv itself, (B, T, 3, H, Q)    |
 | fa4                   | q, k, v: (B, T, H, Q) views  | (B, T, H, Q)           | dq, dk, dv; stacked: 3C         |
+| `_by_matmuls`, CPU    | q, k, v: (BH, T, Q); 3C      | (B, H, T, Q); copied: C| dq, dk, dv; stacked: 3C         |
 | all, with a cache     | q: a view of qkv; k, v:      | as above               | none                            |
 |                       | written to the cache: 2C     |                        |                                 |
 
@@ -17,11 +18,13 @@ c_proj reads y as (B, T, C), a view wherever its memory is (B, T, H, Q). The sta
 gradient of those of three views; as they are cut at the 3, what it writes has dqkv's own order, and is written once.
 The cache holds (L, B, H, S, Q), S = block_size.
 
-The first four are torch's (`scaled_dot_product_attention`); `auto` leaves the choice among them to torch. The others
-are packages that are imported when they are asked for: flash_attn 2, its version for Hopper (`flash_attn_interface`)
-and the one for Hopper and Blackwell (`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
+The first four are torch's (`scaled_dot_product_attention`); `auto` leaves the choice among them to torch, but computes
+by itself on a CPU with dropout or in bfloat16, where none of them is fast: `_by_matmuls`. The others are packages,
+imported when they are asked for: flash_attn 2, its version for Hopper (`flash_attn_interface`) and the one for Hopper
+and Blackwell (`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -41,10 +44,8 @@ SDPA = {
 
 
 def attention_dtype(device: torch.device, compute_dtype: torch.dtype) -> torch.dtype:
-    """What attention computes in: `compute_dtype`, but float32 for bfloat16 on a CPU, where torch is slow in it.
-
-    (At 12 sequences of 64 tokens its bfloat16 backward pass took four times as long.)
-    """
+    """What SDPA computes in, and a cache holds: `compute_dtype`, but float32 for bfloat16 on a CPU, where torch is slow
+    in it: at 12 sequences of 64 tokens its bfloat16 backward pass took four times as long, at 256 tokens as long."""
     return torch.float32 if device.type == "cpu" and compute_dtype == torch.bfloat16 else compute_dtype
 
 
@@ -82,16 +83,21 @@ def causal_attention(
     if backend not in BACKENDS:
         raise ValueError(f"attention: got {backend!r}, expected {' | '.join(BACKENDS)}")
     B, T, C3 = qkv.shape
-    dtype = qkv.dtype
-    packed = qkv.to(attention_dtype(qkv.device, dtype)).view(B, T, 3, n_head, C3 // (3 * n_head))
+    packed = qkv.view(B, T, 3, n_head, C3 // (3 * n_head))
     if cache is not None or T == 1:
         backend = "auto"
-    y = PACKAGES[backend](packed, p) if backend in PACKAGES else _sdpa(packed, p, backend, cache, layer)
-    return y.reshape(B, T, C3 // 3).to(dtype)
+    if backend in PACKAGES:
+        y = PACKAGES[backend](packed, p)
+    elif backend == "auto" and cache is None and slow_in_sdpa(qkv.device, qkv.dtype, T, p):
+        y = _by_matmuls(packed, p)
+    else:
+        y = _sdpa(packed, p, backend, cache, layer)
+    return y.reshape(B, T, C3 // 3).to(qkv.dtype)
 
 
 def _sdpa(packed: Tensor, p: float, backend: str, cache: KVCache | None, layer: int) -> Tensor:
     """torch's: packed (B, T, 3, H, Q) -> (B, T, H, Q)."""
+    packed = packed.to(attention_dtype(packed.device, packed.dtype))
     q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
     causal = True
     if cache is not None:
@@ -102,6 +108,33 @@ def _sdpa(packed: Tensor, p: float, backend: str, cache: KVCache | None, layer: 
     with sdpa_kernel(SDPA[backend]) if backend in SDPA else nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal)
     return y.transpose(1, 2)
+
+
+def slow_in_sdpa(device: torch.device, dtype: torch.dtype, tokens: int, p: float) -> bool:
+    """Where `_by_matmuls` is faster, and the (B, H, T, T) that it keeps are few or SDPA would keep them too. Not in
+    float16, whose range its products would leave."""
+    if device.type != "cpu" or dtype == torch.float16:
+        return False
+    return p > 0 or (dtype == torch.bfloat16 and tokens <= 256)
+
+
+def _by_matmuls(packed: Tensor, p: float) -> Tensor:
+    """The formula, all T x T of it, packed (B, T, 3, H, Q) -> (B, T, H, Q); the softmax sums in float32.
+
+    For a CPU that multiplies bfloat16: there these matmuls are faster than SDPA's float32 (0.4 of its time at 16
+    sequences of 256 tokens, 6 heads of 64, one thread, forward and backward), and still more so where dropout leaves
+    SDPA its `math` (0.5), which also draws a random float for every weight. 16 random bits do.
+    """
+    B, T, _, H, Q = packed.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in packed.unbind(2))  # (BH, T, Q)
+    ahead = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+    weights = torch.bmm(q * Q**-0.5, k.mT).add_(ahead).softmax(-1)
+    if p > 0:
+        words = torch.randint(-(2**63), 2**63 - 1, (-(-weights.numel() // 4),))
+        bits = words.view(torch.int16)[: weights.numel()].view(weights.shape)
+        weights = weights * (bits >= p * 2**16 - 2**15)
+        v = v * (1 / (1 - p))
+    return torch.bmm(weights, v).view(B, H, T, Q).transpose(1, 2)
 
 
 def _flash_attn(packed: Tensor, p: float) -> Tensor:

@@ -18,6 +18,8 @@ the parameters are multiplied as depends on who holds the model:
   as it updates: `read_copies`. Then nothing is cast, and the copies are what is differentiated.
 
 With float32 nothing is cast, and there are no copies.
+
+Memory. `recompute` says what the backward pass finds kept and what it computes again: `model/recompute.py`.
 """
 
 import dataclasses
@@ -32,6 +34,7 @@ from kernels import REFERENCE, Ops
 from model.attention import KVCache, causal_attention
 from model.config import GPTConfig
 from model.generate import generate
+from model.recompute import insides_again, insides_but_random_again
 
 
 def weights(layer: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
@@ -99,26 +102,36 @@ class Block(nn.Module):
         self.mlp = MLP(config, ops)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, dtype: torch.dtype, attention: str, cache: KVCache | None
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        dtype: torch.dtype,
+        attention: str,
+        recompute: str,
+        cache: KVCache | None,
     ) -> tuple[Tensor, Tensor]:
-        x, h = self.ln_1(x, branch, dtype)
-        branch = self.attn(h, attention, cache)
-        x, h = self.ln_2(x, branch, dtype)
-        return x, self.mlp(h)
+        def compute(x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+            x, h = self.ln_1(x, branch, dtype)
+            branch = self.attn(h, attention, cache)
+            x, h = self.ln_2(x, branch, dtype)
+            return x, insides_again(self.mlp, h) if recompute == "mlp" else self.mlp(h)
+
+        return insides_but_random_again(compute, x, branch) if recompute == "block" else compute(x, branch)
 
 
 class GPT(nn.Module):
     """A GPT whose head shares its weight with the token embedding.
 
     `compute_dtype` and `stream_dtype` (both float32 at first) are the dtypes of matmuls and attention, and of the
-    residual stream; see the module's docstring. `attention` is one of `model.attention.BACKENDS`.
+    residual stream; see the module's docstring. `attention` is one of `model.attention.BACKENDS`,
+    `recompute` one of `model.recompute.MODES`.
     """
 
     def __init__(self, config: GPTConfig, ops: Ops = REFERENCE) -> None:
         super().__init__()
         self.config, self.ops = config, ops
         self.compute_dtype = self.stream_dtype = torch.float32
-        self.attention = "auto"
+        self.attention, self.recompute = "auto", "none"
         # built in nanoGPT's order, so that the same seed draws the same weights
         self.transformer = nn.ModuleDict(
             {
@@ -159,7 +172,7 @@ class GPT(nn.Module):
         (wte, _), (wpe, _) = weights(tr.wte), weights(tr.wpe)
         x, branch = self.ops.embedding(idx, wte, wpe[start : start + T], self.stream_dtype, p), None
         for block in tr.h:
-            x, branch = block(x, branch, dtype, self.attention, cache)
+            x, branch = block(x, branch, dtype, self.attention, self.recompute, cache)
         if cache is not None:
             cache.length += T
         if targets is None:

@@ -23,6 +23,7 @@ from train.graph import GraphedStep
 from train.hardware import Peak, device_name, peak_flops, resolve_device, resolve_dtype
 from train.log import RunLog, check_sinks
 from train.loop import Loop, Progress
+from train.memory import check_memory
 from train.optim import FlatAdamW, LossScale
 from train.plot import plot_run
 from train.profiler import ProfiledStep, profiled_step
@@ -78,20 +79,23 @@ def train(
     dtype = resolve_dtype(config.dtype, device)
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
     dataset = open_dataset(config.dataset, world)
-    ops = choose_ops(config, device, dtype, dataset.vocab_size)
+    ops, chunk = choose_ops(config, device, dtype, dataset.vocab_size)
     sharded = config.shard and world.size > 1
     if sharded and dtype == torch.float16:
         raise UserError("dtype: got float16, expected bfloat16 or float32 with shard=True, which has no loss scale")
     raw_model = build_model(config, named, dataset, checkpoint, ops)
     raw_model.compute_dtype, raw_model.stream_dtype = dtype, getattr(torch, config.residual_dtype)
+    raw_model.recompute = config.recompute
+    config = adopt_shape(config, raw_model)
+    dataset.check(config.block_size, raw_model.config.vocab_size)
+    if not config.eval_only:
+        memory = check_memory(config, raw_model, device, world, chunk, resumed=checkpoint is not None)
     if sharded:
         from train import shard  # only here: torch takes a second to import what it needs
 
         shard.share_out(raw_model, world, device)
     else:
         raw_model.to(device)
-    config = adopt_shape(config, raw_model)
-    dataset.check(config.block_size, raw_model.config.vocab_size)
     raw_model.attention, attention = choose_attention(
         config.attention, AttentionShape.of(raw_model, config.batch_size, device), world
     )
@@ -124,7 +128,8 @@ def train(
     if attention:
         say(f"attention: {attention}")
     say(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M; tokens per iteration: {tokens:,}")
-
+    if not config.eval_only:
+        say(memory)
     if sharded:
         say(f"shard: parameters, gradients and moments shared out over {world.size} processes; no CUDA graphs")
     elif config.shard:
@@ -149,7 +154,7 @@ def train(
         scaler=scaler,
         reducer=Reducer(world, optimizer.flat) if world.size > 1 and not sharded else None,
     )
-    if config.cuda_graphs and device.type == "cuda" and not sharded:
+    if config.cuda_graphs and device.type == "cuda" and not sharded and not config.eval_only:
         step = GraphedStep(step, (accumulation, config.batch_size, config.block_size))
     if config.profile and world.master:
         step = profiled_step(step, config, raw_model, world, progress.iter_num, say)

@@ -35,8 +35,9 @@ def open_dataset(name: str, world: World) -> Dataset:
     return Dataset(folder)
 
 
-def choose_ops(config: TrainConfig, device: torch.device, dtype: torch.dtype, vocab_size: int) -> Ops:
-    """The run's kernels, their loss in chunks of rows if wanted. UserError for kernels that cannot run."""
+def choose_ops(config: TrainConfig, device: torch.device, dtype: torch.dtype, vocab_size: int) -> tuple[Ops, int]:
+    """The run's kernels, and how many rows of logits their loss holds at a time, 0 for all. UserError for kernels that
+    cannot run."""
     try:
         ops = select(config.kernels, device)
     except ValueError as error:
@@ -45,12 +46,13 @@ def choose_ops(config: TrainConfig, device: torch.device, dtype: torch.dtype, vo
     if ops.name == "reference":
         if chunk > 0:
             raise UserError(f"loss_chunk: got {chunk}, expected 0 or -1: the reference kernels hold all logits")
-        return ops
+        return ops, 0
     if chunk < 0:
         logits = config.batch_size * config.block_size * vocab_size * dtype.itemsize
         room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
         chunk = LOSS_CHUNK if logits > room / 4 else 0
-    return dataclasses.replace(ops, linear_cross_entropy=functools.partial(ops.linear_cross_entropy, chunk_rows=chunk))
+    loss = functools.partial(ops.linear_cross_entropy, chunk_rows=chunk)
+    return dataclasses.replace(ops, linear_cross_entropy=loss), chunk
 
 
 def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoint: dict | None, ops: Ops) -> GPT:
@@ -120,9 +122,9 @@ def model_to_train(
     gathers a sharded block's parameters lies between blocks.
 
     torch.compile works at the first call, so that call is made here, on zeros: where it fails, the run goes on without.
-    It leaves gradients behind, to be cleared.
+    It leaves gradients behind, to be cleared. A run that only evaluates is over before compiling would have paid.
     """
-    if not config.compile:
+    if not config.compile or config.eval_only:
         return model
     say("compiling the model... (takes a ~minute)")
     begin = time.perf_counter()

@@ -90,6 +90,9 @@ class TrainConfig:
         choices=("auto", "cudnn", "flash", "efficient", "math", "flash_attn", "fa3", "fa4"),
     )
     loss_chunk: int = setting(-1, "rows of logits at a time, fused; 0: all; -1: all if memory allows", low=-1)
+    recompute: str = setting(
+        "none", "what the backward pass computes again, to save memory", choices=("none", "mlp", "block")
+    )
     mfu_formula: str = setting("nanogpt", "FLOPs a token; nanogpt: 6N + 12LHQT, 6n: 6N", choices=("nanogpt", "6n"))
     peak_flops: float = setting(0.0, "FLOP/s of one device, for the MFU; 0: from the table, or measured", low=0)
     profile: bool = setting(False, "profile a few steps: out_dir/trace.json, and where their time goes")

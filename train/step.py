@@ -71,7 +71,7 @@ class TrainStep:
 
     def micro_step(self, x: Tensor, y: Tensor, accumulation: int) -> None:
         """Forward and backward of one of `accumulation`: adds to the gradients and to the mean loss."""
-        _, loss = self.model(x, y)
+        loss = self.model(x, y)[1]  # the logits are not held
         mean = loss / accumulation
         (mean * self.scaler.scale if self.scaler.enabled else mean).backward()
         if self.reducer is None or not self.reducer.overlapping:

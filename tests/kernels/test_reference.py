@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import REFERENCE, Ops, reference
@@ -161,6 +162,17 @@ def test_add_layer_norm_drops_the_branch_alone(p):
     assert abs(dropped.float().mean() - p) < 5 * math.sqrt(p * (1 - p) / n)
     assert abs(branch.mean() / 3 - 1) < 5 * math.sqrt(p / (1 - p) / n)  # the mean is kept
     assert_near(y, true_norm(residual, weight, None), 8 * FLOAT32)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_is_torchs_to_the_bit(p, dtype):
+    x, results = draw(31, 17, dtype=dtype), []
+    for drop in (reference.dropout, F.dropout):
+        torch.manual_seed(1)
+        results.append(drop(x, p))
+    assert torch.equal(*results)
+    assert results[0].eq(0).any()
 
 
 def test_dropout_of_0_takes_nothing_from_the_generator():

@@ -1,6 +1,7 @@
 """Attention by every backend: the same function, and no copies but those that its table names."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -101,6 +102,14 @@ def test_what_is_copied(backend: str) -> None:
     assert written.names == WRITTEN[backend]
 
 
+def test_bfloat16_on_a_cpu_keeps_all_weights_only_of_short_sequences() -> None:
+    for T, kept in ((256, True), (257, False)):
+        qkv, _ = inputs(torch.bfloat16, B=1, T=T)
+        with Written() as written:
+            causal_attention(qkv, H)
+        assert (KERNEL in written.names) is not kept
+
+
 @pytest.mark.parametrize("backend", PACKAGES)
 def test_a_package_gets_views_and_its_gradient_is_taken_as_it_is(backend: str) -> None:
     qkv, dy = inputs()
@@ -115,16 +124,46 @@ def test_a_package_gets_views_and_its_gradient_is_taken_as_it_is(backend: str) -
 # Dropout
 
 
-@pytest.mark.parametrize("backend", ["auto", "math", "flash_attn"])
-def test_dropout_falls_on_the_weights(backend: str) -> None:
-    """With v all ones, y is what is left of each row's weights: 1 on average, and less or more in each."""
-    qkv, _ = inputs(B=64, T=32)
+DROPPING = [("auto", torch.float32), ("auto", torch.bfloat16), ("math", torch.float32), ("flash_attn", torch.float32)]
+
+
+def rest(attention: Callable[..., Tensor], dtype: torch.dtype, p: float, backend: str) -> Tensor:
+    """With v all ones, y is what dropout left of each row's weights."""
+    qkv, _ = inputs(dtype, B=64, T=32)
     with torch.no_grad():
         qkv.view(64, 32, 3, -1)[:, :, 2] = 1
-    y = causal_attention(qkv, H, 0.25, backend)
-    assert y.mean().item() == pytest.approx(1, abs=0.02)
-    assert y.std().item() > 0.1
-    assert causal_attention(qkv, H, 0.0, backend).std().item() < 1e-5
+    return attention(qkv, H, p, backend).float()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), DROPPING)
+def test_dropout_falls_on_the_weights(backend: str, dtype: torch.dtype) -> None:
+    for p in (0.1, 0.4):
+        y = rest(causal_attention, dtype, p, backend)
+        assert y.mean().item() == pytest.approx(1, abs=0.02)
+        first = y[:, 0].view(64, H, -1)[..., 0]  # of one weight
+        assert (first == 0).float().mean().item() == pytest.approx(p, abs=0.1)
+    assert rest(causal_attention, dtype, 0.0, backend).std().item() < 3e-3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_dropout_compiled() -> None:
+    """Whatever was compiled before, for another p."""
+    torch._dynamo.reset()
+    compiled = torch.compile(causal_attention)
+    for p in (0.1, 0.4, 0.8):
+        assert rest(compiled, torch.bfloat16, p, "auto").mean().item() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), DROPPING)
+def test_the_backward_pass_drops_the_same_weights(backend: str, dtype: torch.dtype) -> None:
+    """y is linear in v: <y, dy> = <v, dv>."""
+    qkv, dy = inputs(dtype)
+    y = causal_attention(qkv, H, 0.3, backend)
+    (dqkv,) = torch.autograd.grad(y, qkv, dy)
+    v, dv = (x.view(2, 13, 3, -1)[:, :, 2].double() for x in (qkv, dqkv))
+    terms = y.double() * dy
+    assert (v * dv).sum().item() == pytest.approx(terms.sum().item(), abs=1e-3 * terms.abs().sum().item())
 
 
 @pytest.mark.parametrize("backend", ["fa3", "fa4"])

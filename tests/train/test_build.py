@@ -9,7 +9,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 
 from model import GPT, GPTConfig
-from tests.train.runs import run
+from tests.train.runs import logged, run
 from train.build import model_to_train
 from train.config import TrainConfig
 from train.step import TrainStep
@@ -83,3 +83,32 @@ def test_memory_that_runs_out_is_not_taken_for_a_missing_compiler() -> None:
 def test_not_asked_for_not_compiled() -> None:
     model = small_model()
     assert model_to_train(model, TrainConfig(compile=False), CPU, lambda line: None) is model
+
+
+def test_what_compiling_leaves_behind_is_no_gradient_of_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)  # its first call, on zeros, is made all the same
+    for compile in (False, True):
+        run(tmp_path / str(compile), compile=compile, max_iters=1, dropout=0.0)
+    assert logged(tmp_path / "True")[0] == logged(tmp_path / "False")[0]
+
+
+def test_residual_dtype(tmp_path: Path) -> None:
+    """From the command line to the stream between the blocks, and losses that are rounded, not wrong."""
+    dtypes = []
+
+    def look(step: TrainStep) -> None:
+        step.model.transformer.h[0].register_forward_hook(lambda block, args, results: dtypes.append(results[0].dtype))
+
+    settings = dict(dropout=0.0, n_layer=2)
+    run(tmp_path / "float32", {0: look}, **settings)
+    assert set(dtypes) == {torch.float32}
+    dtypes.clear()
+    run(tmp_path / "bfloat16", {0: look}, **settings, residual_dtype="bfloat16")
+    assert set(dtypes) == {torch.bfloat16}
+    expected, got = logged(tmp_path / "float32"), logged(tmp_path / "bfloat16")
+    assert len(expected) == 6
+    for iteration, record in expected.items():
+        assert got[iteration]["loss"] == pytest.approx(record["loss"], rel=1e-2)
+    assert got != expected

@@ -1,13 +1,20 @@
 """On a CUDA device: the run that the CPU tests prove, once more where it matters. `pytest -m gpu`"""
 
+import dataclasses
+import functools
+import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+import train.__main__ as command
 from kernels import REFERENCE, Ops, select
+from model import GPT, GPTConfig
 from model.attention import SDPA
+from model.memory import Step, estimate
+from model.recompute import MODES
 from tests.train import test_graph as graphs
 from tests.train.runs import last, logged, resume, run
 from tests.train.test_golden import TRACES, golden_batch, golden_model, our_adamw, recorded, relative
@@ -16,6 +23,7 @@ from train.data import Batch
 from train.distributed import World
 from train.graph import GraphedStep
 from train.kernel_names import OTHER
+from train.optim import FlatAdamW
 from train.step import TrainStep
 from train.timeline import read
 
@@ -84,6 +92,19 @@ def test_a_replayed_step_is_the_eager_step(
 
 
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+def test_what_a_graph_computes_again_finds_the_masks_of_its_replay(kernels: str, recompute: str) -> None:
+    """Nothing is computed again in another way than the first time, so losses differ by no more than two runs do."""
+    settings = dict(accumulation=2, dropout=0.2, dtype=torch.bfloat16, device=CUDA)
+    ops = select(kernels, CUDA)
+    eager, captured = graphs.make(ops, **settings), graphs.make(ops, **settings, recompute=recompute)
+    graphed = GraphedStep(captured, (2, graphs.B, graphs.T))
+    got, expected = (graphs.train(step, 2, 20, CUDA) for step in (graphed, eager))
+    for one, other in zip(got, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
 def test_a_batch_of_one(kernels: str) -> None:
     ops = select(kernels, CUDA)
     eager, captured = (graphs.make(ops, dropout=0.2, dtype=torch.bfloat16, device=CUDA) for _ in range(2))
@@ -91,6 +112,36 @@ def test_a_batch_of_one(kernels: str) -> None:
     got, expected = (graphs.train(step, 1, 20, CUDA, size=1) for step in (graphed, eager))
     for one, other in zip(got, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.parametrize(("kernels", "chunk"), [("reference", 0), ("fused", 0), ("fused", 4096)])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("recompute", MODES)
+def test_the_memory_that_a_step_takes_is_the_estimate(recompute: str, dropout: float, kernels: str, chunk: int) -> None:
+    """Large enough that what is estimated outweighs what is not: an allocator's rounding, a library's workspace."""
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    shape = GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=False, dropout=dropout)
+    ops = select(kernels, CUDA)
+    loss = functools.partial(ops.linear_cross_entropy, chunk_rows=chunk)
+    model = GPT(shape, dataclasses.replace(ops, linear_cross_entropy=loss) if chunk else ops).to(CUDA)
+    model.compute_dtype, model.recompute = torch.bfloat16, recompute
+    optimizer = FlatAdamW(model, ops, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    step = TrainStep(model, optimizer, grad_clip=1.0)
+    x, y = torch.randint(50304, (2, 1, 8, 1024), device=CUDA)
+    torch.cuda.reset_peak_memory_stats()
+    for i in range(3):
+        step(Batch(x, y, (i,)), 1e-4)
+    torch.cuda.synchronize()
+    expected = estimate(Step(shape, 8, recompute=recompute, fused=ops.name == "fused", loss_chunk=chunk))
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(sum(expected.values()), rel=0.15)
+
+
+def test_an_evaluation_alone_captures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "GraphedStep", None)
+    assert run(tmp_path, device="cuda", eval_only=True) == 0
 
 
 def test_evaluation_between_replays_changes_nothing() -> None:

@@ -27,10 +27,12 @@ def make(
     dropout: float = 0.0,
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
+    recompute: str = "none",
 ) -> TrainStep:
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=16, dropout=dropout, bias=True), ops)
     model.to(device).compute_dtype = dtype
+    model.recompute = recompute
     optimizer = FlatAdamW(
         model, ops, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.1, in_float32=accumulation > 1
     )
@@ -64,6 +66,15 @@ def test_a_replayed_step_is_the_eager_step(accumulation: int, dropout: float, dt
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_computed_again_finds_the_masks_of_this_replay(dtype: torch.dtype, recompute: str) -> None:
+    settings = dict(accumulation=2, dropout=0.2, dtype=dtype)
+    eager, captured = make(**settings), make(**settings, recompute=recompute)
+    graphed = GraphedStep(captured, (2, B, T), capture=tape)
+    assert train(graphed, 2, 10) == train(eager, 2, 10)
+
+
 def test_a_batch_of_one() -> None:
     eager, captured = make(dropout=0.2), make(dropout=0.2)
     graphed = GraphedStep(captured, (1, 1, T), capture=tape)
@@ -71,17 +82,20 @@ def test_a_batch_of_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_with_fused_kernels(accumulation: int) -> None:
-    eager, captured = (make(FUSED, accumulation=accumulation, dropout=0.2) for _ in range(2))
+@pytest.mark.parametrize(("accumulation", "recompute"), [(1, "none"), (2, "none"), (1, "mlp"), (2, "block")])
+def test_with_fused_kernels(accumulation: int, recompute: str) -> None:
+    eager = make(FUSED, accumulation=accumulation, dropout=0.2)
+    captured = make(FUSED, accumulation=accumulation, dropout=0.2, recompute=recompute)
     graphed = GraphedStep(captured, (accumulation, B, T), capture=tape)
     assert train(graphed, accumulation, 4) == train(eager, accumulation, 4)
 
 
 @pytest.mark.slow
-def test_compiled(compiler: None) -> None:
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_compiled(recompute: str, compiler: None) -> None:
     """By the compiler's front half: what its back half makes is no dispatched operation, and no tape records it."""
-    eager, captured = make(dropout=0.2), make(dropout=0.2)
+    torch.compiler.reset()
+    eager, captured = make(dropout=0.2), make(dropout=0.2, recompute=recompute)
     captured.model = torch.compile(captured.model, backend="aot_eager")
     graphed = GraphedStep(captured, (1, B, T), capture=tape)
     for one, other in zip(train(graphed, 1, 10), train(eager, 1, 10), strict=True):

@@ -54,6 +54,16 @@ def test_two_and_four_ranks_train_as_one_and_go_on_as_any_number(here: Path, mon
         assert records(name, "iter")[-1]["iter"] == 9
 
 
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+def test_what_is_computed_again_finds_its_parameters_gathered(
+    recompute: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = SHARD | dict(dropout=0.2)
+    train_alone(monkeypatch, out_dir="one", **changes)
+    train_together(2, out_dir="two", recompute=recompute, **changes)
+    assert_same_losses("one", "two")
+
+
 def test_compiled_in_bfloat16(here: Path, monkeypatch: pytest.MonkeyPatch, compiler: None) -> None:
     changes = SHARD | dict(dtype="bfloat16", n_layer=3)
     train_alone(monkeypatch, out_dir="one", **changes)

@@ -1,0 +1,50 @@
+"""What a computation holds: the tensors that it made and that are still there, and the most that was ever allocated."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+SCALAR = 16  # bytes: losses, divisors and seeds are no larger
+
+
+class Made(TorchDispatchMode):
+    """Knows the storage of every tensor that an operation made in its context, and the operations, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func.name())
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        results = func(*args, **(kwargs or {}))
+        for x in tree_leaves(results):
+            if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in given:
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return results
+
+    def held(self) -> int:
+        """Bytes of those that are still there, scalars aside."""
+        return sum(size for storage, size in self._storages.values() if size > SCALAR and not storage.expired())
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """The most bytes that a CPU's allocator had given out while it worked, beyond what it had before."""
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
+        torch.zeros(1)  # the first event tells what there was before
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    totals = [change["args"]["Total Allocated"] for change in changes]
+    return max(totals) - (totals[0] - changes[0]["args"]["Bytes"])

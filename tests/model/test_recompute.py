@@ -1,0 +1,109 @@
+"""Activation checkpointing: the same gradients to the bit, from less that is kept."""
+
+import pytest
+import torch
+from torch import nn
+
+from kernels import REFERENCE, Ops
+from kernels.fused import FUSED
+from kernels.launch import INTERPRETED
+from model import GPT, GPTConfig
+from model.recompute import MODES
+from tests.model.held import Made
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+BOTH = pytest.mark.parametrize("ops", [REFERENCE, FUSED], ids=lambda ops: ops.name)
+
+
+def make(ops: Ops, recompute: str, dropout: float = 0.2, dtype: torch.dtype = torch.float32) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=12, vocab_size=31, n_layer=3, n_head=2, n_embd=32, dropout=dropout), ops).to(
+        DEVICE
+    )
+    model.recompute, model.compute_dtype = recompute, dtype
+    return model
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randint(31, (2, 12), generator=generator).to(DEVICE) for _ in range(2))
+
+
+def loss_and_gradients(model: GPT, compiled: nn.Module | None = None) -> list[torch.Tensor]:
+    torch.manual_seed(2)
+    loss = (model if compiled is None else compiled)(*batch())[1]
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@BOTH
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+def test_the_same_gradients(recompute: str, dtype: torch.dtype, dropout: float, ops: Ops) -> None:
+    results, expected = (loss_and_gradients(make(ops, mode, dropout, dtype)) for mode in (recompute, "none"))
+    for result, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@BOTH
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+def test_the_same_gradients_compiled(recompute: str, ops: Ops, compiler: None) -> None:
+    """Against itself: compiled, other masks are drawn than eager ones. Twice: the second finds the graph made."""
+    found = []
+    for mode in ("none", recompute):
+        torch.compiler.reset()
+        model = make(ops, mode)
+        compiled = torch.compile(model, fullgraph=True)
+        for _ in range(2):
+            model.zero_grad()
+            results = loss_and_gradients(model, compiled)
+        found.append(results)
+    for result, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-7)
+
+
+@BOTH
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_less_is_kept(dropout: float, ops: Ops) -> None:
+    held = []
+    for mode in MODES:
+        model = make(ops, mode, dropout)
+        with Made() as made:
+            loss = model(*batch())[1]
+        held.append(made.held())
+        del loss
+    none, mlp, block = held
+    assert none > 1.3 * mlp
+    assert mlp > 1.5 * block
+
+
+@BOTH
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_nothing_random_and_no_attention_is_computed_again(dropout: float, ops: Ops) -> None:
+    def kept(made: Made) -> int:
+        names = ("aten::native_dropout", "aten::randint", "aten::_scaled_dot_product")
+        return sum(name.startswith(names) and "backward" not in name for name in made.ops)
+
+    model, (idx, targets) = make(ops, "block", dropout), batch()
+    with Made() as forward:
+        loss = model(idx, targets)[1]
+    with Made() as backward:
+        loss.backward()
+    assert kept(forward) == (1 + 3 * 3 if dropout else 3)  # one for the embedding, three a block
+    assert kept(backward) == 0
+    norms = "aten::native_layer_norm" if ops is REFERENCE else "nanofuse::add_layer_norm"
+    assert (forward.ops.count(norms), backward.ops.count(norms)) == (7, 6)  # all but the last, which no block has
+
+
+@BOTH
+def test_an_evaluation_is_the_same_whatever_the_mode(ops: Ops) -> None:
+    """Where no gradient is wanted, no operation more is done than without."""
+    done = []
+    for mode in MODES:
+        model = make(ops, mode).eval()
+        with torch.no_grad(), Made() as made:
+            loss = model(*batch())[1]
+        done.append((made.ops, loss.item()))
+    assert done[0] == done[1] == done[2]
