@@ -12,7 +12,16 @@ from model import GPT, GPTConfig
 from model.flops import flops_per_token
 from train import checkpoint as checkpoints
 from train.attention_choice import AttentionShape, choose_attention
-from train.build import adopt_shape, build_model, choose_ops, model_to_train, open_dataset, optimizer_state
+from train.build import (
+    adopt_shape,
+    build_model,
+    choose_ops,
+    gather_states,
+    model_to_train,
+    open_dataset,
+    optimizer_state,
+    place,
+)
 from train.checkpoint_layout import MODEL_ARGS
 from train.cli import help_text
 from train.config import TrainConfig, choose_base, compose, parse
@@ -24,7 +33,7 @@ from train.hardware import Peak, device_name, peak_flops, resolve_device, resolv
 from train.log import RunLog, check_sinks
 from train.loop import Loop, Progress
 from train.memory import check_memory
-from train.optim import FlatAdamW, LossScale
+from train.optim import LossScale
 from train.plot import plot_run
 from train.profiler import ProfiledStep, profiled_step
 from train.sample import sample_text
@@ -69,49 +78,26 @@ def train(
 
     named: the settings that the user wrote. why: where the others come from. checkpoint: the one to go on from.
     """
-    if config.gradient_accumulation_steps % world.size:
-        raise UserError(
-            f"gradient_accumulation_steps: got {config.gradient_accumulation_steps}, expected a multiple of the "
-            f"{world.size} processes, which share them out"
-        )
-    if config.profile and device.type == "mps":
-        raise UserError("profile: got True, expected False on mps, whose kernels torch's profiler does not see")
-    dtype = resolve_dtype(config.dtype, device)
+    dtype, sharded = resolve_dtype(config.dtype, device), config.shard and world.size > 1
+    _check_together(config, world, device, dtype)
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
     dataset = open_dataset(config.dataset, world)
     ops, chunk = choose_ops(config, device, dtype, dataset.vocab_size)
-    sharded = config.shard and world.size > 1
-    if sharded and dtype == torch.float16:
-        raise UserError("dtype: got float16, expected bfloat16 or float32 with shard=True, which has no loss scale")
     raw_model = build_model(config, named, dataset, checkpoint, ops)
     raw_model.compute_dtype, raw_model.stream_dtype = dtype, getattr(torch, config.residual_dtype)
     raw_model.recompute = config.recompute
     config = adopt_shape(config, raw_model)
     dataset.check(config.block_size, raw_model.config.vocab_size)
+    memory = ""
     if not config.eval_only:
         memory = check_memory(config, raw_model, device, world, chunk, resumed=checkpoint is not None)
-    if sharded:
-        from train import shard  # only here: torch takes a second to import what it needs
-
-        shard.share_out(raw_model, world, device)
-    else:
-        raw_model.to(device)
+    optimizer = place(config, raw_model, ops, world, device)
     raw_model.attention, attention = choose_attention(
         config.attention, AttentionShape.of(raw_model, config.batch_size, device), world
     )
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # of float32 matmuls, where any are left
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
-    accumulation = config.gradient_accumulation_steps // world.size
-    adamw = {
-        "learning_rate": config.learning_rate,
-        "betas": (config.beta1, config.beta2),
-        "weight_decay": config.weight_decay,
-    }
-    if sharded:
-        optimizer = shard.ShardedAdamW(raw_model, **adamw)
-    else:
-        optimizer = FlatAdamW(raw_model, ops, **adamw, in_float32=accumulation * world.size > 1)
     scaler = LossScale(device, enabled=dtype == torch.float16)
     progress, resumed_at = Progress(), None
     if checkpoint is not None:
@@ -128,32 +114,23 @@ def train(
     if attention:
         say(f"attention: {attention}")
     say(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M; tokens per iteration: {tokens:,}")
-    if not config.eval_only:
+    if memory:
         say(memory)
-    if sharded:
-        say(f"shard: parameters, gradients and moments shared out over {world.size} processes; no CUDA graphs")
-    elif config.shard:
-        say("shard: one process, nothing to share out")
+    if config.shard:
+        shared = f"parameters, gradients and moments shared out over {world.size} processes; no CUDA graphs"
+        say(f"shard: {shared if sharded else 'one process, nothing to share out'}")
 
     def save(progress: Progress) -> None:
-        if not sharded and not world.master:
-            return
-        states = raw_model.state_dict(), optimizer.state_dict()
-        if sharded:  # together
-            states = shard.whole_model(raw_model, keep=world.master), shard.whole(states[1], keep=world.master)
+        states = gather_states(raw_model, optimizer, world) if sharded or world.master else None
         if world.master:
             state = _pack(config, raw_model.config, *states, scaler, dataset, progress)
             checkpoints.save(Path(config.out_dir), state, config.keep_checkpoints)
 
     model = model_to_train(raw_model, config, device, say, by_block=sharded)
     optimizer.clear()
-    step = TrainStep(
-        model,
-        optimizer,
-        grad_clip=config.grad_clip,
-        scaler=scaler,
-        reducer=Reducer(world, optimizer.flat) if world.size > 1 and not sharded else None,
-    )
+    accumulation = config.gradient_accumulation_steps // world.size
+    reducer = Reducer(world, optimizer.flat) if world.size > 1 and not sharded else None
+    step = TrainStep(model, optimizer, grad_clip=config.grad_clip, scaler=scaler, reducer=reducer)
     if config.cuda_graphs and device.type == "cuda" and not sharded and not config.eval_only:
         step = GraphedStep(step, (accumulation, config.batch_size, config.block_size))
     if config.profile and world.master:
@@ -194,6 +171,19 @@ def train(
             _farewell(config, loop, None if sharded else raw_model, dataset, say)
         log.close()
     return 128 + status if status else 0
+
+
+def _check_together(config: TrainConfig, world: World, device: torch.device, dtype: torch.dtype) -> None:
+    """UserError for settings that this many processes, this device or this dtype cannot do."""
+    if config.gradient_accumulation_steps % world.size:
+        raise UserError(
+            f"gradient_accumulation_steps: got {config.gradient_accumulation_steps}, expected a multiple of the "
+            f"{world.size} processes, which share them out"
+        )
+    if config.profile and device.type == "mps":
+        raise UserError("profile: got True, expected False on mps, whose kernels torch's profiler does not see")
+    if config.shard and world.size > 1 and dtype == torch.float16:
+        raise UserError("dtype: got float16, expected bfloat16 or float32 with shard=True, which has no loss scale")
 
 
 def _restore(checkpoint: dict, model: GPT, optimizer: torch.optim.AdamW, scaler: LossScale) -> Progress:

@@ -1,4 +1,4 @@
-"""What a run is made of: the model by init_from, the kernels in it, compiled; the data."""
+"""What a run is made of: the model by init_from, the kernels in it, on its device, compiled; the data."""
 
 import dataclasses
 import functools
@@ -20,6 +20,7 @@ from train.datasets import ensure_docs
 from train.distributed import World
 from train.errors import UserError
 from train.hardware import synchronize
+from train.optim import FlatAdamW
 
 LOSS_CHUNK = 4096  # rows of logits, where not all are held: enough for the matmuls to stay large
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # what weights fix once and for all
@@ -113,6 +114,33 @@ def optimizer_state(checkpoint: dict, model: GPT) -> dict:
 def adopt_shape(config: TrainConfig, model: GPT) -> TrainConfig:
     """The settings, with the shape that the model really has: what the log and the checkpoint shall say."""
     return dataclasses.replace(config, **{name: getattr(model.config, name) for name in (*SHAPE, "block_size")})
+
+
+def place(config: TrainConfig, model: GPT, ops: Ops, world: World, device: torch.device) -> torch.optim.AdamW:
+    """Put `model`, still on the host, on the device, or this rank's share of it; its optimizer, `FlatAdamW` or
+    `ShardedAdamW`."""
+    settings = {
+        "learning_rate": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "weight_decay": config.weight_decay,
+    }
+    if config.shard and world.size > 1:
+        from train import shard  # only here: torch takes a second to import what it needs
+
+        shard.share_out(model, world, device)
+        return shard.ShardedAdamW(model, **settings)
+    model.to(device)
+    return FlatAdamW(model, ops, **settings, in_float32=config.gradient_accumulation_steps > 1)
+
+
+def gather_states(model: GPT, optimizer: torch.optim.AdamW, world: World) -> tuple[dict, dict]:
+    """The state_dicts of both. A sharded model's are whole, and on the master rank only; every rank must call."""
+    if isinstance(optimizer, FlatAdamW):
+        return model.state_dict(), optimizer.state_dict()
+    from train import shard
+
+    keep = world.master
+    return shard.whole_model(model, keep=keep), shard.whole(optimizer.state_dict(), keep=keep)
 
 
 def model_to_train(

@@ -29,7 +29,7 @@ Samples = dict[str, list[float]]
 
 
 def run_ranks(count: int) -> Samples:
-    """What `bench/ranks.py` measures of so many ranks. RunError where they fail or hang."""
+    """What `ranks.py` measures of so many ranks. RunError where they fail or hang."""
     root = str(Path(__file__).parents[2])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     ranks = subprocess.Popen(

@@ -1,7 +1,7 @@
 """python -m bench.scale: what several devices would make of a training step. A prediction, its assumptions beside it.
 
 The step of one device comes from a results file; where it has none of a size, or there is no file, it is the roofline
-floor, a bound that no device reaches. `bench/scaling.py` is the model, `bench/links.py` what is known of links.
+floor, a bound that no device reaches. model.py is the model, links.py what is known of links.
 """
 
 import sys
@@ -18,6 +18,7 @@ from bench.scale.model import Job, Predicted, Rates, Traffic, predict, share_out
 from bench.schema import Results, Step, median
 from bench.tables import aligned
 from bench.workloads import WORKLOADS
+from model import memory as memory_model
 from model.flops import flops_per_token
 from train.cli import help_text, parse_settings
 from train.errors import UserError
@@ -189,9 +190,25 @@ def plan(name: str, config: ScaleConfig, base: Base, rates: Rates, fabric: Fabri
     return predicted, sent
 
 
-def table(predicted: list[Predicted], peak: float) -> str:
+def memory(each: Predicted, *, shard: bool) -> int:
+    """Bytes that a device holds, as `model/memory.py` estimates them, with the fused kernels; graphs unless sharded."""
+    job = each.job
+    step = memory_model.Step(
+        job.config,
+        job.batch_size,
+        accumulation=job.accumulation,
+        several=each.devices * job.accumulation > 1,
+        dtype_bytes=job.compute,
+        shards=each.devices if shard else 1,
+        graphs=not shard,
+    )
+    return sum(memory_model.estimate(step).values())
+
+
+def table(predicted: list[Predicted], peak: float, *, shard: bool) -> str:
     """Efficiency is tokens/s a device, relative to the first row's."""
-    rows = [["devices", "batch", "tokens/iter", "ms/iter", "comm ms", "exposed", "tokens/s", "MFU", "MFU 6N", "effic."]]
+    head = ["devices", "batch", "tokens/iter", "ms/iter", "comm ms", "exposed", "tokens/s", "MFU", "MFU 6N", "effic."]
+    rows = [[*head, "GB each"]]
     first = predicted[0].tokens / predicted[0].seconds / predicted[0].devices
     for each in predicted:
         rate = tokens_per_second(each.tokens, each.seconds)
@@ -205,6 +222,7 @@ def table(predicted: list[Predicted], peak: float) -> str:
                 f"{rate:,.0f}",
                 *(f"{mfu(count, each.seconds, each.devices * peak):.1%}" for count in flops),
                 f"{rate / each.devices / first:.1%}",
+                f"{memory(each, shard=shard) / 1e9:.1f}",
             ]
         )
     return aligned(rows)
@@ -229,7 +247,7 @@ def report(config: ScaleConfig) -> str:
         size = f"{sum(sent.pieces) / 1e9:.3f} GB of gradients in {len(sent.pieces)} exchanges"
         size = f"{sent.blocks} blocks and the embeddings, one by one" if config.shard else size
         mark = " (ESTIMATE from the floor)" if bases[name].said.startswith("ESTIMATE") else ""
-        blocks.append(f"{name}{mark}: {size}\n{table(predicted, peak)}")
+        blocks.append(f"{name}{mark}: {size}\n{table(predicted, peak, shard=config.shard)}")
     return "\n\n".join(blocks)
 
 
@@ -241,6 +259,7 @@ def _code(config: ScaleConfig, bases: dict[str, Base]) -> list[str]:
         "as built    gradients are summed over ranks in float32; several micro-steps' too",
         "assumed     other batches are as many times slower than their floors, between measured ones in proportion",
         "assumed     a backward pass is 2/3 of a micro-step; ranks never wait for one that is slower",
+        "estimated   GB that each device holds: model/memory.py, fused kernels, nothing computed again",
     ]
     if config.shard:
         lines.append(

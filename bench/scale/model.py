@@ -1,4 +1,4 @@
-"""A step over several devices, from one device's step and the links. Arithmetic only; `bench/scale.py` shows it.
+"""A step over several devices, from one device's step and the links. Arithmetic only; `command.py` shows it.
 
 One device: a step takes `slowness` times its roofline floor (`model/work.py`). The slowness is measured on one step; it
 is 1 for a device that nobody measured, which makes its time a bound. So batches, micro-steps and sums in float32 that

@@ -231,6 +231,19 @@ def cells(text: str, size: str) -> list[list[str]]:
     return [line.split() for line in block.splitlines()[3:]]
 
 
+def test_what_each_device_holds() -> None:
+    """One device and a share of 8: state, activations of the batch; gradients of several ranks in float32 too."""
+    xl = {"sizes": "gpt2-xl", "devices": "1,8", "batch_size": 1, "scaling": "weak"}
+    (one, eight), (_, share) = (
+        [float(cells(scale.report(scale.ScaleConfig(**xl, shard=shard)), "gpt2-xl")[i][-1]) for i in (0, 1)]
+        for shard in (False, True)
+    )
+    n = 1.5575e9
+    assert 16 * n / 1e9 < one < eight  # weights, copies, gradients, moments
+    assert eight - one == pytest.approx(4 * n / 1e9, rel=0.01)
+    assert share < one / 2
+
+
 def test_a_measured_step_in_the_table(tmp_path: Path) -> None:
     path = results(
         tmp_path,
@@ -253,7 +266,7 @@ def test_a_measured_step_in_the_table(tmp_path: Path) -> None:
     assert one[:4] == ["1", "1", "x", "32"]
     assert one[4:9] == ["32,768", "70.00", "0.00", "0.00", f"{32768 / 0.07:,.0f}"]
     assert one[9] == f"{flops * 32768 / 0.07 / 989e12:.1%}"
-    assert one[-1] == "100.0%"
+    assert one[-2] == "100.0%"
     assert eight[1:5] == ["1", "x", "4", "32,768"]
     sums = sum(scale.fabric_of(config, "NVIDIA H100 80GB HBM3")[0].all_reduce(4 * n, 8) for n in [124_373_760])
     assert float(eight[6]) == pytest.approx(1e3 * (sums + 10 * (8.4 + 2 * 7 * 3.4) / 1e6), abs=0.02)  # in 11 exchanges
@@ -287,7 +300,7 @@ def test_between_measured_batches(tmp_path: Path) -> None:
     floor = {n: slowness(1.0, dataclasses.replace(GPT2, batch_size=n), rates) ** -1 for n in (1, 2, 3)}
     path = results(tmp_path, row("ours eager", 10 * floor[1], 1), row("ours graphed", 2 * floor[3], 3))
     config = scale.ScaleConfig(path, sizes="gpt2", devices="1", scaling="weak", batch_size=2)
-    ((*_, batch, _, milliseconds, _, _, _, _, _, _),) = cells(scale.report(config), "gpt2")
+    ((*_, batch, _, milliseconds, _, _, _, _, _, _, _),) = cells(scale.report(config), "gpt2")
     assert batch == "2"
     assert float(milliseconds) == pytest.approx(1e3 * 6 * floor[2], abs=0.01)
 

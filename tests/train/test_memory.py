@@ -84,7 +84,7 @@ def test_a_run_says_what_it_will_hold(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_run_that_does_not_fit_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_room(monkeypatch, 2_000_000)
     with monkeypatch.context() as patch:
-        patch.setattr(command, "FlatAdamW", None)
+        patch.setattr(command, "place", None)
         message = refusal(run, tmp_path / "out", **JOB)
     found = re.fullmatch(
         r"memory: got a step of (\S+) MB \(weights .*\), expected at most (\S+) MB, what cpu has free; (--.*) fits",
