@@ -85,10 +85,12 @@ def test_what_a_forward_pass_keeps(
     assert loss.requires_grad
 
 
-@pytest.mark.parametrize("vocab_size", [512, 64])  # where the head has most, and where the last block has
 @pytest.mark.parametrize(
-    ("ops", "dtype"),
-    [(REFERENCE, torch.float32), (REFERENCE, BFLOAT16), pytest.param(FUSED, torch.float32, marks=pytest.mark.slow)],
+    ("ops", "dtype", "vocab_size"),  # 512: where the head has most; 64: where the last block has
+    [
+        *((REFERENCE, dtype, size) for dtype in (torch.float32, BFLOAT16) for size in (512, 64)),
+        pytest.param(FUSED, torch.float32, 64, marks=pytest.mark.slow),  # the interpreter is slow
+    ],
 )
 @DROPOUT
 @EVERY_MODE
