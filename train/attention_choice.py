@@ -43,8 +43,8 @@ class AttentionShape(NamedTuple):
 def choose_attention(name: str, shape: AttentionShape, world: World, clock: Clock | None = None) -> tuple[str, str]:
     """(backend of every rank, what to say of it or nothing). `name` is one of BACKENDS.
 
-    `auto` is, on CUDA, what rank 0 measures to be the fastest, forward and backward; elsewhere it stays torch's own
-    choice, the same in every run. clock: in place of CUDA's. Any other name is tried, and a UserError where it cannot
+    `auto` is, on CUDA, what rank 0 measures to be the fastest, forward and backward; elsewhere it stays `auto`, the
+    same in every run. clock: in place of CUDA's. Any other name is tried, and a UserError where it cannot
     run. Random state is afterwards as it was before.
     """
     devices = [shape.device] if shape.device.type == "cuda" else []

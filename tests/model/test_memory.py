@@ -107,6 +107,12 @@ def test_the_peak_of_a_step(recompute: str, dropout: float, ops: Ops, dtype: tor
 
 
 @pytest.mark.slow
+def test_the_peak_of_a_fused_head() -> None:
+    """Where the head has most: once, for the interpreter is slow."""
+    test_the_peak_of_a_step("none", 0.0, FUSED, torch.float32, 512)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("recompute", "vocab_size"), [("none", 1024), ("block", 64)])
 def test_the_peak_of_a_compiled_step(recompute: str, vocab_size: int, compiler: None) -> None:
     """Inductor's choices are its own: near the estimate is all that can be asked."""
