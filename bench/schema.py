@@ -102,6 +102,7 @@ class Step:
     tokens: int  # an iteration, on this device
     flops: dict[str, float] = field(default_factory=dict)  # an iteration, by formula: "nanogpt", "6n"
     seconds: list[float] = field(default_factory=list)
+    turn: int = 1  # samples that were taken at a time, before the workload's next variant had its turn
     host_seconds: list[float] = field(default_factory=list)  # until the call returned, the device perhaps still at work
     peak_memory: int | None = None  # bytes on the device; CUDA only
     losses: list[float] = field(default_factory=list)  # of the first steps, by which it was checked

@@ -7,8 +7,8 @@ from typing import Any, Self
 import pytest
 import torch
 
+from bench.bounds import bound
 from bench.schema import Kernel, Peak, Step, median
-from bench.tables import ceiling_share
 from bench.timing import Clock
 from train.ceilings import Ceilings, measure_ceilings
 from train.hardware import peak_flops, resolve_device, resolve_dtype
@@ -48,6 +48,7 @@ SESSION = pytest.StashKey[Session]()
 def facts(row: Kernel, group: list[Kernel], ceilings: Ceilings) -> dict[str, Any]:
     """What stands beside a row's times in a file of pytest-benchmark's; rates are those of the median."""
     seconds = median(row.seconds)
+    found = bound(row, ceilings.flops, ceilings.bandwidth)
     compiled = next((median(r.seconds) for r in group if r.variant == "compiled" and r.seconds), None)
     return {
         "shape": row.shape,
@@ -56,6 +57,6 @@ def facts(row: Kernel, group: list[Kernel], ceilings: Ceilings) -> dict[str, Any
         "flops": row.flops,
         "bytes_per_second": row.bytes / seconds if row.bytes else None,
         "flops_per_second": row.flops / seconds if row.flops else None,
-        "share_of_ceiling": ceiling_share(row, ceilings.flops, ceilings.bandwidth),
+        "share_of_ceiling": found and found.share,
         "times_faster_than_compiled": compiled / seconds if compiled else None,
     }

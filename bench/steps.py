@@ -38,6 +38,7 @@ class Timed:
     step: Step | None = None
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    turn: int = 1  # how many iterations of a turn are counted
     host_seconds: list[float] = field(default_factory=list)
     peak_memory: int | None = None
     skipped: str = ""
@@ -109,17 +110,16 @@ def _first_losses(variant: Variant, setting: Setting, loader: Loader) -> list[fl
 
 
 def _sample(timed: list[Timed], loader: Loader, device: torch.device, seconds: float) -> None:
-    lengths = {}
-    for each in timed:  # how many iterations a turn takes
+    for each in timed:
         taken, _ = _turn(each.step, loader, 0, 2, device)
-        lengths[each.variant.name] = max(2, min(50, round(TURN / taken[-1])))
+        each.turn = max(1, min(50, round(TURN / taken[-1])))
     deadline, turns = time.perf_counter() + seconds, 0
     while turns < LEAST or time.perf_counter() < deadline:
         for each in timed:
-            count = lengths[each.variant.name]
-            taken, host = _turn(each.step, loader, turns * count, count, device)
-            each.seconds += taken
-            each.host_seconds += host
+            lead = int(each.turn > 1)  # not counted: the caches are another's, a GPU's queue is empty
+            taken, host = _turn(each.step, loader, turns * each.turn, lead + each.turn, device)
+            each.seconds += taken[lead:]
+            each.host_seconds += host[lead:]
         turns += 1
 
 
@@ -161,6 +161,7 @@ def _row(each: Timed, workload: Workload, dtype: torch.dtype) -> schema.Step:
         tokens=workload.tokens,
         flops={formula: float(flops_per_token(workload.config, formula) * workload.tokens) for formula in FORMULAS},
         seconds=each.seconds,
+        turn=each.turn,
         host_seconds=each.host_seconds,
         peak_memory=each.peak_memory,
         losses=each.losses,

@@ -1,5 +1,6 @@
 """Results as text for a terminal."""
 
+from bench.bounds import Bound, bound
 from bench.schema import Kernel, Peak, Results, Step, median
 from train.metrics import mfu, tokens_per_second
 
@@ -82,13 +83,13 @@ def is_reference(row: Step) -> bool:
 
 
 def kernels_table(rows: list[Kernel], matmul: float | None, copy: float | None) -> str:
-    """Every row with samples: median time, rate, share of the ceiling of that kind (FLOP/s of a matmul, bytes/s of a
-    copy), and how many times faster than torch.compile's."""
+    """Every row with samples: median time, rate, share of the ceiling that it meets first (FLOP/s of a matmul, bytes/s
+    of a copy), and how many times faster than torch.compile's."""
     table = [["kernel", "shape", "direction", "variant", "us", "rate", "of ceiling", "to compiled"]]
     compiled = {key(row): median(row.seconds) for row in rows if row.variant == "compiled" and row.seconds}
     for row in (row for row in rows if row.seconds):
         seconds, other = median(row.seconds), compiled.get(key(row))
-        share = ceiling_share(row, matmul, copy)
+        found = bound(row, matmul, copy)
         table.append(
             [
                 row.case,
@@ -96,25 +97,25 @@ def kernels_table(rows: list[Kernel], matmul: float | None, copy: float | None) 
                 row.direction,
                 row.variant,
                 f"{1e6 * seconds:.1f}",
-                rate(row),
-                f"{share:.0%}" if share else "",
+                rate(found) if found else "",
+                f"{found.share:.0%}" if found and found.share else "",
                 f"{other / seconds:.2f}x" if other else "",
             ]
         )
     return aligned(table)
 
 
-def rate(row: Kernel) -> str:
-    """TFLOP/s of a row that counts FLOPs, else GB/s; nothing where it states neither."""
-    if row.flops:
-        return f"{row.flops / median(row.seconds) / 1e12:.4g} TFLOP/s"
-    return f"{row.bytes / median(row.seconds) / 1e9:.4g} GB/s" if row.bytes else ""
+def rate(found: Bound) -> str:
+    if found.what == "matmul":
+        return f"{number(found.rate / 1e12)} TFLOP/s"
+    return f"{number(found.rate / 1e9)} GB/s"
 
 
-def ceiling_share(row: Kernel, matmul: float | None, copy: float | None) -> float | None:
-    """A row's rate as a share of the ceiling of its kind; None where either is not known."""
-    work, ceiling = (row.flops, matmul) if row.flops else (row.bytes, copy)
-    return work / median(row.seconds) / ceiling if work and ceiling else None
+def number(value: float) -> str:
+    """Four digits, or as many as there are before the point."""
+    size = abs(value)
+    places = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
+    return f"{value:,.{places}f}"
 
 
 def key(row: Kernel) -> tuple:

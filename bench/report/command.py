@@ -44,7 +44,8 @@ def read_all(names: Sequence[str]) -> tuple[list[Run], int]:
 
 
 def sound(results: schema.Results) -> schema.Results:
-    """The results, if they can be divided by. ValueError, naming the field, for a time or rate that is not positive."""
+    """The results, if they can be reckoned with. ValueError, naming the field, for a time or rate that is not positive,
+    or a turn that is not whole."""
     found = [
         (f"{part}[{i}].seconds", x.seconds)
         for part in ("kernels", "steps")
@@ -57,6 +58,9 @@ def sound(results: schema.Results) -> schema.Results:
     for where, samples in found:
         if samples and min(samples) <= 0:
             raise ValueError(f"{where}: got {min(samples)}, expected more than 0")
+    for i, step in enumerate(results.steps):
+        if step.turn < 1 or len(step.seconds) % step.turn:
+            raise ValueError(f"steps[{i}].turn: got {step.turn}, expected a divisor of its {len(step.seconds)} samples")
     if results.peak and results.peak.flops <= 0:
         raise ValueError(f"peak.flops: got {results.peak.flops}, expected more than 0")
     return results

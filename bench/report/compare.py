@@ -1,58 +1,66 @@
 """Two commits on one device: is a step or a kernel faster, slower, or is there no difference to be seen?
 
-The figure is the ratio of the medians, its interval from three sources of noise:
+A machine changes its pace, within a run and from run to run. What runs none of our code, the reference's steps and a
+kernel's other variants, took turns with ours; these controls tell the pace. So the figure is a ratio of ratios: by how
+much our time changed, over how much the controls' changed. Its interval has two sources:
 
-- Within a run samples are not independent: a machine drifts. So the bootstrap draws whole stretches of neighbouring
-  samples (blocks), not single ones; and as far as the medians of neighbouring blocks still resemble each other, the
-  drift is slower than a block, and the interval is widened by what an autoregressive process of that correlation needs.
-- A handful of blocks underestimate a spread: Student's t instead of the normal quantile.
-- Between runs the whole machine may have changed pace. The rows that run none of our code, the reference's, tell by
-  how much they moved between the same two runs: that much is added, in squares, to everything.
+- Within a run: a bootstrap that draws stretches of neighbouring rounds, the same ones for a row and its controls, so
+  that a drift that both share cancels.
+- Between runs: ours need not follow a change of pace as the controls do. It is taken for right within LEFT of what the
+  controls changed by, as one standard deviation.
 
+On a CPU the times are low quantiles of the samples: whatever else the machine does can only add. On a GPU, medians.
 Each table's intervals hold together at 95 % (Bonferroni), so that a long table of equals stays one of equals.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import exp, log, sqrt
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import exp, sqrt
 from statistics import NormalDist
 
 import numpy as np
 
 from bench.report.digest import Run, is_ours
 from bench.report.tables import NONE, milliseconds, shape
-from bench.schema import Kernel, Step, median
-from bench.tables import aligned
+from bench.schema import Kernel, Step
+from bench.tables import aligned, key
 from train.errors import UserError
 
 LEVEL = 0.95
-BLOCKS = 10  # stretches that a run's samples are cut into
-LEAST = 5  # samples in all, below which there is no verdict
-DRAWS = 1000
+QUANTILE = {"cpu": 0.05, "cuda": 0.5}
+STRETCHES = 30  # into which a run's rounds are cut, at least, where there are so many
+LEAST = 8  # rounds, below which there is no verdict
+LEFT = 0.5
+DRAWS = 400
 
-Samples = list[list[float]]  # seconds, run by run
+
+@dataclass(frozen=True)
+class Samples:
+    """Of one row in one run, and of its controls: logarithms of seconds, (rounds, samples of a turn)."""
+
+    own: np.ndarray
+    controls: list[np.ndarray]
+
+    @property
+    def rounds(self) -> int:
+        return min(map(len, (self.own, *self.controls)))  # a run that was stopped may end within a round
 
 
 @dataclass(frozen=True)
 class Row:
-    """Something that both sides measured."""
+    """Something of ours that both sides measured, run by run."""
 
     names: tuple[str, ...]
-    a: Samples
-    b: Samples
-    control: bool  # it runs none of our code
-    kind: str = ""  # what its controls must share with it: the workload
-
-    @property
-    def log_ratio(self) -> float:
-        return log(_median(self.b) / _median(self.a))
+    a: list[Samples]
+    b: list[Samples]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    ratio: float  # of the medians, b over a
+    ratio: float  # b over a, the change of pace taken out
     low: float
     high: float
+    pace: float  # the controls' b over a
 
     @property
     def words(self) -> str:
@@ -64,72 +72,61 @@ class Verdict:
         return f"{which} by {abs(self.ratio - 1) * 100:.1f} % ({sizes[0]:.1f}–{sizes[1]:.1f})"
 
 
-def verdicts(rows: Sequence[Row]) -> list[Verdict | None]:
-    """One each, None where there are too few samples. The intervals hold together at LEVEL."""
+def verdicts(rows: Sequence[Row], quantile: float) -> list[Verdict | None]:
+    """One each, None where there are too few rounds. The intervals hold together at LEVEL."""
     rng = np.random.default_rng(0)  # the same verdict every time
-    noises = [_noise(row, rng) if min(_count(row.a), _count(row.b)) >= LEAST else None for row in rows]
-    known = [(row, noise) for row, noise in zip(rows, noises, strict=True) if noise]
-    quantile = 1 - (1 - LEVEL) / max(1, len(known)) / 2
-    return [
-        noise and _verdict(row, noise, _pace(row, known), quantile) for row, noise in zip(rows, noises, strict=True)
-    ]
+    enough = [min(samples.rounds for samples in (*row.a, *row.b)) >= LEAST for row in rows]
+    certainty = 1 - (1 - LEVEL) / max(1, sum(enough)) / 2
+    return [_verdict(row, quantile, certainty, rng) if known else None for row, known in zip(rows, enough, strict=True)]
 
 
 @dataclass(frozen=True)
-class Noise:
-    """Of a logarithm of a ratio of medians, as far as the samples within the runs tell."""
+class Level:
+    """Of a row's times on one side, in logarithms."""
 
-    error: float  # standard
+    own: float
+    pace: float  # of the controls, 0 without any
+    error: float  # standard, of own - pace
     freedom: float  # degrees of
 
 
-def _noise(row: Row, rng: np.random.Generator) -> Noise:
-    """Both sides' together, with Welch's degrees of freedom."""
-    sides = [_spread(samples, rng) for samples in (row.a, row.b)]
-    square = sum(side.error**2 for side in sides)
-    freedom = square**2 / sum(side.error**4 / side.freedom for side in sides) if square else sides[0].freedom
-    return Noise(sqrt(square), freedom)
+def _verdict(row: Row, quantile: float, certainty: float, rng: np.random.Generator) -> Verdict:
+    a, b = (_side([_level(samples, quantile, rng) for samples in side]) for side in (row.a, row.b))
+    pace = b.pace - a.pace
+    ratio = b.own - a.own - pace
+    square = a.error**2 + b.error**2
+    # Welch's degrees of freedom
+    freedom = square**2 / (a.error**4 / a.freedom + b.error**4 / b.freedom) if square else a.freedom
+    reach = student(certainty, freedom) * sqrt(square + (LEFT * pace) ** 2)
+    return Verdict(exp(ratio), exp(ratio - reach), exp(ratio + reach), exp(pace))
 
 
-def _pace(row: Row, known: Sequence[tuple[Row, Noise]]) -> float:
-    """How far, in logarithms, times moved between the two runs though nothing of ours changed in them.
-
-    A robust spread of the other controls of the row's kind, less what their own noise explains; 0 without controls.
-    """
-    others = [(c, noise) for c, noise in known if c.control and c is not row and c.kind == row.kind]
-    if not others:
-        return 0.0
-    moved = 1.4826 * median([abs(c.log_ratio) for c, _ in others])
-    return sqrt(max(0.0, moved**2 - median([noise.error for _, noise in others]) ** 2))
-
-
-def _verdict(row: Row, noise: Noise, pace: float, quantile: float) -> Verdict:
-    reach = student(quantile, noise.freedom) * sqrt(noise.error**2 + pace**2)
-    return Verdict(exp(row.log_ratio), exp(row.log_ratio - reach), exp(row.log_ratio + reach))
+def _side(levels: Sequence[Level]) -> Level:
+    """The mean of several runs."""
+    n = len(levels)
+    return Level(
+        sum(level.own for level in levels) / n,
+        sum(level.pace for level in levels) / n,
+        sqrt(sum(level.error**2 for level in levels)) / n,
+        sum(level.freedom for level in levels),
+    )
 
 
-def _spread(samples: Samples, rng: np.random.Generator) -> Noise:
-    """Of the logarithm of one side's median."""
-    runs = [np.array_split(np.log(one), min(BLOCKS, len(one))) for one in samples]
-    blocks = [block for run in runs for block in run]
-    n, length = len(blocks), min(map(len, blocks))
-    whole = np.array([block[:length] for block in blocks])  # (n, length)
-    drawn = whole[rng.integers(n, size=(DRAWS, n))].reshape(DRAWS, n * length)
-    error = float(np.median(drawn, axis=1).std()) * sqrt(n / (n - 1))
-    kept = _correlation([np.array([np.median(block) for block in run]) for run in runs])
-    slower = (1 + kept) / (1 - kept)  # by so much fewer samples than it seems
-    return Noise(error * sqrt(slower), (n - 1) / slower)
+def _level(samples: Samples, quantile: float, rng: np.random.Generator) -> Level:
+    length = max(1, samples.rounds // STRETCHES)
+    n = samples.rounds // length
+    drawn = rng.integers(n, size=(DRAWS, n))
 
+    def both(rounds: np.ndarray) -> tuple[float, np.ndarray]:
+        """The quantile of all, and of each draw."""
+        cut = rounds[: n * length].reshape(n, -1)
+        return np.quantile(rounds[: samples.rounds], quantile), np.quantile(cut[drawn].reshape(DRAWS, -1), quantile, 1)
 
-def _correlation(runs: Sequence[np.ndarray]) -> float:
-    """Of neighbouring blocks' medians, from 0 to 0.8, with what so few values hide of it."""
-    away = [run - run.mean() for run in runs]
-    whole = sum(float((run**2).sum()) for run in away)
-    if not whole:
-        return 0.0
-    found = sum(float((run[1:] * run[:-1]).sum()) for run in away) / whole
-    found += (1 + 3 * found) / np.mean([len(run) for run in runs])
-    return min(0.8, max(0.0, found))
+    own, draws = both(samples.own)
+    found = [both(control) for control in samples.controls]
+    pace = np.mean([level for level, _ in found]) if found else 0.0
+    paces = np.mean([levels for _, levels in found], axis=0) if found else 0.0
+    return Level(float(own), float(pace), float((draws - paces).std()) * sqrt(n / (n - 1)), n - 1)
 
 
 def student(quantile: float, n: float) -> float:
@@ -143,14 +140,6 @@ def student(quantile: float, n: float) -> float:
     return z + sum(term / n**i for i, term in enumerate(terms, 1))
 
 
-def _median(samples: Samples) -> float:
-    return median([second for run in samples for second in run])
-
-
-def _count(samples: Samples) -> int:
-    return sum(map(len, samples))
-
-
 # The files
 
 
@@ -158,12 +147,19 @@ def report(runs: Sequence[Run]) -> str:
     """What to print of two files, or of the files of two commits. UserError for what cannot be compared."""
     a, b = sides(runs)
     lines = [f"{name}: {'; '.join(run.source for run in side)}" for name, side in (("A", a), ("B", b))]
-    for title, rows_a, rows_b in (("Steps", _steps(a), _steps(b)), ("Kernels", _kernels(a), _kernels(b))):
-        both = [key for key in rows_a if key in rows_b]
-        if both:
-            lines += ["", *_tell(title, [_join(rows_a[key], rows_b[key]) for key in both])]
+    differing = _differing(runs)
+    if differing:
+        lines.append(f"They differ in {differing}: their references too, which tell nothing of the machine's pace then")
+    quantile = QUANTILE[runs[0].results.device.type]
+    for title, gather in (("Steps", _steps), ("Kernels", _kernels)):
+        rows_a, rows_b = gather(a), gather(b)
+        both = [names for names in rows_a if names in rows_b]
+        ours = [names for names in both if rows_a[names].ours]
+        rows = [Row(names, *_joined(rows_a, rows_b, names, [] if differing else both)) for names in ours]
+        if rows:
+            lines += ["", *_tell(title, rows, quantile)]
         for name, here, there in (("A", rows_a, rows_b), ("B", rows_b, rows_a)):
-            if alone := [" ".join(key) for key in here if key not in there]:
+            if alone := [" ".join(names) for names in here if names not in there]:
                 lines += ["", f"{title} only in {name}: {'; '.join(alone)}"]
     return "\n".join(lines)
 
@@ -171,7 +167,7 @@ def report(runs: Sequence[Run]) -> str:
 def sides(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     """The runs as A and B: two files as they are named, more by their commits, the one named first being A.
 
-    UserError unless all are of one device and have workloads in common, of one shape.
+    UserError unless all are of one device and have something of ours in common, of one shape.
     """
     a, b = list(runs[:1]), list(runs[1:])
     if len(runs) != 2:
@@ -187,7 +183,7 @@ def sides(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
         raise UserError(f"compare: got results of {' and '.join(devices)}, expected one device")
     shapes_a, shapes_b = _shapes(a), _shapes(b)
     common = shapes_a.keys() & shapes_b.keys()
-    if not common and (shapes_a or shapes_b or not _kernels(a).keys() & _kernels(b).keys()):
+    if not common and not any(_kernels(a)[names].ours for names in _kernels(a).keys() & _kernels(b).keys()):
         found = " and ".join(", ".join(shapes) or "no training step" for shapes in (shapes_a, shapes_b))
         raise UserError(f"compare: got {found}, expected a workload that both have measured")
     for name in sorted(common):
@@ -204,45 +200,70 @@ def _shapes(runs: Sequence[Run]) -> dict[str, set]:
     return found
 
 
-def _steps(runs: Sequence[Run]) -> dict[tuple[str, ...], tuple[Step, Samples]]:
-    return _gather((s.workload, s.variant, s.dtype, s) for run in runs for s in run.results.steps)
+def _differing(runs: Sequence[Run]) -> str:
+    """Software that is not the same in all."""
+    versions = [asdict(run.results.software) for run in runs]
+    return ", ".join(name for name in versions[0] if len({version[name] for version in versions}) > 1)
 
 
-def _kernels(runs: Sequence[Run]) -> dict[tuple[str, ...], tuple[Kernel, Samples]]:
-    return _gather((k.case, shape(k), k.dtype, k.direction, k.variant, k) for run in runs for k in run.results.kernels)
+@dataclass
+class Gathered:
+    """A row of one side."""
+
+    group: Hashable  # what it took turns with
+    ours: bool
+    runs: dict[str, np.ndarray]  # by file: logarithms of seconds, (rounds, samples of a turn)
 
 
-def _gather(found: Iterable[tuple]) -> dict[tuple[str, ...], tuple]:
-    """By name, the record and the samples of every run that has some."""
-    gathered: dict[tuple[str, ...], tuple] = {}
-    for *names, record in found:
+Names = tuple[str, ...]
+
+
+def _steps(runs: Sequence[Run]) -> dict[Names, Gathered]:
+    return _gather(
+        (run, step, (step.workload, step.variant, step.dtype), step.workload, is_ours(step), step.turn)
+        for run in runs
+        for step in run.results.steps
+    )
+
+
+def _kernels(runs: Sequence[Run]) -> dict[Names, Gathered]:
+    return _gather(
+        (run, k, (k.case, shape(k), k.dtype, k.direction, k.variant), key(k), k.variant == "fused", 1)
+        for run in runs
+        for k in run.results.kernels
+    )
+
+
+def _gather(found: Iterable[tuple[Run, Step | Kernel, Names, Hashable, bool, int]]) -> dict[Names, Gathered]:
+    gathered: dict[Names, Gathered] = {}
+    for run, record, names, group, ours, turn in found:
         if record.seconds:
-            gathered.setdefault(tuple(names), (record, []))[1].append(record.seconds)
+            rounds = np.log(record.seconds[: len(record.seconds) // turn * turn]).reshape(-1, turn)
+            gathered.setdefault(names, Gathered(group, ours, {})).runs[str(run.path)] = rounds
     return gathered
 
 
-def _join(a: tuple, b: tuple) -> Row:
-    record: Step | Kernel = a[0]
-    if isinstance(record, Step):
-        names = (record.workload, record.variant, record.dtype)
-        return Row(names, a[1], b[1], control=not is_ours(record), kind=record.workload)
-    names = (record.case, shape(record), record.dtype, record.direction, record.variant)
-    return Row(names, a[1], b[1], control=record.variant != "fused")
+def _joined(
+    a: Mapping[Names, Gathered], b: Mapping[Names, Gathered], names: Names, both: Sequence[Names]
+) -> tuple[list[Samples], list[Samples]]:
+    """A row's samples on both sides, with the controls out of `both` that all its runs have."""
+    files = [*((a, name) for name in a[names].runs), *((b, name) for name in b[names].runs)]
+    others = [other for other in both if a[other].group == a[names].group and not a[other].ours]
+    controls = [other for other in others if all(name in side[other].runs for side, name in files)]
+    samples = [Samples(side[names].runs[name], [side[c].runs[name] for c in controls]) for side, name in files]
+    return samples[: len(a[names].runs)], samples[len(a[names].runs) :]
 
 
-def _tell(title: str, rows: Sequence[Row]) -> list[str]:
-    cells = [[title, "A, ms", "B, ms", "B/A", f"{100 * LEVEL:.0f} % interval", "verdict"]]
-    for row, verdict in zip(rows, verdicts(rows), strict=True):
-        a, b = _median(row.a), _median(row.b)
-        interval, words = NONE, f"too few samples ({_count(row.a)} and {_count(row.b)}, expected {LEAST})"
-        if verdict:
-            interval, words = f"{verdict.low:.3f}–{verdict.high:.3f}", verdict.words
-        cells.append([" ".join(row.names), milliseconds(a), milliseconds(b), f"{b / a:.3f}", interval, words])
-    lines = [aligned(cells)]
-    for kind in dict.fromkeys(row.kind for row in rows if row.control):
-        moved = [abs(exp(row.log_ratio) - 1) for row in rows if row.control and row.kind == kind]
-        lines.append(
-            f"{kind or 'kernels'}: what runs none of our code changed by {median(moved) * 100:.1f} % "
-            f"(median of {len(moved)}); the intervals allow for it"
-        )
-    return lines
+def _tell(title: str, rows: Sequence[Row], quantile: float) -> list[str]:
+    cells = [[title, "A, ms", "B, ms", "references, B/A", "ours over that", f"{100 * LEVEL:.0f} % interval", "verdict"]]
+    for row, verdict in zip(rows, verdicts(rows, quantile), strict=True):
+        times = [milliseconds(exp(np.mean([np.quantile(s.own, quantile) for s in side]))) for side in (row.a, row.b)]
+        if verdict is None:
+            rounds = [min(s.rounds for s in side) for side in (row.a, row.b)]
+            rest = [NONE, NONE, NONE, f"too few rounds ({rounds[0]} and {rounds[1]}, expected {LEAST})"]
+        else:
+            pace = f"{verdict.pace:.3f}" if row.a[0].controls else NONE
+            rest = [pace, f"{verdict.ratio:.3f}", f"{verdict.low:.3f}–{verdict.high:.3f}", verdict.words]
+        cells.append([" ".join(row.names), *times, *rest])
+    what = "medians" if quantile == 0.5 else f"the fastest {100 * quantile:.0f} % of the samples take less"
+    return [aligned(cells), f"Times: {what}."]

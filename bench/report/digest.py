@@ -6,6 +6,8 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
+from bench.bounds import Bound, bound
+from bench.devices import short_name
 from bench.report.estimates import step_floor
 from bench.schema import Kernel, Results, Step, median
 from bench.tables import is_reference, key, quantile
@@ -77,9 +79,7 @@ class KernelRow:
 
     kernel: Kernel
     timing: Timing
-    rate: float | None  # of what bounds it: bytes/s or FLOP/s
-    bound: str  # "copy" or "matmul": the ceiling that it would meet first; empty where none was measured
-    share: float | None  # of that ceiling, 0 to 1
+    bound: Bound | None  # by the ceilings that its run measured
     speedup: float | None  # against torch.compile of the reference
 
 
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def device(self) -> str:
-        name = self.results.device.name.removeprefix("NVIDIA ").strip()
+        name = short_name(self.results.device.name)
         threads = self.results.device.threads
         return f"{name}, {threads} thread{'s' * (threads != 1)}" if threads else name
 
@@ -155,20 +155,8 @@ class Run:
         timing = Timing.of(kernel.seconds)
         # FLOPs meet the ceiling of their own dtype; bytes are bytes
         rates = [c.rate for c in self.results.ceilings if c.what == "matmul" and c.dtype == kernel.dtype]
-        sides = (
-            ("copy", kernel.bytes, self.results.ceiling("copy")),
-            ("matmul", kernel.flops, max(rates, default=None)),
-        )
-        least = [(amount / rate, what, amount) for what, amount, rate in sides if amount and rate]
-        seconds, bound, amount = max(least, default=(None, "", None))
-        return KernelRow(
-            kernel,
-            timing,
-            rate=amount / timing.median if amount else None,
-            bound=bound,
-            share=seconds / timing.median if seconds else None,
-            speedup=compiled / timing.median if compiled else None,
-        )
+        found = bound(kernel, max(rates, default=None), self.results.ceiling("copy"))
+        return KernelRow(kernel, timing, found, compiled / timing.median if compiled else None)
 
 
 def is_ours(step: Step) -> bool:

@@ -8,6 +8,7 @@ reach of a data sheet: ATTAINED. Those shares were reached on an H100; that othe
 from dataclasses import dataclass
 from math import inf
 
+from bench.devices import DEVICES, short_name
 from bench.schema import Results, Step
 from bench.workloads import WORKLOADS, Workload
 from model.config import GPTConfig
@@ -16,15 +17,6 @@ from model.work import Work, floor, step_work
 from train.hardware import Device, lookup
 from train.metrics import mfu
 
-# What to call a device, and torch's name for it, by which `train/hardware.py` finds its data sheet.
-DEVICES = {
-    "A100 SXM 80GB": "NVIDIA A100-SXM4-80GB",
-    "H100 SXM": "NVIDIA H100 80GB HBM3",
-    "H200": "NVIDIA H200",
-    "B200": "NVIDIA B200",
-    "L4": "NVIDIA L4",
-    "RTX 4090": "NVIDIA GeForce RTX 4090",
-}
 ESTIMATED = ("gpt2", "shakespeare_char")  # of `bench/workloads.py`
 BFLOAT16 = {"compute": 2, "stream": 2, "gradients": 2}  # bytes of an element: the least that a step moves
 
@@ -59,7 +51,7 @@ class Estimate:
 def estimates(measured: set[tuple[str, str]]) -> list[Estimate]:
     """For every device and workload that nobody measured; `measured`: (torch's name of the device, workload)."""
     found = {(row, workload) for name, workload in measured if (row := lookup(name))}
-    rows = {label: lookup(name) for label, name in DEVICES.items()}
+    rows = {short_name(name): lookup(name) for name in DEVICES.values()}
     return [
         _estimate(label, row, WORKLOADS[name])
         for name in ESTIMATED

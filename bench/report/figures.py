@@ -8,7 +8,8 @@ from itertools import cycle
 from bench.report.digest import KernelRow, Run, StepRow, Workload, is_ours
 from bench.report.estimates import Estimate
 from bench.report.layout import Bar, DotLine, Group, Look, Picture, bars, dots
-from bench.report.tables import milliseconds, percent, rate, shape
+from bench.report.tables import milliseconds, percent, shape
+from bench.tables import rate
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _delta(label: str, before: float, after: float) -> Bar:
 
 def kernels(label: str, run: Run, suffix: str) -> Figure | None:
     """Share of the ceiling, a line for each case and a dot for each variant; None where there is no share."""
-    rows = [row for row in run.kernels if row.share is not None]
+    rows = [row for row in run.kernels if row.bound and row.bound.share]
     title = f"Kernels, share of the measured ceiling, {label}"
     caption = "Of the copy bandwidth, or of the matmul rate where that comes first, measured in the same run. "
     caption += "The figure at the end of a line is fused's; without one, the fastest's. "
@@ -151,8 +152,8 @@ def kernels(label: str, run: Run, suffix: str) -> Figure | None:
 def _dot_line(name: str, line: list[KernelRow]) -> DotLine:
     fused = [row for row in line if row.kernel.variant == "fused"]
     head = fused[0] if fused else min(line, key=lambda row: row.timing.median)
-    words = f"{percent(head.share)} %, {rate(head)}"
-    shares = {row.kernel.variant: row.share for row in line}
+    words = f"{percent(head.bound.share)} %, {rate(head.bound)}"
+    shares = {row.kernel.variant: row.bound.share for row in line}
     return DotLine(name, words if fused else f"{head.kernel.variant} {words}", shares)
 
 

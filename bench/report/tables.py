@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from bench import tables
 from bench.report.digest import KernelRow, Run, StepRow, Workload
 from bench.report.estimates import ATTAINED, Estimate
 from bench.schema import Kernel, Results
@@ -37,12 +38,7 @@ class Table:
 
 
 def number(value: float | None) -> str:
-    """Four digits, or as many as there are before the point."""
-    if value is None:
-        return NONE
-    size = abs(value)
-    places = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
-    return f"{value:,.{places}f}"
+    return NONE if value is None else tables.number(value)
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -209,20 +205,14 @@ def _kernel_cells(row: KernelRow) -> list[str]:
         number(timing.median * 1e6),
         number(timing.p10 * 1e6),
         number(timing.p90 * 1e6),
-        rate(row),
-        percent(row.share),
+        tables.rate(row.bound) if row.bound else NONE,
+        percent(row.bound and row.bound.share),
         ratio(row.speedup),
     ]
 
 
 def shape(kernel: Kernel) -> str:
     return "×".join(map(str, kernel.shape))
-
-
-def rate(row: KernelRow) -> str:
-    if row.rate is None:
-        return NONE
-    return f"{number(row.rate / 1e9)} GB/s" if row.bound == "copy" else f"{number(row.rate / 1e12)} TFLOP/s"
 
 
 def estimated(found: Sequence[Estimate]) -> Table:

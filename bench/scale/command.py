@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from bench import schema
+from bench.devices import DEVICES, short_name
 from bench.scale import check
 from bench.scale.links import CALL, HOP_NETWORK, NCCL, Fabric, link_of
 from bench.scale.model import Job, Predicted, Rates, Traffic, predict, share_out, slowness, traffic
@@ -27,17 +28,12 @@ from train.metrics import mfu, tokens_per_second
 from train.settings import check_values, setting, shown
 
 ABOUT = "Predict tokens/s and MFU of several devices, from one device's measured step and the links between them."
-NAMES = {  # short names of devices; any of train/hardware.py's will do
-    "A100": "A100-SXM4-80GB",
-    "H100": "H100 80GB HBM3",
-    "4090": "GeForce RTX 4090",
-}
 
 
 @dataclass(frozen=True)
 class ScaleConfig:
     results: str = setting("", "a results file of python -m bench; empty: estimates for --device")
-    device: str = setting("H100", "without a results file: A100, H100, H200, B200, L4, 4090, or torch's name of one")
+    device: str = setting("H100", f"without a results file: {', '.join(DEVICES)}, or torch's name of one")
     sizes: str = setting("gpt2,gpt2-medium,gpt2-large,gpt2-xl", f"of {', '.join(WORKLOADS)}")
     devices: str = setting("1,2,4,8,64,1024", "how many, separated by commas")
     scaling: str = setting("strong", "share an iteration out, or give each device as much", choices=("strong", "weak"))
@@ -98,7 +94,7 @@ def read_results(path: str) -> Results:
 
 def rates_of(config: ScaleConfig, results: Results | None) -> tuple[str, Rates, float, list[str]]:
     """(device's name, its rates, its peak, what is said of them): measured ceilings where there are, or data sheets."""
-    name = results.device.name if results else NAMES.get(config.device, config.device)
+    name = results.device.name if results else DEVICES.get(config.device, config.device)
     row = lookup(name)
     if row is None and results is None:
         raise UserError(f"device: got {shown(config.device)}, expected one that train/hardware.py knows")
@@ -241,7 +237,9 @@ def report(config: ScaleConfig) -> str:
         if config.scaling == "strong"
         else f"as set      each device the same: {config.accumulation} micro-steps"
     )
-    blocks = [f"Predicted, not measured: {device}, {'sharded, ' if config.shard else ''}{config.scaling} scaling"]
+    blocks = [
+        f"Predicted, not measured: {short_name(device)}, {'sharded, ' if config.shard else ''}{config.scaling} scaling"
+    ]
     blocks.append("\n".join([*(base.said for base in bases.values()), *said, *links, *_code(config, bases), share]))
     for name, (predicted, sent) in plans.items():
         size = f"{sum(sent.pieces) / 1e9:.3f} GB of gradients in {len(sent.pieces)} exchanges"

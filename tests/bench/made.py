@@ -48,10 +48,10 @@ def step(rng: random.Random, workload: str, variant: str, compares: bool, second
         shape.tokens,
         {formula: float(flops_per_token(shape.config, formula) * shape.tokens) for formula in FORMULAS},
         samples(rng, seconds),
-        samples(rng, seconds / 50) if memory else [],
-        memory,
-        [10.9, 10.2],
-        shape.shape,
+        host_seconds=samples(rng, seconds / 50) if memory else [],
+        peak_memory=memory,
+        losses=[10.9, 10.2],
+        shape=shape.shape,
     )
 
 

@@ -8,77 +8,129 @@ import pytest
 
 from bench import schema
 from bench.report import command as report
-from bench.report.compare import Row, Verdict, student, verdicts
+from bench.report.compare import Row, Samples, Verdict, student, verdicts
+from bench.report.digest import is_ours
 from bench.schema import Commit, Results
 from tests.bench.made import cpu, h100
 from train.errors import UserError
 
-
-def drifting(rng: np.random.Generator, count: int, drift: float, memory: float, offset: float = 0.0) -> list[float]:
-    """Samples about 50 ms: each its own noise, spikes of what else runs, and an autoregressive drift of the machine."""
-    noise, drifts, now = 0.03 * rng.standard_normal(count), np.zeros(count), drift * rng.standard_normal()
-    for i in range(count):
-        now = memory * now + np.sqrt(1 - memory**2) * drift * rng.standard_normal()
-        drifts[i] = now
-    spikes = (rng.random(count) < 0.05) * rng.exponential(0.3, count)
-    return list(0.05 * np.exp(noise + drifts + spikes + offset))
+ROUNDS, TURN = 90, 6  # two minutes'
+EITHER = pytest.mark.parametrize(("quantile", "busy"), [(0.05, 0.15), (0.5, 0.03)])  # a CPU, a GPU
 
 
-def row(a: list[float], b: list[float], *, control: bool = False) -> Row:
-    return Row(("step",), [a], [b], control)
+def run(
+    rng: np.random.Generator, slower: float = 0.0, *, pace: float = 0.0, busy: float = 0.15, rounds: int = ROUNDS
+) -> Samples:
+    """Ours and two controls: now and then all slows down by `busy` for a while, and there are spikes.
+
+    slower, pace: what ours alone, and everything, takes more. All in logarithms.
+    """
+    state, states = rng.random() < 0.5, np.zeros(rounds)
+    for i in range(rounds):
+        state ^= rng.random() < 0.1
+        states[i] = busy * state
+
+    def times(offset: float) -> np.ndarray:
+        own = 0.02 * rng.standard_normal((rounds, TURN))
+        spikes = (rng.random((rounds, TURN)) < 0.05) * rng.exponential(0.3, (rounds, TURN))
+        return offset + pace + states[:, None] + own + spikes
+
+    return Samples(times(np.log(0.05) + slower), [times(np.log(0.1)), times(np.log(0.09))])
 
 
-@pytest.mark.parametrize(("drift", "memory"), [(0.0, 0.0), (0.02, 0.9)])
-def test_two_runs_of_one_commit_are_no_different(drift: float, memory: float) -> None:
-    """Of 40 pairs, 95 % are expected to be equal; samples that were taken for independent would say so of half."""
+def row(a: Samples, b: Samples) -> Row:
+    return Row(("step",), [a], [b])
+
+
+def alone(row: Row) -> Row:
+    return Row(row.names, *([Samples(s.own, []) for s in side] for side in (row.a, row.b)))
+
+
+@EITHER
+def test_two_runs_of_one_commit_are_no_different(quantile: float, busy: float) -> None:
+    """Of 40 pairs, 95 % are expected to be equal."""
     rng = np.random.default_rng(1)
-    pairs = [[drifting(rng, 160, drift, memory) for _ in range(2)] for _ in range(40)]
-    told = [verdicts([row(a, b)])[0].words for a, b in pairs]
-    assert told.count("no difference") >= 36
+    rows = [row(run(rng, busy=busy), run(rng, busy=busy)) for _ in range(40)]
+    assert [verdicts([pair], quantile)[0].words for pair in rows].count("no difference") >= 37
+
+
+def test_on_a_busy_machine_medians_alone_would_be_wrong() -> None:
+    rng = np.random.default_rng(1)
+    rows = [row(run(rng), run(rng)) for _ in range(40)]
+
+    def off(row: Row, quantile: float) -> int:
+        return abs(np.log(verdicts([row], quantile)[0].ratio)) > 0.02
+
+    assert sum(off(alone(pair), 0.5) for pair in rows) >= 20
+    assert sum(off(pair, 0.05) for pair in rows) <= 4
 
 
 def test_a_long_table_of_equals_stays_one() -> None:
     rng = np.random.default_rng(2)
-    rows = [row(drifting(rng, 60, 0.0, 0.0), drifting(rng, 60, 0.0, 0.0)) for _ in range(60)]
-    assert {verdict.words for verdict in verdicts(rows)} == {"no difference"}
+    rows = [row(run(rng), run(rng)) for _ in range(60)]
+    assert {verdict.words for verdict in verdicts(rows, 0.05)} == {"no difference"}
 
 
-def test_a_step_slowed_by_five_per_cent_is_found_and_its_inverse() -> None:
+@EITHER
+def test_a_step_slowed_by_five_per_cent_is_found_and_its_inverse(quantile: float, busy: float) -> None:
     rng = np.random.default_rng(3)
-    found = 0
+    found, slow = 0, np.log(1.05)
     for _ in range(20):
-        a, b = (drifting(rng, 400, 0.01, 0.9) for _ in range(2))
-        slower, faster = (verdicts([row(x, y)])[0] for x, y in ((a, [1.05 * s for s in b]), ([1.05 * s for s in a], b)))
+        equal, other = run(rng, busy=busy), run(rng, slow, busy=busy)
+        slower, faster = verdicts([row(equal, other), row(other, equal)], quantile)
         found += slower.words.startswith("slower by ") and faster.words.startswith("faster by ")
-        assert slower.low < 1.05 * 1.03
-        assert slower.high > 1.05 * 0.97
+        assert slower.low < 1.05 < slower.high
     assert found >= 18
 
 
 def test_a_machine_that_changed_pace_is_told_by_what_is_not_ours() -> None:
-    """All of the second run is 4 % slower, the references too: no verdict on ours. Without them, there is one."""
+    """All of the second run is 4 % slower, the controls too: no verdict on ours. Without them, there is one."""
     rng = np.random.default_rng(4)
-    runs = [[drifting(rng, 400, 0.0, 0.0, offset) for offset in (0.0, 0.04)] for _ in range(3)]
-    rows = [row(*runs[0], control=True), row(*runs[1], control=True), row(*runs[2])]
-    assert [verdict.words for verdict in verdicts(rows)] == ["no difference"] * 3
-    assert verdicts([row(*runs[2])])[0].words.startswith("slower")
+    pair = row(run(rng, busy=0.0), run(rng, pace=0.04, busy=0.0))
+    (verdict,) = verdicts([pair], 0.05)
+    assert verdict.words == "no difference"
+    assert np.log(verdict.pace) == pytest.approx(0.04, abs=0.005)
+    assert verdicts([alone(pair)], 0.05)[0].words.startswith("slower")
+
+
+def test_the_more_the_pace_changed_the_less_is_certain() -> None:
+    rng = np.random.default_rng(5)
+    widths = [np.log(v.high / v.low) for v in (verdicts([row(run(rng), run(rng, pace=p))], 0.05)[0] for p in (0, 0.1))]
+    assert widths[1] > widths[0] + 0.1
+    assert verdicts([row(run(rng), run(rng, np.log(1.05), pace=0.1))], 0.05)[0].words == "no difference"
+
+
+def test_several_runs_of_a_side_count_together() -> None:
+    rng = np.random.default_rng(6)
+    a, b = ([run(rng, slower, busy=0.0) for _ in range(4)] for slower in (0.0, 0.02))
+    many, one = verdicts([Row(("step",), a, b)], 0.05)[0], verdicts([row(a[0], b[0])], 0.05)[0]
+    assert many.ratio == pytest.approx(1.02, rel=0.01)
+    assert many.high / many.low < one.high / one.low
 
 
 def test_the_verdict_is_the_same_every_time_and_says_by_how_much() -> None:
-    rng = np.random.default_rng(5)
-    rows = [row(drifting(rng, 100, 0.0, 0.0), [0.9 * s for s in drifting(rng, 100, 0.0, 0.0)])]
-    assert verdicts(rows) == verdicts(rows)
-    assert Verdict(1.031, 1.022, 1.04).words == "slower by 3.1 % (2.2–4.0)"
-    assert Verdict(0.969, 0.96, 0.978).words == "faster by 3.1 % (2.2–4.0)"
-    assert Verdict(0.99, 0.97, 1.0).words == "no difference"
+    rng = np.random.default_rng(7)
+    rows = [row(run(rng), run(rng))]
+    assert verdicts(rows, 0.05) == verdicts(rows, 0.05)
+    assert Verdict(1.031, 1.022, 1.04, 1.0).words == "slower by 3.1 % (2.2–4.0)"
+    assert Verdict(0.969, 0.96, 0.978, 1.0).words == "faster by 3.1 % (2.2–4.0)"
+    assert Verdict(0.99, 0.97, 1.0, 1.0).words == "no difference"
 
 
-def test_a_few_samples_get_no_verdict() -> None:
-    rng = np.random.default_rng(6)
-    few, many = drifting(rng, 4, 0, 0), drifting(rng, 40, 0, 0)
-    assert verdicts([row(few, many), row(many, many)])[0] is None
-    assert verdicts([row([0.05] * 5, [0.05] * 5)])[0].words == "no difference"
-    assert verdicts([row([0.05] * 5, [0.06] * 5)])[0].words.startswith("slower by 20.0 %")
+def test_a_few_rounds_get_no_verdict() -> None:
+    rng = np.random.default_rng(8)
+    few, many = run(rng, rounds=7), run(rng)
+    assert [verdict is None for verdict in verdicts([row(few, many), row(many, many)], 0.05)] == [True, False]
+    still = [Samples(np.full((8, 1), np.log(seconds)), []) for seconds in (0.05, 0.06)]
+    assert verdicts([row(still[0], still[0])], 0.5)[0].words == "no difference"
+    assert verdicts([row(*still)], 0.5)[0].words.startswith("slower by 20.0 %")
+
+
+def test_a_run_that_was_stopped_within_a_round_is_cut_to_whole_ones() -> None:
+    rng = np.random.default_rng(9)
+    whole = run(rng)
+    longer = Samples(np.concatenate([whole.own, whole.own[:1] + 5]), whole.controls)
+    assert verdicts([row(whole, longer)], 0.5) == verdicts([row(whole, whole)], 0.5)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +163,8 @@ def test_equal_commits_and_one_slowed_step(tmp_path: Path, capsys: pytest.Captur
     equal = compared(tmp_path, capsys, a=h100(), b=h100(7))
     assert "faster" not in equal
     assert "slower" not in equal
-    assert equal.count("no difference") == len(h100().steps) + len(h100().kernels)
+    ours = [*(s for s in h100().steps if is_ours(s)), *(k for k in h100().kernels if k.variant == "fused")]
+    assert equal.count("no difference") == len(ours)
     said = compared(tmp_path, capsys, a=h100(), b=slowed(h100(7), "ours compiled", 1.05))
     lines = [line for line in said.splitlines() if "slower" in line or "faster" in line]
     assert [line.split("bfloat16")[0].strip() for line in lines] == [
@@ -137,6 +190,19 @@ def test_what_only_one_has_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "Steps only in A: cpu ours compiled bfloat16" in said
 
 
+def test_references_of_other_software_tell_nothing_of_the_pace(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A new torch made all of it 5 % faster: so are ours, and the references do not take that out."""
+    new = cpu(5)
+    faster = [replace(step, seconds=[s / 1.05 for s in step.seconds]) for step in new.steps]
+    renewed = replace(new, steps=faster, software=replace(new.software, torch="2.14.0"))
+    said = compared(tmp_path, capsys, a=cpu(), b=renewed)
+    assert "They differ in torch:" in said
+    assert said.count("faster by 4.") == 3
+    said = compared(tmp_path, capsys, a=cpu(), b=replace(renewed, software=new.software))
+    assert "They differ" not in said
+    assert said.count("no difference") == 3
+
+
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
@@ -148,7 +214,7 @@ def test_what_only_one_has_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
         ),
         (
             replace(h100(), steps=[s for s in h100().steps if s.workload == "gpt2"]),
-            replace(h100(), steps=[s for s in h100().steps if s.workload != "gpt2"]),
+            replace(h100(), steps=[s for s in h100().steps if s.workload != "gpt2"], kernels=[]),
             "compare: got gpt2 and shakespeare_char, expected a workload that both have measured",
         ),
         (

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,16 @@ def test_all_parts(run: command.Bench) -> None:
     assert not written[-2].complete
     assert written[-1].complete
     assert written[-1].failures == []
+
+
+def test_a_measured_peak_is_the_best_matmul_that_was_seen() -> None:
+    run = command.Bench(command.BenchConfig(), CPU, torch.float32, PLAIN)
+    run.add(peak=replace(run.results.peak, flops=1.0))
+    run.ceilings(0.6)
+    assert run.results.peak.flops == run.results.ceiling("matmul")
+    run.add(peak=replace(run.results.peak, flops=1e18))
+    run.ceilings(0.6)
+    assert run.results.peak.flops == 1e18
 
 
 def test_some_parts_are_not_complete(run: command.Bench) -> None:

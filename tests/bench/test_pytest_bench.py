@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench.bounds import Bound, bound
 from bench.schema import Kernel
-from bench.tables import ceiling_share, kernels_table, rate
+from bench.tables import kernels_table, rate
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,15 +22,17 @@ def test_rates_and_ratios() -> None:
         return Kernel("toy", [8, 16], "float32", "forward", variant, **fields)
 
     ours, theirs = row("fused", seconds=[2e-3, 1e-3, 1e-3], bytes=10**9), row("compiled", seconds=[3e-3], bytes=10**9)
-    assert rate(ours) == "1000 GB/s"
-    assert ceiling_share(ours, matmul=1e12, copy=2e12) == 0.5
-    product = row("fused", seconds=[1e-3], flops=10**9)
-    assert rate(product) == "1 TFLOP/s"
-    assert ceiling_share(product, matmul=4e12, copy=2e12) == 0.25
-    assert ceiling_share(row("fused", seconds=[1.0]), matmul=4e12, copy=2e12) is None
+    assert bound(ours, matmul=1e12, copy=2e12) == Bound("copy", 1e12, 0.5)
+    assert rate(bound(ours, matmul=None, copy=None)) == "1,000 GB/s"
+    product = row("fused", seconds=[1e-3], flops=10**9, bytes=10**6)
+    assert bound(product, matmul=4e12, copy=2e12) == Bound("matmul", 1e12, 0.25)
+    assert bound(product, matmul=4e12, copy=1e9) == Bound("copy", 1e9, 1.0)  # its bytes take longer
+    assert bound(product, matmul=None, copy=None) == Bound("matmul", 1e12, None)
+    assert rate(bound(product, None, None)) == "1.000 TFLOP/s"
+    assert bound(row("fused", seconds=[1.0]), matmul=4e12, copy=2e12) is None
     table = kernels_table([ours, theirs, row("liger", skipped="not there")], 1e12, 2e12).splitlines()
     assert [line.split() for line in table[2:]] == [
-        ["toy", "8x16", "forward", "fused", "1000.0", "1000", "GB/s", "50%", "3.00x"],
+        ["toy", "8x16", "forward", "fused", "1000.0", "1,000", "GB/s", "50%", "3.00x"],
         ["toy", "8x16", "forward", "compiled", "3000.0", "333.3", "GB/s", "17%", "1.00x"],
     ]
 

@@ -204,8 +204,8 @@ def test_estimates_are_of_what_nobody_measured_and_called_so(page: Page) -> None
     rows = page.tables["Devices that nobody measured"]
     found = [(row["workload"], row["device"]) for row in rows]
     # the H100 ran both workloads, the A100 only gpt2
-    assert [device for workload, device in found if workload == "gpt2"] == ["H200", "B200", "L4", "RTX 4090"]
-    assert ("shakespeare_char", "A100 SXM 80GB") in found
+    assert [device for workload, device in found if workload == "gpt2"] == ["H200", "B200", "L4", "GeForce RTX 4090"]
+    assert ("shakespeare_char", "A100-SXM4-80GB") in found
     assert {row["what it is"] for row in rows} == {"estimate"}
     for row in rows:
         assert float(row["floor, ms"]) < float(row["attainable, ms"])
@@ -219,7 +219,7 @@ def test_the_estimate_of_an_h100_is_the_one_that_was_reckoned_by_hand(tmp_path: 
     """45.5 ms and 62 % MFU at 800 TFLOP/s in matmuls, 3.0 TB/s, and attention's own rate."""
     assert report.main([*files(tmp_path, {"cpu.json": cpu()}), f"--out={tmp_path}"]) == 0
     rows = Page((tmp_path / "report.html").read_text()).tables["Devices that nobody measured"]
-    (row,) = (row for row in rows if (row["workload"], row["device"]) == ("gpt2", "H100 SXM"))
+    (row,) = (row for row in rows if (row["workload"], row["device"]) == ("gpt2", "H100 80GB HBM3"))
     assert float(row["attainable, ms"]) == pytest.approx(45.5, rel=0.02)
     assert float(row["MFU, %"]) == pytest.approx(62, abs=1)
 
@@ -290,7 +290,8 @@ def test_bad_files_are_named_and_the_others_reported(tmp_path: Path, capsys: pyt
     (tmp_path / "foreign.json").write_text('{"a": 1}')
     still = replace(cpu(), ceilings=[Ceiling("copy", "float32", [])])
     still_too = replace(cpu(), steps=[replace(cpu().steps[0], seconds=[0.1, 0.0])])
-    good, *bad = files(tmp_path, {"cpu.json": cpu(), "still.json": still, "still2.json": still_too})
+    torn = replace(cpu(), steps=[replace(cpu().steps[0], seconds=[0.1, 0.1, 0.1], turn=2)])
+    good, *bad = files(tmp_path, {"cpu.json": cpu(), "still.json": still, "still2.json": still_too, "torn.json": torn})
     names = [str(tmp_path / "foreign.json"), good, *bad, str(tmp_path / "absent.json")]
     assert report.main([*names, f"--out={tmp_path / 'out'}"]) == 1
     said = capsys.readouterr().err.splitlines()
@@ -298,6 +299,7 @@ def test_bad_files_are_named_and_the_others_reported(tmp_path: Path, capsys: pyt
         f"{tmp_path}/foreign.json: is not a results file: it has no format 'nanofuse-bench'; skipped",
         f"{tmp_path}/still.json: ceilings[0].rates: got none, expected one at least; skipped",
         f"{tmp_path}/still2.json: steps[0].seconds: got 0.0, expected more than 0; skipped",
+        f"{tmp_path}/torn.json: steps[0].turn: got 2, expected a divisor of its 3 samples; skipped",
         f"{tmp_path}/absent.json: cannot be read: No such file or directory; skipped",
     ]
     assert "AMD EPYC 9B14" in (tmp_path / "out" / "report.md").read_text()
