@@ -96,7 +96,7 @@ class Step:
     """A whole training step: one workload, one variant."""
 
     workload: str  # "gpt2", "shakespeare_char", "cpu", ...
-    variant: str  # as bench/steps.py names them
+    variant: str  # as bench/variants.py names them
     compares: bool  # False: only a rung of the ladder from the reference's step to ours
     dtype: str
     tokens: int  # an iteration, on this device
@@ -142,7 +142,7 @@ class Results:
     kernels: list[Kernel] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    complete: bool = False  # False: stopped by hand or by its time, or a part failed
+    complete: bool = False  # False: stopped, by hand or by its time, or a part of those asked for failed
     format: str = FORMAT
     version: int = VERSION
 

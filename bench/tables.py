@@ -46,7 +46,7 @@ def summary(results: Results) -> str:
 def steps_table(rows: list[Step], peak: float | None) -> str:
     """One workload's: times, tokens/s, MFU of `peak` FLOP/s in both conventions, memory, and the ratio to the best of
     the reference's modes."""
-    references = [median(row.seconds) for row in rows if row.seconds and is_reference(row)]
+    references = [median(row.seconds) for row in rows if row.seconds and row.compares and is_reference(row)]
     head = ["step", "ms/iter", "p10", "p90", "tokens/s", "MFU", "MFU 6N", "host ms", "peak GB", "speed-up"]
     table = [head]
     for row in (row for row in rows if row.seconds):
@@ -79,6 +79,7 @@ def step_facts(row: Step, peak: Peak) -> dict[str, object]:
 
 
 def is_reference(row: Step) -> bool:
+    """Whether it runs none of our code."""
     return row.variant.startswith(("reference ", "nanoGPT "))
 
 

@@ -49,7 +49,7 @@ class Variant(NamedTuple):
     float32: bool = False  # it multiplies in float32 whatever the dtype of the comparison
 
 
-def reference(*, compile: bool, float32: bool) -> Variant:
+def reference(*, compile: bool, float32: bool, name: str = "reference", compares: bool = True) -> Variant:
     """Plain torch, as nanoGPT trains: autocast unless `float32`, torch's fused AdamW, gradients clipped and dropped."""
 
     def build(setting: Setting) -> Step:
@@ -63,7 +63,7 @@ def reference(*, compile: bool, float32: bool) -> Variant:
         )
         return _as_nanogpt_trains(torch.compile(model) if compile else model, optimizer, setting, float32=float32)
 
-    return Variant(f"reference {_mode(compile)}", build, float32=float32)
+    return Variant(f"{name} {_mode(compile)}", build, compares, float32)
 
 
 def nanogpt(folder: str, *, compile: bool, float32: bool) -> Variant:
@@ -121,12 +121,18 @@ def ours(
 def variants(device: torch.device, dtype: torch.dtype, nanogpt_dir: str = "") -> list[Variant]:
     """In the order of the ladder: the reference's modes, rung by rung to ours."""
     float32 = device.type != "cuda" or dtype == torch.float32  # nanoGPT has no autocast on a CPU
-    modes = ({"compile": compile, "float32": float32} for compile in (False, True))
+    modes = [{"compile": compile, "float32": float32} for compile in (False, True)]
     theirs = [variant for mode in modes for variant in _references(nanogpt_dir, mode)]
     if device.type != "cuda":
-        flat = ours("flat state", ops=REFERENCE, compile=True, float32=True, compares=False)
-        rungs = [flat] if dtype != torch.float32 else []
-        return [*theirs, *rungs, ours("ours eager"), ours("ours compiled", compile=True)]
+        # what nanoGPT does not do on a CPU, and plain torch could: without it, all of ours would seem to be our doing
+        name = "reference autocast"
+        rungs = [reference(**mode | {"float32": False}, name=name, compares=False) for mode in modes]
+        return [
+            *theirs,
+            *(rungs if dtype != torch.float32 else []),
+            ours("ours eager"),
+            ours("ours compiled", compile=True),
+        ]
     fused = select("auto", device)
     modes = [ours("ours eager"), ours("ours graphed", graphed=True)]
     if fused is REFERENCE:

@@ -1,15 +1,14 @@
 """Two commits on one device: is a step or a kernel faster, slower, or is there no difference to be seen?
 
 A machine changes its pace, within a run and from run to run. What runs none of our code, the reference's steps and a
-kernel's other variants, took turns with ours; these controls tell the pace. So the figure is a ratio of ratios: by how
-much our time changed, over how much the controls' changed. Its interval has two sources:
+kernel's other variants, took turns with ours; these controls tell the pace of each round of turns.
 
-- Within a run: a bootstrap that draws stretches of neighbouring rounds, the same ones for a row and its controls, so
-  that a drift that both share cancels.
-- Between runs: ours need not follow a change of pace as the controls do. It is taken for right within LEFT of what the
-  controls changed by, as one standard deviation.
+- Only quiet rounds count: those whose pace is within QUIET of the best that either run saw. When others are at work on
+  a machine, ours need not suffer from them as the controls do.
+- The figure is by how much our time over the controls', of the same round, changed: the median over the rounds.
+- Its interval comes of a bootstrap that draws stretches of neighbouring rounds, and of APART, by which two runs of the
+  same program differ for reasons of their own, as one standard deviation.
 
-On a CPU the times are low quantiles of the samples: whatever else the machine does can only add. On a GPU, medians.
 Each table's intervals hold together at 95 % (Bonferroni), so that a long table of equals stays one of equals.
 """
 
@@ -27,10 +26,11 @@ from bench.tables import aligned, key
 from train.errors import UserError
 
 LEVEL = 0.95
-QUANTILE = {"cpu": 0.05, "cuda": 0.5}
-STRETCHES = 30  # into which a run's rounds are cut, at least, where there are so many
-LEAST = 8  # rounds, below which there is no verdict
-LEFT = 0.5
+QUIET = 0.05
+APART = 0.008  # on a shared machine of two cores; on one of its own it should be less
+WITHIN = {"cpu": 0.1, "cuda": 0.5}  # quantile of a turn's samples: whatever else runs on a CPU can only add
+STRETCHES = 30  # into which the rounds are cut, at least, where there are so many
+LEAST = 8  # quiet rounds, below which there is no verdict
 DRAWS = 400
 
 
@@ -45,6 +45,18 @@ class Samples:
     def rounds(self) -> int:
         return min(map(len, (self.own, *self.controls)))  # a run that was stopped may end within a round
 
+    @property
+    def pace(self) -> np.ndarray:
+        """Of each round: the controls' mean; 0 without any."""
+        if not self.controls:
+            return np.zeros(self.rounds)
+        return np.mean([np.median(control[: self.rounds], axis=1) for control in self.controls], axis=0)
+
+    def quiet(self, best: float, within: float) -> np.ndarray:
+        """Of the rounds that are: our time over the controls'."""
+        quiet = self.pace <= best + QUIET
+        return np.quantile(self.own[: self.rounds][quiet], within, axis=1) - self.pace[quiet]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -57,10 +69,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    ratio: float  # b over a, the change of pace taken out
+    ratio: float  # b over a, over the controls'
     low: float
     high: float
-    pace: float  # the controls' b over a
 
     @property
     def words(self) -> str:
@@ -72,61 +83,60 @@ class Verdict:
         return f"{which} by {abs(self.ratio - 1) * 100:.1f} % ({sizes[0]:.1f}–{sizes[1]:.1f})"
 
 
-def verdicts(rows: Sequence[Row], quantile: float) -> list[Verdict | None]:
-    """One each, None where there are too few rounds. The intervals hold together at LEVEL."""
+def verdicts(rows: Sequence[Row], within: float) -> list[Verdict | None]:
+    """One each, None where there are too few quiet rounds. The intervals hold together at LEVEL."""
     rng = np.random.default_rng(0)  # the same verdict every time
-    enough = [min(samples.rounds for samples in (*row.a, *row.b)) >= LEAST for row in rows]
+    found = [quiet_rounds(row, within) for row in rows]
+    enough = [min(map(len, (*a, *b))) >= LEAST for a, b in found]
     certainty = 1 - (1 - LEVEL) / max(1, sum(enough)) / 2
-    return [_verdict(row, quantile, certainty, rng) if known else None for row, known in zip(rows, enough, strict=True)]
+    return [_verdict(a, b, certainty, rng) if known else None for (a, b), known in zip(found, enough, strict=True)]
+
+
+def quiet_rounds(row: Row, within: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Both sides', run by run."""
+    best = min(float(np.quantile(samples.pace, 0.05)) for samples in (*row.a, *row.b))
+    a, b = ([samples.quiet(best, within) for samples in side] for side in (row.a, row.b))
+    return a, b
 
 
 @dataclass(frozen=True)
 class Level:
-    """Of a row's times on one side, in logarithms."""
+    """Of a row's relative times, in logarithms."""
 
-    own: float
-    pace: float  # of the controls, 0 without any
-    error: float  # standard, of own - pace
+    middle: float
+    error: float  # standard, as far as the rounds tell
     freedom: float  # degrees of
+    runs: int = 1
 
 
-def _verdict(row: Row, quantile: float, certainty: float, rng: np.random.Generator) -> Verdict:
-    a, b = (_side([_level(samples, quantile, rng) for samples in side]) for side in (row.a, row.b))
-    pace = b.pace - a.pace
-    ratio = b.own - a.own - pace
-    square = a.error**2 + b.error**2
+def _verdict(a: list[np.ndarray], b: list[np.ndarray], certainty: float, rng: np.random.Generator) -> Verdict:
+    before, after = (_side([_level(rounds, rng) for rounds in side]) for side in (a, b))
+    ratio = after.middle - before.middle
+    square = before.error**2 + after.error**2
     # Welch's degrees of freedom
-    freedom = square**2 / (a.error**4 / a.freedom + b.error**4 / b.freedom) if square else a.freedom
-    reach = student(certainty, freedom) * sqrt(square + (LEFT * pace) ** 2)
-    return Verdict(exp(ratio), exp(ratio - reach), exp(ratio + reach), exp(pace))
+    freedom = square**2 / sum(x.error**4 / x.freedom for x in (before, after)) if square else before.freedom
+    apart = APART**2 * (1 / before.runs + 1 / after.runs) / 2
+    reach = student(certainty, freedom) * sqrt(square + apart)
+    return Verdict(exp(ratio), exp(ratio - reach), exp(ratio + reach))
 
 
 def _side(levels: Sequence[Level]) -> Level:
     """The mean of several runs."""
     n = len(levels)
     return Level(
-        sum(level.own for level in levels) / n,
-        sum(level.pace for level in levels) / n,
+        sum(level.middle for level in levels) / n,
         sqrt(sum(level.error**2 for level in levels)) / n,
         sum(level.freedom for level in levels),
+        n,
     )
 
 
-def _level(samples: Samples, quantile: float, rng: np.random.Generator) -> Level:
-    length = max(1, samples.rounds // STRETCHES)
-    n = samples.rounds // length
-    drawn = rng.integers(n, size=(DRAWS, n))
-
-    def both(rounds: np.ndarray) -> tuple[float, np.ndarray]:
-        """The quantile of all, and of each draw."""
-        cut = rounds[: n * length].reshape(n, -1)
-        return np.quantile(rounds[: samples.rounds], quantile), np.quantile(cut[drawn].reshape(DRAWS, -1), quantile, 1)
-
-    own, draws = both(samples.own)
-    found = [both(control) for control in samples.controls]
-    pace = np.mean([level for level, _ in found]) if found else 0.0
-    paces = np.mean([levels for _, levels in found], axis=0) if found else 0.0
-    return Level(float(own), float(pace), float((draws - paces).std()) * sqrt(n / (n - 1)), n - 1)
+def _level(rounds: np.ndarray, rng: np.random.Generator) -> Level:
+    length = max(1, len(rounds) // STRETCHES)
+    n = len(rounds) // length
+    drawn = rounds[: n * length].reshape(n, length)[rng.integers(n, size=(DRAWS, n))].reshape(DRAWS, -1)
+    error = float(np.median(drawn, axis=1).std()) * sqrt(n / (n - 1))
+    return Level(float(np.median(rounds)), error, n - 1)
 
 
 def student(quantile: float, n: float) -> float:
@@ -150,14 +160,14 @@ def report(runs: Sequence[Run]) -> str:
     differing = _differing(runs)
     if differing:
         lines.append(f"They differ in {differing}: their references too, which tell nothing of the machine's pace then")
-    quantile = QUANTILE[runs[0].results.device.type]
+    within = WITHIN[runs[0].results.device.type]
     for title, gather in (("Steps", _steps), ("Kernels", _kernels)):
         rows_a, rows_b = gather(a), gather(b)
         both = [names for names in rows_a if names in rows_b]
         ours = [names for names in both if rows_a[names].ours]
         rows = [Row(names, *_joined(rows_a, rows_b, names, [] if differing else both)) for names in ours]
         if rows:
-            lines += ["", *_tell(title, rows, quantile)]
+            lines += ["", *_tell(title, rows, within)]
         for name, here, there in (("A", rows_a, rows_b), ("B", rows_b, rows_a)):
             if alone := [" ".join(names) for names in here if names not in there]:
                 lines += ["", f"{title} only in {name}: {'; '.join(alone)}"]
@@ -254,16 +264,18 @@ def _joined(
     return samples[: len(a[names].runs)], samples[len(a[names].runs) :]
 
 
-def _tell(title: str, rows: Sequence[Row], quantile: float) -> list[str]:
-    cells = [[title, "A, ms", "B, ms", "references, B/A", "ours over that", f"{100 * LEVEL:.0f} % interval", "verdict"]]
-    for row, verdict in zip(rows, verdicts(rows, quantile), strict=True):
-        times = [milliseconds(exp(np.mean([np.quantile(s.own, quantile) for s in side]))) for side in (row.a, row.b)]
-        if verdict is None:
-            rounds = [min(s.rounds for s in side) for side in (row.a, row.b)]
-            rest = [NONE, NONE, NONE, f"too few rounds ({rounds[0]} and {rounds[1]}, expected {LEAST})"]
-        else:
-            pace = f"{verdict.pace:.3f}" if row.a[0].controls else NONE
-            rest = [pace, f"{verdict.ratio:.3f}", f"{verdict.low:.3f}–{verdict.high:.3f}", verdict.words]
-        cells.append([" ".join(row.names), *times, *rest])
-    what = "medians" if quantile == 0.5 else f"the fastest {100 * quantile:.0f} % of the samples take less"
-    return [aligned(cells), f"Times: {what}."]
+def _tell(title: str, rows: Sequence[Row], within: float) -> list[str]:
+    cells = [[title, "A, ms", "B, ms", "quiet rounds", "B/A", f"{100 * LEVEL:.0f} % interval", "verdict"]]
+    for row, verdict in zip(rows, verdicts(rows, within), strict=True):
+        times = [milliseconds(exp(np.median(np.concatenate([s.own.ravel() for s in side])))) for side in (row.a, row.b)]
+        quiet = [sum(map(len, side)) for side in quiet_rounds(row, within)]
+        counts = f"{quiet[0]} and {quiet[1]} of {sum(s.rounds for s in row.a)} and {sum(s.rounds for s in row.b)}"
+        rest = [NONE, NONE, f"too few quiet rounds, expected {LEAST} in each run"]
+        if verdict:
+            rest = [f"{verdict.ratio:.3f}", f"{verdict.low:.3f}–{verdict.high:.3f}", verdict.words]
+        cells.append([" ".join(row.names), *times, counts, *rest])
+    return [
+        aligned(cells),
+        "ms are medians. B/A is of the times over the references' in the same round. Quiet rounds: those in which the "
+        f"references took at most {100 * QUIET:.0f} % more than in either run's best; longer runs have more of them.",
+    ]

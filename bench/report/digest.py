@@ -126,7 +126,7 @@ class Run:
 
     def _workload(self, name: str) -> Workload:
         steps = [step for step in self.results.steps if step.workload == name]
-        baseline = _fastest([self._row(s, None) for s in steps if is_reference(s)])
+        baseline = _fastest([self._row(s, None) for s in steps if s.compares and is_reference(s)])
         rows = [self._row(step, baseline.timing.median if baseline else None) for step in steps]
         # of the narrowest dtype: the bytes of the least that anybody has to move
         bounds = [bound for step in steps if (bound := step_floor(step, self.results)) is not None]
@@ -160,7 +160,7 @@ class Run:
 
 
 def is_ours(step: Step) -> bool:
-    """Whether a step runs our code; a rung always does."""
+    """Whether a step runs our code."""
     return not is_reference(step)
 
 
