@@ -97,7 +97,7 @@ class Step:
 
     workload: str  # "gpt2", "shakespeare_char", "cpu", ...
     variant: str  # as bench/variants.py names them
-    compares: bool  # False: only a rung of the ladder from the reference's step to ours
+    compares: bool  # False: only a rung of the ladder from the reference's step to ours, of either's code
     dtype: str
     tokens: int  # an iteration, on this device
     flops: dict[str, float] = field(default_factory=dict)  # an iteration, by formula: "nanogpt", "6n"

@@ -50,7 +50,8 @@ class Workload:
 
     @property
     def compared(self) -> list[StepRow]:
-        return [row for row in self.rows if row.step.compares]
+        """All but what leads from the reference's step to ours within our code."""
+        return [row for row in self.rows if row.step.compares or not is_ours(row.step)]
 
     @property
     def best(self) -> StepRow | None:
@@ -174,14 +175,11 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
 
 
 def labels(runs: Sequence[Run]) -> dict[Path, str]:
-    """What to call each run: its device, and as much more as tells it from the other runs on that device."""
+    """What to call each run: its device; its day, its commit or its file too, what first tells it from its like."""
     names = {}
     for run in runs:
         same = [other for other in runs if other.device == run.device]
-        parts = [run.device]
-        if len(same) > 1:
-            parts += [run.day, run.commit]
-            if sum((other.day, other.commit) == (run.day, run.commit) for other in same) > 1:
-                parts.append(run.path.name)
-        names[run.path] = ", ".join(parts)
+        told = ([other.day for other in same], [other.commit for other in same], [other.path.name for other in same])
+        apart = next((every for every in told if len(set(every)) == len(same)), [str(other.path) for other in same])
+        names[run.path] = f"{run.device}, {apart[same.index(run)]}" if len(same) > 1 else run.device
     return names

@@ -37,7 +37,7 @@ def _looks(variants: Iterable[str]) -> dict[str, Look]:
 
 
 def mfu(name: str, found: list[tuple[str, Run, Workload]], guesses: Sequence[Estimate]) -> Figure:
-    """MFU of every step that compares, on every device that ran the workload; then the estimates of the others."""
+    """MFU of every step that is more than a rung, on every device that ran the workload; then the estimates of the others."""
     groups = [
         Group(
             label,
@@ -158,7 +158,7 @@ def _dot_line(name: str, line: list[KernelRow]) -> DotLine:
 
 
 def _role(row: StepRow) -> str:
-    return "rung" if not row.step.compares else "ours" if is_ours(row.step) else "reference"
+    return "reference" if not is_ours(row.step) else "ours" if row.step.compares else "rung"
 
 
 def _step_bar(row: StepRow, share: float | None, what: str, words: Callable[[float], str]) -> Bar:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.report.scene import SIZE, Dot, Line, Mark, Rect, Scene, Text, text_width, wrap
+from bench.report.scene import BOLD, SIZE, Dot, Line, Mark, Rect, Scene, Text, text_width, wrap
 from train.plot import ticks
 
 WIDE, NARROW = 1000, 352
@@ -69,7 +69,7 @@ class _Bars:
         return max([*ends, *(group.marker or 0 for group in groups)], default=0) or 1.0
 
     def _group(self, group: Group, most: float) -> None:
-        for line in wrap(group.heading, self.width - LEFT - RIGHT) if group.heading else ():
+        for line in wrap(group.heading, (self.width - LEFT - RIGHT) / BOLD) if group.heading else ():
             self.y += LINE
             self.marks.append(Text(LEFT, self.y, line, bold=True))
         self.y += 7

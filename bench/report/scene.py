@@ -11,6 +11,7 @@ from html import escape
 from train.plot import COLOURS, GRID, INK, PAPER, QUIET
 
 SIZE = 13  # of ordinary text
+BOLD = 1.15  # times as wide as ordinary text
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 LIGHT = {
     "paper": PAPER,
@@ -94,7 +95,7 @@ class Scene:
 def framed(scene: Scene, caption: str) -> Scene:
     """The picture as it stands alone: on paper, its title above it, its caption below."""
     around, line = 20, 18
-    title = wrap(scene.title, scene.width, 16)
+    title = wrap(scene.title, scene.width / BOLD, 16)
     below = wrap(caption, scene.width, 12)
     top = -around - 8 - 22 * len(title)
     width, height = scene.width + 2 * around, scene.height - top + line * len(below) + around + 6

@@ -8,8 +8,8 @@ import pytest
 
 from bench import schema
 from bench.report import command as report
-from bench.report.compare import Row, Samples, Verdict, quiet_rounds, student, verdicts
 from bench.report.digest import is_ours
+from bench.report.verdict import Row, Samples, Verdict, quiet_rounds, student, verdicts
 from bench.schema import Commit, Results
 from tests.bench.made import cpu, h100
 from train.errors import UserError

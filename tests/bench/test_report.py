@@ -8,13 +8,15 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from bench import schema
 from bench.report import command as report
-from bench.schema import Ceiling, Results, median
+from bench.report.scene import Scene, Text, framed
+from bench.schema import Ceiling, Commit, Results, median
 from tests.bench.made import all_devices, cpu, h100
 from train.errors import UserError
 
@@ -314,13 +316,34 @@ def test_without_a_good_file_there_is_no_report(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_of_one_device_are_told_apart(tmp_path: Path) -> None:
-    names = files(tmp_path, {"a.json": h100(), "b.json": h100(5)})
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, ["a.json", "b.json"]),
+        ({"date": "2026-11-23T10:00:00+00:00"}, ["2026-11-22", "2026-11-23"]),
+        ({"commit": Commit("feedbeefcafe", clean=True)}, ["0123456789ab", "feedbeefcafe"]),
+    ],
+)
+def test_runs_of_one_device_are_told_apart(tmp_path: Path, change: dict[str, Any], told: list[str]) -> None:
+    names = files(tmp_path, {"a.json": h100(), "b.json": replace(h100(5), **change)})
     assert report.main([*names, names[0], f"--out={tmp_path}"]) == 0  # one is named twice
     page = Page((tmp_path / "report.html").read_text())
     assert [row["file"] for row in page.tables["The files"]] == ["a.json", "b.json"]
     steps = [title for title in page.tables if title.startswith("gpt2 on H100")]
-    assert steps == [f"gpt2 on H100 80GB HBM3, 2026-11-22, 0123456789ab, {name}.json" for name in "ab"]
+    assert steps == [f"gpt2 on H100 80GB HBM3, {word}" for word in told]
+
+
+def test_a_long_title_is_not_cut() -> None:
+    text = pytest.importorskip("matplotlib.textpath")
+    bold = pytest.importorskip("matplotlib.font_manager").FontProperties(family="DejaVu Sans", weight="bold")
+    title = (
+        "From the reference's step to ours, shakespeare_char on an AMD EPYC, 2 threads, amd-epyc-2026-11-22.json WWW"
+    )
+    drawn = framed(Scene(title, 1000, 100, []), "a caption")
+    lines = [mark for mark in drawn.marks if isinstance(mark, Text) and mark.bold]
+    assert " ".join(line.words for line in lines) == title
+    for line in lines:
+        assert text.TextPath((0, 0), line.words, size=line.size, prop=bold).get_extents().width <= 1000
 
 
 def test_names_that_are_markup_or_paths_stay_words(tmp_path: Path) -> None:
