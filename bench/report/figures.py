@@ -37,7 +37,7 @@ def _looks(variants: Iterable[str]) -> dict[str, Look]:
 
 
 def mfu(name: str, found: list[tuple[str, Run, Workload]], guesses: Sequence[Estimate]) -> Figure:
-    """MFU of every step that is more than a rung, on every device that ran the workload; then the estimates of the others."""
+    """MFU of every step that is more than a rung, on every device that ran the workload; then the estimates."""
     groups = [
         Group(
             label,
