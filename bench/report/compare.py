@@ -127,10 +127,11 @@ def _joined(
 
 def _tell(title: str, rows: Sequence[Row], within: float) -> list[str]:
     cells = [[title, "A, ms", "B, ms", "quiet rounds", "B/A", f"{100 * LEVEL:.0f} % interval", "verdict"]]
-    for row, verdict in zip(rows, verdicts(rows, within), strict=True):
+    found = [quiet_rounds(row, within) for row in rows]
+    for row, quiet, verdict in zip(rows, found, verdicts(found), strict=True):
         times = [milliseconds(exp(np.median(np.concatenate([s.own.ravel() for s in side])))) for side in (row.a, row.b)]
-        quiet = [sum(map(len, side)) for side in quiet_rounds(row, within)]
-        counts = f"{quiet[0]} and {quiet[1]} of {sum(s.rounds for s in row.a)} and {sum(s.rounds for s in row.b)}"
+        many = [sum(map(len, side)) for side in quiet]
+        counts = f"{many[0]} and {many[1]} of {sum(s.rounds for s in row.a)} and {sum(s.rounds for s in row.b)}"
         rest = [NONE, NONE, f"too few quiet rounds, expected {LEAST} in each run"]
         if verdict:
             rest = [f"{verdict.ratio:.3f}", f"{verdict.low:.3f}–{verdict.high:.3f}", verdict.words]

@@ -76,23 +76,22 @@ class Verdict:
         return f"{which} by {abs(self.ratio - 1) * 100:.1f} % ({sizes[0]:.1f}–{sizes[1]:.1f})"
 
 
-def verdicts(rows: Sequence[Row], within: float) -> list[Verdict | None]:
-    """One each, None where there are too few quiet rounds. The intervals hold together at LEVEL.
-
-    within: the quantile of a turn's samples that stands for the turn, 0 to 1.
-    """
-    rng = np.random.default_rng(0)  # the same verdict every time
-    found = [quiet_rounds(row, within) for row in rows]
-    enough = [min(map(len, (*a, *b))) >= LEAST for a, b in found]
-    certainty = 1 - (1 - LEVEL) / max(1, sum(enough)) / 2
-    return [_verdict(a, b, certainty, rng) if known else None for (a, b), known in zip(found, enough, strict=True)]
+Quiet = tuple[list[np.ndarray], list[np.ndarray]]  # both sides' quiet rounds, run by run
 
 
-def quiet_rounds(row: Row, within: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Both sides', run by run."""
+def quiet_rounds(row: Row, within: float) -> Quiet:
+    """Our times over the controls'. within: the quantile of a turn's samples that stands for the turn, 0 to 1."""
     best = min(float(np.quantile(samples.pace, 0.05)) for samples in (*row.a, *row.b))
     a, b = ([samples.quiet(best, within) for samples in side] for side in (row.a, row.b))
     return a, b
+
+
+def verdicts(found: Sequence[Quiet]) -> list[Verdict | None]:
+    """One for each row, None where there are too few quiet rounds. The intervals hold together at LEVEL."""
+    rng = np.random.default_rng(0)  # the same verdict every time
+    enough = [min(map(len, (*a, *b))) >= LEAST for a, b in found]
+    certainty = 1 - (1 - LEVEL) / max(1, sum(enough)) / 2
+    return [_verdict(a, b, certainty, rng) if known else None for (a, b), known in zip(found, enough, strict=True)]
 
 
 @dataclass(frozen=True)

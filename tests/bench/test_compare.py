@@ -9,7 +9,8 @@ import pytest
 from bench import schema
 from bench.report import command as report
 from bench.report.digest import is_ours
-from bench.report.verdict import Row, Samples, Verdict, quiet_rounds, student, verdicts
+from bench.report.verdict import Row, Samples, Verdict, quiet_rounds, student
+from bench.report.verdict import verdicts as judged
 from bench.schema import Commit, Results
 from tests.bench.made import cpu, h100
 from train.errors import UserError
@@ -44,6 +45,10 @@ def row(a: Samples, b: Samples) -> Row:
 
 def alone(row: Row) -> Row:
     return Row(row.names, *([Samples(s.own, []) for s in side] for side in (row.a, row.b)))
+
+
+def verdicts(rows: list[Row], within: float) -> list[Verdict | None]:
+    return judged([quiet_rounds(row, within) for row in rows])
 
 
 def width(verdict: Verdict) -> float:
@@ -218,6 +223,24 @@ def test_several_files_are_grouped_by_their_commits(tmp_path: Path, capsys: pyte
     assert ("a.json" in first, "b.json" in first, "c.json" in second, "d.json" in second) == (True,) * 4
     (line,) = (line for line in said.splitlines() if "faster" in line)
     assert line.startswith("cpu ours compiled")
+    assert " of 80 and 80 " in line
+
+
+@pytest.mark.parametrize(("results", "words"), [(cpu(), "no difference"), (h100(), "slower by 1")])
+def test_half_of_a_turn_counts_on_a_gpu_and_not_on_a_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture, results: Results, words: str
+) -> None:
+    steps = [replace(step, turn=4) for step in results.steps]
+    half = [
+        replace(step, seconds=[1.3 * x if i % 4 < 2 else x for i, x in enumerate(step.seconds)])
+        if step.variant == "ours compiled"
+        else step
+        for step in steps
+    ]
+    a, b = (replace(results, steps=each, kernels=[]) for each in (steps, half))
+    lines = compared(tmp_path, capsys, a=a, b=b).splitlines()
+    assert all(words in line for line in lines if " ours compiled bfloat16 " in line)
+    assert any(words in line for line in lines)
 
 
 def test_what_only_one_has_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from bench.bounds import Bound, bound
-from bench.schema import Kernel
-from bench.tables import kernels_table, rate
+from bench.schema import Kernel, median
+from bench.tables import kernels_table, rate, steps_table
+from tests.bench.made import cpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +36,15 @@ def test_rates_and_ratios() -> None:
         ["toy", "8x16", "forward", "fused", "1000.0", "1,000", "GB/s", "50%", "3.00x"],
         ["toy", "8x16", "forward", "compiled", "3000.0", "333.3", "GB/s", "17%", "1.00x"],
     ]
+
+
+def test_speed_ups_are_over_what_compares() -> None:
+    """Not over plain torch in bfloat16, a rung, which nanoGPT does not do on a CPU."""
+    rows = cpu().steps
+    lines = {line.split("  ")[0]: line.split()[-1] for line in steps_table(rows, 1e12).splitlines()[2:]}
+    at = {row.variant: median(row.seconds) for row in rows}
+    assert lines["ours compiled"] == f"{at['nanoGPT compiled'] / at['ours compiled']:.2f}x"
+    assert lines["nanoGPT compiled"] == "1.00x"
 
 
 def pytest_bench(*arguments: str) -> subprocess.CompletedProcess:

@@ -268,6 +268,15 @@ def test_the_waterfall_goes_from_the_reference_to_ours(page: Page) -> None:
     assert "+ ours eager" not in words
 
 
+def test_plain_torch_is_shown_as_the_references_are_though_it_is_a_rung(written: Path) -> None:
+    text = (written / "report.html").read_text()
+    figures = dict(re.findall(r'<figure id="(.+?)">(.*?)</figure>', text, re.DOTALL))
+    assert "reference autocast compiled" in figures["mfu-cpu"]
+    assert "cross-entropy" not in figures["mfu-gpt2"]
+    assert 'class="rung"' not in figures["time-cpu"]
+    assert 'class="rung"' in figures["time-gpt2"]
+
+
 def test_pictures_come_as_png_too(written: Path) -> None:
     pytest.importorskip("matplotlib", reason="PNG pictures need matplotlib")
     for svg in written.glob("*.svg"):
