@@ -22,7 +22,7 @@ from bench.workloads import DEFAULTS, WORKLOADS
 from train.ceilings import measure_bandwidth
 from train.cli import help_text, parse_settings
 from train.errors import UserError, run
-from train.hardware import lookup, measure_flops, peak_flops, resolve_device, resolve_dtype
+from train.hardware import lookup, measure_flops, peak_flops, resolve_device, resolve_dtype, use_device
 from train.settings import check_values, setting
 
 PARTS = ("ceilings", "tests", "kernels", "steps")
@@ -148,7 +148,7 @@ def main() -> int:
         return 0
     config = BenchConfig(**parsed.settings)
     check_values(config)
-    parts, device = parts_of(config), resolve_device(config.device)
+    parts, device = parts_of(config), use_device(resolve_device(config.device))
     workloads_of(config, device)
     dtype = resolve_dtype(config.dtype, device)
     variants(device, dtype, config.nanogpt_dir)  # a folder that is none is refused before anything runs

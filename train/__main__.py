@@ -29,7 +29,7 @@ from train.data import Dataset, Loader
 from train.distributed import Reducer, World, local_device, process_group, world_from_environment
 from train.errors import UserError, run
 from train.graph import GraphedStep
-from train.hardware import Peak, device_name, peak_flops, resolve_device, resolve_dtype
+from train.hardware import Peak, device_name, peak_flops, resolve_device, resolve_dtype, use_device
 from train.log import RunLog, check_sinks
 from train.loop import Loop, Progress
 from train.memory import check_memory
@@ -59,7 +59,7 @@ def main() -> int:
     base = choose_base(parsed, gpu=device.type != "cpu", stored=stored)
     config = compose(parsed, base.settings)
     world = world_from_environment()
-    device = local_device(resolve_device(config.device), world)
+    device = use_device(local_device(resolve_device(config.device), world))
     with process_group(world, config.backend, device):
         status = train(config, set(parsed.settings), base.why, checkpoint, world, device)
     if world.size > 1:

@@ -165,8 +165,6 @@ def process_group(world: World, backend: str, device: torch.device) -> Iterator[
     if world.size == 1:
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     gpu = "nccl" if backend == "auto" else backend
     try:
         dist.init_process_group("gloo" if device.type != "cuda" else f"cpu:gloo,cuda:{gpu}")

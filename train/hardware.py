@@ -185,6 +185,17 @@ def _time_matmul(a: torch.Tensor, b: torch.Tensor, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def use_device(device: torch.device) -> torch.device:
+    """Make `device` the current one, and return it.
+
+    Streams, graph captures and events belong to the current device, wherever their tensors lie: without this,
+    `--device=cuda:1` captures an empty graph on device 0.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it."""
     if device.type == "cuda":
