@@ -75,7 +75,7 @@ def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoi
             model = load_gpt2(config.init_from, dropout=config.dropout, gelu=gelu, ops=ops)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"init_from={config.init_from}: {error}") from error
-    _check_shape(config, named, model)
+    check_shape(config, named, model.config)
     if "block_size" in named and config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     if dataset.n_vocab > model.config.vocab_size:
@@ -85,16 +85,17 @@ def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoi
     return model
 
 
-def _check_shape(config: TrainConfig, named: set[str], model: GPT) -> None:
+def check_shape(config: TrainConfig, named: set[str], shape: GPTConfig) -> None:
+    """UserError where a setting that the user wrote contradicts the shape that given weights have."""
     for name in SHAPE:
-        came, fixed = getattr(config, name), getattr(model.config, name)
+        came, fixed = getattr(config, name), getattr(shape, name)
         if name in named and came not in (fixed, "auto"):
             raise UserError(
                 f"{name}: got {came}, expected {fixed}, as the weights of init_from={config.init_from} have"
             )
-    if "block_size" in named and config.block_size > model.config.block_size:
+    if "block_size" in named and config.block_size > shape.block_size:
         raise UserError(
-            f"block_size: got {config.block_size}, expected at most {model.config.block_size}, the positions that the "
+            f"block_size: got {config.block_size}, expected at most {shape.block_size}, the positions that the "
             f"weights of init_from={config.init_from} know"
         )
 
