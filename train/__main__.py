@@ -29,7 +29,15 @@ from train.data import Dataset, Loader
 from train.distributed import Reducer, World, local_device, process_group, world_from_environment
 from train.errors import UserError, run
 from train.graph import GraphedStep
-from train.hardware import Peak, device_name, peak_flops, resolve_device, resolve_dtype, use_device
+from train.hardware import (
+    Peak,
+    allow_tf32,
+    device_name,
+    peak_flops,
+    resolve_device,
+    resolve_dtype,
+    use_device,
+)
 from train.log import RunLog, check_sinks
 from train.loop import Loop, Progress
 from train.memory import check_memory
@@ -92,11 +100,10 @@ def train(
     if not config.eval_only:
         memory = check_memory(config, raw_model, device, world, chunk, resumed=checkpoint is not None)
     optimizer = place(config, raw_model, ops, world, device)
+    allow_tf32(device)  # before anything is measured
     raw_model.attention, attention = choose_attention(
         config.attention, AttentionShape.of(raw_model, config.batch_size, device), world
     )
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.fp32_precision = "tf32"  # of float32 matmuls, where any are left
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
     scaler = LossScale(device, enabled=dtype == torch.float16)
     progress, resumed_at = Progress(), None
