@@ -26,7 +26,7 @@ and Blackwell (`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ def causal_attention(
 
     With a cache, its `length` earlier tokens are attended to as well; then T must be 1, or the cache empty. There, and
     for a single token, where some backends give up, `backend` is `auto`. Raises ValueError for an unknown backend and
-    for dropout where a backend has none, ImportError where its package is missing, RuntimeError where it does not take
+    for dropout that a backend has not, ImportError where its package is missing, RuntimeError where it does not take
     the device, dtype or head size.
     """
     if backend not in BACKENDS:
@@ -105,9 +105,19 @@ def _sdpa(packed: Tensor, p: float, backend: str, cache: KVCache | None, layer: 
         assert T == 1 or cache.length == 0, "several tokens after a filled cache would need a shifted mask"
         causal = T > 1
         k, v = cache.extend(layer, k, v)
-    with sdpa_kernel(SDPA[backend]) if backend in SDPA else nullcontext():
+    with _kernels(backend, p):
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal)
     return y.transpose(1, 2)
+
+
+def _kernels(backend: str, p: float) -> AbstractContextManager[None]:
+    """Where SDPA takes none but the kernels of `backend`. Some versions of cuDNN's round `p` to sixteenths without a
+    word (pytorch #174245): one that they would round is refused by name, and `auto` leaves them out."""
+    if (16 * p) % 1 == 0:
+        return sdpa_kernel(SDPA[backend]) if backend in SDPA else nullcontext()
+    if backend == "cudnn":
+        raise ValueError(f"attention: cudnn may round dropout to sixteenths, got {p}")
+    return sdpa_kernel([SDPA[name] for name in SDPA if name != "cudnn" and backend in (name, "auto")])
 
 
 def slow_in_sdpa(device: torch.device, dtype: torch.dtype, tokens: int, p: float) -> bool:
