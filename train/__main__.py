@@ -90,7 +90,7 @@ def train(
     _check_together(config, world, device, dtype)
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
     dataset = open_dataset(config.dataset, world)
-    ops, chunk = choose_ops(config, device, dtype, dataset.vocab_size)
+    ops, chunk, kernels = choose_ops(config, device, dtype, dataset.vocab_size)
     raw_model = build_model(config, named, dataset, checkpoint, ops)
     raw_model.compute_dtype, raw_model.stream_dtype = dtype, getattr(torch, config.residual_dtype)
     raw_model.recompute = config.recompute
@@ -117,6 +117,8 @@ def train(
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     say(f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on")
     say(f"device: {device_name(device)} x {world.size}, {str(dtype).removeprefix('torch.')}, {ops.name} kernels")
+    if kernels:
+        say(kernels)
     say(f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}")
     if attention:
         say(f"attention: {attention}")
