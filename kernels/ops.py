@@ -39,11 +39,18 @@ REFERENCE = Ops(
 )
 
 
-def missing(device: torch.device, trial: Callable[[torch.device], str] | None = None) -> str:
+def missing(
+    device: torch.device,
+    trial: Callable[[torch.device], str] | None = None,
+    rocm: str | None = torch.version.hip,
+) -> str:
     """What the fused kernels lack on this device, in one line; empty where they run.
 
-    trial: launches a kernel on the device and says why it cannot; None for that of `kernels/trial.py`.
+    trial: launches a kernel on the device and says why it cannot; None for that of `kernels/trial.py`. rocm: the
+    version that torch was built for, if it was; torch calls such a device cuda too.
     """
+    if device.type == "cuda" and rocm:
+        return f"they are written and tuned for NVIDIA's GPUs, this device is AMD's (ROCm {rocm})"
     try:
         from kernels.launch import INTERPRETED
         from kernels.trial import why_not

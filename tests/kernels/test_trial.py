@@ -81,6 +81,13 @@ def test_what_the_trial_says_is_missing(device: torch.device) -> None:
     assert missing(device, trial=lambda device: "no compiler") == "no compiler"
 
 
+def test_rocm_is_not_cuda(device: torch.device) -> None:
+    """torch calls AMD's devices cuda, and their capability passes for Ampere's or Hopper's."""
+    said = missing(CUDA, trial=lambda device: "", rocm="6.4")
+    assert said == "they are written and tuned for NVIDIA's GPUs, this device is AMD's (ROCm 6.4)"
+    assert missing(device, trial=lambda device: "", rocm=None) == ""
+
+
 def test_auto_falls_back_and_fused_is_refused() -> None:
     assert select("auto", CUDA, lambda device: "no compiler") is REFERENCE
     assert select("auto", CUDA, lambda device: "").name == "fused"
