@@ -15,6 +15,7 @@ from train.attention_choice import AttentionShape, choose_attention
 from train.build import (
     adopt_shape,
     build_model,
+    choose_graphs,
     choose_ops,
     gather_states,
     model_to_train,
@@ -140,7 +141,10 @@ def train(
     accumulation = config.gradient_accumulation_steps // world.size
     reducer = Reducer(world, optimizer.flat) if world.size > 1 and not sharded else None
     step = TrainStep(model, optimizer, grad_clip=config.grad_clip, scaler=scaler, reducer=reducer)
-    if config.cuda_graphs and device.type == "cuda" and not sharded and not config.eval_only:
+    graphs, without = choose_graphs(config, device, sharded=sharded)
+    if without:
+        say(without)
+    if graphs:
         step = GraphedStep(step, (accumulation, config.batch_size, config.block_size))
     if config.profile and world.master:
         step = profiled_step(step, config, raw_model, world, progress.iter_num, say)

@@ -23,6 +23,8 @@ from train.hardware import synchronize
 from train.optim import FlatAdamW
 
 LOSS_CHUNK = 4096  # rows of logits, where not all are held: enough for the matmuls to stay large
+# CUPTI gives a replayed graph's kernels to the wrong launch. By its notes 13.1 Update 1 mends it; torch calls both 13.1.
+GRAPHS_MISREAD = ("13.0", "13.1")
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # what weights fix once and for all
 
 
@@ -65,6 +67,22 @@ def choose_ops(
         chunk = LOSS_CHUNK if logits > room / 4 else 0
     loss = functools.partial(ops.linear_cross_entropy, chunk_rows=chunk)
     return dataclasses.replace(ops, linear_cross_entropy=loss), chunk, said
+
+
+def choose_graphs(
+    config: TrainConfig, device: torch.device, *, sharded: bool, cuda: str | None = torch.version.cuda
+) -> tuple[bool, str]:
+    """Whether the step is captured in CUDA graphs, the same on every rank, and what to say of it or nothing.
+
+    cuda: the version of CUDA that torch was built for, as torch.version has it.
+    """
+    graphs = config.cuda_graphs and device.type == "cuda" and not sharded and not config.eval_only
+    if graphs and config.profile and cuda in GRAPHS_MISREAD:
+        return False, (
+            f"profile: this run makes no CUDA graphs, whose kernels CUDA {cuda}'s profiler misreads (kineto #1165); "
+            "the steps are the same, and idle where the host is late"
+        )
+    return graphs, ""
 
 
 def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoint: dict | None, ops: Ops) -> GPT:
