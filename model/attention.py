@@ -26,7 +26,7 @@ and Blackwell (`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ def causal_attention(
 
     With a cache, its `length` earlier tokens are attended to as well; then T must be 1, or the cache empty. There, and
     for a single token, where some backends give up, `backend` is `auto`. Raises ValueError for an unknown backend and
-    for dropout where a backend has none, ImportError where its package is missing, RuntimeError where it does not take
+    for dropout that a backend has not, ImportError where its package is missing, RuntimeError where it does not take
     the device, dtype or head size.
     """
     if backend not in BACKENDS:
@@ -107,9 +107,24 @@ def _sdpa(packed: Tensor, p: float, backend: str, cache: KVCache | None, layer: 
         k, v = cache.extend(layer, k, v)
     if q.is_meta:  # torch chooses by the device, and a meta tensor has none
         return _on_shapes(q, k, v, p, backend).transpose(1, 2)
-    with sdpa_kernel(SDPA[backend]) if backend in SDPA else nullcontext():
+    with _kernels(backend, p):
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal)
     return y.transpose(1, 2)
+
+
+def cudnn_drops(p: float) -> bool:
+    """Whether cuDNN drops with this probability: some versions round it to sixteenths, silently (pytorch #174245)."""
+    return (16 * p) % 1 == 0
+
+
+def _kernels(backend: str, p: float) -> AbstractContextManager[None]:
+    """Where SDPA takes none but the kernels of `backend`; of `auto`, all that have this dropout. ValueError for cuDNN's
+    where they have not."""
+    if cudnn_drops(p):
+        return sdpa_kernel(SDPA[backend]) if backend in SDPA else nullcontext()
+    if backend == "cudnn":
+        raise ValueError(f"attention: cudnn may round dropout to sixteenths, got {p}")
+    return sdpa_kernel([SDPA[name] for name in SDPA if name != "cudnn" and backend in (name, "auto")])
 
 
 def _on_shapes(q: Tensor, k: Tensor, v: Tensor, p: float, backend: str) -> Tensor:
@@ -120,7 +135,7 @@ def _on_shapes(q: Tensor, k: Tensor, v: Tensor, p: float, backend: str) -> Tenso
         return aten._scaled_dot_product_attention_math(q, k, v, None, p, True)[0]
     if backend == "efficient" or q.dtype == torch.float32:
         return aten._scaled_dot_product_efficient_attention(q, k, v, None, keeps, p, True)[0]
-    if backend == "flash" or (backend == "auto" and not (16 * p).is_integer()):
+    if backend == "flash" or (backend == "auto" and not cudnn_drops(p)):
         return aten._scaled_dot_product_flash_attention(q, k, v, p, True)[0]
     return aten._scaled_dot_product_cudnn_attention(q, k, v, None, keeps, p, True)[0]
 

@@ -15,6 +15,7 @@ from train.attention_choice import AttentionShape, choose_attention
 from train.build import (
     adopt_shape,
     build_model,
+    choose_graphs,
     choose_ops,
     gather_states,
     model_to_train,
@@ -29,7 +30,16 @@ from train.data import Dataset, Loader
 from train.distributed import Reducer, World, local_device, process_group, world_from_environment
 from train.errors import UserError, run
 from train.graph import GraphedStep
-from train.hardware import DTYPES, Peak, device_name, peak_flops, resolve_device, resolve_dtype, use_device
+from train.hardware import (
+    DTYPES,
+    Peak,
+    allow_tf32,
+    device_name,
+    peak_flops,
+    resolve_device,
+    resolve_dtype,
+    use_device,
+)
 from train.log import RunLog, check_sinks
 from train.loop import Loop, Progress
 from train.memory import check_memory, free_memory, job_of
@@ -90,7 +100,7 @@ def train(
     _check_together(config, world, device.type, dtype)
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
     dataset = open_dataset(config.dataset, world)
-    ops, chunk = choose_ops(config, device, dtype, dataset.vocab_size)
+    ops, chunk, kernels = choose_ops(config, device, dtype, dataset.vocab_size)
     raw_model = build_model(config, named, dataset, checkpoint, ops)
     raw_model.compute_dtype, raw_model.stream_dtype = dtype, getattr(torch, config.residual_dtype)
     raw_model.recompute = config.recompute
@@ -101,11 +111,10 @@ def train(
         job = job_of(config, raw_model, ops, device, world, chunk, resumed=checkpoint is not None)
         memory = check_memory(job, str(device), free_memory(device), world.size)
     optimizer = place(config, raw_model, ops, world, device)
+    allow_tf32(device)  # before anything is measured
     raw_model.attention, attention = choose_attention(
         config.attention, AttentionShape.of(raw_model, config.batch_size, device), world
     )
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.fp32_precision = "tf32"  # of float32 matmuls, where any are left
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
     scaler = LossScale(device, enabled=dtype == torch.float16)
     progress, resumed_at = Progress(), None
@@ -119,6 +128,8 @@ def train(
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     say(f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on")
     say(f"device: {device_name(device)} x {world.size}, {str(dtype).removeprefix('torch.')}, {ops.name} kernels")
+    if kernels:
+        say(kernels)
     say(f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}")
     if attention:
         say(f"attention: {attention}")
@@ -140,7 +151,10 @@ def train(
     accumulation = config.gradient_accumulation_steps // world.size
     reducer = Reducer(world, optimizer.flat) if world.size > 1 and not sharded else None
     step = TrainStep(model, optimizer, grad_clip=config.grad_clip, scaler=scaler, reducer=reducer)
-    if config.cuda_graphs and device.type == "cuda" and not sharded and not config.eval_only:
+    graphs, without = choose_graphs(config, device, sharded=sharded)
+    if without:
+        say(without)
+    if graphs:
         step = GraphedStep(step, (accumulation, config.batch_size, config.block_size))
     if config.profile and world.master:
         step = profiled_step(step, config, raw_model, world, progress.iter_num, say)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._inductor.runtime.cache_dir_utils import cache_dir  # TORCHINDUCTOR_CACHE_DIR, or the default
 
-from kernels import Ops, select
+from kernels import Ops, missing, select
 from model import GPT, GPTConfig
 from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint_layout import MODEL_ARGS, MOMENTS
@@ -23,6 +23,8 @@ from train.hardware import synchronize
 from train.optim import FlatAdamW
 
 LOSS_CHUNK = 4096  # rows of logits, where not all are held: enough for the matmuls to stay large
+# CUPTI gives a replayed graph's kernels to the wrong launch. Its notes call that mended in 13.1 Update 1: "13.1" as well.
+GRAPHS_MISREAD = ("13.0", "13.1")
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # what weights fix once and for all
 
 
@@ -36,24 +38,51 @@ def open_dataset(name: str, world: World) -> Dataset:
     return Dataset(folder)
 
 
-def choose_ops(config: TrainConfig, device: torch.device, dtype: torch.dtype, vocab_size: int) -> tuple[Ops, int]:
-    """The run's kernels, and how many rows of logits their loss holds at a time, 0 for all. UserError for kernels that
-    cannot run."""
+def choose_ops(
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    vocab_size: int,
+    lacks: Callable[[torch.device], str] = missing,
+) -> tuple[Ops, int, str]:
+    """The run's kernels; how many rows of logits their loss holds at a time, 0 for all; what to say of the choice or
+    nothing. UserError for kernels that cannot run. lacks: as for `kernels.select`.
+    """
+    lacks = functools.cache(lacks)  # it compiles and launches a kernel
     try:
-        ops = select(config.kernels, device)
+        ops = select(config.kernels, device, lacks)
     except ValueError as error:
         raise UserError(f"kernels: {error}") from error
+    reason = lacks(device) if config.kernels == "auto" and device.type == "cuda" else ""
+    said = reason and f"kernels: the fused ones cannot run here, going on with the reference's: {reason}"
     chunk = config.loss_chunk
     if ops.name == "reference":
         if chunk > 0:
-            raise UserError(f"loss_chunk: got {chunk}, expected 0 or -1: the reference kernels hold all logits")
-        return ops, 0
+            why = reason and f" (the fused ones cannot run here: {reason})"
+            raise UserError(f"loss_chunk: got {chunk}, expected 0 or -1: the reference kernels hold all logits{why}")
+        return ops, 0, said
     if chunk < 0:
         logits = config.batch_size * config.block_size * vocab_size * dtype.itemsize
         room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
         chunk = LOSS_CHUNK if logits > room / 4 else 0
     loss = functools.partial(ops.linear_cross_entropy, chunk_rows=chunk)
-    return dataclasses.replace(ops, linear_cross_entropy=loss), chunk
+    return dataclasses.replace(ops, linear_cross_entropy=loss), chunk, said
+
+
+def choose_graphs(
+    config: TrainConfig, device: torch.device, *, sharded: bool, cuda: str | None = torch.version.cuda
+) -> tuple[bool, str]:
+    """Whether the step is captured in CUDA graphs, the same on every rank, and what to say of it or nothing.
+
+    cuda: the version of CUDA that torch was built for, as torch.version has it.
+    """
+    graphs = config.cuda_graphs and device.type == "cuda" and not sharded and not config.eval_only
+    if graphs and config.profile and cuda in GRAPHS_MISREAD:
+        return False, (
+            f"profile: this run makes no CUDA graphs, whose kernels CUDA {cuda}'s profiler misreads (kineto #1165); "
+            "the steps are the same, and idle where the host is late"
+        )
+    return graphs, ""
 
 
 def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoint: dict | None, ops: Ops) -> GPT:

@@ -233,6 +233,16 @@ def use_device(device: torch.device) -> torch.device:
     return device
 
 
+def allow_tf32(device: torch.device) -> None:
+    """Let float32 matmuls on CUDA run in TF32, in the whole process; on other devices nothing changes.
+
+    Not by `torch.backends.cuda.matmul.fp32_precision`: after it `torch.get_float32_matmul_precision()`, which Inductor
+    asks under max-autotune, raises. This one both ways of asking understand.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it."""
     if device.type == "cuda":
