@@ -32,7 +32,7 @@ from train.graph import GraphedStep
 from train.hardware import Peak, device_name, peak_flops, resolve_device, resolve_dtype, use_device
 from train.log import RunLog, check_sinks
 from train.loop import Loop, Progress
-from train.memory import check_memory
+from train.memory import check_memory, free_memory, job_of
 from train.optim import LossScale
 from train.plot import plot_run
 from train.profiler import ProfiledStep, profiled_step
@@ -90,7 +90,8 @@ def train(
     dataset.check(config.block_size, raw_model.config.vocab_size)
     memory = ""
     if not config.eval_only:
-        memory = check_memory(config, raw_model, device, world, chunk, resumed=checkpoint is not None)
+        job = job_of(config, raw_model, ops, device, world, chunk, resumed=checkpoint is not None)
+        memory = check_memory(job, str(device), free_memory(device), world.size)
     optimizer = place(config, raw_model, ops, world, device)
     raw_model.attention, attention = choose_attention(
         config.attention, AttentionShape.of(raw_model, config.batch_size, device), world
