@@ -193,7 +193,7 @@ def nothing(*args: object, **kwargs: object) -> None:
 ANSWERS: dict[str, object] = {  # of torch.cuda
     "is_available": lambda: True,
     "is_initialized": lambda: True,
-    "is_bf16_supported": lambda *args: True,
+    "is_bf16_supported": lambda *args, **kwargs: True,
     "device_count": lambda: 1,
     "current_device": lambda: 0,
     "get_device_capability": lambda device=None: (H100.major, H100.minor),
@@ -211,18 +211,29 @@ ANSWERS: dict[str, object] = {  # of torch.cuda
 }
 
 
+@torch.compiler.assume_constant_result
+def attention_kernel() -> str:
+    """Of those that are enabled (torch.nn.attention.sdpa_kernel), the one that torch's CUDA library likes best."""
+    cuda = torch.backends.cuda
+    if cuda.cudnn_sdp_enabled():
+        return "cudnn"
+    if cuda.flash_sdp_enabled():
+        return "flash"
+    return "efficient" if cuda.mem_efficient_sdp_enabled() else "math"
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, dropout_p: float = 0.0, is_causal: bool = False
 ) -> Tensor:
-    """F.scaled_dot_product_attention by the kernel that torch's CUDA library would take: of those that are enabled
-    (torch.nn.attention.sdpa_kernel) cuDNN's, flash's, the efficient one. A CPU build cannot choose by itself."""
-    aten, cuda = torch.ops.aten, torch.backends.cuda
-    grad = torch.is_grad_enabled() and q.requires_grad
-    if cuda.cudnn_sdp_enabled():
+    """F.scaled_dot_product_attention, which chooses among CUDA's kernels only in a CUDA build with a driver."""
+    aten, kernel = torch.ops.aten, attention_kernel()
+    if kernel == "cudnn":
+        grad = torch.is_grad_enabled() and q.requires_grad
         return aten._scaled_dot_product_cudnn_attention(q, k, v, None, grad, dropout_p, is_causal, False)[0]
-    if cuda.flash_sdp_enabled():
+    if kernel == "flash":
         return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False)[0]
-    if cuda.mem_efficient_sdp_enabled():
+    if kernel == "efficient":
+        grad = torch.is_grad_enabled() and q.requires_grad
         return aten._scaled_dot_product_efficient_attention(q, k, v, None, grad, dropout_p, is_causal)[0]
     return aten._scaled_dot_product_attention_math(q, k, v, None, dropout_p, is_causal)[0]
 

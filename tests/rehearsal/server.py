@@ -20,7 +20,8 @@ GUARD = ctypes.CDLL(os.environ["NANOFUSE_GUARD"])  # before a CPU build, which l
 for name in ("torch._dynamo", "kernels.fused", "train.build", "train.graph"):  # once, for all tests
     importlib.import_module(name)
 
-OPTIONS = ["-q", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist"]
+# no logging: pytest would print every line that torch.compile traces for tools
+OPTIONS = ["-q", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:logging"]
 
 
 class Reports:
