@@ -145,17 +145,16 @@ def gather_states(model: GPT, optimizer: torch.optim.AdamW, world: World) -> tup
 
 def compile_module(function: Callable) -> Callable:
     """torch.compile for a model, or a part of one, with our operations in it."""
-    if torch.__version__ < "2.13":
-        register_fallbacks()
+    register_fallbacks()
     return torch.compile(function)
 
 
 def register_fallbacks() -> None:
-    """Tell Inductor that our operations are to be called as they are, before it meets them.
+    """Tell Inductor, before it meets our operations, that they are to be called as they are.
 
-    It would do so by itself, and with the same layouts. But before torch 2.13 it first writes out the arguments of an
-    operation that it does not know, as deep as the graph goes: five times the text for every layer, so that 12 layers
-    never end (pytorch #185937).
+    It would find out by itself, but too late for the first graph. Of a sum that two of them read it would make two
+    copies. And before torch 2.13 it writes out the arguments of an operation that it does not know, as deep as the
+    graph goes: five times the text for every layer, so that 12 layers never end (pytorch #185937).
     """
     # only here: they take a second
     from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
