@@ -173,6 +173,30 @@ def gather_states(model: GPT, optimizer: torch.optim.AdamW, world: World) -> tup
     return shard.whole_model(model, keep=keep), shard.whole(optimizer.state_dict(), keep=keep)
 
 
+def compile_module(function: Callable) -> Callable:
+    """torch.compile for a model, or a part of one, with our operations in it."""
+    register_fallbacks()
+    return torch.compile(function)
+
+
+def register_fallbacks() -> None:
+    """Tell Inductor, before it meets our operations, that they are to be called as they are.
+
+    It would find out by itself, but too late for the first graph. Of a sum that two of them read it would make two
+    copies. And before torch 2.13 it writes out the arguments of an operation that it does not know, as deep as the
+    graph goes: five times the text for every layer, so that 12 layers never end (pytorch #185937).
+    """
+    # only here: they take a second
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+    from torch._library.utils import get_layout_constraint_tag
+
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("nanofuse::"):
+            op = getattr(torch.ops.nanofuse, name.removeprefix("nanofuse::")).default
+            if op not in lowerings:
+                make_fallback(op, tag_to_layout_constraint(get_layout_constraint_tag(op)))
+
+
 def model_to_train(
     model: GPT, config: TrainConfig, device: torch.device, say: Callable[[str], None], *, by_block: bool = False
 ) -> nn.Module:
@@ -186,9 +210,9 @@ def model_to_train(
         return model
     say("compiling the model... (takes a ~minute)")
     begin = time.perf_counter()
-    compiled = model if by_block else torch.compile(model)
+    compiled = model if by_block else compile_module(model)
     for block in model.transformer.h if by_block else ():
-        block.forward = torch.compile(block.forward)
+        block.forward = compile_module(block.forward)
     shape = config.batch_size, config.block_size
     # two tensors: one in both places would be compiled for that case alone
     idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
