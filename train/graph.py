@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from train.data import Batch
+from train.errors import UserError, first_line
 from train.step import StepResult, TrainStep
 
 Work = Callable[[], None]
@@ -78,7 +79,8 @@ class GraphedStep:
 
     shape: (accumulation, batch_size, block_size) of the batches to come. To be made between two steps, when there are
     no gradients. Capturing runs the parts of a step a few times, and `step` is afterwards as it was: parameters,
-    moments, step count, loss scale, random state. `capture` is `cuda_graphs` wherever there is CUDA; tests pass a tape.
+    moments, step count, loss scale, random state. So it is where capturing fails, with a UserError. `capture` is
+    `cuda_graphs` wherever there is CUDA; tests pass a tape.
     """
 
     def __init__(self, step: TrainStep, shape: tuple[int, int, int], capture: Capture = cuda_graphs) -> None:
@@ -94,8 +96,16 @@ class GraphedStep:
         # Nobody here keeps a loss: `micro_step` drops its own. One that a cycle of dropped objects holds, a traceback
         # say, goes now.
         gc.collect()
-        with unchanged(step):
-            self._micro_step, self._update = capture(tasks)
+        try:
+            with unchanged(step):
+                self._micro_step, self._update = capture(tasks)
+        except torch.OutOfMemoryError:  # which says what to do itself, and graphs are not to blame
+            raise
+        except Exception as error:  # from CUDA, Triton, a library that does what no capture may: all kinds
+            raise UserError(
+                f"cuda_graphs: got True, but the step could not be captured: {first_line(error)}; "
+                f"--no-cuda_graphs goes on without"
+            ) from error
 
     def __call__(self, batch: Batch, lr: float) -> StepResult:
         if len(batch.seeds) != self.accumulation:

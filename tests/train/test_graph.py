@@ -13,6 +13,7 @@ from kernels.launch import INTERPRETED
 from model import GPT, GPTConfig
 from tests.train.tape import storage, tape
 from train.data import Batch
+from train.errors import UserError
 from train.graph import GraphedStep, Task, Work
 from train.optim import FlatAdamW, LossScale
 from train.step import TrainStep
@@ -157,6 +158,37 @@ def test_a_resumed_run_is_captured_as_it_stands() -> None:
     resumed.optimizer.load_state_dict(first.optimizer.state_dict())
     graphed = GraphedStep(resumed, (1, B, T), capture=tape)
     assert train(graphed, 1, 5) == train(first, 1, 5)
+
+
+def test_a_failed_capture_is_one_line_and_leaves_no_trace() -> None:
+    """After a micro-step's warm-up and some of the update's, as a real one might."""
+    step, twin = (make(dropout=0.2, dtype=torch.float16) for _ in range(2))
+    train(step, 1, 2), train(twin, 1, 2)
+    before = everything(step)
+
+    def capture(tasks: list[Task]) -> list[Work]:
+        for task in tasks:
+            task.prepare()
+            task.run()
+        tasks[0].run()
+        raise RuntimeError("\noperation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+
+    with pytest.raises(UserError) as caught:
+        GraphedStep(step, (1, B, T), capture=capture)
+    assert str(caught.value) == (
+        "cuda_graphs: got True, but the step could not be captured: operation not permitted when stream is capturing; "
+        "--no-cuda_graphs goes on without"
+    )
+    assert all(torch.equal(x, y) for x, y in zip(everything(step), before, strict=True))
+    assert train(step, 1, 3) == train(twin, 1, 3)
+
+
+def test_memory_that_runs_out_in_a_capture_is_no_fault_of_the_graphs() -> None:
+    def capture(tasks: list[Task]) -> list[Work]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError, match="2.00 GiB"):
+        GraphedStep(make(), (1, B, T), capture=capture)
 
 
 class Allocations(TorchDispatchMode):
