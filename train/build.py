@@ -18,7 +18,7 @@ from train.config import TrainConfig
 from train.data import Dataset
 from train.datasets import ensure_docs
 from train.distributed import World
-from train.errors import UserError
+from train.errors import UserError, first_line
 from train.hardware import synchronize
 from train.optim import FlatAdamW
 
@@ -223,8 +223,7 @@ def model_to_train(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # from Dynamo, Inductor, a C++ compiler that is not there, Triton, a driver: all kinds
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        say(f"compile: not possible on this machine, going on without it: {reason}")
+        say(f"compile: not possible on this machine, going on without it: {first_line(error)}")
         compiled = model
         for block in model.transformer.h if by_block else ():
             del block.forward  # what the class has shows again
