@@ -39,7 +39,8 @@ def interpreter() -> str:
             pip = [str(python), "-m", "pip", "install", "--quiet", "--retries=1", *wanted, "-e", ".[dev]"]
             installed = subprocess.run(pip, cwd=ROOT, capture_output=True, text=True)
             if installed.returncode:
-                pytest.skip(f"pip cannot install {' '.join(wanted)}: {installed.stderr.strip().splitlines()[-1]}")
+                reason = next((line for line in installed.stderr.splitlines() if "ERROR" in line), "no reason given")
+                pytest.skip(f"pip cannot install {' '.join(wanted)}: {reason.strip()}")
             done.write_text("\n".join(wanted))
     return str(python)
 
