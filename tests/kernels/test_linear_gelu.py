@@ -20,7 +20,7 @@ from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.layouts import Relay, laid_out
 from tests.kernels.memory import Memory
 from tests.kernels.test_layer_norm import layouts
-from train.dryrun import Recorder
+from train import dryrun
 
 BOTH = ("triton", "cublas")
 paths = pytest.mark.parametrize("path", BOTH)
@@ -381,7 +381,7 @@ def test_rows_that_are_not_aligned_are_multiplied_by_cublas(K: int, N: int, fuse
     x, fc_weight, proj_weight = (
         torch.empty(size, dtype=torch.bfloat16, device="meta", requires_grad=True) for size in ((4, K), (N, K), (K, N))
     )
-    with Recorder(Device(capability, 132), "meta") as recorder:
+    with dryrun.Recorder(Device(capability, 132), "meta") as recorder:
         mlp(x, fc_weight, None, proj_weight, None, "erf").sum().backward()
         assert not any(launch.kernel.fn.__name__.startswith("linear_gelu") for launch in recorder.launches)
         if fused:
