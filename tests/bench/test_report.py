@@ -117,6 +117,13 @@ def words(path: Path) -> list[str]:
     return [text.text for text in ElementTree.parse(path).getroot().iter(f"{SVG}text")]
 
 
+def grid(path: Path) -> list[float]:
+    """Where the rules of a picture's axis stand, in points."""
+    paths = ElementTree.parse(path).getroot().iter(f"{SVG}path")
+    rules = [element.get("d") for element in paths if f"stroke: {LIGHT['grid']}" in element.get("style", "")]
+    return sorted(float(re.match(r"M (\S+)", rule)[1]) for rule in rules)
+
+
 def bars(path: Path) -> list[tuple[str, float]]:
     """A picture's bars, from the top down: what paints them, and their width in points."""
     found = []
@@ -239,7 +246,8 @@ def test_bars_are_as_long_as_their_numbers(written: Path) -> None:
     shares = [float(value[1]) for value in values if value]
     lengths = [length for _, length in bars(written / "mfu-gpt2.svg")]
     assert len(lengths) == 15
-    assert lengths == pytest.approx([share * lengths[0] / shares[0] for share in shares], rel=0.01)
+    zero, ten, *_ = grid(written / "mfu-gpt2.svg")
+    assert lengths == pytest.approx([share / 10 * (ten - zero) for share in shares], rel=0.01)
     colours = [fill for fill, _ in bars(written / "time-gpt2.svg")]
     expected = ["reference", "reference", "ours", *["rung"] * 5, "ours", "ours"]  # "ours graphed" has no bar
     assert colours[:10] == [LIGHT[role] for role in expected]
