@@ -67,6 +67,7 @@ class Gpu:
 
     def __init__(self) -> None:
         self._guard = ctypes.CDLL(os.environ["NANOFUSE_GUARD"])
+        self._guard.guard_stream.restype = ctypes.c_int64
         self._ids = count(1)
         self._stream = 0
         self._capturing = False
@@ -78,6 +79,11 @@ class Gpu:
         while self._guard.guard_take_wait(pair):
             waits.append((pair[0], pair[1]))
         return waits
+
+    @property
+    def stream(self) -> int:
+        """The current stream of this thread: autograd's threads have their own."""
+        return self._guard.guard_stream()
 
     @contextmanager
     def on(self, stream: int) -> Iterator[None]:

@@ -84,6 +84,7 @@ REGISTER_CUDA_HOOKS(CUDAHooks)
 
 // What device.py calls.
 extern "C" void guard_set_stream(int64_t id) { current = id; }
+extern "C" int64_t guard_stream() { return current; }  // of the thread that asks
 extern "C" void guard_set_capturing(int64_t id) { capturing = id; }
 extern "C" void guard_wait(int64_t waiting, int64_t waited_for) {
   std::lock_guard<std::mutex> lock(mutex);
