@@ -48,18 +48,6 @@ POSITIVE = st.floats(1e-3, 1e3)
 COUNTS = st.sampled_from([1, 2, 4, 8, 16, 64, 1024, 8192])
 
 
-@given(size=POSITIVE, devices=COUNTS, inside=POSITIVE, between=POSITIVE, hop=st.floats(0, 10))
-def test_limits_of_collectives(size: float, devices: int, inside: float, between: float, hop: float) -> None:
-    fabric = Fabric(8, inside, between, hop, hop, 0.1)
-    whole = fabric.all_reduce(size, devices)
-    assert fabric.all_reduce(2 * size, devices) >= whole
-    assert dataclasses.replace(fabric, inside=2 * inside, between=2 * between).all_reduce(size, devices) <= whole
-    # a ring of two halves: all-gather and reduce-scatter; trees never make it slower
-    assert whole <= 2 * fabric.gather(size, devices) + 1e-9
-    bound = 2 * size * (1 / inside + 1 / between / min(devices, 8))
-    assert Fabric(8, inside, between).all_reduce(size, devices) <= bound * (1 + 1e-9)
-
-
 @given(size=POSITIVE, inside=POSITIVE, between=POSITIVE)
 def test_more_devices_never_sum_faster(size: float, inside: float, between: float) -> None:
     fabric = Fabric(8, inside, between, 0.01, 0.01)
@@ -337,7 +325,7 @@ def test_a_file_without_ceilings_of_a_device_that_nobody_knows(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_the_command() -> None:
-    command = [sys.executable, "-m", "bench.scale", "--sizes=gpt2", "--devices=4"]
+    command = [sys.executable, "-m", "bench.scale", "--sizes=cpu", "--devices=4"]
     ran = subprocess.run([*command], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0
     assert ran.stdout.startswith("Predicted, not measured: H100 80GB HBM3, strong scaling\n")
