@@ -47,7 +47,7 @@ from train.optim import LossScale
 from train.plot import plot_run
 from train.profiler import ProfiledStep, profiled_step
 from train.sample import sample_text
-from train.step import TrainStep
+from train.step import Evaluation, TrainStep
 
 ABOUT = "Train a GPT. With nothing else: the default job, which needs no network and no preparation."
 
@@ -151,11 +151,13 @@ def train(
     accumulation = config.gradient_accumulation_steps // world.size
     reducer = Reducer(world, optimizer.flat) if world.size > 1 and not sharded else None
     step = TrainStep(model, optimizer, grad_clip=config.grad_clip, scaler=scaler, reducer=reducer)
+    evaluation = Evaluation(model)
     graphs, without = choose_graphs(config, device, sharded=sharded)
     if without:
         say(without)
     if graphs:
-        step = GraphedStep(step, (accumulation, config.batch_size, config.block_size))
+        step = GraphedStep(step, (accumulation, config.batch_size, config.block_size), evaluation)
+        evaluation = step.evaluation
     if config.profile and world.master:
         step = profiled_step(step, config, raw_model, world, progress.iter_num, say)
     loader = Loader(
@@ -174,7 +176,7 @@ def train(
             config,
             world,
             device,
-            model=model,
+            evaluation=evaluation,
             step=step,
             loader=loader,
             log=log,
