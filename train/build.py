@@ -23,7 +23,7 @@ from train.hardware import synchronize
 from train.optim import FlatAdamW
 
 LOSS_CHUNK = 4096  # rows of logits, where not all are held: enough for the matmuls to stay large
-# CUPTI gives a replayed graph's kernels to the wrong launch. Its notes call that mended in 13.1 Update 1: "13.1" as well.
+# CUPTI gives a replayed graph's kernels to the wrong launch. Its notes call that mended in 13.1 Update 1, still "13.1".
 GRAPHS_MISREAD = ("13.0", "13.1")
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # what weights fix once and for all
 
