@@ -31,6 +31,7 @@ from train.distributed import Reducer, World, local_device, process_group, world
 from train.errors import UserError, run
 from train.graph import GraphedStep
 from train.hardware import (
+    DTYPES,
     Peak,
     allow_tf32,
     device_name,
@@ -56,7 +57,8 @@ def main() -> int:
     if parsed.help:
         print(help_text(TrainConfig, "python -m train", ABOUT, positional="[PRESET | CONFIG FILE ...]", presets=True))
         return 0
-    device = resolve_device(str(parsed.settings.get("device", TrainConfig.device)))
+    absent = bool(parsed.settings.get("rehearse"))  # the device is not there: everything is checked, nothing trained
+    device = None if absent else resolve_device(str(parsed.settings.get("device", TrainConfig.device)))
     checkpoint = stored = None
     if parsed.settings.get("init_from") == "resume":
         out_dir = str(parsed.settings.get("out_dir", TrainConfig.out_dir))
@@ -65,9 +67,16 @@ def main() -> int:
         if not checkpoint["nanofuse"]:  # nanoGPT's: it has no auto, and wrote down what its own machine had
             for name in ("device", "dtype", "backend"):
                 stored.pop(name, None)
-    base = choose_base(parsed, gpu=device.type != "cpu", stored=stored)
+    base = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
     config = compose(parsed, base.settings)
     world = world_from_environment()
+    if absent:
+        from train.rehearse import rehearse  # only here: no run needs it
+
+        _check_together(config, world, "cuda", DTYPES.get(config.dtype, torch.bfloat16))
+        say = print if world.master else lambda text: None
+        why = " over ".join([*reversed(parsed.sources), base.why])
+        return rehearse(config, set(parsed.settings), why, checkpoint, world, say)
     device = use_device(local_device(resolve_device(config.device), world))
     with process_group(world, config.backend, device):
         status = train(config, set(parsed.settings), base.why, checkpoint, world, device)
@@ -88,7 +97,7 @@ def train(
     named: the settings that the user wrote. why: where the others come from. checkpoint: the one to go on from.
     """
     dtype, sharded = resolve_dtype(config.dtype, device), config.shard and world.size > 1
-    _check_together(config, world, device, dtype)
+    _check_together(config, world, device.type, dtype)
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
     dataset = open_dataset(config.dataset, world)
     ops, chunk, kernels = choose_ops(config, device, dtype, dataset.vocab_size)
@@ -187,14 +196,14 @@ def train(
     return 128 + status if status else 0
 
 
-def _check_together(config: TrainConfig, world: World, device: torch.device, dtype: torch.dtype) -> None:
+def _check_together(config: TrainConfig, world: World, device: str, dtype: torch.dtype) -> None:
     """UserError for settings that this many processes, this device or this dtype cannot do."""
     if config.gradient_accumulation_steps % world.size:
         raise UserError(
             f"gradient_accumulation_steps: got {config.gradient_accumulation_steps}, expected a multiple of the "
             f"{world.size} processes, which share them out"
         )
-    if config.profile and device.type == "mps":
+    if config.profile and device == "mps":
         raise UserError("profile: got True, expected False on mps, whose kernels torch's profiler does not see")
     if config.shard and world.size > 1 and dtype == torch.float16:
         raise UserError("dtype: got float16, expected bfloat16 or float32 with shard=True, which has no loss scale")

@@ -18,12 +18,12 @@ from train.config import TrainConfig
 from train.data import Dataset
 from train.datasets import ensure_docs
 from train.distributed import World
-from train.errors import UserError
+from train.errors import UserError, first_line
 from train.hardware import synchronize
 from train.optim import FlatAdamW
 
 LOSS_CHUNK = 4096  # rows of logits, where not all are held: enough for the matmuls to stay large
-# CUPTI gives a replayed graph's kernels to the wrong launch. Its notes call that mended in 13.1 Update 1, still "13.1".
+# CUPTI gives a replayed graph's kernels to the wrong launch. Its notes call that mended in 13.1 Update 1.
 GRAPHS_MISREAD = ("13.0", "13.1")
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # what weights fix once and for all
 
@@ -104,7 +104,7 @@ def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoi
             model = load_gpt2(config.init_from, dropout=config.dropout, gelu=gelu, ops=ops)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"init_from={config.init_from}: {error}") from error
-    _check_shape(config, named, model)
+    check_shape(config, named, model.config)
     if "block_size" in named and config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     if dataset.n_vocab > model.config.vocab_size:
@@ -114,16 +114,17 @@ def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoi
     return model
 
 
-def _check_shape(config: TrainConfig, named: set[str], model: GPT) -> None:
+def check_shape(config: TrainConfig, named: set[str], shape: GPTConfig) -> None:
+    """UserError where a setting that the user wrote contradicts the shape that given weights have."""
     for name in SHAPE:
-        came, fixed = getattr(config, name), getattr(model.config, name)
+        came, fixed = getattr(config, name), getattr(shape, name)
         if name in named and came not in (fixed, "auto"):
             raise UserError(
                 f"{name}: got {came}, expected {fixed}, as the weights of init_from={config.init_from} have"
             )
-    if "block_size" in named and config.block_size > model.config.block_size:
+    if "block_size" in named and config.block_size > shape.block_size:
         raise UserError(
-            f"block_size: got {config.block_size}, expected at most {model.config.block_size}, the positions that the "
+            f"block_size: got {config.block_size}, expected at most {shape.block_size}, the positions that the "
             f"weights of init_from={config.init_from} know"
         )
 
@@ -172,6 +173,30 @@ def gather_states(model: GPT, optimizer: torch.optim.AdamW, world: World) -> tup
     return shard.whole_model(model, keep=keep), shard.whole(optimizer.state_dict(), keep=keep)
 
 
+def compile_module(function: Callable) -> Callable:
+    """torch.compile for a model, or a part of one, with our operations in it."""
+    register_fallbacks()
+    return torch.compile(function)
+
+
+def register_fallbacks() -> None:
+    """Tell Inductor, before it meets our operations, that they are to be called as they are.
+
+    It would find out by itself, but too late for the first graph. Of a sum that two of them read it would make two
+    copies. And before torch 2.13 it writes out the arguments of an operation that it does not know, as deep as the
+    graph goes: five times the text for every layer, so that 12 layers never end (pytorch #185937).
+    """
+    # only here: they take a second
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+    from torch._library.utils import get_layout_constraint_tag
+
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("nanofuse::"):
+            op = getattr(torch.ops.nanofuse, name.removeprefix("nanofuse::")).default
+            if op not in lowerings:
+                make_fallback(op, tag_to_layout_constraint(get_layout_constraint_tag(op)))
+
+
 def model_to_train(
     model: GPT, config: TrainConfig, device: torch.device, say: Callable[[str], None], *, by_block: bool = False
 ) -> nn.Module:
@@ -185,9 +210,9 @@ def model_to_train(
         return model
     say("compiling the model... (takes a ~minute)")
     begin = time.perf_counter()
-    compiled = model if by_block else torch.compile(model)
+    compiled = model if by_block else compile_module(model)
     for block in model.transformer.h if by_block else ():
-        block.forward = torch.compile(block.forward)
+        block.forward = compile_module(block.forward)
     shape = config.batch_size, config.block_size
     # two tensors: one in both places would be compiled for that case alone
     idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
@@ -198,8 +223,7 @@ def model_to_train(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # from Dynamo, Inductor, a C++ compiler that is not there, Triton, a driver: all kinds
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        say(f"compile: not possible on this machine, going on without it: {reason}")
+        say(f"compile: not possible on this machine, going on without it: {first_line(error)}")
         compiled = model
         for block in model.transformer.h if by_block else ():
             del block.forward  # what the class has shows again

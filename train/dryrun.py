@@ -236,6 +236,7 @@ class DryRun:
     evaluation: list[Call]
     launches: "list[Launch]"  # of all three: Triton's
     memory: dict[str, int]
+    faults: list[str]  # what no captured step may do: wait for the device, mix devices, be planned from a wrong fake
 
     @property
     def total(self) -> int:
@@ -263,7 +264,8 @@ def dry_run(job: Job) -> DryRun:
             work()
             calls[name], peaks[name] = recorder.calls[first:], recorder.parts
         memory = _memory(job, step, state, peaks)
-    return DryRun(**calls, launches=recorder.launches, memory=memory)
+    faults = recorder.syncs + recorder.mixed + recorder.mismatches
+    return DryRun(**calls, launches=recorder.launches, memory=memory, faults=faults)
 
 
 def _plans_for(job: Job) -> "Device | None":
