@@ -45,7 +45,7 @@ FLOAT32 = 4  # bytes
 def step_bytes(job: "Job", *, several: bool, shards: int) -> int:
     """What a device holds in a step with the fused kernels. several: gradients of micro-steps or ranks are summed;
     shards: ranks that share the state."""
-    from kernels.fused import FUSED
+    from kernels import FUSED
     from train import dryrun
 
     dtype = torch.float32 if job.compute == FLOAT32 else torch.bfloat16

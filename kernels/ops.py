@@ -6,6 +6,7 @@ another, and a parity test is two constructors.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,6 +38,26 @@ REFERENCE = Ops(
     linear_cross_entropy=reference.linear_cross_entropy,
     adamw=reference.adamw,
 )
+
+
+@lru_cache
+def fused() -> Ops:
+    """The bundle of Triton kernels, `kernels.FUSED`. They are imported here: Triton need not be there for the rest."""
+    from kernels.fused.adamw import adamw
+    from kernels.fused.cross_entropy import linear_cross_entropy
+    from kernels.fused.embedding import embedding
+    from kernels.fused.layer_norm import add_layer_norm, layer_norm
+    from kernels.fused.mlp import mlp
+
+    return Ops(
+        name="fused",
+        embedding=embedding,
+        layer_norm=layer_norm,
+        add_layer_norm=add_layer_norm,
+        mlp=mlp,
+        linear_cross_entropy=linear_cross_entropy,
+        adamw=adamw,
+    )
 
 
 def missing(
@@ -80,6 +101,4 @@ def select(name: str, device: torch.device, lacks: Callable[[torch.device], str]
         if name == "fused":
             raise ValueError(f"got fused, expected reference or auto: {reason}")
         return REFERENCE
-    from kernels.fused import FUSED  # only here: Triton need not be there for what does without it
-
-    return FUSED
+    return fused()

@@ -64,16 +64,6 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     return F.gelu(x, approximate="none" if approximate == "erf" else approximate)
 
 
-def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    """gelu(x + bias): x (..., C), bias (C,), of one dtype. Returns (..., C) in it."""
-    return gelu(x if bias is None else x + bias, approximate)
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    """GELU(x @ weight.T + bias): x (..., K), weight (N, K), bias (N,), all of one dtype. Returns (..., N) in it."""
-    return gelu(F.linear(x, weight, bias), approximate)
-
-
 def mlp(
     x: Tensor,
     fc_weight: Tensor,
@@ -86,57 +76,28 @@ def mlp(
 
     x (..., K), fc_weight (N, K), fc_bias (N,), proj_weight (C, N), proj_bias (C,), all of one dtype. Returns (..., C).
     """
-    return F.linear(linear_gelu(x, fc_weight, fc_bias, approximate), proj_weight, proj_bias)
+    return F.linear(gelu(F.linear(x, fc_weight, fc_bias), approximate), proj_weight, proj_bias)
 
 
-def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int = -1,
-    *,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    n_vocab: int | None = None,
-) -> Tensor:
-    """Mean or sum of -log softmax(logits)[target] over the targets that are not `ignore_index`; float32 scalar.
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
+    """Mean of -log softmax(logits)[target] over the targets that are not `ignore_index`; float32 scalar.
 
-    logits (M, V) of any float dtype, targets (M,) int64. Columns from `n_vocab` on are padding: no probability, and no
-    gradient. `label_smoothing`: that share of each target is spread over all n_vocab columns. `z_loss` adds z_loss *
-    lse^2, lse being the row's log-sum-exp (PaLM, arXiv:2204.02311, section 5). Where every target is ignored, the mean
-    of nothing is NaN.
+    logits (M, V) of any float dtype, targets (M,) int64. Where every target is ignored, the mean of nothing is NaN.
     """
-    logits = widened(logits)[:, :n_vocab]
-    options = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
-    loss = F.cross_entropy(logits, targets, **options)
-    if z_loss:
-        counted = targets != ignore_index
-        penalty = z_loss * torch.where(counted, logits.logsumexp(-1), 0).square().sum()
-        loss = loss + (penalty / counted.sum() if reduction == "mean" else penalty)
-    return loss
+    return F.cross_entropy(widened(logits), targets, ignore_index=ignore_index)
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int = -1,
-    *,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    n_vocab: int | None = None,
-    chunk_rows: int = 0,
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, *, chunk_rows: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """The head and the loss: cross_entropy(x @ weight.T, targets), whose options it takes.
+    """The head and the loss: cross_entropy(x @ weight.T, targets).
 
     x (..., C) and weight (V, C) of one dtype, targets (...) int64. Returns the loss, a float32 scalar, and the logits
     (..., V), or None from an implementation that never holds them all. `chunk_rows`, how many rows' logits a fused
     implementation holds at a time (0: all), changes nothing here.
     """
     logits = F.linear(x, weight)
-    options = dict(reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, n_vocab=n_vocab)
-    return cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index, **options), logits
+    return cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index), logits
 
 
 @torch.no_grad()

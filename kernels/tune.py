@@ -22,8 +22,8 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.launch import INTERPRETED, device_of
-from kernels.linear_gelu import backward, forward
-from kernels.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, tiles_for
+from kernels.fused.mlp import backward, forward
+from kernels.fused.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, tiles_for
 from kernels.tuned import CUBLAS, Problem, record
 
 # (rows, width): gpt2 at 32, 12, 4 and 1 sequences of 1024 tokens, shakespeare_char, gpt2-medium, gpt2-xl

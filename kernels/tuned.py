@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.matmul import Tiles
+from kernels.fused.matmul import Tiles
 
 TABLE = Path(__file__).with_name("tuned.json")
 CUBLAS = "cublas"

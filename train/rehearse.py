@@ -116,7 +116,7 @@ def _ops(kernels: str) -> tuple[Ops, str]:
     if kernels == "reference":
         return REFERENCE, "the reference has none of its own"
     try:
-        from kernels.fused import FUSED
+        from kernels import FUSED
         from kernels.launch import INTERPRETED
     except ImportError as error:
         return REFERENCE, f"Triton is not installed here ({error}); what follows is counted with the reference kernels"

@@ -15,9 +15,8 @@ from bench import schema
 from bench.steps import measure
 from bench.variants import ours, reference
 from bench.workloads import WORKLOADS
-from kernels import REFERENCE, Ops, gelu, layer_norm
+from kernels import FUSED, REFERENCE, Ops, gelu, layer_norm
 from kernels.cases import CASES, Traffic
-from kernels.fused import FUSED
 from kernels.launch import INTERPRETED, INTERPRETER
 from model import GPT, GPTConfig
 from model.work import step_work

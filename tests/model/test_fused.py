@@ -6,8 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from kernels import REFERENCE, Ops, select
-from kernels.fused import FUSED
+from kernels import FUSED, REFERENCE, Ops, select
 from kernels.launch import INTERPRETED
 from model import GPT, GPTConfig
 from tests.kernels.checks import assert_as_good_as_torch

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import REFERENCE, Ops
-from kernels.fused import FUSED
+from kernels import FUSED, REFERENCE, Ops
 from kernels.launch import INTERPRETED
 from model import GPT, GPTConfig
 from model.recompute import MODES

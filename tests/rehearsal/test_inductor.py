@@ -13,7 +13,7 @@ from torch._inductor import lowering
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 from bench.workloads import WORKLOADS
-from kernels.fused import FUSED
+from kernels import FUSED
 from model import GPT
 from tests.rehearsal.device import Gpu, nothing, on_device
 from tests.rehearsal.inductor import Inductor, inductor  # noqa: F401

@@ -5,8 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from kernels import launch
-from kernels.fused import FUSED
+from kernels import FUSED, launch
 from model import GPT, GPTConfig
 from tests.rehearsal.device import Gpu, on_device
 from train.data import Batch

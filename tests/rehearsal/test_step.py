@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.workloads import WORKLOADS
-from kernels.fused import FUSED
+from kernels import FUSED
 from model.recompute import MODES
 from tests.rehearsal.device import Gpu
 from train.data import Batch

@@ -6,8 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from kernels import REFERENCE, Ops
-from kernels.fused import FUSED
+from kernels import FUSED, REFERENCE, Ops
 from kernels.launch import INTERPRETED
 from model import GPTConfig
 from model.recompute import MODES

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from kernels import REFERENCE, Ops
-from kernels.fused import FUSED
+from kernels import FUSED, REFERENCE, Ops
 from kernels.launch import INTERPRETED
 from model import GPT, GPTConfig
 from tests.train.tape import tape

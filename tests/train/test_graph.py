@@ -10,8 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import REFERENCE, Ops
-from kernels.fused import FUSED
+from kernels import FUSED, REFERENCE, Ops
 from kernels.launch import INTERPRETED
 from model import GPT, GPTConfig
 from tests.train.tape import storage, tape

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import train.__main__ as command
-from kernels import REFERENCE
-from kernels.fused import FUSED
+from kernels import FUSED, REFERENCE
 from model import GPTConfig
 from model.recompute import MODES
 from tests.train.runs import refusal, resume, run

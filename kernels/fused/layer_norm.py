@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dropout import keep_mask, keep_threshold, new_seed
-from kernels.launch import FLOATS, Device, Launch, check, custom_op, device_of, packed, rows, run
+from kernels.fused.dropout import keep_mask, keep_threshold, new_seed
+from kernels.launch import FLOATS, Launch, check, custom_op, device_of, packed, rows, run
 from kernels.reference import LAYER_NORM_EPS
 
 MAX_WIDTH = 4096  # a row is held in one block's registers
@@ -149,71 +149,8 @@ def _block(C: int) -> tuple[int, int, int]:
     return max(1, 16 * 32 * num_warps // BLOCK_N), BLOCK_N, num_warps
 
 
-def plan_forward(
-    device: Device,
-    x: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    stream: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> list[Launch]:
-    """x, residual (M, C) with unit last stride; stream, y (M, C), mean, rstd (M,) are written."""
-    M, C = residual.shape
-    BLOCK_M, BLOCK_N, num_warps = _block(C)
-    args = dict(
-        x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, seed_ptr=seed, stream_ptr=stream, y_ptr=y,
-        mean_ptr=mean, rstd_ptr=rstd, x_stride=0 if x is None else x.stride(0), residual_stride=residual.stride(0),
-        M=M, C=C, inv_C=1 / C, threshold=keep_threshold(p), scale=1 / (1 - p), eps=LAYER_NORM_EPS,
-    )  # fmt: skip
-    constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-    return [Launch(add_layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),), args, constants, num_warps)]
-
-
-def backward_programs(device: Device, M: int, C: int) -> int:
-    """P, the programs of the backward kernel and the rows of its partial sums: as many as run at once, so that none is
-    left over for a second round. What fits on a multiprocessor is decided by registers."""
-    BLOCK_M, BLOCK_N, _ = _block(C)
-    resident = {2048: 3, 4096: 1}.get(BLOCK_N, 4)
-    return min(triton.cdiv(M, BLOCK_M), resident * device.multiprocessors)
-
-
-def plan_backward(
-    device: Device,
-    dy: Tensor,
-    dstream: Tensor | None,
-    stream: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    p: float,
-    dresidual: Tensor,
-    dx: Tensor | None,
-    dweight: Tensor,
-    dbias: Tensor | None,
-) -> list[Launch]:
-    """dy, dstream, stream (M, C) with unit last stride; dresidual, dx (M, C), dweight, dbias (P, C) are written."""
-    M, C = dy.shape
-    BLOCK_M, BLOCK_N, num_warps = _block(C)
-    P = dweight.shape[0]
-    args = dict(
-        dy_ptr=dy, dstream_ptr=dstream, stream_ptr=stream, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
-        seed_ptr=seed, dresidual_ptr=dresidual, dx_ptr=dx, dweight_ptr=dweight, dbias_ptr=dbias,
-        dy_stride=dy.stride(0), dstream_stride=0 if dstream is None else dstream.stride(0),
-        stream_stride=stream.stride(0), M=M, C=C, inv_C=1 / C, threshold=keep_threshold(p), scale=1 / (1 - p),
-        tiles_per_program=triton.cdiv(triton.cdiv(M, BLOCK_M), max(P, 1)),
-    )  # fmt: skip
-    constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-    return [Launch(add_layer_norm_bwd_kernel, (P,), args, constants, num_warps)]
-
-
 @custom_op("nanofuse::add_layer_norm")
-def _forward(
+def _add_layer_norm(
     x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
@@ -222,10 +159,17 @@ def _forward(
     p: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(residual', y, mean, rstd). Without x there is no new stream, and residual' is empty."""
-    stream, y, mean, rstd = _outputs(x, residual, dtype)
-    out = None if x is None else stream
-    run(residual, *plan_forward(device_of(residual), x, residual, weight, bias, seed, p, out, y, mean, rstd))
+    """(residual', y, mean, rstd) of x, residual (M, C) with unit last stride. Without x, residual' is empty."""
+    (M, C), (stream, y, mean, rstd) = residual.shape, _outputs(x, residual, dtype)
+    BLOCK_M, BLOCK_N, num_warps = _block(C)
+    args = dict(
+        x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, seed_ptr=seed,
+        stream_ptr=None if x is None else stream, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
+        x_stride=0 if x is None else x.stride(0), residual_stride=residual.stride(0),
+        M=M, C=C, inv_C=1 / C, threshold=keep_threshold(p), scale=1 / (1 - p), eps=LAYER_NORM_EPS,
+    )  # fmt: skip
+    constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+    run(residual, Launch(add_layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),), args, constants, num_warps))
     return stream, y, mean, rstd
 
 
@@ -236,13 +180,13 @@ def _outputs(x: Tensor | None, residual: Tensor, dtype: torch.dtype) -> tuple[Te
     return stream, y, *(residual.new_empty(M, dtype=torch.float32) for _ in range(2))
 
 
-@_forward.register_fake
+@_add_layer_norm.register_fake
 def _(x, residual, weight, bias, seed, p, dtype):
     return _outputs(x, residual, dtype)
 
 
 @custom_op("nanofuse::add_layer_norm_backward")
-def _backward(
+def _add_layer_norm_backward(
     dy: Tensor,
     dstream: Tensor | None,
     stream: Tensor,
@@ -254,25 +198,36 @@ def _backward(
     dx_dtype: torch.dtype | None,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dresidual, dx, dweight, dbias); dx empty where dx_dtype is None, dbias where there is no bias."""
-    (M, C), device = dy.shape, device_of(dy)
+    """(dresidual, dx, dweight, dbias) of dy, dstream, stream (M, C) with unit last stride.
+
+    dx is empty where dx_dtype is None, dbias where there is no bias.
+    """
+    M, C = dy.shape
+    BLOCK_M, BLOCK_N, num_warps = _block(C)
+    # As many programs as run at once, so that none is left over for a second round: registers decide how many fit.
+    resident = {2048: 3, 4096: 1}.get(BLOCK_N, 4)
+    P = min(triton.cdiv(M, BLOCK_M), resident * device_of(dy).multiprocessors)
     dresidual, dx = stream.new_empty(M, C), dy.new_empty(M if dx_dtype else 0, C, dtype=dx_dtype)
-    P = backward_programs(device, M, C)
     dweight, dbias = (dy.new_empty(P if wanted else 0, C, dtype=torch.float32) for wanted in (True, has_bias))
-    run(dy, *plan_backward(
-        device, dy, dstream, stream, weight, mean, rstd, seed, p,
-        dresidual, dx if dx_dtype else None, dweight, dbias if has_bias else None,
-    ))  # fmt: skip
+    args = dict(
+        dy_ptr=dy, dstream_ptr=dstream, stream_ptr=stream, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
+        seed_ptr=seed, dresidual_ptr=dresidual, dx_ptr=dx if dx_dtype else None,
+        dweight_ptr=dweight, dbias_ptr=dbias if has_bias else None,
+        dy_stride=dy.stride(0), dstream_stride=0 if dstream is None else dstream.stride(0),
+        stream_stride=stream.stride(0), M=M, C=C, inv_C=1 / C, threshold=keep_threshold(p), scale=1 / (1 - p),
+        tiles_per_program=triton.cdiv(triton.cdiv(M, BLOCK_M), max(P, 1)),
+    )  # fmt: skip
+    run(dy, Launch(add_layer_norm_bwd_kernel, (P,), args, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N), num_warps))
     return dresidual, dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
 
 
-@_backward.register_fake
+@_add_layer_norm_backward.register_fake
 def _(dy, dstream, stream, weight, mean, rstd, seed, p, dx_dtype, has_bias):
     (M, C), (dweight, dbias) = dy.shape, (weight.new_empty(weight.shape) for _ in range(2))
     return stream.new_empty(M, C), dy.new_empty(M if dx_dtype else 0, C, dtype=dx_dtype), dweight, dbias
 
 
-def _save(ctx, inputs, output):
+def _save_add_layer_norm(ctx, inputs, output):
     x, residual, weight, bias, seed, p, _ = inputs
     stream, _, mean, rstd = output
     ctx.set_materialize_grads(False)  # the last residual' is used by nobody: no zeros are made up for it, nor read
@@ -280,20 +235,20 @@ def _save(ctx, inputs, output):
     ctx.p, ctx.x_dtype, ctx.has_bias = p, None if x is None else x.dtype, bias is not None
 
 
-def _differentiate(ctx, dstream, dy, dmean, drstd):
+def _differentiate_add_layer_norm(ctx, dstream, dy, dmean, drstd):
     stream, weight, mean, rstd, seed = ctx.saved_tensors
     dy = torch.zeros_like(stream) if dy is None else rows(dy)
     dstream = None if dstream is None or ctx.x_dtype is None else rows(dstream)  # without x, residual' is empty
     same = ctx.x_dtype == stream.dtype and seed is None  # then dx is dresidual: written once
     dx_dtype = None if same else ctx.x_dtype
-    dresidual, dx, dweight, dbias = _backward(
+    dresidual, dx, dweight, dbias = _add_layer_norm_backward(
         dy, dstream, stream, weight, mean, rstd, seed, ctx.p, dx_dtype, ctx.has_bias
     )
     dx = None if ctx.x_dtype is None else dresidual if same else dx
     return dx, dresidual, dweight, dbias if ctx.has_bias else None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_add_layer_norm.register_autograd(_differentiate_add_layer_norm, setup_context=_save_add_layer_norm)
 
 
 def _check(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **streams: Tensor) -> None:
@@ -317,7 +272,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     ValueError for what cannot be served.
     """
     _check(weight, bias, dtype, x=x)
-    _, y, _, _ = _forward(None, rows(x), weight.contiguous(), packed(bias), None, 0.0, dtype)
+    _, y, _, _ = _add_layer_norm(None, rows(x), weight.contiguous(), packed(bias), None, 0.0, dtype)
     return y.view(x.shape)
 
 
@@ -334,5 +289,5 @@ def add_layer_norm(
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p: got {p}, expected 0 or more and less than 1")
     seed = new_seed(x, p)
-    stream, y, _, _ = _forward(rows(x), rows(residual), weight.contiguous(), packed(bias), seed, p, dtype)
+    stream, y, _, _ = _add_layer_norm(rows(x), rows(residual), weight.contiguous(), packed(bias), seed, p, dtype)
     return stream.view(x.shape), y.view(x.shape)

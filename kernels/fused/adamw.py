@@ -10,7 +10,7 @@ arXiv:1711.05101; clipping as `torch.nn.utils.clip_grad_norm_`):
     p <- p * (1 - lr * decay) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 Where |g| is not finite nothing changes, not even t. lr, t and the loss scale are read from device memory: a captured
-graph replays with the values of the day.
+graph replays with the values that are there.
 
 1. The norm kernel: each of P programs sums the squares of every P-th tile, in float32, and the first one turns t into
    bias corrections. 1 - beta^t is taken in float64 of a float32 logarithm, whose relative error it does not enlarge;
@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.launch import FLOATS, Device, Launch, check, custom_op, device_of, run
+from kernels.launch import FLOATS, Launch, check, custom_op, device_of, run
 
 CLIP_EPS = tl.constexpr(reference.CLIP_EPS)
 
@@ -136,60 +136,6 @@ def adamw_update_kernel(
                 tl.store(compute_ptr + offset, p.to(compute_ptr.dtype.element_ty), mask=mask)
 
 
-def norm_programs(device: Device, grad: Tensor) -> int:
-    """P, the programs of the norm kernel and its partial sums; one at least, which sets the bias corrections."""
-    return max(1, min(triton.cdiv(grad.nbytes, NORM_BYTES), NORM_PROGRAMS * device.multiprocessors))
-
-
-def update_programs(device: Device, n: int) -> int:
-    """Programs of the update kernel; one at least, which advances the step."""
-    return max(1, min(triton.cdiv(n, UPDATE_BLOCK), UPDATE_PROGRAMS * device.multiprocessors))
-
-
-def plan_adamw(
-    device: Device,
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    lr: Tensor,
-    step: Tensor,
-    inv_scale: Tensor | None,
-    compute: Tensor | None,
-    partial: Tensor,
-    scalars: Tensor,
-    norm: Tensor,
-    found_inf: Tensor,
-    n_decay: int,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    max_norm: float,
-) -> list[Launch]:
-    """Contiguous (n,) buffers; partial (P,), scalars (3,), norm and found_inf () float32 are written."""
-    n, P, programs = param.numel(), partial.numel(), update_programs(device, param.numel())
-    tiles = triton.cdiv(grad.nbytes, NORM_BYTES)
-    log2_beta1, log2_beta2 = (math.log2(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
-    norm_args = dict(
-        grad_ptr=grad, lr_ptr=lr, step_ptr=step, partial_ptr=partial, scalars_ptr=scalars, n=n, tiles=tiles,
-        tiles_per_program=triton.cdiv(tiles, P), log2_beta1=log2_beta1, log2_beta2=log2_beta2,
-        weight_decay=weight_decay,
-    )  # fmt: skip
-    update_args = dict(
-        param_ptr=param, grad_ptr=grad, exp_avg_ptr=exp_avg, exp_avg_sq_ptr=exp_avg_sq, step_ptr=step,
-        inv_scale_ptr=inv_scale, compute_ptr=compute, partial_ptr=partial, scalars_ptr=scalars, norm_ptr=norm,
-        found_inf_ptr=found_inf, n=n, n_decay=n_decay, P=P,
-        tiles_per_program=triton.cdiv(triton.cdiv(n, UPDATE_BLOCK), programs), weight1=1 - beta1, weight2=1 - beta2,
-        eps=eps, max_norm=max_norm if max_norm > 0 else math.inf,
-    )  # fmt: skip
-    update_constants = dict(BLOCK=UPDATE_BLOCK, BLOCK_P=triton.next_power_of_2(P))
-    return [
-        Launch(adamw_norm_kernel, (P,), norm_args, dict(BLOCK=NORM_BYTES // grad.itemsize), NORM_WARPS),
-        Launch(adamw_update_kernel, (programs,), update_args, update_constants, UPDATE_WARPS),
-    ]
-
-
 @custom_op("nanofuse::adamw", mutates_args=("param", "exp_avg", "exp_avg_sq", "step", "compute"))
 def _adamw(
     param: Tensor,
@@ -207,14 +153,33 @@ def _adamw(
     weight_decay: float,
     max_norm: float,
 ) -> tuple[Tensor, Tensor]:
-    """(norm, found_inf)."""
-    device = device_of(param)
+    """(norm, found_inf) of contiguous (n,) buffers."""
+    n, multiprocessors = param.numel(), device_of(param).multiprocessors
+    # One program at least: the norm's first sets the bias corrections, the update's first advances the step
+    norm_tiles, update_tiles = triton.cdiv(grad.nbytes, NORM_BYTES), triton.cdiv(n, UPDATE_BLOCK)
+    P = max(1, min(norm_tiles, NORM_PROGRAMS * multiprocessors))
+    programs = max(1, min(update_tiles, UPDATE_PROGRAMS * multiprocessors))
     norm, found_inf = param.new_empty(()), param.new_empty(())
-    partial, scalars = param.new_empty(norm_programs(device, grad)), param.new_empty(3)
-    run(param, *plan_adamw(
-        device, param, grad, exp_avg, exp_avg_sq, lr, step, inv_scale, compute, partial, scalars, norm, found_inf,
-        n_decay, beta1, beta2, eps, weight_decay, max_norm,
-    ))  # fmt: skip
+    partial, scalars = param.new_empty(P), param.new_empty(3)
+    log2_beta1, log2_beta2 = (math.log2(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+    norm_args = dict(
+        grad_ptr=grad, lr_ptr=lr, step_ptr=step, partial_ptr=partial, scalars_ptr=scalars, n=n, tiles=norm_tiles,
+        tiles_per_program=triton.cdiv(norm_tiles, P), log2_beta1=log2_beta1, log2_beta2=log2_beta2,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+    update_args = dict(
+        param_ptr=param, grad_ptr=grad, exp_avg_ptr=exp_avg, exp_avg_sq_ptr=exp_avg_sq, step_ptr=step,
+        inv_scale_ptr=inv_scale, compute_ptr=compute, partial_ptr=partial, scalars_ptr=scalars, norm_ptr=norm,
+        found_inf_ptr=found_inf, n=n, n_decay=n_decay, P=P, tiles_per_program=triton.cdiv(update_tiles, programs),
+        weight1=1 - beta1, weight2=1 - beta2, eps=eps, max_norm=max_norm if max_norm > 0 else math.inf,
+    )  # fmt: skip
+    norm_constants = dict(BLOCK=NORM_BYTES // grad.itemsize)
+    update_constants = dict(BLOCK=UPDATE_BLOCK, BLOCK_P=triton.next_power_of_2(P))
+    run(
+        param,
+        Launch(adamw_norm_kernel, (P,), norm_args, norm_constants, NORM_WARPS),
+        Launch(adamw_update_kernel, (programs,), update_args, update_constants, UPDATE_WARPS),
+    )
     return norm, found_inf
 
 

@@ -1,8 +1,7 @@
-"""GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415), alone and with a bias added before it.
+"""GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415), in its exact form and in the one GPT-2 was trained with.
 
     erf:    gelu(x) = x Phi(x),   gelu'(x) = Phi(x) + x phi(x)            phi, Phi: the normal density, its integral
     tanh:   gelu(x) = x s(x),     gelu'(x) = s(x) + x s'(x),   s(x) = sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))
-    bias:   y = gelu(x + bias),   dx = dy gelu'(x + bias),   dbias = sum over rows of dx
 
 Saved for backward: x, from which everything is cheap to compute again. Bytes an element: forward reads x and writes y,
 backward reads dy and x and writes dx; 4 and 6 of them in bfloat16. An H100's memory brings 4 bytes in the time of some
@@ -15,8 +14,9 @@ The fits are off by 1.5e-9 and 1.3e-8, less than a float32 rounding of Phi; down
 2e-5 and 2e-4, where 1 + erf(x / sqrt(2)) has lost all its digits. Past 6 they fall on, and gelu goes to its limits, 0
 and x: there is a value at both infinities. NaN stays NaN.
 
-dbias is summed in registers by a fixed number of programs, each taking every P-th tile of rows, then over the P partial
-rows: no atomics, the same bits every run. Occupancy: at 32 registers a thread (64 where dbias is summed), 8 (4)
+Where x holds a bias already, as in `mlp.py`, the sum of dx over the rows is the bias's gradient. The backward kernel can
+sum it on the way, in registers: a fixed number of programs each take every P-th tile of rows, and the P partial rows are
+summed afterwards. No atomics, the same bits every run. Occupancy: at 32 registers a thread (64 with the sum), 8 (4)
 programs of 256 threads are on a multiprocessor at once.
 """
 
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Device, Launch, check, custom_op, device_of, packed, rows, run
+from kernels.launch import Launch, check, custom_op, device_of, rows, run
 
 FORMS = ("erf", "tanh")
 
@@ -80,7 +80,6 @@ def gelu_slope_of(x, TANH: tl.constexpr):
 @triton.jit
 def gelu_fwd_kernel(
     x_ptr,  # (M, C)
-    bias_ptr,  # (C,) or None
     y_ptr,  # out (M, C)
     x_stride,
     M,
@@ -96,8 +95,6 @@ def gelu_fwd_kernel(
     mask = (o_row < M)[:, None] & (o_col < C)[None, :]
     row64 = o_row.to(tl.int64)[:, None]
     x = tl.load(x_ptr + row64 * x_stride + o_col[None, :], mask=mask, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr + o_col, mask=o_col < C, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + row64 * C + o_col[None, :], gelu_of(x, TANH).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -105,7 +102,6 @@ def gelu_fwd_kernel(
 def gelu_bwd_kernel(
     dy_ptr,  # (M, C)
     x_ptr,  # (M, C)
-    bias_ptr,  # (C,) or None
     dx_ptr,  # out (M, C)
     dbias_ptr,  # out (P, C) float32: each program's sum over its rows; or None
     dy_stride,
@@ -122,8 +118,6 @@ def gelu_bwd_kernel(
     groups = tl.num_programs(0) // column_tiles
     o_col = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     m_col = o_col < C
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
     dbias = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for i in range(tiles_per_program):
         o_row = (i * groups + group) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -131,12 +125,10 @@ def gelu_bwd_kernel(
         row64 = o_row.to(tl.int64)[:, None]
         dy = tl.load(dy_ptr + row64 * dy_stride + o_col[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + row64 * x_stride + o_col[None, :], mask=mask, other=0.0).to(tl.float32)
-        if bias_ptr is not None:
-            x += bias
         dx = dy * gelu_slope_of(x, TANH)
         tl.store(dx_ptr + row64 * C + o_col[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if dbias_ptr is not None:
-            dbias += dx  # nought where masked: dy is
+            dbias += dx  # 0 where masked: dy is
     if dbias_ptr is not None:
         tl.store(dbias_ptr + group * C + o_col, tl.sum(dbias, axis=0), mask=m_col)
 
@@ -148,90 +140,75 @@ def _tiles(M: int, C: int) -> tuple[int, int, int, int]:
     return BLOCK_M, BLOCK_N, triton.cdiv(M, BLOCK_M), triton.cdiv(C, BLOCK_N)
 
 
-def plan_forward(device: Device, x: Tensor, bias: Tensor | None, approximate: str, y: Tensor) -> list[Launch]:
-    """x (M, C) with unit last stride; y (M, C) is written, and may be x."""
+def gelu_forward(x: Tensor, approximate: str, y: Tensor) -> None:
+    """Write gelu(x) into y (M, C), which may be x. x (M, C) with unit last stride."""
     M, C = x.shape
     BLOCK_M, BLOCK_N, row_tiles, column_tiles = _tiles(M, C)
-    args = dict(x_ptr=x, bias_ptr=bias, y_ptr=y, x_stride=x.stride(0), M=M, C=C, column_tiles=column_tiles)
+    args = dict(x_ptr=x, y_ptr=y, x_stride=x.stride(0), M=M, C=C, column_tiles=column_tiles)
     constants = dict(TANH=approximate == "tanh", BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-    return [Launch(gelu_fwd_kernel, (row_tiles * column_tiles,), args, constants, num_warps=8)]
+    run(x, Launch(gelu_fwd_kernel, (row_tiles * column_tiles,), args, constants, num_warps=8))
 
 
-def partial_rows(device: Device, M: int, C: int) -> int:
-    """P, the rows of the bias gradient's partial sums: of programs, 4 a multiprocessor, which all run at once."""
-    _, _, row_tiles, column_tiles = _tiles(M, C)
-    return min(row_tiles, max(1, 4 * device.multiprocessors // column_tiles))
+def gelu_backward(dy: Tensor, x: Tensor, approximate: str, dx: Tensor, wants_dbias: bool = False) -> Tensor | None:
+    """Write dy * gelu'(x) into dx (M, C), which may be dy. dy, x (M, C) with unit last stride.
 
-
-def plan_backward(
-    device: Device,
-    dy: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    approximate: str,
-    dx: Tensor,
-    dbias: Tensor | None,
-) -> list[Launch]:
-    """dy, x (M, C) with unit last stride; dx (M, C) and, where wanted, dbias (P, C) are written."""
+    Returns the sum of dx over the rows, (C,) in x's dtype, if it is wanted.
+    """
     M, C = x.shape
     BLOCK_M, BLOCK_N, row_tiles, column_tiles = _tiles(M, C)
-    groups = row_tiles if dbias is None else dbias.shape[0]
+    groups, dbias = row_tiles, None
+    if wants_dbias:  # 4 programs a multiprocessor, which all run at once
+        groups = min(row_tiles, max(1, 4 * device_of(x).multiprocessors // column_tiles))
+        dbias = x.new_empty(groups, C, dtype=torch.float32)
     args = dict(
-        dy_ptr=dy, x_ptr=x, bias_ptr=bias, dx_ptr=dx, dbias_ptr=dbias, dy_stride=dy.stride(0), x_stride=x.stride(0),
+        dy_ptr=dy, x_ptr=x, dx_ptr=dx, dbias_ptr=dbias, dy_stride=dy.stride(0), x_stride=x.stride(0),
         M=M, C=C, column_tiles=column_tiles, tiles_per_program=triton.cdiv(row_tiles, max(groups, 1)),
     )  # fmt: skip
     constants = dict(TANH=approximate == "tanh", BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-    return [Launch(gelu_bwd_kernel, (groups * column_tiles,), args, constants, num_warps=8)]
+    run(x, Launch(gelu_bwd_kernel, (groups * column_tiles,), args, constants, num_warps=8))
+    return None if dbias is None else dbias.sum(0).to(x.dtype)
 
 
 @custom_op("nanofuse::gelu")
-def _forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+def _gelu(x: Tensor, approximate: str) -> Tensor:
     """x (M, C) of any strides."""
-    x, y = rows(x), x.new_empty(x.shape)
-    run(x, *plan_forward(device_of(x), x, packed(bias), approximate, y))
+    y = x.new_empty(x.shape)
+    gelu_forward(rows(x), approximate, y)
     return y
 
 
-@_forward.register_fake
-def _(x, bias, approximate):
+@_gelu.register_fake
+def _(x, approximate):
     return x.new_empty(x.shape)
 
 
 @custom_op("nanofuse::gelu_backward")
-def gelu_backward(
-    dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, wants_dbias: bool
-) -> tuple[Tensor, Tensor]:
-    """(dx, dbias) of dy, x (M, C) of any strides; dbias (C,) in x's dtype, empty unless wanted.
-
-    dbias is the sum of dx over the rows, which is also the gradient of a bias that x already holds.
-    """
-    dy, x, dx = rows(dy), rows(x), x.new_empty(x.shape)
-    (M, C), device = x.shape, device_of(x)
-    partial = x.new_empty(partial_rows(device, M, C), C, dtype=torch.float32) if wants_dbias else None
-    run(x, *plan_backward(device, dy, x, packed(bias), approximate, dx, partial))
-    return dx, x.new_empty(0) if partial is None else partial.sum(0).to(x.dtype)
+def _gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
+    """dx of dy, x (M, C) of any strides."""
+    dx = x.new_empty(x.shape)
+    gelu_backward(rows(dy), rows(x), approximate, dx)
+    return dx
 
 
-@gelu_backward.register_fake
-def _(dy, x, bias, approximate, wants_dbias):
-    return x.new_empty(x.shape), x.new_empty(x.shape[1] if wants_dbias else 0)
+@_gelu_backward.register_fake
+def _(dy, x, approximate):
+    return x.new_empty(x.shape)
 
 
-def _save(ctx, inputs, output):
-    x, bias, ctx.approximate = inputs
-    ctx.save_for_backward(x, bias)
+def _save_gelu(ctx, inputs, output):
+    x, ctx.approximate = inputs
+    ctx.save_for_backward(x)
 
 
-def _differentiate(ctx, dy):
-    x, bias = ctx.saved_tensors
-    dx, dbias = gelu_backward(dy, x, bias, ctx.approximate, ctx.needs_input_grad[1])
-    return dx, dbias if ctx.needs_input_grad[1] else None, None
+def _differentiate_gelu(ctx, dy):
+    return _gelu_backward(dy, *ctx.saved_tensors, ctx.approximate), None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_gelu.register_autograd(_differentiate_gelu, setup_context=_save_gelu)
 
 
 def check_form(approximate: str) -> None:
+    """ValueError unless it names a form of GELU."""
     if approximate not in FORMS:
         raise ValueError(f"approximate: got {approximate!r}, expected 'erf' or 'tanh'")
 
@@ -242,19 +219,8 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     x (..., C): float32, bfloat16 or float16; approximate: "erf" or "tanh". Returns (..., C) in x's dtype. ValueError
     for what cannot be served.
     """
-    return bias_gelu(x, None, approximate)
-
-
-def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    """gelu(x + bias); the meaning of `reference.bias_gelu`.
-
-    x (..., C) and bias (C,) or None: float32, bfloat16 or float16, of one dtype; approximate: "erf" or "tanh". Returns
-    (..., C) in x's dtype. ValueError for what cannot be served.
-    """
     check_form(approximate)
     check("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., C) with C of 1 or more")
-    if bias is not None:
-        check("bias", bias, shape=x.shape[-1:], dtypes=(x.dtype,), device=x.device)
-    return _forward(x.reshape(-1, x.shape[-1]), bias, approximate).view(x.shape)
+    return _gelu(x.reshape(-1, x.shape[-1]), approximate).view(x.shape)

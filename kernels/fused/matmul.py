@@ -1,4 +1,4 @@
-"""The matmul kernels whose epilogues hold a GELU, and how they are cut up.
+"""The MLP's two matmul kernels, whose epilogues hold a GELU, and how they are cut up.
 
     linear_gelu_fwd:   pre = x @ weight.T + bias,   act = gelu(pre)
     linear_gelu_bwd:   dpre = (dy @ weight) * gelu'(pre),   dbias = sum over rows of dpre
@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.gelu import gelu_of, gelu_slope_of
-from kernels.launch import INTERPRETED, Device, Launch, address
+from kernels.fused.gelu import gelu_of, gelu_slope_of
+from kernels.launch import INTERPRETED, Device, Launch, address, device_of, packed, run
 
 GROUP = tl.constexpr(8)  # rows of tiles that are taken together
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's tl.dot is wrong for bfloat16
@@ -277,53 +277,40 @@ def operand(x: Tensor | None, rows: int, columns: int, descriptors: bool) -> Any
     return TensorDescriptor.from_tensor(x, [rows, columns]) if descriptors and x is not None else x
 
 
-def plan_forward(
-    device: Device,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    approximate: str,
-    pre: Tensor | None,
-    act: Tensor,
-    tiles: Tiles,
-) -> list[Launch]:
-    """x (M, K), weight (N, K) with unit last stride; act (M, N) and, where wanted, pre (M, N) are written."""
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, pre: Tensor | None, act: Tensor, tiles: Tiles
+) -> None:
+    """Write gelu(x @ weight.T + bias) into act (M, N), and what GELU is taken of into pre (M, N), where it is wanted.
+
+    x (M, K), weight (N, K) with unit last stride; bias (N,) or None.
+    """
     (M, K), N = x.shape, weight.shape[0]
-    TMA = has_descriptors(device, x, weight, pre, act)
+    TMA = has_descriptors(device_of(x), x, weight, pre, act)
     args = dict(
         x_ptr=operand(x, tiles.BLOCK_M, tiles.BLOCK_K, TMA),
         weight_ptr=operand(weight, tiles.BLOCK_N, tiles.BLOCK_K, TMA),
-        bias_ptr=bias,
+        bias_ptr=packed(bias),
         pre_ptr=operand(pre, tiles.BLOCK_M, tiles.BLOCK_N // 2, TMA),
         act_ptr=operand(act, tiles.BLOCK_M, tiles.BLOCK_N // 2, TMA),
         x_stride=x.stride(0),
         weight_stride=weight.stride(0),
     )
     constants = dict(TANH=approximate == "tanh", TMA=TMA, FLATTEN=tiles.programs == 1)
-    return [_launch(linear_gelu_fwd_kernel, device, tiles, M, N, K, args, constants)]
+    _run(linear_gelu_fwd_kernel, x, tiles, M, N, K, args, constants)
 
 
-def partial_rows(M: int, tiles: Tiles) -> int:
-    """The rows of the bias gradient's partial sums: one for each row of tiles."""
-    return triton.cdiv(M, tiles.BLOCK_M)
+def linear_gelu_backward(
+    dy: Tensor, weight: Tensor, pre: Tensor, approximate: str, dpre: Tensor, wants_dbias: bool, tiles: Tiles
+) -> Tensor | None:
+    """Write (dy @ weight) * gelu'(pre) into dpre (M, N).
 
-
-def plan_backward(
-    device: Device,
-    dy: Tensor,
-    weight: Tensor,
-    pre: Tensor,
-    approximate: str,
-    dpre: Tensor,
-    dbias: Tensor | None,
-    tiles: Tiles,
-) -> list[Launch]:
-    """dpre (M, N) = (dy @ weight) * gelu'(pre), and its sums over the rows of each tile into dbias, where wanted.
-
-    dy (M, K), weight (K, N) with unit last stride, pre (M, N) contiguous; dbias (partial_rows, N) float32.
+    dy (M, K), weight (K, N) with unit last stride, pre (M, N) contiguous. Returns the sum of dpre over the rows, (N,) in
+    pre's dtype, if it is wanted.
     """
     (M, K), N = dy.shape, weight.shape[1]
-    TMA = has_descriptors(device, dy, weight, dpre)
+    row_tiles = triton.cdiv(M, tiles.BLOCK_M)
+    dbias = pre.new_empty(row_tiles, N, dtype=torch.float32) if wants_dbias else None
+    TMA = has_descriptors(device_of(dy), dy, weight, dpre)
     args = dict(
         dy_ptr=operand(dy, tiles.BLOCK_M, tiles.BLOCK_K, TMA),
         weight_ptr=operand(weight, tiles.BLOCK_K, tiles.BLOCK_N, TMA),
@@ -333,16 +320,16 @@ def plan_backward(
         dy_stride=dy.stride(0),
         weight_stride=weight.stride(0),
     )
-    constants = dict(TANH=approximate == "tanh", TMA=TMA)
-    return [_launch(linear_gelu_bwd_kernel, device, tiles, M, N, K, args, constants)]
+    _run(linear_gelu_bwd_kernel, dy, tiles, M, N, K, args, dict(TANH=approximate == "tanh", TMA=TMA))
+    return None if dbias is None else dbias.sum(0).to(pre.dtype)
 
 
-def _launch(
-    kernel: Any, device: Device, tiles: Tiles, M: int, N: int, K: int, args: dict[str, Any], constants: dict[str, Any]
-) -> Launch:
+def _run(
+    kernel: Any, x: Tensor, tiles: Tiles, M: int, N: int, K: int, args: dict[str, Any], constants: dict[str, Any]
+) -> None:
     """What both kernels are told of the problem's size and its tiles."""
     row_tiles, column_tiles = triton.cdiv(M, tiles.BLOCK_M), triton.cdiv(N, tiles.BLOCK_N)
     args = args | dict(M=M, N=N, K=K, row_tiles=row_tiles, column_tiles=column_tiles)
     constants = constants | dict(BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, BLOCK_K=tiles.BLOCK_K)
-    programs = min(row_tiles * column_tiles, tiles.programs * device.multiprocessors)
-    return Launch(kernel, (programs,), args, constants, tiles.num_warps, tiles.num_stages)
+    programs = min(row_tiles * column_tiles, tiles.programs * device_of(x).multiprocessors)
+    run(x, Launch(kernel, (programs,), args, constants, tiles.num_warps, tiles.num_stages))

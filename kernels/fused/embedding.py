@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dropout import keep_mask, keep_threshold, new_seed
-from kernels.launch import FLOATS, Device, Launch, check, custom_op, device_of, rows, run
+from kernels.fused.dropout import keep_mask, keep_threshold, new_seed
+from kernels.launch import FLOATS, Launch, check, custom_op, rows, run
 
 MAX_WIDTH = 8192  # a row is held in one block's registers
 PIECE = 32  # sorted rows that are summed in advance where they hold one token
@@ -202,56 +202,6 @@ def _block(C: int, elements: int) -> tuple[int, int, int]:
     return max(1, elements * 32 * num_warps // BLOCK_N), BLOCK_N, num_warps
 
 
-def plan_forward(
-    device: Device, idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, p: float, x: Tensor
-) -> list[Launch]:
-    """idx (M,); wte (V, C) and wpe (T, C) with unit last stride; x (M, C) is written."""
-    (M, C), BLOCK = x.shape, _block(wte.shape[1], 16)
-    args = dict(
-        idx_ptr=idx, wte_ptr=wte, wpe_ptr=wpe, seed_ptr=seed, x_ptr=x, wte_stride=wte.stride(0),
-        wpe_stride=wpe.stride(0), M=M, T=wpe.shape[0], V=wte.shape[0], C=C, threshold=keep_threshold(p),
-        scale=1 / (1 - p),
-    )  # fmt: skip
-    constants = dict(BLOCK_M=BLOCK[0], BLOCK_N=BLOCK[1])
-    return [Launch(embedding_fwd_kernel, (triton.cdiv(M, BLOCK[0]),), args, constants, BLOCK[2])]
-
-
-def plan_wte_backward(
-    device: Device,
-    dx: Tensor,
-    tokens: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    seed: Tensor | None,
-    p: float,
-    pieces: Tensor,
-    dwte: Tensor,
-) -> list[Launch]:
-    """dx (M, C) with unit last stride; tokens, order (M,) sorted, starts (V + 1,); pieces, dwte (V, C) are written."""
-    (V, C), BLOCK = dwte.shape, _block(dwte.shape[1], 32)
-    args = dict(
-        dx_ptr=dx, order_ptr=order, seed_ptr=seed, pieces_ptr=pieces, dx_stride=dx.stride(0), C=C,
-        threshold=keep_threshold(p), scale=1 / (1 - p),
-    )  # fmt: skip
-    constants = dict(PIECE=PIECE, BLOCK_M=BLOCK[0], BLOCK_N=BLOCK[1])
-    return [
-        Launch(embedding_bwd_pieces_kernel, (len(pieces),), args | dict(tokens_ptr=tokens), constants, BLOCK[2]),
-        Launch(embedding_bwd_wte_kernel, (V,), args | dict(starts_ptr=starts, dwte_ptr=dwte), constants, BLOCK[2]),
-    ]
-
-
-def plan_wpe_backward(device: Device, dx: Tensor, seed: Tensor | None, p: float, dwpe: Tensor) -> list[Launch]:
-    """dx (B * T, C) with unit last stride; dwpe (T, C) is written."""
-    (T, C), BLOCK = dwpe.shape, _block(dwpe.shape[1], 32)
-    B = len(dx) // max(T, 1)
-    args = dict(
-        dx_ptr=dx, seed_ptr=seed, dwpe_ptr=dwpe, dx_stride=dx.stride(0), B=B, T=T, C=C, threshold=keep_threshold(p),
-        scale=1 / (1 - p), tiles=triton.cdiv(B, BLOCK[0]),
-    )  # fmt: skip
-    constants = dict(BLOCK_M=BLOCK[0], BLOCK_N=BLOCK[1])
-    return [Launch(embedding_bwd_wpe_kernel, (T,), args, constants, BLOCK[2])]
-
-
 def sort_by_token(idx: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor]:
     """idx (M,) sorted, the rows that its elements came from, and where each token's segment starts, (V + 1,)."""
     narrow = torch.int16 if V < 2**15 else torch.int32  # a radix sort passes over the keys once a byte
@@ -261,58 +211,87 @@ def sort_by_token(idx: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @custom_op("nanofuse::embedding")
-def _forward(idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, p: float, dtype: torch.dtype) -> Tensor:
+def _embedding(idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, p: float, dtype: torch.dtype) -> Tensor:
+    """x (M, C) of idx (M,); wte (V, C) and wpe (T, C) with unit last stride."""
     x = wte.new_empty(len(idx), wte.shape[1], dtype=dtype)
-    run(wte, *plan_forward(device_of(wte), idx, wte, wpe, seed, p, x))
+    M, C = x.shape
+    BLOCK_M, BLOCK_N, num_warps = _block(C, 16)
+    args = dict(
+        idx_ptr=idx, wte_ptr=wte, wpe_ptr=wpe, seed_ptr=seed, x_ptr=x, wte_stride=wte.stride(0),
+        wpe_stride=wpe.stride(0), M=M, T=wpe.shape[0], V=wte.shape[0], C=C, threshold=keep_threshold(p),
+        scale=1 / (1 - p),
+    )  # fmt: skip
+    constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+    run(wte, Launch(embedding_fwd_kernel, (triton.cdiv(M, BLOCK_M),), args, constants, num_warps))
     return x
 
 
-@_forward.register_fake
+@_embedding.register_fake
 def _(idx, wte, wpe, seed, p, dtype):
     return wte.new_empty(len(idx), wte.shape[1], dtype=dtype)
 
 
 @custom_op("nanofuse::embedding_wte_backward")
-def _wte_backward(dx: Tensor, idx: Tensor, seed: Tensor | None, p: float, V: int, dtype: torch.dtype) -> Tensor:
+def _embedding_wte_backward(
+    dx: Tensor, idx: Tensor, seed: Tensor | None, p: float, V: int, dtype: torch.dtype
+) -> Tensor:
+    """dwte (V, C) of dx (M, C) with unit last stride and idx (M,)."""
     M, C = dx.shape
     tokens, order, starts = sort_by_token(idx, V)
     pieces, dwte = dx.new_empty(M // PIECE, C, dtype=torch.float32), dx.new_empty(V, C, dtype=dtype)
-    run(dx, *plan_wte_backward(device_of(dx), dx, tokens, order, starts, seed, p, pieces, dwte))
+    BLOCK_M, BLOCK_N, num_warps = _block(C, 32)
+    args = dict(
+        dx_ptr=dx, order_ptr=order, seed_ptr=seed, pieces_ptr=pieces, dx_stride=dx.stride(0), C=C,
+        threshold=keep_threshold(p), scale=1 / (1 - p),
+    )  # fmt: skip
+    constants = dict(PIECE=PIECE, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+    run(
+        dx,
+        Launch(embedding_bwd_pieces_kernel, (len(pieces),), args | dict(tokens_ptr=tokens), constants, num_warps),
+        Launch(embedding_bwd_wte_kernel, (V,), args | dict(starts_ptr=starts, dwte_ptr=dwte), constants, num_warps),
+    )
     return dwte
 
 
-@_wte_backward.register_fake
+@_embedding_wte_backward.register_fake
 def _(dx, idx, seed, p, V, dtype):
     return dx.new_empty(V, dx.shape[1], dtype=dtype)
 
 
 @custom_op("nanofuse::embedding_wpe_backward")
-def _wpe_backward(dx: Tensor, seed: Tensor | None, p: float, T: int, dtype: torch.dtype) -> Tensor:
+def _embedding_wpe_backward(dx: Tensor, seed: Tensor | None, p: float, T: int, dtype: torch.dtype) -> Tensor:
+    """dwpe (T, C) of dx (B * T, C) with unit last stride."""
     dwpe = dx.new_empty(T, dx.shape[1], dtype=dtype)
-    run(dx, *plan_wpe_backward(device_of(dx), dx, seed, p, dwpe))
+    B, C = len(dx) // max(T, 1), dx.shape[1]
+    BLOCK_M, BLOCK_N, num_warps = _block(C, 32)
+    args = dict(
+        dx_ptr=dx, seed_ptr=seed, dwpe_ptr=dwpe, dx_stride=dx.stride(0), B=B, T=T, C=C, threshold=keep_threshold(p),
+        scale=1 / (1 - p), tiles=triton.cdiv(B, BLOCK_M),
+    )  # fmt: skip
+    run(dx, Launch(embedding_bwd_wpe_kernel, (T,), args, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N), num_warps))
     return dwpe
 
 
-@_wpe_backward.register_fake
+@_embedding_wpe_backward.register_fake
 def _(dx, seed, p, T, dtype):
     return dx.new_empty(T, dx.shape[1], dtype=dtype)
 
 
-def _save(ctx, inputs, output):
+def _save_embedding(ctx, inputs, output):
     idx, wte, wpe, seed, p, _ = inputs
     ctx.save_for_backward(idx, seed)
     ctx.p, ctx.V, ctx.T, ctx.dtype = p, len(wte), len(wpe), wte.dtype
 
 
-def _differentiate(ctx, dx):
+def _differentiate_embedding(ctx, dx):
     (idx, seed), dx = ctx.saved_tensors, rows(dx)
     _, needs_dwte, needs_dwpe, *_ = ctx.needs_input_grad
-    dwte = _wte_backward(dx, idx, seed, ctx.p, ctx.V, ctx.dtype) if needs_dwte else None
-    dwpe = _wpe_backward(dx, seed, ctx.p, ctx.T, ctx.dtype) if needs_dwpe else None
+    dwte = _embedding_wte_backward(dx, idx, seed, ctx.p, ctx.V, ctx.dtype) if needs_dwte else None
+    dwpe = _embedding_wpe_backward(dx, seed, ctx.p, ctx.T, ctx.dtype) if needs_dwpe else None
     return None, dwte, dwpe, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_embedding.register_autograd(_differentiate_embedding, setup_context=_save_embedding)
 
 
 def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, p: float = 0.0) -> Tensor:
@@ -332,5 +311,5 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, p: floa
         raise ValueError(f"p: got {p}, expected 0 or more and less than 1")
     if dtype not in FLOATS:
         raise ValueError(f"dtype: got {dtype}, expected {' or '.join(str(known) for known in FLOATS)}")
-    x = _forward(idx.reshape(-1), rows(wte), rows(wpe), new_seed(wte, p), p, dtype)
+    x = _embedding(idx.reshape(-1), rows(wte), rows(wpe), new_seed(wte, p), p, dtype)
     return x.view(B, T, C)

@@ -1,0 +1,4 @@
+"""The Triton kernels, a file each, read as a lecture: formula, kernels, launches, autograd rule, public function.
+
+What each means is said by the function of the same name in `kernels/reference.py`. Importing these files needs Triton.
+"""

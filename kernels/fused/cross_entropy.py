@@ -1,0 +1,510 @@
+"""Cross-entropy over the vocabulary: of logits at hand, and of x @ weight.T in one op that nobody sees the logits of.
+
+    lse = log sum_j exp(x_j),   loss = mean of (lse - x_target) over the rows that count
+    dx_j = (exp(x_j - lse) - [j = target]) / (rows that count)
+
+**The kernels.** One pass over a row takes the maximum, the sum and the target's logit; a second one writes the gradient.
+A row's tile is (LANES, WIDTH): WIDTH neighbours are one 16-byte access of one thread, and every lane keeps its own
+running maximum and sum (Milakov and Gimelshein 2018, arXiv:1805.02867), so that a block of columns costs no barrier,
+and one exponential an element and one a lane; lanes meet once, at the end of the row. The sum is saved as two numbers,
+the maximum m and log2 of the sum of exp(x - m): x - m is exact where lse, of large logits, is not. A row that is ignored
+is not read. A target outside the vocabulary is not followed: its row's loss and gradient are NaN.
+
+**cross_entropy.** The logits belong to the caller: they are read once for the loss, and read and written once for the
+gradient.
+
+**linear_cross_entropy.** The gradient is written over the logits in the forward pass, while they are at hand: of a
+(32768, 50304) bfloat16 matrix, 3.3 GB, one read and one write. A row, 100 KB, is read a second time out of the caches:
+two blocks of 16 warps on a multiprocessor (at most 64 registers a thread) keep no more rows in flight than an H100
+holds. What is written is the gradient g of the unscaled row losses, in [-1, 1]: nothing underflows in float16. With
+s = dloss / (rows that count), known in the backward pass,
+
+    dx = s (g @ weight),   dweight = g.T @ (s x)
+
+so that a loss that is scaled, by accumulation or a GradScaler, costs M x C elements twice, never a pass over M x V. For
+dweight, s goes into x: the sum over rows of unscaled terms could leave float16's range, and weight has more elements
+than x. A power of two, as 1 / 32768 is, rounds nothing; any other s costs x one more rounding. s is applied in float32.
+
+In chunks of rows, only one chunk's logits exist. Both products are taken in the forward pass, dweight summed over chunks
+in float32, and the backward pass scales. Saved for it: M x C in x's dtype and 4 V C bytes, instead of M x V. It buys
+memory, not time.
+
+Rows of logits are padded to 32 bytes or more: a vocabulary of 50257 is read 16 bytes at a time like one of 50304, also
+by the matmuls.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import Launch, address, check, custom_op, rows, run
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's: a maximum that -inf may join without a NaN
+
+
+@triton.jit
+def _target_logit(target_logit_ptr, mask):
+    return tl.load(target_logit_ptr, mask=mask, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def _columns(LANES: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+
+
+@triton.jit
+def _write_gradient(
+    logits_ptr,
+    dlogits_ptr,
+    logits_stride,
+    dlogits_stride,
+    o_row,  # (ROWS,)
+    target,
+    top,  # the row's maximum
+    log2_total,  # log2 of its sum of exp(x - top)
+    upstream,  # the gradient of the row's loss
+    M,
+    V,
+    columns,
+    ignore_index,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    counted = target != ignore_index
+    known = ~counted | ((target >= 0) & (target < V))
+    upstream = tl.where(counted, upstream, 0.0)
+    log2_total = tl.where(counted, log2_total, 0.0)[:, None, None]  # -inf there, as is every x: no difference
+    miss = tl.where(known, 0.0, float("nan"))[:, None, None]
+    hit = tl.where(known, -upstream, float("nan"))[:, None, None]
+    upstream = upstream[:, None, None]
+    top = top[:, None, None]
+    target = target.to(tl.int32)[:, None, None]
+    o_col = _columns(LANES, WIDTH)
+    m_row = (o_row < M)[:, None, None]
+    m_read = counted[:, None, None]
+    row = (logits_ptr + o_row.to(tl.int64) * logits_stride)[:, None, None] + o_col
+    out = (dlogits_ptr + o_row.to(tl.int64) * dlogits_stride)[:, None, None] + o_col
+    for start in range(0, columns, LANES * WIDTH):
+        m_col = o_col < columns - start
+        # nobody reads these logits again
+        x = tl.load(row + start, mask=m_read & m_col, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        p = tl.exp2((x - top) * LOG2E - log2_total)
+        dx = p * upstream + tl.where(o_col == target - start, hit, miss)
+        if PADDED:
+            dx = tl.where(o_col < V - start, dx, 0.0)
+        tl.store(out + start, dx.to(dlogits_ptr.dtype.element_ty), mask=m_row & m_col)
+
+
+@triton.jit
+def cross_entropy_fwd_kernel(
+    logits_ptr,  # (M, columns)
+    targets_ptr,  # (M,) int64
+    losses_ptr,  # out (2, M) float32: the row's loss, 0 where ignored; 1 where it counts
+    stats_ptr,  # out (2, M) float32: top and log2_total; or None
+    dlogits_ptr,  # out (M, columns): the gradient of the row's loss; or None. May be logits_ptr
+    logits_stride,
+    losses_stride,
+    dlogits_stride,
+    M,
+    V,
+    columns,  # V, and padding: not read as logits, and without a gradient
+    ignore_index,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,  # V < columns
+):
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < M
+    target = tl.load(targets_ptr + o_row, mask=m_row, other=ignore_index)
+    counted = target != ignore_index
+    first = logits_ptr + o_row.to(tl.int64) * logits_stride
+    x_target = _target_logit(target_logit_ptr=first + target, mask=counted & (target >= 0) & (target < V))
+    o_col = _columns(LANES, WIDTH)
+    row = first[:, None, None] + o_col
+    m_read = counted[:, None, None]
+    lane_top = tl.full((ROWS, LANES), LOWEST, dtype=tl.float32)
+    lane_total = tl.zeros((ROWS, LANES), dtype=tl.float32)
+    for start in range(0, columns, LANES * WIDTH):
+        x = tl.load(row + start, mask=m_read & (o_col < columns - start), other=float("-inf")).to(tl.float32)
+        if PADDED:
+            x = tl.where(o_col < V - start, x, float("-inf"))
+        new_top = tl.maximum(lane_top, tl.max(x, axis=2))
+        total = tl.sum(tl.exp2((x - new_top[:, :, None]) * LOG2E), axis=2)
+        lane_total = lane_total * tl.exp2((lane_top - new_top) * LOG2E) + total
+        lane_top = new_top
+    top = tl.max(lane_top, axis=1)
+    log2_total = tl.log2(tl.sum(lane_total * tl.exp2((lane_top - top[:, None]) * LOG2E), axis=1))
+    loss = (top - x_target) + LN2 * log2_total
+    tl.store(losses_ptr + o_row, tl.where(counted, loss, 0.0), mask=m_row)
+    tl.store(losses_ptr + losses_stride + o_row, counted.to(tl.float32), mask=m_row)
+    if stats_ptr is not None:
+        tl.store(stats_ptr + o_row, top, mask=m_row)
+        tl.store(stats_ptr + M + o_row, log2_total, mask=m_row)
+    if dlogits_ptr is not None:
+        tl.debug_barrier()  # the gradient may overwrite the target's logit: first, every warp has read it
+        _write_gradient(
+            logits_ptr, dlogits_ptr, logits_stride, dlogits_stride, o_row, target, top, log2_total, 1.0,
+            M, V, columns, ignore_index, LANES, WIDTH, PADDED,
+        )  # fmt: skip
+
+
+@triton.jit
+def cross_entropy_bwd_kernel(
+    dloss_ptr,  # () float32: the gradient of a row's loss
+    logits_ptr,  # (M, V)
+    targets_ptr,  # (M,) int64
+    stats_ptr,  # (2, M) float32
+    dlogits_ptr,  # out (M, V)
+    logits_stride,
+    dlogits_stride,
+    M,
+    V,
+    ignore_index,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < M
+    target = tl.load(targets_ptr + o_row, mask=m_row, other=ignore_index)
+    top = tl.load(stats_ptr + o_row, mask=m_row, other=0.0)
+    log2_total = tl.load(stats_ptr + M + o_row, mask=m_row, other=0.0)
+    _write_gradient(
+        logits_ptr, dlogits_ptr, logits_stride, dlogits_stride, o_row, target, top, log2_total, tl.load(dloss_ptr),
+        M, V, V, ignore_index, LANES, WIDTH, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def scale_kernel(
+    x_ptr,  # (M, C)
+    scale_ptr,  # () float32
+    out_ptr,  # out (M, C), may be x_ptr
+    x_stride,
+    out_stride,
+    M,
+    C,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    o_row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    o_col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    mask = (o_row < M) & (o_col < C)
+    x = tl.load(x_ptr + o_row.to(tl.int64) * x_stride + o_col, mask=mask).to(tl.float32) * tl.load(scale_ptr)
+    tl.store(out_ptr + o_row.to(tl.int64) * out_stride + o_col, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def tile(logits: Tensor) -> tuple[int, int, int, int]:
+    """(ROWS, LANES, WIDTH, num_warps) for logits (M, V): 16 elements a thread, 16 bytes of them at a time, if rows are
+    aligned; else 8, each a lane of its own, which takes more registers. Narrow rows, of 65 characters, share a program.
+    """
+    aligned = address(logits) % 16 == 0 and logits.stride(0) % 16 == 0  # what Triton's specialisation sees
+    WIDTH, thread = (16 // logits.element_size(), 16) if aligned else (1, 8)
+    columns = min(512 * thread, max(16, triton.next_power_of_2(logits.shape[1])))
+    ROWS = max(1, 128 * thread // columns)
+    return ROWS, columns // WIDTH, WIDTH, ROWS * columns // (32 * thread)
+
+
+def row_losses(
+    logits: Tensor,
+    V: int,
+    targets: Tensor,
+    ignore_index: int,
+    losses: Tensor,
+    *,
+    stats: Tensor | None = None,
+    dlogits: Tensor | None = None,
+) -> None:
+    """Write what the forward kernel can: `losses` (2, M), whose rows may lie apart; where wanted, stats (2, M) or the
+    gradient dlogits, perhaps over the logits. logits, dlogits (M, V and padding) with unit last stride; targets (M,).
+    """
+    M, columns = logits.shape
+    ROWS, LANES, WIDTH, num_warps = tile(logits)
+    args = dict(
+        logits_ptr=logits, targets_ptr=targets, losses_ptr=losses, stats_ptr=stats, dlogits_ptr=dlogits,
+        logits_stride=logits.stride(0), losses_stride=losses.stride(0),
+        dlogits_stride=0 if dlogits is None else dlogits.stride(0),
+        M=M, V=V, columns=columns, ignore_index=ignore_index,
+    )  # fmt: skip
+    constants = dict(ROWS=ROWS, LANES=LANES, WIDTH=WIDTH, PADDED=V < columns)
+    run(logits, Launch(cross_entropy_fwd_kernel, (triton.cdiv(M, ROWS),), args, constants, num_warps))
+
+
+def mean_of(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """losses (2, M), as the kernel writes them -> (loss, what its gradient is divided by for that of a row's loss).
+
+    Both () float32. The mean of nothing is NaN, yet its gradient is 0, as torch has it: the divisor is at least 1.
+    """
+    total, count = losses.sum(1)
+    return total / count, count.clamp_min(1.0)
+
+
+def scaled(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """out = x * scale (), rounded once. x, out (M, C), perhaps the same, with unit last stride."""
+    M, C = x.shape
+    BLOCK_N = min(256, max(16, triton.next_power_of_2(C)))
+    BLOCK_M = 4096 // BLOCK_N  # 32 elements a thread
+    args = dict(x_ptr=x, scale_ptr=scale, out_ptr=out, x_stride=x.stride(0), out_stride=out.stride(0), M=M, C=C)
+    grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(C, BLOCK_N))
+    run(x, Launch(scale_kernel, grid, args, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)))
+    return out
+
+
+# Logits at hand -------------------------------------------------------------------------------------------------------
+
+
+@custom_op("nanofuse::cross_entropy")
+def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, divisor, stats)"""
+    losses, stats = (logits.new_empty(2, logits.shape[0], dtype=torch.float32) for _ in range(2))
+    row_losses(logits, logits.shape[1], targets, ignore_index, losses, stats=stats)
+    return *mean_of(losses), stats
+
+
+@_cross_entropy.register_fake
+def _(logits, targets, ignore_index):
+    loss, divisor = (logits.new_empty((), dtype=torch.float32) for _ in range(2))
+    return loss, divisor, logits.new_empty(2, logits.shape[0], dtype=torch.float32)
+
+
+@custom_op("nanofuse::cross_entropy_backward")
+def _cross_entropy_backward(
+    dloss: Tensor, logits: Tensor, targets: Tensor, divisor: Tensor, stats: Tensor, ignore_index: int
+) -> Tensor:
+    dlogits = logits.new_empty(logits.shape)
+    (M, V), (ROWS, LANES, WIDTH, num_warps) = logits.shape, tile(logits)
+    args = dict(
+        dloss_ptr=dloss / divisor, logits_ptr=logits, targets_ptr=targets, stats_ptr=stats, dlogits_ptr=dlogits,
+        logits_stride=logits.stride(0), dlogits_stride=dlogits.stride(0), M=M, V=V, ignore_index=ignore_index,
+    )  # fmt: skip
+    constants = dict(ROWS=ROWS, LANES=LANES, WIDTH=WIDTH)
+    run(logits, Launch(cross_entropy_bwd_kernel, (triton.cdiv(M, ROWS),), args, constants, num_warps))
+    return dlogits
+
+
+@_cross_entropy_backward.register_fake
+def _(dloss, logits, targets, divisor, stats, ignore_index):
+    return logits.new_empty(logits.shape)
+
+
+def _save_cross_entropy(ctx, inputs, output):
+    logits, targets, ctx.ignore_index = inputs
+    _, divisor, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(divisor, stats)
+    ctx.save_for_backward(logits, targets, divisor, stats)
+
+
+def _differentiate_cross_entropy(ctx, dloss, ddivisor, dstats):
+    dlogits = None if dloss is None else _cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_index)
+    return dlogits, None, None
+
+
+_cross_entropy.register_autograd(_differentiate_cross_entropy, setup_context=_save_cross_entropy)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
+    """The mean loss of logits against targets; the meaning of `reference.cross_entropy`.
+
+    logits (M, V) float32, bfloat16 or float16, targets (M,) int64. Returns a float32 scalar. A target that is neither
+    ignore_index nor in [0, V) makes the loss NaN, and its row's gradient: no error is raised, since that would take a
+    wait for the GPU. ValueError for what cannot be served.
+    """
+    check("logits", logits, shape=(None, None))
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected one column or more")
+    check("targets", targets, shape=(logits.shape[0],), dtypes=(torch.int64,), device=logits.device)
+    loss, _, _ = _cross_entropy(rows(logits), targets.contiguous(), ignore_index)
+    return loss
+
+
+# With the head, all rows at once --------------------------------------------------------------------------------------
+
+
+def padded(V: int) -> int:
+    """The columns of a matrix of logits, V of them used: Triton wants row strides divisible by 16 to see alignment."""
+    return (V + 15) // 16 * 16
+
+
+def _gradients(
+    x: Tensor, weight: Tensor, dtype: torch.dtype, need_dx: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    """Room for dx, in x's dtype, and dweight, in `dtype`; empty where not needed."""
+    (M, C), V = x.shape, weight.shape[0]
+    return x.new_empty(M if need_dx else 0, C), x.new_empty(V if need_dweight else 0, C, dtype=dtype)
+
+
+@custom_op("nanofuse::linear_cross_entropy")
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, differentiable: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, divisor, gradient of the row losses (M, padded(V)), empty unless `differentiable`)"""
+    M, V = x.shape[0], weight.shape[0]
+    logits = x.new_empty(M, padded(V))
+    losses = x.new_empty(2, M, dtype=torch.float32)
+    torch.mm(x, weight.t(), out=logits[:, :V])
+    row_losses(logits, V, targets, ignore_index, losses, dlogits=logits if differentiable else None)
+    return *mean_of(losses), logits if differentiable else x.new_empty(0, logits.shape[1])
+
+
+@_linear_cross_entropy.register_fake
+def _(x, weight, targets, ignore_index, differentiable):
+    loss, divisor = (x.new_empty((), dtype=torch.float32) for _ in range(2))
+    return loss, divisor, x.new_empty(x.shape[0] if differentiable else 0, padded(weight.shape[0]))
+
+
+@custom_op("nanofuse::linear_cross_entropy_backward")
+def _linear_cross_entropy_backward(
+    dloss: Tensor, divisor: Tensor, dlogits: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx, dweight), each empty unless needed"""
+    dlogits, scale = dlogits[:, : weight.shape[0]], dloss / divisor
+    dx, dweight = _gradients(x, weight, weight.dtype, need_dx, need_dweight)
+    if need_dx:
+        torch.mm(dlogits, weight, out=dx)
+        scaled(dx, scale, dx)
+    if need_dweight:
+        torch.mm(dlogits.t(), scaled(x, scale, x.new_empty(x.shape)), out=dweight)
+    return dx, dweight
+
+
+@_linear_cross_entropy_backward.register_fake
+def _(dloss, divisor, dlogits, x, weight, need_dx, need_dweight):
+    return _gradients(x, weight, weight.dtype, need_dx, need_dweight)
+
+
+def _save_linear_cross_entropy(ctx, inputs, output):
+    x, weight, *_ = inputs
+    _, divisor, dlogits = output
+    ctx.set_materialize_grads(False)  # no zeros are made up for a gradient of dlogits
+    ctx.mark_non_differentiable(divisor, dlogits)
+    ctx.save_for_backward(divisor, dlogits, x, weight)
+
+
+def _differentiate_linear_cross_entropy(ctx, dloss, ddivisor, ddlogits):
+    if dloss is None:
+        return (None,) * 5
+    need_dx, need_dweight = ctx.needs_input_grad[:2]
+    dx, dweight = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, need_dx, need_dweight)
+    return dx if need_dx else None, dweight if need_dweight else None, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_differentiate_linear_cross_entropy, setup_context=_save_linear_cross_entropy)
+
+
+# With the head, in chunks of rows -------------------------------------------------------------------------------------
+
+
+@custom_op("nanofuse::chunked_linear_cross_entropy")
+def _chunked_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    chunk_rows: int,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, divisor, dx and float32 dweight of the summed row losses, each empty unless needed)"""
+    M, V = x.shape[0], weight.shape[0]
+    logits = x.new_empty(min(chunk_rows, M), padded(V))
+    losses = x.new_empty(2, M, dtype=torch.float32)
+    dx, dweight = _gradients(x, weight, torch.float32, need_dx, need_dweight)
+    dweight.zero_()
+    for start in range(0, M, chunk_rows):
+        chunk = slice(start, start + chunk_rows)
+        part = logits[: M - start]
+        torch.mm(x[chunk], weight.t(), out=part[:, :V])
+        dlogits = part if need_dx or need_dweight else None
+        row_losses(part, V, targets[chunk], ignore_index, losses[:, chunk], dlogits=dlogits)
+        if need_dx:
+            torch.mm(part[:, :V], weight, out=dx[chunk])
+        if need_dweight:
+            _add_product(dweight, part[:, :V].t(), x[chunk])
+    return *mean_of(losses), dx, dweight
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in float32 whatever the factors' dtype."""
+    if a.device.type != "cpu" and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:  # the CPU has no such product
+        total.addmm_(a.float(), b.float())
+
+
+@_chunked_linear_cross_entropy.register_fake
+def _(x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight):
+    loss, divisor = (x.new_empty((), dtype=torch.float32) for _ in range(2))
+    return loss, divisor, *_gradients(x, weight, torch.float32, need_dx, need_dweight)
+
+
+@custom_op("nanofuse::chunked_linear_cross_entropy_backward")
+def _chunked_linear_cross_entropy_backward(
+    dloss: Tensor, divisor: Tensor, dx: Tensor, dweight: Tensor, dweight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight, scaled, the latter in its dtype"""
+    scale = dloss / divisor
+    return tuple(
+        scaled(gradient, scale, gradient.new_empty(gradient.shape, dtype=dtype))
+        for gradient, dtype in ((dx, dx.dtype), (dweight, dweight_dtype))
+    )
+
+
+@_chunked_linear_cross_entropy_backward.register_fake
+def _(dloss, divisor, dx, dweight, dweight_dtype):
+    return dx.new_empty(dx.shape), dweight.new_empty(dweight.shape, dtype=dweight_dtype)
+
+
+def _save_chunked_linear_cross_entropy(ctx, inputs, output):
+    _, divisor, dx, dweight = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(divisor, dx, dweight)
+    ctx.save_for_backward(divisor, dx, dweight)
+    ctx.dweight_dtype = inputs[1].dtype
+
+
+def _differentiate_chunked_linear_cross_entropy(ctx, dloss, ddivisor, ddx, ddweight):
+    if dloss is None:
+        return (None,) * 7
+    need_dx, need_dweight = ctx.needs_input_grad[:2]
+    dx, dweight = _chunked_linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.dweight_dtype)
+    return dx if need_dx else None, dweight if need_dweight else None, *(None,) * 5
+
+
+_chunked_linear_cross_entropy.register_autograd(
+    _differentiate_chunked_linear_cross_entropy, setup_context=_save_chunked_linear_cross_entropy
+)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, *, chunk_rows: int = 0
+) -> tuple[Tensor, None]:
+    """The mean loss of x @ weight.T against targets; the meaning of `reference.linear_cross_entropy`.
+
+    x (..., C) and weight (V, C) of one dtype, float32, bfloat16 or float16, targets (...) int64. `chunk_rows`: how many
+    rows' logits exist at a time, 0 for all of them; 4096 or more keep the matmuls fast. Returns a float32 scalar, and
+    None for the logits. Where nothing is to be differentiated, no gradient is computed. Targets outside the vocabulary
+    as in `cross_entropy`. ValueError for what cannot be served.
+    """
+    check("x", x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected one channel or more")
+    check("weight", weight, shape=(None, x.shape[-1]), dtypes=(x.dtype,), device=x.device)
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected one row or more")
+    check("targets", targets, shape=tuple(x.shape[:-1]), dtypes=(torch.int64,), device=x.device)
+    if chunk_rows < 0:
+        raise ValueError(f"chunk_rows: got {chunk_rows}, expected 0 (all) or more")
+    need_dx, need_dweight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight))
+    x, targets = rows(x), targets.reshape(-1).contiguous()  # a view of targets may have any stride
+    if chunk_rows:
+        arguments = (x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight)
+        loss, _, _, _ = _chunked_linear_cross_entropy(*arguments)
+    else:
+        loss, _, _ = _linear_cross_entropy(x, weight, targets, ignore_index, need_dx or need_dweight)
+    return loss, None
