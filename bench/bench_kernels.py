@@ -12,12 +12,13 @@ import pytest
 
 pytest.importorskip("triton", reason="the cases are of Triton's kernels, and Triton is not installed")
 
+from kernels.cases import Shape
+
 from bench.entrants import TIMED, entrants
 from bench.kernels import Contest, directions, shapes
 from bench.schema import WRONG, Kernel
 from bench.session import CLOCK, Session, facts
 from kernels.cases import Case
-from kernels.cases.case import Shape
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from kernels.cases import Shape, draw
 from torch import Tensor
 
 from kernels import reference, select
 from kernels.cases import CASES, Case, Traffic
-from kernels.cases.case import Shape, draw
 from kernels.launch import INTERPRETED
 from model.attention import BACKENDS, causal_attention
 

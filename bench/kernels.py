@@ -1,6 +1,6 @@
 """Kernels, timed by turns: every case at GPT's shapes, each direction, ours beside plain torch and other people's.
 
-A case is checked before it is timed, by the tests' own criterion (`kernels/cases/check.py`), at the shape that is timed
+A case is checked before it is timed, by the tests' own criterion (`kernels/check.py`), at the shape that is timed
 or, where float64 is too large or too slow there, with fewer rows. Where ours fails, nothing of the case is timed. What
 torch.compile and others make need only be the same function: they are allowed more error; what is not is left out.
 
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from kernels.cases import Shape
+from kernels.check import disagreement, in_float64, outputs_and_gradients
 from torch import Tensor
 
 from bench.entrants import ATTENTION, TIMED, Entrant, Function, entrants
 from bench.schema import WRONG, Kernel
 from bench.timing import Staged, Work, by_turns
 from kernels.cases import Case
-from kernels.cases.case import Shape
-from kernels.cases.check import disagreement, in_float64, outputs_and_gradients
 from train.hardware import resolve_dtype
 
 Inputs = dict[str, Any]

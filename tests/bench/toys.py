@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
+from kernels.cases import draw
 from torch import Tensor
 
 from bench.kernels import Contest
 from bench.schema import Kernel
 from kernels.cases import Case, Traffic
-from kernels.cases.case import draw
 
 CPU = torch.device("cpu")
 SHAPE = (8, 16)

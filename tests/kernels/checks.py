@@ -1,8 +1,7 @@
-"""The criterion of `kernels/cases/check.py` as an assertion."""
+"""The criterion of `kernels/check.py` as an assertion."""
 
+from kernels.check import disagreement
 from torch import Tensor
-
-from kernels.cases.check import disagreement
 
 
 def assert_as_good_as_torch(

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from kernels.cases import Shape
+from kernels.check import in_float64, outputs_and_gradients
 
 from kernels.cases import CASES, Case
-from kernels.cases.case import Shape
-from kernels.cases.check import in_float64, outputs_and_gradients
 from kernels.launch import INTERPRETED
 from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.memory import Memory

@@ -26,7 +26,7 @@ from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from triton.backends.compiler import GPUTarget
 
-from kernels.targets import sass
+from kernels import targets
 from tests.rehearsal.device import DEVICE, H100, Gpu, nothing
 
 
