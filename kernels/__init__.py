@@ -30,7 +30,7 @@ A caller under autocast casts first: x and the weights that multiply it have one
 from importlib import import_module
 from typing import Any
 
-from kernels.ops import REFERENCE, Ops, fused, missing, select
+from kernels.ops import REFERENCE, Ops, load_fused, missing, select
 
 # Where the operations are that need Triton: imported when they are asked for
 _FUSED = {
@@ -46,7 +46,7 @@ __all__ = ["FUSED", "REFERENCE", "Ops", "missing", "select", *_FUSED]
 
 def __getattr__(name: str) -> Any:
     if name == "FUSED":
-        return fused()
+        return load_fused()
     if name in _FUSED:
         return getattr(import_module(_FUSED[name]), name)
     raise AttributeError(f"module 'kernels' has no attribute {name!r}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import adamw, cross_entropy, embedding, gelu, layer_norm, linear_cross_entropy, linear_gelu, reference
+from kernels import FUSED, cross_entropy, gelu, reference
 from kernels import traffic as least
 
 Shape = tuple[int, ...]
@@ -94,7 +94,7 @@ def _layer_norm(name: str, *, bias: bool, add: bool, stream: torch.dtype | None 
     function = "add_layer_norm" if add else "layer_norm"
     return Case(
         name=name,
-        fused=getattr(layer_norm, function),
+        fused=getattr(FUSED, function),
         reference=getattr(reference, function),
         make_inputs=make_inputs,
         shapes=(
@@ -125,7 +125,7 @@ def _gelu(approximate: str) -> Case:
 
     return Case(
         name=f"gelu, {approximate}",
-        fused=gelu.gelu,
+        fused=gelu,
         reference=reference.gelu,
         make_inputs=make_inputs,
         shapes=(
@@ -158,7 +158,7 @@ def _mlp(approximate: str, *, bias: bool, path: str) -> Case:
         }
 
     def fused(**inputs: Any) -> Tensor:
-        return linear_gelu.mlp(**inputs, path=path)
+        return FUSED.mlp(**inputs, path=path)
 
     def elementwise(shape: Shape, dtype: torch.dtype) -> int:  # what GELU moves; the products are cuBLAS's
         return least.gelu_forward(shape[0], shape[2], dtype.itemsize)
@@ -234,7 +234,7 @@ def _cross_entropy(name: str, *, ignored: bool = False) -> Case:
 
     return Case(
         name=name,
-        fused=cross_entropy.cross_entropy,
+        fused=cross_entropy,
         reference=reference.cross_entropy,
         make_inputs=make_inputs,
         shapes=(
@@ -271,7 +271,7 @@ def _linear_cross_entropy(name: str, *, chunked: bool, ignored: bool = False) ->
 
     return Case(
         name=name,
-        fused=linear_cross_entropy.linear_cross_entropy,
+        fused=FUSED.linear_cross_entropy,
         reference=lambda **inputs: reference.linear_cross_entropy(**inputs)[0],
         make_inputs=make_inputs,
         shapes=(
@@ -315,7 +315,7 @@ def _embedding() -> Case:
 
     return Case(
         name="embedding",
-        fused=embedding.embedding,
+        fused=FUSED.embedding,
         reference=reference.embedding,
         make_inputs=make_inputs,
         shapes=(
@@ -377,7 +377,7 @@ def _adamw(name: str, *, copy: bool, scaled: bool, max_norm: float) -> Case:
 
     return Case(
         name=name,
-        fused=on_copies(adamw.adamw),
+        fused=on_copies(FUSED.adamw),
         reference=on_copies(reference.adamw),
         make_inputs=make_inputs,
         shapes=(
@@ -392,7 +392,7 @@ def _adamw(name: str, *, copy: bool, scaled: bool, max_norm: float) -> Case:
             shape[0], dtype.itemsize, copy=copy_dtype(dtype).itemsize if copy else 0
         ),
         again=1.25,  # the norm is there before the first element is updated: the gradient is read twice
-        in_place=(adamw.adamw, reference.adamw),
+        in_place=(FUSED.adamw, reference.adamw),
         budgets={
             "adamw_norm_kernel": Budget(warps=32, one_wave=True, wide=0.7),
             "adamw_update_kernel": Budget(warps=32, wide=0.5),  # 4 elements a thread: 8 bytes of a 2-byte dtype

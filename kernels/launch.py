@@ -1,11 +1,10 @@
 """How kernels are launched: on what device, with what arguments, and which inputs are refused.
 
-A kernel file plans before it launches. A planner gets tensors and a `Device` and returns `Launch`es: kernel, grid,
-arguments, compile-time constants. The op runs them.
+An op puts a `Launch` together: kernel, grid, arguments, compile-time constants. `run` makes it.
 
-An op itself can be run without a device too: in `recording(device)` its body, from `BODIES`, takes meta or fake tensors
-and plans for `device`, and `run` keeps the launches instead of making them. `targets.py` compiles these,
-`train/dryrun.py` counts them: what is inspected is what runs.
+An op can be run without a device too: in `recording(device)` its body, from `BODIES`, takes meta or fake tensors, and
+`run` keeps the launches instead of making them. `targets.py` compiles these, `train/dryrun.py` counts them: what is
+inspected is what runs.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan depends on."""
+    """What a launch depends on."""
 
     capability: int  # 90: sm_90, Hopper; 0: Triton's interpreter
     multiprocessors: int  # streaming multiprocessors; grids of persistent kernels are multiples of it
@@ -86,7 +85,7 @@ _RECORD: ContextVar[_Record | None] = ContextVar("record", default=None)
 
 @contextmanager
 def recording(device: Device) -> Iterator[list[Launch]]:
-    """Inside, ops take meta and fake tensors and plan for `device`; the list gets the launches that they would make."""
+    """Inside, ops take meta and fake tensors; the list gets the launches that they would make on `device`."""
     record = _Record(device, [])
     token = _RECORD.set(record)
     try:

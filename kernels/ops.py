@@ -41,7 +41,7 @@ REFERENCE = Ops(
 
 
 @lru_cache
-def fused() -> Ops:
+def load_fused() -> Ops:
     """The bundle of Triton kernels, `kernels.FUSED`. They are imported here: Triton need not be there for the rest."""
     from kernels.fused.adamw import adamw
     from kernels.fused.cross_entropy import linear_cross_entropy
@@ -101,4 +101,4 @@ def select(name: str, device: torch.device, lacks: Callable[[torch.device], str]
         if name == "fused":
             raise ValueError(f"got fused, expected reference or auto: {reason}")
         return REFERENCE
-    return fused()
+    return load_fused()

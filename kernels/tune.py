@@ -21,9 +21,9 @@ import triton
 from torch import Tensor
 
 from kernels import reference
-from kernels.launch import INTERPRETED, device_of
-from kernels.fused.mlp import backward, forward
 from kernels.fused.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, tiles_for
+from kernels.fused.mlp import backward, forward
+from kernels.launch import INTERPRETED, device_of
 from kernels.tuned import CUBLAS, Problem, record
 
 # (rows, width): gpt2 at 32, 12, 4 and 1 sequences of 1024 tokens, shakespeare_char, gpt2-medium, gpt2-xl

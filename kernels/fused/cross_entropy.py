@@ -3,12 +3,12 @@
     lse = log sum_j exp(x_j),   loss = mean of (lse - x_target) over the rows that count
     dx_j = (exp(x_j - lse) - [j = target]) / (rows that count)
 
-**The kernels.** One pass over a row takes the maximum, the sum and the target's logit; a second one writes the gradient.
-A row's tile is (LANES, WIDTH): WIDTH neighbours are one 16-byte access of one thread, and every lane keeps its own
-running maximum and sum (Milakov and Gimelshein 2018, arXiv:1805.02867), so that a block of columns costs no barrier,
-and one exponential an element and one a lane; lanes meet once, at the end of the row. The sum is saved as two numbers,
-the maximum m and log2 of the sum of exp(x - m): x - m is exact where lse, of large logits, is not. A row that is ignored
-is not read. A target outside the vocabulary is not followed: its row's loss and gradient are NaN.
+**The kernels.** One pass over a row takes the maximum, the sum and the target's logit; a second one writes the
+gradient. A row's tile is (LANES, WIDTH): WIDTH neighbours are one 16-byte access of one thread, and every lane keeps its
+own running maximum and sum (Milakov and Gimelshein 2018, arXiv:1805.02867), so that a block of columns costs no
+barrier, and one exponential an element and one a lane; lanes meet once, at the end of the row. The sum is saved as two
+numbers, the maximum m and log2 of the sum of exp(x - m): x - m is exact where lse, of large logits, is not. A row that
+is ignored is not read. A target outside the vocabulary is not followed: its row's loss and gradient are NaN.
 
 **cross_entropy.** The logits belong to the caller: they are read once for the loss, and read and written once for the
 gradient.
@@ -25,9 +25,9 @@ so that a loss that is scaled, by accumulation or a GradScaler, costs M x C elem
 dweight, s goes into x: the sum over rows of unscaled terms could leave float16's range, and weight has more elements
 than x. A power of two, as 1 / 32768 is, rounds nothing; any other s costs x one more rounding. s is applied in float32.
 
-In chunks of rows, only one chunk's logits exist. Both products are taken in the forward pass, dweight summed over chunks
-in float32, and the backward pass scales. Saved for it: M x C in x's dtype and 4 V C bytes, instead of M x V. It buys
-memory, not time.
+In chunks of rows, only one chunk's logits exist. Both products are taken in the forward pass, dweight summed over
+chunks in float32, and the backward pass scales. Saved for it: M x C in x's dtype and 4 V C bytes, instead of M x V. It
+buys memory, not time.
 
 Rows of logits are padded to 32 bytes or more: a vocabulary of 50257 is read 16 bytes at a time like one of 50304, also
 by the matmuls.
@@ -231,7 +231,7 @@ def row_losses(
         dlogits_stride=0 if dlogits is None else dlogits.stride(0),
         M=M, V=V, columns=columns, ignore_index=ignore_index,
     )  # fmt: skip
-    constants = dict(ROWS=ROWS, LANES=LANES, WIDTH=WIDTH, PADDED=V < columns)
+    constants = dict(ROWS=ROWS, LANES=LANES, WIDTH=WIDTH, PADDED=columns > V)
     run(logits, Launch(cross_entropy_fwd_kernel, (triton.cdiv(M, ROWS),), args, constants, num_warps))
 
 

@@ -14,10 +14,10 @@ The fits are off by 1.5e-9 and 1.3e-8, less than a float32 rounding of Phi; down
 2e-5 and 2e-4, where 1 + erf(x / sqrt(2)) has lost all its digits. Past 6 they fall on, and gelu goes to its limits, 0
 and x: there is a value at both infinities. NaN stays NaN.
 
-Where x holds a bias already, as in `mlp.py`, the sum of dx over the rows is the bias's gradient. The backward kernel can
-sum it on the way, in registers: a fixed number of programs each take every P-th tile of rows, and the P partial rows are
-summed afterwards. No atomics, the same bits every run. Occupancy: at 32 registers a thread (64 with the sum), 8 (4)
-programs of 256 threads are on a multiprocessor at once.
+Where x holds a bias already, as in `mlp.py`, the sum of dx over the rows is the bias's gradient. The backward kernel
+can sum it on the way, in registers: a fixed number of programs each take every P-th tile of rows, and the P partial
+rows are summed afterwards. No atomics, the same bits every run. Occupancy: at 32 registers a thread (64 with the sum),
+8 (4) programs of 256 threads are on a multiprocessor at once.
 """
 
 import torch

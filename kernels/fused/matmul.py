@@ -304,8 +304,8 @@ def linear_gelu_backward(
 ) -> Tensor | None:
     """Write (dy @ weight) * gelu'(pre) into dpre (M, N).
 
-    dy (M, K), weight (K, N) with unit last stride, pre (M, N) contiguous. Returns the sum of dpre over the rows, (N,) in
-    pre's dtype, if it is wanted.
+    dy (M, K), weight (K, N) with unit last stride, pre (M, N) contiguous. Returns the sum of dpre over the rows, (N,)
+    in pre's dtype, if it is wanted.
     """
     (M, K), N = dy.shape, weight.shape[1]
     row_tiles = triton.cdiv(M, tiles.BLOCK_M)

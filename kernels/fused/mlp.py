@@ -2,7 +2,8 @@
 
     pre = x @ fc_weight.T + fc_bias,   act = gelu(pre),   y = act @ proj_weight.T + proj_bias
     dpre = (dy @ proj_weight) * gelu'(pre),   dx = dpre @ fc_weight
-    dfc_weight = dpre.T @ x,   dfc_bias = sum of dpre's rows,   dproj_weight = dy.T @ act,   dproj_bias = sum of dy's rows
+    dfc_weight = dpre.T @ x,   dfc_bias = sum of dpre's rows
+    dproj_weight = dy.T @ act,   dproj_bias = sum of dy's rows
 
 The fused matmul's epilogue adds the bias, stores pre and stores its GELU; in the backward pass it multiplies
 dy @ proj_weight by gelu'(pre), so that the gradient of act is never stored. The other products have nothing to fuse and
@@ -23,8 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.fused.gelu import check_form, gelu_backward, gelu_forward
-from kernels.fused.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, linear_gelu, linear_gelu_backward
-from kernels.fused.matmul import servable, tiles_for
+from kernels.fused.matmul import (
+    BACKWARD_TILES,
+    FORWARD_TILES,
+    Tiles,
+    linear_gelu,
+    linear_gelu_backward,
+    servable,
+    tiles_for,
+)
 from kernels.launch import check, custom_op, device_of, rows
 from kernels.tuned import PATHS, Problem, choose
 

@@ -1,4 +1,4 @@
-"""gelu and bias_gelu: what the registry's cases leave open."""
+"""gelu: what the registry's cases leave open. The sum of its gradient's rows is seen in test_mlp.py."""
 
 import math
 
@@ -6,16 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.check import in_float64, outputs_and_gradients
 from torch import Tensor
 
-from kernels import gelu as module
-from kernels import reference
-from kernels.gelu import FORMS, bias_gelu, gelu
-from kernels.launch import INTERPRETED, device_of, run
+from kernels import gelu, reference
+from kernels.check import in_float64, outputs_and_gradients
+from kernels.fused.gelu import FORMS, gelu_backward, gelu_forward
+from kernels.launch import INTERPRETED
 from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.layouts import Relay, laid_out
-from tests.kernels.memory import Memory
 from tests.kernels.test_layer_norm import layouts
 
 forms = pytest.mark.parametrize("approximate", FORMS)
@@ -41,7 +39,7 @@ def test_everywhere_as_near_to_the_truth_in_float32_as_torch(approximate: str, d
         for name, got in fused.items():
             error, torchs = ((y.double() - exact[name]).abs().max().item() for y in (got, plain[name]))
             allowed = 2 * torchs + torch.finfo(torch.float32).eps * exact[name].abs().max().item()
-            allowed += 1e-12  # far left torch is nought, in float64 too
+            allowed += 1e-12  # far left torch is 0, in float64 too
             assert error <= allowed, f"{name} in [{first}, {first + 1}]: off by {error:.3g}, torch {torchs:.3g}"
 
 
@@ -74,7 +72,7 @@ def test_a_nan_stays_one_and_alone(approximate: str, device: torch.device) -> No
 
 
 @forms
-def test_at_nought(approximate: str, device: torch.device) -> None:
+def test_at_0(approximate: str, device: torch.device) -> None:
     x = torch.tensor([[0.0, -0.0, 1e-30, -1e-30]], device=device)
     torch.testing.assert_close(gelu(x, approximate), x / 2, rtol=1e-6, atol=0)
     torch.testing.assert_close(slope(gelu, x, approximate), torch.full_like(x, 0.5), rtol=1e-6, atol=0)
@@ -92,91 +90,52 @@ def test_at_nought(approximate: str, device: torch.device) -> None:
     ),
     layout=st.tuples(layouts, layouts),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    bias=st.booleans(),
     approximate=st.sampled_from(FORMS),
 )
-def test_any_shape_stride_and_dtype(shape, layout, dtype, bias, approximate) -> None:
+def test_any_shape_stride_and_dtype(shape, layout, dtype, approximate) -> None:
     torch.manual_seed(0)
     device = "cpu" if INTERPRETED else "cuda"
     inputs = {
         "x": laid_out((3 * torch.randn(shape, device=device)).to(dtype), layout[0]).detach().requires_grad_(),
-        "bias": torch.randn(2 * shape[-1], device=device).to(dtype)[::2].detach().requires_grad_() if bias else None,
         "approximate": approximate,
     }
 
     def relaid(function):
         return lambda **kwargs: Relay.apply(function(**kwargs), layout[1])
 
-    fused, plain = (outputs_and_gradients(relaid(function), inputs) for function in (bias_gelu, reference.bias_gelu))
-    exact = outputs_and_gradients(relaid(reference.bias_gelu), in_float64(inputs))
+    fused, plain = (outputs_and_gradients(relaid(function), inputs) for function in (gelu, reference.gelu))
+    exact = outputs_and_gradients(relaid(reference.gelu), in_float64(inputs))
     assert_as_good_as_torch(fused, plain, exact)
 
 
-@pytest.mark.parametrize("function", ["forward", "backward"])
-def test_rows_two_to_the_31st_elements_apart(function: str, device: torch.device) -> None:
+def test_rows_two_to_the_31st_elements_apart(device: torch.device) -> None:
     """A row number times a stride, each of 32 bits, of more bits."""
     far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device).as_strided((3, 48), (2**30, 1))
     far.copy_(torch.randn(3, 48, device=device))
-    near = far.contiguous()
-    if function == "forward":
-        assert torch.equal(gelu(far, "erf"), gelu(near, "erf"))
-    else:
-        for dy, x in ((far, near), (near, far), (far, far)):
-            got, _ = module.gelu_backward(dy, x, None, "erf", False)
-            expected, _ = module.gelu_backward(near, near, None, "erf", False)
-            assert torch.equal(got, expected)
-
-
-def test_without_rows_the_bias_has_no_gradient(device: torch.device) -> None:
-    x, bias = (torch.randn(size, device=device, requires_grad=True) for size in ((0, 37), (37,)))
-    y = bias_gelu(x, bias, "erf")
-    assert y.shape == (0, 37)
-    y.sum().backward()
-    assert torch.equal(bias.grad, torch.zeros_like(bias))
+    near, expected, got = far.contiguous(), torch.empty(3, 48).to(far), torch.empty(3, 48).to(far)
+    assert torch.equal(gelu(far, "erf"), gelu(near, "erf"))
+    gelu_backward(near, near, "erf", expected)
+    for dy, x in ((far, near), (near, far)):
+        gelu_backward(dy, x, "erf", got)
+        assert torch.equal(got, expected)
 
 
 @forms
 def test_in_place(approximate: str, device: torch.device) -> None:
     """As the MLP does where it keeps nothing, and with the gradient of its activations."""
     x, dy = (torch.randn(40, 100, device=device) for _ in range(2))
-    y, (dx, _) = gelu(x, approximate), module.gelu_backward(dy, x, None, approximate, False)
-    run(x, *module.plan_backward(device_of(x), dy, x, None, approximate, dy, None))
-    run(x, *module.plan_forward(device_of(x), x, None, approximate, x))
+    y, dx = gelu(x, approximate), torch.empty_like(dy)
+    gelu_backward(dy, x, approximate, dx)
+    gelu_backward(dy, x, approximate, dy)
+    gelu_forward(x, approximate, x)
     assert torch.equal(x, y)
     assert torch.equal(dy, dx)
 
 
-# What is computed
-
-
-def test_a_frozen_bias_costs_nothing_in_backward(device: torch.device, memory: Memory | None) -> None:
-    x, bias = torch.randn(37, 64, device=device, requires_grad=True), torch.randn(64, device=device)
-    y = bias_gelu(x, bias, "erf")
-    before = memory.stored if memory else 0
-    y.backward(torch.ones_like(y))
-    if memory:
-        assert memory.stored - before == x.numel() * 4  # dx, and no partial sums
-    assert_as_good_as_torch({"dx": x.grad}, *({"dx": slope_at(x, bias, dtype)} for dtype in (None, torch.float64)))
-
-
-def slope_at(x: Tensor, bias: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return slope(reference.gelu, (x + bias) if dtype is None else x.to(dtype) + bias.to(dtype), "erf")
-
-
-def test_a_frozen_input_leaves_the_bias_gradient(device: torch.device) -> None:
-    x, bias = torch.randn(37, 64, device=device), torch.randn(64, device=device, requires_grad=True)
-    inputs = {"x": x, "bias": bias, "approximate": "tanh"}
-    fused, plain = (outputs_and_gradients(function, inputs) for function in (bias_gelu, reference.bias_gelu))
-    assert_as_good_as_torch(fused, plain, outputs_and_gradients(reference.bias_gelu, in_float64(inputs)))
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_registered_as_torch_wants_it(bias: bool, device: torch.device) -> None:
+def test_registered_as_torch_wants_it(device: torch.device) -> None:
     x, dy = (torch.randn(5, 24, device=device, requires_grad=grad) for grad in (True, False))
-    vector = torch.randn(24, device=device, requires_grad=True) if bias else None
-    torch.library.opcheck(torch.ops.nanofuse.gelu, (x, vector, "erf"))
-    constant = None if vector is None else vector.detach()
-    torch.library.opcheck(torch.ops.nanofuse.gelu_backward, (dy, x.detach(), constant, "tanh", bias))
+    torch.library.opcheck(torch.ops.nanofuse.gelu, (x, "erf"))
+    torch.library.opcheck(torch.ops.nanofuse.gelu_backward, (dy, x.detach(), "tanh"))
 
 
 # Errors
@@ -189,12 +148,9 @@ def test_registered_as_torch_wants_it(bias: bool, device: torch.device) -> None:
         ({"x": torch.zeros(3, 8, dtype=torch.float64)}, "x: got torch.float64, expected torch.float32 or"),
         ({"x": torch.zeros(())}, r"x: got shape \(\), expected \(..., C\)"),
         ({"x": torch.zeros(3, 0)}, r"x: got shape \(3, 0\), expected \(..., C\)"),
-        ({"bias": torch.zeros(7)}, r"bias: got shape \(7,\), expected \(8\)"),
-        ({"bias": torch.zeros(8, dtype=torch.bfloat16)}, "bias: got torch.bfloat16, expected torch.float32"),
-        ({"bias": torch.zeros(8, device="meta")}, "bias: got a tensor on meta, expected"),
     ],
 )
 def test_refused(changes: dict, message: str, device: torch.device) -> None:
-    inputs = {"x": torch.zeros(3, 8), "bias": torch.zeros(8), "approximate": "erf"} | changes
+    inputs = {"x": torch.zeros(3, 8), "approximate": "erf"} | changes
     with pytest.raises(ValueError, match=message):
-        bias_gelu(**{k: v.to(device) if isinstance(v, Tensor) and not v.is_meta else v for k, v in inputs.items()})
+        gelu(**inputs | {"x": inputs["x"].to(device)})

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.check import in_float64, outputs_and_gradients
 from torch import Tensor
 
-from kernels import layer_norm as ln
-from kernels import reference
+from kernels import add_layer_norm, layer_norm, reference
+from kernels.check import in_float64, outputs_and_gradients
+from kernels.fused.layer_norm import MAX_WIDTH
 from kernels.launch import INTERPRETED
 from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.layouts import Relay, laid_out
@@ -54,7 +54,7 @@ def test_any_shape_stride_and_dtype(shape, layout, x_dtype, wide_stream, y_dtype
 
         return gradients_of_any_stride
 
-    fused = outputs_and_gradients(relaid(ln.add_layer_norm), inputs)
+    fused = outputs_and_gradients(relaid(add_layer_norm), inputs)
     plain = outputs_and_gradients(relaid(reference.add_layer_norm), inputs)
     exact = outputs_and_gradients(relaid(reference.add_layer_norm), in_float64(inputs))
     assert_as_good_as_torch(fused, plain, exact, summands=1.0)
@@ -63,7 +63,7 @@ def test_any_shape_stride_and_dtype(shape, layout, x_dtype, wide_stream, y_dtype
 def test_the_last_stream_needs_no_gradient(device: torch.device) -> None:
     x, residual = (torch.randn(6, 48, device=device, requires_grad=True) for _ in range(2))
     weight = torch.ones(48, device=device)
-    _, y = ln.add_layer_norm(x, residual, weight, None, torch.float32)
+    _, y = add_layer_norm(x, residual, weight, None, torch.float32)
     _, expected = reference.add_layer_norm(x, residual, weight, None, torch.float32)
     got = torch.autograd.grad(y.square().sum(), (x, residual))
     want = torch.autograd.grad(expected.square().sum(), (x, residual))
@@ -72,7 +72,7 @@ def test_the_last_stream_needs_no_gradient(device: torch.device) -> None:
 
 def test_the_normalised_output_may_go_unused(device: torch.device) -> None:
     x, residual = (torch.randn(6, 48, device=device, requires_grad=True) for _ in range(2))
-    stream, _ = ln.add_layer_norm(x, residual, torch.ones(48, device=device), None, torch.float32)
+    stream, _ = add_layer_norm(x, residual, torch.ones(48, device=device), None, torch.float32)
     for gradient in torch.autograd.grad(stream.sum(), (x, residual)):
         assert torch.equal(gradient, torch.ones_like(gradient))
 
@@ -81,13 +81,13 @@ def test_a_mean_far_from_zero_costs_no_more_than_its_own_rounding(device: torch.
     x = torch.randn(4, 256, device=device) + 1000.0  # half an ulp is 3e-5; a difference of squares would be off by 0.1
     weight = torch.ones(256, device=device)
     expected = reference.layer_norm(x.double(), weight.double(), None, torch.float64)
-    torch.testing.assert_close(ln.layer_norm(x, weight, None, torch.float32).double(), expected, rtol=0, atol=3e-4)
+    torch.testing.assert_close(layer_norm(x, weight, None, torch.float32).double(), expected, rtol=0, atol=3e-4)
 
 
 def test_values_that_are_no_numbers_stay_in_their_row(device: torch.device) -> None:
     x = torch.randn(5, 40, device=device)
     x[1, 3], x[2, 0], x[3] = torch.inf, torch.nan, 7.0
-    y = ln.layer_norm(x, torch.ones(40, device=device), None, torch.float32)
+    y = layer_norm(x, torch.ones(40, device=device), None, torch.float32)
     assert y[1].isnan().any()
     assert y[2].isnan().all()
     assert torch.equal(y[3], torch.zeros_like(y[3]))  # no variance at all: eps, not a division by zero
@@ -115,7 +115,7 @@ def test_the_mask_is_philox_of_the_seed_forward_and_backward(M: int, C: int, x_d
 
     def fused(x, residual, weight):
         torch.manual_seed(7)
-        return ln.add_layer_norm(x, residual, weight, None, torch.float32, p)
+        return add_layer_norm(x, residual, weight, None, torch.float32, p)
 
     inputs = {"x": x, "residual": residual, "weight": weight}
     exact = outputs_and_gradients(masked, in_float64(inputs))
@@ -128,7 +128,7 @@ def test_every_call_draws_a_new_mask_and_the_generator_repeats_them(device: torc
 
     def masks(seed: int) -> list[Tensor]:
         torch.manual_seed(seed)
-        return [ln.add_layer_norm(x, residual, weight, None, torch.float32, 0.2)[0] for _ in range(2)]
+        return [add_layer_norm(x, residual, weight, None, torch.float32, 0.2)[0] for _ in range(2)]
 
     first, second = masks(1)
     assert not torch.equal(first, second)
@@ -159,7 +159,7 @@ def test_compiled_with_dropout(device: torch.device, compiler: None) -> None:
     x, residual = (torch.ones(8, 64, device=device, requires_grad=True) for _ in range(2))
     weight = torch.ones(64, device=device)
     torch.compiler.reset()
-    compiled = torch.compile(ln.add_layer_norm, fullgraph=True)
+    compiled = torch.compile(add_layer_norm, fullgraph=True)
     streams = []
     for _ in range(2):
         stream, _ = compiled(x, residual, weight, None, torch.float32, 0.5)
@@ -205,12 +205,12 @@ def test_refused_with_what_came_and_what_was_expected(bad: dict, message: str, d
         for name, value in bad.items()
     }
     with pytest.raises(ValueError, match=message):
-        ln.add_layer_norm(**{**good, **bad})
+        add_layer_norm(**{**good, **bad})
 
 
 def test_the_widest_row(device: torch.device) -> None:
-    x = torch.randn(2, ln.MAX_WIDTH, device=device)
-    weight = torch.randn(ln.MAX_WIDTH, device=device)
+    x = torch.randn(2, MAX_WIDTH, device=device)
+    weight = torch.randn(MAX_WIDTH, device=device)
     torch.testing.assert_close(
-        ln.layer_norm(x, weight, None, torch.float32), reference.layer_norm(x, weight, None, torch.float32)
+        layer_norm(x, weight, None, torch.float32), reference.layer_norm(x, weight, None, torch.float32)
     )

@@ -205,13 +205,14 @@ def test_the_two_gelus_differ():
 @dtypes
 @pytest.mark.parametrize("approximate", ["erf", "tanh"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_gelu(dtype, tolerance, approximate, bias):
-    x, weight = draw(2, 5, 9, dtype=dtype), draw(7, 9, seed=1, dtype=dtype)
-    shift = draw(7, seed=2, dtype=dtype) if bias else None
-    y = reference.linear_gelu(x, weight, shift, approximate)
+def test_mlp(dtype, tolerance, approximate, bias):
+    x, up, down = (draw(*size, seed=i, dtype=dtype) for i, size in enumerate(((2, 5, 9), (7, 9), (9, 7))))
+    up_bias, down_bias = (draw(n, seed=n, dtype=dtype) if bias else None for n in (7, 9))
+    y = REFERENCE.mlp(x, up, up_bias, down, down_bias, approximate)
     assert y.dtype == dtype
-    product = torch.einsum("btk,nk->btn", x.double(), weight.double()) + (0 if shift is None else shift.double())
-    assert_near(y, true_gelu(product, approximate), 2 * tolerance)  # two roundings: the product's, and the GELU's
+    pre = torch.einsum("btk,nk->btn", x.double(), up.double()) + (up_bias.double() if bias else 0)
+    expected = torch.einsum("btn,cn->btc", true_gelu(pre, approximate), down.double())
+    assert_near(y, expected + (down_bias.double() if bias else 0), 4 * tolerance)  # both products round, GELU too
 
 
 # Cross-entropy

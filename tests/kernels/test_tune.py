@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from kernels import tune, tuned
+from kernels.fused.matmul import Tiles
+from kernels.fused.mlp import mlp
 from kernels.launch import INTERPRETED
-from kernels.linear_gelu import mlp
-from kernels.matmul import Tiles
 from kernels.tuned import Problem
 from tests.kernels.memory import Memory
-from tests.kernels.test_linear_gelu import SMALL, drawn
+from tests.kernels.test_mlp import SMALL, drawn
 
 # The table of measurements
 

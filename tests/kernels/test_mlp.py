@@ -1,4 +1,4 @@
-"""linear_gelu and mlp: what the registry's cases leave open."""
+"""mlp, by cuBLAS and by the fused matmul: what the registry's cases leave open."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.check import in_float64, outputs_and_gradients
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import linear_gelu as module
-from kernels import matmul, reference
-from kernels.gelu import FORMS
-from kernels.launch import INTERPRETED, Device, run
-from kernels.linear_gelu import linear_gelu, mlp
-from kernels.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles
+from kernels import reference
+from kernels.check import in_float64, outputs_and_gradients
+from kernels.fused import mlp as module
+from kernels.fused.gelu import FORMS
+from kernels.fused.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, has_descriptors, tiles_for
+from kernels.fused.mlp import mlp
+from kernels.launch import INTERPRETED, Device, recording, run
 from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.layouts import Relay, laid_out
 from tests.kernels.memory import Memory
@@ -52,69 +52,37 @@ def assert_means(fused, meaning, inputs: dict[str, Any]) -> None:
 # Shapes, strides, dtypes
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(
     lead=st.one_of(st.tuples(), st.tuples(st.integers(0, 70)), st.tuples(st.integers(0, 3), st.integers(0, 20))),
     K=st.integers(1, 40),
     N=st.integers(1, 70),
-    layout=st.tuples(layouts, layouts, layouts, layouts),
+    layout=st.tuples(layouts, layouts, layouts, st.one_of(layouts, st.just("the same everywhere"))),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    bias=st.booleans(),
+    bias=st.sampled_from([None, "packed", "apart"]),
     approximate=st.sampled_from(FORMS),
     path=st.sampled_from(BOTH),
-    both_layers=st.booleans(),
 )
-def test_any_shape_stride_and_dtype(lead, K, N, layout, dtype, bias, approximate, path, both_layers) -> None:
-    inputs = drawn(1, K, N, dtype, bias=bias) | {"approximate": approximate}
+def test_any_shape_stride_and_dtype(lead, K, N, layout, dtype, bias, approximate, path) -> None:
+    inputs = drawn(1, K, N, dtype, bias=bias is not None) | {"approximate": approximate}
     inputs["x"] = torch.randn((*lead, K), generator=torch.Generator().manual_seed(1)).to(inputs["fc_weight"])
-    names = ("x", "fc_weight", "proj_weight")
-    for name, how in zip(names, layout, strict=False):
+    for name, how in zip(("x", "fc_weight", "proj_weight"), layout, strict=False):
         if inputs[name].ndim > 1 or how == "sliced":
             inputs[name] = laid_out(inputs[name].detach(), how)
         inputs[name] = inputs[name].detach().requires_grad_()
-    fused, meaning = (mlp, reference.mlp) if both_layers else (linear_gelu, reference.linear_gelu)
-    if not both_layers:
-        inputs = {k.removeprefix("fc_"): v for k, v in inputs.items() if not k.startswith("proj_")}
+    if bias == "apart":  # of stride 2
+        for name in ("fc_bias", "proj_bias"):
+            twice = torch.stack([inputs[name].detach(), torch.zeros_like(inputs[name])], dim=1)
+            inputs[name] = twice[:, 0].requires_grad_()
     assert_means(
-        lambda **kwargs: Relay.apply(fused(**kwargs, path=path), layout[3]),
-        lambda **kwargs: Relay.apply(meaning(**kwargs), layout[3]),
+        lambda **kwargs: Relay.apply(mlp(**kwargs, path=path), layout[3]),
+        lambda **kwargs: Relay.apply(reference.mlp(**kwargs), layout[3]),
         inputs,
     )
 
 
 @paths
-@pytest.mark.parametrize("layout", ["sliced", "transposed", "one row for all"])
-@pytest.mark.parametrize("name", ["x", "fc_weight", "proj_weight", "gradient"])
-def test_one_operand_in_other_memory(path: str, layout: str, name: str) -> None:
-    inputs = drawn(20, 24, 40, torch.float16)
-    if name in inputs:
-        inputs[name] = laid_out(inputs[name].detach(), layout).requires_grad_()
-
-    def relaid(function):
-        return lambda **kwargs: Relay.apply(function(**kwargs), layout if name == "gradient" else "packed")
-
-    assert_means(relaid(lambda **kwargs: mlp(**kwargs, path=path)), relaid(reference.mlp), inputs)
-
-
-@paths
-@pytest.mark.parametrize("bias", ["fc_bias", "proj_bias"])
-def test_a_bias_in_other_memory(path: str, bias: str) -> None:
-    inputs = drawn(20, 24, 40)
-    apart = torch.stack([inputs[bias].detach(), torch.zeros_like(inputs[bias])], dim=1)[:, 0]
-    assert apart.stride() == (2,)
-    inputs[bias] = apart.requires_grad_()
-    assert_means(lambda **kwargs: mlp(**kwargs, path=path), reference.mlp, inputs)
-
-
-@paths
-def test_the_gradient_of_a_mean(path: str) -> None:
-    """Every stride of the gradient that arrives is 0."""
-    inputs = drawn(40, 24, 56)
-    assert_means(lambda **i: mlp(**i, path=path).mean() * 100, lambda **i: reference.mlp(**i).mean() * 100, inputs)
-
-
-@paths
-def test_without_rows_the_gradients_of_parameters_are_nought(path: str) -> None:
+def test_without_rows_the_gradients_of_parameters_are_0(path: str) -> None:
     inputs = drawn(0, 24, 40)
     y = mlp(**inputs, path=path)
     assert y.shape == (0, 24)
@@ -164,48 +132,47 @@ DESCRIPTORS = pytest.mark.skipif(
 def test_descriptors_move_what_pointers_do(M: int, K: int, N: int, tiles: Tiles, full: bool, nan_filled: None) -> None:
     inputs = drawn(M, K, N, torch.bfloat16)
     x, weight, bias, proj_weight = (inputs[k].detach() for k in ("x", "fc_weight", "fc_bias", "proj_weight"))
-    act = x.new_empty(M, N)
-    pre = torch.empty_like(act) if full else None
-    hopper = Device(90, 2)
-    (launch,) = matmul.plan_forward(hopper, x, weight, bias if full else None, "erf", pre, act, tiles)
-    assert launch.constants["TMA"]
-    run(x, launch)
+    bias = bias if full else None
+    with recording(Device(90, 2)) as launches:
+        act, pre = module.forward(x, weight, bias, "erf", full, tiles)
+    assert [launch.constants["TMA"] for launch in launches] == [True]
+    run(x, *launches)
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double() if full else None)
     torch.testing.assert_close(act.double(), reference.gelu(exact, "erf"), rtol=2**-8, atol=1e-5)
     if full:
         torch.testing.assert_close(pre.double(), exact, rtol=2**-8, atol=1e-5)
 
-    pre, dpre = exact.to(x.dtype), torch.empty_like(act)
-    dbias = x.new_empty(matmul.partial_rows(M, tiles), N, dtype=torch.float32) if full else None
-    (launch,) = matmul.plan_backward(hopper, x, proj_weight, pre, "tanh", dpre, dbias, tiles)
-    assert launch.constants["TMA"]
-    run(x, launch)
+    pre = exact.to(x.dtype)
+    with recording(Device(90, 2)) as launches:
+        dpre, _ = module.backward(x, proj_weight, pre, "tanh", full, tiles)
+    assert [launch.constants["TMA"] for launch in launches] == [True]
+    run(x, *launches)
     leaf = pre.double().requires_grad_()
     act = reference.gelu(leaf, "tanh")
     (exact,) = torch.autograd.grad(act, leaf, x.double() @ proj_weight.double())
     torch.testing.assert_close(dpre.double(), exact, rtol=2**-8, atol=1e-5)
     if full:
-        torch.testing.assert_close(dbias.double().sum(0), exact.sum(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(launches[0].args["dbias_ptr"].double().sum(0), exact.sum(0), rtol=1e-4, atol=1e-4)
 
 
 def test_descriptors_are_used_where_addresses_and_strides_allow() -> None:
     x = torch.empty(64, 64, dtype=torch.bfloat16)
     hopper, blackwell = Device(90, 132), Device(120, 170)
-    assert matmul.has_descriptors(hopper, x, None, x[:, 8:], x[:1])
-    assert matmul.has_descriptors(blackwell, x)
-    assert not matmul.has_descriptors(Device(89, 128), x)
-    assert not matmul.has_descriptors(hopper, x, x[:, 1:])  # an address
-    assert not matmul.has_descriptors(hopper, x, x.new_empty(64, 37))  # a stride
-    assert not matmul.has_descriptors(hopper, x[:1].expand(64, 64))  # rows that are the same one
-    assert not matmul.has_descriptors(hopper, x[:0])
+    assert has_descriptors(hopper, x, None, x[:, 8:], x[:1])
+    assert has_descriptors(blackwell, x)
+    assert not has_descriptors(Device(89, 128), x)
+    assert not has_descriptors(hopper, x, x[:, 1:])  # an address
+    assert not has_descriptors(hopper, x, x.new_empty(64, 37))  # a stride
+    assert not has_descriptors(hopper, x[:1].expand(64, 64))  # rows that are the same one
+    assert not has_descriptors(hopper, x[:0])
 
 
 @pytest.mark.parametrize("table", [FORWARD_TILES, BACKWARD_TILES], ids=["forward", "backward"])
 def test_every_device_has_tiles(table: dict[int, tuple[Tiles, ...]]) -> None:
     for capability, meant_for in {80: 80, 86: 86, 89: 86, 90: 90, 100: 90, 103: 90, 120: 120, 121: 120}.items():
         device = Device(capability, 100)
-        assert matmul.tiles_for(table, device, torch.bfloat16) == table[meant_for]
-        assert len(matmul.tiles_for(table, device, torch.float32)) == 1
+        assert tiles_for(table, device, torch.bfloat16) == table[meant_for]
+        assert len(tiles_for(table, device, torch.float32)) == 1
 
 
 @pytest.mark.parametrize(
@@ -213,9 +180,9 @@ def test_every_device_has_tiles(table: dict[int, tuple[Tiles, ...]]) -> None:
 )
 def test_the_grid_is_what_is_resident_or_one_program_a_tile(M: int, programs: int, grid: int) -> None:
     x, weight = (torch.empty(size, 768, dtype=torch.bfloat16, device="meta") for size in (M, 3072))
-    act = torch.empty(M, 3072, dtype=torch.bfloat16, device="meta")
-    tiles = Tiles(128, 128, 64, 4, 3, programs)
-    (launch,) = matmul.plan_forward(Device(90, 132), x, weight, None, "erf", None, act, tiles)
+    with recording(Device(90, 132)) as launches:
+        module.forward(x, weight, None, "erf", False, Tiles(128, 128, 64, 4, 3, programs))
+    (launch,) = launches
     assert launch.grid == (grid,)
     assert launch.constants["FLATTEN"] == (programs == 1)  # alone, a program has only itself to overlap with
 
@@ -243,11 +210,6 @@ def test_backward_makes_up_no_gradients_of_what_is_kept(path: str) -> None:
         y.backward(torch.ones_like(y))
     assert not [name for name in recorder.names if "zero" in name or name == "full"]
     assert recorder.names.count("mm") == 3  # dx and the weights' gradients; mlp_dpre has its own
-    y = linear_gelu(inputs["x"], inputs["fc_weight"], None, "erf", path)
-    with Recorder() as recorder:
-        y.backward(torch.ones_like(y))
-    assert not [name for name in recorder.names if "zero" in name or name == "full"]
-    assert recorder.names.count("mm") == 2
 
 
 @paths
@@ -268,20 +230,6 @@ def test_one_gradient_alone(path: str, wanted: str, products: int) -> None:
     assert_means(lambda **i: mlp(**i, path=path), reference.mlp, inputs)
 
 
-@paths
-@pytest.mark.parametrize(("wanted", "products"), [("x", 1), ("weight", 1), ("bias", 0)])
-def test_one_gradient_of_one_layer_alone(path: str, wanted: str, products: int) -> None:
-    inputs = {k.removeprefix("fc_"): v for k, v in drawn(37, 24, 40).items() if not k.startswith("proj_")}
-    for name, x in inputs.items():
-        if isinstance(x, Tensor):
-            x.requires_grad_(name == wanted)
-    y = linear_gelu(**inputs, path=path)
-    with Recorder() as recorder:
-        y.backward(torch.ones_like(y))
-    assert recorder.names.count("mm") == products
-    assert_means(lambda **i: linear_gelu(**i, path=path), reference.linear_gelu, inputs)
-
-
 def test_a_frozen_bias_has_no_partial_sums(memory: Memory | None) -> None:
     inputs = drawn(37, 24, 40)
     inputs["fc_bias"].requires_grad_(False)
@@ -291,20 +239,17 @@ def test_a_frozen_bias_has_no_partial_sums(memory: Memory | None) -> None:
     assert memory is None or memory.stored - before == 37 * 40 * 4  # dpre
 
 
-@pytest.mark.parametrize("function", [linear_gelu, mlp])
 @paths
-def test_nothing_is_kept_where_nothing_needs_a_gradient(function, path: str, memory: Memory | None) -> None:
+def test_nothing_is_kept_where_nothing_needs_a_gradient(path: str, memory: Memory | None) -> None:
     inputs = drawn(37, 24, 40, torch.bfloat16)
-    if function is linear_gelu:
-        inputs = {k.removeprefix("fc_"): v for k, v in inputs.items() if not k.startswith("proj_")}
-    expected = function(**inputs, path=path)
+    expected = mlp(**inputs, path=path)
     assert expected.requires_grad
     stored = memory.stored if memory else 0
     with torch.no_grad():
-        assert torch.equal(function(**inputs, path=path), expected)
+        assert torch.equal(mlp(**inputs, path=path), expected)
     assert memory is None or memory.stored - stored == 37 * 40 * 2  # act, not pre
     frozen = {name: x.detach() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    assert torch.equal(function(**frozen, path=path), expected)
+    assert torch.equal(mlp(**frozen, path=path), expected)
     assert memory is None or memory.stored - stored == 2 * 37 * 40 * 2
 
 
@@ -327,13 +272,12 @@ def test_float32_is_not_rounded_to_fewer_bits(path: str) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_registered_as_torch_wants_it(path: str, bias: bool) -> None:
     x, fc_weight, fc_bias, *proj, approximate = drawn(5, 16, 24, bias=bias).values()
-    ops, fc = torch.ops.nanofuse, (x, fc_weight, fc_bias)
+    ops = torch.ops.nanofuse
     for keep in (True, False):
         # without what is kept there is no backward to check
         checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
         checks = checks if keep else checks[:2]
-        torch.library.opcheck(ops.linear_gelu, (*fc, approximate, keep, path), test_utils=checks)
-        torch.library.opcheck(ops.mlp, (*fc, *proj, approximate, keep, path), test_utils=checks)
+        torch.library.opcheck(ops.mlp, (x, fc_weight, fc_bias, *proj, approximate, keep, path), test_utils=checks)
     pre = torch.randn(5, 24, device=x.device)
     torch.library.opcheck(ops.mlp_dpre, (x.detach(), proj[0].detach(), pre, approximate, bias, path))
 
@@ -368,10 +312,6 @@ def test_refused(changes: dict, message: str, device: torch.device) -> None:
     inputs = {k: v.to(device) if isinstance(v, Tensor) and not v.is_meta else v for k, v in inputs.items()}
     with pytest.raises(ValueError, match=message):
         mlp(**inputs)
-    if not any(name.startswith("proj_") for name in changes):
-        inputs = {k.removeprefix("fc_"): v for k, v in inputs.items() if not k.startswith("proj_")}
-        with pytest.raises(ValueError, match=message.removeprefix("fc_")):
-            linear_gelu(**inputs)
 
 
 @pytest.mark.parametrize(("K", "N", "fused"), [(64, 128, True), (37, 128, False), (64, 37, False)])
