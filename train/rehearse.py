@@ -221,9 +221,9 @@ def expected(
 def compiled(run: DryRun, capability: int) -> Iterator[str]:
     """A line for each kernel of the step, as Triton compiles it for the card. UserError where one cannot run there."""
     import triton
-    from kernels.targets import compile_launch
 
     from kernels.launch import specialised
+    from kernels.targets import compile_launch
 
     launches = {specialised(launch): launch for launch in run.launches}
     counts = Counter(map(specialised, run.launches))

@@ -226,7 +226,7 @@ def test_work() -> None:
     assert work_of(by_name["attention"], (3, 10, 5, 7), bf16, "forward") == (None, scores)
     assert work_of(by_name["attention"], (3, 10, 5, 7), bf16, "backward") == (None, scores * 5 // 2)
     norm = by_name["layer_norm"]
-    moved = norm.forward_bytes((4, 8), bf16).dram, norm.backward_bytes((4, 8), bf16).dram
+    moved = norm.forward_bytes((4, 8), bf16), norm.backward_bytes((4, 8), bf16)
     assert work_of(norm, (4, 8), bf16, "both") == (sum(moved), None)
 
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.check import in_float64
 from torch import Tensor, nn
 
 from kernels import adamw as aw
 from kernels import reference
+from kernels.check import in_float64
 from kernels.launch import INTERPRETED, Launch
 from tests.kernels.checks import assert_as_good_as_torch
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.check import in_float64, outputs_and_gradients
 from torch import Tensor
 
 from kernels import layer_norm as ln
 from kernels import reference
+from kernels.check import in_float64, outputs_and_gradients
 from kernels.launch import INTERPRETED
 from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.layouts import Relay, laid_out

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.check import in_float64, outputs_and_gradients
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear_gelu as module
 from kernels import matmul, reference
+from kernels.check import in_float64, outputs_and_gradients
 from kernels.gelu import FORMS
 from kernels.launch import INTERPRETED, Device, run
 from kernels.linear_gelu import linear_gelu, mlp

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from kernels.cases import Shape
-from kernels.check import outputs_and_gradients
-from kernels.targets import ARCHITECTURES
-from kernels.targets import compile_launch
 
-from kernels.cases import CASES, Case
+from kernels.cases import CASES, Case, Shape
+from kernels.check import outputs_and_gradients
 from kernels.launch import Device, Launch, specialised
+from kernels.targets import ARCHITECTURES, compile_launch
 from tests.rehearsal.device import gpu  # noqa: F401
 from train.dryrun import Recorder
 
