@@ -25,8 +25,8 @@ from torch import Tensor
 
 from kernels import gelu, matmul
 from kernels.gelu import check_form
-from kernels.launch import check, device_of, packed, rows, run
-from kernels.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, tiles_for
+from kernels.launch import check, custom_op, device_of, packed, rows, run
+from kernels.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, servable, tiles_for
 from kernels.tuned import PATHS, Problem, choose
 
 
@@ -72,16 +72,22 @@ def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
 
 def _forward_tiles(x: Tensor, weight: Tensor, path: str) -> Tiles | None:
     problem = Problem("linear_gelu", x.dtype, x.shape[0], *weight.shape)
-    return choose(path, problem, x, tiles_for(FORWARD_TILES, device_of(x), x.dtype))
+    return choose(path, problem, x, _candidates(FORWARD_TILES, weight.shape[0], rows(x), rows(weight)))
 
 
 def _backward_tiles(dy: Tensor, weight: Tensor, path: str) -> Tiles | None:
     K, N = weight.shape
     problem = Problem("mlp_dpre", dy.dtype, dy.shape[0], N, K)
-    return choose(path, problem, dy, tiles_for(BACKWARD_TILES, device_of(dy), dy.dtype))
+    return choose(path, problem, dy, _candidates(BACKWARD_TILES, N, rows(dy), rows(weight)))
 
 
-@torch.library.custom_op("nanofuse::linear_gelu", mutates_args=())
+def _candidates(table: dict[int, tuple[Tiles, ...]], N: int, *operands: Tensor) -> tuple[Tiles, ...]:
+    """How the fused kernel may be cut up for these operands; none where it would spill."""
+    device = device_of(operands[0])
+    return tiles_for(table, device, operands[0].dtype) if servable(device, N, *operands) else ()
+
+
+@custom_op("nanofuse::linear_gelu")
 def _linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, keep: bool, path: str
 ) -> tuple[Tensor, Tensor]:
@@ -113,7 +119,7 @@ def _differentiate_linear_gelu(ctx, dact, _):
 _linear_gelu.register_autograd(_differentiate_linear_gelu, setup_context=_save_linear_gelu)
 
 
-@torch.library.custom_op("nanofuse::mlp", mutates_args=())
+@custom_op("nanofuse::mlp")
 def _mlp(
     x: Tensor,
     fc_weight: Tensor,
@@ -136,7 +142,7 @@ def _(x, fc_weight, fc_bias, proj_weight, proj_bias, approximate, keep, path):
     return x.new_empty(x.shape[0], proj_weight.shape[0]), x.new_empty(size), x.new_empty(size)
 
 
-@torch.library.custom_op("nanofuse::mlp_dpre", mutates_args=())
+@custom_op("nanofuse::mlp_dpre")
 def _mlp_dpre(
     dy: Tensor, proj_weight: Tensor, pre: Tensor, approximate: str, wants_dbias: bool, path: str
 ) -> tuple[Tensor, Tensor]:

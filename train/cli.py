@@ -93,6 +93,8 @@ def _option(settings: dict[str, Field], argument: str, rest: list[str]) -> tuple
         return name, _value(setting, text)
     if type(setting.default) is bool:
         return name, _value(setting, rest.pop(0)) if rest and rest[0].lower() in ("true", "false") else True
+    if setting.metadata["bare"] and (not rest or rest[0] not in setting.metadata["choices"]):
+        return name, setting.metadata["bare"]
     if not rest or rest[0].startswith("--"):
         raise UserError(f"{name}: got no value, expected --{name}={setting.default}, for example")
     return name, _value(setting, rest.pop(0))

@@ -28,9 +28,11 @@ def setting(
     choices: tuple[str, ...] = (),
     low: float | None = None,
     below: float | None = None,
+    bare: str = "",
 ) -> Any:
-    """A dataclass field; low <= value < below. `group` heads this field and those after it in `--help`."""
-    metadata = {"help": help, "group": group, "choices": choices, "low": low, "below": below}
+    """A dataclass field; low <= value < below. `group` heads this field and those after it in `--help`. bare: what the
+    setting is where the command line names it without a value."""
+    metadata = {"help": help, "group": group, "choices": choices, "low": low, "below": below, "bare": bare}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -69,7 +71,7 @@ def check_values(config: Any) -> None:
         value, limits = typed(field, getattr(config, name)), field.metadata
         if limits["choices"] and value not in limits["choices"]:
             hint = nearest(str(value), limits["choices"])
-            raise UserError(f"{name}: got {shown(value)}, expected {' | '.join(limits['choices'])}{hint}")
+            raise UserError(f"{name}: got {shown(value)}, expected {' | '.join(filter(None, limits['choices']))}{hint}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}: got {value}, expected a finite number")
         low, below = limits["low"], limits["below"]
