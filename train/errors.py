@@ -19,6 +19,11 @@ class RunError(UserError):
     status = 1
 
 
+def first_line(error: object) -> str:
+    """The first line that `error` says, or the name of its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit with what `main` returns (None: 0), or with one line on stderr and the error's status."""
     try:

@@ -15,7 +15,7 @@ from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint import load
 from train.cli import help_text, parse_settings
 from train.data import Dataset
-from train.errors import UserError, run
+from train.errors import UserError, first_line, run
 from train.hardware import device_name, resolve_device, resolve_dtype
 from train.settings import check_values, setting
 from train.tokenizer import GPT2Tokenizer, StreamDecoder, Tokenizer, from_meta
@@ -101,8 +101,7 @@ def try_compile(model: GPT, device: torch.device) -> nn.Module:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Dynamo's, Inductor's, a missing C++ compiler's, Triton's, a driver's: all kinds
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        print(f"compile: not possible here, going on without it: {reason}", file=sys.stderr)
+        print(f"compile: not possible here, going on without it: {first_line(error)}", file=sys.stderr)
         return model
     return compiled
 
