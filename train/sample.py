@@ -1,7 +1,9 @@
 """Sample from a trained model: python -m train.sample --out_dir=out --start="To be" """
 
+import codecs
+import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from train.data import Dataset
 from train.errors import UserError, first_line, run
 from train.hardware import device_name, resolve_device, resolve_dtype
 from train.settings import check_values, setting
-from train.tokenizer import GPT2Tokenizer, StreamDecoder, Tokenizer, from_meta
+from train.text import GPT2Tokenizer, Tokenizer, from_meta, read_text
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,11 @@ def read_prompt(start: str) -> str:
     """`start`, or with a `FILE:` in front the text of that file. Raises UserError."""
     if not start.startswith("FILE:"):
         return start
-    path = Path(start.removeprefix("FILE:"))
     try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise UserError(f"start: {path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"start: {path} is not UTF-8 text (byte {error.start}), expected a prompt") from error
+        text = "".join(read_text([Path(start.removeprefix("FILE:"))]))
+    except UserError as error:
+        raise UserError(f"start: {error}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as nanoGPT reads it
 
 
 def sample_text(
@@ -156,15 +156,8 @@ def sample_text(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    return _pieces(tokenizer, ids, tokens)
-
-
-def _pieces(tokenizer: Tokenizer, ids: list[int], tokens: Iterable[torch.Tensor]) -> Iterator[str]:
-    decoder = StreamDecoder(tokenizer)
-    yield decoder.feed(ids)
-    for token in tokens:
-        yield decoder.feed([int(token)])  # waits for the device
-    yield decoder.finish()
+    drawn = itertools.chain([ids], ([int(token)] for token in tokens))  # int waits for the device
+    return codecs.iterdecode(map(tokenizer.decode_bytes, drawn), "utf-8", "replace")  # holds half a character back
 
 
 def main(argv: list[str] | None = None) -> None:
