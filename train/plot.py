@@ -14,10 +14,9 @@ from html import escape
 from itertools import accumulate
 from pathlib import Path
 
-from train.cli import help_text, parse_settings
 from train.errors import UserError, run
 from train.log import METRICS, Record, read_metrics
-from train.settings import check_values, setting
+from train.settings import check_values, help_text, parse_settings, setting
 
 COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#db2777")
 Y_LABEL = "loss, nats a token"

@@ -21,11 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from train.cli import help_text, parse_settings
 from train.corpora import CORPORA, openwebtext
 from train.errors import UserError, run
 from train.files import making_folder, replace_together, staging_folder, sync
-from train.settings import check_values, nearest, setting, shown
+from train.settings import command_line, nearest, setting, shown
 from train.text import (
     GPT2_TOKENS,
     NAMES,
@@ -59,16 +58,12 @@ class PrepareConfig:
 
 def main() -> None:
     """The command. Raises UserError for bad input, with nothing written."""
-    parsed = parse_settings(PrepareConfig, sys.argv[1:], presets=False, files=True)
-    if parsed.help:
-        print(help_text(PrepareConfig, "python -m train.prepare", ABOUT, positional="NAME | FILE ..."))
-        return
-    config = PrepareConfig(**parsed.settings)
-    check_values(config)
+    program, usage = "python -m train.prepare", "NAME | FILE ..."
+    config, sources = command_line(PrepareConfig, sys.argv[1:], program, ABOUT, positional=usage)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files go
     start = time.monotonic()
-    dataset, meta = prepare(parsed.files, config)
-    if parsed.files == ["docs"]:
+    dataset, meta = prepare(sources, config)
+    if sources == ["docs"]:
         print(docs_line(meta))
     for name in ("train", "val"):
         print(f"{Path('data') / dataset / name}.bin: {meta[f'{name}_tokens']:,} tokens")

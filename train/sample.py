@@ -15,11 +15,10 @@ from model import GPT
 from model.generate import generate
 from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint import load
-from train.cli import help_text, parse_settings
 from train.data import Dataset
 from train.errors import UserError, first_line, run
 from train.hardware import device_name, resolve_device, resolve_dtype
-from train.settings import check_values, setting
+from train.settings import command_line, setting
 from train.text import GPT2Tokenizer, Tokenizer, from_meta, read_text
 
 
@@ -162,13 +161,8 @@ def sample_text(
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Samples go to stdout, what they were drawn from to stderr. Raises UserError."""
-    parsed = parse_settings(SampleConfig, sys.argv[1:] if argv is None else argv, presets=False)
-    if parsed.help:
-        about = "Draw samples from a trained model."
-        print(help_text(SampleConfig, "python -m train.sample", about))
-        return
-    config = SampleConfig(**parsed.settings)
-    check_values(config)
+    argv = sys.argv[1:] if argv is None else argv
+    config, _ = command_line(SampleConfig, argv, "python -m train.sample", "Draw samples from a trained model.")
     prompt = read_prompt(config.start)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)

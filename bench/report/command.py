@@ -16,10 +16,9 @@ from bench.report.figures import Figure, slug
 from bench.report.layout import WIDE
 from bench.report.page import Section, html, markdown
 from bench.report.scene import framed, png_file, svg_file
-from train.cli import help_text, parse_settings
 from train.errors import UserError
 from train.files import making_folder, replacing
-from train.settings import check_values, setting
+from train.settings import check_values, help_text, parse_settings, setting
 
 ABOUT = "Report results files of `python -m bench`: MFU across devices; or two commits of one device, compared."
 

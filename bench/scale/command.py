@@ -21,11 +21,10 @@ from bench.tables import aligned
 from bench.workloads import WORKLOADS
 from model import memory as memory_model
 from model.flops import flops_per_token
-from train.cli import help_text, parse_settings
 from train.errors import UserError
 from train.hardware import DTYPES, lookup
 from train.metrics import mfu, tokens_per_second
-from train.settings import check_values, setting, shown
+from train.settings import check_values, help_text, parse_settings, setting, shown
 
 ABOUT = "Predict tokens/s and MFU of several devices, from one device's measured step and the links between them."
 

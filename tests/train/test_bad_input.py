@@ -270,19 +270,6 @@ def test_weights_that_know_less_than_is_asked(refusal, here):
 # From outside
 
 
-def test_as_a_command(here):
-    before = tree(here)
-    ended = subprocess.run(
-        [sys.executable, "-m", "train", "--batchsize=3"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "error: unknown setting 'batchsize' (did you mean batch_size?); --help lists them all\n"
-    assert tree(here) == before
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs RLIMIT_FSIZE")
 def test_a_full_disk_at_a_save(here):
     """A limit on the size of files stands for it: metrics.jsonl still fits, the checkpoint does not."""

@@ -245,12 +245,6 @@ def test_a_vocabulary_too_large_for_the_model(tmp_path, monkeypatch):
         main(["--device=cpu"])
 
 
-def test_help(capsys):
-    main(["--help"])
-    text = capsys.readouterr().out
-    assert all(f"--{name}=" in text for name in SampleConfig.__dataclass_fields__)
-
-
 def test_command(tmp_path):
     """As a user runs it: status 2 and one line."""
     root = Path(__file__).resolve().parents[2]
