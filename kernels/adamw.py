@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.launch import FLOATS, Device, Launch, check, device_of, run
+from kernels.launch import FLOATS, Device, Launch, check, custom_op, device_of, run
 
 CLIP_EPS = tl.constexpr(reference.CLIP_EPS)
 
@@ -190,7 +190,7 @@ def plan_adamw(
     ]
 
 
-@torch.library.custom_op("nanofuse::adamw", mutates_args=("param", "exp_avg", "exp_avg_sq", "step", "compute"))
+@custom_op("nanofuse::adamw", mutates_args=("param", "exp_avg", "exp_avg_sq", "step", "compute"))
 def _adamw(
     param: Tensor,
     grad: Tensor,

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Device, Launch, check, device_of, rows, run
+from kernels.launch import Device, Launch, address, check, custom_op, device_of, rows, run
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -194,7 +194,7 @@ def tile(logits: Tensor) -> tuple[int, int, int, int]:
     """(ROWS, LANES, WIDTH, num_warps) for logits (M, V): 16 elements a thread, 16 bytes of them at a time, if rows are
     aligned; else 8, each a lane of its own, which takes more registers. Narrow rows, of 65 characters, share a program.
     """
-    aligned = logits.data_ptr() % 16 == 0 and logits.stride(0) % 16 == 0  # what Triton's specialisation sees
+    aligned = address(logits) % 16 == 0 and logits.stride(0) % 16 == 0  # what Triton's specialisation sees
     WIDTH, thread = (16 // logits.element_size(), 16) if aligned else (1, 8)
     columns = min(512 * thread, max(16, triton.next_power_of_2(logits.shape[1])))
     ROWS = max(1, 128 * thread // columns)
@@ -260,7 +260,7 @@ def reduce_losses(losses: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
     return (total / count, count.clamp_min(1.0)) if mean else (total.clone(), torch.ones_like(count))
 
 
-@torch.library.custom_op("nanofuse::cross_entropy", mutates_args=())
+@custom_op("nanofuse::cross_entropy")
 def _forward(
     logits: Tensor, targets: Tensor, ignore_index: int, mean: bool, smoothing: float, z_loss: float, n_vocab: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,7 +277,7 @@ def _(logits, targets, ignore_index, mean, smoothing, z_loss, n_vocab):
     return loss, divisor, logits.new_empty(2, logits.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("nanofuse::cross_entropy_backward", mutates_args=())
+@custom_op("nanofuse::cross_entropy_backward")
 def _backward(
     dloss: Tensor,
     logits: Tensor,

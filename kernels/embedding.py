@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dropout import keep_mask, keep_threshold, new_seed
-from kernels.launch import FLOATS, Device, Launch, check, device_of, rows, run
+from kernels.launch import FLOATS, Device, Launch, check, custom_op, device_of, rows, run
 
 MAX_WIDTH = 8192  # a row is held in one block's registers
 PIECE = 32  # sorted rows that are summed in advance where they hold one token
@@ -260,7 +260,7 @@ def sort_by_token(idx: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, order, starts
 
 
-@torch.library.custom_op("nanofuse::embedding", mutates_args=())
+@custom_op("nanofuse::embedding")
 def _forward(idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, p: float, dtype: torch.dtype) -> Tensor:
     x = wte.new_empty(len(idx), wte.shape[1], dtype=dtype)
     run(wte, *plan_forward(device_of(wte), idx, wte, wpe, seed, p, x))
@@ -272,7 +272,7 @@ def _(idx, wte, wpe, seed, p, dtype):
     return wte.new_empty(len(idx), wte.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("nanofuse::embedding_wte_backward", mutates_args=())
+@custom_op("nanofuse::embedding_wte_backward")
 def _wte_backward(dx: Tensor, idx: Tensor, seed: Tensor | None, p: float, V: int, dtype: torch.dtype) -> Tensor:
     M, C = dx.shape
     tokens, order, starts = sort_by_token(idx, V)
@@ -286,7 +286,7 @@ def _(dx, idx, seed, p, V, dtype):
     return dx.new_empty(V, dx.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("nanofuse::embedding_wpe_backward", mutates_args=())
+@custom_op("nanofuse::embedding_wpe_backward")
 def _wpe_backward(dx: Tensor, seed: Tensor | None, p: float, T: int, dtype: torch.dtype) -> Tensor:
     dwpe = dx.new_empty(T, dx.shape[1], dtype=dtype)
     run(dx, *plan_wpe_backward(device_of(dx), dx, seed, p, dwpe))

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Device, Launch, check, device_of, packed, rows, run
+from kernels.launch import Device, Launch, check, custom_op, device_of, packed, rows, run
 
 FORMS = ("erf", "tanh")
 
@@ -184,7 +184,7 @@ def plan_backward(
     return [Launch(gelu_bwd_kernel, (groups * column_tiles,), args, constants, num_warps=8)]
 
 
-@torch.library.custom_op("nanofuse::gelu", mutates_args=())
+@custom_op("nanofuse::gelu")
 def _forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """x (M, C) of any strides."""
     x, y = rows(x), x.new_empty(x.shape)
@@ -197,7 +197,7 @@ def _(x, bias, approximate):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("nanofuse::gelu_backward", mutates_args=())
+@custom_op("nanofuse::gelu_backward")
 def gelu_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, wants_dbias: bool
 ) -> tuple[Tensor, Tensor]:

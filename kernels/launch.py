@@ -3,11 +3,17 @@
 A kernel file plans before it launches. A planner gets tensors and a `Device` and returns `Launch`es: kernel, grid,
 arguments, compile-time constants. The op runs them; `kernels/targets` makes the same ones from meta tensors for a
 device that is not there, and compiles them. So what is inspected is what runs.
+
+An op itself can be run without a device too: in `recording(device)` its body, from `BODIES`, takes meta or fake tensors
+and plans for `device`, and `run` keeps the launches instead of making them.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,6 +43,8 @@ def _cuda_device(index: int | None) -> Device:
 
 def device_of(x: Tensor) -> Device:
     """The device that a launch on x runs on."""
+    if (record := _RECORD.get()) is not None:
+        return record.device
     return INTERPRETER if INTERPRETED else _cuda_device(x.device.index)
 
 
@@ -57,11 +65,57 @@ class Launch:
 
 def run(x: Tensor, *launches: Launch) -> None:
     """Run the launches, in order, on x's device. One with an empty grid is left out."""
+    if (record := _RECORD.get()) is not None:
+        record.launches.extend(launch for launch in launches if 0 not in launch.grid)
+        return
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
         for launch in launches:
             if 0 not in launch.grid:
                 options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
                 launch.kernel[launch.grid](**launch.args, **launch.constants, **options)
+
+
+class _Record(NamedTuple):
+    device: Device
+    launches: list[Launch]
+
+
+_RECORD: ContextVar[_Record | None] = ContextVar("record", default=None)
+
+
+@contextmanager
+def recording(device: Device) -> Iterator[list[Launch]]:
+    """Inside, ops take meta and fake tensors and plan for `device`; the list gets the launches that they would make."""
+    record = _Record(device, [])
+    token = _RECORD.set(record)
+    try:
+        yield record.launches
+    finally:
+        _RECORD.reset(token)
+
+
+def address(x: Tensor) -> int:
+    """Where x begins in memory; while recording, where it would if its storage began at an aligned place."""
+    return x.storage_offset() * x.element_size() if _RECORD.get() is not None else x.data_ptr()
+
+
+BODIES: dict[Any, Callable[..., Any]] = {}  # of each registered op, the function that runs on a device
+
+
+def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """`torch.library.custom_op`; `BODIES` gives the op's body by its overload, `torch.ops.nanofuse.X.default`.
+
+    On a meta or fake tensor the op itself runs its fake, which makes no launches: whoever wants to see these runs the
+    body, in `recording`.
+    """
+
+    def register(body: Callable[..., Any]) -> Any:
+        op = torch.library.custom_op(name, body, mutates_args=mutates_args)
+        namespace, short = name.split("::")
+        BODIES[getattr(getattr(torch.ops, namespace), short).default] = body
+        return op
+
+    return register
 
 
 def check(
@@ -85,7 +139,7 @@ def check(
         raise ValueError(f"{name}: got {x.dtype}, expected {' or '.join(str(dtype) for dtype in dtypes)}")
     if device is not None and x.device != device:
         raise ValueError(f"{name}: got a tensor on {x.device}, expected {device}, where the other arguments are")
-    if x.device.type != "cuda" and not INTERPRETED:
+    if x.device.type not in ("cuda", "meta") and not INTERPRETED:
         raise ValueError(f"{name}: got a tensor on {x.device}, expected cuda (or a CPU with TRITON_INTERPRET=1)")
 
 

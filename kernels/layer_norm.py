@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dropout import keep_mask, keep_threshold, new_seed
-from kernels.launch import FLOATS, Device, Launch, check, device_of, packed, rows, run
+from kernels.launch import FLOATS, Device, Launch, check, custom_op, device_of, packed, rows, run
 from kernels.reference import LAYER_NORM_EPS
 
 MAX_WIDTH = 4096  # a row is held in one block's registers
@@ -212,7 +212,7 @@ def plan_backward(
     return [Launch(add_layer_norm_bwd_kernel, (P,), args, constants, num_warps)]
 
 
-@torch.library.custom_op("nanofuse::add_layer_norm", mutates_args=())
+@custom_op("nanofuse::add_layer_norm")
 def _forward(
     x: Tensor | None,
     residual: Tensor,
@@ -241,7 +241,7 @@ def _(x, residual, weight, bias, seed, p, dtype):
     return _outputs(x, residual, dtype)
 
 
-@torch.library.custom_op("nanofuse::add_layer_norm_backward", mutates_args=())
+@custom_op("nanofuse::add_layer_norm_backward")
 def _backward(
     dy: Tensor,
     dstream: Tensor | None,

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cross_entropy import check_options, plan_forward, reduce_losses
-from kernels.launch import Device, Launch, check, device_of, rows, run
+from kernels.launch import Device, Launch, check, custom_op, device_of, rows, run
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def padded(V: int) -> int:
     return (V + 15) // 16 * 16
 
 
-@torch.library.custom_op("nanofuse::linear_cross_entropy", mutates_args=())
+@custom_op("nanofuse::linear_cross_entropy")
 def _whole(
     x: Tensor,
     weight: Tensor,
@@ -93,7 +93,7 @@ def _(x, weight, targets, ignore_index, mean, smoothing, z_loss, n_vocab, differ
     return loss, divisor, x.new_empty(x.shape[0] if differentiable else 0, padded(weight.shape[0]))
 
 
-@torch.library.custom_op("nanofuse::linear_cross_entropy_backward", mutates_args=())
+@custom_op("nanofuse::linear_cross_entropy_backward")
 def _whole_backward(
     dloss: Tensor, divisor: Tensor, dlogits: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ def _differentiate_whole(ctx, dloss, ddivisor, ddlogits):
 _whole.register_autograd(_differentiate_whole, setup_context=_save_whole)
 
 
-@torch.library.custom_op("nanofuse::chunked_linear_cross_entropy", mutates_args=())
+@custom_op("nanofuse::chunked_linear_cross_entropy")
 def _chunked(
     x: Tensor,
     weight: Tensor,
@@ -176,7 +176,7 @@ def _chunked(
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in float32 whatever the factors' dtype."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if a.device.type != "cpu" and a.dtype != torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:  # the CPU has no such product
         total.addmm_(a.float(), b.float())
@@ -188,7 +188,7 @@ def _(x, weight, targets, ignore_index, mean, smoothing, z_loss, n_vocab, chunk_
     return loss, divisor, *_gradients(x, weight, x.dtype, torch.float32, need_dx, need_dweight)
 
 
-@torch.library.custom_op("nanofuse::chunked_linear_cross_entropy_backward", mutates_args=())
+@custom_op("nanofuse::chunked_linear_cross_entropy_backward")
 def _chunked_backward(
     dloss: Tensor, divisor: Tensor, dx: Tensor, dweight: Tensor, dweight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels import gelu, matmul
 from kernels.gelu import check_form
-from kernels.launch import check, device_of, packed, rows, run
+from kernels.launch import check, custom_op, device_of, packed, rows, run
 from kernels.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, tiles_for
 from kernels.tuned import PATHS, Problem, choose
 
@@ -81,7 +81,7 @@ def _backward_tiles(dy: Tensor, weight: Tensor, path: str) -> Tiles | None:
     return choose(path, problem, dy, tiles_for(BACKWARD_TILES, device_of(dy), dy.dtype))
 
 
-@torch.library.custom_op("nanofuse::linear_gelu", mutates_args=())
+@custom_op("nanofuse::linear_gelu")
 def _linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, keep: bool, path: str
 ) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def _differentiate_linear_gelu(ctx, dact, _):
 _linear_gelu.register_autograd(_differentiate_linear_gelu, setup_context=_save_linear_gelu)
 
 
-@torch.library.custom_op("nanofuse::mlp", mutates_args=())
+@custom_op("nanofuse::mlp")
 def _mlp(
     x: Tensor,
     fc_weight: Tensor,
@@ -136,7 +136,7 @@ def _(x, fc_weight, fc_bias, proj_weight, proj_bias, approximate, keep, path):
     return x.new_empty(x.shape[0], proj_weight.shape[0]), x.new_empty(size), x.new_empty(size)
 
 
-@torch.library.custom_op("nanofuse::mlp_dpre", mutates_args=())
+@custom_op("nanofuse::mlp_dpre")
 def _mlp_dpre(
     dy: Tensor, proj_weight: Tensor, pre: Tensor, approximate: str, wants_dbias: bool, path: str
 ) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.gelu import gelu_of, gelu_slope_of
-from kernels.launch import INTERPRETED, Device, Launch
+from kernels.launch import INTERPRETED, Device, Launch, address
 
 GROUP = tl.constexpr(8)  # rows of tiles that are taken together
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's tl.dot is wrong for bfloat16
@@ -252,7 +252,7 @@ def has_descriptors(device: Device, *matrices: Tensor | None) -> bool:
     """Whether TMA can move tiles of all these matrices of unit last stride."""
     return device.capability >= 90 and all(
         x.numel() > 0
-        and x.data_ptr() % 16 == 0
+        and address(x) % 16 == 0
         and x.stride(0) * x.element_size() % 16 == 0
         and x.stride(0) >= x.shape[1]  # rows that overlap, as an expanded tensor's, are beyond it
         for x in matrices

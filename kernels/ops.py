@@ -39,34 +39,47 @@ REFERENCE = Ops(
 )
 
 
-def select(name: str, device: torch.device) -> Ops:
-    """The bundle by name: "reference", "fused", or "auto": fused where the device can run it, else reference.
+def missing(
+    device: torch.device,
+    trial: Callable[[torch.device], str] | None = None,
+    rocm: str | None = torch.version.hip,
+) -> str:
+    """What the fused kernels lack on this device, in one line; empty where they run.
 
-    ValueError, saying what is missing, where "fused" cannot run on `device`, and for another name.
+    trial: launches a kernel on the device and says why it cannot; None for that of `kernels/trial.py`. rocm: the
+    version that torch was built for, if it was; torch calls such a device cuda too.
+    """
+    if device.type == "cuda" and rocm:
+        return f"they are written and tuned for NVIDIA's GPUs, this device is AMD's (ROCm {rocm})"
+    try:
+        from kernels.launch import INTERPRETED
+        from kernels.trial import why_not
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    if not INTERPRETED:
+        if device.type != "cuda":
+            instead = "TRITON_INTERPRET=1 tries them on a CPU, slowly"
+            return f"Triton's kernels need a CUDA device, this is {device} ({instead})"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST:
+            return f"they need compute capability 8.0 or more, this device has {'.'.join(map(str, capability))}"
+    return (trial or why_not)(device)
+
+
+def select(name: str, device: torch.device, lacks: Callable[[torch.device], str] = missing) -> Ops:
+    """The bundle by name: "reference", "fused", or "auto": fused on a CUDA device that can run it, else reference.
+
+    ValueError, saying what is missing, where "fused" cannot run on `device`, and for another name. lacks: what the
+    fused kernels lack on a device, asked only where they are wanted.
     """
     if name not in ("auto", "fused", "reference"):
         raise ValueError(f"got {name!r}, expected auto, fused or reference")
-    missing = "" if name == "reference" else _missing(device)
-    if name == "fused" and missing:
-        raise ValueError(f"got fused, expected reference or auto: {missing}")
-    if name == "reference" or missing or (name == "auto" and device.type != "cuda"):
+    if name == "reference" or (name == "auto" and device.type != "cuda"):
+        return REFERENCE
+    if reason := lacks(device):
+        if name == "fused":
+            raise ValueError(f"got fused, expected reference or auto: {reason}")
         return REFERENCE
     from kernels.fused import FUSED  # only here: Triton need not be there for what does without it
 
     return FUSED
-
-
-def _missing(device: torch.device) -> str:
-    """What the fused kernels lack on this device; empty where they run."""
-    try:
-        from kernels.launch import INTERPRETED
-    except ImportError as error:
-        return f"Triton is not installed ({error})"
-    if INTERPRETED:
-        return ""
-    if device.type != "cuda":
-        return f"Triton's kernels need a CUDA device, this is {device} (TRITON_INTERPRET=1 tries them on a CPU, slowly)"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST:
-        return f"they need compute capability 8.0 or more, this device has {'.'.join(map(str, capability))}"
-    return ""

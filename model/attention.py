@@ -26,7 +26,7 @@ and Blackwell (`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ def causal_attention(
 
     With a cache, its `length` earlier tokens are attended to as well; then T must be 1, or the cache empty. There, and
     for a single token, where some backends give up, `backend` is `auto`. Raises ValueError for an unknown backend and
-    for dropout where a backend has none, ImportError where its package is missing, RuntimeError where it does not take
+    for dropout that a backend has not, ImportError where its package is missing, RuntimeError where it does not take
     the device, dtype or head size.
     """
     if backend not in BACKENDS:
@@ -86,7 +86,7 @@ def causal_attention(
     packed = qkv.view(B, T, 3, n_head, C3 // (3 * n_head))
     if cache is not None or T == 1:
         backend = "auto"
-    if backend in PACKAGES:
+    if backend in PACKAGES and not qkv.is_meta:
         y = PACKAGES[backend](packed, p)
     elif backend == "auto" and cache is None and slow_in_sdpa(qkv.device, qkv.dtype, T, p):
         y = _by_matmuls(packed, p)
@@ -105,9 +105,39 @@ def _sdpa(packed: Tensor, p: float, backend: str, cache: KVCache | None, layer: 
         assert T == 1 or cache.length == 0, "several tokens after a filled cache would need a shifted mask"
         causal = T > 1
         k, v = cache.extend(layer, k, v)
-    with sdpa_kernel(SDPA[backend]) if backend in SDPA else nullcontext():
+    if q.is_meta:  # torch chooses by the device, and a meta tensor has none
+        return _on_shapes(q, k, v, p, backend).transpose(1, 2)
+    with _kernels(backend, p):
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal)
     return y.transpose(1, 2)
+
+
+def cudnn_drops(p: float) -> bool:
+    """Whether cuDNN drops with this probability: some versions round it to sixteenths, silently (pytorch #174245)."""
+    return (16 * p) % 1 == 0
+
+
+def _kernels(backend: str, p: float) -> AbstractContextManager[None]:
+    """Where SDPA takes none but the kernels of `backend`; of `auto`, all that have this dropout. ValueError for cuDNN's
+    where they have not."""
+    if cudnn_drops(p):
+        return sdpa_kernel(SDPA[backend]) if backend in SDPA else nullcontext()
+    if backend == "cudnn":
+        raise ValueError(f"attention: cudnn may round dropout to sixteenths, got {p}")
+    return sdpa_kernel([SDPA[name] for name in SDPA if name != "cudnn" and backend in (name, "auto")])
+
+
+def _on_shapes(q: Tensor, k: Tensor, v: Tensor, p: float, backend: str) -> Tensor:
+    """What a GPU's kernel would return, for tensors that have shapes only (`train/dryrun.py`). `auto` is cuDNN's, or
+    flash attention's where cuDNN has not this dropout."""
+    aten, keeps = torch.ops.aten, torch.is_grad_enabled() and q.requires_grad
+    if backend == "math":
+        return aten._scaled_dot_product_attention_math(q, k, v, None, p, True)[0]
+    if backend == "efficient" or q.dtype == torch.float32:
+        return aten._scaled_dot_product_efficient_attention(q, k, v, None, keeps, p, True)[0]
+    if backend == "flash" or (backend == "auto" and not cudnn_drops(p)):
+        return aten._scaled_dot_product_flash_attention(q, k, v, p, True)[0]
+    return aten._scaled_dot_product_cudnn_attention(q, k, v, None, keeps, p, True)[0]
 
 
 def slow_in_sdpa(device: torch.device, dtype: torch.dtype, tokens: int, p: float) -> bool:

@@ -7,7 +7,7 @@
 | "mlp"   | the MLP's insides, more than half of what a block keeps          |
 | "block" | all of a block but attention and what draws random numbers       |
 
-How much each keeps is in `model/memory.py`. A fused MLP is one operation, so all of it is computed again, its second
+How much each keeps, `train/dryrun.py` finds. A fused MLP is one operation, so all of it is computed again, its second
 matmul in vain.
 
 What draws random numbers is never done twice: the backward pass must see the forward pass's dropout masks, and setting

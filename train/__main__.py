@@ -22,6 +22,7 @@ from train.attention_choice import AttentionShape, choose_attention
 from train.build import (
     adopt_shape,
     build_model,
+    choose_graphs,
     choose_ops,
     gather_states,
     model_to_train,
@@ -33,10 +34,19 @@ from train.checkpoint_layout import MODEL_ARGS
 from train.data import Dataset, Loader
 from train.distributed import Reducer, World, local_device, process_group, world_from_environment
 from train.graph import GraphedStep
-from train.hardware import Peak, device_name, peak_flops, resolve_device, resolve_dtype, use_device
+from train.hardware import (
+    DTYPES,
+    Peak,
+    allow_tf32,
+    device_name,
+    peak_flops,
+    resolve_device,
+    resolve_dtype,
+    use_device,
+)
 from train.log import RunLog, check_sinks
 from train.loop import Loop, Progress
-from train.memory import check_memory
+from train.memory import check_memory, free_memory, job_of
 from train.optim import LossScale
 from train.plot import plot_run
 from train.profiler import ProfiledStep, profiled_step
@@ -46,7 +56,8 @@ from train.step import TrainStep
 
 def main() -> int:
     parsed = parse(sys.argv[1:])
-    device = resolve_device(str(parsed.settings.get("device", TrainConfig.device)))
+    absent = bool(parsed.settings.get("rehearse"))  # the device is not there: everything is checked, nothing trained
+    device = None if absent else resolve_device(str(parsed.settings.get("device", TrainConfig.device)))
     checkpoint = stored = None
     if parsed.settings.get("init_from") == "resume":
         out_dir = str(parsed.settings.get("out_dir", TrainConfig.out_dir))
@@ -55,9 +66,16 @@ def main() -> int:
         if not checkpoint["nanofuse"]:  # nanoGPT's: it has no auto, and wrote down what its own machine had
             for name in ("device", "dtype", "backend"):
                 stored.pop(name, None)
-    base = choose_base(parsed, gpu=device.type != "cpu", stored=stored)
+    base = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
     config = compose(parsed, base.settings)
     world = world_from_environment()
+    if absent:
+        from train.rehearse import rehearse  # only here: no run needs it
+
+        _check_together(config, world, "cuda", DTYPES.get(config.dtype, torch.bfloat16))
+        say = print if world.master else lambda text: None
+        why = " over ".join([*reversed(parsed.sources), base.why])
+        return rehearse(config, set(parsed.settings), why, checkpoint, world, say)
     device = use_device(local_device(resolve_device(config.device), world))
     with process_group(world, config.backend, device):
         status = train(config, set(parsed.settings), base.why, checkpoint, world, device)
@@ -78,10 +96,10 @@ def train(
     named: the settings that the user wrote. why: where the others come from. checkpoint: the one to go on from.
     """
     dtype, sharded = resolve_dtype(config.dtype, device), config.shard and world.size > 1
-    _check_together(config, world, device, dtype)
+    _check_together(config, world, device.type, dtype)
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
     dataset = open_dataset(config.dataset, world)
-    ops, chunk = choose_ops(config, device, dtype, dataset.vocab_size)
+    ops, chunk, kernels = choose_ops(config, device, dtype, dataset.vocab_size)
     raw_model = build_model(config, named, dataset, checkpoint, ops)
     raw_model.compute_dtype, raw_model.stream_dtype = dtype, getattr(torch, config.residual_dtype)
     raw_model.recompute = config.recompute
@@ -89,13 +107,13 @@ def train(
     dataset.check(config.block_size, raw_model.config.vocab_size)
     memory = ""
     if not config.eval_only:
-        memory = check_memory(config, raw_model, device, world, chunk, resumed=checkpoint is not None)
+        job = job_of(config, raw_model, ops, device, world, chunk, resumed=checkpoint is not None)
+        memory = check_memory(job, str(device), free_memory(device), world.size)
     optimizer = place(config, raw_model, ops, world, device)
+    allow_tf32(device)  # before anything is measured
     raw_model.attention, attention = choose_attention(
         config.attention, AttentionShape.of(raw_model, config.batch_size, device), world
     )
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.fp32_precision = "tf32"  # of float32 matmuls, where any are left
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
     scaler = LossScale(device, enabled=dtype == torch.float16)
     progress, resumed_at = Progress(), None
@@ -109,6 +127,8 @@ def train(
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     say(f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on")
     say(f"device: {device_name(device)} x {world.size}, {str(dtype).removeprefix('torch.')}, {ops.name} kernels")
+    if kernels:
+        say(kernels)
     say(f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}")
     if attention:
         say(f"attention: {attention}")
@@ -130,7 +150,10 @@ def train(
     accumulation = config.gradient_accumulation_steps // world.size
     reducer = Reducer(world, optimizer.flat) if world.size > 1 and not sharded else None
     step = TrainStep(model, optimizer, grad_clip=config.grad_clip, scaler=scaler, reducer=reducer)
-    if config.cuda_graphs and device.type == "cuda" and not sharded and not config.eval_only:
+    graphs, without = choose_graphs(config, device, sharded=sharded)
+    if without:
+        say(without)
+    if graphs:
         step = GraphedStep(step, (accumulation, config.batch_size, config.block_size))
     if config.profile and world.master:
         step = profiled_step(step, config, raw_model, world, progress.iter_num, say)
@@ -172,14 +195,14 @@ def train(
     return 128 + status if status else 0
 
 
-def _check_together(config: TrainConfig, world: World, device: torch.device, dtype: torch.dtype) -> None:
+def _check_together(config: TrainConfig, world: World, device: str, dtype: torch.dtype) -> None:
     """UserError for settings that this many processes, this device or this dtype cannot do."""
     if config.gradient_accumulation_steps % world.size:
         raise UserError(
             f"gradient_accumulation_steps: got {config.gradient_accumulation_steps}, expected a multiple of the "
             f"{world.size} processes, which share them out"
         )
-    if config.profile and device.type == "mps":
+    if config.profile and device == "mps":
         raise UserError("profile: got True, expected False on mps, whose kernels torch's profiler does not see")
     if config.shard and world.size > 1 and dtype == torch.float16:
         raise UserError("dtype: got float16, expected bfloat16 or float32 with shard=True, which has no loss scale")

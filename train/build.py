@@ -10,19 +10,21 @@ import torch
 from torch import nn
 from torch._inductor.runtime.cache_dir_utils import cache_dir  # TORCHINDUCTOR_CACHE_DIR, or the default
 
-from kernels import Ops, select
+from kernels import Ops, missing, select
 from model import GPT, GPTConfig
 from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint_layout import MODEL_ARGS, MOMENTS
 from train.config import TrainConfig
 from train.data import Dataset
 from train.distributed import World
-from train.errors import UserError
+from train.errors import UserError, first_line
 from train.hardware import synchronize
 from train.optim import FlatAdamW
 from train.prepare import ensure_docs
 
 LOSS_CHUNK = 4096  # rows of logits, where not all are held: enough for the matmuls to stay large
+# CUPTI gives a replayed graph's kernels to the wrong launch. Its notes call that mended in 13.1 Update 1.
+GRAPHS_MISREAD = ("13.0", "13.1")
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # what weights fix once and for all
 
 
@@ -36,24 +38,51 @@ def open_dataset(name: str, world: World) -> Dataset:
     return Dataset(folder)
 
 
-def choose_ops(config: TrainConfig, device: torch.device, dtype: torch.dtype, vocab_size: int) -> tuple[Ops, int]:
-    """The run's kernels, and how many rows of logits their loss holds at a time, 0 for all. UserError for kernels that
-    cannot run."""
+def choose_ops(
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    vocab_size: int,
+    lacks: Callable[[torch.device], str] = missing,
+) -> tuple[Ops, int, str]:
+    """The run's kernels; how many rows of logits their loss holds at a time, 0 for all; what to say of the choice or
+    nothing. UserError for kernels that cannot run. lacks: as for `kernels.select`.
+    """
+    lacks = functools.cache(lacks)  # it compiles and launches a kernel
     try:
-        ops = select(config.kernels, device)
+        ops = select(config.kernels, device, lacks)
     except ValueError as error:
         raise UserError(f"kernels: {error}") from error
+    reason = lacks(device) if config.kernels == "auto" and device.type == "cuda" else ""
+    said = reason and f"kernels: the fused ones cannot run here, going on with the reference's: {reason}"
     chunk = config.loss_chunk
     if ops.name == "reference":
         if chunk > 0:
-            raise UserError(f"loss_chunk: got {chunk}, expected 0 or -1: the reference kernels hold all logits")
-        return ops, 0
+            why = reason and f" (the fused ones cannot run here: {reason})"
+            raise UserError(f"loss_chunk: got {chunk}, expected 0 or -1: the reference kernels hold all logits{why}")
+        return ops, 0, said
     if chunk < 0:
         logits = config.batch_size * config.block_size * vocab_size * dtype.itemsize
         room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
         chunk = LOSS_CHUNK if logits > room / 4 else 0
     loss = functools.partial(ops.linear_cross_entropy, chunk_rows=chunk)
-    return dataclasses.replace(ops, linear_cross_entropy=loss), chunk
+    return dataclasses.replace(ops, linear_cross_entropy=loss), chunk, said
+
+
+def choose_graphs(
+    config: TrainConfig, device: torch.device, *, sharded: bool, cuda: str | None = torch.version.cuda
+) -> tuple[bool, str]:
+    """Whether the step is captured in CUDA graphs, the same on every rank, and what to say of it or nothing.
+
+    cuda: the version of CUDA that torch was built for, as torch.version has it.
+    """
+    graphs = config.cuda_graphs and device.type == "cuda" and not sharded and not config.eval_only
+    if graphs and config.profile and cuda in GRAPHS_MISREAD:
+        return False, (
+            f"profile: this run makes no CUDA graphs, whose kernels CUDA {cuda}'s profiler misreads (kineto #1165); "
+            "the steps are the same, and idle where the host is late"
+        )
+    return graphs, ""
 
 
 def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoint: dict | None, ops: Ops) -> GPT:
@@ -75,7 +104,7 @@ def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoi
             model = load_gpt2(config.init_from, dropout=config.dropout, gelu=gelu, ops=ops)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"init_from={config.init_from}: {error}") from error
-    _check_shape(config, named, model)
+    check_shape(config, named, model.config)
     if "block_size" in named and config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     if dataset.n_vocab > model.config.vocab_size:
@@ -85,16 +114,17 @@ def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoi
     return model
 
 
-def _check_shape(config: TrainConfig, named: set[str], model: GPT) -> None:
+def check_shape(config: TrainConfig, named: set[str], shape: GPTConfig) -> None:
+    """UserError where a setting that the user wrote contradicts the shape that given weights have."""
     for name in SHAPE:
-        came, fixed = getattr(config, name), getattr(model.config, name)
+        came, fixed = getattr(config, name), getattr(shape, name)
         if name in named and came not in (fixed, "auto"):
             raise UserError(
                 f"{name}: got {came}, expected {fixed}, as the weights of init_from={config.init_from} have"
             )
-    if "block_size" in named and config.block_size > model.config.block_size:
+    if "block_size" in named and config.block_size > shape.block_size:
         raise UserError(
-            f"block_size: got {config.block_size}, expected at most {model.config.block_size}, the positions that the "
+            f"block_size: got {config.block_size}, expected at most {shape.block_size}, the positions that the "
             f"weights of init_from={config.init_from} know"
         )
 
@@ -143,6 +173,30 @@ def gather_states(model: GPT, optimizer: torch.optim.AdamW, world: World) -> tup
     return shard.whole_model(model, keep=keep), shard.whole(optimizer.state_dict(), keep=keep)
 
 
+def compile_module(function: Callable) -> Callable:
+    """torch.compile for a model, or a part of one, with our operations in it."""
+    register_fallbacks()
+    return torch.compile(function)
+
+
+def register_fallbacks() -> None:
+    """Tell Inductor, before it meets our operations, that they are to be called as they are.
+
+    It would find out by itself, but too late for the first graph. Of a sum that two of them read it would make two
+    copies. And before torch 2.13 it writes out the arguments of an operation that it does not know, as deep as the
+    graph goes: five times the text for every layer, so that 12 layers never end (pytorch #185937).
+    """
+    # only here: they take a second
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+    from torch._library.utils import get_layout_constraint_tag
+
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("nanofuse::"):
+            op = getattr(torch.ops.nanofuse, name.removeprefix("nanofuse::")).default
+            if op not in lowerings:
+                make_fallback(op, tag_to_layout_constraint(get_layout_constraint_tag(op)))
+
+
 def model_to_train(
     model: GPT, config: TrainConfig, device: torch.device, say: Callable[[str], None], *, by_block: bool = False
 ) -> nn.Module:
@@ -156,9 +210,9 @@ def model_to_train(
         return model
     say("compiling the model... (takes a ~minute)")
     begin = time.perf_counter()
-    compiled = model if by_block else torch.compile(model)
+    compiled = model if by_block else compile_module(model)
     for block in model.transformer.h if by_block else ():
-        block.forward = torch.compile(block.forward)
+        block.forward = compile_module(block.forward)
     shape = config.batch_size, config.block_size
     # two tensors: one in both places would be compiled for that case alone
     idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
@@ -169,8 +223,7 @@ def model_to_train(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # from Dynamo, Inductor, a C++ compiler that is not there, Triton, a driver: all kinds
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        say(f"compile: not possible on this machine, going on without it: {reason}")
+        say(f"compile: not possible on this machine, going on without it: {first_line(error)}")
         compiled = model
         for block in model.transformer.h if by_block else ():
             del block.forward  # what the class has shows again

@@ -96,6 +96,12 @@ class TrainConfig:
     )
     mfu_formula: str = setting("nanogpt", "FLOPs a token; nanogpt: 6N + 12LHQT, 6n: 6N", choices=("nanogpt", "6n"))
     peak_flops: float = setting(0.0, "FLOP/s of one device, for the MFU; 0: from the table, or measured", low=0)
+    rehearse: str = setting(
+        "",
+        "check the run for this GPU, without one, and train nothing; bare: the GPU at hand, or h100",
+        choices=("", "auto", "a100", "h100", "h200", "b200", "l4", "4090", "l40s", "a10"),
+        bare="auto",
+    )
     profile: bool = setting(False, "profile a few steps: out_dir/trace.json, and where their time goes")
 
 

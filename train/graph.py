@@ -4,52 +4,108 @@ One graph holds a micro-step, forward and backward into the accumulated gradient
 of any length costs no more memory. A captured launch reads its inputs where they lay and its numbers as they were: what
 changes lies in device memory (batch, rate, step count, loss scale) or in torch's generators, which a graph asks anew at
 every replay. Between the two, ranks sum their gradients.
+
+The graphs share one pool of memory, which is as large as the largest of them needs. This is safe because nothing in the
+pool is read after the replay that wrote it: each graph leaves its results in tensors that were made before the capture,
+and replays follow each other on one stream.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from train.data import Batch
+from train.errors import UserError, first_line
 from train.step import StepResult, TrainStep
 
 Work = Callable[[], None]
-Capture = Callable[[Work], Work]  # runs the work as it likes; returns what repeats it
 WARM_UP = 3  # runs before a capture: kernels compile, libraries choose and allocate
 
 
-def cuda_graph(work: Work) -> Work:
-    """Capture the work, after a warm-up on a side stream; returns the graph's replay."""
-    side = torch.cuda.Stream()
+class Task(NamedTuple):
+    """What one graph holds."""
+
+    run: Work
+    prepare: Work = lambda: None  # comes before every run, outside the graph
+
+
+# Runs each task as it likes, every one before the first is captured; returns what repeats each.
+Capture = Callable[[list[Task]], list[Work]]
+
+
+def cuda_graphs(tasks: list[Task]) -> list[Work]:
+    """Capture each task in a graph, after warm-ups; returns the graphs' replays.
+
+    All warm-ups come first: a capture takes memory for good, and a warm-up after it would need its own beside that.
+    Warm-ups and captures share one side stream. So cuBLAS allocates its workspace for that stream before the captures
+    and outside the pool, and no node of autograd remembers another stream.
+    """
+    side, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     side.wait_stream(torch.cuda.current_stream())
+    # entered here too, because a capture that fails leaves its stream the current one
     with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            work()
+        for task in tasks:
+            for _ in range(WARM_UP):
+                task.prepare()
+                task.run()
+        replays = [_capture(task.run, side, pool) for task in tasks]
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: the loader's thread may allocate pinned memory meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        work()
+    return replays
+
+
+def _capture(run: Work, side: torch.cuda.Stream, pool: tuple[int, int]) -> Work:
+    graph, failed = torch.cuda.CUDAGraph(), None
+    try:
+        # thread_local: the loader's thread may allocate pinned memory meanwhile
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            try:
+                run()
+            except Exception as error:
+                failed = error
+                raise
+    except Exception:
+        if failed is not None:  # ending the capture has failed too, and says less about why
+            raise failed from None
+        raise
     return graph.replay
 
 
 class GraphedStep:
     """`step`, captured: the same call, the same results. Inputs keep their shapes, or a ValueError names the one.
 
-    shape: (accumulation, batch_size, block_size) of the batches to come. Capturing runs the step a few times; its state
-    is put back as it was: parameters, moments, step count, gradients, loss scale, random state. `capture` is
-    `cuda_graph` wherever there is CUDA; tests pass a tape.
+    shape: (accumulation, batch_size, block_size) of the batches to come. To be made between two steps, when there are
+    no gradients. Capturing runs the parts of a step a few times, and `step` is afterwards as it was: parameters,
+    moments, step count, loss scale, random state. So it is where capturing fails, with a UserError. `capture` is
+    `cuda_graphs` wherever there is CUDA; tests pass a tape.
     """
 
-    def __init__(self, step: TrainStep, shape: tuple[int, int, int], capture: Capture = cuda_graph) -> None:
+    def __init__(self, step: TrainStep, shape: tuple[int, int, int], capture: Capture = cuda_graphs) -> None:
         self.step, self.scaler = step, step.scaler
         self.accumulation, *micro = shape
         self.x, self.y = (torch.zeros(micro, dtype=torch.int64, device=step.loss.device) for _ in range(2))
-        with unchanged(step):
-            self._micro_step = capture(lambda: step.micro_step(self.x, self.y, self.accumulation))
-            self._update = capture(step.update)
+        tasks = [
+            Task(lambda: step.micro_step(self.x, self.y, self.accumulation)),
+            Task(step.update, prepare=step.optimizer.skip_next_update),
+        ]
+        # An AccumulateGrad node remembers the stream it was made on, and lives as long as any loss that leads to it.
+        # Met in a capture, one from another stream makes the capture fail (torch 2.13) or wait for that stream (2.11).
+        # Nobody here keeps a loss: `micro_step` drops its own. One that a cycle of dropped objects holds, a traceback
+        # say, goes now.
+        gc.collect()
+        try:
+            with unchanged(step):
+                self._micro_step, self._update = capture(tasks)
+        except torch.OutOfMemoryError:  # which says what to do itself, and graphs are not to blame
+            raise
+        except Exception as error:  # from CUDA, Triton, a library that does what no capture may: all kinds
+            raise UserError(
+                f"cuda_graphs: got True, but the step could not be captured: {first_line(error)}; "
+                f"--no-cuda_graphs goes on without"
+            ) from error
 
     def __call__(self, batch: Batch, lr: float) -> StepResult:
         if len(batch.seeds) != self.accumulation:
@@ -74,18 +130,19 @@ class GraphedStep:
 
 @contextmanager
 def unchanged(step: TrainStep) -> Iterator[None]:
-    """Whatever runs inside, the step's state and torch's generators are afterwards as they were before.
+    """Micro-steps and skipped updates may run inside; the step's state and torch's generators are then as before.
 
-    What is kept lies in host memory: there may be no room for it twice on the device.
+    Micro-steps write gradients and the loss. Skipped updates clear gradients and write the norm and the loss scale. So
+    gradients are cleared and the few scalars put back; nothing as large as the model is ever copied.
     """
-    optimizer, scaler = step.optimizer, step.scaler
-    flat = optimizer.flat
-    state = [flat.param, flat.exp_avg, flat.exp_avg_sq, flat.grad, flat.total, flat.compute, optimizer.steps]
-    state += [optimizer.lr, scaler.scale, scaler.growth_tracker, step.loss, step.grad_norm]
-    kept = [(x, x.cpu().clone()) for x in state if x is not None]
-    devices = [flat.param.device] if flat.param.is_cuda else []
+    scaler = step.scaler
+    scalars = [step.loss, step.grad_norm, scaler.scale, scaler.growth_tracker]
+    kept = [x.clone() for x in scalars]
+    devices = [step.loss.device] if step.loss.is_cuda else []
     with torch.random.fork_rng(devices):
-        yield
-    with torch.no_grad():
-        for x, before in kept:
-            x.copy_(before)
+        try:
+            yield
+        finally:
+            step.optimizer.clear()
+            for x, before in zip(scalars, kept, strict=True):
+                x.copy_(before)

@@ -114,6 +114,43 @@ DEVICES = (
 )
 
 
+@dataclass(frozen=True)
+class Card:
+    """A GPU that a run can be rehearsed for: what torch would say of it.
+
+    capability: 90 is sm_90. memory: bytes that are free before a run, about: torch's total_memory of one card, less
+    half a gigabyte for the CUDA context.
+    """
+
+    name: str  # torch.cuda.get_device_name()
+    capability: int
+    multiprocessors: int
+    memory: int
+
+
+CARDS = {
+    "a100": Card("NVIDIA A100-SXM4-80GB", 80, 108, int(84.5e9)),
+    "h100": Card("NVIDIA H100 80GB HBM3", 90, 132, int(84.5e9)),
+    "h200": Card("NVIDIA H200", 90, 132, int(149.6e9)),
+    "b200": Card("NVIDIA B200", 100, 148, int(190.9e9)),
+    "l4": Card("NVIDIA L4", 89, 58, int(23.1e9)),
+    "4090": Card("NVIDIA GeForce RTX 4090", 89, 128, int(24.8e9)),
+    "l40s": Card("NVIDIA L40S", 89, 142, int(47.1e9)),
+    "a10": Card("NVIDIA A10", 86, 72, int(23.1e9)),
+}
+
+
+def card(name: str) -> Card:
+    """The card of that name in CARDS; `auto`: the GPU at hand, an H100 where there is none."""
+    if name != "auto":
+        return CARDS[name]
+    if not torch.cuda.is_available():
+        return CARDS["h100"]
+    p = torch.cuda.get_device_properties(0)
+    free, _ = torch.cuda.mem_get_info(0)
+    return Card(p.name, 10 * p.major + p.minor, p.multi_processor_count, free)
+
+
 def lookup(name: str) -> Device | None:
     """The table's row for a torch.cuda.get_device_name(), None for a device that is not in it."""
     name = re.sub(r"^((NVIDIA|Tesla|AMD) )+", "", name.strip())
@@ -194,6 +231,16 @@ def use_device(device: torch.device) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def allow_tf32(device: torch.device) -> None:
+    """Let float32 matmuls on CUDA run in TF32, in the whole process; on other devices nothing changes.
+
+    Not by `torch.backends.cuda.matmul.fp32_precision`: after it `torch.get_float32_matmul_precision()`, which Inductor
+    asks under max-autotune, raises. This one both ways of asking understand.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
 
 
 def synchronize(device: torch.device) -> None:

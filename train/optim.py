@@ -61,6 +61,16 @@ class FlatAdamW(torch.optim.AdamW):
         """No gradients."""
         self.flat.clear()
 
+    def state_tensors(self) -> list[Tensor]:
+        """All that a capture must leave as it was."""
+        flat = self.flat
+        buffers = [flat.param, flat.compute, flat.grad, flat.total, flat.exp_avg, flat.exp_avg_sq]
+        return [*(x for x in buffers if x is not None), self.lr, self.steps]
+
+    def skip_next_update(self) -> None:
+        """Make the next update clear the gradients and do nothing else: it is skipped where one is not finite."""
+        self.flat.total[:1].fill_(float("nan"))
+
     def set_lr(self, lr: float) -> None:
         """The rate of updates from here on, also of those captured."""
         self.lr.fill_(lr)

@@ -19,8 +19,8 @@ from bench.scale.model import Job, Predicted, Rates, Traffic, predict, share_out
 from bench.schema import Results, Step, median
 from bench.tables import aligned
 from bench.workloads import WORKLOADS
-from model import memory as memory_model
 from model.flops import flops_per_token
+from train import dryrun
 from train.errors import UserError
 from train.hardware import DTYPES, lookup
 from train.metrics import mfu, tokens_per_second
@@ -186,18 +186,20 @@ def plan(name: str, config: ScaleConfig, base: Base, rates: Rates, fabric: Fabri
 
 
 def memory(each: Predicted, *, shard: bool) -> int:
-    """Bytes that a device holds, as `model/memory.py` estimates them, with the fused kernels; graphs unless sharded."""
+    """Bytes that a device holds, as `train/dryrun.py` finds them, with the fused kernels."""
+    from kernels.fused import FUSED
+
     job = each.job
-    step = memory_model.Step(
+    step = dryrun.Job(
         job.config,
         job.batch_size,
+        FUSED,
         accumulation=job.accumulation,
         several=each.devices * job.accumulation > 1,
-        dtype_bytes=job.compute,
+        dtype=torch.float32 if job.compute == 4 else torch.bfloat16,
         shards=each.devices if shard else 1,
-        graphs=not shard,
     )
-    return sum(memory_model.estimate(step).values())
+    return dryrun.dry_run(step).total
 
 
 def table(predicted: list[Predicted], peak: float, *, shard: bool) -> str:
@@ -256,7 +258,7 @@ def _code(config: ScaleConfig, bases: dict[str, Base]) -> list[str]:
         "as built    gradients are summed over ranks in float32; several micro-steps' too",
         "assumed     other batches are as many times slower than their floors, between measured ones in proportion",
         "assumed     a backward pass is 2/3 of a micro-step; ranks never wait for one that is slower",
-        "estimated   GB that each device holds: model/memory.py, fused kernels, nothing computed again",
+        "estimated   GB that each device holds: train/dryrun.py, fused kernels, nothing computed again",
     ]
     if config.shard:
         lines.append(

@@ -8,11 +8,12 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import GPT, GPTConfig
-from model.attention import BACKENDS, KVCache, causal_attention
+from model.attention import BACKENDS, SDPA, KVCache, causal_attention
 from tests.model import flash_packages
 
 H = 3
@@ -170,6 +171,40 @@ def test_the_backward_pass_drops_the_same_weights(backend: str, dtype: torch.dty
 def test_no_dropout(backend: str) -> None:
     with pytest.raises(ValueError, match=f"attention: {backend} has no dropout, got 0.2"):
         causal_attention(inputs()[0], H, 0.2, backend)
+
+
+def kernels_allowed(backend: str, p: float) -> list[str]:
+    """The kernels that torch may choose from, where it is asked."""
+    allowed: list[str] = []
+
+    class Asked(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                cuda = torch.backends.cuda
+                enabled = (cuda.cudnn_sdp_enabled, cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled)
+                allowed.extend(name for name, on in zip(SDPA, (*enabled, cuda.math_sdp_enabled), strict=True) if on())
+            return func(*args, **(kwargs or {}))
+
+    with Asked():
+        causal_attention(inputs(torch.float16)[0], H, p, backend)
+    return allowed
+
+
+def test_cudnn_is_not_asked_for_dropout_that_it_may_round() -> None:
+    assert "cudnn" in kernels_allowed("auto", 0.1875)
+    assert kernels_allowed("auto", 0.2) == ["flash", "efficient", "math"]
+    assert kernels_allowed("math", 0.2) == kernels_allowed("math", 0.25) == ["math"]
+    with pytest.raises(ValueError, match=r"attention: cudnn may round dropout to sixteenths, got 0\.2"):
+        causal_attention(inputs(torch.float16)[0], H, 0.2, "cudnn")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [0.2, 0.25])
+def test_the_kernels_that_may_be_asked_compile_whole(p: float) -> None:
+    torch._dynamo.reset()
+    qkv = inputs(torch.float16)[0]
+    torch.compile(causal_attention, backend="aot_eager", fullgraph=True)(qkv, H, p).sum().backward()
+    assert qkv.grad.isfinite().all()
 
 
 def test_an_unknown_backend() -> None:

@@ -65,12 +65,12 @@ def test_what_is_copied(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", SDPA)
 def test_dropout_is_a_function_of_the_seed(backend: str) -> None:
-    need(backend, torch.bfloat16, 0.2)
+    need(backend, torch.bfloat16, 0.25)
     qkv, dy = inputs(torch.bfloat16)
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        y = causal_attention(qkv, 3, 0.2, backend)
+        y = causal_attention(qkv, 3, 0.25, backend)
         results.append((y, torch.autograd.grad(y, qkv, dy)[0]))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=2e-2, atol=2e-2)  # summed in no fixed order

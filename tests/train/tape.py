@@ -3,6 +3,9 @@
 Recorded at dispatch level are the operations, with the very tensors and the very numbers that they were called with.
 Replayed, each writes its results where it wrote them first. So whatever leans on the host is frozen, as in a graph: a
 Python number, a tensor made outside, a branch. Random operations ask the generator anew, as a graph's do.
+
+Graphs share their memory: what one leaves there, the next overwrites. So a tape spoils all tensors that it made itself
+as soon as it has played.
 """
 
 from collections.abc import Callable
@@ -12,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from train.graph import Task, Work
 
 
 class Tape(TorchDispatchMode):
@@ -38,16 +43,33 @@ class Tape(TorchDispatchMode):
             results = tree_leaves(func(*args, **kwargs))
             for i, there in fresh:
                 there.copy_(results[i])
+        self.spoil()
+
+    @torch.no_grad()
+    def spoil(self) -> None:
+        """What lies in the graphs' common memory is lost."""
+        for *_, fresh in self.calls:
+            for _, there in fresh:
+                if there.is_floating_point():
+                    there.fill_(float("nan"))
 
 
 def storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def tape(work: Callable[[], None]) -> Callable[[], None]:
-    """A `Capture`: runs the work twice, as a warm-up and to record it."""
-    work()
+def tape(tasks: list[Task]) -> list[Work]:
+    """A `Capture`: runs each task once as a warm-up, and once to record it."""
+    for task in tasks:
+        task.prepare()
+        task.run()
+    return [_record(task) for task in tasks]
+
+
+def _record(task: Task) -> Work:
     recorder = Tape()
+    task.prepare()
     with recorder:
-        work()
+        task.run()
+    recorder.spoil()
     return recorder.replay

@@ -107,6 +107,7 @@ def test_a_name_is_taken() -> None:
     ("name", "dropout", "reason"),
     [
         ("cudnn", 0.0, "No viable backend for scaled_dot_product_attention was found"),
+        ("cudnn", 0.2, "attention: cudnn may round dropout to sixteenths, got 0.2"),
         ("flash", 0.2, "do not support non-zero dropout"),
         ("fa3", 0.2, "attention: fa3 has no dropout, got 0.2"),
     ],

@@ -1,5 +1,6 @@
 """What a run is made of: compilation that cannot work on a machine must not end the run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 
+import train.__main__ as command
 from model import GPT, GPTConfig
 from tests.train.runs import logged, run
 from train.build import model_to_train
@@ -112,3 +114,15 @@ def test_residual_dtype(tmp_path: Path) -> None:
     for iteration, record in expected.items():
         assert got[iteration]["loss"] == pytest.approx(record["loss"], rel=1e-2)
     assert got != expected
+
+
+def test_tf32_is_allowed_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noted(name: str, real: Callable) -> Callable:
+        return lambda *args: (asked.append(name), real(*args))[1]
+
+    for name in ("allow_tf32", "choose_attention", "peak_flops"):
+        monkeypatch.setattr(command, name, noted(name, getattr(command, name)))
+    run(tmp_path / "out", max_iters=1, peak_flops=0.0)
+    assert asked == ["allow_tf32", "choose_attention", "peak_flops"]

@@ -1,17 +1,20 @@
 """GraphedStep, its capture played by a tape: the same losses and weights as the eager step, to the bit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels import REFERENCE, Ops
 from kernels.fused import FUSED
 from kernels.launch import INTERPRETED
 from model import GPT, GPTConfig
-from tests.train.tape import tape
+from tests.train.tape import storage, tape
 from train.data import Batch
-from train.graph import GraphedStep
+from train.errors import UserError
+from train.graph import GraphedStep, Task, Work
 from train.optim import FlatAdamW, LossScale
 from train.step import TrainStep
 
@@ -28,9 +31,11 @@ def make(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     recompute: str = "none",
+    n_embd: int = 16,
 ) -> TrainStep:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=16, dropout=dropout, bias=True), ops)
+    shape = GPTConfig(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=n_embd, dropout=dropout, bias=True)
+    model = GPT(shape, ops)
     model.to(device).compute_dtype = dtype
     model.recompute = recompute
     optimizer = FlatAdamW(
@@ -120,15 +125,124 @@ def test_a_rate_that_is_a_python_number_is_frozen_and_seen(monkeypatch: pytest.M
     assert max(abs(a[0] - b[0]) for a, b in zip(losses, expected, strict=True)) > 1e-3
 
 
-def test_capturing_leaves_everything_as_it_was() -> None:
-    step = make(dropout=0.2, dtype=torch.float16)
-    train(step, 1, 2)
-    flat, optimizer = step.optimizer.flat, step.optimizer
-    tensors = [flat.param, flat.compute, flat.exp_avg, flat.exp_avg_sq, flat.grad, optimizer.steps, step.scaler.scale]
-    before, state = [x.clone() for x in tensors], torch.get_rng_state()
-    GraphedStep(step, (1, B, T), capture=tape)
-    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
-    assert torch.equal(torch.get_rng_state(), state)
+def everything(step: TrainStep) -> list[torch.Tensor]:
+    """All that a capture must leave as it was."""
+    tensors = [
+        *step.optimizer.state_tensors(),
+        step.scaler.scale,
+        step.scaler.growth_tracker,
+        step.loss,
+        step.grad_norm,
+    ]
+    return [x.clone() for x in (*tensors, *step.model.parameters(), torch.get_rng_state())]
+
+
+@pytest.mark.parametrize("ops", [REFERENCE, pytest.param(FUSED, marks=pytest.mark.slow)], ids=["reference", "fused"])
+@pytest.mark.parametrize(
+    ("dtype", "accumulation"),
+    [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1), (torch.bfloat16, 2), (torch.float16, 1)],
+)
+def test_capturing_leaves_everything_as_it_was(dtype: torch.dtype, accumulation: int, ops: Ops) -> None:
+    step = make(ops, dropout=0.2, dtype=dtype, accumulation=accumulation)
+    train(step, accumulation, 2)  # so that there are moments, and steps taken
+    before = everything(step)
+    GraphedStep(step, (accumulation, B, T), capture=tape)
+    assert all(torch.equal(x, y) for x, y in zip(everything(step), before, strict=True))
+
+
+def test_a_resumed_run_is_captured_as_it_stands() -> None:
+    first, resumed = make(dtype=torch.bfloat16), make(dtype=torch.bfloat16)
+    train(first, 1, 3)
+    resumed.model.load_state_dict(first.model.state_dict())
+    resumed.optimizer.flat.sync()
+    resumed.optimizer.load_state_dict(first.optimizer.state_dict())
+    graphed = GraphedStep(resumed, (1, B, T), capture=tape)
+    assert train(graphed, 1, 5) == train(first, 1, 5)
+
+
+def test_a_failed_capture_is_one_line_and_leaves_no_trace() -> None:
+    """After a micro-step's warm-up and some of the update's, as a real one might."""
+    step, twin = (make(dropout=0.2, dtype=torch.float16) for _ in range(2))
+    train(step, 1, 2), train(twin, 1, 2)
+    before = everything(step)
+
+    def capture(tasks: list[Task]) -> list[Work]:
+        for task in tasks:
+            task.prepare()
+            task.run()
+        tasks[0].run()
+        raise RuntimeError("\noperation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+
+    with pytest.raises(UserError) as caught:
+        GraphedStep(step, (1, B, T), capture=capture)
+    assert str(caught.value) == (
+        "cuda_graphs: got True, but the step could not be captured: operation not permitted when stream is capturing; "
+        "--no-cuda_graphs goes on without"
+    )
+    assert all(torch.equal(x, y) for x, y in zip(everything(step), before, strict=True))
+    assert train(step, 1, 3) == train(twin, 1, 3)
+
+
+def test_memory_that_runs_out_in_a_capture_is_no_fault_of_the_graphs() -> None:
+    def capture(tasks: list[Task]) -> list[Work]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"2\.00 GiB"):
+        GraphedStep(make(), (1, B, T), capture=capture)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of new tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        inputs = {storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        new = {storage(x): x for x in tree_leaves(results) if isinstance(x, torch.Tensor)}
+        self.bytes += sum(x.untyped_storage().nbytes() for key, x in new.items() if key not in inputs)
+        return results
+
+
+def test_what_a_capture_keeps_aside_does_not_grow_with_the_model() -> None:
+    """Beside what the step itself allocates: here it runs not at all."""
+    counted = []
+    for width in (16, 64):
+        step = make(n_embd=width)
+        with Allocations() as allocations:
+            GraphedStep(step, (1, B, T), capture=lambda tasks: [task.run for task in tasks])
+        counted.append(allocations.bytes)
+    assert 0 < counted[0] == counted[1]
+
+
+def marked(leaves: Iterable[torch.Tensor], *, mark: bool = False) -> list[bool]:
+    """Whether each leaf's AccumulateGrad node is one that was marked before: then it was never dropped."""
+    nodes = [leaf.view_as(leaf).grad_fn.next_functions[0][0] for leaf in leaves]
+    found = ["mark" in node.metadata for node in nodes]
+    for node in nodes if mark else ():
+        node.metadata["mark"] = True
+    return found
+
+
+def test_a_capture_meets_no_node_of_autograd_from_before() -> None:
+    """Such a node remembers another stream. Here a cycle of dropped objects holds the loss that leads to them."""
+    step = make()
+    leaves = list(step.optimizer.flat.leaves)
+    dropped = [step.model(*(part[0] for part in batch(0, 1)[:2]))[1]]
+    marked(leaves, mark=True)
+    assert all(marked(leaves))
+    dropped.append(dropped)
+    del dropped
+    seen = []
+
+    def capture(tasks: list[Task]) -> list[Work]:
+        seen.extend(marked(leaves))
+        return tape(tasks)
+
+    GraphedStep(step, (1, B, T), capture=capture)
+    assert seen == [False] * len(leaves)
 
 
 def test_another_shape_is_refused() -> None:

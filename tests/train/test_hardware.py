@@ -136,6 +136,19 @@ def test_a_device_without_tf32_ignores_the_switch(cuda, tf32):
     assert peak_flops(CUDA, torch.float32).flops == 8.1e12
 
 
+def test_a_run_on_cuda_takes_tf32_so_that_inductor_can_still_ask(cuda, tf32):
+    cuda()
+    hardware.allow_tf32(CUDA)
+    assert torch.get_float32_matmul_precision() == "high"
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert peak_flops(CUDA, torch.float32).flops == 495e12
+
+
+def test_off_cuda_float32_stays_float32(tf32):
+    hardware.allow_tf32(CPU)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"), [("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16), ("Tesla T4", torch.bfloat16)]
 )

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 import train.__main__ as command
+from kernels import REFERENCE, Ops
 from kernels.launch import INTERPRETED
 from tests.train.jobs import ROOT, arguments, make_data
 from tests.train.runs import logged, resume, run
+from train.build import choose_ops
+from train.config import TrainConfig
 from train.errors import UserError
 
 FUSED = dict(
@@ -55,6 +58,47 @@ def test_chunks_need_fused_kernels(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="loss_chunk: got 5, expected 0 or -1: the reference kernels hold all logits"):
         run(tmp_path / "out", kernels="reference", loss_chunk=5)
     assert not (tmp_path / "out").exists()
+
+
+# Where they cannot run
+
+CUDA = torch.device("cuda")
+BROKEN = "Failed to find C compiler."
+
+
+def test_auto_goes_on_without_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of the run is a CPU's."""
+
+    def as_on_cuda(config: TrainConfig, device: torch.device, dtype: torch.dtype, vocab_size: int) -> tuple:
+        return choose_ops(config, CUDA, dtype, vocab_size, lambda device: BROKEN)
+
+    monkeypatch.setattr(command, "choose_ops", as_on_cuda)
+    assert run(tmp_path / "out", max_iters=1) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "kernels" in line]
+    assert lines[0].endswith("float32, reference kernels")
+    assert lines[1:] == [f"kernels: the fused ones cannot run here, going on with the reference's: {BROKEN}"]
+
+
+def test_fused_is_refused_and_nothing_is_said_of_what_was_not_asked_for() -> None:
+    def choose(**settings) -> tuple[Ops, int, str]:
+        return choose_ops(TrainConfig(**settings), CUDA, torch.float32, 50, lambda device: BROKEN)
+
+    with pytest.raises(UserError, match=f"kernels: got fused, expected reference or auto: {BROKEN}"):
+        choose(kernels="fused")
+    with pytest.raises(UserError, match=rf"loss_chunk: got 5, .* all logits \(the fused ones .* here: {BROKEN}\)"):
+        choose(loss_chunk=5)
+    assert choose(kernels="reference") == (REFERENCE, 0, "")
+
+
+@pytest.mark.parametrize("name", ["auto", "fused"])
+def test_kernels_that_run_are_tried_once(name: str) -> None:
+    tried = []
+    config = TrainConfig(kernels=name, loss_chunk=0)
+    ops, chunk, said = choose_ops(config, CUDA, torch.float32, 50, lambda device: tried.append(device) or "")
+    assert (ops.name, chunk, said) == ("fused", 0, "")
+    assert tried == [CUDA]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without CUDA")

@@ -8,25 +8,26 @@ import pytest
 import torch
 
 import train.__main__ as command
-import train.memory
+from kernels import REFERENCE
+from kernels.fused import FUSED
 from model import GPTConfig
-from model.memory import Step, estimate
 from model.recompute import MODES
 from tests.train.runs import refusal, resume, run
 from train.config import TrainConfig
-from train.memory import advice, free_memory, total
+from train.dryrun import Job, dry_run
+from train.memory import advice, free_memory
 from train.settings import settings_of
 
-GPT2 = Step(GPTConfig(vocab_size=50304, bias=False), batch_size=48, accumulation=5, several=True)
+GPT2 = Job(GPTConfig(vocab_size=50304, bias=False, dropout=0.0), 48, FUSED, accumulation=5, several=True)
 JOB = dict(batch_size=8, block_size=64, n_embd=64)
 
 
-def needed(step: Step, **changes) -> int:
-    return total(dataclasses.replace(step, **changes))
+def needed(job: Job, **changes) -> int:
+    return dry_run(dataclasses.replace(job, **changes)).total
 
 
 def with_room(monkeypatch: pytest.MonkeyPatch, room: int | None) -> None:
-    monkeypatch.setattr(train.memory, "free_memory", lambda device: room)
+    monkeypatch.setattr(command, "free_memory", lambda device: room)
 
 
 def test_what_is_free(tmp_path: Path) -> None:
@@ -55,18 +56,19 @@ def test_the_cheapest_change_that_fits(changes: dict, text: str) -> None:
 
 
 def test_no_change_that_fits() -> None:
-    state = sum(size for name, size in estimate(GPT2).items() if name in ("weights", "copies", "moments", "gradients"))
+    held = dry_run(GPT2).memory
+    state = sum(held[name] for name in ("weights", "copies", "moments", "gradients"))
     assert advice(GPT2, state, ranks=1) == "not even --batch_size=1 --recompute=block fits"
 
 
 def test_accumulation_is_of_all_ranks() -> None:
-    step = dataclasses.replace(GPT2, fused=False)
+    step = dataclasses.replace(GPT2, ops=REFERENCE)
     text = advice(step, needed(step, batch_size=6, accumulation=40), ranks=4)
     assert text == "--batch_size=6 --gradient_accumulation_steps=160 fits"
 
 
 def test_state_that_outgrows_a_device_wants_several() -> None:
-    large = Step(GPTConfig(vocab_size=50304, n_layer=48, n_head=25, n_embd=1600), batch_size=1)
+    large = Job(GPTConfig(vocab_size=50304, n_layer=48, n_head=25, n_embd=1600, dropout=0.0), 1, FUSED)
     assert advice(large, int(24e9), ranks=8) == "--shard=True fits"
     assert advice(large, int(24e9), ranks=1) == "not even --batch_size=1 --recompute=block fits"
     assert advice(large, int(1e9), ranks=8).endswith("fits, nor with --shard on 8 ranks")

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from tests.train import test_graph as graphs
 from tests.train.runs import last, logged, poison, refusal, resume, run, send
 from tests.train.tape import tape
 from train.breakdown import Bounds
+from train.build import choose_graphs
 from train.ceilings import Ceilings
+from train.config import TrainConfig
 from train.graph import GraphedStep
 from train.profiler import ProfiledStep, profiled_iterations
 from train.timeline import WINDOW, read
@@ -228,6 +231,36 @@ def test_around_a_captured_step(tmp_path: Path) -> None:
         f"trace: {tmp_path / 'trace.json'}, for ui.perfetto.dev or chrome://tracing",
     ]
     assert annotations(tmp_path)[1:] == ["iteration 5", "iteration 6", "iteration 7"]
+
+
+@pytest.mark.parametrize("cuda", ["13.0", "13.1"])
+def test_no_graphs_where_cuda_would_misread_them(cuda: str) -> None:
+    config, device = TrainConfig(profile=True), torch.device("cuda")
+    graphs, said = choose_graphs(config, device, sharded=False, cuda=cuda)
+    assert not graphs
+    assert said.startswith(f"profile: this run makes no CUDA graphs, whose kernels CUDA {cuda}'s profiler misreads")
+    assert "\n" not in said
+    assert choose_graphs(config, device, sharded=False, cuda="12.8") == (True, "")
+    assert choose_graphs(replace(config, profile=False), device, sharded=False, cuda=cuda) == (True, "")
+    for unchanged in (replace(config, cuda_graphs=False), replace(config, eval_only=True)):
+        assert choose_graphs(unchanged, device, sharded=False, cuda=cuda) == (False, "")
+    assert choose_graphs(config, device, sharded=True, cuda=cuda) == (False, "")
+    assert choose_graphs(config, torch.device("cpu"), sharded=False, cuda=cuda) == (False, "")
+
+
+def test_a_run_that_makes_none_says_so_and_is_profiled(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of the run is a CPU's: a capture would raise there."""
+
+    def as_on_cuda(config: TrainConfig, device: torch.device, *, sharded: bool) -> tuple[bool, str]:
+        return choose_graphs(config, torch.device("cuda"), sharded=sharded, cuda="13.0")
+
+    monkeypatch.setattr(command, "choose_graphs", as_on_cuda)
+    assert run(tmp_path / "out", **PROFILED, cuda_graphs=True) == 0
+    output = capsys.readouterr().out
+    assert output.count("profile: this run makes no CUDA graphs") == 1
+    assert "profile: 5 steps of" in output
 
 
 def test_a_shorter_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -59,7 +59,7 @@ def spelled(draw) -> tuple[dict, list[str]]:
             text = repr(value)  # text that begins with a quote needs quotes around it
         pair = (
             [f"--{key}={text}"]
-            if text.startswith("--")
+            if text.startswith("--") or FIELDS[name].metadata["bare"]
             else draw(st.sampled_from([[f"--{key}={text}"], [f"--{key}", text]]))
         )
         argv += pair

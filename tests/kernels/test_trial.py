@@ -1,0 +1,108 @@
+"""Whether Triton can launch anything here: the trial kernel, and what is made of its answer."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from triton.runtime.build import compile_module_from_src
+
+from kernels import REFERENCE, missing, select
+from kernels.launch import INTERPRETED
+from kernels.trial import why_not
+
+ROOT = Path(__file__).parents[2]
+CUDA = torch.device("cuda")
+
+
+class Kernel:
+    """A stand-in for a Triton kernel: does this with its tensor."""
+
+    def __init__(self, does: Callable[[torch.Tensor], None]) -> None:
+        self.does = does
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda p_x, **options: self.does(p_x)
+
+
+def test_the_trial_runs(device: torch.device) -> None:
+    assert why_not(device) == ""
+
+
+def build_launcher(p_x: torch.Tensor) -> None:
+    """As Triton does for a kernel that it launches for the first time."""
+    compile_module_from_src("#include <no_such_header_as_if_it_were_Python.h>\n", "launcher")
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("/no/such/compiler", "[Errno 2] No such file or directory: '/no/such/compiler'"),
+        ("false", "false could not build Triton's launcher, which takes a C compiler and Python's headers"),
+    ],
+)
+def test_without_a_compiler_or_headers_it_says_so(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, reason: str
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert why_not(device, Kernel(build_launcher)) == reason
+
+
+def test_the_first_line_of_any_failure_is_the_reason(device: torch.device) -> None:
+    def fail(p_x: torch.Tensor) -> None:
+        raise RuntimeError("\n no driver\nat all")
+
+    assert why_not(device, Kernel(fail)) == "no driver"
+    assert why_not(device, Kernel(lambda p_x: None)) == "a kernel of Triton's that stores 1.0 stored 0.0"
+
+
+def test_a_real_launch_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:
+    """On a GPU machine Triton's own launcher, without a compiler; elsewhere its driver is missing."""
+    code = (
+        "import torch; from kernels.trial import why_not; "
+        "print(why_not(torch.device('cuda' if torch.cuda.is_available() else 'cpu')))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"CC": "/no/such/compiler", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert len(ended.stdout.splitlines()) == 1
+    assert ended.stdout.strip()
+
+
+# What is made of it
+
+
+def test_what_the_trial_says_is_missing(device: torch.device) -> None:
+    assert missing(device) == ""
+    assert missing(device, trial=lambda device: "no compiler") == "no compiler"
+
+
+def test_rocm_is_not_cuda(device: torch.device) -> None:
+    """torch calls AMD's devices cuda, and their capability passes for Ampere's or Hopper's."""
+    said = missing(CUDA, trial=lambda device: "", rocm="6.4")
+    assert said == "they are written and tuned for NVIDIA's GPUs, this device is AMD's (ROCm 6.4)"
+    assert missing(device, trial=lambda device: "", rocm=None) == ""
+
+
+def test_auto_falls_back_and_fused_is_refused() -> None:
+    assert select("auto", CUDA, lambda device: "no compiler") is REFERENCE
+    assert select("auto", CUDA, lambda device: "").name == "fused"
+    with pytest.raises(ValueError, match=r"got fused, expected reference or auto: no compiler"):
+        select("fused", CUDA, lambda device: "no compiler")
+
+
+def test_only_where_they_are_wanted() -> None:
+    def never(device: torch.device) -> str:
+        raise AssertionError
+
+    assert select("reference", CUDA, never) is REFERENCE
+    assert select("auto", torch.device("cpu"), never) is REFERENCE
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter takes any device")
+def test_a_cpu_lacks_a_device() -> None:
+    assert "need a CUDA device, this is cpu" in missing(torch.device("cpu"))

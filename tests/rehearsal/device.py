@@ -1,0 +1,264 @@
+"""An H100 that is not there: the fixture `gpu`.
+
+torch's questions about CUDA get an H100's answers. Tensors on `gpu.device` are fake: they have shape, dtype, strides
+and device, and no memory; operations on them compute nothing. The autograd engine and its threads are the real ones.
+Streams, events and captures made through torch.cuda are stand-ins with the same names; every wait of one stream for
+another is written down, whether Python asked for it or autograd.
+"""
+
+import ctypes
+import os
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import count
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+DEVICE = torch.device("cuda:0")
+H100 = types.SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=85_029_158_912,
+    L2_cache_size=50 * 2**20,
+    warp_size=32,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    shared_memory_per_block=48 * 2**10,
+    shared_memory_per_block_optin=227 * 2**10,
+    gcnArchName="",
+    is_integrated=0,
+    is_multi_gpu_board=0,
+    uuid="00000000-0000-0000-0000-000000000000",
+)
+TAKEN = 2**29  # bytes of its memory that are not free at the start
+
+Wait = tuple[int, int]  # (waiting stream, stream waited for); 0 is the default stream
+
+
+@dataclass
+class Capture:
+    """A CUDA graph that was recorded, on this stream."""
+
+    stream: int
+    waits: list[Wait] = field(default_factory=list)  # while it was recorded
+    failed: bool = False  # an exception ended it
+    replays: int = 0
+
+    @property
+    def strays(self) -> list[Wait]:
+        """Waits between the capture's stream and others: on a device they break the capture, or join it."""
+        return [wait for wait in self.waits if wait != (self.stream, self.stream)]
+
+
+class Gpu:
+    """What a test may ask: the device, the waits, the captures in the order they were made."""
+
+    device = DEVICE
+    properties = H100
+
+    def __init__(self) -> None:
+        self._guard = ctypes.CDLL(os.environ["NANOFUSE_GUARD"])
+        self._guard.guard_stream.restype = ctypes.c_int64
+        self._ids = count(1)
+        self._stream = 0
+        self._capturing = False
+        self.captures: list[Capture] = []
+
+    def waits(self) -> list[Wait]:
+        """Since the last call."""
+        pair, waits = (ctypes.c_int64 * 2)(), []
+        while self._guard.guard_take_wait(pair):
+            waits.append((pair[0], pair[1]))
+        return waits
+
+    @property
+    def stream(self) -> int:
+        """The current stream of this thread: autograd's threads have their own."""
+        return self._guard.guard_stream()
+
+    @contextmanager
+    def on(self, stream: int) -> Iterator[None]:
+        """The current stream, in this thread."""
+        before, self._stream = self._stream, stream
+        self._guard.guard_set_stream(ctypes.c_int64(stream))
+        try:
+            yield
+        finally:
+            self._stream = before
+            self._guard.guard_set_stream(ctypes.c_int64(before))
+
+    @contextmanager
+    def capturing(self, graph: "Graph", stream: int) -> Iterator[None]:
+        """`torch.cuda.graph`: what is launched here is recorded in the graph."""
+        self.waits()
+        graph.capture = Capture(stream, failed=True)
+        self.captures.append(graph.capture)
+        self._capturing = True
+        self._guard.guard_set_capturing(ctypes.c_int64(stream))
+        try:
+            with self.on(stream):
+                yield
+            graph.capture.failed = False
+        finally:
+            self._capturing = False
+            self._guard.guard_set_capturing(ctypes.c_int64(-1))
+            graph.capture.waits = self.waits()
+
+    def stand_ins(self) -> dict[str, object]:
+        """torch.cuda's names, and what stands there while the fixture is used."""
+        gpu = self
+
+        class Stream:
+            device, device_index, device_type, cuda_stream = DEVICE, 0, 1, 0
+
+            def __init__(self, device: object = None, priority: int = 0, *, stream_id: int | None = None) -> None:
+                self.stream_id = next(gpu._ids) if stream_id is None else stream_id
+
+            def wait_stream(self, other: "Stream") -> None:
+                gpu._guard.guard_wait(ctypes.c_int64(self.stream_id), ctypes.c_int64(other.stream_id))
+
+            def record_event(self, event: "Event | None" = None) -> "Event":
+                event = event or Event()
+                event.record(self)
+                return event
+
+            def wait_event(self, event: "Event") -> None:
+                gpu._guard.guard_wait(ctypes.c_int64(self.stream_id), ctypes.c_int64(event.stream_id))
+
+            synchronize = nothing
+
+        class Event:
+            stream_id = 0
+            synchronize = nothing
+
+            def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+            def record(self, stream: Stream | None = None) -> None:
+                self.stream_id = gpu._stream if stream is None else stream.stream_id
+
+            def wait(self, stream: Stream | None = None) -> None:
+                (stream or current()).wait_event(self)
+
+            def query(self) -> bool:
+                return True
+
+            def elapsed_time(self, end: "Event") -> float:
+                return 1.0
+
+        def current(device: object = None) -> Stream:
+            return Stream(stream_id=gpu._stream)
+
+        side: list[Stream] = []  # of all captures, as torch has it
+
+        def capture(graph: Graph, pool: object = None, stream: Stream | None = None, **kwargs: object) -> object:
+            if stream is None:
+                side[:] = side or [Stream()]
+                stream = side[0]
+            return gpu.capturing(graph, stream.stream_id)
+
+        return {
+            "Stream": Stream,
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "graph": capture,
+            "graph_pool_handle": lambda: (0, 1),
+            "is_current_stream_capturing": lambda: gpu._capturing,
+            "current_stream": current,
+            "default_stream": lambda device=None: Stream(stream_id=0),
+            "stream": lambda stream: nullcontext() if stream is None else gpu.on(stream.stream_id),
+        }
+
+
+class Graph:
+    """torch.cuda.CUDAGraph."""
+
+    capture: Capture
+
+    def __init__(self, keep_graph: bool = False) -> None: ...
+
+    def replay(self) -> None:
+        self.capture.replays += 1
+
+    def pool(self) -> tuple[int, int]:
+        return (0, 1)
+
+
+def nothing(*args: object, **kwargs: object) -> None:
+    """For what need not happen."""
+
+
+ANSWERS: dict[str, object] = {  # of torch.cuda
+    "is_available": lambda: True,
+    "is_initialized": lambda: True,
+    "is_bf16_supported": lambda *args, **kwargs: True,
+    "device_count": lambda: 1,
+    "current_device": lambda: 0,
+    "get_device_capability": lambda device=None: (H100.major, H100.minor),
+    "get_device_name": lambda device=None: H100.name,
+    "get_device_properties": lambda device=None: H100,
+    "mem_get_info": lambda device=None: (H100.total_memory - TAKEN, H100.total_memory),
+    "memory_allocated": lambda device=None: 0,
+    "max_memory_allocated": lambda device=None: 0,
+    "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
+    "device": lambda device: nullcontext(),
+    "device_of": lambda x: nullcontext(),
+    "_is_in_bad_fork": lambda: False,
+    **dict.fromkeys(("_lazy_init", "synchronize", "empty_cache", "set_device", "set_rng_state"), nothing),
+    **dict.fromkeys(("manual_seed", "manual_seed_all", "reset_peak_memory_stats"), nothing),
+}
+
+
+@torch.compiler.assume_constant_result
+def attention_kernel() -> str:
+    """Of those that are enabled (torch.nn.attention.sdpa_kernel), the one that torch's CUDA library likes best."""
+    cuda = torch.backends.cuda
+    if cuda.cudnn_sdp_enabled():
+        return "cudnn"
+    if cuda.flash_sdp_enabled():
+        return "flash"
+    return "efficient" if cuda.mem_efficient_sdp_enabled() else "math"
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, dropout_p: float = 0.0, is_causal: bool = False
+) -> Tensor:
+    """F.scaled_dot_product_attention, which chooses among CUDA's kernels only in a CUDA build with a driver."""
+    aten, kernel = torch.ops.aten, attention_kernel()
+    if kernel == "cudnn":
+        grad = torch.is_grad_enabled() and q.requires_grad
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, grad, dropout_p, is_causal, False)[0]
+    if kernel == "flash":
+        return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False)[0]
+    if kernel == "efficient":
+        grad = torch.is_grad_enabled() and q.requires_grad
+        return aten._scaled_dot_product_efficient_attention(q, k, v, None, grad, dropout_p, is_causal)[0]
+    return aten._scaled_dot_product_attention_math(q, k, v, None, dropout_p, is_causal)[0]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """The device that is not there, in a fake tensor mode: every tensor made in the test is fake."""
+    device = Gpu()
+    for name, answer in {**ANSWERS, **device.stand_ins()}.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(FakeTensor, "data_ptr", lambda self: 0)  # plans ask how it is aligned
+    if hasattr(fake_tensor, "init_gpu_context"):  # torch 2.13
+        monkeypatch.setattr(fake_tensor, "init_gpu_context", nothing)
+    with FakeTensorMode():
+        yield device
+
+
+def on_device(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """The module that `make` builds, on the device: `Module.to` would tear tied weights of fake tensors apart."""
+    with DEVICE:
+        return make()

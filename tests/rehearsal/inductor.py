@@ -1,0 +1,123 @@
+"""torch.compile for the device that is not there: the fixture `inductor`.
+
+Inductor makes its code for an H100, and Triton compiles the kernels in it for sm_90. Then the code is put aside, and
+the graph that it was made of runs in its place, on fake tensors. What calls torch.compile is the project.
+"""
+
+import functools
+import shutil
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from functorch.compile import make_boxed_func
+from torch._dynamo.device_interface import CudaInterface
+from torch._functorch import config as functorch_config
+from torch._inductor import compile_fx, lowering
+from torch._inductor import config as inductor_config
+from torch._inductor.fx_passes import joint_graph, post_grad, pre_grad
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime import triton_helpers
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from triton.backends.compiler import GPUTarget
+
+from kernels.targets import sass
+from tests.rehearsal.device import DEVICE, H100, Gpu, nothing
+
+
+@dataclass
+class Kernel:
+    """One of Inductor's own, in one of the configurations that it would choose from on the device."""
+
+    name: str
+    registers: int  # a thread
+    spills: int
+
+
+class Inductor:
+    """What it made, in order."""
+
+    def __init__(self) -> None:
+        self.codes: list[str] = []  # a Python module a graph: forward, backward, evaluation
+        self.kernels: list[Kernel] = []
+        self.unknown: list[torch._ops.OpOverload] = []  # operations that it knew no lowering of, as it met their graph
+
+    def compile(self, graph: torch.fx.GraphModule, inputs: list, **options: object) -> Callable:
+        """In the place of `compile_fx_inner`."""
+        called = {node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+        self.unknown += [op for op in called if op not in lowering.lowerings and op.namespace == "nanofuse"]
+        compile_fx.compile_fx_inner(graph, inputs, **options)
+        return make_boxed_func(graph.forward)
+
+    def precompile(self, autotuner: CachingAutotuner) -> None:
+        """In the place of `CachingAutotuner.precompile`, which would load the kernels and time them."""
+        autotuner._precompile_worker()
+        for result in autotuner.compile_results:
+            cubin = result.kernel.asm["cubin"]
+            registers, spills = sass.resources(cubin)["REG"], sass.spills(sass.parse(sass.disassemble(cubin)))
+            self.kernels.append(Kernel(autotuner.fn.__name__, registers, spills))
+
+
+class Driver:
+    """What Triton and Inductor ask a driver before they compile."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 10 * H100.major + H100.minor, H100.warp_size)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return DEVICE
+
+    def get_device_interface(self) -> types.ModuleType:
+        return torch.cuda
+
+    def get_benchmarker(self) -> Callable:
+        return lambda *args, **kwargs: 0.0
+
+    def is_active(self) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+
+@pytest.fixture
+def inductor(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Inductor]:
+    """For `torch.compile` on `gpu`. Nothing is read from a cache."""
+    made = Inductor()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    with unset_fake_temporarily():  # patterns are traced with real tensors: a CPU's
+        for passes in (joint_graph, post_grad, pre_grad):
+            lazy_init = functools.partial(passes.lazy_init, torch.device("cpu"))
+            lazy_init()
+            monkeypatch.setattr(passes, "lazy_init", lambda device=None, lazy_init=lazy_init: lazy_init())
+    monkeypatch.setattr(compile_fx, "compile_fx", functools.partial(compile_fx.compile_fx, inner_compile=made.compile))
+    monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(made.codes.append))
+    monkeypatch.setattr(CachingAutotuner, "precompile", lambda self, *args, **kwargs: made.precompile(self))
+    monkeypatch.setattr(triton_helpers, "set_driver_to_gpu", nothing)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    asked = ("current_device", "device_count", "get_device_properties", "synchronize", "current_stream", "set_device")
+    for name in (*asked, "memory_allocated", "is_bf16_supported"):
+        monkeypatch.setattr(CudaInterface, name, staticmethod(getattr(torch.cuda, name)))
+    for name in ("exchange_device", "maybe_exchange_device"):
+        monkeypatch.setattr(CudaInterface, name, staticmethod(lambda device: 0))
+    triton.runtime.driver.set_active(Driver())
+    settings = {
+        "fx_graph_cache": False,
+        "joint_graph_constant_folding": False,  # it would compute
+        "use_static_cuda_launcher": False,
+    }
+    with inductor_config.patch(settings), functorch_config.patch(enable_autograd_cache=False):
+        yield made
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,132 @@
+"""torch.compile for CUDA on a machine without it: that it ends, what it makes, and that it is made once."""
+
+import dataclasses
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor import lowering
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+from bench.workloads import WORKLOADS
+from kernels.fused import FUSED
+from model import GPT
+from tests.rehearsal.device import Gpu, nothing, on_device
+from tests.rehearsal.inductor import Inductor, inductor  # noqa: F401
+from train import build
+from train.config import TrainConfig
+from train.optim import FlatAdamW
+
+SLOWEST = 60  # seconds, for the 12 layers of GPT-2
+
+
+@contextmanager
+def limit(seconds: int) -> Iterator[None]:
+    """TimeoutError after so long: before Inductor, which is Python, has eaten all memory."""
+
+    def ring(*args: object) -> None:
+        raise TimeoutError(f"not done within {seconds} s")
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def compiled(gpu: Gpu, workload: str, attention: str, n_layer: int) -> nn.Module:
+    """The workload's model as a run compiles it, with the optimizer's bfloat16 copies as its weights."""
+    sizes = WORKLOADS[workload]
+    config = dataclasses.replace(sizes.config, n_layer=n_layer)
+    model = on_device(lambda: GPT(config, FUSED))
+    model.compute_dtype, model.attention = torch.bfloat16, attention
+    FlatAdamW(model, FUSED, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    settings = TrainConfig(batch_size=sizes.batch_size, block_size=config.block_size, compile=True)
+    lines: list[str] = []
+    chosen = build.model_to_train(model, settings, gpu.device, lines.append)
+    assert chosen is not model, lines[-1]
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("workload", "attention", "n_layer"),
+    [
+        ("gpt2", "cudnn", 2),
+        ("shakespeare_char", "flash", 2),
+        pytest.param("gpt2", "cudnn", 12, marks=pytest.mark.slow),
+    ],
+)
+def test_one_graph_to_train_and_one_to_evaluate(
+    gpu: Gpu,
+    inductor: Inductor,  # noqa: F811
+    workload: str,
+    attention: str,
+    n_layer: int,
+) -> None:
+    with limit(SLOWEST):
+        model = compiled(gpu, workload, attention, n_layer)
+    assert len(inductor.codes) == 2  # forward, backward
+    assert f"_scaled_dot_product_{attention}_attention_backward" in inductor.codes[1]
+    assert inductor.kernels
+    assert [kernel for kernel in inductor.kernels if kernel.spills] == []
+    assert inductor.unknown == []
+
+    sizes = WORKLOADS[workload]
+    shape = sizes.batch_size, sizes.config.block_size
+    x, y = (torch.zeros(shape, dtype=torch.int64, device=gpu.device) for _ in range(2))
+
+    def evaluate() -> None:
+        model.eval()
+        with torch.no_grad():
+            model(x, y)
+        model.train()
+
+    evaluate()
+    assert len(inductor.codes) == 3
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            model(x, y)[1].backward()
+            evaluate()
+    assert len(inductor.codes) == 3
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
+def test_registered_fallbacks_are_inductors_own(
+    gpu: Gpu,
+    inductor: Inductor,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The code is what Inductor makes by itself once it has met our operations, as one layer lets every torch do."""
+    monkeypatch.setattr(CachingAutotuner, "precompile", nothing)
+
+    def compile_again() -> list[list[str]]:
+        torch.compiler.reset()
+        inductor.codes.clear()
+        compiled(gpu, "shakespeare_char", "flash", n_layer=1)
+        return [statements(code) for code in inductor.codes]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "register_fallbacks", nothing)
+        compile_again()
+        assert inductor.unknown
+        by_itself = compile_again()
+    for table in (lowering.lowerings, lowering._maybe_layout_constraints):  # what it noted of them
+        for op in [op for op in table if "nanofuse" in str(op)]:
+            del table[op]
+    for names in (lowering.needs_realized_inputs, lowering.fallbacks):
+        for op in [op for op in names if "nanofuse" in str(op)]:
+            names.remove(op)
+    inductor.unknown.clear()
+    assert compile_again() == by_itself
+    assert inductor.unknown == []
+
+
+def statements(code: str) -> list[str]:
+    """Its lines without comments, which count graphs and name temporary files."""
+    return [line for line in code.splitlines() if not line.lstrip().startswith("#")]

@@ -1,0 +1,139 @@
+"""A whole step on the device that is not there: what it launches, waits for and allocates, and its capture."""
+
+import dataclasses
+import re
+import threading
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.workloads import WORKLOADS
+from kernels.fused import FUSED
+from model.recompute import MODES
+from tests.rehearsal.device import Gpu
+from train.data import Batch
+from train.dryrun import Job, build, dry_run
+from train.errors import UserError
+from train.graph import GraphedStep
+
+# launches of a micro-step and of an update, and GB that they move: a change to the step changes this table on purpose
+PINNED = {
+    ("gpt2", "none"): (454, 88.72, 4, 2.49),
+    ("gpt2", "mlp"): (490, 99.70, 4, 2.49),
+    ("gpt2", "block"): (538, 110.49, 4, 2.49),
+    ("shakespeare_char", "none"): (257, 9.12, 4, 0.21),
+    ("shakespeare_char", "mlp"): (275, 10.49, 4, 0.21),
+    ("shakespeare_char", "block"): (299, 11.82, 4, 0.21),
+}
+
+
+def job(workload: str, recompute: str = "none", layers: int | None = None, **changes: Any) -> Job:
+    sizes = WORKLOADS[workload]
+    shape = sizes.config if layers is None else dataclasses.replace(sizes.config, n_layer=layers)
+    if "dropout" in changes:
+        shape = dataclasses.replace(shape, dropout=changes.pop("dropout"))
+    attention = "flash" if shape.dropout else "cudnn"
+    return Job(shape, sizes.batch_size, FUSED, recompute=recompute, attention=attention, **changes)
+
+
+@pytest.mark.parametrize(("workload", "recompute"), PINNED)
+def test_launches_and_bytes_are_pinned(workload: str, recompute: str) -> None:
+    run = dry_run(job(workload, recompute))
+    micro, update = (sum(call.bytes for call in part) / 1e9 for part in (run.micro_step, run.update))
+    seen = len(run.micro_step), round(micro, 2), len(run.update), round(update, 2)
+    assert seen == PINNED[workload, recompute]
+
+
+@pytest.mark.parametrize(
+    ("workload", "dropout", "recompute"),
+    [
+        *product(["gpt2"], [0.0], MODES),
+        *product(["shakespeare_char"], [0.2], MODES),
+        pytest.param("gpt2", 0.2, "none", marks=pytest.mark.slow),
+        pytest.param("shakespeare_char", 0.0, "none", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_waits_for_nothing(gpu: Gpu, workload: str, dropout: float, recompute: str) -> None:
+    """No host sync, no mixed devices, every fake as its body; and with the real autograd engine, its threads and the
+    device's tensors, the launches and the memory that shapes alone tell."""
+    several = recompute == "mlp"
+    shapes = job(workload, recompute, layers=2, dropout=dropout, several=several, accumulation=3 if several else 1)
+    run = dry_run(dataclasses.replace(shapes, on="cuda"))
+    assert run.faults == []
+    expected = dry_run(shapes)
+    assert [call.name for call in run.micro_step] == [call.name for call in expected.micro_step]
+    assert [call.name for call in run.update] == [call.name for call in expected.update]
+    assert run.total == pytest.approx(expected.total, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", MODES)
+def test_twelve_layers_hold_what_is_estimated(gpu: Gpu, recompute: str) -> None:
+    shapes = job("gpt2", recompute)
+    assert dry_run(dataclasses.replace(shapes, on="cuda")).total == pytest.approx(dry_run(shapes).total, rel=0.01)
+
+
+class Allocations(TorchDispatchMode):
+    """On which stream memory was first taken, for every tensor that is made while the gpu captures."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__()
+        self.gpu, self.streams, self.threads = gpu, set(), set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if self.gpu._capturing and any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves(made)):
+            self.streams.add(self.gpu.stream)
+            self.threads.add(threading.get_ident())
+        return made
+
+
+@pytest.mark.parametrize(
+    ("recompute", "compiled"),
+    [
+        *((mode, False) for mode in MODES),
+        ("none", True),
+        pytest.param("mlp", True, marks=pytest.mark.slow),
+        pytest.param("block", True, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(("workload", "dropout"), [("gpt2", 0.0), ("shakespeare_char", 0.2)])
+def test_a_capture_is_on_one_stream(gpu: Gpu, workload: str, dropout: float, recompute: str, compiled: bool) -> None:
+    shapes = job(workload, recompute, layers=1, dropout=dropout, on="cuda", several=True, accumulation=2)
+    shapes = dataclasses.replace(shapes, batch_size=2)
+    step = build(shapes)
+    x = torch.zeros(2, shapes.shape.block_size, dtype=torch.int64, device=gpu.device)
+    if compiled:  # Dynamo and autograd as with Inductor, whose code cannot run without a device
+        step.model = torch.compile(step.model, backend="aot_eager")
+        step.model(x, x.clone())[1].backward()  # as model_to_train does, on the default stream
+    allocations = Allocations(gpu)
+    with allocations:
+        graphed = GraphedStep(step, (2, *x.shape))
+    assert allocations.streams == {capture.stream for capture in gpu.captures}
+    assert len(allocations.streams) == 1
+    assert 0 not in allocations.streams
+    assert len(allocations.threads) == 2  # the host's and autograd's
+    assert [capture.strays for capture in gpu.captures] == [[]] * len(gpu.captures)
+    before = [capture.replays for capture in gpu.captures]
+    both = torch.stack([x, x])
+    graphed(Batch(both, both, (1, 2)), 1e-3)
+    assert [capture.replays - n for capture, n in zip(gpu.captures, before, strict=True)][:2] == [2, 1]
+
+
+def test_a_capture_that_fails_is_one_line(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = build(dataclasses.replace(job("gpt2", layers=1, on="cuda"), batch_size=1))
+
+    def broken(*args: Any) -> Any:
+        if gpu._capturing:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore of it")
+
+    monkeypatch.setattr(step.optimizer, "gather", broken)
+    with pytest.raises(UserError) as caught:
+        GraphedStep(step, (1, 1, 1024))
+    assert re.search(r"operation not permitted.*--no-cuda_graphs", str(caught.value))
+    assert "\n" not in str(caught.value)

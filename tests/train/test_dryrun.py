@@ -1,0 +1,121 @@
+"""A step run on shapes against the same step run: what it holds, and what it launches."""
+
+import functools
+from collections import Counter
+
+import pytest
+import torch
+
+from kernels import REFERENCE, Ops
+from kernels.fused import FUSED
+from kernels.launch import INTERPRETED
+from model import GPTConfig
+from model.recompute import MODES
+from tests.model.held import allocated
+from train.data import Batch
+from train.dryrun import DryRun, Job, build, dry_run
+
+BFLOAT16 = torch.bfloat16
+GPT2 = GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=False, dropout=0.0)
+SCRATCH = 160 * 1024  # bytes that a CPU's bfloat16 matmuls take for a moment inside an operation, where nobody sees it
+on_a_cpu = pytest.mark.skipif(not INTERPRETED, reason="a GPU's memory is measured in tests/train/test_gpu.py")
+
+
+def peak(job: Job) -> int:
+    """Bytes that the CPU's allocator gave out during a real step of the job, beyond its state."""
+    torch.manual_seed(0)
+    step = build(job)
+    with torch.no_grad():
+        for p in step.model.parameters():
+            p.normal_(std=0.02)
+    step.optimizer.flat.sync()
+    x = torch.randint(job.shape.vocab_size, (1, job.batch_size, job.shape.block_size))
+    batch = Batch(x, x.clone(), (5,))
+    step(batch, 1e-3)
+    return allocated(lambda: step(batch, 1e-3))
+
+
+def beyond_state(run: DryRun) -> int:
+    return sum(run.memory[name] for name in ("activations", "logits", "workspace"))
+
+
+@on_a_cpu
+@pytest.mark.parametrize(
+    ("ops", "dtype", "vocab_size"),  # 512: where the head has most; 64: where the last block has
+    [
+        *((REFERENCE, dtype, size) for dtype in (torch.float32, BFLOAT16) for size in (512, 64)),
+        pytest.param(FUSED, torch.float32, 64, marks=pytest.mark.slow),  # the interpreter is slow
+        pytest.param(FUSED, torch.float32, 512, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("recompute", MODES)
+def test_what_a_step_holds(recompute: str, dropout: float, ops: Ops, dtype: torch.dtype, vocab_size: int) -> None:
+    shape = GPTConfig(block_size=64, vocab_size=vocab_size, n_layer=2, n_head=4, n_embd=64, bias=False, dropout=dropout)
+    job = Job(shape, 4, ops, dtype=dtype, recompute=recompute, on="cpu")
+    held = peak(job)
+    unseen = held - beyond_state(dry_run(job))
+    if ops is FUSED:  # Triton's interpreter copies what it is given
+        assert abs(unseen) < 0.04 * held
+    else:
+        assert -8192 <= unseen <= (SCRATCH if dtype == BFLOAT16 else 8192)
+
+
+@on_a_cpu
+def test_the_state() -> None:
+    """Widths that are multiples of 64, so that nothing is padded: 4 bytes a weight, 2 a copy, 8 of moments, 2 + 4 of
+    gradients where several are summed."""
+    shape = GPTConfig(block_size=64, vocab_size=512, n_layer=3, n_head=4, n_embd=64, bias=False, dropout=0.0)
+    n = 512 * 64 + 64 * 64 + 3 * (12 * 64 * 64 + 2 * 64) + 64
+    once, summed = (dry_run(Job(shape, 1, REFERENCE, several=several, on="cpu")).memory for several in (False, True))
+    assert [once[name] for name in ("weights", "copies", "moments", "gradients")] == [4 * n, 2 * n, 8 * n, 2 * n]
+    assert summed["gradients"] == 6 * n
+
+
+def test_gpt2_on_a_gpu_by_hand() -> None:
+    """36 bytes a channel, token and block are kept: 2 streams of 4, 14 of 2; 16 a token: statistics; 4 a head: sums."""
+    M, C = 32 * 1024, 768
+    kept = 12 * (36 * M * C + 16 * M + 4 * M * 12) + (4 + 2) * M * C + 8 * M
+    run = dry_run(Job(GPT2, 32, FUSED))
+    assert run.memory["logits"] == 2 * M * 50304
+    assert run.memory["activations"] == pytest.approx(kept, rel=1e-3)
+    assert run.memory["workspace"] == pytest.approx(2 * 50304 * C + 2 * 2 * M * C + 2 * 2**25, rel=1e-3)
+
+
+def test_a_shard_holds_its_share_of_the_state() -> None:
+    whole, share = (dry_run(Job(GPT2, 4, FUSED, shards=shards)).memory for shards in (1, 8))
+    assert share["moments"] == pytest.approx(whole["moments"] / 8, rel=1e-4)
+    assert share["activations"] == whole["activations"]
+
+
+@pytest.mark.parametrize("ops", [FUSED, REFERENCE])
+def test_a_dry_run_draws_no_random_numbers_and_takes_no_memory(ops: Ops) -> None:
+    before = torch.get_rng_state()
+    job = Job(GPT2, 512, ops, loss_chunk=4096 if ops is FUSED else 0)
+    assert dry_run(job).total > 100e9
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_matmul_is_seen() -> None:
+    """6 FLOPs a weight and token, but for embeddings that are looked up; attention by its causal half."""
+    M, C, L, V, T = 32 * 1024, 768, 12, 50304, 1024
+    linear = 6 * M * (12 * C * C * L + V * C)
+    run = dry_run(Job(GPT2, 32, FUSED))
+    assert sum(call.flops for call in run.micro_step) == linear + 7 * M * T * C * L
+    names = Counter(call.name for call in run.micro_step)
+    assert names["mm"] == 3 * (4 * L + 1)
+    assert names["triton:gelu_fwd_kernel"] == L
+
+
+def test_chunks_hold_fewer_logits_and_launch_more() -> None:
+    whole, chunked = dry_run(Job(GPT2, 8, FUSED)), dry_run(Job(GPT2, 8, FUSED, loss_chunk=1024))
+    assert chunked.memory["logits"] == whole.memory["logits"] // 8
+    assert len(chunked.micro_step) > len(whole.micro_step)
+
+
+def test_the_least_that_is_moved_is_moved() -> None:
+    """A pass over the logits and back, the matmuls' operands and results: what no implementation does without."""
+    run = dry_run(Job(GPT2, 32, FUSED))
+    by_name = functools.reduce(lambda total, call: total + Counter({call.name: call.bytes}), run.micro_step, Counter())
+    logits = 2 * 32 * 1024 * 50304
+    assert by_name["triton:cross_entropy_fwd_kernel"] == pytest.approx(2 * logits, rel=1e-2)

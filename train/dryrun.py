@@ -1,0 +1,329 @@
+"""A training step without its device: what it would launch, read, write and hold, found by running it on shapes.
+
+`dry_run` builds the model, its optimizer and its step from the project's own code, but with tensors that have shapes
+and no contents, and runs a micro-step, an update and an evaluation under a `Recorder`. Nothing is computed and no
+memory is taken, so a model of any size takes a fraction of a second. For a GPU the tensors are torch's meta tensors and
+the fused kernels only plan (`kernels.launch.recording`). For a CPU they are fake CPU tensors, since torch takes other
+ways there.
+
+What the recorder sees is eager execution. A compiled step makes other launches; it holds about as much.
+"""
+
+import dataclasses
+import functools
+import weakref
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kernels import Ops
+from model import GPT, GPTConfig
+from train.optim import FlatAdamW, LossScale
+from train.step import TrainStep
+
+if TYPE_CHECKING:
+    from kernels.launch import Device, Launch
+
+VIEWS = frozenset(["_unsafe_view", "lift_fresh", "_reshape_alias"])  # which torch does not call views
+ALLOCATIONS = frozenset(["empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"])
+FILLS = frozenset(["zero_", "fill_", "zeros", "zeros_like", "ones_like", "full", "full_like"])  # they only write
+SYNCS = frozenset(["_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_unique2", "masked_select"])
+MATMULS = frozenset(["mm", "addmm", "addmm_", "bmm", "baddbmm"])
+CUBLAS = 2 * 2**25  # bytes of its workspace: 32 MiB on recent GPUs, for each of two streams
+GRANULE = 512  # bytes: torch's allocator for CUDA rounds every tensor up to a multiple
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch on the device: a kernel of ours, or one of torch's operations, which is counted as one kernel."""
+
+    name: str  # "mm", or "triton:gelu_fwd_kernel"
+    op: str  # the fused operation that made it; "" where torch did
+    bytes: int  # read and written, if every tensor that it is given is touched once
+    flops: int  # of a matmul or of attention, whose causal half is computed; else 0
+
+
+class Recorder(TorchDispatchMode):
+    """Sees every operation below autograd and writes down what a device would be asked to do.
+
+    calls, launches: everything, in order, and of it the Triton launches. peak: the most bytes alive at a time since
+    `restart`, and `parts`: whose they were then, by `label`. syncs: operations that make the host wait for the device.
+    mixed: operations whose tensors lie on different devices. mismatches: ops whose fake disagrees with their body.
+    """
+
+    def __init__(self, device: "Device | None", on: str, vocab_size: int = 0) -> None:
+        """device: what fused kernels plan for. on: the type of the tensors that stand for its own, "meta", "cuda" or
+        "cpu". vocab_size: matrices of so many columns are logits."""
+        super().__init__()
+        self.device, self.on = device, on
+        self.granule = 1 if on == "cpu" else GRANULE
+        self._logits = {vocab_size, -(-vocab_size // 16) * 16} - {0}
+        self.label = "state"
+        self.calls: list[Call] = []
+        self.launches: list[Launch] = []
+        self.syncs: list[str] = []
+        self.mixed: list[str] = []
+        self.mismatches: list[str] = []
+        self.alive: Counter[str] = Counter()  # bytes by label
+        self._sizes: dict[int, tuple[int, str]] = {}
+        self._op = ""
+        self.restart("state")
+
+    def restart(self, label: str) -> None:
+        """From here on, what is made bears this label, and the peak is counted anew."""
+        self.label, self.parts = label, Counter(self.alive)
+
+    @property
+    def peak(self) -> int:
+        return self.parts.total()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "nanofuse":
+            return self._fused(func, args, kwargs)
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:
+                return func.decompose(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if name == "addmm" and kwargs.get("out") is not None:
+            result = kwargs["out"]  # torch 2.11 cannot run this one, with another dtype for the result, on shapes
+        elif name == "_fused_adamw_":
+            result = None  # no torch can; it writes in place
+        else:
+            result = func(*args, **kwargs)
+        self._question(func, name, inputs, kwargs)
+        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self._track(outputs)
+        if func.is_view or name in VIEWS or name in ALLOCATIONS or not any(map(self._counts, inputs + outputs)):
+            return result
+        written = [x for x in outputs if x is not kwargs.get("out")]
+        moved = written if name in FILLS else inputs + ([] if name == "copy_" else written)
+        total = sum(x.nbytes for x in moved if self._counts(x))
+        self.calls.append(Call(name, self._op, total, _flops(name, [x for x in args if isinstance(x, Tensor)])))
+        return result
+
+    def _fused(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One of our operations: its body, planned for the device."""
+        from kernels.launch import BODIES, recording
+
+        fake = func(*args, **kwargs)
+        outer, self._op = self._op, func.overloadpacket.__name__
+        with recording(self.device) as launches, self:
+            result = BODIES[func](*args, **kwargs)
+        for launch in launches:
+            moved = sum(x.nbytes for x in map(_tensor, launch.args.values()) if x is not None)
+            self.calls.append(Call(f"triton:{launch.kernel.fn.__name__}", self._op, moved, 0))
+            self.launches.append(dataclasses.replace(launch, args=_shapes_of(launch.args)))
+        for i, (a, b) in enumerate(zip(tree_leaves(fake), tree_leaves(result), strict=True)):
+            if isinstance(a, Tensor) and _layout(a) != _layout(b):
+                self.mismatches.append(f"{self._op}[{i}]: fake {_layout(a)}, body {_layout(b)}")
+        self._op = outer
+        self._track(tree_leaves(result))
+        return result
+
+    def _question(self, func: Any, name: str, inputs: list[Tensor], kwargs: dict[str, Any]) -> None:
+        """Write down what a captured step must not do."""
+        devices = {x.device for x in inputs}
+        copied = name in ("_to_copy", "copy_")
+        target = kwargs.get("device")
+        moves = target is not None and inputs and torch.device(target).type != inputs[0].device.type
+        crosses = copied and (len(devices) > 1 or moves)
+        where = f"{self.label} {self._op} {func}: {[(tuple(x.shape), str(x.device)) for x in inputs]}"
+        if name in SYNCS or crosses:
+            self.syncs.append(where)
+        if len(devices) > 1 and not copied:
+            self.mixed.append(where)
+
+    def _track(self, made: list[Any]) -> None:
+        for x in made:
+            if not isinstance(x, Tensor) or not self._counts(x):
+                continue
+            storage = x.untyped_storage()
+            if (key := storage._cdata) in self._sizes:
+                continue
+            size = -(-storage.nbytes() // self.granule) * self.granule
+            label = "logits" if x.ndim > 1 and x.shape[-1] in self._logits else self.label
+            if label == "activations" and torch._C._current_graph_task_id() != -1:  # in the backward pass
+                label = "workspace"
+            self._sizes[key] = size, label
+            self.alive[label] += size
+            if self.alive.total() > self.peak:
+                self.parts = Counter(self.alive)
+            weakref.finalize(storage, self._gone, key).atexit = False
+
+    def _counts(self, x: Tensor) -> bool:
+        """Whether x lies on the device."""
+        return x.device.type == self.on
+
+    def _gone(self, key: int) -> None:
+        size, label = self._sizes.pop(key)
+        self.alive[label] -= size
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """The tensor behind a kernel's argument: a tensor itself, or what a tensor descriptor describes."""
+    value = getattr(value, "base", value)
+    return value if isinstance(value, Tensor) else None
+
+
+def _shapes_of(args: dict[str, Any]) -> dict[str, Any]:
+    """A kernel's arguments with twins of their tensors: a launch that is kept must keep nothing of the step alive."""
+    twins = {}
+    for name, value in args.items():
+        x = _tensor(value)
+        if x is not None:
+            size = x.storage_offset() + 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+            whole = torch.empty(max(size, 0), dtype=x.dtype, device="meta")
+            twin = whole.as_strided(x.shape, x.stride(), x.storage_offset())
+            value = twin if value is x else dataclasses.replace(value, base=twin)
+        twins[name] = value
+    return twins
+
+
+def _layout(x: Tensor) -> tuple:
+    return tuple(x.shape), x.stride(), x.dtype, str(x.device)
+
+
+def _flops(name: str, args: list[Tensor]) -> int:
+    if name in MATMULS:
+        a, b = args[-2:]
+        return 2 * a.numel() * b.shape[-1]
+    if "_dot_product_" in name and "attention" in name:
+        B, H, T, Q = next(x.shape for x in args if x.ndim == 4)
+        return (5 if name.endswith("backward") else 2) * B * H * T * T * Q
+    return 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides what one device's part in a training step launches and holds."""
+
+    shape: GPTConfig
+    batch_size: int  # sequences in a micro-step
+    ops: Ops
+    accumulation: int = 1  # micro-steps of this device
+    several: bool = False  # whether gradients of several micro-steps or ranks are summed
+    dtype: torch.dtype = torch.bfloat16  # the compute dtype
+    stream_dtype: torch.dtype = torch.float32  # the residual stream's
+    loss_chunk: int = 0  # rows of logits at a time, fused; 0: all
+    recompute: str = "none"  # one of model.recompute.MODES
+    attention: str = "auto"  # one of model.attention.BACKENDS
+    resumed: bool = False  # from a checkpoint, whose tensors are there twice while they are loaded
+    shards: int = 1  # ranks that share weights, moments and gradients
+    on: str = (
+        "meta"  # "cpu": a CPU; "meta": a GPU, as capability and multiprocessors say; "cuda": in tests, fake tensors
+    )
+    capability: int = 90
+    multiprocessors: int = 132
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a step does: its launches by part, and the most that it holds, in bytes by what they are."""
+
+    micro_step: list[Call]
+    update: list[Call]
+    evaluation: list[Call]
+    launches: "list[Launch]"  # of all three: Triton's
+    memory: dict[str, int]
+    faults: list[str]  # what no captured step may do: wait for the device, mix devices, be planned from a wrong fake
+
+    @property
+    def total(self) -> int:
+        """Bytes that the device must have."""
+        return sum(self.memory.values())
+
+
+def dry_run(job: Job) -> DryRun:
+    """Run a micro-step, an update and an evaluation of the job on shapes."""
+    recorder = Recorder(_plans_for(job), job.on, job.shape.vocab_size)
+    peaks, calls = {}, {}
+    with FakeTensorMode() if job.on != "meta" else nullcontext(), recorder:
+        step = build(job)
+        x, y = (torch.zeros(job.batch_size, job.shape.block_size, dtype=torch.int64, device=job.on) for _ in range(2))
+        step.micro_step(x, y, job.accumulation)  # what the first step makes once is not a step's
+        for name, work in {
+            "micro_step": lambda: step.micro_step(x, y, job.accumulation),
+            "update": step.update,
+            "evaluation": lambda: evaluate(step.model, x, y),
+        }.items():
+            first = len(recorder.calls)
+            recorder.restart("activations" if name == "micro_step" else "workspace")
+            if name == "micro_step":
+                state, recorder.launches = recorder.alive.total(), []
+            work()
+            calls[name], peaks[name] = recorder.calls[first:], recorder.parts
+        memory = _memory(job, step, state, peaks)
+    faults = recorder.syncs + recorder.mixed + recorder.mismatches
+    return DryRun(**calls, launches=recorder.launches, memory=memory, faults=faults)
+
+
+def _plans_for(job: Job) -> "Device | None":
+    if job.ops.name == "reference":
+        return None
+    from kernels.launch import INTERPRETER, Device
+
+    return INTERPRETER if job.on == "cpu" else Device(job.capability, job.multiprocessors)
+
+
+def build(job: Job) -> TrainStep:
+    """The step of a job, on tensors without contents."""
+    ops = job.ops
+    if job.loss_chunk:
+        loss = functools.partial(ops.linear_cross_entropy, chunk_rows=job.loss_chunk)
+        ops = dataclasses.replace(ops, linear_cross_entropy=loss)
+    with torch.device(job.on):
+        model = GPT(job.shape, ops)
+    model.compute_dtype, model.stream_dtype = job.dtype, job.stream_dtype
+    model.attention, model.recompute = job.attention, job.recompute
+    optimizer = FlatAdamW(model, ops, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.1, in_float32=job.several)
+    scaler = LossScale(torch.device(job.on), enabled=job.dtype == torch.float16)
+    return TrainStep(model, optimizer, grad_clip=1.0, scaler=scaler)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, x: Tensor, y: Tensor) -> None:
+    """One batch of an evaluation."""
+    model.eval()
+    model(x, y)
+    model.train()
+
+
+def _memory(job: Job, step: TrainStep, state: int, peaks: dict[str, Counter[str]]) -> dict[str, int]:
+    """Bytes by what they hold, where the step has most. CUDA graphs change nothing: they share one pool."""
+    flat, M = step.optimizer.flat, job.batch_size * job.shape.block_size
+    weights, copies = flat.param.nbytes, 0 if flat.compute is None else flat.compute.nbytes
+    gradients = flat.grad.nbytes + (0 if flat.total is flat.grad else flat.total.nbytes)
+    parts = {"weights": weights, "copies": copies, "moments": 2 * weights, "gradients": gradients}
+    if job.shards > 1:
+        parts = _shard(job, flat.param.numel())
+    fixed = sum({"weights": weights, "copies": copies, "moments": 2 * weights, "gradients": gradients}.values())
+    most = max(peaks.values(), key=Counter.total)
+    beyond = {name: most[name] for name in ("activations", "logits", "workspace")}
+    loading = weights * (2 if job.resumed and job.on != "cpu" else 1) // job.shards  # there twice until it is in place
+    beyond["workspace"] += max(0, loading - sum(beyond.values()))
+    beyond["workspace"] += 0 if job.on == "cpu" else CUBLAS
+    data = 2 * 16 * job.accumulation * M + max(0, state - fixed)  # two steps' tokens and targets, and odds and ends
+    return parts | beyond | {"data": data}
+
+
+def _shard(job: Job, n: int) -> dict[str, int]:
+    """Bytes of the state of one of several ranks that share n parameters (`train/shard.py`), which FSDP2 keeps and
+    which no dry run sees: its share in float32; whole, in the compute dtype, the embeddings and two blocks, one of them
+    on its way; for a moment the largest gradient in float32."""
+    c = job.shape
+    embeddings = (c.vocab_size + c.block_size) * c.n_embd
+    block = (n - embeddings) // c.n_layer
+    share = -(-4 * n // job.shards)
+    whole = job.dtype.itemsize * (embeddings + min(2, c.n_layer) * block)
+    return {"weights": share, "copies": whole, "moments": 2 * share, "gradients": share + 4 * max(embeddings, block)}

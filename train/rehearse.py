@@ -1,0 +1,261 @@
+"""`python -m train ... --rehearse=CARD`: all that a run would do before its first step, on a GPU that is not there.
+
+The settings, the data and the output folder are checked as for the run. The step is run on shapes (`train/dryrun.py`),
+which tells its launches, its bytes and its memory. The kernels that it would launch are compiled for the card by
+Triton, which needs no GPU for that. What torch.compile would make of the step is not seen: Inductor asks the device.
+Nothing is trained, and nothing is written but Triton's own cache. The exit status is 0 if the run would start, else 2,
+and the last line names the setting to change.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels import REFERENCE, Ops
+from model import GPTConfig
+from model.config import GPT2_SIZES
+from model.flops import flops_per_token, num_params
+from model.pretrained import from_checkpoint, load_gpt2
+from model.work import floor, step_work
+from train.build import LOSS_CHUNK, check_shape
+from train.checkpoint_layout import MODEL_ARGS
+from train.config import TrainConfig
+from train.corpora import CORPORA, docs_text
+from train.data import Dataset
+from train.distributed import World
+from train.dryrun import Call, DryRun, Job, dry_run
+from train.errors import UserError
+from train.hardware import COLUMNS, DTYPES, Card, Peak, card, lookup
+from train.log import check_sinks
+from train.memory import amount, check_memory
+from train.text import GPT2_TOKENS, padded_vocab_size
+
+# Shares of the card's peaks that good and poor kernels reach, and what the host or the graph adds to each launch. They
+# are estimates: published figures of others on H100s and A100s, nothing measured here.
+FAST = {"matmul": 0.80, "attention": 0.55, "bandwidth": 0.92, "graphed": 1e-6, "eager": 8e-6}
+SLOW = {"matmul": 0.60, "attention": 0.30, "bandwidth": 0.70, "graphed": 3e-6, "eager": 25e-6}
+
+
+def rehearse(
+    config: TrainConfig, named: set[str], why: str, checkpoint: dict | None, world: World, say: Callable[[str], None]
+) -> int:
+    """Say what the run would find and do on the card that `config.rehearse` names; 0. UserError where it would not run.
+
+    named, why, checkpoint: as for `train`. world: the ranks that the run would have.
+    """
+    target = card(config.rehearse)
+    dtype = torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype]
+    say(f"rehearsal on {target.name} x {world.size}: nothing is trained, nothing is written")
+    say(f"settings: {why}")
+    check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
+    vocab_size = _data(config, say)
+    shape = _shape(config, named, checkpoint, vocab_size)
+    ops, without = _ops(config.kernels)
+    job = _job(config, shape, ops, dtype, target, world, resumed=checkpoint is not None)
+    tokens = config.gradient_accumulation_steps * config.batch_size * shape.block_size
+    say(f"number of parameters: {num_params(shape) / 1e6:.2f}M; tokens per iteration: {tokens:,}")
+    say(check_memory(job, target.name, target.memory, world.size))
+    run = dry_run(job)
+    for line in _launches(run, job):
+        say(line)
+    for line in _times(run, job, config, target, world):
+        say(line)
+    if without:
+        say(f"kernels: not compiled: {without}")
+    else:
+        for line in compiled(run, target.capability):
+            say(line)
+    say(f"it would run: {amount(target.memory - run.total)} of memory would be left")
+    return 0
+
+
+def _data(config: TrainConfig, say: Callable[[str], None]) -> int:
+    """The vocabulary of a new model, from the dataset or from what is known of one that is not prepared."""
+    folder = Path("data") / config.dataset
+    if (folder / "train.bin").is_file():
+        dataset = Dataset(folder)
+        dataset.check(config.block_size)
+        say(f"data: {folder}, {len(dataset.train):,} tokens to train on, a vocabulary of {dataset.vocab_size:,}")
+        return dataset.vocab_size
+    if config.dataset == "docs":
+        size = len(set(docs_text()))
+    elif config.dataset in CORPORA and CORPORA[config.dataset].tokenizer == "char":
+        size = 65
+    else:
+        size = padded_vocab_size(GPT2_TOKENS)
+    how = "the run makes it" if config.dataset == "docs" else f"python -m train.prepare {config.dataset} makes it"
+    say(f"data: {folder} is not prepared yet: {how}; its vocabulary is taken to be {size:,}")
+    return size
+
+
+def _shape(config: TrainConfig, named: set[str], checkpoint: dict | None, vocab_size: int) -> GPTConfig:
+    """The model's shape: of the settings, of the checkpoint, or of the weights that init_from names."""
+    gelu = None if config.gelu == "auto" else config.gelu
+    own = {name: getattr(config, name) for name in MODEL_ARGS if name != "vocab_size"}
+    if config.init_from == "scratch":
+        return GPTConfig(vocab_size=vocab_size, gelu=gelu or "erf", **own)
+    try:
+        if checkpoint is not None:
+            shape = from_checkpoint(checkpoint, dropout=config.dropout).config
+        elif config.init_from in GPT2_SIZES:  # known, and nothing is downloaded
+            given = {"vocab_size": GPT2_TOKENS, "block_size": 1024, "bias": True, "gelu": gelu or "tanh"}
+            shape = GPTConfig(**GPT2_SIZES[config.init_from], **given, dropout=config.dropout)
+        else:
+            shape = load_gpt2(config.init_from, dropout=config.dropout, gelu=gelu).config
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"init_from={config.init_from}: {error}") from error
+    check_shape(config, named, shape)
+    return dataclasses.replace(shape, block_size=config.block_size) if "block_size" in named else shape
+
+
+def _ops(kernels: str) -> tuple[Ops, str]:
+    """The kernels that the run would take, and why those cannot be compiled here; "" where they can."""
+    if kernels == "reference":
+        return REFERENCE, "the reference has none of its own"
+    try:
+        from kernels.fused import FUSED
+        from kernels.launch import INTERPRETED
+    except ImportError as error:
+        return REFERENCE, f"Triton is not installed here ({error}); what follows is counted with the reference kernels"
+    return FUSED, "TRITON_INTERPRET is set, the interpreter takes the compiler's place" if INTERPRETED else ""
+
+
+def _job(
+    config: TrainConfig,
+    shape: GPTConfig,
+    ops: Ops,
+    dtype: torch.dtype,
+    target: Card,
+    world: World,
+    *,
+    resumed: bool,
+) -> Job:
+    """One rank's step on the card."""
+    chunk = config.loss_chunk
+    if ops.name == "reference":
+        chunk = 0
+    elif chunk < 0:
+        logits = config.batch_size * shape.block_size * shape.vocab_size * dtype.itemsize
+        chunk = LOSS_CHUNK if logits > target.memory / 4 else 0
+    return Job(
+        shape,
+        config.batch_size,
+        ops,
+        accumulation=config.gradient_accumulation_steps // world.size,
+        several=config.gradient_accumulation_steps > 1,
+        dtype=dtype,
+        stream_dtype=getattr(torch, config.residual_dtype),
+        loss_chunk=chunk,
+        recompute=config.recompute,
+        attention=config.attention,
+        resumed=resumed,
+        shards=world.size if config.shard else 1,
+        capability=target.capability,
+        multiprocessors=target.multiprocessors,
+    )
+
+
+def _launches(run: DryRun, job: Job) -> Iterator[str]:
+    yield f"launches: {len(run.micro_step)} a micro-step, {len(run.update)} an update"
+    small = sum(call.bytes < 2e6 for call in run.micro_step)
+    step = job.accumulation * _bytes(run.micro_step) + _bytes(run.update)
+    yield (
+        f"bytes: {amount(_bytes(run.micro_step))} a micro-step, {amount(_bytes(run.update))} an update, {amount(step)} "
+        f"a step; {small} launches of a micro-step move less than 2 MB; counted without torch.compile"
+    )
+
+
+def _bytes(calls: list[Call]) -> int:
+    return sum(call.bytes for call in calls)
+
+
+def _times(run: DryRun, job: Job, config: TrainConfig, target: Card, world: World) -> Iterator[str]:
+    """The least that a step can take, and what to expect, where the card's data sheet is known."""
+    row = lookup(target.name)
+    peak = getattr(row, COLUMNS[job.dtype]) if row else None
+    if not peak:
+        yield f"time: no data sheet of {target.name} is known here"
+        return
+    peak, bandwidth = Peak(config.peak_flops or peak * 1e12, row.source), row.bandwidth * 1e9
+    tokens = job.accumulation * job.batch_size * job.shape.block_size
+    flops = flops_per_token(job.shape, config.mfu_formula) * tokens
+    work = step_work(
+        job.shape,
+        job.batch_size,
+        accumulation=job.accumulation,
+        compute=job.dtype.itemsize,
+        stream=job.stream_dtype.itemsize,
+        gradients=4 if job.several else job.dtype.itemsize,
+        shards=job.shards,
+    )
+    least = sum(floor(part, peak.flops, bandwidth) for part in work.values())
+    launch = "graphed" if config.cuda_graphs and job.shards == 1 else "eager"
+    best, worst = (expected(run, job.accumulation, peak.flops, bandwidth, share, launch) for share in (FAST, SLOW))
+    yield f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {row.bandwidth:,} GB/s: {peak.source}"
+    yield f"floor: {1e3 * least:.2f} ms/iter, mfu {flops / least / peak.flops:.1%}: every part at the card's peaks"
+    yield (
+        f"expected: {1e3 * best:.4g} to {1e3 * worst:.4g} ms/iter, mfu {flops / worst / peak.flops:.0%} to "
+        f"{flops / best / peak.flops:.0%}, {tokens * world.size / worst:,.0f} to {tokens * world.size / best:,.0f} "
+        "tokens/s: an estimate, nothing was measured" + (", communication not counted" if world.size > 1 else "")
+    )
+
+
+def expected(
+    run: DryRun, accumulation: int, peak: float, bandwidth: float, share: Mapping[str, float], launch: str
+) -> float:
+    """Seconds of a step, an estimate: each launch takes its FLOPs' or its bytes' time, and what comes between two."""
+
+    def seconds(calls: list[Call]) -> float:
+        total = 0.0
+        for call in calls:
+            rate = share["attention" if "attention" in call.name else "matmul"] * peak
+            total += max(call.flops / rate, call.bytes / (share["bandwidth"] * bandwidth)) + share["graphed"]
+        return max(total, len(calls) * share[launch])  # eager, the host may be the slower one
+
+    return accumulation * seconds(run.micro_step) + seconds(run.update)
+
+
+def compiled(run: DryRun, capability: int) -> Iterator[str]:
+    """A line for each kernel of the step, as Triton compiles it for the card. UserError where one cannot run there."""
+    import triton
+
+    from kernels.targets.compiled import compile_launch
+
+    launches = {_specialised(launch): launch for launch in run.launches}
+    counts = Counter(map(_specialised, run.launches))
+    yield f"kernels: {len(launches)}, compiled for sm_{capability} by Triton {triton.__version__}"
+    for key, launch in launches.items():
+        name = launch.kernel.fn.__name__
+        try:
+            it = compile_launch(launch, capability)
+        except Exception as error:  # the compiler's, of many kinds
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"kernels: {name} does not compile for sm_{capability}: {reason}; --kernels=reference runs"
+            ) from None
+        if not it.resident_warps:
+            raise UserError(
+                f"kernels: {name} does not fit a multiprocessor of sm_{capability}; --kernels=reference runs"
+            )
+        yield (
+            f"  {name:<34} x{counts[key]:<3} {it.registers:3} registers, {it.spills} spills, {it.shared:6} B shared, "
+            f"{it.resident_warps:2} warps at once"
+        )
+
+
+def _specialised(launch: Any) -> tuple:
+    """What Triton compiles a kernel anew for: dtypes, which numbers are 1 or multiples of 16, constants, warps."""
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.storage_offset() * value.element_size() % 16 == 0
+        if isinstance(value, int):
+            return "int", value == 1, value % 16 == 0, value >= 2**31
+        return type(value).__name__
+
+    arguments = tuple((name, kind(value)) for name, value in launch.args.items())
+    return launch.kernel.fn.__name__, arguments, tuple(launch.constants.items()), launch.num_warps, launch.num_stages
