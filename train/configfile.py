@@ -30,6 +30,12 @@ OPERATORS = {
 }
 
 
+class _Refused(UserError):
+    def __init__(self, node: ast.AST, reason: str) -> None:
+        super().__init__(reason)
+        self.line = node.lineno
+
+
 def preset_summary(name: str) -> str:
     """The first line of a preset's docstring."""
     return (ast.get_docstring(ast.parse(PRESETS[name].read_bytes())) or "").partition("\n")[0]
@@ -73,10 +79,10 @@ def load_config_file(path: str | Path, cls: type) -> dict[str, Value]:
                 case ast.Import() if ast.unparse(statement) == "import time":
                     pass  # see _evaluate
                 case _:
-                    raise UserError("refused: a config file may only hold `name = value` lines")
+                    raise _Refused(statement, "refused: a config file may only hold `name = value` lines")
         return values
     except UserError as error:
-        reason = str(error)
+        line, reason = getattr(error, "line", line), str(error)
     except SyntaxError as error:
         line, reason = error.lineno, f"not Python: {error.msg}"
     except (RecursionError, MemoryError):  # the parser's two ways to say it
@@ -91,38 +97,38 @@ def load_config_file(path: str | Path, cls: type) -> dict[str, Value]:
 
 
 def _evaluate(node: ast.expr, values: dict[str, Value]) -> Value:
-    """The value of an expression, of which `values` are the names. Raises UserError for anything but arithmetic."""
+    """The value of an expression, of which `values` are the names. Anything but arithmetic is refused."""
     match node:
         case ast.Constant(value=int() | float() | str() as result):  # bool is an int; None, bytes, complex are not
             pass
         case ast.Name(id=name):
             if name not in values:
-                raise UserError(f"{name} is not assigned further up in this file")
+                raise _Refused(node, f"{name} is not assigned further up in this file")
             result = values[name]
         case ast.UnaryOp() | ast.BinOp() if type(node.op) in OPERATORS:
             operands = (child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr))
-            result = _apply(type(node.op), *(_evaluate(operand, values) for operand in operands))
+            result = _apply(node, *(_evaluate(operand, values) for operand in operands))
         case ast.Call() if ast.unparse(node) == "str(time.time())":
             result = str(time.time())  # nanoGPT's finetune_shakespeare.py names its run so; no other call is read
         case _:
-            raise UserError("refused: expected a literal or arithmetic on literals")
+            raise _Refused(node, "refused: expected a literal or arithmetic on literals")
     if type(result) is str and len(result) > MAX_TEXT:
-        raise UserError(f"refused: text of more than {MAX_TEXT} characters")
+        raise _Refused(node, f"refused: text of more than {MAX_TEXT} characters")
     return result
 
 
-def _apply(op: type, *operands: Value) -> Value:
-    kinds = {type(operand) for operand in operands}
+def _apply(node: ast.UnaryOp | ast.BinOp, *operands: Value) -> Value:
+    op, kinds = type(node.op), {type(operand) for operand in operands}
     if not kinds <= {int, float} and (kinds != {str} or op is not ast.Add):
-        raise UserError("refused: arithmetic is for numbers, and + for two strings")
+        raise _Refused(node, "refused: arithmetic is for numbers, and + for two strings")
     if op is ast.Pow and kinds == {int}:
         base, exponent = operands
         if abs(base) > 1 and base.bit_length() * exponent > 128:  # before the work is done: 9**9**9 would never end
-            raise UserError("refused: a whole number of more than 64 bits")
+            raise _Refused(node, "refused: a whole number of more than 64 bits")
     try:
         result = OPERATORS[op](*operands)
     except (ArithmeticError, ValueError) as error:
-        raise UserError(f"cannot be computed: {error.args[-1]}") from None
+        raise _Refused(node, f"cannot be computed: {error.args[-1]}") from None
     if type(result) not in (int, float, str):  # a root of a negative number is complex
-        raise UserError(f"cannot be computed: the result is {type(result).__name__}")
+        raise _Refused(node, f"cannot be computed: the result is {type(result).__name__}")
     return result

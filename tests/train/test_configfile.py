@@ -157,6 +157,11 @@ def test_a_config_file_is_refused_with_its_line(line, reason, load, folder):
     assert line.strip()[:20] in message.replace("\\'", "'").replace("\\\\", "\\")
 
 
+def test_the_refused_line_of_a_long_statement_is_named(load):
+    with pytest.raises(UserError, match=r"mine\.py:4: refused.*in \"len\('a'\)\""):
+        load("batch_size = (\n    1\n    +\n    len('a')\n)\n")
+
+
 @pytest.mark.parametrize(
     "text",
     [b"batch_size = 1\0", b"\xff\xfe", b"# coding: no-such\n", b"#" * (1 << 20) + b"\n"],
