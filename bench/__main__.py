@@ -141,7 +141,7 @@ def measure(bench: Bench, parts: list[str], write: Callable[[Results], None]) ->
 
 
 def main() -> int:
-    parsed = parse_settings(BenchConfig, sys.argv[1:], presets=False)
+    parsed = parse_settings(BenchConfig, sys.argv[1:])
     if parsed.help:
         print(help_text(BenchConfig, "python -m bench", ABOUT))
         return 0

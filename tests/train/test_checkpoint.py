@@ -108,6 +108,7 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
         else:
             killed = False
         countdown = math.inf
+        assert (out_dir / "ckpt.pt").is_file()
         kept = saved_iterations(out_dir)  # every one of them loads
         survivor = kept[0]
         assert survivor in (4, 5)
