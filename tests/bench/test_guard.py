@@ -113,7 +113,9 @@ def test_bytes_of_a_step(moved: Counter, n_layer: int) -> None:
     }
     for kernel, (part, most) in parts.items():
         counted, least = sum(n for name, n in moved.items() if name.startswith(kernel)), work[part].bytes
-        assert 0.97 * least <= counted <= most * least, (kernel, counted / least)  # the last stream has no gradient
+        if kernel == "add_layer_norm_bwd":
+            least -= 4 * M * C  # nobody uses the last block's stream: its gradient is not read
+        assert least <= counted <= most * least, (kernel, counted / least)
 
 
 # Dispatched operations
