@@ -12,13 +12,11 @@ import pytest
 
 pytest.importorskip("triton", reason="the cases are of Triton's kernels, and Triton is not installed")
 
-from kernels.cases import Shape
-
 from bench.entrants import TIMED, entrants
 from bench.kernels import Contest, directions, shapes
 from bench.schema import WRONG, Kernel
 from bench.session import CLOCK, Session, facts
-from kernels.cases import Case
+from kernels.cases import Case, Shape
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

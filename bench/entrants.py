@@ -11,11 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from kernels.cases import Shape, draw
 from torch import Tensor
 
 from kernels import reference, select
-from kernels.cases import CASES, Case, Traffic
+from kernels.cases import CASES, Case, Shape, draw
 from kernels.launch import INTERPRETED
 from model.attention import BACKENDS, causal_attention
 
@@ -112,10 +111,10 @@ def _qkv(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, An
     return {"qkv": draw(device)(B, T, 3 * H * Q, dtype=dtype), "n_head": H}
 
 
-def _attention_bytes(shape: Shape, dtype: torch.dtype) -> Traffic:
+def _attention_bytes(shape: Shape, dtype: torch.dtype) -> int:
     """qkv and y, or their gradients."""
     B, T, H, Q = shape
-    return Traffic(4 * B * T * H * Q * dtype.itemsize)
+    return 4 * B * T * H * Q * dtype.itemsize
 
 
 ATTENTION = Case(

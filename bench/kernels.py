@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from kernels.cases import Shape
-from kernels.check import disagreement, in_float64, outputs_and_gradients
 from torch import Tensor
 
 from bench.entrants import ATTENTION, TIMED, Entrant, Function, entrants
 from bench.schema import WRONG, Kernel
 from bench.timing import Staged, Work, by_turns
-from kernels.cases import Case
+from kernels.cases import Case, Shape
+from kernels.check import disagreement, in_float64, outputs_and_gradients
 from train.hardware import resolve_dtype
 
 Inputs = dict[str, Any]
@@ -53,8 +52,8 @@ def work_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str) -> tup
         forward = case.flops(shape)
         backward = forward * 5 // 2 if case.name == ATTENTION.name else 2 * forward
         return None, {"forward": forward, "backward": backward, "both": forward + backward}[direction]
-    forward = case.forward_bytes(shape, dtype).dram
-    backward = case.backward_bytes(shape, dtype).dram if case.backward_bytes else 0
+    forward = case.forward_bytes(shape, dtype)
+    backward = case.backward_bytes(shape, dtype) if case.backward_bytes else 0
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction], None
 
 

@@ -16,12 +16,11 @@ from bench.digest import ATTAINED, Estimate, KernelRow, Run, StepRow, Workload, 
 from bench.page import NONE, Cells, Section, Table
 from bench.pictures import WIDE, slug, sources
 from train import errors
-from train.cli import help_text, parse_settings
 from train.errors import UserError
 from train.files import making_folder, replacing
 from train.metrics import tokens_per_second
 from train.plot import picture
-from train.settings import check_values, setting
+from train.settings import check_values, help_text, parse_settings, setting
 
 ABOUT = "Report results files of `python -m bench`: MFU across devices; or two commits of one device, compared."
 Found = Sequence[tuple[str, Run, Workload]]  # what to call the run, the run, its workload
@@ -303,7 +302,7 @@ def _put(path: Path, content: bytes) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parsed = parse_settings(ReportConfig, sys.argv[1:] if argv is None else argv, presets=False, files=True)
+    parsed = parse_settings(ReportConfig, sys.argv[1:] if argv is None else argv, files=True)
     if parsed.help:
         print(help_text(ReportConfig, "python -m bench.report", ABOUT, positional="FILE ..."))
         return 0

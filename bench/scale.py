@@ -27,13 +27,12 @@ from model import GPT, GPTConfig
 from model.flops import flops_per_token, num_params
 from model.work import floor, step_work
 from train import errors
-from train.cli import help_text, parse_settings
 from train.distributed import Reducer, World
 from train.errors import UserError
 from train.flat import FlatState
 from train.hardware import DTYPES, lookup
 from train.metrics import mfu
-from train.settings import check_values, setting, shown
+from train.settings import check_values, help_text, parse_settings, setting, shown
 
 Rates = tuple[float, float]  # FLOP/s of one device in the compute dtype, bytes/s of its memory
 Traffic = tuple[list[int], int, int]  # bytes of each exchange of gradients; parameters of a block, outside the blocks
@@ -336,7 +335,7 @@ def table(predicted: list[Predicted], peak: float, *, shard: bool) -> str:
 
 
 def main() -> int:
-    parsed = parse_settings(ScaleConfig, sys.argv[1:], presets=False)
+    parsed = parse_settings(ScaleConfig, sys.argv[1:])
     if parsed.help:
         print(help_text(ScaleConfig, "python -m bench.scale", ABOUT))
         return 0

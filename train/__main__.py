@@ -6,6 +6,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from train.config import TrainConfig, choose_base, compose, parse
+from train.errors import UserError, ending, run
+
+if __name__ == "__main__":  # --help, and a setting that is wrong, before torch is imported: that takes seconds
+    with ending():
+        parse(sys.argv[1:])
+
 import torch
 
 from model import GPT, GPTConfig
@@ -25,11 +32,8 @@ from train.build import (
     place,
 )
 from train.checkpoint_layout import MODEL_ARGS
-from train.cli import help_text
-from train.config import TrainConfig, choose_base, compose, parse
 from train.data import Dataset, Loader
 from train.distributed import Reducer, World, local_device, process_group, world_from_environment
-from train.errors import UserError, run
 from train.graph import GraphedStep
 from train.hardware import (
     DTYPES,
@@ -50,14 +54,9 @@ from train.profiler import ProfiledStep, profiled_step
 from train.sample import sample_text
 from train.step import Evaluation, TrainStep
 
-ABOUT = "Train a GPT. With nothing else: the default job, which needs no network and no preparation."
-
 
 def main() -> int:
     parsed = parse(sys.argv[1:])
-    if parsed.help:
-        print(help_text(TrainConfig, "python -m train", ABOUT, positional="[PRESET | CONFIG FILE ...]", presets=True))
-        return 0
     absent = bool(parsed.settings.get("rehearse"))  # the device is not there: everything is checked, nothing trained
     device = None if absent else resolve_device(str(parsed.settings.get("device", TrainConfig.device)))
     checkpoint = stored = None

@@ -16,11 +16,11 @@ from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint_layout import MODEL_ARGS, MOMENTS
 from train.config import TrainConfig
 from train.data import Batch, Dataset
-from train.datasets import ensure_docs
 from train.distributed import World
 from train.errors import UserError, first_line
 from train.hardware import synchronize
 from train.optim import FlatAdamW
+from train.prepare import ensure_docs
 from train.step import Evaluation
 
 LOSS_CHUNK = 4096  # rows of logits, where not all are held: enough for the matmuls to stay large

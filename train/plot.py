@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.cli import help_text, parse_settings
 from train.errors import UserError, run
 from train.files import replacing
 from train.log import METRICS, Record, read_metrics
-from train.settings import check_values, setting
+from train.settings import command_line, setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -194,14 +193,10 @@ def _title(runs: dict[str, list[Record]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parsed = parse_settings(PlotConfig, sys.argv[1:] if argv is None else argv, presets=False, files=True)
-    if parsed.help:
-        about = "Draw the loss curves of one run or several from their metrics.jsonl."
-        print(help_text(PlotConfig, "python -m train.plot", about, positional="[OUT_DIR ...]"))
-        return
-    config = PlotConfig(**parsed.settings)
-    check_values(config)
-    folders = [Path(name) for name in parsed.files or [config.out_dir]]
+    argv = sys.argv[1:] if argv is None else argv
+    about = "Draw the loss curves of one run or several from their metrics.jsonl."
+    config, named = command_line(PlotConfig, argv, "python -m train.plot", about, positional="[OUT_DIR ...]")
+    folders = [Path(name) for name in named or [config.out_dir]]
     short = [folder.resolve().name for folder in folders]
     names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
     runs: dict[str, list[Record]] = {}

@@ -23,15 +23,15 @@ from model.work import floor, step_work
 from train.build import LOSS_CHUNK, check_shape
 from train.checkpoint_layout import MODEL_ARGS
 from train.config import TrainConfig
+from train.corpora import CORPORA, docs_text
 from train.data import Dataset
-from train.datasets import TOKENIZERS, docs_text
 from train.distributed import World
 from train.dryrun import Call, DryRun, Job, dry_run
 from train.errors import UserError
 from train.hardware import COLUMNS, DTYPES, Card, Peak, card, lookup
 from train.log import check_sinks
 from train.memory import amount, check_memory
-from train.tokenizer import GPT2_TOKENS, padded_vocab_size
+from train.text import GPT2_TOKENS, padded_vocab_size
 
 # Shares of the card's peaks that good and poor kernels reach, and what the host or the graph adds to each launch. They
 # are estimates: published figures of others on H100s and A100s, nothing measured here.
@@ -82,7 +82,7 @@ def _data(config: TrainConfig, say: Callable[[str], None]) -> int:
         return dataset.vocab_size
     if config.dataset == "docs":
         size = len(set(docs_text()))
-    elif TOKENIZERS.get(config.dataset) == "char":
+    elif config.dataset in CORPORA and CORPORA[config.dataset].tokenizer == "char":
         size = 65
     else:
         size = padded_vocab_size(GPT2_TOKENS)
@@ -221,9 +221,9 @@ def expected(
 def compiled(run: DryRun, capability: int) -> Iterator[str]:
     """A line for each kernel of the step, as Triton compiles it for the card. UserError where one cannot run there."""
     import triton
-    from kernels.targets import compile_launch
 
     from kernels.launch import specialised
+    from kernels.targets import compile_launch
 
     launches = {specialised(launch): launch for launch in run.launches}
     counts = Counter(map(specialised, run.launches))

@@ -4,8 +4,8 @@
     dx_j = (exp(x_j - lse) - [j = target]) / (rows that count)
 
 **The kernels.** One pass over a row takes the maximum, the sum and the target's logit; a second one writes the
-gradient. A row's tile is (LANES, WIDTH): WIDTH neighbours are one 16-byte access of one thread, and every lane keeps its
-own running maximum and sum (Milakov and Gimelshein 2018, arXiv:1805.02867), so that a block of columns costs no
+gradient. A row's tile is (LANES, WIDTH): WIDTH neighbours are one 16-byte access of one thread, and every lane keeps
+its own running maximum and sum (Milakov and Gimelshein 2018, arXiv:1805.02867), so that a block of columns costs no
 barrier, and one exponential an element and one a lane; lanes meet once, at the end of the row. The sum is saved as two
 numbers, the maximum m and log2 of the sum of exp(x - m): x - m is exact where lse, of large logits, is not. A row that
 is ignored is not read. A target outside the vocabulary is not followed: its row's loss and gradient are NaN.

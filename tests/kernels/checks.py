@@ -1,7 +1,8 @@
 """The criterion of `kernels/check.py` as an assertion."""
 
-from kernels.check import disagreement
 from torch import Tensor
+
+from kernels.check import disagreement
 
 
 def assert_as_good_as_torch(

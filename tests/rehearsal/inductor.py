@@ -59,7 +59,7 @@ class Inductor:
         autotuner._precompile_worker()
         for result in autotuner.compile_results:
             cubin = result.kernel.asm["cubin"]
-            registers, spills = sass.resources(cubin)["REG"], sass.spills(sass.parse(sass.disassemble(cubin)))
+            registers, spills = targets.resources(cubin)["REG"], targets.spills(targets.disassemble(cubin))
             self.kernels.append(Kernel(autotuner.fn.__name__, registers, spills))
 
 

@@ -1,0 +1,53 @@
+"""`import kernels`: what it offers, with Triton and without, and the example in its docstring."""
+
+import doctest
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+import kernels.cases  # imports every file of kernels/fused, whose names must not take the functions' place
+
+ALONE = ("layer_norm", "add_layer_norm", "gelu", "cross_entropy", "linear_cross_entropy")
+
+
+def test_the_example_runs() -> None:
+    torch.manual_seed(0)
+    example = doctest.DocTestFinder(recurse=False).find(kernels, "kernels")[0]
+    assert len(example.examples) > 9
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_stands_alone_is_a_function_with_its_docstring(name: str) -> None:
+    function = getattr(kernels, name)
+    assert name in kernels.__all__
+    assert (function.__name__, function.__module__.rpartition(".")[0]) == (name, "kernels.fused")
+    for said in ("Returns", "float16", "ValueError"):
+        assert said in function.__doc__
+
+
+def test_what_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(ImportError, match="cannot import name 'flash'"):
+        from kernels import flash  # noqa: F401
+
+
+def test_without_triton_only_the_kernels_are_missing() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import kernels
+assert kernels.select("auto", kernels.ops.torch.device("cpu")) is kernels.REFERENCE
+for name in kernels.__all__:
+    try:
+        getattr(kernels, name)
+    except ImportError as error:
+        print(name, error.name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[:-1] == [f"{name} triton" for name in ("FUSED", *ALONE)]

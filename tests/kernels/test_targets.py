@@ -1,0 +1,126 @@
+"""`python -m kernels.targets`: every kernel keeps its budget on every target, and a budget can be broken."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kernels.cases import CASES, Budget
+from kernels.targets import ARCHITECTURES, LOADS, STORES, Compiled, broken, resident_warps, spills, widths
+
+ROOT = Path(__file__).parents[2]
+GOOD = Compiled(
+    registers=64, spills=0, shared=0, warps=4, resident_warps=32, waves=1.0, loads={16: 4}, stores={16: 1}, mma=""
+)
+CODE = """
+        /*0010*/                   LDG.E.128 R4, desc[UR22][R2.64] ;
+        /*0020*/             @!P0  LDG.E R8, desc[UR22][R6.64] ;
+        /*0030*/                   LDG.E.U16 R8, desc[UR22][R6.64] ;
+        /*0040*/             @P1   STG.E.64 desc[UR4][R2.64], R4 ;
+        /*0050*/                   LDS.128 R4, [R8] ;
+        /*0060*/                   UTMALDG.2D [UR8], [UR4] ;
+"""
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command, without the interpreter that the tests run kernels in."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    argv = [sys.executable, "-m", "kernels.targets", *arguments]
+    return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
+
+
+@pytest.mark.slow
+def test_every_kernel_keeps_its_budget_on_every_target(tmp_path: Path) -> None:
+    done = command("--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stdout.split("\n\n")[-1] + done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    seen = {(row["kernel"], row["target"]) for row in rows}
+    assert {target for _, target in seen} == set(ARCHITECTURES)
+    assert {kernel for kernel, _ in seen} == kernels_in_source()
+    assert {row["compiled"]["mma"] for row in rows if "linear_gelu" in row["kernel"] and row["target"] == 90} == {
+        "HGMMA"
+    }
+
+
+def test_the_command_compiles_what_is_named(tmp_path: Path) -> None:
+    done = command("--target", "90", "--kernel", "gelu_fwd", "--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("All budgets are kept.\n")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["kernel"] for row in rows} >= {"gelu_fwd_kernel"}
+    assert all(row["compiled"]["loads"] for row in rows)
+
+
+def kernels_in_source() -> set[str]:
+    """Every @triton.jit function of kernels/ that is launched: its name ends in _kernel."""
+    names = set()
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                names.add(node.name)
+    return {name for name in names if name.endswith("_kernel")} - {"trial_kernel"}
+
+
+def test_every_kernel_has_a_budget() -> None:
+    assert {name for case in CASES for name in case.budgets} == kernels_in_source()
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget", "said"),
+    [
+        ({}, Budget(warps=32, one_wave=True), ""),
+        ({"spills": 3}, Budget(warps=32), "3 instructions spill, budget 0"),
+        ({"loads": {4: 16}}, Budget(warps=32), "20% of the bytes move 16 at a time, budget 90%"),
+        ({"loads": {0: 2, 4: 16}}, Budget(warps=32), ""),  # tiles
+        ({"resident_warps": 28}, Budget(warps=32), "28 warps at once, budget 32"),
+        ({"shared": 300_000, "resident_warps": 0}, Budget(warps=1), "300000 bytes of shared memory a block"),
+        ({"waves": 1.5}, Budget(warps=32, one_wave=True), "1.50 waves, budget 1"),
+        ({"mma": "HMMA"}, Budget(warps=32, mma=True), "multiplies with HMMA, budget HGMMA"),
+    ],
+)
+def test_a_budget_that_is_broken(changes: dict, budget: Budget, said: str) -> None:
+    faults = list(broken(budget, replace(GOOD, **changes), ARCHITECTURES[90]))
+    assert len(faults) == bool(said)
+    assert all(fault.startswith(said) for fault in faults)
+
+
+def test_machine_code_is_read() -> None:
+    assert widths(CODE, LOADS) == {16: 1, 4: 1, 2: 1, 0: 1}
+    assert widths(CODE, STORES) == {8: 1}
+    assert spills(CODE) == 0
+    assert spills(CODE + "        /*0070*/   STL [R1], R6 ;\n        /*0080*/   @P0 LDL.LU R6, [R1] ;\n") == 2
+    assert spills(CODE + "        /*0070*/   STL.64 [R1], RZ ;\n") == 0  # nothing is loaded back
+
+
+@pytest.mark.parametrize(
+    ("capability", "warps", "registers", "shared", "expected"),
+    [
+        (90, 4, 32, 0, 64),  # by its limit
+        (90, 4, 64, 0, 32),  # by registers
+        (90, 4, 65, 0, 28),  # which come in units of 256 a warp
+        (90, 8, 168, 114_712, 8),  # by shared memory: 113 KB of 228, twice, less what the system takes
+        (90, 8, 168, 250_000, 0),
+        (86, 8, 32, 0, 48),
+    ],
+)
+def test_warps_at_once(capability: int, warps: int, registers: int, shared: int, expected: int) -> None:
+    assert resident_warps(ARCHITECTURES[capability], warps, registers, shared) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (["--target", "70"], {}, "invalid choice: 70"),
+        (["--json", "/none/rows.json"], {}, "expected a file in a folder that exists"),
+        ([], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET: got 1, expected it unset"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], environment: dict[str, str], said: str) -> None:
+    done = command(*arguments, **environment)
+    assert done.returncode == 2
+    assert said in done.stderr
