@@ -5,10 +5,10 @@ the Triton kernels; `select`, which gives the bundle for a device by name; and `
 cannot run there.
 
 The fused operations also stand alone, for a model of your own: `layer_norm`, `add_layer_norm` (dropout, residual
-addition and LayerNorm in one pass), `gelu`, `cross_entropy` and `linear_cross_entropy` (the loss of a head whose logits
-are never all read again). They are differentiable, work under torch.compile and in CUDA graphs, and take any strides.
-Their docstrings give shapes, dtypes and errors. This is a small model's training step with them, on a GPU, or on a CPU
-with TRITON_INTERPRET=1:
+addition and LayerNorm in one pass), `gelu`, `cross_entropy` and `linear_cross_entropy` (the head and its loss in one
+op, the gradient written over the logits). They are differentiable, work under torch.compile and in CUDA graphs, and
+take any strides. Their docstrings give shapes, dtypes and errors. This is a small model's training step with them, on
+a GPU, or on a CPU with TRITON_INTERPRET=1:
 
 >>> import torch
 >>> from kernels import add_layer_norm, gelu, linear_cross_entropy
