@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.entrants import ATTENTION, TIMED, Entrant, Function, entrants
+from bench.compiling import compilations, compiling
+from bench.entrants import ATTENTION, COMPILED, TIMED, Entrant, Function, entrants
 from bench.schema import WRONG, Kernel
 from bench.timing import Staged, Work, by_turns
 from kernels.cases import Case
@@ -65,7 +66,7 @@ class Contest:
     """
 
     def __init__(self, case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-        torch.compiler.reset()  # or, after a few shapes, torch would compile no more and say nothing
+        torch.compiler.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         self.case, self.shape, self.dtype, self.device = case, shape, dtype, device
@@ -85,6 +86,7 @@ class Contest:
                 self._skip(name, first_line(error))
         self._cotangents: list[Tensor] = []
 
+    @compiling()
     def measure(self, direction: str, seconds: float, least: int = 5) -> list[Kernel]:
         """A row of every variant, in their order; about `seconds` of samples, `least` of each or more."""
         skipped, works = dict(self.skipped), {}
@@ -100,10 +102,14 @@ class Contest:
                 else:
                     works[entrant.name] = work
         samples: dict[str, list[float]] = {}
+        before = compilations()
         try:
             samples = by_turns(works, self.device, seconds=seconds, least=least) if works else {}
         except torch.OutOfMemoryError as error:  # what went alone does not go beside the others
             skipped |= dict.fromkeys(works, first_line(error))
+        if compilations() > before:
+            samples.pop(COMPILED, None)
+            skipped[COMPILED] = f"{WRONG}it was compiled anew while it was timed"
         return [
             row(self.case, self.shape, self.dtype, direction, e.name, samples.get(e.name), skipped.get(e.name, ""))
             for e in self.entrants
@@ -113,6 +119,7 @@ class Contest:
         self._functions.pop(name, None)
         self.skipped[name] = reason
 
+    @compiling()
     def _check(self) -> None:
         """Leave out what does not compute what the reference does, and everything where ours does not."""
         shape = self.shape

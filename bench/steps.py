@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 
 from bench import schema
+from bench.compiling import compilations, compiling
 from bench.variants import Setting, Step, Variant
 from bench.workloads import Workload, make_corpus
 from model import GPT
 from model.flops import FORMULAS, flops_per_token
 from train.data import Loader
+from train.errors import first_line
 from train.hardware import synchronize
 from train.tokenfiles import Dataset
 
@@ -28,6 +30,8 @@ CHECKED = 5  # steps whose losses must agree before the clock runs
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative; what low precision costs in them
 TURN = 0.25  # seconds that a turn takes, about
 LEAST = 3  # turns of each, at least
+
+Turn = tuple[list[float], list[float]]  # seconds of its iterations, and what of them the host spent in the call
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Timed:
     skipped: str = ""
 
 
+@compiling()
 def measure(
     workload: Workload,
     variants: list[Variant],
@@ -58,6 +63,7 @@ def measure(
 
     They are also appended to `into`, with what was measured so far where an exception or an interruption ends it.
     """
+    torch.compiler.reset()  # what was compiled for other shapes would be asked first, at every call
     torch.manual_seed(0)
     setting = Setting(workload, GPT(workload.config).state_dict(), device, dtype)
     timed = [Timed(variant) for variant in variants]
@@ -67,7 +73,7 @@ def measure(
             for each in timed:
                 tell(f"{workload.name}: {each.variant.name}")
                 expected = _prepare(each, setting, loader, expected) or expected
-            _sample([each for each in timed if each.step], loader, device, seconds)
+            _sample(timed, loader, device, seconds)
         finally:
             rows += [_row(each, workload, dtype) for each in timed if each.seconds or each.skipped]
     return rows
@@ -88,7 +94,7 @@ def _prepare(each: Timed, setting: Setting, loader: Loader, expected: list[float
             step(loader.train(i))
         synchronize(device)
     except Exception as error:  # of torch, a compiler, a driver, memory that runs out: the others go on without it
-        each.skipped = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        _give_up(each, first_line(error))
         return []
     if device.type == "cuda":
         each.peak_memory = torch.cuda.max_memory_allocated(device) - before
@@ -96,7 +102,7 @@ def _prepare(each: Timed, setting: Setting, loader: Loader, expected: list[float
     if expected:
         worst = max(abs(a - b) / abs(b) for a, b in zip(each.losses, expected, strict=True))
         if not worst < tolerance:
-            each.skipped = f"{schema.WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most"
+            _give_up(each, f"{schema.WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most")
             return []
     each.step = step
     return each.losses
@@ -111,23 +117,39 @@ def _first_losses(variant: Variant, setting: Setting, loader: Loader) -> list[fl
 
 def _sample(timed: list[Timed], loader: Loader, device: torch.device, seconds: float) -> None:
     for each in timed:
-        taken, _ = _turn(each.step, loader, 0, 2, device)
-        each.turn = max(1, min(50, round(TURN / taken[-1])))
+        if each.step and (found := _take(each, loader, 0, 2, device)):
+            each.turn = max(1, min(50, round(TURN / found[0][-1])))
     deadline, turns = time.perf_counter() + seconds, 0
-    while turns < LEAST or time.perf_counter() < deadline:
-        for each in timed:
+    while any(each.step for each in timed) and (turns < LEAST or time.perf_counter() < deadline):
+        for each in (each for each in timed if each.step):
             lead = int(each.turn > 1)  # not counted: the caches are another's, a GPU's queue is empty
-            taken, host = _turn(each.step, loader, turns * each.turn, lead + each.turn, device)
-            each.seconds += taken[lead:]
-            each.host_seconds += host[lead:]
+            if found := _take(each, loader, turns * each.turn, lead + each.turn, device):
+                taken, host = found
+                each.seconds += taken[lead:]
+                each.host_seconds += host[lead:]
         turns += 1
 
 
-def _turn(step: Step, loader: Loader, first: int, count: int, device: torch.device) -> tuple[list[float], list[float]]:
-    """Seconds of `count` iterations, and on CUDA what of them the host spent in the call.
+def _take(each: Timed, loader: Loader, first: int, count: int, device: torch.device) -> Turn | None:
+    """A turn of a variant; where it fails, or compiles what it should have by now, its samples are given up."""
+    before = compilations()
+    try:
+        found = _turn(each.step, loader, first, count, device)
+    except Exception as error:  # as in `_prepare`
+        _give_up(each, first_line(error))
+        return None
+    if compilations() == before:
+        return found
+    _give_up(each, f"{schema.WRONG}it was compiled anew while it was timed")
+    return None
 
-    On CUDA between events, with no waiting in between, as a run trains.
-    """
+
+def _give_up(each: Timed, reason: str) -> None:
+    each.step, each.seconds, each.host_seconds, each.skipped = None, [], [], reason
+
+
+def _turn(step: Step, loader: Loader, first: int, count: int, device: torch.device) -> Turn:
+    """`count` iterations. On CUDA between events, with no waiting in between, as a run trains."""
     synchronize(device)
     host, marks = [], [_mark(device)]
     for i in range(first, first + count):
