@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from bench import schema
+from bench.budget import NO_TIME, Budget
 from bench.compiling import compilations, compiling
 from bench.variants import Setting, Step, Variant
 from bench.workloads import Workload, make_corpus
@@ -43,9 +44,19 @@ class Timed:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     turn: int = 1  # how many iterations of a turn are counted
+    pace: float = 0.0  # seconds of an iteration, about
     host_seconds: list[float] = field(default_factory=list)
     peak_memory: int | None = None
     skipped: str = ""
+
+    @property
+    def lead(self) -> int:
+        """Iterations of a turn that are not counted: the caches are another's, a GPU's queue is empty."""
+        return int(self.turn > 1)
+
+    @property
+    def turn_seconds(self) -> float:
+        return (self.lead + self.turn) * self.pace
 
 
 @compiling()
@@ -56,43 +67,61 @@ def measure(
     dtype: torch.dtype,
     *,
     seconds: float,
+    budget: Budget | None = None,
     tell: Callable[[str], None] = lambda text: None,
     into: list[schema.Step] | None = None,
 ) -> list[schema.Step]:
     """Rows of all variants, in their order; about `seconds` of samples, after building and checking.
 
-    They are also appended to `into`, with what was measured so far where an exception or an interruption ends it.
+    budget: for all of it, building, compiling and checking included. What does not fit into it is left out, rungs
+    before what compares. None: as long as it takes, and LEAST turns of each however little `seconds` are.
+
+    The rows are also appended to `into`, with what was measured so far where an exception or an interruption ends it.
     """
     torch.compiler.reset()  # what was compiled for other shapes would be asked first, at every call
     torch.manual_seed(0)
     setting = Setting(workload, GPT(workload.config).state_dict(), device, dtype)
     timed = [Timed(variant) for variant in variants]
+    budget = budget or Budget()
     with _loader(workload, device) as loader:
         expected, rows = None, [] if into is None else into
         try:
-            for each in timed:
+            for each in sorted(timed, key=lambda each: not each.variant.compares):
                 tell(f"{workload.name}: {each.variant.name}")
-                expected = _prepare(each, setting, loader, expected) or expected
-            _sample(timed, loader, device, seconds)
+                turns = [ready.turn_seconds for ready in timed if ready.step]
+                least = LEAST * (sum(turns) + max(turns, default=0.0))  # of those before, and of this one
+                expected = _prepare(each, setting, loader, expected, budget, least) or expected
+            _sample(timed, loader, device, seconds, budget)
         finally:
             rows += [_row(each, workload, dtype) for each in timed if each.seconds or each.skipped]
     return rows
 
 
-def _prepare(each: Timed, setting: Setting, loader: Loader, expected: list[float] | None) -> list[float]:
-    """Build the variant and check its first losses; they are returned. Sets `skipped` where it fails."""
+def _prepare(
+    each: Timed, setting: Setting, loader: Loader, expected: list[float] | None, budget: Budget, after: float
+) -> list[float]:
+    """Build the variant and check its first losses; they are returned. Sets `skipped` where it fails, or where it does
+    not fit into the budget with `after` seconds more."""
     device, before = setting.device, 0
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
+    first = "compiled" if each.variant.compiled else "eager"
+    second = first if setting.workload.config.dropout else "eager"  # compiled it is already, without dropout
     try:
-        each.losses = _first_losses(each.variant, setting, loader)
-        step = each.variant.build(setting)
-        for i in range(2):
-            step(loader.train(i))
-        synchronize(device)
+        if not budget.fits(budget.expected(first) + budget.expected(second) + after):
+            raise TimeoutError(NO_TIME)
+        with budget.task(first):
+            each.losses = _first_losses(each.variant, setting, loader)
+        if not budget.fits(budget.expected(second) + after):
+            raise TimeoutError(NO_TIME)
+        with budget.task(second):
+            step = each.variant.build(setting)
+            for i in range(2):
+                step(loader.train(i))
+            synchronize(device)
     except Exception as error:  # of torch, a compiler, a driver, memory that runs out: the others go on without it
         _give_up(each, first_line(error))
         return []
@@ -105,6 +134,9 @@ def _prepare(each: Timed, setting: Setting, loader: Loader, expected: list[float
             _give_up(each, f"{schema.WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most")
             return []
     each.step = step
+    if found := _take(each, loader, 0, 2, device):
+        each.pace = found[0][-1]
+        each.turn = max(1, min(50, round(TURN / each.pace)))
     return each.losses
 
 
@@ -115,19 +147,22 @@ def _first_losses(variant: Variant, setting: Setting, loader: Loader) -> list[fl
     return [step(loader.train(i)).item() for i in range(CHECKED)]
 
 
-def _sample(timed: list[Timed], loader: Loader, device: torch.device, seconds: float) -> None:
-    for each in timed:
-        if each.step and (found := _take(each, loader, 0, 2, device)):
-            each.turn = max(1, min(50, round(TURN / found[0][-1])))
+def _sample(timed: list[Timed], loader: Loader, device: torch.device, seconds: float, budget: Budget) -> None:
     deadline, turns = time.perf_counter() + seconds, 0
-    while any(each.step for each in timed) and (turns < LEAST or time.perf_counter() < deadline):
-        for each in (each for each in timed if each.step):
-            lead = int(each.turn > 1)  # not counted: the caches are another's, a GPU's queue is empty
-            if found := _take(each, loader, turns * each.turn, lead + each.turn, device):
+    expected = sum(each.turn_seconds for each in timed if each.step)  # of a round
+    while ready := [each for each in timed if each.step]:
+        begin = time.perf_counter()
+        if (turns >= LEAST and begin >= deadline) or budget.left < expected:
+            break
+        for each in ready:
+            if found := _take(each, loader, turns * each.turn, each.lead + each.turn, device):
                 taken, host = found
-                each.seconds += taken[lead:]
-                each.host_seconds += host[lead:]
-        turns += 1
+                each.seconds += taken[each.lead :]
+                each.host_seconds += host[each.lead :]
+        turns, expected = turns + 1, time.perf_counter() - begin
+    for each in timed:
+        if each.step and not each.seconds:
+            _give_up(each, NO_TIME)
 
 
 def _take(each: Timed, loader: Loader, first: int, count: int, device: torch.device) -> Turn | None:

@@ -49,6 +49,7 @@ class Variant(NamedTuple):
     build: Callable[[Setting], Step]
     compares: bool = True  # False: a rung of the ladder between the reference's step and ours
     float32: bool = False  # it multiplies in float32 whatever the dtype of the comparison
+    compiled: bool = False  # by torch.compile
 
 
 def reference(*, compile: bool, float32: bool, name: str = "reference", compares: bool = True) -> Variant:
@@ -67,7 +68,7 @@ def reference(*, compile: bool, float32: bool, name: str = "reference", compares
             model = only_compiled(model)
         return _as_nanogpt_trains(model, optimizer, setting, float32=float32)
 
-    return Variant(f"{name} {_mode(compile)}", build, compares, float32)
+    return Variant(f"{name} {_mode(compile)}", build, compares, float32, compile)
 
 
 def nanogpt(folder: str, *, compile: bool, float32: bool) -> Variant:
@@ -86,7 +87,7 @@ def nanogpt(folder: str, *, compile: bool, float32: bool) -> Variant:
             model = only_compiled(model)
         return _as_nanogpt_trains(model, optimizer, setting, float32=float32)
 
-    return Variant(f"nanoGPT {_mode(compile)}", build, float32=float32)
+    return Variant(f"nanoGPT {_mode(compile)}", build, float32=float32, compiled=compile)
 
 
 def ours(
@@ -122,7 +123,7 @@ def ours(
             step = GraphedStep(step, (workload.accumulation, workload.batch_size, workload.config.block_size))
         return lambda batch: step(batch, setting.learning_rate).loss
 
-    return Variant(name, build, compares, float32)
+    return Variant(name, build, compares, float32, compile)
 
 
 def variants(device: torch.device, dtype: torch.dtype, nanogpt_dir: str = "") -> list[Variant]:
