@@ -19,10 +19,10 @@ from bench.budget import NO_TIME, Budget
 from bench.compiling import compilations, compiling
 from bench.entrants import ATTENTION, COMPILED, TIMED, Entrant, Function, entrants
 from bench.schema import WRONG, Kernel
-from bench.timing import Staged, Work, by_turns
 from kernels.cases import Case
 from kernels.cases.case import Shape
 from kernels.cases.check import disagreement, in_float64, outputs_and_gradients
+from kernels.timing import Staged, Work, by_turns
 from train.hardware import resolve_dtype
 
 Inputs = dict[str, Any]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bench.bounds import bound
+from bench.clock import Clock
 from bench.schema import Kernel, Peak, Step, median
-from bench.timing import Clock
 from train.ceilings import Ceilings, measure_ceilings
 from train.hardware import peak_flops, resolve_device, resolve_dtype, use_device
 

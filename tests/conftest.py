@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,16 @@ def compiler() -> None:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
     except Exception as error:
         pytest.skip(f"torch.compile does not work on this machine: {str(error).strip().splitlines()[0]}")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch):
+    """In place of the host's: it shows what it is told."""
+    from bench.clock import Clock
+
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import kernels, timing
+from bench import kernels
 from bench.budget import NO_TIME
+from bench.clock import Clock
 from bench.entrants import TIMED
 from bench.kernels import Contest, directions, rows, shapes, work_of
 from bench.schema import Kernel, decode
@@ -183,7 +184,7 @@ def test_what_works_in_place_is_checked_by_what_it_leaves_and_timed_without_copi
 
 
 @pytest.fixture
-def no_time_passes(monkeypatch: pytest.MonkeyPatch, clock: timing.Clock) -> None:
+def no_time_passes(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     monkeypatch.setattr(kernels, "by_turns", lambda works, device, seconds, least: {name: [seconds] for name in works})
 
 
@@ -203,7 +204,7 @@ def test_rows_come_first_shapes_first_and_end_with_the_time() -> None:
     assert {row.skipped for row in late} == {NO_TIME}
 
 
-def test_the_time_is_kept_by_leaving_out_cases(clock: timing.Clock) -> None:
+def test_the_time_is_kept_by_leaving_out_cases(clock: Clock) -> None:
     """A case takes 6 s to check, and 0.3 s a round; one that would not end is not begun, by the slowest so far."""
 
     def working(x: Tensor, weight: Tensor) -> Tensor:
@@ -223,7 +224,7 @@ def test_the_time_is_kept_by_leaving_out_cases(clock: timing.Clock) -> None:
     assert len({row.case for row in found}) == 9
 
 
-def test_samples_that_would_not_end_are_not_begun(clock: timing.Clock) -> None:
+def test_samples_that_would_not_end_are_not_begun(clock: Clock) -> None:
     def working(x: Tensor, weight: Tensor) -> Tensor:
         clock.let_pass(2.0)
         return scaled(x, weight)

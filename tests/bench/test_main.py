@@ -12,9 +12,9 @@ import torch
 import bench.__main__ as command
 from bench import schema, steps, tests
 from bench.budget import NO_TIME
+from bench.clock import Clock
 from bench.progress import Progress
 from bench.schema import Ceiling, Peak, Results
-from bench.timing import Clock
 from bench.variants import Setting, Variant
 from bench.workloads import WORKLOADS, Workload
 from model import GPTConfig
