@@ -21,10 +21,9 @@ from bench.tables import summary
 from bench.variants import variants
 from bench.workloads import DEFAULTS, WORKLOADS
 from train.ceilings import measure_bandwidth
-from train.cli import help_text, parse_settings
 from train.errors import UserError, run
 from train.hardware import lookup, measure_flops, peak_flops, resolve_device, resolve_dtype, use_device
-from train.settings import check_values, setting
+from train.settings import check_values, help_text, parse_settings, setting
 
 PARTS = ("ceilings", "tests", "kernels", "steps")
 SHARES = {"ceilings": 0.05, "tests": 0.3, "kernels": 0.35, "steps": 1.0}  # of the time that is left when a part begins
@@ -138,7 +137,7 @@ def measure(bench: Bench, parts: list[str], write: Callable[[Results], None]) ->
 
 
 def main() -> int:
-    parsed = parse_settings(BenchConfig, sys.argv[1:], presets=False)
+    parsed = parse_settings(BenchConfig, sys.argv[1:])
     if parsed.help:
         print(help_text(BenchConfig, "python -m bench", ABOUT))
         return 0

@@ -22,10 +22,9 @@ from bench.variants import Setting, Step, Variant
 from bench.workloads import Workload, make_corpus
 from model import GPT
 from model.flops import FORMULAS, flops_per_token
-from train.data import Loader
+from train.data import Dataset, Loader
 from train.errors import first_line
 from train.hardware import synchronize
-from train.tokenfiles import Dataset
 
 CHECKED = 5  # steps whose losses must agree before the clock runs
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative; what low precision costs in them

@@ -99,6 +99,20 @@ def address(x: Tensor) -> int:
     return x.storage_offset() * x.element_size() if _RECORD.get() is not None else x.data_ptr()
 
 
+def specialised(launch: Launch) -> tuple:
+    """What Triton compiles a kernel anew for: dtypes, which numbers are 1 or multiples of 16, constants, warps."""
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.dtype, address(value) % 16 == 0
+        if isinstance(value, int):
+            return "int", value == 1, value % 16 == 0, value >= 2**31
+        return type(value).__name__
+
+    arguments = tuple((name, kind(value)) for name, value in launch.args.items())
+    return launch.kernel.fn.__name__, arguments, tuple(launch.constants.items()), launch.num_warps, launch.num_stages
+
+
 BODIES: dict[Any, Callable[..., Any]] = {}  # of each registered op, the function that runs on a device
 
 

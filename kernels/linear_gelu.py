@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels import gelu, matmul
 from kernels.gelu import check_form
 from kernels.launch import check, custom_op, device_of, packed, rows, run
-from kernels.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, tiles_for
+from kernels.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, servable, tiles_for
 from kernels.tuned import PATHS, Problem, choose
 
 
@@ -72,13 +72,19 @@ def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
 
 def _forward_tiles(x: Tensor, weight: Tensor, path: str) -> Tiles | None:
     problem = Problem("linear_gelu", x.dtype, x.shape[0], *weight.shape)
-    return choose(path, problem, x, tiles_for(FORWARD_TILES, device_of(x), x.dtype))
+    return choose(path, problem, x, _candidates(FORWARD_TILES, weight.shape[0], rows(x), rows(weight)))
 
 
 def _backward_tiles(dy: Tensor, weight: Tensor, path: str) -> Tiles | None:
     K, N = weight.shape
     problem = Problem("mlp_dpre", dy.dtype, dy.shape[0], N, K)
-    return choose(path, problem, dy, tiles_for(BACKWARD_TILES, device_of(dy), dy.dtype))
+    return choose(path, problem, dy, _candidates(BACKWARD_TILES, N, rows(dy), rows(weight)))
+
+
+def _candidates(table: dict[int, tuple[Tiles, ...]], N: int, *operands: Tensor) -> tuple[Tiles, ...]:
+    """How the fused kernel may be cut up for these operands; none where it would spill."""
+    device = device_of(operands[0])
+    return tiles_for(table, device, operands[0].dtype) if servable(device, N, *operands) else ()
 
 
 @custom_op("nanofuse::linear_gelu")

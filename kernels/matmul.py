@@ -248,6 +248,18 @@ def tiles_for(table: dict[int, tuple[Tiles, ...]], device: Device, dtype: torch.
     return table[max((known for known in table if known <= device.capability), default=min(table))]
 
 
+def servable(device: Device, N: int, *operands: Tensor) -> bool:
+    """Whether a fused matmul of these operands, N columns wide, keeps its sums in registers.
+
+    By pointers to rows that do not begin at multiples of 16 bytes, Triton reads 2-byte elements one by one and keeps an
+    address for each: on every target from sm_80 to sm_90 hundreds to thousands of instructions spill.
+    """
+    if device.capability == 0 or operands[0].dtype == torch.float32:
+        return True
+    aligned = all(address(x) % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands)
+    return aligned and N * operands[0].element_size() % 16 == 0
+
+
 def has_descriptors(device: Device, *matrices: Tensor | None) -> bool:
     """Whether TMA can move tiles of all these matrices of unit last stride."""
     return device.capability >= 90 and all(

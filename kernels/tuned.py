@@ -56,8 +56,16 @@ def measured(device: str, problem: Problem) -> Tiles | None:
 
 
 def choose(path: str, problem: Problem, x: Tensor, candidates: tuple[Tiles, ...]) -> Tiles | None:
-    """The fused kernel's tiles on x's device, None for cuBLAS. path: "triton" and "cublas" force one."""
-    if path == CUBLAS:
+    """The fused kernel's tiles on x's device, None for cuBLAS. path: "triton" and "cublas" force one.
+
+    ValueError where "triton" is forced and there are no candidates.
+    """
+    if path == CUBLAS or not candidates:
+        if path == "triton":
+            raise ValueError(
+                f"path: got triton, expected cublas or auto for {problem}: rows that do not begin at multiples of 16 "
+                "bytes would make the fused kernel spill"
+            )
         return None
     won = measured(device_name(x), problem)
     return won or candidates[0] if path == "triton" else won

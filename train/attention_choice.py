@@ -10,7 +10,7 @@ from kernels.timing import milliseconds
 from model import GPT
 from model.attention import BACKENDS, causal_attention
 from train.distributed import World
-from train.errors import UserError
+from train.errors import UserError, first_line
 from train.hardware import synchronize
 
 MEASURED = tuple(name for name in BACKENDS if name not in ("auto", "math"))  # math: never first, and holds (B, H, T, T)
@@ -92,7 +92,7 @@ def why_not(backend: str, shape: AttentionShape) -> str:
             said = [str(w.message).split(" (Triggered internally")[0] for w in warned]
             reasons = [text for text in said if "not used because" not in text and "runtime disabled" not in text]
             text = reasons[0] if reasons else str(error) or type(error).__name__
-            return text.strip().splitlines()[0]
+            return first_line(text)
     return ""
 
 

@@ -2,7 +2,7 @@
 
 A save in five moves. Whichever a kill interrupts, ckpt.pt is the old file or the new one, whole:
 
-    1. write ckpt.pt.saving-<random>, fsync it
+    1. write the new file in a folder .staging-<random>, fsync it
     2. shift ckpt-previous-1.pt to ckpt-previous-2.pt, and so on, as far as `keep` allows
     3. give ckpt.pt the second name ckpt-previous-1.pt (a hard link: ckpt.pt itself never vanishes)
     4. rename the new file to ckpt.pt, which replaces the old one in one step
@@ -15,7 +15,6 @@ What is inside the file: `checkpoint_layout.py`.
 import errno
 import os
 import re
-import secrets
 import shlex
 import shutil
 import zipfile
@@ -28,13 +27,13 @@ from typing import BinaryIO
 import torch
 
 from train.checkpoint_layout import load_optimizer, pack, unpack
-from train.errors import UserError
+from train.errors import UserError, first_line
+from train.files import staging_folder, sync, sync_folder
 
 __all__ = ["load", "load_optimizer", "pack", "save", "set_aside"]
 
 _NAME = "ckpt.pt"
 _PREVIOUS = "ckpt-previous-{}.pt"
-_SAVING = "ckpt.pt.saving-"
 _OF_A_RUN = ("ckpt*.pt", "metrics.jsonl", "loss.png", "loss.svg", "tensorboard", "trace.json")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -49,18 +48,13 @@ def save(out_dir: Path, checkpoint: dict, keep: int) -> None:
         raise ValueError(f"keep must be 1 or more, not {keep}")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        _sweep(out_dir)  # what killed saves left behind
-        try:
-            new = _temporary(out_dir)
-            with new.open("xb") as file:
+        with staging_folder(out_dir) as staging:
+            with open(staging / _NAME, "wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            _keep_previous(out_dir, keep)
-            os.replace(new, out_dir / _NAME)
-            _fsync_folder(out_dir)
-        finally:
-            _sweep(out_dir)
+                sync(file)
+            _keep_previous(out_dir, staging, keep)
+            os.replace(staging / _NAME, out_dir / _NAME)
+            sync_folder(out_dir)
         for index, path in _previous(out_dir):
             if index >= keep:
                 path.unlink()
@@ -124,7 +118,7 @@ def _read(path: Path) -> dict:
         except UnpicklingError as error:
             raise ValueError(f"is not loaded: it holds more than tensors and plain values{_culprit(error)}") from error
         except Exception as error:  # whatever a foreign zip archive makes torch raise
-            raise ValueError(f"is not a checkpoint that torch can read ({_line(error)})") from error
+            raise ValueError(f"is not a checkpoint that torch can read ({first_line(error)})") from error
     try:
         return unpack(raw)
     except ValueError as error:
@@ -143,7 +137,7 @@ def _verify(file: BinaryIO) -> None:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except Exception as error:  # zipfile raises half a dozen kinds, depending on the field that is hit
-        raise ValueError(f"is damaged ({_line(error)})") from error
+        raise ValueError(f"is damaged ({first_line(error)})") from error
     if damaged is not None:
         raise ValueError(f"is damaged: its member {damaged} does not have its CRC")
 
@@ -166,14 +160,10 @@ def _culprit(error: UnpicklingError) -> str:
     return f" ({match[1]})" if match else ""
 
 
-def _line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 # Writing
 
 
-def _keep_previous(out_dir: Path, keep: int) -> None:
+def _keep_previous(out_dir: Path, staging: Path, keep: int) -> None:
     """Moves 2 and 3."""
     names = [out_dir / _NAME, *(out_dir / _PREVIOUS.format(i) for i in range(1, keep))]
     if keep == 1 or not names[0].exists():
@@ -184,16 +174,15 @@ def _keep_previous(out_dir: Path, keep: int) -> None:
     vacant = next((i for i in range(1, keep) if not names[i].exists()), keep - 1)
     for i in range(vacant, 1, -1):
         os.replace(names[i - 1], names[i])
-    second = _temporary(out_dir)
+    second = staging / "second"
     try:
         os.link(names[0], second)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        with names[0].open("rb") as source, second.open("xb") as copy:  # a file system without hard links
+        with names[0].open("rb") as source, second.open("wb") as copy:  # a file system without hard links
             shutil.copyfileobj(source, copy)
-            copy.flush()
-            os.fsync(copy.fileno())
+            sync(copy)
     os.replace(second, names[1])
 
 
@@ -201,27 +190,6 @@ def _previous(out_dir: Path) -> list[tuple[int, Path]]:
     """(index, path) of every ckpt-previous-<index>.pt, the newest first."""
     found = ((re.fullmatch(r"ckpt-previous-(\d+)\.pt", path.name), path) for path in out_dir.glob("ckpt-previous-*"))
     return sorted((int(match[1]), path) for match, path in found if match)
-
-
-def _temporary(out_dir: Path) -> Path:
-    # Random: where two runs share an out_dir by mistake, neither may rename the other's half-written file.
-    return out_dir / f"{_SAVING}{secrets.token_hex(8)}"
-
-
-def _sweep(out_dir: Path) -> None:
-    for path in out_dir.glob(f"{_SAVING}*"):
-        path.unlink(missing_ok=True)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
-            raise
-    finally:
-        os.close(descriptor)
 
 
 # What went wrong

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from train.cli import Parsed, parse_settings
-from train.configfile import load_config_file, preset_path
+from train.configfile import PRESETS, config_path, load_config_file, preset_summary
 from train.errors import UserError
-from train.settings import Value, check_values, setting, settings_of, shown, typed
+from train.settings import Parsed, Value, check_values, help_text, parse_settings, setting, settings_of, shown, typed
+
+ABOUT = "Train a GPT. With nothing else: the default job, which needs no network and no preparation."
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,22 @@ def validate(config: TrainConfig) -> None:
 
 
 def parse(argv: list[str]) -> Parsed:
-    """The settings that a training command line names: presets, config files and overrides in argv order."""
-    return parse_settings(TrainConfig, argv, presets=True)
+    """The settings that a training command line names: presets, config files and overrides in argv order.
+
+    Prints the help and raises SystemExit for --help. UserError as in `parse_settings`.
+    """
+    parsed = parse_settings(TrainConfig, argv, presets=preset)
+    if parsed.help:
+        presets = {name: preset_summary(name) for name in PRESETS}
+        usage = "[PRESET | CONFIG FILE ...]"
+        print(help_text(TrainConfig, "python -m train", ABOUT, positional=usage, presets=presets))
+        raise SystemExit(0)
+    return parsed
 
 
 def preset(name: str) -> dict[str, Value]:
-    """The settings of a shipped preset, by name."""
-    return load_config_file(preset_path(name), TrainConfig)
+    """The settings of a preset or of a config file."""
+    return load_config_file(config_path(name), TrainConfig)
 
 
 class Base(NamedTuple):

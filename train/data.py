@@ -1,4 +1,8 @@
-"""Batches drawn from a prepared dataset.
+"""A prepared dataset, and the batches drawn from it.
+
+train.bin and val.bin are flat little-endian arrays of token ids; meta.json describes them. nanoGPT's folders are
+read as they are: with a meta.pkl, by an unpickler that admits only dicts, strings and ints; without any meta, as
+GPT-2 BPE in uint16.
 
 A batch is a function of (seed, step, rank) and of nothing else: there is no position in the data to save, and
 a resumed run continues with the batches it would have had. The start offsets of a step are one draw without
@@ -9,25 +13,159 @@ While the device works, a thread gathers the steps that follow. The thread touch
 call from a second thread would invalidate a graph capture that happens to be under way in the first.
 """
 
+import json
 import math
+import mmap
+import pickle
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import NamedTuple, Self
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 
-from train.tokenfiles import Dataset, Split, bad_token
+from train.errors import UserError
+from train.text import GPT2_TOKENS, Tokenizer, from_meta, padded_vocab_size
 
-__all__ = ["Batch", "Dataset", "Loader", "Split"]
+Split = Literal["train", "val"]
 
+FULL_SCAN_BYTES = 256 << 20  # files up to this size are checked whole before the first step
+SCAN_TOKENS = 4 << 20  # tokens looked at together in such a check
 # Small steps are gathered many at a time: waking the thread costs more than filling 12 x 64 tokens.
 RUN_BYTES = 1 << 20
 MAX_RUN = 16
 HOST_BUFFERS = 3  # one being filled, one being handed out, one that the device may still be reading
-STREAMS = {"train": 1, "val": 2}  # random streams of the evaluations; 0 is training's
+STREAMS = {"train": 1, "val": 2}  # random streams of the evaluations; training's is 0
+
+
+class Dataset:
+    """A prepared dataset: a folder with train.bin, val.bin and, unless it is nanoGPT's GPT-2 BPE, its meta.
+
+    Attributes:
+        train, val: (n,) read-only np.memmap of uint16 or uint32 token ids; no part of them is read here.
+        meta: dict as in meta.json ("vocab_size", "tokenizer", "dtype", "chars", ...).
+        n_vocab: ids in the files are below this.
+        vocab_size: what a new model should be given; n_vocab, or GPT-2's padded to a multiple of 64.
+
+    Raises UserError where a file is missing, empty, of a size that is no whole number of tokens, or where
+    meta is malformed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.meta = _read_meta(self.folder)
+        self.n_vocab: int = self.meta["vocab_size"]
+        self.vocab_size = padded_vocab_size(self.n_vocab) if self.meta.get("tokenizer") == "gpt2" else self.n_vocab
+        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        self.train = _open_tokens(self.folder / "train.bin", dtype)
+        self.val = _open_tokens(self.folder / "val.bin", dtype)
+
+    def split(self, name: Split) -> np.memmap:
+        return self.train if name == "train" else self.val
+
+    def path(self, name: Split) -> Path:
+        return self.folder / f"{name}.bin"
+
+    def tokenizer(self, bpe_dir: str | Path | None = None) -> Tokenizer:
+        """The tokenizer that made the files. Raises UserError where that cannot be had."""
+        return from_meta(self.meta, bpe_dir)
+
+    def check_length(self, block_size: int) -> None:
+        """Raise UserError where a split does not hold one sample: block_size tokens and the one after."""
+        for name in ("train", "val"):
+            if (length := len(self.split(name))) <= block_size:
+                raise UserError(
+                    f"block_size={block_size}: {self.path(name)} holds {length:,} tokens,"
+                    f" expected at least {block_size + 1:,}"
+                )
+
+    def check(self, block_size: int, vocab_size: int | None = None) -> None:
+        """Raise UserError where a split is too short for `block_size` or holds an id of `vocab_size` or more.
+
+        Files over 256 MB are not read for this: the loader checks every batch that it draws.
+        """
+        self.check_length(block_size)
+        limit = self.vocab_size if vocab_size is None else vocab_size
+        for name in ("train", "val"):
+            tokens = np.asarray(self.split(name))
+            if tokens.nbytes <= FULL_SCAN_BYTES:
+                for start in range(0, len(tokens), SCAN_TOKENS):
+                    self.check_ids(name, tokens[start : start + SCAN_TOKENS], start, limit)
+
+    def check_ids(self, split: Split, ids: np.ndarray, start: int, limit: int) -> None:
+        """Raise UserError where one of `ids`, the split's from position `start` on, is `limit` or more."""
+        if ids.max() >= limit:
+            at = int(np.argmax(ids >= limit))
+            raise UserError(
+                f"{self.path(split)}: token {ids[at]} at position {start + at:,}, expected ids below vocab_size={limit}"
+            )
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Dicts, strings and ints need no class to be looked up by name; whatever does is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}; only dicts, strings and ints are read")
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json, else nanoGPT's meta.pkl, else GPT-2 BPE: completed and checked."""
+    if not (folder / "train.bin").is_file():
+        what = "no train.bin" if folder.is_dir() else "no such dataset"
+        raise UserError(f"{folder}: {what}; make it with: python -m train.prepare {folder.name}")
+    path = folder / "meta.json"
+    meta: Any = {"vocab_size": GPT2_TOKENS, "tokenizer": "gpt2"}
+    try:
+        if path.is_file():
+            meta = json.loads(path.read_text("utf-8"))
+        elif (path := folder / "meta.pkl").is_file():
+            with path.open("rb") as file:
+                meta = _from_pickle(_PlainUnpickler(file).load())
+        vocab_size = meta["vocab_size"]
+        if type(vocab_size) is not int or vocab_size < 1:
+            raise ValueError(f"vocab_size is {vocab_size!r}, expected a positive int")
+        dtype = meta.setdefault("dtype", "uint16" if vocab_size <= 1 << 16 else "uint32")
+        if dtype not in ("uint16", "uint32"):
+            raise ValueError(f"dtype is {dtype!r}, expected uint16 or uint32")
+    except KeyError as error:
+        raise UserError(f"{path}: no {error.args[0]!r} in it") from None
+    except Exception as error:  # an unpickler fed with garbage raises almost anything
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    return meta
+
+
+def _from_pickle(meta: Any) -> dict[str, Any]:
+    """nanoGPT's {vocab_size, itos, stoi} in the form of meta.json. nanoGPT writes uint16, nothing else."""
+
+    def plain(value: object) -> bool:
+        if isinstance(value, dict):
+            return all(plain(k) and plain(v) for k, v in value.items())
+        return isinstance(value, str | int)
+
+    if not isinstance(meta, dict) or not plain(meta):
+        raise ValueError("expected a dict of strings and ints")
+    found = {"vocab_size": meta["vocab_size"], "dtype": "uint16"}
+    if "itos" in meta:
+        found |= {"tokenizer": "char", "chars": [meta["itos"][i] for i in range(meta["vocab_size"])]}
+    return found
+
+
+def _open_tokens(path: Path, dtype: np.dtype) -> np.memmap:
+    try:
+        size = path.stat().st_size
+        if size == 0 or size % dtype.itemsize:
+            raise UserError(f"{path}: {size:,} bytes, expected a positive multiple of {dtype.itemsize} ({dtype.name})")
+        tokens = np.memmap(path, dtype=dtype, mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; make it with: python -m train.prepare {path.parent.name}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if size > FULL_SCAN_BYTES and hasattr(mmap, "MADV_RANDOM"):
+        # A sample is 2 KB anywhere in the file. Read-ahead would bring up to megabytes around each.
+        tokens.base.madvise(mmap.MADV_RANDOM)
+    return tokens
 
 
 class Batch(NamedTuple):
@@ -101,8 +239,7 @@ class Loader:
         self._run_length = min(max(RUN_BYTES // step_bytes, 1), MAX_RUN)
         self._shape = (self._run_length, 2, accumulation, batch_size, block_size)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        pinned = range(HOST_BUFFERS if self.device.type == "cuda" else 0)
-        self._buffers = deque(_Buffer(self._shape) for _ in pinned)
+        self._buffers = deque(_Buffer(self._shape) for _ in range(HOST_BUFFERS) if self.device.type == "cuda")
         self._current: _Run | None = None
         self._next: _Run | None = None
 
@@ -136,7 +273,7 @@ class Loader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _gather_later(self, number: int) -> _Run:
@@ -187,9 +324,8 @@ class Loader:
         """Fill buffer[0] with the samples at `offsets`, buffer[1] with the same a token later, as int64."""
         rows = self._windows[split][offsets]  # (A·B, T + 1), the files' dtype
         if rows.max() >= self.vocab_size:
-            row, column = np.argwhere(rows >= self.vocab_size)[0]
-            position = int(offsets[row]) + int(column)
-            raise bad_token(self.dataset.path(split), position, int(rows[row, column]), self.vocab_size)
+            for start, ids in zip(offsets, rows, strict=True):
+                self.dataset.check_ids(split, ids, int(start), self.vocab_size)
         x, y = buffer.view(2, -1, self.block_size).numpy()
         x[:] = rows[:, :-1]
         y[:] = rows[:, 1:]

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from kernels import Ops
 from model import GPT, GPTConfig
 from train.optim import FlatAdamW, LossScale
-from train.step import TrainStep
+from train.step import Evaluation, TrainStep
 
 if TYPE_CHECKING:
     from kernels.launch import Device, Launch
@@ -291,12 +291,11 @@ def build(job: Job) -> TrainStep:
     return TrainStep(model, optimizer, grad_clip=1.0, scaler=scaler)
 
 
-@torch.no_grad()
 def evaluate(model: GPT, x: Tensor, y: Tensor) -> None:
     """One batch of an evaluation."""
-    model.eval()
-    model(x, y)
-    model.train()
+    evaluation = Evaluation(model)
+    with evaluation.mode():
+        evaluation.loss(x, y)
 
 
 def _memory(job: Job, step: TrainStep, state: int, peaks: dict[str, Counter[str]]) -> dict[str, int]:

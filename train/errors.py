@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -19,15 +20,16 @@ class RunError(UserError):
     status = 1
 
 
-def first_line(error: Exception) -> str:
-    """What an error of a library says first; its kind where it says nothing."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def first_line(error: object) -> str:
+    """The first line that `error` says, or the name of its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command and exit with what `main` returns (None: 0), or with one line on stderr and the error's status."""
+@contextmanager
+def ending() -> Iterator[None]:
+    """What ends the body early, a UserError, Ctrl-C or a closed pipe, ends the program: one line, an exit status."""
     try:
-        sys.exit(main() or 0)
+        yield
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # `| head` has read enough; what is still buffered has nowhere to go
@@ -38,3 +40,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
         sys.exit(error.status)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command and exit with what `main` returns (None: 0), or as `ending` says."""
+    with ending():
+        sys.exit(main() or 0)

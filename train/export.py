@@ -6,9 +6,8 @@ from pathlib import Path
 
 from model.pretrained import export_gpt2, from_checkpoint
 from train.checkpoint import load
-from train.cli import help_text, parse_settings
 from train.errors import UserError, run
-from train.settings import check_values, setting
+from train.settings import command_line, setting
 
 
 @dataclass(frozen=True)
@@ -19,13 +18,9 @@ class ExportConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
-    parsed = parse_settings(ExportConfig, sys.argv[1:] if argv is None else argv, presets=False)
-    if parsed.help:
-        about = "Write a checkpoint as a Hugging Face GPT-2 folder."
-        print(help_text(ExportConfig, "python -m train.export", about))
-        return
-    config = ExportConfig(**parsed.settings)
-    check_values(config)
+    argv = sys.argv[1:] if argv is None else argv
+    about = "Write a checkpoint as a Hugging Face GPT-2 folder."
+    config, _ = command_line(ExportConfig, argv, "python -m train.export", about)
     if not config.to:
         raise UserError("to: got '', expected a folder, as in --to=my-gpt2")
     path = Path(config.out_dir) / "ckpt.pt"

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from train.errors import UserError
+
+_CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # what some network file systems say
 
 
 @contextmanager
@@ -35,7 +38,7 @@ def making_folder(folder: Path) -> Iterator[None]:
 def staging_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder inside `folder`, gone at the end; what a killed process left of one goes too.
 
-    A lock, which the system drops with the process, tells one that is in use from one that was left.
+    A lock, which the system drops with the process, tells a folder in use from one that was left.
     """
     for path in folder.glob(".staging-*"):
         with suppress(OSError), _locked(path):
@@ -46,10 +49,14 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, or raise BlockingIOError where another does."""
+    """Hold the folder's lock, or raise BlockingIOError where another process does."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
         yield
     finally:
         os.close(descriptor)
@@ -58,22 +65,12 @@ def _locked(folder: Path) -> Iterator[None]:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write; synced to disk, it becomes `path` when the body ends, nothing where the body fails."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            os.fchmod(descriptor, 0o644)  # mkstemp's files are for the owner alone
+    with staging_folder(path.parent) as staging:
+        with open(staging / path.name, "wb") as file:
             yield file
             sync(file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def sync(file: BinaryIO) -> None:
-    """Have what was written to `file` on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+        os.replace(staging / path.name, path)
+        sync_folder(path.parent)
 
 
 def replace_together(staging: Path, folder: Path, names: tuple[str, ...]) -> None:
@@ -87,8 +84,22 @@ def replace_together(staging: Path, folder: Path, names: tuple[str, ...]) -> Non
             os.replace(staging / name, folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def sync(file: BinaryIO) -> None:
+    """Have what was written to `file` on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in `folder` on the disk: renames survive a power cut too."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # the renames themselves
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
     finally:
         os.close(descriptor)

@@ -11,7 +11,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,15 +23,15 @@ from model.work import floor, step_work
 from train.build import LOSS_CHUNK, check_shape
 from train.checkpoint_layout import MODEL_ARGS
 from train.config import TrainConfig
+from train.corpora import CORPORA, docs_text
 from train.data import Dataset
-from train.datasets import TOKENIZERS, docs_text
 from train.distributed import World
 from train.dryrun import Call, DryRun, Job, dry_run
 from train.errors import UserError
 from train.hardware import COLUMNS, DTYPES, Card, Peak, card, lookup
 from train.log import check_sinks
 from train.memory import amount, check_memory
-from train.tokenizer import GPT2_TOKENS, padded_vocab_size
+from train.text import GPT2_TOKENS, padded_vocab_size
 
 # Shares of the card's peaks that good and poor kernels reach, and what the host or the graph adds to each launch. They
 # are estimates: published figures of others on H100s and A100s, nothing measured here.
@@ -83,7 +82,7 @@ def _data(config: TrainConfig, say: Callable[[str], None]) -> int:
         return dataset.vocab_size
     if config.dataset == "docs":
         size = len(set(docs_text()))
-    elif TOKENIZERS.get(config.dataset) == "char":
+    elif config.dataset in CORPORA and CORPORA[config.dataset].tokenizer == "char":
         size = 65
     else:
         size = padded_vocab_size(GPT2_TOKENS)
@@ -223,10 +222,11 @@ def compiled(run: DryRun, capability: int) -> Iterator[str]:
     """A line for each kernel of the step, as Triton compiles it for the card. UserError where one cannot run there."""
     import triton
 
+    from kernels.launch import specialised
     from kernels.targets.compiled import compile_launch
 
-    launches = {_specialised(launch): launch for launch in run.launches}
-    counts = Counter(map(_specialised, run.launches))
+    launches = {specialised(launch): launch for launch in run.launches}
+    counts = Counter(map(specialised, run.launches))
     yield f"kernels: {len(launches)}, compiled for sm_{capability} by Triton {triton.__version__}"
     for key, launch in launches.items():
         name = launch.kernel.fn.__name__
@@ -245,17 +245,3 @@ def compiled(run: DryRun, capability: int) -> Iterator[str]:
             f"  {name:<34} x{counts[key]:<3} {it.registers:3} registers, {it.spills} spills, {it.shared:6} B shared, "
             f"{it.resident_warps:2} warps at once"
         )
-
-
-def _specialised(launch: Any) -> tuple:
-    """What Triton compiles a kernel anew for: dtypes, which numbers are 1 or multiples of 16, constants, warps."""
-
-    def kind(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.dtype, value.storage_offset() * value.element_size() % 16 == 0
-        if isinstance(value, int):
-            return "int", value == 1, value % 16 == 0, value >= 2**31
-        return type(value).__name__
-
-    arguments = tuple((name, kind(value)) for name, value in launch.args.items())
-    return launch.kernel.fn.__name__, arguments, tuple(launch.constants.items()), launch.num_warps, launch.num_stages

@@ -1,7 +1,9 @@
 """Sample from a trained model: python -m train.sample --out_dir=out --start="To be" """
 
+import codecs
+import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,11 @@ from model import GPT
 from model.generate import generate
 from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint import load
-from train.cli import help_text, parse_settings
 from train.data import Dataset
-from train.errors import UserError, run
+from train.errors import UserError, first_line, run
 from train.hardware import device_name, resolve_device, resolve_dtype
-from train.settings import check_values, setting
-from train.tokenizer import GPT2Tokenizer, StreamDecoder, Tokenizer, from_meta
+from train.settings import command_line, setting
+from train.text import GPT2Tokenizer, Tokenizer, from_meta, read_text
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,7 @@ def try_compile(model: GPT, device: torch.device) -> nn.Module:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Dynamo's, Inductor's, a missing C++ compiler's, Triton's, a driver's: all kinds
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        print(f"compile: not possible here, going on without it: {reason}", file=sys.stderr)
+        print(f"compile: not possible here, going on without it: {first_line(error)}", file=sys.stderr)
         return model
     return compiled
 
@@ -111,13 +111,11 @@ def read_prompt(start: str) -> str:
     """`start`, or with a `FILE:` in front the text of that file. Raises UserError."""
     if not start.startswith("FILE:"):
         return start
-    path = Path(start.removeprefix("FILE:"))
     try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise UserError(f"start: {path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"start: {path} is not UTF-8 text (byte {error.start}), expected a prompt") from error
+        text = "".join(read_text([Path(start.removeprefix("FILE:"))]))
+    except UserError as error:
+        raise UserError(f"start: {error}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as nanoGPT reads it
 
 
 def sample_text(
@@ -157,26 +155,14 @@ def sample_text(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    return _pieces(tokenizer, ids, tokens)
-
-
-def _pieces(tokenizer: Tokenizer, ids: list[int], tokens: Iterable[torch.Tensor]) -> Iterator[str]:
-    decoder = StreamDecoder(tokenizer)
-    yield decoder.feed(ids)
-    for token in tokens:
-        yield decoder.feed([int(token)])  # waits for the device
-    yield decoder.finish()
+    drawn = itertools.chain([ids], ([int(token)] for token in tokens))  # int waits for the device
+    return codecs.iterdecode(map(tokenizer.decode_bytes, drawn), "utf-8", "replace")  # holds half a character back
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Samples go to stdout, what they were drawn from to stderr. Raises UserError."""
-    parsed = parse_settings(SampleConfig, sys.argv[1:] if argv is None else argv, presets=False)
-    if parsed.help:
-        about = "Draw samples from a trained model."
-        print(help_text(SampleConfig, "python -m train.sample", about))
-        return
-    config = SampleConfig(**parsed.settings)
-    check_values(config)
+    argv = sys.argv[1:] if argv is None else argv
+    config, _ = command_line(SampleConfig, argv, "python -m train.sample", "Draw samples from a trained model.")
     prompt = read_prompt(config.start)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)

@@ -42,7 +42,12 @@ class Case:
 
 
 def draw(device: torch.device, seed: int = 0) -> Callable[..., Tensor]:
-    """randn(*size, dtype=, scale=, grad=) from one generator: a Case's inputs, the same every time."""
+    """randn(*size, dtype=, scale=, grad=) from one generator: a Case's inputs, the same every time. On the meta device
+    they have shapes only."""
+    if device.type == "meta":
+        return lambda *size, dtype, scale=1.0, grad=True: torch.empty(
+            *size, dtype=dtype, device=device, requires_grad=grad
+        )
     generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*size: int, dtype: torch.dtype, scale: float = 1.0, grad: bool = True) -> Tensor:

@@ -20,6 +20,7 @@ from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.layouts import Relay, laid_out
 from tests.kernels.memory import Memory
 from tests.kernels.test_layer_norm import layouts
+from train import dryrun
 
 BOTH = ("triton", "cublas")
 paths = pytest.mark.parametrize("path", BOTH)
@@ -371,3 +372,21 @@ def test_refused(changes: dict, message: str, device: torch.device) -> None:
         inputs = {k.removeprefix("fc_"): v for k, v in inputs.items() if not k.startswith("proj_")}
         with pytest.raises(ValueError, match=message.removeprefix("fc_")):
             linear_gelu(**inputs)
+
+
+@pytest.mark.parametrize(("K", "N", "fused"), [(64, 128, True), (37, 128, False), (64, 37, False)])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_rows_that_are_not_aligned_are_multiplied_by_cublas(K: int, N: int, fused: bool, capability: int) -> None:
+    """Through pointers to them the fused kernel would spill, on a GPU: forced there, it is refused."""
+    x, fc_weight, proj_weight = (
+        torch.empty(size, dtype=torch.bfloat16, device="meta", requires_grad=True) for size in ((4, K), (N, K), (K, N))
+    )
+    with dryrun.Recorder(Device(capability, 132), "meta") as recorder:
+        mlp(x, fc_weight, None, proj_weight, None, "erf").sum().backward()
+        assert not any(launch.kernel.fn.__name__.startswith("linear_gelu") for launch in recorder.launches)
+        if fused:
+            mlp(x, fc_weight, None, proj_weight, None, "erf", path="triton").sum().backward()
+            assert recorder.launches[-1].kernel.fn.__name__ == "linear_gelu_bwd_kernel"
+        else:
+            with pytest.raises(ValueError, match="path: got triton, expected cublas or auto for linear_gelu"):
+                mlp(x, fc_weight, None, proj_weight, None, "erf", path="triton")

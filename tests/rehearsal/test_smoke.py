@@ -14,13 +14,13 @@ from train.graph import GraphedStep
 from train.optim import FlatAdamW
 from train.step import TrainStep
 
-CONFIG = GPTConfig(block_size=64, vocab_size=128, n_layer=2, n_head=2, n_embd=64, bias=True, dropout=0.1)
+CONFIG = GPTConfig(block_size=64, vocab_size=128, n_layer=2, n_head=2, n_embd=64, bias=True, dropout=0.125)
 SHAPE = 4, CONFIG.block_size
 
 
 def make_model() -> GPT:
     model = on_device(lambda: GPT(CONFIG, FUSED))
-    model.compute_dtype, model.attention = torch.bfloat16, "cudnn"
+    model.compute_dtype, model.attention = torch.bfloat16, "flash"
     return model
 
 

@@ -20,6 +20,7 @@ from train.data import Batch
 from train.dryrun import Job, build, dry_run
 from train.errors import UserError
 from train.graph import GraphedStep
+from train.step import Evaluation
 
 # launches of a micro-step and of an update, and GB that they move: a change to the step changes this table on purpose
 PINNED = {
@@ -113,7 +114,8 @@ def test_a_capture_is_on_one_stream(gpu: Gpu, workload: str, dropout: float, rec
         step.model(x, x.clone())[1].backward()  # as model_to_train does, on the default stream
     allocations = Allocations(gpu)
     with allocations:
-        graphed = GraphedStep(step, (2, *x.shape))
+        graphed = GraphedStep(step, (2, *x.shape), Evaluation(step.model))
+    assert len(gpu.captures) == 3  # micro-step, update, evaluation
     assert allocations.streams == {capture.stream for capture in gpu.captures}
     assert len(allocations.streams) == 1
     assert 0 not in allocations.streams
@@ -122,7 +124,9 @@ def test_a_capture_is_on_one_stream(gpu: Gpu, workload: str, dropout: float, rec
     before = [capture.replays for capture in gpu.captures]
     both = torch.stack([x, x])
     graphed(Batch(both, both, (1, 2)), 1e-3)
-    assert [capture.replays - n for capture, n in zip(gpu.captures, before, strict=True)][:2] == [2, 1]
+    assert [capture.replays - n for capture, n in zip(gpu.captures, before, strict=True)] == [2, 1, 0]
+    graphed.evaluation([Batch(x[None], x[None], (0,))] * 5)
+    assert [capture.replays - n for capture, n in zip(gpu.captures, before, strict=True)] == [2, 1, 5]
 
 
 def test_a_capture_that_fails_is_one_line(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

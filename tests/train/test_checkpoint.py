@@ -45,7 +45,8 @@ def test_keeping_fewer_than_before_removes_the_rest(tmp_path):
 
 
 def test_removes_its_own_stale_files_and_no_others(tmp_path):
-    (tmp_path / "ckpt.pt.saving-0123").write_bytes(b"half")
+    (tmp_path / ".staging-0123").mkdir()
+    (tmp_path / ".staging-0123" / "ckpt.pt").write_bytes(b"half")
     theirs = ["ckpt.pt.bak", "ckpt-previous-best.pt", "notes.tmp"]
     for name in theirs:
         (tmp_path / name).write_bytes(b"the user's")
@@ -107,12 +108,13 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
         else:
             killed = False
         countdown = math.inf
+        assert (out_dir / "ckpt.pt").is_file()
         kept = saved_iterations(out_dir)  # every one of them loads
         survivor = kept[0]
         assert survivor in (4, 5)
         assert {2, 3} <= set(kept) or survivor == 5
         checkpoint.save(out_dir, make_checkpoint(6), keep=4)
-        assert not list(out_dir.glob("*.saving-*"))
+        assert not list(out_dir.glob(".staging-*"))
         kept = saved_iterations(out_dir)
         if links:
             assert kept == ([6, 5, 4, 3] if survivor == 5 else [6, 4, 3, 2])
@@ -187,7 +189,7 @@ def test_twenty_sigkills_at_random_instants(tmp_path):
             os.waitpid(child, 0)
             lines = b"".join([first, *iter(lambda: os.read(told, 4096), b"")]).split()
             os.close(told)
-            inside += bool(list(out_dir.glob("*.saving-*")))
+            inside += bool(list(out_dir.glob(".staging-*")))
             completed = max([reached, *(int(line) for line in lines)])
             for path in out_dir.glob("ckpt*.pt"):
                 held = checkpoint.load(path)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.cli import Parsed
 from train.config import TrainConfig, choose_base, compose, parse, preset, validate
 from train.errors import UserError
+from train.settings import Parsed
 
 # What nanoGPT's train.py starts from. Ours differs in gradient_accumulation_steps, backend, device, dtype.
 NANOGPT = {

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.cli import Parsed
 from train.config import TrainConfig, compose, parse
-from train.configfile import load_config_file, preset_names, preset_summary
+from train.configfile import PRESETS, load_config_file, preset_summary
 from train.errors import UserError
-from train.settings import settings_of
+from train.settings import Parsed, settings_of
 
 FIELDS = settings_of(TrainConfig)
 
@@ -242,7 +241,7 @@ def test_nothing_in_a_config_file_runs(place, call, load, tmp_path):
 # ---- presets
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_valid_and_says_what_it_is(name):
     config = compose(parse([name]), {})
     assert not config.wandb_log
@@ -250,7 +249,7 @@ def test_a_preset_is_valid_and_says_what_it_is(name):
 
 
 def test_presets_are_nanogpts():
-    assert set(preset_names()) == {
+    assert set(PRESETS) == {
         "gpt2", "shakespeare_char", "finetune_shakespeare", "eval_gpt2", "eval_gpt2_medium",
         "eval_gpt2_large", "eval_gpt2_xl", "docs", "docs_cpu",
     }  # fmt: skip

@@ -139,7 +139,7 @@ def test_check_too_short(tmp_path):
 
 
 def test_check_names_the_first_bad_token(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.tokenfiles.SCAN_TOKENS", 100)
+    monkeypatch.setattr("train.data.SCAN_TOKENS", 100)
     dataset = Dataset(make(tmp_path))
     dataset.check(8)
     with pytest.raises(UserError, match=r"train\.bin: token 49 at position 49,.*vocab_size=49"):

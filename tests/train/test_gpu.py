@@ -21,10 +21,11 @@ from train.attention_choice import MEASURED, AttentionShape, choose_attention, w
 from train.data import Batch
 from train.distributed import World
 from train.dryrun import Job, dry_run
-from train.graph import GraphedStep
+from train.errors import UserError
+from train.graph import WARM_UP, GraphedStep
 from train.kernel_names import OTHER
 from train.optim import FlatAdamW
-from train.step import TrainStep
+from train.step import Evaluation, TrainStep
 from train.timeline import read
 
 CUDA = torch.device("cuda")
@@ -144,18 +145,60 @@ def test_an_evaluation_alone_captures_nothing(tmp_path: Path, monkeypatch: pytes
     assert run(tmp_path, device="cuda", eval_only=True) == 0
 
 
-def test_evaluation_between_replays_changes_nothing() -> None:
-    step = graphs.make(dropout=0.2, device=CUDA)
-    twin = graphs.make(dropout=0.2, device=CUDA)
-    graphed, alone = (GraphedStep(each, (1, graphs.B, graphs.T)) for each in (step, twin))
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+def test_a_replayed_evaluation_is_the_eager_one_and_changes_nothing(kernels: str) -> None:
+    settings = dict(dropout=0.2, dtype=torch.bfloat16, device=CUDA)
+    step, twin = (graphs.make(select(kernels, CUDA), **settings) for _ in range(2))
+    eager, shape = Evaluation(step.model), (1, graphs.B, graphs.T)
+    graphed, alone = GraphedStep(step, shape, eager), GraphedStep(twin, shape)
     for i in range(5):
         batch = graphs.batch(i, 1, CUDA)
         one, other = graphed(batch, 1e-2), alone(batch, 1e-2)
-        assert torch.equal(one.loss, other.loss)
-        step.model.eval()
-        with torch.no_grad():
-            step.model(batch.x[0], batch.y[0])
-        step.model.train()
+        assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-3)
+        batches = [graphs.batch(100 + k, 1, CUDA) for k in range(3)]
+        assert torch.equal(graphed.evaluation(batches), eager(batches))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+def test_capturing_leaves_everything_as_it_was(kernels: str, dtype: torch.dtype) -> None:
+    step = graphs.make(select(kernels, CUDA), accumulation=2, dropout=0.2, dtype=dtype, device=CUDA)
+    graphs.train(step, 2, 2, CUDA)
+    before, generator = graphs.everything(step), torch.cuda.get_rng_state()
+    GraphedStep(step, (2, graphs.B, graphs.T), Evaluation(step.model))
+    assert all(torch.equal(x, y) for x, y in zip(graphs.everything(step), before, strict=True))
+    assert torch.equal(torch.cuda.get_rng_state(), generator)
+
+
+def test_a_capture_that_fails_is_one_line_and_the_step_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, twin = (graphs.make(dropout=0.2, device=CUDA) for _ in range(2))
+    gather, runs = step.optimizer.gather, iter(range(WARM_UP))
+
+    def fails() -> None:
+        gather()
+        if next(runs, None) is None:
+            raise RuntimeError("no such thing in a capture")
+
+    monkeypatch.setattr(step.optimizer, "gather", fails)
+    with pytest.raises(UserError, match=r"no such thing in a capture; --no-cuda_graphs goes on without"):
+        GraphedStep(step, (1, graphs.B, graphs.T))
+    monkeypatch.undo()
+    for one, other in zip(graphs.train(step, 1, 3, CUDA), graphs.train(twin, 1, 3, CUDA), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices on this machine")
+def test_a_run_on_the_second_device(tmp_path: Path) -> None:
+    """Its graphs are captured there: an empty one would leave the losses at 0."""
+    before = torch.cuda.current_device()
+    try:
+        run(tmp_path / "second", device="cuda:1", dropout=0.0)
+    finally:
+        torch.cuda.set_device(before)
+    run(tmp_path / "first", device="cuda:0", dropout=0.0)
+    expected = logged(tmp_path / "first")
+    for iteration, record in logged(tmp_path / "second").items():
+        assert record["loss"] == pytest.approx(expected[iteration]["loss"], rel=1e-3)
 
 
 # Attention

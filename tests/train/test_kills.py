@@ -103,7 +103,7 @@ def drive(folder: Path, kills: int, seed: int) -> None:
     completed = inside = resumed = 0
     life = 0.0  # seconds of a run's life, as long as this machine takes to some saves
     for kill in range(kills):
-        resume, stale = (out_dir / "ckpt.pt").exists(), set(out_dir.glob("ckpt.pt.saving-*"))
+        resume, stale = (out_dir / "ckpt.pt").exists(), set(out_dir.glob(".staging-*"))
         child, begin = start(out_dir, resume, max_iters=10**6), time.monotonic()
         aimed = kill % 2 == 0
         if aimed:
@@ -115,7 +115,7 @@ def drive(folder: Path, kills: int, seed: int) -> None:
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), f"run {kill} ended by itself:\n" + output(out_dir)
-        inside += bool(set(out_dir.glob("ckpt.pt.saving-*")) - stale)
+        inside += bool(set(out_dir.glob(".staging-*")) - stale)
         resumed += resume
         completed = last_save(out_dir)
         reached = checkpoint.load(out_dir / "ckpt.pt")["iter_num"] if completed else 0
@@ -173,13 +173,13 @@ def await_saves(child: int, out_dir: Path, completed: int, count: int) -> None:
 def kill_inside_a_save(child: int, out_dir: Path) -> None:
     """Stop it when a save has begun; kill it unless the save ended in between."""
     while True:
-        if not any(out_dir.glob("ckpt.pt.saving-*")):
+        if not any(out_dir.glob(".staging-*")):
             assert_alive(child, out_dir)
             time.sleep(2e-4)
             continue
         os.kill(child, signal.SIGSTOP)
         os.waitpid(child, os.WUNTRACED)
-        if any(out_dir.glob("ckpt.pt.saving-*")):
+        if any(out_dir.glob(".staging-*")):
             os.kill(child, signal.SIGKILL)
             return
         os.kill(child, signal.SIGCONT)

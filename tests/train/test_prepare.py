@@ -4,22 +4,21 @@ import json
 import os
 import pickle
 import pty
+import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
-from train import encode, prepare
-from train.encode import last_cut, read_text, split_at, whole_words, write_dataset
+from train import prepare
+from train import text as texts
+from train.data import Dataset
 from train.errors import UserError
 from train.files import staging_folder
-from train.tokenfiles import Dataset
-from train.tokenizer import GPT2Tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXT = "To be, or not to be: that's the question.\nOb's edler im Gemüt, €, die Pfeil' … 生存还是毁灭。\n" * 30
@@ -48,7 +47,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("chunk", [7, 64, 1 << 20])
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
 def test_files_are_encoded_one_after_the_other(monkeypatch, folder, tokenizer, chunk):
-    monkeypatch.setattr(encode, "CHUNK", chunk)
+    monkeypatch.setattr(texts, "CHUNK", chunk)
     (folder / "a.txt").write_text(TEXT[:1000])
     (folder / "b.txt").write_text(TEXT[1000:])
     run(monkeypatch, "a.txt", "b.txt", f"--tokenizer={tokenizer}")
@@ -88,52 +87,6 @@ def test_prepared_again_with_another_tokenizer_leaves_no_old_meta(monkeypatch, f
     assert Dataset("data/a").n_vocab == 256
 
 
-# The pieces
-
-WORDS = st.text(st.sampled_from("ab'sl ré\n\t\u00a0\x1c生。\uff112½,.!_\u0301\u2028"), max_size=80)
-
-
-@given(text=WORDS, size=st.integers(1, 20))
-@example(text="it's 'll  we'll\n\n x", size=1)
-@settings(max_examples=300, deadline=None)
-def test_bpe_in_pieces_is_bpe_of_the_whole(bpe, text, size):
-    want = bpe.encode_ordinary(text).tolist()
-    for at in range(1, len(text)):
-        if last_cut(text[: at + 1], at) == at:
-            assert bpe.encode_ordinary(text[:at]).tolist() + bpe.encode_ordinary(text[at:]).tolist() == want
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "CHUNK", size)
-        pieces = list(whole_words(text[i : i + size] for i in range(0, len(text), size)))
-    assert "".join(pieces) == text
-    assert [i for piece in pieces for i in bpe.encode_ordinary(piece).tolist()] == want
-
-
-@pytest.fixture(scope="module")
-def bpe() -> GPT2Tokenizer:
-    return GPT2Tokenizer()
-
-
-def test_words_are_not_held_for_ever(monkeypatch):
-    monkeypatch.setattr(encode, "CHUNK", 10)
-    monkeypatch.setattr(encode, "LONGEST_WORD", 100)
-    pieces = list(whole_words(["aaaaa"] * 1000))
-    assert "".join(pieces) == "a" * 5000
-    assert max(map(len, pieces)) < 120
-    assert all(len(piece) < 30 for piece in whole_words(["one two "] * 100))
-
-
-@given(text=st.text(st.characters(codec="utf-8"), max_size=50), chunk=st.integers(1, 9), cut=st.floats(0, 1))
-def test_text_is_read_and_split_whole(tmp_path_factory, text, chunk, cut):
-    path = tmp_path_factory.getbasetemp() / "text.txt"
-    path.write_bytes(text.encode())
-    size = int(len(text) * cut)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "CHUNK", chunk)
-        first, second = split_at(read_text([path]), size)
-        assert "".join(first) == text[:size]
-        assert "".join(second) == text[size:]
-
-
 # Bad input
 
 
@@ -166,7 +119,7 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, folder, arguments
     (folder / "empty.txt").touch()
     (folder / "latin.txt").write_bytes(b"a" * 2000 + "abé".encode()[:2] + b"c\xe9" + b"a" * 200)
     (folder / "cut.txt").write_bytes(b"a" * 2000 + "€".encode()[:2])
-    monkeypatch.setattr(encode, "CHUNK", 1000)
+    monkeypatch.setattr(texts, "CHUNK", 1000)
     before = tree(folder)
     with pytest.raises(UserError, match=message.replace("|", r"\|")) as caught:
         run(monkeypatch, *arguments)
@@ -183,7 +136,7 @@ def test_a_failure_leaves_the_old_data(monkeypatch, folder):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(encode, "sync", full)
+    monkeypatch.setattr(prepare, "sync", full)
     with pytest.raises(UserError, match=r"data/a: cannot be written: No space left on device"):
         run(monkeypatch, "a.txt", "--tokenizer=byte")
     assert tree(folder / "data") == before
@@ -221,19 +174,17 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not
     assert sorted(os.listdir("data/a")) == ["meta.json", "meta.pkl", "train.bin", "val.bin"]
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(folder):
+def test_a_file_that_changes_while_it_is_read_is_refused(monkeypatch, folder):
     path = folder / "a.txt"
     path.write_text(TEXT)
-    size = path.stat().st_size
-    reads = []
 
-    def see(data: bytes) -> None:
-        reads.append(len(data))
-        if sum(reads) == size:  # the first pass has ended
-            path.write_text(TEXT.replace("To", "So"))
+    def between_the_passes(*arguments):
+        path.write_text(TEXT.replace("To", "So"))
+        return texts.split_at(*arguments)
 
+    monkeypatch.setattr(prepare, "split_at", between_the_passes)
     with pytest.raises(UserError, match="changed while being read"):
-        write_dataset(folder / "data", [path], "char", see=see)
+        run(monkeypatch, "a.txt")
     assert not (folder / "data").exists()
 
 
@@ -253,18 +204,19 @@ def test_command_prints_counts_and_status(folder):
     assert (failed.returncode, failed.stdout, failed.stderr) == (2, "", "error: 'b.txt': no such file\n")
 
 
-def test_a_bar_on_a_terminal_only(monkeypatch, tmp_path):
-    clock = iter(range(0, 10_000, 40))  # seconds: every look is due
-    monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, tmp_path):
     master, slave = pty.openpty()
-    outputs = []
+    termios.tcsetwinsize(slave, (24, 80))
     with open(slave, "w") as terminal, open(tmp_path / "log", "w+") as log:
         for stream in (terminal, log):
-            with prepare.Progress("bytes", stream) as progress:
-                progress.to(50, 100)
+            monkeypatch.setattr(sys, "stderr", stream)
+            with prepare.progress(100, "B") as bar:
+                bar.start_t -= 40  # begun long ago: every look is due
+                bar.last_print_t -= 40
+                bar.update(50)
         log.seek(0)
-        outputs = os.read(master, 1000).decode(), log.read()
+        shown = os.read(master, 1000).decode(), log.read()
     os.close(master)
-    assert "\r[###############               ]  50%, 1 bytes/s, 40 s left" in outputs[0]
-    assert outputs[0].endswith("\r\033[K")
-    assert outputs[1] == " 50%, 1 bytes/s, 40 s left\n"
+    assert "\r 50%|" in shown[0]
+    assert shown[0].endswith("\r")
+    assert re.fullmatch(r"\s*50%, .*B/s, 00:\d\d left\s*", shown[1])

@@ -16,7 +16,7 @@ from train.checkpoint import save
 from train.checkpoint_layout import MODEL_ARGS, pack
 from train.errors import UserError
 from train.sample import SampleConfig, load_model, main, sample_text, to_inference
-from train.tokenizer import ByteTokenizer, CharTokenizer
+from train.text import ByteTokenizer, CharTokenizer
 
 CHARS = "\n abcdefghijklmnopqrstuvwxyz"
 TOKENIZER = CharTokenizer(CHARS)
@@ -96,7 +96,7 @@ def test_options_reach_the_draw(run_dir, capsys):
 
 
 def test_prompt_from_a_file(run_dir, capsys):
-    Path("prompt.txt").write_text("from a file\n", encoding="utf-8")
+    Path("prompt.txt").write_bytes(b"from a file\r\n")
     assert all(text.startswith("from a file\n") for text in samples(capsys, "--start=FILE:prompt.txt"))
 
 
@@ -160,8 +160,7 @@ def test_text_streams_and_never_ends_inside_a_character():
     assert next(pieces) == "a"
     assert parrot.said == 1
     rest = list(pieces)
-    assert [piece for piece in rest if piece] == ["é", "€", "!", "\ufffd"]
-    assert rest[:2] == ["", "é"]
+    assert rest == ["é", "€", "!", "\ufffd"]
 
 
 def test_every_piece_is_flushed(run_dir, monkeypatch):
@@ -218,8 +217,8 @@ def test_without_a_compiler_it_goes_on(run_dir, capsys, monkeypatch):
         (["--init_from=nowhere"], "init_from: nowhere: no such file or folder, and not one of gpt2"),
         (["--start=ÿ"], "start: character 'ÿ' is not among the 28"),
         (["--start="], r"start: got '', expected at least one token to go on from: --start=\$'\\n'"),
-        (["--start=FILE:absent.txt"], r"start: absent\.txt cannot be read \(No such file"),
-        (["--start=FILE:binary.txt"], r"start: binary\.txt is not UTF-8 text \(byte 2\)"),
+        (["--start=FILE:absent.txt"], r"start: absent\.txt: cannot be read: No such file"),
+        (["--start=FILE:binary.txt"], r"start: binary\.txt: byte 2 is not UTF-8"),
         (["--temperature=-1"], "temperature: got -1"),
         (["--top_k=-1"], "top_k: got -1"),
         (["--top_p=0"], "top_p: got 0"),
@@ -244,12 +243,6 @@ def test_a_vocabulary_too_large_for_the_model(tmp_path, monkeypatch):
     write_checkpoint(Path("out"), make_model(vocab_size=20), tokenizer=TOKENIZER.meta())
     with pytest.raises(UserError, match=r"the model has 20 tokens, its tokenizer \(char\) 28"):
         main(["--device=cpu"])
-
-
-def test_help(capsys):
-    main(["--help"])
-    text = capsys.readouterr().out
-    assert all(f"--{name}=" in text for name in SampleConfig.__dataclass_fields__)
 
 
 def test_command(tmp_path):

