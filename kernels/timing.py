@@ -8,6 +8,7 @@ training does not ask: it replays graphs. So what is timed is captured in a CUDA
 possible the device is kept busy until the host has asked for all of it.
 """
 
+import gc
 import statistics
 import time
 import warnings
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+from kernels.capture import capture_graph
 
 WARM_UP = 3  # calls before a capture: kernels compile, libraries choose and allocate
 FLUSHES = 64  # of the caches before a sample, at most: about 13 ms of an H100
@@ -124,6 +127,7 @@ class Gpu:
         The second graph reads what the first one made where it made it. Nothing is made in that memory after the
         captures but by these graphs, so it is still there.
         """
+        gc.collect()  # a node of autograd that a dropped cycle holds remembers its stream, and breaks a capture
         with torch.cuda.device(self._device):
             self._side.wait_stream(torch.cuda.current_stream())
             try:
@@ -143,21 +147,9 @@ class Gpu:
         return Staged(prepare, lambda nothing: replay())
 
     def _graph(self, run: Callable[[], object]) -> Callable[[], None]:
-        graph, failed = torch.cuda.CUDAGraph(), None
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a preparation that launches nothing makes an empty graph
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
-                    try:
-                        run()
-                    except Exception as error:
-                        failed = error
-                        raise
-        except Exception:
-            if failed is not None:  # ending the capture has failed too, and says less about why
-                raise failed from None
-            raise
-        return graph.replay
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a preparation that launches nothing makes an empty graph
+            return capture_graph(run, self._side, self._pool)
 
 
 class CudaMeter:
