@@ -16,8 +16,7 @@ from bench.entrants import TIMED, entrants
 from bench.kernels import Contest, directions, shapes
 from bench.schema import WRONG, Kernel
 from bench.session import CLOCK, Session, facts
-from kernels.cases import Case
-from kernels.cases.case import Shape
+from kernels.cases import Case, Shape
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from bench.compiling import only_compiled
 from kernels import reference, select
-from kernels.cases import CASES, Case, Traffic
-from kernels.cases.case import Shape, draw
+from kernels.cases import CASES, Case, Shape, draw
 from kernels.launch import INTERPRETED
 from model.attention import BACKENDS, causal_attention
 
@@ -114,10 +113,10 @@ def _qkv(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, An
     return {"qkv": draw(device)(B, T, 3 * H * Q, dtype=dtype), "n_head": H}
 
 
-def _attention_bytes(shape: Shape, dtype: torch.dtype) -> Traffic:
+def _attention_bytes(shape: Shape, dtype: torch.dtype) -> int:
     """qkv and y, or their gradients."""
     B, T, H, Q = shape
-    return Traffic(4 * B * T * H * Q * dtype.itemsize)
+    return 4 * B * T * H * Q * dtype.itemsize
 
 
 ATTENTION = Case(

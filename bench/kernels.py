@@ -1,6 +1,6 @@
 """Kernels, timed by turns: every case at GPT's shapes, each direction, ours beside plain torch and other people's.
 
-A case is checked before it is timed, by the tests' own criterion (`kernels/cases/check.py`), at the shape that is timed
+A case is checked before it is timed, by the tests' own criterion (`kernels/check.py`), at the shape that is timed
 or, where float64 is too large or too slow there, with fewer rows. Where ours fails, nothing of the case is timed. What
 torch.compile and others make need only be the same function: they are allowed more error; what is not is left out.
 
@@ -19,9 +19,8 @@ from bench.budget import NO_TIME, Budget
 from bench.compiling import compilations, compiling
 from bench.entrants import ATTENTION, COMPILED, TIMED, Entrant, Function, entrants
 from bench.schema import WRONG, Kernel
-from kernels.cases import Case
-from kernels.cases.case import Shape
-from kernels.cases.check import disagreement, in_float64, outputs_and_gradients
+from kernels.cases import Case, Shape
+from kernels.check import disagreement, in_float64, outputs_and_gradients
 from kernels.timing import Staged, Work, by_turns
 from train.hardware import resolve_dtype
 
@@ -56,8 +55,8 @@ def work_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str) -> tup
         forward = case.flops(shape)
         backward = forward * 5 // 2 if case.name == ATTENTION.name else 2 * forward
         return None, {"forward": forward, "backward": backward, "both": forward + backward}[direction]
-    forward = case.forward_bytes(shape, dtype).dram
-    backward = case.backward_bytes(shape, dtype).dram if case.backward_bytes else 0
+    forward = case.forward_bytes(shape, dtype)
+    backward = case.backward_bytes(shape, dtype) if case.backward_bytes else 0
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction], None
 
 

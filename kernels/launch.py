@@ -1,11 +1,11 @@
 """How kernels are launched: on what device, with what arguments, and which inputs are refused.
 
 A kernel file plans before it launches. A planner gets tensors and a `Device` and returns `Launch`es: kernel, grid,
-arguments, compile-time constants. The op runs them; `kernels/targets` makes the same ones from meta tensors for a
-device that is not there, and compiles them. So what is inspected is what runs.
+arguments, compile-time constants. The op runs them.
 
 An op itself can be run without a device too: in `recording(device)` its body, from `BODIES`, takes meta or fake tensors
-and plans for `device`, and `run` keeps the launches instead of making them.
+and plans for `device`, and `run` keeps the launches instead of making them. `targets.py` compiles these,
+`train/dryrun.py` counts them: what is inspected is what runs.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, in numpy
 
@@ -130,6 +131,22 @@ def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callab
         return op
 
     return register
+
+
+class Planning(TorchDispatchMode):
+    """Ops on meta and fake tensors, differentiated or not, run their bodies; `launches` gets what they would launch."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device, self.launches = device, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func not in BODIES:
+            return func(*args, **(kwargs or {}))
+        with recording(self.device) as launches, self:
+            result = BODIES[func](*args, **(kwargs or {}))
+        self.launches += launches
+        return result
 
 
 def check(

@@ -2,7 +2,7 @@
 
 M rows of C channels (B sequences of T tokens), N columns, V vocabulary entries, n parameters. b, s, g: bytes of one
 element of the activations, of the residual stream, of a gradient. Statistics and other vectors are float32. Arithmetic
-only: the cases (`kernels/cases`) add what our kernels move beside it, and tests count that.
+only: a case (`cases.py`) says how much more our kernel may move, and tests count that.
 """
 
 

@@ -223,7 +223,7 @@ def compiled(run: DryRun, capability: int) -> Iterator[str]:
     import triton
 
     from kernels.launch import specialised
-    from kernels.targets.compiled import compile_launch
+    from kernels.targets import compile_launch
 
     launches = {specialised(launch): launch for launch in run.launches}
     counts = Counter(map(specialised, run.launches))

@@ -1,8 +1,8 @@
-"""The criterion of `kernels/cases/check.py` as an assertion."""
+"""The criterion of `kernels/check.py` as an assertion."""
 
 from torch import Tensor
 
-from kernels.cases.check import disagreement
+from kernels.check import disagreement
 
 
 def assert_as_good_as_torch(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kernels import adamw as aw
 from kernels import reference
-from kernels.cases.check import in_float64
+from kernels.check import in_float64
 from kernels.launch import INTERPRETED, Launch
 from tests.kernels.checks import assert_as_good_as_torch
 

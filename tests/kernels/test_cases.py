@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from kernels.cases import CASES, Case
-from kernels.cases.case import Shape
-from kernels.cases.check import in_float64, outputs_and_gradients
+from kernels.cases import CASES, Case, Shape
+from kernels.check import in_float64, outputs_and_gradients
 from kernels.launch import INTERPRETED
 from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.memory import Memory
@@ -42,13 +41,16 @@ def test_compiled_without_a_break_it_is_the_same(case: Case, device: torch.devic
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="bytes are counted in Triton's interpreter")
-@pytest.mark.parametrize(("case", "shape", "dtype"), REGIMES)
-def test_moves_the_bytes_it_states(case: Case, shape: Shape, dtype: torch.dtype, memory: Memory) -> None:
+@pytest.mark.parametrize("case", BY_NAME)
+def test_moves_little_more_than_the_least(case: Case, memory: Memory) -> None:
+    """At the shape with the most rows, where vectors, statistics and partial sums count least."""
+    shape, dtype = max(case.shapes), torch.float32
     inputs = case.make_inputs(shape, dtype, torch.device("cpu"))
     returned = case.fused(**inputs)
-    forward = memory.loaded + memory.stored
-    assert forward == sum(case.forward_bytes(shape, dtype))
+    forward, least = memory.loaded + memory.stored, case.forward_bytes(shape, dtype)
+    assert least <= forward <= 1.1 * case.again * least
     if case.backward_bytes is not None:
         outputs = [o for o in (returned if isinstance(returned, tuple) else (returned,)) if o is not None]
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
-        assert memory.loaded + memory.stored - forward == sum(case.backward_bytes(shape, dtype))
+        backward, least = memory.loaded + memory.stored - forward, case.backward_bytes(shape, dtype)
+        assert least <= backward <= 1.1 * case.again * least

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import cross_entropy as ce
 from kernels import reference
-from kernels.cases.check import in_float64, outputs_and_gradients
+from kernels.check import in_float64, outputs_and_gradients
 from kernels.launch import INTERPRETED, device_of, run
 from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.layouts import laid_out

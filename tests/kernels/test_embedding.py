@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels import embedding as em
 from kernels import reference
-from kernels.cases.check import in_float64, outputs_and_gradients
+from kernels.check import in_float64, outputs_and_gradients
 from kernels.launch import INTERPRETED
 from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.layouts import Relay, laid_out

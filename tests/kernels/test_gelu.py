@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import gelu as module
 from kernels import reference
-from kernels.cases.check import in_float64, outputs_and_gradients
+from kernels.check import in_float64, outputs_and_gradients
 from kernels.gelu import FORMS, bias_gelu, gelu
 from kernels.launch import INTERPRETED, device_of, run
 from tests.kernels.checks import assert_as_good_as_torch

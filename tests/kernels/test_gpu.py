@@ -8,9 +8,8 @@ import functools
 import pytest
 import torch
 
-from kernels.cases import CASES, Case
-from kernels.cases.case import Shape
-from kernels.cases.check import in_float64, outputs_and_gradients
+from kernels.cases import CASES, Case, Shape
+from kernels.check import in_float64, outputs_and_gradients
 from kernels.launch import INTERPRETED
 from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.test_cases import REGIMES

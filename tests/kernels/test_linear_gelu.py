@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear_gelu as module
 from kernels import matmul, reference
-from kernels.cases.check import in_float64, outputs_and_gradients
+from kernels.check import in_float64, outputs_and_gradients
 from kernels.gelu import FORMS
 from kernels.launch import INTERPRETED, Device, run
 from kernels.linear_gelu import linear_gelu, mlp

@@ -26,7 +26,7 @@ from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from triton.backends.compiler import GPUTarget
 
-from kernels.targets import sass
+from kernels import targets
 from tests.rehearsal.device import DEVICE, H100, Gpu, nothing
 
 
@@ -59,7 +59,7 @@ class Inductor:
         autotuner._precompile_worker()
         for result in autotuner.compile_results:
             cubin = result.kernel.asm["cubin"]
-            registers, spills = sass.resources(cubin)["REG"], sass.spills(sass.parse(sass.disassemble(cubin)))
+            registers, spills = targets.resources(cubin)["REG"], targets.spills(targets.disassemble(cubin))
             self.kernels.append(Kernel(autotuner.fn.__name__, registers, spills))
 
 

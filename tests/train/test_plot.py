@@ -159,7 +159,8 @@ def test_the_command(make_run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path / "a")
     main([])  # the folder called out
     assert (first / "loss.png").exists()
-    main(["--help"])
+    with pytest.raises(SystemExit):
+        main(["--help"])
     assert "python -m train.plot [OUT_DIR ...]" in capsys.readouterr().out
 
 

@@ -1,13 +1,12 @@
 """Text files into token files, as a command and piece by piece."""
 
+import io
 import json
 import os
 import pickle
-import pty
 import re
 import subprocess
 import sys
-import termios
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,19 +203,19 @@ def test_command_prints_counts_and_status(folder):
     assert (failed.returncode, failed.stdout, failed.stderr) == (2, "", "error: 'b.txt': no such file\n")
 
 
-def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, tmp_path):
-    master, slave = pty.openpty()
-    termios.tcsetwinsize(slave, (24, 80))
-    with open(slave, "w") as terminal, open(tmp_path / "log", "w+") as log:
-        for stream in (terminal, log):
-            monkeypatch.setattr(sys, "stderr", stream)
-            with prepare.progress(100, "B") as bar:
-                bar.start_t -= 40  # begun long ago: every look is due
-                bar.last_print_t -= 40
-                bar.update(50)
-        log.seek(0)
-        shown = os.read(master, 1000).decode(), log.read()
-    os.close(master)
-    assert "\r 50%|" in shown[0]
-    assert shown[0].endswith("\r")
-    assert re.fullmatch(r"\s*50%, .*B/s, 00:\d\d left\s*", shown[1])
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
+    terminal, log = Terminal(), io.StringIO()
+    for stream in (terminal, log):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with prepare.progress(100, "B") as bar:
+            bar.start_t -= 40  # begun long ago: every look is due
+            bar.last_print_t -= 40
+            bar.update(50)
+    assert "\r 50%|" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\r")
+    assert re.fullmatch(r"\s*50%, .*B/s, 00:\d\d left\s*", log.getvalue())

@@ -1,0 +1,427 @@
+"""The registry: every kernel in every regime, its plain-torch meaning, and what it may cost.
+
+Tests walk a case's `shapes`, the benchmark times its `gpt_shapes` (on a CPU `cpu_shapes`), `kernels.targets` compiles
+the first of these and holds each kernel to its budget.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import adamw, cross_entropy, embedding, gelu, layer_norm, linear_cross_entropy, linear_gelu, reference
+from kernels import traffic as least
+
+Shape = tuple[int, ...]
+Inputs = Callable[[Shape, torch.dtype, torch.device], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a kernel must keep on every architecture that it is compiled for.
+
+    warps: on a multiprocessor at once. one_wave: the whole grid is there at once, as programs that loop until all is
+    done need. wide: of the bytes that its loads and stores name, the share that moves 16 bytes a thread or a whole
+    tile; the rest are a row's numbers. mma: whether it multiplies with the architecture's newest tensor-core
+    instruction. spills: instructions that move registers to or from memory.
+    """
+
+    warps: int
+    one_wave: bool = False
+    wide: float = 0.9
+    mma: bool = False
+    spills: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation in one regime.
+
+    `make_inputs(shape, dtype, device)` gives the keyword arguments of both `fused` and `reference`, drawn from a fixed
+    seed; tensors among them that require grad are differentiated. Both return a tensor or a tuple of tensors, whose
+    other members (None, integers) are not compared.
+    """
+
+    name: str
+    fused: Callable[..., Any]
+    reference: Callable[..., Any]
+    make_inputs: Inputs
+    shapes: tuple[Shape, ...]  # for tests; a comment says which regime of the kernel each exercises
+    gpt_shapes: tuple[Shape, ...]
+    forward_bytes: Callable[[Shape, torch.dtype], int]  # the least that any implementation moves
+    backward_bytes: Callable[[Shape, torch.dtype], int] | None = None  # None: nothing is differentiated
+    again: float = 1.0  # times the least that ours moves more: what it reads a second time, out of the caches
+    flops: Callable[[Shape], int] | None = None  # forward; None: bound by memory, not worth counting
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    cpu_shapes: tuple[Shape, ...] = ()  # none where the case differs from another in its kernel only
+    # fused and reference that write over their inputs, where those above work on copies: these are timed
+    in_place: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    budgets: Mapping[str, Budget] = field(default_factory=dict)  # by kernel; a kernel without one has its case's
+    compiled_with: tuple[dict[str, Any], ...] = ({},)  # arguments beside the inputs, each compiled: dropout
+
+
+def draw(device: torch.device, seed: int = 0) -> Callable[..., Tensor]:
+    """randn(*size, dtype=, scale=, grad=) from one generator: a Case's inputs, the same every time. On the meta device
+    they have shapes only."""
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def randn(*size: int, dtype: torch.dtype, scale: float = 1.0, grad: bool = True) -> Tensor:
+        values = torch.randn(*size, generator=generator, device=device) * scale
+        return values.to(dtype).requires_grad_(grad)
+
+    return randn
+
+
+# LayerNorm, alone and with the residual addition: (M, C) --------------------------------------------------------------
+
+
+def _layer_norm(name: str, *, bias: bool, add: bool, stream: torch.dtype | None = None) -> Case:
+    def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        randn, C = draw(device), shape[-1]
+        inputs = {"x": randn(*shape, dtype=dtype)}
+        if add:
+            inputs["residual"] = randn(*shape, dtype=stream or dtype, scale=3.0)
+        inputs["weight"] = randn(C, dtype=torch.float32)
+        inputs["bias"] = randn(C, dtype=torch.float32) if bias else None
+        return {**inputs, "dtype": dtype}
+
+    def widths(dtype: torch.dtype) -> tuple[int, int]:
+        return dtype.itemsize, (stream or dtype).itemsize if add else dtype.itemsize
+
+    function = "add_layer_norm" if add else "layer_norm"
+    return Case(
+        name=name,
+        fused=getattr(layer_norm, function),
+        reference=getattr(reference, function),
+        make_inputs=make_inputs,
+        shapes=(
+            (1, 64),  # one row; a width that fills its block
+            (37, 37),  # neither fills a block; rows not a multiple of a tile
+            (3, 1600),  # gpt2-xl: two fifths of the block masked
+            (130, 24),  # every backward program takes several tiles of rows, the last one ragged
+            (5, 2100),  # more warps
+        ),
+        gpt_shapes=((32 * 1024, 768), (64 * 256, 384), (8 * 1024, 1600)),
+        cpu_shapes=((4096, 384),) if bias and stream is None else (),
+        forward_bytes=lambda shape, dtype: least.layer_norm_forward(*shape, *widths(dtype), bias=bias, add=add),
+        backward_bytes=lambda shape, dtype: least.layer_norm_backward(*shape, *widths(dtype), bias=bias, add=add),
+        budgets={
+            "add_layer_norm_fwd_kernel": Budget(warps=32, spills=2),  # one register, once, of bfloat16 alone on sm_90
+            "add_layer_norm_bwd_kernel": Budget(warps=12, one_wave=True),
+        },
+        compiled_with=({}, {"p": 0.1}) if add else ({},),
+    )
+
+
+# GELU: (M, N) ---------------------------------------------------------------------------------------------------------
+
+
+def _gelu(approximate: str) -> Case:
+    def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        return {"x": draw(device)(*shape, dtype=dtype, scale=2.0), "approximate": approximate}
+
+    return Case(
+        name=f"gelu, {approximate}",
+        fused=gelu.gelu,
+        reference=reference.gelu,
+        make_inputs=make_inputs,
+        shapes=(
+            (1, 64),  # one row
+            (37, 37),  # neither rows nor columns fill a tile
+            (8, 256),  # one whole tile
+            (150, 300),  # two columns of tiles; every backward program takes several tiles, the last one ragged
+        ),
+        gpt_shapes=((32 * 1024, 4 * 768), (64 * 256, 4 * 384), (8 * 1024, 4 * 1600)),
+        cpu_shapes=((1024, 4 * 384),),
+        forward_bytes=lambda shape, dtype: least.gelu_forward(*shape, dtype.itemsize),
+        backward_bytes=lambda shape, dtype: least.gelu_backward(*shape, dtype.itemsize),
+        budgets={"gelu_fwd_kernel": Budget(warps=32), "gelu_bwd_kernel": Budget(warps=32)},
+    )
+
+
+# The MLP: (M, K, N); its fused matmul's tiles are 16 x 32 of 16 in the interpreter, whose two programs share them -----
+
+
+def _mlp(approximate: str, *, bias: bool, path: str) -> Case:
+    def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        (M, K, N), randn = shape, draw(device)
+        return {
+            "x": randn(M, K, dtype=dtype),
+            "fc_weight": randn(N, K, dtype=dtype, scale=2 * K**-0.5),
+            "fc_bias": randn(N, dtype=dtype) if bias else None,
+            "proj_weight": randn(K, N, dtype=dtype, scale=N**-0.5),
+            "proj_bias": randn(K, dtype=dtype) if bias else None,
+            "approximate": approximate,
+        }
+
+    def fused(**inputs: Any) -> Tensor:
+        return linear_gelu.mlp(**inputs, path=path)
+
+    def elementwise(shape: Shape, dtype: torch.dtype) -> int:  # what GELU moves; the products are cuBLAS's
+        return least.gelu_forward(shape[0], shape[2], dtype.itemsize)
+
+    def elementwise_backward(shape: Shape, dtype: torch.dtype) -> int:
+        return least.gelu_backward(shape[0], shape[2], dtype.itemsize)
+
+    def product(shape: Shape, dtype: torch.dtype) -> int:  # both operands; what goes into GELU, and what comes out
+        M, K, N = shape
+        return (M * K + N * K + 2 * M * N) * dtype.itemsize
+
+    matmul = Budget(warps=8, one_wave=True, mma=True)
+    return Case(
+        name=f"mlp, {approximate}{'' if bias else ', no bias'}, {path}",
+        fused=fused,
+        reference=reference.mlp,
+        make_inputs=make_inputs,
+        shapes=(
+            (16, 32, 32),  # one whole tile
+            (1, 16, 64),  # one row
+            (37, 37, 53),  # nothing fills its tile; three tiles for each program
+            (130, 16, 40),  # more rows of tiles than are taken together
+        ),
+        gpt_shapes=(
+            (32 * 1024, 768, 4 * 768),
+            (64 * 256, 384, 4 * 384),
+            (16 * 1024, 1024, 4 * 1024),
+            (8 * 1024, 1600, 4 * 1600),
+        ),
+        cpu_shapes=((1024, 384, 4 * 384),) if path == "auto" else (),
+        forward_bytes=product if path == "triton" else elementwise,
+        backward_bytes=product if path == "triton" else elementwise_backward,
+        again=8.0 if path == "triton" else 1.0,  # an operand is read once for each column, or row, of tiles
+        flops=lambda shape: 4 * shape[0] * shape[1] * shape[2],
+        budgets={"linear_gelu_fwd_kernel": matmul, "linear_gelu_bwd_kernel": matmul}
+        | dict.fromkeys(("gelu_fwd_kernel", "gelu_bwd_kernel"), Budget(warps=32)),
+    )
+
+
+# Cross-entropy, of logits at hand (M, V) and of a head's (M, C, V), all rows at once and in chunks --------------------
+
+
+def _targets(M: int, V: int, ignored: bool, device: torch.device) -> Tensor:
+    """Every fourth does not count, or none does."""
+    targets = torch.randint(V, (M,), generator=torch.Generator().manual_seed(2))
+    targets[0 if ignored else 3 :: 1 if ignored else 4] = -1
+    return targets.to(device)
+
+
+def _counted(M: int, ignored: bool) -> int:
+    return 0 if ignored else M - M // 4
+
+
+def _loss(**inputs: Any) -> Tensor:
+    return reference.linear_cross_entropy(**inputs)[0]
+
+
+_LOSS = {
+    "cross_entropy_fwd_kernel": Budget(warps=24, wide=0.4),
+    "cross_entropy_bwd_kernel": Budget(warps=24, wide=0.7),
+    "scale_kernel": Budget(warps=32),
+}
+
+
+def _cross_entropy(name: str, *, ignored: bool = False) -> Case:
+    def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        M, V = shape
+        return {"logits": draw(device)(M, V, dtype=dtype, scale=3.0), "targets": _targets(M, V, ignored, device)}
+
+    def forward_bytes(shape: Shape, dtype: torch.dtype) -> int:
+        counted = _counted(shape[0], ignored)
+        return least.cross_entropy_forward(*shape, dtype.itemsize, counted=counted, gradient=False)
+
+    def backward_bytes(shape: Shape, dtype: torch.dtype) -> int:
+        M, V = shape
+        return (_counted(M, ignored) + M) * V * dtype.itemsize + 16 * M + 4
+
+    return Case(
+        name=name,
+        fused=cross_entropy.cross_entropy,
+        reference=reference.cross_entropy,
+        make_inputs=make_inputs,
+        shapes=(
+            (1, 37),  # one row, which fills no block; rows that are not aligned
+            (70, 65),  # characters: several rows a program, the last program ragged
+            (5, 8192),  # one block, filled
+            (3, 16400),  # three blocks, the last one ragged
+            (2, 10007),  # the same, not aligned
+        ),
+        gpt_shapes=((32 * 1024, 50304), (64 * 256, 65)),
+        cpu_shapes=() if ignored else ((4096, 512),),
+        forward_bytes=forward_bytes,
+        backward_bytes=backward_bytes,
+        budgets=_LOSS,
+    )
+
+
+def _linear_cross_entropy(name: str, *, chunked: bool, ignored: bool = False) -> Case:
+    def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        M, C, V = shape
+        randn, rows = draw(device), 4096 if M > 4096 else 32
+        inputs = {"x": randn(M, C, dtype=dtype), "weight": randn(V, C, dtype=dtype, scale=3 * C**-0.5)}
+        return {**inputs, "targets": _targets(M, V, ignored, device), "chunk_rows": rows if chunked else 0}
+
+    def forward_bytes(shape: Shape, dtype: torch.dtype) -> int:
+        M, _, V = shape
+        counted = _counted(M, ignored)
+        return least.cross_entropy_forward(M, V, dtype.itemsize, counted=counted, gradient=True)
+
+    def backward_bytes(shape: Shape, dtype: torch.dtype) -> int:  # scaled: x and dx, or in chunks dx and dweight
+        M, C, V = shape
+        other = V * C * (4 + dtype.itemsize) if chunked else 2 * M * C * dtype.itemsize
+        return 2 * M * C * dtype.itemsize + other + 8
+
+    return Case(
+        name=name,
+        fused=linear_cross_entropy.linear_cross_entropy,
+        reference=_loss,
+        make_inputs=make_inputs,
+        shapes=(
+            (1, 16, 37),  # one row
+            (70, 24, 65),  # several rows a program, three chunks, all ragged
+            (2, 8, 16400),  # several blocks a row; one chunk, not filled
+        ),
+        gpt_shapes=((32 * 1024, 768, 50304), (64 * 256, 384, 65), (8 * 1024, 1600, 50304)),
+        cpu_shapes=() if chunked or ignored else ((4096, 384, 512),),
+        forward_bytes=forward_bytes,
+        backward_bytes=backward_bytes,
+        again=1.8,  # a row of logits is read twice, the second time out of the cache; rows are padded
+        flops=lambda shape: 2 * shape[0] * shape[1] * shape[2],
+        budgets=_LOSS,
+    )
+
+
+# Embedding: (B, T, C, V). Tokens follow Zipf's law, as a text's do: the k-th most common is k times rarer -------------
+
+
+@lru_cache
+def _tokens(B: int, T: int, V: int) -> Tensor:
+    uniform = torch.rand(B, T, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return ((V + 1) ** uniform).long() - 1
+
+
+def _embedding() -> Case:
+    def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        randn, (B, T, C, V) = draw(device), shape
+        wte, wpe = randn(V, C, dtype=dtype), randn(T, C, dtype=dtype)
+        return {"idx": _tokens(B, T, V).to(device), "wte": wte, "wpe": wpe, "dtype": dtype}
+
+    def forward_bytes(shape: Shape, dtype: torch.dtype) -> int:
+        (B, T, C, V), b = shape, dtype.itemsize
+        distinct = _tokens(B, T, V).unique().numel()
+        return least.embedding_forward(B * T, T, C, b, b, distinct=distinct)
+
+    def backward_bytes(shape: Shape, dtype: torch.dtype) -> int:
+        (B, T, C, V), b = shape, dtype.itemsize
+        return least.embedding_backward(B * T, T, C, V, b, b)
+
+    return Case(
+        name="embedding",
+        fused=embedding.embedding,
+        reference=reference.embedding,
+        make_inputs=make_inputs,
+        shapes=(
+            (2, 9, 37, 11),  # nothing fills a block; fewer rows than a piece
+            (3, 77, 64, 3),  # long segments: whole pieces inside them; a piece's last row belongs to another token
+            (9, 3, 600, 50),  # several tiles of sequences, the last one ragged; most tokens are not there
+            (1, 1, 1600, 2),  # one row, gpt2-xl's width
+        ),
+        gpt_shapes=((32, 1024, 768, 50304), (64, 256, 384, 65), (8, 1024, 1600, 50304)),
+        cpu_shapes=((16, 256, 384, 512),),
+        forward_bytes=forward_bytes,
+        backward_bytes=backward_bytes,
+        again=2.0,  # a token's row is read wherever it stands; dx is read for both tables
+        budgets={"embedding_fwd_kernel": Budget(warps=32)}
+        | dict.fromkeys(
+            ("embedding_bwd_pieces_kernel", "embedding_bwd_wte_kernel", "embedding_bwd_wpe_kernel"),
+            Budget(warps=16, wide=0.7),
+        ),
+        compiled_with=({}, {"p": 0.1}),
+    )
+
+
+# AdamW over flat buffers: (n, n_decay). A case works on copies of the state: it must be able to run twice -------------
+
+
+def _adamw(name: str, *, copy: bool, scaled: bool, max_norm: float) -> Case:
+    def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        randn, (n, n_decay) = draw(device), shape
+
+        def scalar(value: float) -> Tensor:
+            return torch.tensor(value, device=device)
+
+        return {
+            "param": randn(n, dtype=torch.float32, scale=0.02, grad=False),
+            "grad": randn(n, dtype=dtype, scale=0.5, grad=False),
+            "exp_avg": randn(n, dtype=torch.float32, scale=0.01, grad=False),
+            "exp_avg_sq": randn(n, dtype=torch.float32, scale=0.01, grad=False).square_(),
+            "lr": scalar(6e-4),
+            "step": scalar(9.0),
+            "compute": randn(n, dtype=copy_dtype(dtype), grad=False) if copy else None,
+            "inv_scale": scalar(2.0**-7) if scaled else None,
+            "n_decay": n_decay,
+            "betas": (0.9, 0.95),
+            "eps": 1e-8,
+            "weight_decay": 0.1,
+            "max_norm": max_norm,
+        }
+
+    def copy_dtype(gradient: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if gradient == torch.float32 else gradient
+
+    def on_copies(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor | None, ...]]:
+        def stepped(**inputs: Any) -> tuple[Tensor | None, ...]:
+            written = ("param", "exp_avg", "exp_avg_sq", "step", "compute")
+            copies = {name: None if inputs[name] is None else inputs[name].clone() for name in written}
+            return *copies.values(), *function(**inputs | copies)
+
+        return stepped
+
+    return Case(
+        name=name,
+        fused=on_copies(adamw.adamw),
+        reference=on_copies(reference.adamw),
+        make_inputs=make_inputs,
+        shapes=(
+            (1, 1),  # one element
+            (1000, 601),  # the boundary of the decay inside a tile; the last tile ragged
+            (70_001, 33_333),  # every program of both kernels takes several tiles in Triton's interpreter
+            (12_288, 0),  # whole tiles, three programs of the norm kernel: no power of two; nothing decays
+        ),
+        gpt_shapes=((124_373_760, 124_354_560), (10_745_088, 10_740_096)),  # GPT-2 124M; shakespeare_char
+        cpu_shapes=() if copy else ((1_000_000, 990_000),),
+        forward_bytes=lambda shape, dtype: least.adamw(
+            shape[0], dtype.itemsize, copy=copy_dtype(dtype).itemsize if copy else 0
+        ),
+        again=1.25,  # the norm is there before the first element is updated: the gradient is read twice
+        in_place=(adamw.adamw, reference.adamw),
+        budgets={
+            "adamw_norm_kernel": Budget(warps=32, one_wave=True, wide=0.7),
+            "adamw_update_kernel": Budget(warps=32, wide=0.5),  # 4 elements a thread: 8 bytes of a 2-byte dtype
+        },
+    )
+
+
+CASES: list[Case] = [
+    _layer_norm("layer_norm", bias=True, add=False),
+    _layer_norm("layer_norm without bias", bias=False, add=False),
+    _layer_norm("add_layer_norm", bias=True, add=True),
+    _layer_norm("add_layer_norm, float32 stream", bias=True, add=True, stream=torch.float32),
+    _layer_norm("add_layer_norm without bias, float32 stream", bias=False, add=True, stream=torch.float32),
+    _gelu("erf"),
+    _gelu("tanh"),
+    _mlp("erf", bias=True, path="triton"),
+    _mlp("tanh", bias=False, path="triton"),
+    _mlp("erf", bias=True, path="auto"),
+    _cross_entropy("cross_entropy"),
+    _cross_entropy("cross_entropy, all ignored", ignored=True),
+    _linear_cross_entropy("linear_cross_entropy", chunked=False),
+    _linear_cross_entropy("linear_cross_entropy, all ignored", chunked=False, ignored=True),
+    _linear_cross_entropy("linear_cross_entropy in chunks", chunked=True),
+    _embedding(),
+    _adamw("adamw", copy=False, scaled=False, max_norm=1.0),
+    _adamw("adamw with a loss scale and a copy", copy=True, scaled=True, max_norm=1e-3),
+    _adamw("adamw without clipping, with a copy", copy=True, scaled=False, max_norm=0.0),
+]

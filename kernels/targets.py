@@ -1,0 +1,303 @@
+"""Compile every kernel for GPUs that need not be there, and hold what comes out to its budget.
+
+    python -m kernels.targets [--target 90] [--kernel NAME] [--json FILE]
+
+Each case of `cases.py` is run on meta tensors at its first GPT shape in bfloat16, forward and backward; what it would
+launch is compiled by Triton's own compiler, which needs no GPU. Registers, spills, shared memory, access widths and the
+kind of matrix instruction are read from the machine code. A line whose budget is broken begins with "!".
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from kernels.cases import CASES, Budget, Case, Shape
+from kernels.check import outputs_and_gradients
+from kernels.launch import INTERPRETED, Device, Launch, Planning, specialised
+
+WARP = 32  # threads
+WIDE = 16  # bytes: a thread's widest access
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a multiprocessor can hold, by the CUDA C++ Programming Guide 13.0, "Technical Specifications per Compute
+    Capability", and the multiprocessors of a typical card. mma: the newest tensor-core instruction's name."""
+
+    max_warps: int
+    max_blocks: int
+    shared: int  # bytes
+    mma: str
+    card: str
+    multiprocessors: int
+
+    @property
+    def shared_block(self) -> int:
+        """Bytes that a block may take: the system takes 1 KB."""
+        return self.shared - 1024
+
+
+ARCHITECTURES = {
+    80: Architecture(64, 32, 164 * 1024, "HMMA", "A100 SXM", 108),
+    86: Architecture(48, 16, 100 * 1024, "HMMA", "RTX 3090", 82),
+    89: Architecture(48, 24, 100 * 1024, "HMMA", "RTX 4090", 128),
+    90: Architecture(64, 32, 228 * 1024, "HGMMA", "H100 SXM", 132),
+    100: Architecture(64, 32, 228 * 1024, "UTCHMMA", "B200", 148),
+    120: Architecture(48, 24, 100 * 1024, "HMMA", "RTX 5090", 170),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A launch as it was compiled for one architecture."""
+
+    registers: int  # a thread
+    spills: int  # instructions that move registers to or from local memory
+    shared: int  # bytes a block
+    warps: int  # a block; more than launched with, where the compiler adds some to load
+    resident_warps: int  # a multiprocessor holds at once; 0 where a block is too large
+    waves: float  # blocks of the grid, over those that the architecture's card holds at once
+    loads: dict[int, int]  # bytes a thread (0: a tile by the tensor memory accelerator) -> instructions
+    stores: dict[int, int]
+    mma: str  # the kind of tensor-core instruction; "" where there is none
+
+    @property
+    def wide(self) -> float:
+        """The share of the bytes that its loads and stores name which moves WIDE bytes a thread or a whole tile."""
+        widths = Counter(self.loads) + Counter(self.stores)
+        if widths[0]:
+            return 1.0
+        moved = {width: width * count for width, count in widths.items()}
+        return sum(moved[width] for width in moved if width >= WIDE) / max(sum(moved.values()), 1)
+
+
+def resident_warps(of: Architecture, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> int:
+    """Warps of a kernel that a multiprocessor holds at once; 0 where not even one block fits.
+
+    warps: a block's; registers: a thread's, given to a warp in units of 256; shared: bytes a block; tensor_memory: of
+    sm_100's 512 columns, those that a block takes.
+    """
+    by_registers = 65536 // (-(-max(registers, 1) * WARP // 256) * 256) // 4 * 4  # warps come four at a time
+    blocks = [of.max_blocks, of.max_warps // warps, by_registers // warps]
+    blocks.append(of.shared // (-(-(shared + 1024) // 128) * 128))
+    if tensor_memory:
+        blocks.append(512 // tensor_memory)
+    return min(blocks) * warps
+
+
+class _AbsentDriver:
+    """What Triton's just-in-time compiler asks a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, WARP)
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are kept by device: one for each target
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    """Compile what `launch.kernel[launch.grid](...)` would on sm_<capability>: Triton's own just-in-time compiler does,
+    from the same arguments, but for a driver that is not there. No other thread may launch kernels meanwhile."""
+    driver.set_active(_AbsentDriver(capability))
+    try:
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        binary = launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.constants, **options)
+    finally:
+        driver.set_active(None)  # the next who asks gets the machine's own
+    usage, code = resources(binary.asm["cubin"]), disassemble(binary.asm["cubin"])
+    of, metadata = ARCHITECTURES[capability], binary.metadata
+    columns = getattr(metadata, "tmem_size", None) or 0
+    held = resident_warps(of, metadata.num_warps, usage["REG"], metadata.shared, columns)
+    blocks = held // metadata.num_warps * of.multiprocessors
+    return Compiled(
+        registers=usage["REG"],
+        spills=spills(code),
+        shared=metadata.shared,
+        warps=metadata.num_warps,
+        resident_warps=held,
+        waves=prod(launch.grid) / blocks if blocks else float("inf"),
+        loads=widths(code, LOADS),
+        stores=widths(code, STORES),
+        mma=next((kind for kind in MMA if re.search(rf"\b{kind}\b", code)), ""),
+    )
+
+
+# Machine code ---------------------------------------------------------------------------------------------------------
+
+LOADS, STORES, TILES = "LDG|LD|LDGSTS", "STG|ST", {"LDG|LD|LDGSTS": "UTMALDG|UBLKCP", "STG|ST": "UTMASTG"}
+MMA = ("UTCHMMA", "UTCQMMA", "HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA")
+WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}  # else 4
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump says a kernel takes: {"REG": registers a thread, "STACK": bytes of local memory a thread, ...}."""
+    text = _tool(triton.knobs.nvidia.cuobjdump.path, ["-res-usage"], cubin)
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text.split("Function", 1)[1])}
+
+
+def disassemble(cubin: bytes) -> str:
+    """The cubin's instructions, a line each: `/*0110*/  @!P0 LDG.E.128 R4, desc[UR22][R2.64] ;`."""
+    text = _tool(triton.knobs.nvidia.nvdisasm.path, ["-c"], cubin)
+    return "\n".join(line for line in text.splitlines() if re.match(r"\s*/\*[0-9a-f]+\*/\s+\S", line))
+
+
+def _tool(path: str, flags: list[str], cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        return subprocess.run([path, *flags, str(file)], check=True, capture_output=True, text=True).stdout
+
+
+def widths(code: str, opcodes: str) -> dict[int, int]:
+    """How many instructions of these opcodes move how many bytes a thread; by 0 bytes, how many move a whole tile."""
+    names = re.findall(rf"\*/\s+(?:@!?\w+\s+)?(?:{opcodes})((?:\.\w+)*)\s", code)
+    counts = Counter(next((WIDTHS[part] for part in name.split(".") if part in WIDTHS), 4) for name in names)
+    counts[0] = len(re.findall(rf"\*/\s+(?:@!?\w+\s+)?(?:{TILES[opcodes]})\b", code))
+    return {width: counts[width] for width in sorted(counts, reverse=True) if counts[width]}
+
+
+def spills(code: str) -> int:
+    """Instructions that move registers to local memory or back. 0 where nothing is loaded back: for sm_120, CUDA 12.9's
+    compiler stores a zero there before each bulk load."""
+    local = re.findall(r"\*/\s+(?:@!?\w+\s+)?(LDL|STL)\b", code)
+    return len(local) if "LDL" in local else 0
+
+
+# Budgets --------------------------------------------------------------------------------------------------------------
+
+
+def broken(budget: Budget, compiled: Compiled, of: Architecture) -> Iterator[str]:
+    """One line for each part of the budget that the compiled kernel does not keep."""
+    if compiled.spills > budget.spills:
+        yield f"{compiled.spills} instructions spill, budget {budget.spills}: {compiled.registers} registers"
+    if compiled.wide < budget.wide:
+        yield f"{compiled.wide:.0%} of the bytes move {WIDE} at a time, budget {budget.wide:.0%}"
+    most = of.max_warps // compiled.warps * compiled.warps
+    if compiled.shared > of.shared_block:
+        yield f"{compiled.shared} bytes of shared memory a block, it has {of.shared_block}"
+    elif compiled.resident_warps < max(compiled.warps, min(budget.warps, most)):
+        least = min(budget.warps, most)
+        yield f"{compiled.resident_warps} warps at once, budget {least}: {compiled.registers} registers"
+    elif budget.one_wave and compiled.waves > 1:
+        yield f"{compiled.waves:.2f} waves, budget 1: {compiled.resident_warps} warps at once"
+    if budget.mma and compiled.mma != of.mma:
+        yield f"multiplies with {compiled.mma or 'no tensor cores'}, budget {of.mma}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel of one case on one target."""
+
+    case: str
+    kernel: str
+    target: int
+    compiled: Compiled | None = None  # None where it does not compile
+    broken: list[str] = field(default_factory=list)
+
+
+def launches(case: Case, shape: Shape, dtype: torch.dtype, device: Device) -> list[Launch]:
+    """What the case launches, forward and backward, one of each that Triton compiles anew."""
+    found = {}
+    for more in case.compiled_with:
+        with Planning(device) as plan:
+            outputs_and_gradients(case.fused, case.make_inputs(shape, dtype, torch.device("meta")) | more)
+        found |= {specialised(launch): launch for launch in plan.launches}
+    return list(found.values())
+
+
+def rows(case: Case, target: int) -> list[Row]:
+    """The case's kernels, compiled for sm_<target> and held to their budgets."""
+    of, made = ARCHITECTURES[target], []
+    for launch in launches(case, case.gpt_shapes[0], torch.bfloat16, Device(target, of.multiprocessors)):
+        kernel = launch.kernel.fn.__name__
+        try:
+            compiled = compile_launch(launch, target)
+        except Exception as error:  # the compiler's, of many kinds
+            *_, reason = str(error).strip().splitlines() or [type(error).__name__]
+            made.append(Row(case.name, kernel, target, None, [f"does not compile: {reason}"]))
+        else:
+            made.append(Row(case.name, kernel, target, compiled, list(broken(case.budgets[kernel], compiled, of))))
+    return made
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+HEAD = f"  {'case':<44} {'kernel':<28}  sm regs spill shared warps  waves loads            stores         mma"
+
+
+def line(row: Row) -> str:
+    start = f"{'!' if row.broken else ' '} {row.case:<44} {row.kernel:<28} {row.target:3}"
+    if (it := row.compiled) is None:
+        return start
+    loads, stores = (" ".join(f"{n}x{8 * w or 'tile'}" for w, n in of.items()) or "-" for of in (it.loads, it.stores))
+    usage = f"{it.registers:4} {it.spills:5} {it.shared:6} {it.resident_warps:5} {it.waves:6.1f}"
+    return f"{start} {usage} {loads:<16} {stores:<14} {it.mma or '-'}"
+
+
+def _rows(index: int, target: int) -> list[Row]:
+    return rows(CASES[index], target)
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kernels.targets", description=__doc__.split("\n\n")[0])
+    help = "compute capability, such as 90; default: all"
+    parser.add_argument("--target", type=int, action="append", choices=list(ARCHITECTURES), help=help)
+    parser.add_argument("--kernel", default="", help="only cases and kernels whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    options = parser.parse_args(argv)
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        parser.error(f"--json: got {options.json}, expected a file in a folder that exists")
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET: got 1, expected it unset: the interpreter takes the compiler's place")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 1 where a budget is broken; 2 for bad arguments."""
+    options = _options(argv)
+    jobs = [(i, target) for i in range(len(CASES)) for target in options.target or ARCHITECTURES]
+    context = multiprocessing.get_context("spawn")  # a fork would leave torch's threads behind
+    made: list[Row] = []
+    print(HEAD)
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
+        for group in pool.map(_rows, *zip(*jobs, strict=True)):
+            for row in group:
+                if options.kernel in row.case or options.kernel in row.kernel:
+                    made.append(row)
+                    print(line(row), flush=True)
+    if not made:
+        print(f"--kernel: got {options.kernel!r}, which no case or kernel is called", file=sys.stderr)
+        return 2
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in made], indent=1) + "\n")
+    faults = [f"{row.case}, {row.kernel}, sm_{row.target}: {fault}" for row in made for fault in row.broken]
+    print("\n" + ("\n".join(faults) if faults else "All budgets are kept."))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    from kernels.targets import main as command  # the module by its name, as the processes of the pool know it
+
+    sys.exit(command())
