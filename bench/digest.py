@@ -17,6 +17,7 @@ from bench import schema
 from bench.bounds import Bound, bound
 from bench.devices import DEVICES, short_name
 from bench.schema import Kernel, Results, Step, median
+from bench.tables import baseline as fastest_reference
 from bench.tables import is_reference, key, quantile
 from bench.workloads import WORKLOADS
 from model.config import GPTConfig
@@ -119,7 +120,7 @@ class StepRow:
 
     step: Step
     peak: float | None  # FLOP/s
-    baseline: float | None = None  # seconds of the fastest step that is not ours
+    baseline: float | None = None  # seconds of the fastest step that is not ours, in the same rounds
 
     @property
     def seconds(self) -> float | None:
@@ -253,7 +254,7 @@ class Run:
         steps = [step for step in self.results.steps if step.workload == name]
         peak = self.results.peak.flops if self.results.peak else None
         baseline = _fastest(StepRow(step, peak) for step in steps if step.compares and is_reference(step))
-        rows = [StepRow(step, peak, baseline.seconds if baseline else None) for step in steps]
+        rows = [StepRow(step, peak, fastest_reference(step, steps)) for step in steps]
         # of the narrowest dtype: the fewest bytes that anybody has to move
         floors = [seconds for step in steps if (seconds := step_floor(step, self.results))]
         return Workload(name, rows, baseline, min(floors, default=None))

@@ -1,7 +1,8 @@
 """Whole training steps, timed by turns: every variant checked against the first one's losses, then its samples taken.
 
 All variants of a workload live in one process, start from the same weights and train on the same batches, loading
-included. A turn is a few iterations of one of them; then the next one's.
+included. A turn is a few iterations of one of them; then the next one's. A round is a turn of each. Variants that do
+not fit into memory together are measured group by group, the reference with each; rounds are counted through.
 """
 
 import gc
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch
 from bench import schema
 from bench.budget import NO_TIME, Budget
 from bench.compiling import compilations, compiling
+from bench.groups import Footprint, footprint, free, groups
 from bench.variants import Setting, Step, Variant
 from bench.workloads import Workload, make_corpus
 from model import GPT
@@ -44,6 +47,7 @@ class Timed:
     seconds: list[float] = field(default_factory=list)
     turn: int = 1  # how many iterations of a turn are counted
     pace: float = 0.0  # seconds of an iteration, about
+    first_round: int = 0
     host_seconds: list[float] = field(default_factory=list)
     peak_memory: int | None = None
     skipped: str = ""
@@ -69,11 +73,14 @@ def measure(
     budget: Budget | None = None,
     tell: Callable[[str], None] = lambda text: None,
     into: list[schema.Step] | None = None,
+    footprint: Callable[[Variant, Setting], Footprint] = footprint,
+    room: int | None = None,
 ) -> list[schema.Step]:
     """Rows of all variants, in their order; about `seconds` of samples, after building and checking.
 
     budget: for all of it, building, compiling and checking included. What does not fit into it is left out, rungs
     before what compares. None: as long as it takes, and LEAST turns of each however little `seconds` are.
+    footprint, room: what a variant takes, and how many bytes all of a group may; None: as many as are free.
 
     The rows are also appended to `into`, with what was measured so far where an exception or an interruption ends it.
     """
@@ -85,12 +92,22 @@ def measure(
     with _loader(workload, device) as loader:
         expected, rows = None, [] if into is None else into
         try:
-            for each in sorted(timed, key=lambda each: not each.variant.compares):
-                tell(f"{workload.name}: {each.variant.name}")
-                turns = [ready.turn_seconds for ready in timed if ready.step]
-                least = LEAST * (sum(turns) + max(turns, default=0.0))  # of those before, and of this one
-                expected = _prepare(each, setting, loader, expected, budget, least) or expected
-            _sample(timed, loader, device, seconds, budget)
+            rounds, plan = 0, groups(variants, partial(footprint, setting=setting), room or free(device))
+            for n, group in enumerate(plan):
+                members = [each for each in timed if each.variant in group]
+                share = len(group) / sum(map(len, plan[n:]))
+                of_group = budget.part(share * budget.left)
+                for each in sorted(members, key=lambda each: not each.variant.compares):
+                    if each.step is None and not each.skipped:
+                        tell(f"{workload.name}: {each.variant.name}")
+                        turns = [ready.turn_seconds for ready in members if ready.step]
+                        least = LEAST * (sum(turns) + max(turns, default=0.0))  # of those before, and of this one
+                        expected = _prepare(each, setting, loader, expected, of_group, least) or expected
+                rounds += _sample(members, loader, device, share * seconds, of_group, rounds)
+                seconds -= share * seconds
+                for each in members:
+                    if not any(each.variant in later for later in plan[n + 1 :]):
+                        each.step = None  # and its memory
         finally:
             rows += [_row(each, workload, dtype) for each in timed if each.seconds or each.skipped]
     return rows
@@ -146,22 +163,28 @@ def _first_losses(variant: Variant, setting: Setting, loader: Loader) -> list[fl
     return [step(loader.train(i)).item() for i in range(CHECKED)]
 
 
-def _sample(timed: list[Timed], loader: Loader, device: torch.device, seconds: float, budget: Budget) -> None:
-    deadline, turns = time.perf_counter() + seconds, 0
+def _sample(
+    timed: list[Timed], loader: Loader, device: torch.device, seconds: float, budget: Budget, first_round: int
+) -> int:
+    """Rounds of those that are ready; returns how many."""
+    deadline, rounds = time.perf_counter() + seconds, 0
     expected = sum(each.turn_seconds for each in timed if each.step)  # of a round
     while ready := [each for each in timed if each.step]:
         begin = time.perf_counter()
-        if (turns >= LEAST and begin >= deadline) or budget.left < expected:
+        if (rounds >= LEAST and begin >= deadline) or budget.left < expected:
             break
         for each in ready:
-            if found := _take(each, loader, turns * each.turn, each.lead + each.turn, device):
+            if not each.seconds:
+                each.first_round = first_round + rounds
+            if found := _take(each, loader, rounds * each.turn, each.lead + each.turn, device):
                 taken, host = found
                 each.seconds += taken[each.lead :]
                 each.host_seconds += host[each.lead :]
-        turns, expected = turns + 1, time.perf_counter() - begin
+        rounds, expected = rounds + 1, time.perf_counter() - begin
     for each in timed:
         if each.step and not each.seconds:
             _give_up(each, NO_TIME)
+    return rounds
 
 
 def _take(each: Timed, loader: Loader, first: int, count: int, device: torch.device) -> Turn | None:
@@ -218,6 +241,7 @@ def _row(each: Timed, workload: Workload, dtype: torch.dtype) -> schema.Step:
         flops={formula: float(flops_per_token(workload.config, formula) * workload.tokens) for formula in FORMULAS},
         seconds=each.seconds,
         turn=each.turn,
+        first_round=each.first_round,
         host_seconds=each.host_seconds,
         peak_memory=each.peak_memory,
         losses=each.losses,

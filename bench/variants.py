@@ -50,6 +50,9 @@ class Variant(NamedTuple):
     compares: bool = True  # False: a rung of the ladder between the reference's step and ours
     float32: bool = False  # it multiplies in float32 whatever the dtype of the comparison
     compiled: bool = False  # by torch.compile
+    graphed: bool = False  # its launches are captured
+    ours: bool = False  # it runs our code
+    ops: Ops | None = REFERENCE  # None: the device's own choice
 
 
 def reference(*, compile: bool, float32: bool, name: str = "reference", compares: bool = True) -> Variant:
@@ -123,7 +126,7 @@ def ours(
             step = GraphedStep(step, (workload.accumulation, workload.batch_size, workload.config.block_size))
         return lambda batch: step(batch, setting.learning_rate).loss
 
-    return Variant(name, build, compares, float32, compile)
+    return Variant(name, build, compares, float32, compile, graphed, True, ops)
 
 
 def variants(device: torch.device, dtype: torch.dtype, nanogpt_dir: str = "") -> list[Variant]:
