@@ -1,148 +1,185 @@
 """Draw the loss curves of runs: python -m train.plot out other_out --out=loss.svg
 
-matplotlib draws PNG, PDF and the like. SVG is written here, so that a machine with nothing but torch gets the
-same picture.
+Every picture of the project has the colours below and is saved by `picture`. An SVG is light or dark as its reader's
+screen is. PNG, PDF and the other formats are light. matplotlib is imported where it draws: importing it takes a while.
 """
 
 import io
 import math
 import os
+import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from train.cli import help_text, parse_settings
 from train.errors import UserError, run
+from train.files import replacing
 from train.log import METRICS, Record, read_metrics
 from train.settings import check_values, setting
 
-COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#db2777")
-Y_LABEL = "loss, nats a token"
-INK, QUIET, GRID, PAPER = "#1f2937", "#6b7280", "#e5e7eb", "#fdfdfc"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-Point = tuple[float, float]  # (iteration, loss)
+SCHEME = {  # what a colour is for: on light paper, on a dark screen
+    "paper": ("#fdfdfc", "#14171c"),
+    "ink": ("#1f2937", "#e6e8ec"),
+    "quiet": ("#6b7280", "#9aa3b0"),
+    "grid": ("#e5e7eb", "#2b3039"),
+    "ours": ("#2563eb", "#6ea0ff"),
+    "reference": ("#8d96a5", "#7d8797"),
+    "rung": ("#7ba3ee", "#4468ad"),
+    "better": ("#15924b", "#4cc38a"),
+    "worse": ("#d9541e", "#f0875a"),
+    "floor": ("#b4232c", "#f0747c"),
+}
+LIGHT = {role: light for role, (light, _) in SCHEME.items()}
+FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
+COLOURS = (LIGHT["ours"], "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#db2777")
+
+Points = tuple[np.ndarray, np.ndarray]  # iterations, losses
+
+
+def svg_style() -> str:
+    """CSS for SVG by matplotlib, which writes colours as style="fill: #..."; a dark screen gets the dark ones."""
+    dark = [
+        f'[style*="{what}: {day}"]{{{what}:{night}!important}}'
+        for day, night in SCHEME.values()
+        for what in ("fill", "stroke")
+    ]
+    words = f"svg text{{font-family:{FONT}!important}}"
+    return f"{words}@media screen and (prefers-color-scheme:dark){{{''.join(dark)}}}"
+
+
+def printable(words: str) -> str:
+    """Without control characters: a name or a message may hold them, and XML may not."""
+    return "".join(c for c in words if c.isprintable())
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """A sheet of paper; its lengths, and all sizes of letters and lines on it, are in points."""
+    from matplotlib.figure import Figure  # not pyplot: it would choose a window system
+
+    return Figure(figsize=(width / 72, height / 72), facecolor=LIGHT["paper"])
+
+
+def picture(figure: "Figure", suffix: str, title: str) -> bytes:
+    """The figure as a file of the format that the suffix names. UserError for a format that matplotlib lacks."""
+    from matplotlib import rc_context
+
+    formats = figure.canvas.get_supported_filetypes()
+    if suffix[1:] not in formats:
+        raise UserError(f"out: got a name ending in {suffix!r}, expected .{', .'.join(sorted(formats))}")
+    buffer = io.BytesIO()
+    if suffix != ".svg":
+        figure.savefig(buffer, format=suffix[1:], dpi=144)
+        return buffer.getvalue()
+    unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # equal pictures are equal files
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(buffer, format="svg", metadata={"Title": printable(title), **unsaid})
+    svg = buffer.getvalue().decode()
+    svg = re.sub(r"<metadata>.*?</metadata>", f"<style>{svg_style()}</style>", svg, count=1, flags=re.DOTALL)
+    return re.sub(r' id="[a-z][a-z0-9.]*_\d+"', "", svg).encode()  # a page of several pictures would have them twice
 
 
 @dataclass(frozen=True)
 class PlotConfig:
     out_dir: str = setting("out", "folder of the run, where none is named before the settings")
-    out: str = setting("", "picture to write; loss.png beside the run, or loss.svg without matplotlib")
-
-
-@dataclass(frozen=True)
-class Series:
-    """One line, or with `dots` one set of points, of the picture."""
-
-    points: Sequence[Point]
-    colour: str
-    label: str = ""  # in the legend; empty: not there
-    width: float = 1.5  # of the line, in points; 0: no line
-    opacity: float = 1.0
-    dots: float = 0.0  # radius, in points; 0: no dots
-    filled: bool = True
+    out: str = setting("", "picture to write; empty: loss.png beside the run")
 
 
 def plot_run(out_dir: str | os.PathLike) -> Path | None:
-    """Draw a run's metrics.jsonl as loss.png beside it, or loss.svg where matplotlib is missing.
-
-    Returns the picture's path, or None where there is nothing to draw or nowhere to write it.
-    """
+    """Draw a run's metrics.jsonl as loss.png beside it. None where that fails, since the run itself is done."""
     try:
         records = read_metrics(Path(out_dir) / METRICS)
-        return write_picture(Path(out_dir) / default_name(), {Path(out_dir).resolve().name: records})
-    except (OSError, UserError):
+        return write_picture(Path(out_dir) / "loss.png", {Path(out_dir).resolve().name: records})
+    except (ImportError, OSError, UserError):
         return None
 
 
 def write_picture(path: Path, runs: dict[str, list[Record]]) -> Path:
-    """Draw runs (name -> records), whole or not at all.
+    """Draw runs (name -> records) into the file `path`, whole or not at all.
 
-    UserError where there is no loss, or no way to draw the format that path's suffix names. OSError.
+    UserError where there is no loss, or for a format that matplotlib lacks. OSError.
     """
-    alone = len(runs) == 1
-    series = []
+    figure, title = new_figure(648, 389), _title(runs)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot(facecolor=LIGHT["paper"])
     for i, (name, records) in enumerate(runs.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        series += _alone(records) if alone else _among_others(name, records, colour)
-    if not series:
+        if len(runs) == 1:
+            _draw_alone(axes, records)
+        else:
+            _draw_among_others(axes, name, records, COLOURS[i % len(COLOURS)])
+    if not axes.lines:
         raise UserError(f"{METRICS}: no losses yet in {', '.join(runs)}")
-    title = _title(runs)
-    picture = _svg(series, title) if path.suffix == ".svg" else _matplotlib(series, title, path.suffix)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(picture)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    axes.set_title(printable(title), loc="left", color=LIGHT["ink"], parse_math=False)
+    axes.set_xlabel("iteration", color=LIGHT["quiet"])
+    axes.set_ylabel("loss, nats a token", color=LIGHT["quiet"])
+    axes.tick_params(colors=LIGHT["quiet"], length=0)
+    axes.grid(color=LIGHT["grid"])
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    legend = axes.legend(frameon=False, labelcolor=LIGHT["ink"], loc="upper right")
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a folder may have a $ in its name
+    content = picture(figure, path.suffix, title)
+    with replacing(path) as file:
+        file.write(content)
     return path
 
 
-def default_name() -> str:
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        return "loss.svg"
-    return "loss.png"
-
-
-# What to draw
-
-
-def _alone(records: list[Record]) -> list[Series]:
+def _draw_alone(axes: "Axes", records: list[Record]) -> None:
     """One run: training in one colour, validation in another."""
-    train, val = _points(records, "iter", "loss"), _points(records, "eval", "val_loss")
-    series = []
-    if train:
-        series += [
-            Series(_thin(train), COLOURS[0], width=0.8, opacity=0.2),
-            Series(_thin(_smooth(train)), COLOURS[0], "training"),
-        ]
-    if evaluated := _points(records, "eval", "train_loss"):
-        series.append(Series(evaluated, COLOURS[0], "training, evaluated", width=0, dots=3, filled=False))
-    return series + _validation(val, COLOURS[1], "validation")
+    x, y = _points(records, "iter", "loss")
+    if len(x):
+        axes.plot(*_thin(x, y), color=COLOURS[0], linewidth=0.8, alpha=0.2)
+        axes.plot(*_thin(x, _smooth(y)), color=COLOURS[0], linewidth=1.5, label="training")
+    x, y = _points(records, "eval", "train_loss")
+    if len(x):
+        axes.plot(x, y, "o", color=COLOURS[0], markerfacecolor="none", label="training, evaluated")
+    _draw_validation(axes, records, COLOURS[1], "validation")
 
 
-def _among_others(name: str, records: list[Record], colour: str) -> list[Series]:
-    """One run of several: training faint, validation over it, in the run's colour."""
-    train, val = _points(records, "iter", "loss"), _points(records, "eval", "val_loss")
-    series = [Series(_thin(_smooth(train)), colour, "" if val else name, opacity=0.5)] if train else []
-    return series + _validation(val, colour, name)
+def _draw_among_others(axes: "Axes", name: str, records: list[Record], colour: str) -> None:
+    """One run of several: training faint, validation over it, both in the run's colour."""
+    (x, y), evaluated = _points(records, "iter", "loss"), len(_points(records, "eval", "val_loss")[0])
+    if len(x):
+        axes.plot(*_thin(x, _smooth(y)), color=colour, alpha=0.5, label=None if evaluated else name)
+    _draw_validation(axes, records, colour, name)
 
 
-def _validation(val: list[Point], colour: str, label: str) -> list[Series]:
+def _draw_validation(axes: "Axes", records: list[Record], colour: str, name: str) -> None:
     """The validation losses, the best one ringed."""
-    if not val:
-        return []
-    best = min(val, key=lambda point: point[1])
-    return [
-        Series(val, colour, f"{label}, best {best[1]:.4f} at {best[0]}", width=2, dots=3),
-        Series([best], colour, width=0, dots=6, filled=False),
-    ]
+    x, y = _points(records, "eval", "val_loss")
+    if len(x):
+        best = int(np.argmin(y))
+        axes.plot(x, y, "o-", color=colour, linewidth=2, label=f"{name}, best {y[best]:.4f} at {x[best]}")
+        axes.plot(x[best], y[best], "o", color=colour, markersize=12, markerfacecolor="none")
 
 
-def _points(records: list[Record], kind: str, name: str) -> list[Point]:
+def _points(records: list[Record], kind: str, name: str) -> Points:
     """The finite values of one field, by iteration."""
     found = [(record["iter"], record.get(name)) for record in records if record["kind"] == kind]
-    return sorted((x, y) for x, y in found if isinstance(x, int) and isinstance(y, int | float))
+    known = sorted((x, y) for x, y in found if isinstance(x, int) and isinstance(y, int | float))
+    return np.array([x for x, _ in known]), np.array([y for _, y in known], dtype=float)
 
 
-def _smooth(points: Sequence[Point]) -> list[Point]:
+def _smooth(y: np.ndarray) -> np.ndarray:
     """The mean over a centred window, a thirtieth of the points; narrower at the start, where losses fall."""
-    sums = [0.0, *accumulate(y for _, y in points)]
-    smooth = []
-    for i, (x, _) in enumerate(points):
-        half = min(len(points) // 60, i)
-        end = min(len(points), i + half + 1)
-        smooth.append((x, (sums[end] - sums[i - half]) / (end - i + half)))
-    return smooth
+    i, sums = np.arange(len(y)), np.concatenate([[0.0], np.cumsum(y)])
+    half = np.minimum(len(y) // 60, i)
+    end = np.minimum(len(y), i + half + 1)
+    return (sums[end] - sums[i - half]) / (end - i + half)
 
 
-def _thin(points: Sequence[Point], most: int = 1500) -> Sequence[Point]:
+def _thin(x: np.ndarray, y: np.ndarray, most: int = 1500) -> Points:
     """At most about `most` of the points: a picture has no more columns."""
-    return points[:: math.ceil(len(points) / most)]
+    every = math.ceil(len(x) / most)
+    return x[::every], y[::every]
 
 
 def _title(runs: dict[str, list[Record]]) -> str:
@@ -155,110 +192,6 @@ def _title(runs: dict[str, list[Record]]) -> str:
     return f"{name}: {facts['parameters'] / 1e6:.2f}M parameters, {facts.get('device')}"
 
 
-# With matplotlib
-
-
-def _matplotlib(series: list[Series], title: str, suffix: str) -> bytes:
-    try:
-        from matplotlib.figure import Figure  # not pyplot: it would pick a window system
-    except ImportError as error:
-        raise UserError(
-            f"out: {suffix or 'this'} needs matplotlib; name a .svg, or pip install 'nanofuse[plot]'"
-        ) from error
-    figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained", facecolor=PAPER)
-    formats = figure.canvas.get_supported_filetypes()
-    if suffix[1:] not in formats:
-        raise UserError(f"out: got a name ending in {suffix!r}, expected .{', .'.join(sorted(formats))}")
-    axes = figure.add_subplot(facecolor=PAPER)
-    for one in series:
-        x, y = zip(*one.points, strict=True)
-        axes.plot(
-            x,
-            y,
-            color=one.colour,
-            label=one.label or None,
-            linewidth=one.width,
-            alpha=one.opacity,
-            marker="o" if one.dots else None,
-            markersize=2 * one.dots,
-            markerfacecolor=one.colour if one.filled else "none",
-        )
-    axes.set_title(title, loc="left", color=INK, parse_math=False)
-    axes.set_xlabel("iteration", color=QUIET)
-    axes.set_ylabel(Y_LABEL, color=QUIET)
-    axes.tick_params(colors=QUIET, length=0)
-    axes.grid(color=GRID)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.legend(frameon=False, labelcolor=INK, loc="upper right")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=suffix[1:])
-    return buffer.getvalue()
-
-
-# Without
-
-
-def _svg(series: list[Series], title: str) -> bytes:
-    """The same picture as a self-contained SVG."""
-    width, height = 900, 540
-    left, right, top, bottom = 64, width - 24, 48, height - 52
-    xs, ys = zip(*(point for one in series for point in one.points), strict=True)
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-    margin = 0.04 * (max(ys) - min(ys)) or 0.5
-    y_low, y_high = min(ys) - margin, max(ys) + margin
-
-    def px(x: float) -> float:
-        return left + (x - x_low) / (x_high - x_low) * (right - left)
-
-    def py(y: float) -> float:
-        return bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
-
-    def text(x: float, y: float, words: str, colour: str, anchor: str = "start", more: str = "") -> str:
-        place = f'x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}" {more}'
-        return f"<text {place}>{escape(words)}</text>"
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" font-family="system-ui, Helvetica, sans-serif" font-size="13">',
-        f'<rect width="{width}" height="{height}" fill="{PAPER}"/>',
-        text(left, 28, title, INK, more='font-size="16"'),
-        text((left + right) / 2, height - 12, "iteration", QUIET, "middle"),
-        text(0, 0, Y_LABEL, QUIET, "middle", f'transform="translate(18 {height / 2}) rotate(-90)"'),
-    ]
-    for y in ticks(y_low, y_high):
-        parts.append(f'<path d="M{left} {py(y):.1f}H{right}" stroke="{GRID}"/>')
-        parts.append(text(left - 8, py(y) + 4, f"{y:g}", QUIET, "end"))
-    for x in ticks(x_low, x_high):
-        parts.append(f'<path d="M{px(x):.1f} {top}V{bottom}" stroke="{GRID}"/>')
-        parts.append(text(px(x), bottom + 20, f"{x:.10g}", QUIET, "middle"))
-    for one in series:
-        dots = [(px(x), py(y)) for x, y in one.points]
-        pen = f'stroke="{one.colour}" stroke-opacity="{one.opacity}" stroke-linejoin="round"'
-        if one.width:
-            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
-            parts.append(f'<polyline points="{line}" fill="none" {pen} stroke-width="{one.width}"/>')
-        if one.dots:
-            fill = one.colour if one.filled else "none"
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{one.dots}" fill="{fill}" {pen}/>' for x, y in dots]
-    for row, one in enumerate(one for one in series if one.label):
-        x, y = right - 8, top + 16 + 20 * row
-        mark = f"M{x - 26} {y - 4}h26" if one.width else f"M{x - 13} {y - 4}m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0"
-        parts.append(f'<path d="{mark}" fill="none" stroke="{one.colour}" stroke-width="{one.width or 1}"/>')
-        parts.append(text(x - 34, y, one.label, INK, "end"))
-    return "\n".join([*parts, "</svg>\n"]).encode()
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Four to ten round numbers, evenly spaced, between low and high."""
-    power = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step = next(m * power for m in (5, 2, 1) if (high - low) / (m * power) >= 4)
-    return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-# The command
-
-
 def main(argv: list[str] | None = None) -> None:
     parsed = parse_settings(PlotConfig, sys.argv[1:] if argv is None else argv, presets=False, files=True)
     if parsed.help:
@@ -268,16 +201,16 @@ def main(argv: list[str] | None = None) -> None:
     config = PlotConfig(**parsed.settings)
     check_values(config)
     folders = [Path(name) for name in parsed.files or [config.out_dir]]
-    runs: dict[str, list[Record]] = {}
     short = [folder.resolve().name for folder in folders]
     names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+    runs: dict[str, list[Record]] = {}
     for name, folder in zip(names, folders, strict=True):
         try:
             runs[name] = read_metrics(folder / METRICS)
         except OSError as error:
             raise UserError(f"out_dir: cannot read {folder / METRICS}: {error.strerror}") from error
     beside = folders[0] if len(folders) == 1 else Path()
-    path = Path(config.out) if config.out else beside / default_name()
+    path = Path(config.out) if config.out else beside / "loss.png"
     try:
         write_picture(path, runs)
     except OSError as error:

@@ -1,17 +1,15 @@
 """Two commits of a device: equal ones compare as equal though the machine drifts, a step slowed by 5 % is found."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench import schema
-from bench.report import command as report
-from bench.report.digest import is_ours
-from bench.report.verdict import Row, Samples, Verdict, quiet_rounds, student
-from bench.report.verdict import verdicts as judged
+from bench import report, schema
+from bench.compare import Verdict, quiet_rounds, verdict
 from bench.schema import Commit, Results
+from bench.tables import is_reference
 from tests.bench.made import cpu, h100
 from train.errors import UserError
 
@@ -19,10 +17,22 @@ ROUNDS, TURN = 90, 6  # two minutes'
 EITHER = pytest.mark.parametrize(("within", "busy"), [(0.1, 0.15), (0.5, 0.03)])  # a CPU, a GPU
 
 
+@dataclass
+class Made:
+    """One run: logarithms of seconds, (rounds, samples of a turn), of ours and of two references."""
+
+    own: np.ndarray
+    controls: list[np.ndarray]
+
+    @property
+    def alone(self) -> "Made":
+        return Made(self.own, [])
+
+
 def run(
     rng: np.random.Generator, slower: float = 0.0, *, pace: float = 0.0, busy: float = 0.15, rounds: int = ROUNDS
-) -> Samples:
-    """Ours and two controls: now and then all slows down by `busy` for a while, and there are spikes.
+) -> Made:
+    """Now and then all slows down by `busy` for a while, and there are spikes.
 
     slower, pace: what ours alone, and everything, takes more. All in logarithms.
     """
@@ -36,123 +46,111 @@ def run(
         spikes = (rng.random((rounds, TURN)) < 0.05) * rng.exponential(0.3, (rounds, TURN))
         return offset + pace + states[:, None] + own + spikes
 
-    return Samples(times(np.log(0.05) + slower), [times(np.log(0.1)), times(np.log(0.09))])
+    return Made(times(np.log(0.05) + slower), [times(np.log(0.1)), times(np.log(0.09))])
 
 
-def row(a: Samples, b: Samples) -> Row:
-    return Row(("step",), [a], [b])
+def quiet(a: list[Made], b: list[Made], within: float = 0.1) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    rounds = quiet_rounds([made.own for made in a + b], [made.controls for made in a + b], within)
+    return rounds[: len(a)], rounds[len(a) :]
 
 
-def alone(row: Row) -> Row:
-    return Row(row.names, *([Samples(s.own, []) for s in side] for side in (row.a, row.b)))
+def told(a: Made, b: Made, within: float = 0.1, rows: int = 1) -> Verdict:
+    return verdict(*quiet([a], [b], within), rows)
 
 
-def verdicts(rows: list[Row], within: float) -> list[Verdict | None]:
-    return judged([quiet_rounds(row, within) for row in rows])
-
-
-def width(verdict: Verdict) -> float:
-    return np.log(verdict.high / verdict.low)
+def width(found: Verdict) -> float:
+    return np.log(found.high / found.low)
 
 
 @EITHER
 def test_two_runs_of_one_commit_are_no_different(within: float, busy: float) -> None:
     """Of 40 pairs, 95 % are expected to be equal."""
     rng = np.random.default_rng(1)
-    rows = [row(run(rng, busy=busy), run(rng, busy=busy)) for _ in range(40)]
-    assert [verdicts([pair], within)[0].words for pair in rows].count("no difference") >= 37
+    words = [told(run(rng, busy=busy), run(rng, busy=busy), within).words for _ in range(40)]
+    assert words.count("no difference") >= 37
+
+
+@EITHER
+def test_a_step_slowed_by_five_per_cent_is_found_and_its_inverse(within: float, busy: float) -> None:
+    rng = np.random.default_rng(3)
+    found = 0
+    for _ in range(20):
+        equal, other = run(rng, busy=busy), run(rng, np.log(1.05), busy=busy)
+        slower, faster = told(equal, other, within, rows=2), told(other, equal, within, rows=2)
+        found += slower.words.startswith("slower by ") and faster.words.startswith("faster by ")
+        assert slower.low < 1.05 < slower.high
+    assert found >= 18
 
 
 def test_on_a_busy_machine_medians_alone_would_be_wrong() -> None:
     rng = np.random.default_rng(1)
-    rows = [row(run(rng), run(rng)) for _ in range(40)]
-
-    def off(row: Row, within: float) -> bool:
-        return abs(np.log(verdicts([row], within)[0].ratio)) > 0.02
-
-    assert sum(off(alone(pair), 0.5) for pair in rows) >= 20
-    assert sum(off(pair, 0.1) for pair in rows) <= 2
+    pairs = [(run(rng), run(rng)) for _ in range(40)]
+    assert sum(abs(np.log(told(a.alone, b.alone, 0.5).ratio)) > 0.02 for a, b in pairs) >= 20
+    assert sum(abs(np.log(told(a, b).ratio)) > 0.02 for a, b in pairs) <= 2
 
 
 def test_a_long_table_of_equals_stays_one() -> None:
     rng = np.random.default_rng(2)
-    rows = [row(run(rng, busy=0.03), run(rng, busy=0.03)) for _ in range(60)]
-    assert {verdict.words for verdict in verdicts(rows, 0.1)} == {"no difference"}
-
-
-def test_the_longer_a_table_the_wider_its_intervals() -> None:
-    rng = np.random.default_rng(11)
-    pair = row(run(rng), run(rng))
-    assert width(verdicts([pair] * 60, 0.1)[0]) > 1.3 * width(verdicts([pair], 0.1)[0])
+    pairs = [(run(rng, busy=0.03), run(rng, busy=0.03)) for _ in range(60)]
+    assert {told(a, b, rows=60).words for a, b in pairs} == {"no difference"}
+    assert width(told(*pairs[0], rows=60)) > 1.3 * width(told(*pairs[0]))
 
 
 def test_rounds_that_resemble_their_neighbours_are_not_taken_for_independent() -> None:
     rng = np.random.default_rng(12)
     drift = np.repeat(0.05 * rng.standard_normal(30), 10)[:, None]
-    alike, shuffled = Samples(drift, []), Samples(rng.permutation(drift), [])
-    assert width(verdicts([row(alike, alike)], 0.5)[0]) > 1.5 * width(verdicts([row(shuffled, shuffled)], 0.5)[0])
+    alike, shuffled = Made(drift, []), Made(rng.permutation(drift), [])
+    assert width(told(alike, alike, 0.5)) > 1.5 * width(told(shuffled, shuffled, 0.5))
 
 
 def test_what_else_runs_on_a_cpu_for_less_than_a_turn_does_not_count_and_on_a_gpu_it_does() -> None:
     rng = np.random.default_rng(13)
     a, b = run(rng, busy=0.0), run(rng, busy=0.0)
     b.own[:, : TURN // 2] += 0.2
-    assert verdicts([row(a, b)], 0.1)[0].words == "no difference"
-    assert verdicts([row(a, b)], 0.5)[0].words.startswith("slower by ")
-
-
-@EITHER
-def test_a_step_slowed_by_five_per_cent_is_found_and_its_inverse(within: float, busy: float) -> None:
-    rng = np.random.default_rng(3)
-    found, slow = 0, np.log(1.05)
-    for _ in range(20):
-        equal, other = run(rng, busy=busy), run(rng, slow, busy=busy)
-        slower, faster = verdicts([row(equal, other), row(other, equal)], within)
-        found += slower.words.startswith("slower by ") and faster.words.startswith("faster by ")
-        assert slower.low < 1.05 < slower.high
-    assert found >= 18
+    assert told(a, b, 0.1).words == "no difference"
+    assert told(a, b, 0.5).words.startswith("slower by ")
 
 
 def test_a_machine_that_changed_pace_is_told_by_what_is_not_ours() -> None:
-    """All of the second run is 4 % slower, the controls too: no verdict on ours. Without them, there is one."""
+    """All of the second run is 4 % slower, the references too: no verdict on ours. Without them, there is one."""
     rng = np.random.default_rng(4)
-    pair = row(run(rng, busy=0.0), run(rng, pace=0.04, busy=0.0))
-    assert verdicts([pair], 0.1)[0].words == "no difference"
-    assert verdicts([alone(pair)], 0.1)[0].words.startswith("slower by 4.")
+    a, b = run(rng, busy=0.0), run(rng, pace=0.04, busy=0.0)
+    assert told(a, b).words == "no difference"
+    assert told(a.alone, b.alone).words.startswith("slower by 4.")
 
 
 def test_runs_that_were_never_as_quiet_as_each_other_get_no_verdict() -> None:
     """All of the second run is 10 % slower: nobody knows what that does to ours."""
     rng = np.random.default_rng(5)
-    assert verdicts([row(run(rng, busy=0.0), run(rng, pace=0.1, busy=0.0))], 0.1) == [None]
+    assert told(run(rng, busy=0.0), run(rng, pace=0.1, busy=0.0)) is None
 
 
 def test_what_suffers_more_than_the_references_from_other_work_is_not_called_slower() -> None:
     """Ours take 30 % more while another is at work, the references 15: that was longer in the second run."""
     rng = np.random.default_rng(6)
 
-    def shared(busy_rounds: int) -> Samples:
+    def shared(busy_rounds: int) -> Made:
         still = run(rng, busy=0.0)
         states = (np.arange(ROUNDS) < busy_rounds)[:, None]
-        return Samples(still.own + 0.3 * states, [control + 0.15 * states for control in still.controls])
+        return Made(still.own + 0.3 * states, [control + 0.15 * states for control in still.controls])
 
-    pair = row(shared(20), shared(70))
-    assert verdicts([pair], 0.1)[0].words == "no difference"
-    assert [list(map(len, side)) for side in quiet_rounds(pair, 0.1)] == [[70], [20]]
+    a, b = shared(20), shared(70)
+    assert told(a, b).words == "no difference"
+    assert [list(map(len, side)) for side in quiet([a], [b])] == [[70], [20]]
 
 
 def test_several_runs_of_a_side_count_together() -> None:
     rng = np.random.default_rng(10)
     a, b = ([run(rng, slower, busy=0.0) for _ in range(4)] for slower in (0.0, 0.02))
-    many, one = verdicts([Row(("step",), a, b)], 0.1)[0], verdicts([row(a[0], b[0])], 0.1)[0]
+    many, one = verdict(*quiet(a, b), 1), told(a[0], b[0])
     assert many.ratio == pytest.approx(1.02, rel=0.01)
     assert width(many) < 0.6 * width(one)
 
 
 def test_the_verdict_is_the_same_every_time_and_says_by_how_much() -> None:
     rng = np.random.default_rng(7)
-    rows = [row(run(rng), run(rng))]
-    assert verdicts(rows, 0.1) == verdicts(rows, 0.1)
+    a, b = run(rng), run(rng)
+    assert told(a, b) == told(a, b)
     assert Verdict(1.031, 1.022, 1.04).words == "slower by 3.1 % (2.2–4.0)"
     assert Verdict(0.969, 0.96, 0.978).words == "faster by 3.1 % (2.2–4.0)"
     assert Verdict(0.99, 0.97, 1.0).words == "no difference"
@@ -161,25 +159,26 @@ def test_the_verdict_is_the_same_every_time_and_says_by_how_much() -> None:
 def test_a_few_quiet_rounds_get_no_verdict() -> None:
     rng = np.random.default_rng(8)
     few, many = run(rng, rounds=7), run(rng)
-    assert [verdict is None for verdict in verdicts([row(few, many), row(many, many)], 0.1)] == [True, False]
-    still = [Samples(np.full((8, 1), np.log(seconds)), []) for seconds in (0.05, 0.06)]
-    assert verdicts([row(still[0], still[0])], 0.5)[0].words == "no difference"
-    assert verdicts([row(*still)], 0.5)[0].words.startswith("slower by 20.0 %")
+    assert told(few, many) is None
+    still = [Made(np.full((8, 1), np.log(seconds)), []) for seconds in (0.05, 0.06)]
+    assert told(still[0], still[0], 0.5).words == "no difference"
+    assert told(*still, 0.5).words.startswith("slower by 20.0 %")
+
+
+def test_a_few_rounds_have_wider_intervals_than_the_normal_distribution_gives() -> None:
+    """Student's t at 7 degrees of freedom, a table's value, over what is only the rounds' own error."""
+    rng = np.random.default_rng(14)
+    a, b = (Made(0.5 * rng.standard_normal((8, 1)), []) for _ in range(2))
+    few = told(a, b, 0.5)
+    many = told(*(Made(np.tile(made.own, (8, 1)), []) for made in (a, b)), 0.5)
+    assert width(few) / width(many) > np.sqrt(8) * 1.05
 
 
 def test_a_run_that_was_stopped_within_a_round_is_cut_to_whole_ones() -> None:
     rng = np.random.default_rng(9)
     whole = run(rng)
-    longer = Samples(np.concatenate([whole.own, whole.own[:1] + 5]), whole.controls)
-    assert verdicts([row(whole, longer)], 0.5) == verdicts([row(whole, whole)], 0.5)
-
-
-@pytest.mark.parametrize(
-    ("quantile", "freedom", "value"), [(0.975, 9, 2.262), (0.975, 1e9, 1.960), (0.9995, 9, 4.781), (0.975, 4, 2.776)]
-)
-def test_student(quantile: float, freedom: float, value: float) -> None:
-    """A table's values."""
-    assert student(quantile, freedom) == pytest.approx(value, rel=0.02)
+    longer = Made(np.concatenate([whole.own, whole.own[:1] + 5]), whole.controls)
+    assert told(whole, longer, 0.5) == told(whole, whole, 0.5)
 
 
 # The command
@@ -204,7 +203,7 @@ def test_equal_commits_and_one_slowed_step(tmp_path: Path, capsys: pytest.Captur
     equal = compared(tmp_path, capsys, a=h100(), b=h100(7))
     assert "faster" not in equal
     assert "slower" not in equal
-    ours = [*(s for s in h100().steps if is_ours(s)), *(k for k in h100().kernels if k.variant == "fused")]
+    ours = [*(s for s in h100().steps if not is_reference(s)), *(k for k in h100().kernels if k.variant == "fused")]
     assert equal.count("no difference") == len(ours)
     said = compared(tmp_path, capsys, a=h100(), b=slowed(h100(7), "ours compiled", 1.05))
     lines = [line for line in said.splitlines() if "slower" in line or "faster" in line]
@@ -264,7 +263,7 @@ def test_references_of_other_software_tell_nothing_of_the_pace(tmp_path: Path, c
     faster = [replace(step, seconds=[s / 1.05 for s in step.seconds]) for step in new.steps]
     renewed = replace(new, steps=faster, software=replace(new.software, torch="2.14.0"))
     said = compared(tmp_path, capsys, a=cpu(), b=renewed)
-    assert "They differ in torch:" in said
+    assert "They differ in torch." in said
     assert said.count("faster by 4.") == 2
     said = compared(tmp_path, capsys, a=cpu(), b=replace(renewed, software=new.software))
     assert "They differ" not in said

@@ -1,0 +1,205 @@
+"""Two commits on one device, row by row of their results files: faster, slower, or no difference to be seen.
+
+A machine changes its pace, within a run and from run to run. Rows that run none of our code (the reference's steps, a
+kernel's other variants) took turns with ours, so they tell the pace of each round of turns.
+
+- Only quiet rounds count: those whose pace is within QUIET of the best that either run saw. When others use the
+  machine, our rows and the references need not slow down alike.
+- The figure is B/A of our time over the references' in the same round: the ratio of the medians over the rounds.
+- Its interval is made of a bootstrap, which draws stretches of neighbouring rounds, and of APART: two runs of one
+  program differ by so much (a standard deviation) for reasons of their own.
+
+The intervals of one table hold together at 95 % (Bonferroni), so that a long table of equals stays one of equals.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from bench.digest import Run
+from bench.tables import aligned, is_reference, key, number
+from train.errors import UserError
+
+LEVEL = 0.95
+QUIET = 0.05
+APART = 0.008  # seen on a shared machine of two cores; it should be less on a machine of one's own
+STRETCHES = 30  # the rounds are cut into at least so many, where there are so many
+LEAST = 8  # quiet rounds, below which there is no verdict
+DRAWS = 400
+
+LEGEND = (
+    "ms are medians of all samples. B/A compares our time over the references' in the same round. Only quiet rounds "
+    f"count:\nthe references took at most {100 * QUIET:.0f} % more than in the best rounds of any run. "
+    "On a busy machine few rounds count. Measure longer, or several times, and name all the files."
+)
+
+Names = tuple[str, ...]
+Rows = dict[Names, "Row"]  # of one run
+Rounds = list[np.ndarray]  # by run: logarithms of our time over the references', of the quiet rounds
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of one run: logarithms of seconds, (rounds, samples of a turn)."""
+
+    group: Hashable  # what it took turns with
+    ours: bool
+    seconds: np.ndarray
+
+
+@dataclass(frozen=True)
+class Verdict:
+    ratio: float  # B/A, over the references'
+    low: float
+    high: float
+
+    @property
+    def words(self) -> str:
+        if self.low <= 1 <= self.high:
+            return "no difference"
+        least, most = sorted(abs(value - 1) * 100 for value in (self.low, self.high))
+        which = "faster" if self.ratio < 1 else "slower"
+        return f"{which} by {abs(self.ratio - 1) * 100:.1f} % ({least:.1f}–{most:.1f})"
+
+
+def verdict(a: Rounds, b: Rounds, rows: int) -> Verdict | None:
+    """rows: how many the table has, whose intervals hold together. None where there are too few quiet rounds."""
+    if min(map(len, (*a, *b))) < LEAST:
+        return None
+    rng = np.random.default_rng(0)  # the same verdict every time
+    middle, errors, freedom = 0.0, [], []
+    for sign, side in ((-1, a), (1, b)):
+        for rounds in side:
+            length = max(1, len(rounds) // STRETCHES)
+            n = len(rounds) // length
+            drawn = rounds[: n * length].reshape(n, length)[rng.integers(n, size=(DRAWS, n))].reshape(DRAWS, -1)
+            middle += sign * np.median(rounds) / len(side)
+            errors.append(np.median(drawn, axis=1).var() * n / (n - 1) / len(side) ** 2)
+            freedom.append(n - 1)
+    square, apart = sum(errors), APART**2 * (1 / len(a) + 1 / len(b)) / 2
+    # Welch's degrees of freedom; Student's t by drawing it
+    degrees = square**2 / sum(e**2 / n for e, n in zip(errors, freedom, strict=True)) if square else min(freedom)
+    t = np.quantile(np.abs(rng.standard_t(degrees, 200_000)), 1 - (1 - LEVEL) / rows)
+    reach = t * np.sqrt(square + apart)
+    return Verdict(*np.exp([middle, middle - reach, middle + reach]).tolist())
+
+
+def quiet_rounds(ours: Sequence[np.ndarray], controls: Sequence[Sequence[np.ndarray]], within: float) -> Rounds:
+    """Of each run, our time over the controls'. within: the quantile of a turn's samples that stands for the turn."""
+    cut = [min(map(len, (own, *others))) for own, others in zip(ours, controls, strict=True)]  # stopped within a round
+    paces = [
+        np.mean([np.median(other[:n], axis=1) for other in others], axis=0) if others else np.zeros(n)
+        for n, others in zip(cut, controls, strict=True)
+    ]
+    best = min(np.quantile(pace, 0.05) for pace in paces)
+    return [
+        (np.quantile(own[: len(pace)], within, axis=1) - pace)[pace <= best + QUIET]
+        for own, pace in zip(ours, paces, strict=True)
+    ]
+
+
+def report(runs: Sequence[Run]) -> str:
+    """What to print of two files, or of the files of two commits. UserError for what cannot be compared."""
+    a, b = sides(runs)
+    lines = [f"{name}: {'; '.join(run.source for run in side)}" for name, side in (("A", a), ("B", b))]
+    versions = [asdict(run.results.software) for run in runs]
+    differing = ", ".join(name for name in versions[0] if len({version[name] for version in versions}) > 1)
+    if differing:
+        lines.append(
+            f"They differ in {differing}. So do their references, which say nothing about the machine's pace then."
+        )
+    within = 0.1 if runs[0].results.device.type == "cpu" else 0.5  # what else runs on a CPU can only add to a time
+    for title, rows_of in (("Steps", _steps), ("Kernels", _kernels)):
+        rows_a, rows_b = ([rows_of(run) for run in side] for side in (a, b))
+        lines += _table(title, rows_a, rows_b, within, paced=not differing)
+        for name, here, there in (("A", rows_a, rows_b), ("B", rows_b, rows_a)):
+            if alone := [" ".join(names) for names in _names(here) if names not in _names(there)]:
+                lines += ["", f"{title} only in {name}: {'; '.join(alone)}"]
+    return "\n".join([*lines, "", LEGEND])
+
+
+def sides(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs as A and B: two files as they are named, more by their commits, the one named first being A.
+
+    UserError unless all are of one device and have something of ours in common, of one shape.
+    """
+    a, b = list(runs[:1]), list(runs[1:])
+    if len(runs) != 2:
+        commits = list(dict.fromkeys(run.commit for run in runs))
+        if len(commits) != 2:
+            raise UserError(
+                f"compare: got {len(runs)} results file{'s' * (len(runs) != 1)} of {len(commits)} "
+                f"commit{'s' * (len(commits) != 1)}, expected two files, or files of two commits"
+            )
+        a, b = ([run for run in runs if run.commit == commit] for commit in commits)
+    devices = list(dict.fromkeys(run.device for run in runs))
+    if len(devices) > 1:
+        raise UserError(f"compare: got results of {' and '.join(devices)}, expected one device")
+    shapes_a, shapes_b = _shapes(a), _shapes(b)
+    common = shapes_a.keys() & shapes_b.keys()
+    kernels = [{names for run in side for names, row in _kernels(run).items() if row.ours} for side in (a, b)]
+    if not common and not kernels[0] & kernels[1]:
+        found = " and ".join(", ".join(shapes) or "no training step" for shapes in (shapes_a, shapes_b))
+        raise UserError(f"compare: got {found}, expected a workload that both have measured")
+    for name in sorted(common):
+        if shapes_a[name] != shapes_b[name]:
+            raise UserError(f"compare: {name} is of another shape or another number of tokens in each, expected one")
+    return a, b
+
+
+def _shapes(runs: Sequence[Run]) -> dict[str, set]:
+    """Of each workload with samples: its shapes, which should be one."""
+    found: dict[str, set] = {}
+    for step in (step for run in runs for step in run.results.steps if step.seconds):
+        found.setdefault(step.workload, set()).add((step.tokens, *sorted(step.shape.items())))
+    return found
+
+
+def _steps(run: Run) -> Rows:
+    return {
+        (step.workload, step.variant, step.dtype): Row(
+            step.workload, not is_reference(step), np.log(step.seconds).reshape(-1, step.turn)
+        )
+        for step in run.results.steps
+        if step.seconds
+    }
+
+
+def _kernels(run: Run) -> Rows:
+    return {
+        (k.case, "×".join(map(str, k.shape)), k.dtype, k.direction, k.variant): Row(
+            key(k), k.variant == "fused", np.log(k.seconds)[:, None]
+        )
+        for k in run.results.kernels
+        if k.seconds
+    }
+
+
+def _table(title: str, a: Sequence[Rows], b: Sequence[Rows], within: float, *, paced: bool) -> list[str]:
+    """A line for each row of ours that both sides have. paced: the references tell the pace."""
+    found: dict[Names, tuple[list[Rounds], list[Rounds]]] = {}  # by row: of both sides all samples, the quiet rounds
+    for names in (names for names in _names(a) if names in _names(b)):
+        runs = [rows for rows in (*a, *b) if names in rows]
+        first, count = runs[0][names], sum(names in rows for rows in a)
+        if first.ours:
+            same = [name for name, row in runs[0].items() if paced and row.group == first.group and not row.ours]
+            controls = [name for name in same if all(name in rows for rows in runs)]
+            own = [rows[names].seconds for rows in runs]
+            quiet = quiet_rounds(own, [[rows[name].seconds for name in controls] for rows in runs], within)
+            found[names] = ([own[:count], own[count:]], [quiet[:count], quiet[count:]])
+    many = sum(min(map(len, (*quiet[0], *quiet[1]))) >= LEAST for _, quiet in found.values())
+    cells = [[title, "A, ms", "B, ms", "quiet rounds", "B/A", f"{100 * LEVEL:.0f} % interval", "verdict"]]
+    for names, (own, quiet) in found.items():
+        times = [number(1e3 * np.exp(np.median(np.concatenate([x.ravel() for x in side])))) for side in own]
+        counts = [sum(map(len, side)) for side in (*quiet, *own)]
+        told = verdict(*quiet, many)
+        rest = ["–", "–", f"too few quiet rounds, expected {LEAST} in each run"]
+        if told:
+            rest = [f"{told.ratio:.3f}", f"{told.low:.3f}–{told.high:.3f}", told.words]
+        cells.append([" ".join(names), *times, "{} and {} of {} and {}".format(*counts), *rest])
+    return ["", aligned(cells)] if found else []
+
+
+def _names(side: Sequence[Rows]) -> dict[Names, None]:
+    return dict.fromkeys(names for rows in side for names in rows)

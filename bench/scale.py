@@ -1,0 +1,350 @@
+"""What several devices would make of a training step: python -m bench.scale. A prediction, its assumptions beside it.
+
+One device: a step takes `slowness` times its roofline floor (`model/work.py`). The slowness comes from a measured step;
+it is 1 for a device that nobody measured, which makes its time a bound. Batches, micro-steps and sums in float32 that
+were not measured cost what their floors say, times that slowness.
+
+Several devices: each makes its micro-steps, then the gradients are summed, then each updates. What the backward pass
+can hide of an exchange costs nothing, except the last exchange: the token embedding's gradients (the head's weight too)
+are complete only at the end. Sharded (`train/shard.py`), each micro-step gathers every block for its forward and again
+for its backward pass, the embeddings once, in the compute dtype, and scatters all gradients in float32.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench import schema
+from bench.devices import CALL, DEVICES, NCCL, NETWORK, Fabric, link_of, short_name
+from bench.schema import Results, Step, median
+from bench.tables import aligned
+from bench.workloads import WORKLOADS
+from model import GPT, GPTConfig
+from model.flops import flops_per_token, num_params
+from model.work import floor, step_work
+from train import errors
+from train.cli import help_text, parse_settings
+from train.distributed import Reducer, World
+from train.errors import UserError
+from train.flat import FlatState
+from train.hardware import DTYPES, lookup
+from train.metrics import mfu
+from train.settings import check_values, setting, shown
+
+Rates = tuple[float, float]  # FLOP/s of one device in the compute dtype, bytes/s of its memory
+Traffic = tuple[list[int], int, int]  # bytes of each exchange of gradients; parameters of a block, outside the blocks
+ABOUT = "Predict tokens/s and MFU of several devices, from one device's measured step and the links between them."
+FORWARD, BACKWARD = 1 / 3, 2 / 3  # of a micro-step: matmuls, most of it, are done once forward and twice backward
+FLOAT32 = 4  # bytes
+
+
+def step_bytes(job: "Job", *, several: bool, shards: int) -> int:
+    """What a device holds in a step with the fused kernels. several: gradients of micro-steps or ranks are summed;
+    shards: ranks that share the state."""
+    from kernels.fused import FUSED
+    from train import dryrun
+
+    dtype = torch.float32 if job.compute == FLOAT32 else torch.bfloat16
+    sizes = {"accumulation": job.accumulation, "several": several, "dtype": dtype, "shards": shards}
+    return dryrun.dry_run(dryrun.Job(job.config, job.batch_size, FUSED, **sizes)).total
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    results: str = setting("", "a results file of python -m bench; empty: estimates for --device")
+    device: str = setting("H100", f"without a results file: {', '.join(DEVICES)}, or torch's name of one")
+    sizes: str = setting("gpt2,gpt2-medium,gpt2-large,gpt2-xl", f"of {', '.join(WORKLOADS)}")
+    devices: str = setting("1,2,4,8,64,1024", "how many, separated by commas")
+    scaling: str = setting("strong", "share an iteration out, or give each device as much", choices=("strong", "weak"))
+    tokens: int = setting(491520, "strong: tokens of an iteration, of all devices (nanoGPT's)", low=1)
+    accumulation: int = setting(1, "weak: micro-steps of each device", low=1)
+    batch_size: int = setting(0, "sequences of a micro-step, at most; 0: as measured, or the workload's", low=0)
+    shard: bool = setting(False, "parameters, gradients and moments shared out, as python -m train --shard does")
+    overlap: str = setting("auto", "backward hides exchanges; auto: as the step does", choices=("auto", "yes", "no"))
+    node: int = setting(8, "devices that one node has", group="links", low=1)
+    intranode_gbyte: float = setting(0.0, "GB/s in one direction within a node; 0: by device", low=0.0)
+    internode_gbit: float = setting(400.0, "Gbit/s of a device's network card", low=1e-3)
+    link_share: float = setting(0.8, "of a link's rate that is reached", low=1e-3, below=1.0000001)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one device does in a step."""
+
+    config: GPTConfig
+    batch_size: int  # sequences of a micro-step
+    accumulation: int = 1  # micro-steps
+    compute: int = 2  # bytes of an element of the compute dtype
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A step of several devices, in seconds."""
+
+    devices: int
+    job: Job
+    computing: float
+    communication: float
+    exposed: float  # of the communication: what nothing hides
+
+    @property
+    def seconds(self) -> float:
+        return self.computing + self.exposed
+
+    @property
+    def tokens(self) -> int:  # an iteration's, of all devices
+        return self.devices * self.job.accumulation * self.job.batch_size * self.job.config.block_size
+
+
+def floors(job: Job, rates: Rates, *, several: bool) -> tuple[float, float]:
+    """The least seconds of a micro-step and of the update. several: gradients of micro-steps or ranks are summed."""
+    sizes = {"compute": job.compute, "gradients": FLOAT32 if several else job.compute, "fused_gelu": True}
+    work = step_work(job.config, job.batch_size, accumulation=2, **sizes)
+    seconds = {name: floor(part, *rates) for name, part in work.items()}
+    update, sums = seconds.pop("optimizer") + seconds.pop("clearing"), seconds.pop("accumulation")
+    added = several and job.compute < FLOAT32  # float32's are summed where autograd writes them, as it does anyway
+    return sum(seconds.values()) / 2 + added * sums, update
+
+
+def slowness(seconds: float, job: Job, rates: Rates) -> float:
+    """How many times its floor a measured step of one device took."""
+    micro, update = floors(job, rates, several=job.accumulation > 1)
+    return seconds / (job.accumulation * micro + update)
+
+
+def traffic(job: Job) -> Traffic:
+    """As `train/distributed.py` cuts the flat gradients of such a model. The first exchange's are complete last."""
+    with torch.device("meta"):
+        model = GPT(job.config)
+    model.compute_dtype = torch.float32 if job.compute == FLOAT32 else torch.bfloat16
+    pieces = [FLOAT32 * count for count in Reducer(World(), FlatState(model, in_float32=True)).sizes]
+    block = sum(p.numel() for p in model.transformer.h[0].parameters())
+    return pieces, block, num_params(job.config, non_embedding=False) - job.config.n_layer * block
+
+
+def predict(
+    job: Job, rates: Rates, slow: float, sent: Traffic, fabric: Fabric, devices: int, *, overlap: bool, shard: bool
+) -> Predicted:
+    """A step of `devices` devices, each of which does `job`."""
+    micro, update = (slow * part for part in floors(job, rates, several=devices * job.accumulation > 1))
+    # (communication, computing that hides it, what cannot be hidden of it), once or in each micro-step
+    if shard and devices > 1:
+        block, rest = (fabric.gather(job.compute * count, devices) for count in sent[1:])
+        block_back, rest_back = (fabric.gather(FLOAT32 * count, devices) for count in sent[1:])
+        blocks = job.config.n_layer
+        forward = rest + blocks * block, FORWARD * micro, rest
+        backward = blocks * (block + block_back) + rest_back, BACKWARD * micro, rest_back
+        exchanges, times, update = (forward, backward), job.accumulation, update / devices
+    else:
+        each = [fabric.all_reduce(size, devices) for size in sent[0]]
+        exchanges, times = ((sum(each), BACKWARD * micro, each[0]),), 1
+    communication = times * sum(taken for taken, _, _ in exchanges)
+    exposed = times * sum(max(alone, taken - window) for taken, window, alone in exchanges)
+    computing = job.accumulation * micro + update
+    return Predicted(devices, job, computing, communication, exposed if overlap else communication)
+
+
+def share_out(job: Job, tokens: int, devices: int) -> Job:
+    """`job` with each device's share of an iteration of `tokens`, in micro-steps of one size and at most its batch
+    size. Shares are rounded up to whole sequences: the iteration can be larger than asked."""
+    sequences = math.ceil(tokens / (devices * job.config.block_size))
+    accumulation = math.ceil(sequences / job.batch_size)
+    return replace(job, batch_size=math.ceil(sequences / accumulation), accumulation=accumulation)
+
+
+@dataclass(frozen=True)
+class Base:
+    """One device's step of one size, and how it is known."""
+
+    job: Job
+    slow: dict[int, float]  # by sequences of a micro-step
+    overlaps: bool  # the backward pass hides exchanges
+    said: str
+    measured: bool = True
+
+
+def counts(text: str, node: int) -> list[int]:
+    """How many devices, in order. UserError for what no nodes of `node` make."""
+    found = []
+    for part in text.split(","):
+        count = int(part) if part.strip().isdecimal() else 0
+        if count < 1:
+            raise UserError(f"devices: got {shown(part)}, expected whole numbers from 1, separated by commas")
+        if count > node and count % node:
+            raise UserError(f"devices: got {count}, expected at most {node}, which a node has, or a multiple of it")
+        found.append(count)
+    return sorted(set(found))
+
+
+def rates_of(config: ScaleConfig, results: Results | None) -> tuple[str, Rates, float, list[str]]:
+    """(device's name, its rates, its peak, what is said of them), by what the file measured, else by data sheets."""
+    name = results.device.name if results else DEVICES.get(config.device, config.device)
+    row = lookup(name)
+    matmul, copy = (results.ceiling(what) if results else None for what in ("matmul", "copy"))
+    if row is None and results is None:
+        raise UserError(f"device: got {shown(config.device)}, expected one that train/hardware.py knows")
+    if row is None and not (matmul and copy):
+        raise UserError(f"results: {config.results}: it has no ceilings, and no data sheet of {name} is known")
+    if row is not None and row.bf16 is None:
+        raise UserError(f"device: got {shown(name)}, expected one with bfloat16")
+    sheet = [f"{row.bf16:g} TFLOP/s, dense bfloat16", f"{row.bandwidth:g} GB/s"] if row else []
+    said = [f"data sheet  {rate}, {row.source}" for rate in sheet] or ["", ""]
+    if matmul:
+        said[0] = f"measured    {matmul / 1e12:.4g} TFLOP/s of a large matmul"
+    if copy:
+        said[1] = f"measured    {copy / 1e9:.4g} GB/s of a large copy"
+    rates = matmul or row.bf16 * 1e12, copy or row.bandwidth * 1e9
+    if results and results.peak:
+        said.append(f"MFU         of {results.peak.flops / 1e12:.4g} TFLOP/s: {results.peak.source}")
+        return name, rates, results.peak.flops, said
+    return name, rates, row.bf16 * 1e12 if row else rates[0], said
+
+
+def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
+    """The links, and what is said of them."""
+    link = link_of(device)
+    if link is None and not config.intranode_gbyte:
+        raise UserError(f"intranode_gbyte: got 0.0, expected GB/s in one direction: no link of {device} is known")
+    kind, gbytes, hop, source = link or ("", 0.0, NETWORK, "")
+    gbytes, share = config.intranode_gbyte or gbytes, config.link_share
+    where = f"{gbytes:g} GB/s in one direction between devices of a node"
+    said = [
+        f"as set      {where}" if config.intranode_gbyte else f"data sheet  {where}, {kind} ({source})",
+        f"assumed     nodes of {config.node}; a network card of {config.internode_gbit:g} Gbit/s for each device",
+        f"assumed     {share:.0%} of a link's rate is reached (NCCL's protocols cost about 20%: nccl-tests issue 212)",
+        f"assumed     {CALL:g} us an exchange; a hop {hop:g} us within a node, {NETWORK:g} between ({NCCL})",
+        "assumed     rings within nodes, rings or trees across; no switch that adds up, no other traffic",
+    ]
+    rates = share * gbytes * 1e9, share * config.internode_gbit / 8 * 1e9
+    return Fabric(config.node, *rates, hop / 1e6, NETWORK / 1e6, CALL / 1e6), said
+
+
+def base_of(name: str, config: ScaleConfig, results: Results | None, rates: Rates) -> Base:
+    """The fastest of our steps of that model in the file; else its floor."""
+    workload = WORKLOADS[name]
+    batch_size = config.batch_size or workload.batch_size
+    rows = [row for row in results.steps if row.seconds and _fits(row, name, config)] if results else []
+    if not rows:
+        said = f"ESTIMATE    {name}: the roofline floor, faster than any device will be"
+        return Base(Job(workload.config, batch_size), {batch_size: 1.0}, False, said, measured=False)
+    rows.sort(key=lambda row: row.tokens / median(row.seconds))  # the last one of each batch is the fastest
+    jobs = {}
+    for row in rows:
+        sizes = row.shape["batch_size"], row.shape.get("accumulation", 1), DTYPES[row.dtype].itemsize
+        jobs[sizes[0]] = row, Job(workload.config, *sizes)
+    slow = {batch: slowness(median(row.seconds), job, rates) for batch, (row, job) in sorted(jobs.items())}
+    row, job = jobs[rows[-1].shape["batch_size"]]
+    said = (
+        f"measured    {name}: {1e3 * median(row.seconds):.2f} ms for {row.tokens:,} tokens, {row.variant}, {row.dtype}"
+        f", median of {len(row.seconds)}\n            times its floor, by batch: "
+    )
+    said += ", ".join(f"{batch}: {times:.2f}" for batch, times in slow.items())
+    overlaps = not any(word in row.variant for word in ("compiled", "graphed"))
+    return Base(replace(job, batch_size=config.batch_size or job.batch_size), slow, overlaps, said)
+
+
+def _fits(row: Step, name: str, config: ScaleConfig) -> bool:
+    """Whether it is a step of ours, of that model, that could be shared out."""
+    shape = {key: size for key, size in WORKLOADS[name].shape.items() if key not in ("batch_size", "accumulation")}
+    same = row.shape.items() >= shape.items() and "batch_size" in row.shape
+    return same and row.variant.startswith("ours") and not (config.shard and "graphed" in row.variant)
+
+
+def report(config: ScaleConfig) -> str:
+    """All of it, as text."""
+    names, devices = config.sizes.split(","), counts(config.devices, config.node)
+    if unknown := [name for name in names if name not in WORKLOADS]:
+        raise UserError(f"sizes: got {shown(unknown[0])}, expected some of: {', '.join(WORKLOADS)}")
+    try:
+        results = schema.read(Path(config.results)) if config.results else None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"results: {config.results}: {reason}") from error
+    device, rates, peak, said = rates_of(config, results)
+    fabric, links = fabric_of(config, device)
+    bases = {name: base_of(name, config, results, rates) for name in names}
+    overlaps = {name: base.overlaps or config.shard for name, base in bases.items()}
+    if config.overlap != "auto":
+        overlaps = dict.fromkeys(names, config.overlap == "yes")
+    head = f"Predicted, not measured: {short_name(device)}, {'sharded, ' * config.shard}{config.scaling} scaling"
+    said = [*(base.said for base in bases.values()), *said, *links, *_assumptions(config, overlaps)]
+    blocks = [head, "\n".join(said)]
+    for name, base in bases.items():
+        sent, predicted = traffic(base.job), []
+        for count in devices:
+            weak = replace(base.job, accumulation=config.accumulation)
+            job = weak if config.scaling == "weak" else share_out(base.job, config.tokens, count)
+            slow = float(np.interp(job.batch_size, list(base.slow), list(base.slow.values())))
+            each = predict(job, rates, slow, sent, fabric, count, overlap=overlaps[name], shard=config.shard)
+            predicted.append(each)
+        size = f"{sum(sent[0]) / 1e9:.3f} GB of gradients in {len(sent[0])} exchanges"
+        size = f"{base.job.config.n_layer} blocks and the embeddings, one by one" if config.shard else size
+        mark = "" if base.measured else " (ESTIMATE from the floor)"
+        blocks.append(f"{name}{mark}: {size}\n{table(predicted, peak, shard=config.shard)}")
+    return "\n\n".join(blocks)
+
+
+def _assumptions(config: ScaleConfig, overlaps: dict[str, bool]) -> list[str]:
+    """What the lines before the tables say of the step itself."""
+    lines = [
+        "as built    gradients are summed over ranks in float32; several micro-steps' too",
+        "assumed     other batches are as many times slower than their floors, between measured ones in proportion",
+        "assumed     a backward pass is 2/3 of a micro-step; ranks never wait for one that is slower",
+        "estimated   GB that each device holds: train/dryrun.py, fused kernels, nothing computed again",
+    ]
+    if config.shard:
+        lines += ["as built    each micro-step gathers the blocks twice and scatters gradients in float32; no graphs"]
+    auto = config.overlap == "auto"
+    source = "as built" if auto else "as set  "
+    if hidden := [name for name, overlap in overlaps.items() if overlap]:
+        lines.append(f"{source}    the backward pass hides exchanges: {', '.join(hidden)}")
+    if exposed := [name for name, overlap in overlaps.items() if not overlap]:
+        reason = ", since a graph or a compiled pass ends before they begin" if auto else ""
+        lines.append(f"{source}    nothing hides exchanges{reason}: {', '.join(exposed)}")
+    if config.scaling == "strong":
+        shares = "shared out; shares rounded up to whole sequences"
+        return [*lines, f"as set      {config.tokens:,} tokens an iteration, {shares}"]
+    return [*lines, f"as set      each device the same: {config.accumulation} micro-steps"]
+
+
+def table(predicted: list[Predicted], peak: float, *, shard: bool) -> str:
+    """Efficiency is tokens/s a device, relative to the first row's."""
+    head = ["devices", "batch", "tokens/iter", "ms/iter", "comm ms", "exposed", "tokens/s", "MFU", "MFU 6N", "effic."]
+    rows = [[*head, "GB each"]]
+    first = predicted[0].tokens / predicted[0].seconds / predicted[0].devices
+    for each in predicted:
+        job, rate = each.job, each.tokens / each.seconds
+        flops = [flops_per_token(job.config, formula) * each.tokens for formula in ("nanogpt", "6n")]
+        held = step_bytes(job, several=each.devices * job.accumulation > 1, shards=each.devices if shard else 1)
+        rows.append(
+            [
+                f"{each.devices:,}",
+                f"{job.accumulation} x {job.batch_size}",
+                f"{each.tokens:,}",
+                *(f"{1e3 * seconds:.2f}" for seconds in (each.seconds, each.communication, each.exposed)),
+                f"{rate:,.0f}",
+                *(f"{mfu(count, each.seconds, each.devices * peak):.1%}" for count in flops),
+                f"{rate / each.devices / first:.1%}",
+                f"{held / 1e9:.1f}",
+            ]
+        )
+    return aligned(rows)
+
+
+def main() -> int:
+    parsed = parse_settings(ScaleConfig, sys.argv[1:], presets=False)
+    if parsed.help:
+        print(help_text(ScaleConfig, "python -m bench.scale", ABOUT))
+        return 0
+    config = ScaleConfig(**parsed.settings)
+    check_values(config)
+    print(report(config))
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)
