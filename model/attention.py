@@ -86,6 +86,8 @@ def causal_attention(
     packed = qkv.view(B, T, 3, n_head, C3 // (3 * n_head))
     if cache is not None or T == 1:
         backend = "auto"
+    if reason := why_not_dropout(backend, p):
+        raise ValueError(f"attention: {reason}, got {p}")
     if backend in PACKAGES and not qkv.is_meta:
         y = PACKAGES[backend](packed, p)
     elif backend == "auto" and cache is None and slow_in_sdpa(qkv.device, qkv.dtype, T, p):
@@ -112,19 +114,20 @@ def _sdpa(packed: Tensor, p: float, backend: str, cache: KVCache | None, layer: 
     return y.transpose(1, 2)
 
 
-def cudnn_drops(p: float) -> bool:
-    """Whether cuDNN drops with this probability: some versions round it to sixteenths, silently (pytorch #174245)."""
-    return (16 * p) % 1 == 0
+def why_not_dropout(backend: str, p: float) -> str:
+    """Why `backend` cannot drop weights with probability `p`; empty where it can, on some device."""
+    if backend in ("fa3", "fa4") and p > 0:
+        return f"{backend} has no dropout"
+    if backend == "cudnn" and (16 * p) % 1 != 0:  # in some versions, silently: pytorch #174245
+        return "cudnn may round dropout to sixteenths"
+    return ""
 
 
 def _kernels(backend: str, p: float) -> AbstractContextManager[None]:
-    """Where SDPA takes none but the kernels of `backend`; of `auto`, all that have this dropout. ValueError for cuDNN's
-    where they have not."""
-    if cudnn_drops(p):
-        return sdpa_kernel(SDPA[backend]) if backend in SDPA else nullcontext()
-    if backend == "cudnn":
-        raise ValueError(f"attention: cudnn may round dropout to sixteenths, got {p}")
-    return sdpa_kernel([SDPA[name] for name in SDPA if name != "cudnn" and backend in (name, "auto")])
+    """Where SDPA takes none but the kernels of `backend`; of `auto`, all that have this dropout."""
+    if backend == "auto" and why_not_dropout("cudnn", p):
+        return sdpa_kernel([kernel for name, kernel in SDPA.items() if name != "cudnn"])
+    return sdpa_kernel(SDPA[backend]) if backend in SDPA else nullcontext()
 
 
 def _on_shapes(q: Tensor, k: Tensor, v: Tensor, p: float, backend: str) -> Tensor:
@@ -135,7 +138,7 @@ def _on_shapes(q: Tensor, k: Tensor, v: Tensor, p: float, backend: str) -> Tenso
         return aten._scaled_dot_product_attention_math(q, k, v, None, p, True)[0]
     if backend == "efficient" or q.dtype == torch.float32:
         return aten._scaled_dot_product_efficient_attention(q, k, v, None, keeps, p, True)[0]
-    if backend == "flash" or (backend == "auto" and not cudnn_drops(p)):
+    if backend == "flash" or (backend == "auto" and why_not_dropout("cudnn", p)):
         return aten._scaled_dot_product_flash_attention(q, k, v, p, True)[0]
     return aten._scaled_dot_product_cudnn_attention(q, k, v, None, keeps, p, True)[0]
 
@@ -177,7 +180,6 @@ def _flash_attn(packed: Tensor, p: float) -> Tensor:
 
 def _fa3(packed: Tensor, p: float) -> Tensor:
     """flash_attn 3, registered as torch's operations too."""
-    _no_dropout("fa3", p)
     from flash_attn_interface import flash_attn_qkvpacked_func
 
     return flash_attn_qkvpacked_func(packed, causal=True)
@@ -186,16 +188,10 @@ def _fa3(packed: Tensor, p: float) -> Tensor:
 @torch.compiler.disable  # its kernels are no operations that torch knows: the graph is cut here
 def _fa4(packed: Tensor, p: float) -> Tensor:
     """flash_attn 4. It has no packed function."""
-    _no_dropout("fa4", p)
     from flash_attn.cute import flash_attn_func
 
     y, _ = flash_attn_func(*packed.unbind(2), causal=True)  # with the logarithms of the softmax's sums
     return y
-
-
-def _no_dropout(backend: str, p: float) -> None:
-    if p > 0:
-        raise ValueError(f"attention: {backend} has no dropout, got {p}")
 
 
 PACKAGES: dict[str, Callable[[Tensor, float], Tensor]] = {"flash_attn": _flash_attn, "fa3": _fa3, "fa4": _fa4}

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
+from model.attention import BACKENDS, why_not_dropout
 from model.flops import flops_per_token
 from train import checkpoint as checkpoints
 from train.attention_choice import AttentionShape, choose_attention
@@ -47,7 +48,7 @@ from train.optim import LossScale
 from train.plot import plot_run
 from train.profiler import ProfiledStep, profiled_step
 from train.sample import sample_text
-from train.step import TrainStep
+from train.step import Evaluation, TrainStep
 
 ABOUT = "Train a GPT. With nothing else: the default job, which needs no network and no preparation."
 
@@ -106,15 +107,16 @@ def train(
     raw_model.recompute = config.recompute
     config = adopt_shape(config, raw_model)
     dataset.check(config.block_size, raw_model.config.vocab_size)
-    memory = ""
-    if not config.eval_only:
-        job = job_of(config, raw_model, ops, device, world, chunk, resumed=checkpoint is not None)
-        memory = check_memory(job, str(device), free_memory(device), world.size)
-    optimizer = place(config, raw_model, ops, world, device)
-    allow_tf32(device)  # before anything is measured
+    free = free_memory(device)  # before attention is measured, whose blocks torch's allocator keeps
+    allow_tf32(device)
     raw_model.attention, attention = choose_attention(
         config.attention, AttentionShape.of(raw_model, config.batch_size, device), world
     )
+    memory = ""
+    if not config.eval_only:
+        job = job_of(config, raw_model, ops, device, world, chunk, resumed=checkpoint is not None)
+        memory = check_memory(job, str(device), free, world.size)
+    optimizer = place(config, raw_model, ops, world, device)
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
     scaler = LossScale(device, enabled=dtype == torch.float16)
     progress, resumed_at = Progress(), None
@@ -151,11 +153,13 @@ def train(
     accumulation = config.gradient_accumulation_steps // world.size
     reducer = Reducer(world, optimizer.flat) if world.size > 1 and not sharded else None
     step = TrainStep(model, optimizer, grad_clip=config.grad_clip, scaler=scaler, reducer=reducer)
+    evaluation = Evaluation(model)
     graphs, without = choose_graphs(config, device, sharded=sharded)
     if without:
         say(without)
     if graphs:
-        step = GraphedStep(step, (accumulation, config.batch_size, config.block_size))
+        step = GraphedStep(step, (accumulation, config.batch_size, config.block_size), evaluation)
+        evaluation = step.evaluation
     if config.profile and world.master:
         step = profiled_step(step, config, raw_model, world, progress.iter_num, say)
     loader = Loader(
@@ -174,7 +178,7 @@ def train(
             config,
             world,
             device,
-            model=model,
+            evaluation=evaluation,
             step=step,
             loader=loader,
             log=log,
@@ -205,6 +209,11 @@ def _check_together(config: TrainConfig, world: World, device: str, dtype: torch
         )
     if config.profile and device == "mps":
         raise UserError("profile: got True, expected False on mps, whose kernels torch's profiler does not see")
+    if reason := why_not_dropout(config.attention, config.dropout):
+        able = ", ".join(name for name in BACKENDS if not why_not_dropout(name, config.dropout))
+        raise UserError(
+            f"attention: got {config.attention!r}, expected one of: {able} (with dropout={config.dropout}): {reason}"
+        )
     if config.shard and world.size > 1 and dtype == torch.float16:
         raise UserError("dtype: got float16, expected bfloat16 or float32 with shard=True, which has no loss scale")
 

@@ -15,12 +15,13 @@ from model import GPT, GPTConfig
 from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint_layout import MODEL_ARGS, MOMENTS
 from train.config import TrainConfig
-from train.data import Dataset
+from train.data import Batch, Dataset
 from train.datasets import ensure_docs
 from train.distributed import World
 from train.errors import UserError, first_line
 from train.hardware import synchronize
 from train.optim import FlatAdamW
+from train.step import Evaluation
 
 LOSS_CHUNK = 4096  # rows of logits, where not all are held: enough for the matmuls to stay large
 # CUPTI gives a replayed graph's kernels to the wrong launch. Its notes call that mended in 13.1 Update 1.
@@ -203,8 +204,9 @@ def model_to_train(
     """`model` as the step runs it: compiled if wanted and possible. by_block: in place and block by block, as what
     gathers a sharded block's parameters lies between blocks.
 
-    torch.compile works at the first call, so that call is made here, on zeros: where it fails, the run goes on without.
-    It leaves gradients behind, to be cleared. A run that only evaluates is over before compiling would have paid.
+    torch.compile works at the first call, so that call is made here, on zeros, as a step and as an evaluation make it:
+    where it fails, the run goes on without. It leaves gradients behind, to be cleared, and no loss: nobody may hold one
+    when graphs are captured (see `GraphedStep`). A run that only evaluates is over before compiling would have paid.
     """
     if not config.compile or config.eval_only:
         return model
@@ -218,6 +220,7 @@ def model_to_train(
     idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
     try:
         compiled(idx, targets)[1].backward()
+        Evaluation(compiled)([Batch(idx[None], targets[None], (0,))])
         synchronize(device)
         say(f"compiled in {time.perf_counter() - begin:.1f} s, kept for the next run in {cache_dir()}")
     except torch.OutOfMemoryError:

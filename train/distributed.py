@@ -71,8 +71,9 @@ class World:
 class Reducer:
     """Sums flat gradients over the ranks, in few large pieces, while the backward pass still makes the others.
 
-    `start_with_backward` before the last micro-step of a step, `finish` after it; without the first, all is summed in
-    `finish`. Every rank's backward pass goes the same way, so all sum the same piece at the same time.
+    `start_with_backward` before the last micro-step of a step, `finish` after it. Then each piece is gathered here, as
+    it is sent. Without the first, as where micro-steps are captured, they have gathered all themselves, and all is
+    summed in `finish`. Every rank's backward pass goes the same way, so all sum the same piece at the same time.
     """
 
     def __init__(self, world: World, flat: FlatState, piece: int = 2**23) -> None:
@@ -119,7 +120,9 @@ class Reducer:
                 self._send(piece)
 
     def _send(self, piece: int) -> None:
-        self._sent[piece] = dist.all_reduce(self.flat.gather(self._pieces[piece][0]), async_op=True)
+        part, _ = self._pieces[piece]
+        total = self.flat.gather(part) if self.overlapping else self.flat.total[part]
+        self._sent[piece] = dist.all_reduce(total, async_op=True)
 
     def finish(self) -> None:
         """Send what is left and wait for all."""

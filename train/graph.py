@@ -1,9 +1,9 @@
-"""The step captured in CUDA graphs: launched by two or three calls, with no host in the way.
+"""The step and the evaluation captured in CUDA graphs: launched by a few calls, with no host in the way.
 
-One graph holds a micro-step, forward and backward into the accumulated gradients; the other the update. So accumulation
-of any length costs no more memory. A captured launch reads its inputs where they lay and its numbers as they were: what
-changes lies in device memory (batch, rate, step count, loss scale) or in torch's generators, which a graph asks anew at
-every replay. Between the two, ranks sum their gradients.
+One graph holds a micro-step, forward and backward into the accumulated gradients; one the update; one the forward pass
+of an evaluation. So accumulation of any length costs no more memory. A captured launch reads its inputs where they lay
+and its numbers as they were: what changes lies in device memory (batch, rate, step count, loss scale) or in torch's
+generators, which a graph asks anew at every replay. Between micro-steps and update, ranks sum their gradients.
 
 The graphs share one pool of memory, which is as large as the largest of them needs. This is safe because nothing in the
 pool is read after the replay that wrote it: each graph leaves its results in tensors that were made before the capture,
@@ -11,7 +11,7 @@ and replays follow each other on one stream.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from train.data import Batch
 from train.errors import UserError, first_line
-from train.step import StepResult, TrainStep
+from train.step import Evaluation, StepResult, TrainStep
 
 Work = Callable[[], None]
 WARM_UP = 3  # runs before a capture: kernels compile, libraries choose and allocate
@@ -74,6 +74,37 @@ def _capture(run: Work, side: torch.cuda.Stream, pool: tuple[int, int]) -> Work:
     return graph.replay
 
 
+class Inputs:
+    """Where graphs find a micro-batch: x, y of `shape` (batch_size, block_size), int64."""
+
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+        self.x, self.y = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+
+    def put(self, x: Tensor, y: Tensor) -> None:
+        """ValueError for other shapes or dtypes, naming the one."""
+        for name, there, value in (("x", self.x, x), ("y", self.y, y)):
+            if value.shape != there.shape or value.dtype != there.dtype:
+                got, expected = ((x.dtype, tuple(x.shape)) for x in (value, there))
+                raise ValueError(f"{name}: got {got[0]} {got[1]}, expected {expected[0]} {expected[1]}, as captured")
+            there.copy_(value, non_blocking=True)
+
+
+class GraphedEvaluation:
+    """An `Evaluation`, captured: the same call, the same results."""
+
+    def __init__(self, replay: Work, inputs: Inputs, loss: Tensor) -> None:
+        """replay: leaves the loss of what is in `inputs` in `loss`."""
+        self._replay, self._inputs, self._loss = replay, inputs, loss
+
+    def __call__(self, batches: Iterable[Batch]) -> Tensor:
+        losses = []
+        for batch in batches:
+            self._inputs.put(batch.x[0], batch.y[0])
+            self._replay()
+            losses.append(self._loss.clone())  # the next replay writes in the same place
+        return torch.stack(losses)
+
+
 class GraphedStep:
     """`step`, captured: the same call, the same results. Inputs keep their shapes, or a ValueError names the one.
 
@@ -81,16 +112,33 @@ class GraphedStep:
     no gradients. Capturing runs the parts of a step a few times, and `step` is afterwards as it was: parameters,
     moments, step count, loss scale, random state. So it is where capturing fails, with a UserError. `capture` is
     `cuda_graphs` wherever there is CUDA; tests pass a tape.
+
+    evaluation: of the same model, to be captured too, for batches of the same size: then the attribute `evaluation` is
+    that. Both are captured at once, so that all warm-ups are over before a capture takes memory.
     """
 
-    def __init__(self, step: TrainStep, shape: tuple[int, int, int], capture: Capture = cuda_graphs) -> None:
+    def __init__(
+        self,
+        step: TrainStep,
+        shape: tuple[int, int, int],
+        evaluation: Evaluation | None = None,
+        capture: Capture = cuda_graphs,
+    ) -> None:
         self.step, self.scaler = step, step.scaler
         self.accumulation, *micro = shape
-        self.x, self.y = (torch.zeros(micro, dtype=torch.int64, device=step.loss.device) for _ in range(2))
+        self._inputs = inputs = Inputs(micro, step.loss.device)
         tasks = [
-            Task(lambda: step.micro_step(self.x, self.y, self.accumulation)),
+            Task(lambda: step.micro_step(inputs.x, inputs.y, self.accumulation)),
             Task(step.update, prepare=step.optimizer.skip_next_update),
         ]
+        if evaluation is not None:
+            loss = torch.zeros_like(step.loss)
+
+            def evaluate() -> None:
+                with evaluation.mode():
+                    loss.copy_(evaluation.loss(inputs.x, inputs.y))
+
+            tasks.append(Task(evaluate))
         # An AccumulateGrad node remembers the stream it was made on, and lives as long as any loss that leads to it.
         # Met in a capture, one from another stream makes the capture fail (torch 2.13) or wait for that stream (2.11).
         # Nobody here keeps a loss: `micro_step` drops its own. One that a cycle of dropped objects holds, a traceback
@@ -98,7 +146,7 @@ class GraphedStep:
         gc.collect()
         try:
             with unchanged(step):
-                self._micro_step, self._update = capture(tasks)
+                self._micro_step, self._update, *more = capture(tasks)
         except torch.OutOfMemoryError:  # which says what to do itself, and graphs are not to blame
             raise
         except Exception as error:  # from CUDA, Triton, a library that does what no capture may: all kinds
@@ -106,6 +154,8 @@ class GraphedStep:
                 f"cuda_graphs: got True, but the step could not be captured: {first_line(error)}; "
                 f"--no-cuda_graphs goes on without"
             ) from error
+        if evaluation is not None:
+            self.evaluation = GraphedEvaluation(*more, inputs, loss)
 
     def __call__(self, batch: Batch, lr: float) -> StepResult:
         if len(batch.seeds) != self.accumulation:
@@ -113,19 +163,11 @@ class GraphedStep:
         self.step.begin(lr)
         for micro, seed in enumerate(batch.seeds):
             self.step.seed(seed)
-            self._put(self.x, batch.x[micro], "x")
-            self._put(self.y, batch.y[micro], "y")
+            self._inputs.put(batch.x[micro], batch.y[micro])
             self._micro_step()
         self.step.reduce()
         self._update()
         return self.step.result()
-
-    @staticmethod
-    def _put(there: Tensor, value: Tensor, name: str) -> None:
-        if value.shape != there.shape or value.dtype != there.dtype:
-            got, expected = ((x.dtype, tuple(x.shape)) for x in (value, there))
-            raise ValueError(f"{name}: got {got[0]} {got[1]}, expected {expected[0]} {expected[1]}, as captured")
-        there.copy_(value, non_blocking=True)
 
 
 @contextmanager

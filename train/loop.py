@@ -12,19 +12,19 @@ from types import FrameType, TracebackType
 from typing import NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from train.config import TrainConfig
-from train.data import Loader
+from train.data import Loader, Split
 from train.distributed import World
 from train.errors import RunError
-from train.graph import GraphedStep
+from train.graph import GraphedEvaluation, GraphedStep
 from train.hardware import synchronize
 from train.log import RunLog
 from train.metrics import StepTimer, mfu, tokens_per_second
 from train.profiler import ProfiledStep
 from train.schedule import learning_rate
-from train.step import StepResult, TrainStep
+from train.step import Evaluation, StepResult, TrainStep
 
 GO_ON, OUT_OF_TIME, INTERRUPTED = range(3)  # what ranks tell each other after a step; the largest wins
 
@@ -68,15 +68,15 @@ class Signals:
 class Loop:
     """A run from `progress` to its end.
 
-    model: for evaluations; the one that `step` trains. save: has the present state written as a checkpoint; called on
-    every rank. log: None on all ranks but the master. flops: FLOPs an iteration, over all ranks. peak_flops: of all
-    devices used, together.
+    evaluation: of the model that `step` trains; batches in, the loss of each out. save: has the present state written
+    as a checkpoint; called on every rank. log: None on all ranks but the master. flops: FLOPs an iteration, over all
+    ranks. peak_flops: of all devices used, together.
     """
 
     config: TrainConfig
     world: World
     device: torch.device
-    model: nn.Module
+    evaluation: Evaluation | GraphedEvaluation
     step: TrainStep | GraphedStep | ProfiledStep
     loader: Loader
     log: RunLog | None
@@ -176,9 +176,7 @@ class Loop:
         self._read_results()
         self.timer.pause()
         begin, config, progress = time.perf_counter(), self.config, self.progress
-        self.model.eval()
         sums = torch.stack([self._sum_of_losses("train"), self._sum_of_losses("val")])
-        self.model.train()
         self.losses = losses = Losses(*(self.world.sum(sums) / config.eval_iters).tolist())
         lr, seconds = learning_rate(progress.iter_num, config), time.perf_counter() - begin
         if self.log is not None:
@@ -195,19 +193,15 @@ class Loop:
         progress.judged_at = progress.iter_num
         return better or self.config.always_save_checkpoint
 
-    @torch.no_grad()
-    def _sum_of_losses(self, split: str) -> Tensor:
+    def _sum_of_losses(self, split: Split) -> Tensor:
         """Over this rank's share of the split's evaluation batches; in float64, so that the order hardly matters.
 
-        All ranks call the model equally often, as a sharded one must be; what is too much does not count.
+        All ranks evaluate equally often, as a sharded model must be; what is too much does not count.
         """
-        losses, count = [], self.config.eval_iters
-        for first in range(0, count, self.world.size):
-            k = first + self.world.rank
-            batch = self.loader.evaluation(split, min(k, count - 1))
-            _, loss = self.model(batch.x[0], batch.y[0])
-            losses.append(loss if k < count else torch.zeros_like(loss))
-        return torch.stack(losses).cpu().double().sum()
+        count = self.config.eval_iters
+        mine = range(self.world.rank, self.world.rank + count, self.world.size)
+        losses = self.evaluation(self.loader.evaluation(split, min(k, count - 1)) for k in mine).cpu().double()
+        return losses[: len([k for k in mine if k < count])].sum()
 
     def _save(self) -> None:
         begin = time.perf_counter()

@@ -83,7 +83,8 @@ def picture(figure: "Figure", suffix: str, title: str) -> bytes:
         figure.savefig(buffer, format="svg", metadata={"Title": printable(title), **unsaid})
     svg = buffer.getvalue().decode()
     svg = re.sub(r"<metadata>.*?</metadata>", f"<style>{svg_style()}</style>", svg, count=1, flags=re.DOTALL)
-    return re.sub(r' id="[a-z][a-z0-9.]*_\d+"', "", svg).encode()  # a page of several pictures would have them twice
+    svg = re.sub(r' id="[a-z][a-z0-9.]*_\d+"', "", svg)  # a page of several pictures would have them twice
+    return (re.sub(r"\s*\n\s*", " ", svg).strip() + "\n").encode()
 
 
 @dataclass(frozen=True)

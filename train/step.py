@@ -1,9 +1,11 @@
-"""One optimizer step: micro-steps, accumulation, clipping, update. The loop around it lives in `loop.py`.
+"""One optimizer step: micro-steps, accumulation, clipping, update; and an evaluation. The loop around them: `loop.py`.
 
 Everything that changes from step to step lies in device memory, and nothing here waits for the device or branches on
 what it computed: so `graph.py` can capture `micro_step` and `update` and replay them.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -98,3 +100,32 @@ class TrainStep:
     def result(self) -> StepResult:
         """Of the step just made; copies, since the next one writes in the same places."""
         return StepResult(self.loss.clone(), self.grad_norm.clone())
+
+
+class Evaluation:
+    """evaluation(batches) -> the loss of each, (n,) float32 on the device: without dropout, gradients or a host sync.
+
+    `model` maps (idx, targets) to (logits, loss) and may be compiled; outside of an evaluation it trains. A batch is
+    one micro-step.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, batches: Iterable[Batch]) -> Tensor:
+        with self.mode():
+            return torch.stack([self.loss(batch.x[0], batch.y[0]) for batch in batches])
+
+    @contextmanager
+    def mode(self) -> Iterator[None]:
+        """What `loss` is to be called in."""
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train()
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of one micro-batch."""
+        return self.model(x, y)[1]

@@ -20,7 +20,7 @@ SHAPE = 4, CONFIG.block_size
 
 def make_model() -> GPT:
     model = on_device(lambda: GPT(CONFIG, FUSED))
-    model.compute_dtype, model.attention = torch.bfloat16, "cudnn"
+    model.compute_dtype, model.attention = torch.bfloat16, "flash"
     return model
 
 

@@ -144,7 +144,14 @@ def test_a_run_by_each_learns_the_same(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_refused_run_writes_nothing(tmp_path: Path) -> None:
-    assert refusal(run, tmp_path / "out", attention="cudnn").startswith("attention: got 'cudnn', expected one of")
+    for name in ("cudnn", "efficient"):
+        said = refusal(run, tmp_path / "out", attention=name, dropout=0.25)
+        assert said.startswith(f"attention: got {name!r}, expected one of")
+        assert "(on cpu): " in said
+    assert refusal(run, tmp_path / "out", attention="cudnn", dropout=0.2) == (
+        "attention: got 'cudnn', expected one of: auto, flash, efficient, math, flash_attn (with dropout=0.2): "
+        "cudnn may round dropout to sixteenths"
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -12,9 +12,11 @@ from torch._inductor.utils import fresh_cache
 import train.__main__ as command
 from model import GPT, GPTConfig
 from tests.train.runs import logged, run
+from tests.train.test_graph import marked
 from train.build import model_to_train
 from train.config import TrainConfig
-from train.step import TrainStep
+from train.data import Batch
+from train.step import Evaluation, TrainStep
 
 CONFIG = TrainConfig(batch_size=2, block_size=8, n_layer=1, n_head=2, n_embd=16, compile=True)
 CPU = torch.device("cpu")
@@ -47,10 +49,26 @@ def test_compiled_is_compiled() -> None:
     assert not any("not possible" in line for line in lines)
     assert "kept for the next run in /" in lines[-1]
     idx, targets = torch.randint(11, (2, 8)), torch.randint(11, (2, 8))
-    with torch._dynamo.config.patch(error_on_recompile=True):  # the training step finds its graph made
+    # a training step and an evaluation find their graphs made
+    with torch._dynamo.config.patch(error_on_recompile=True):
         loss = chosen(idx, targets)[1]
         loss.backward()
-    torch.testing.assert_close(loss, model(idx, targets)[1])
+        evaluated = Evaluation(chosen)([Batch(idx[None], targets[None], (0,))])
+    expected = model(idx, targets)[1]
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(evaluated, expected[None])
+
+
+def test_the_first_call_leaves_no_node_of_autograd_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made on another stream than a capture's, it would spoil that: see `GraphedStep`."""
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    model = small_model()
+    parameters, made = list(model.parameters()), []
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda p: made.extend(marked([p], mark=True)))
+    model_to_train(model, CONFIG, CPU, lambda line: None)
+    assert made == [False] * len(parameters)
+    assert marked(parameters) == [False] * len(parameters)
 
 
 @pytest.mark.slow

@@ -8,19 +8,25 @@ import signal
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPTConfig
 from model.flops import flops_per_token
+from tests.train import test_graph as graphs
 from tests.train.jobs import CHARS, JOB, arguments
 from tests.train.ranks import RUN, assert_same_losses, finish, records, start, train_alone, train_together
+from tests.train.tape import storage, tape
 from train import checkpoint
 from train.data import Dataset, Loader
-from train.distributed import World, local_device, process_group, world_from_environment
+from train.distributed import Reducer, World, local_device, process_group, world_from_environment
 from train.errors import UserError
+from train.flat import ALIGN
+from train.graph import GraphedStep
 
 # A place among the ranks
 
@@ -78,6 +84,45 @@ def test_ranks_draw_disjoint_samples(here):
             ) as loader:
                 offsets += loader.train(step).x[:, :, 0].flatten().tolist()
         assert len(set(offsets)) == 4 * 2 * 3
+
+
+# Gradients
+
+
+class Gathered(TorchDispatchMode):
+    """Counts elements that are added to this buffer, by whatever way."""
+
+    def __init__(self, total: torch.Tensor) -> None:
+        super().__init__()
+        self.total, self.elements = storage(total), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.add_ and storage(args[0]) == self.total:
+            self.elements += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("graphed", [False, True])
+def test_a_micro_steps_gradients_are_gathered_once(
+    graphed: bool, accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They cost 12 bytes a parameter each time, and where a graph gathers them nobody else must."""
+    sent = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda piece, **how: sent.append(piece) or mock.Mock())
+    step, alone = (graphs.make(accumulation=2, dtype=torch.bfloat16) for _ in range(2))
+    flat = step.optimizer.flat
+    step.reducer = Reducer(World(0, 0, 2), flat, piece=100)
+    assert flat.total is not flat.grad
+    call = GraphedStep(step, (accumulation, graphs.B, graphs.T), capture=tape) if graphed else step
+    with Gathered(flat.total) as gathered:
+        losses = graphs.train(call, accumulation, 1)
+    size = len(flat.total)  # the last tensor's padding need not be sent
+    assert accumulation * size - ALIGN < gathered.elements <= accumulation * size
+    assert size - ALIGN < sum(piece.numel() for piece in sent) <= size
+    assert len(sent) > 1
+    (loss, norm), (expected, twice) = losses[0], graphs.train(alone, accumulation, 1)[0]
+    assert (loss, norm) == (expected, twice / 2)  # the mean over two ranks, of which one sent zeros
 
 
 # One driver, three ranks

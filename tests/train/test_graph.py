@@ -1,6 +1,9 @@
 """GraphedStep, its capture played by a tape: the same losses and weights as the eager step, to the bit."""
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +17,9 @@ from model import GPT, GPTConfig
 from tests.train.tape import storage, tape
 from train.data import Batch
 from train.errors import UserError
-from train.graph import GraphedStep, Task, Work
+from train.graph import WARM_UP, GraphedStep, Task, Work, cuda_graphs
 from train.optim import FlatAdamW, LossScale
-from train.step import TrainStep
+from train.step import Evaluation, TrainStep
 
 B, T, V = 2, 8, 13
 CPU = torch.device("cpu")
@@ -99,6 +102,24 @@ def test_with_fused_kernels(accumulation: int, recompute: str, steps: int) -> No
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_replayed_evaluation_is_the_eager_evaluation(dtype: torch.dtype) -> None:
+    """At whatever point of training; and training does not notice it."""
+    step, twin = (make(dropout=0.2, dtype=dtype) for _ in range(2))
+    eager = Evaluation(step.model)
+    graphed = GraphedStep(step, (1, B, T), eager, capture=tape)
+    for i in range(4):
+        batches = [batch(100 + 10 * i + k, 1) for k in range(3)]
+        losses = graphed.evaluation(batches)
+        assert losses.dtype == torch.float32
+        assert torch.equal(losses, eager(batches))
+        assert len(set(losses.tolist())) == 3
+        assert step.model.training
+        one, other = graphed(batch(i, 1), 1e-2), twin(batch(i, 1), 1e-2)
+        assert torch.equal(one.loss, other.loss)
+        assert torch.equal(one.grad_norm, other.grad_norm)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_compiled(recompute: str, compiler: None) -> None:
@@ -146,7 +167,7 @@ def test_capturing_leaves_everything_as_it_was(dtype: torch.dtype, accumulation:
     step = make(ops, dropout=0.2, dtype=dtype, accumulation=accumulation)
     train(step, accumulation, 2)  # so that there are moments, and steps taken
     before = everything(step)
-    GraphedStep(step, (accumulation, B, T), capture=tape)
+    GraphedStep(step, (accumulation, B, T), Evaluation(step.model), capture=tape)
     assert all(torch.equal(x, y) for x, y in zip(everything(step), before, strict=True))
 
 
@@ -212,7 +233,7 @@ def test_what_a_capture_keeps_aside_does_not_grow_with_the_model() -> None:
     for width in (16, 64):
         step = make(n_embd=width)
         with Allocations() as allocations:
-            GraphedStep(step, (1, B, T), capture=lambda tasks: [task.run for task in tasks])
+            GraphedStep(step, (1, B, T), Evaluation(step.model), capture=lambda tasks: [task.run for task in tasks])
         counted.append(allocations.bytes)
     assert 0 < counted[0] == counted[1]
 
@@ -246,7 +267,83 @@ def test_a_capture_meets_no_node_of_autograd_from_before() -> None:
 
 
 def test_another_shape_is_refused() -> None:
-    graphed = GraphedStep(make(), (1, B, T), capture=tape)
+    step = make()
+    graphed = GraphedStep(step, (1, B, T), Evaluation(step.model), capture=tape)
     other = batch(0, 1)
-    with pytest.raises(ValueError, match=r"x: got torch.int64 \(1, 8\), expected torch.int64 \(2, 8\), as captured"):
-        graphed(Batch(other.x[:, :1], other.y[:, :1], other.seeds), 1e-3)
+    smaller = Batch(other.x[:, :1], other.y[:, :1], other.seeds)
+    for call in (lambda: graphed(smaller, 1e-3), lambda: graphed.evaluation([smaller])):
+        with pytest.raises(
+            ValueError, match=r"x: got torch.int64 \(1, 8\), expected torch.int64 \(2, 8\), as captured"
+        ):
+            call()
+
+
+class Cuda:
+    """What `cuda_graphs` asks of torch.cuda, written down."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, ends_badly: bool = False) -> None:
+        self.log: list[str] = []
+        self.stream, self.pools, self.ends_badly = "default", [], ends_badly
+        cuda = dict(
+            Stream=lambda: mock.Mock(name="side"),
+            current_stream=lambda: mock.Mock(name="default"),
+            graph_pool_handle=lambda: (0, len(self.pools)),
+            CUDAGraph=lambda: mock.Mock(replay=lambda: self.log.append("replay")),
+            stream=self.on,
+            graph=self.capture,
+        )
+        for name, value in cuda.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextmanager
+    def on(self, stream: mock.Mock) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    @contextmanager
+    def capture(self, graph: mock.Mock, *, pool: tuple[int, int], stream: mock.Mock, **how: str) -> Iterator[None]:
+        """As torch's: where ending it fails, it leaves its stream the current one."""
+        assert how == {"capture_error_mode": "thread_local"}
+        assert self.stream is stream  # that of the warm-ups
+        self.pools.append(pool)
+        self.log.append("capture")
+        try:
+            yield
+        finally:
+            if self.ends_badly:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_all_is_warmed_up_before_the_first_capture_and_captured_in_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch)
+    names = ("one", "two")
+    tasks = [
+        Task(functools.partial(cuda.log.append, name), functools.partial(cuda.log.append, f"before {name}"))
+        for name in names
+    ]
+    replays = cuda_graphs(tasks)
+    warmed = [entry for name in names for entry in [f"before {name}", name] * WARM_UP]
+    assert cuda.log == [*warmed, "capture", "one", "capture", "two"]
+    assert cuda.pools == [(0, 0), (0, 0)]
+    assert cuda.stream == "default"
+    for replay in replays:
+        replay()
+    assert cuda.log[-2:] == ["replay", "replay"]
+
+
+def test_a_capture_that_fails_says_why_and_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch, ends_badly=True)
+    runs = iter(range(WARM_UP))
+
+    def run() -> None:
+        if next(runs, None) is None:
+            raise RuntimeError("a library waits for the device")
+
+    with pytest.raises(RuntimeError, match="a library waits for the device"):
+        cuda_graphs([Task(run)])
+    assert cuda.stream == "default"
+    with pytest.raises(RuntimeError, match="previous error"):
+        cuda_graphs([Task(lambda: None)])

@@ -14,14 +14,16 @@ from model import GPT, GPTConfig
 from model.pretrained import from_checkpoint
 from tests.train.jobs import CHARS, make_data
 from tests.train.runs import CONSTANT, iterations, last, logged, run
+from tests.train.tape import tape
 from train.config import TrainConfig
-from train.data import Batch, Dataset, Loader
+from train.data import Dataset, Loader
 from train.distributed import World
+from train.graph import GraphedStep
 from train.log import RunLog
 from train.loop import Loop, Progress
 from train.metrics import StepTimer
 from train.optim import FlatAdamW
-from train.step import StepResult, TrainStep
+from train.step import Evaluation, TrainStep
 
 # What is said
 
@@ -99,32 +101,38 @@ class Parts:
     saved: list[Progress] = dataclasses.field(default_factory=list)
     lines: list[str] = dataclasses.field(default_factory=list)
 
-    def run(self, evaluated: nn.Module | None = None) -> int:
+    def run(self, evaluated: nn.Module | None = None, *, graphed: bool = False) -> int:
         shape = dict(batch_size=2, block_size=16, n_layer=1, n_head=2, n_embd=32, dropout=0.5)
         config = TrainConfig(**shape | dict(out_dir=str(self.folder), eval_iters=1) | self.settings)
+        torch.manual_seed(0)
         model = GPT(GPTConfig(16, len(CHARS), 1, 2, 32, dropout=0.5))
         make_data(self.folder / "data")
         clock = self.clock
 
         class Step(TrainStep):
-            def __call__(self, batch: Batch, lr: float) -> StepResult:
+            def begin(self, lr: float) -> None:
                 clock.now += 1
                 assert model.training
-                return super().__call__(batch, lr)
+                super().begin(lr)
 
         def save(progress: Progress) -> None:
             clock.now += 10_000
             self.saved.append(dataclasses.replace(progress))
 
         optimizer = FlatAdamW(model, REFERENCE, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+        step = Step(model, optimizer, grad_clip=1.0)
+        evaluation = Evaluation(evaluated or Evaluated(model, clock))
+        if graphed:
+            step = GraphedStep(step, (1, 2, 16), evaluation, capture=tape)
+            evaluation = step.evaluation
         log = RunLog(self.folder, {}, device="cpu", parameters=0, console=self.lines.append)
         with Loader(Dataset(self.folder / "data"), batch_size=2, block_size=16) as loader:
             self.loop = Loop(
                 config,
                 World(),
                 torch.device("cpu"),
-                model=evaluated or Evaluated(model, clock),
-                step=Step(model, optimizer, grad_clip=1.0),
+                evaluation=evaluation,
+                step=step,
                 loader=loader,
                 log=log,
                 save=save,
@@ -176,10 +184,21 @@ def test_the_time_of_an_iteration_leaves_out_evaluations_and_saves(tmp_path, log
 def test_an_evaluation_is_without_dropout_and_gradients_and_training_goes_on_with_them(tmp_path):
     parts = Parts(tmp_path, dict(max_iters=4, eval_interval=2, eval_iters=3))
     parts.run()
-    evaluated = parts.loop.model
+    evaluated = parts.loop.evaluation.model
     assert evaluated.calls == 3 * 2 * 3
     assert evaluated.model.training
     assert not any(parameter.grad.any() for parameter in evaluated.parameters())
+
+
+def test_the_loop_cannot_tell_graphs_from_what_they_hold(tmp_path):
+    settings = dict(max_iters=5, eval_interval=2, eval_iters=3, learning_rate=0.1)
+    eager, graphed = (Parts(tmp_path / name, settings) for name in ("eager", "graphed"))
+    assert (eager.run(), graphed.run(graphed=True)) == (0, 0)
+    for kind in ("iter", "eval"):
+        ours, theirs = (logged(parts.folder, kind) for parts in (graphed, eager))
+        assert [ours[i].keys() for i in ours] == [theirs[i].keys() for i in theirs]
+        for name in ("loss", "grad_norm") if kind == "iter" else ("train_loss", "val_loss"):
+            assert [record[name] for record in ours.values()] == [record[name] for record in theirs.values()]
 
 
 def test_only_improvements_are_saved_if_so_set(tmp_path):

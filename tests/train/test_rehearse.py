@@ -94,6 +94,9 @@ def test_data_that_is_there_is_checked(rehearse, tmp_path: Path) -> None:
 
 def test_bad_settings_are_refused_as_for_a_run(rehearse) -> None:
     assert "n_embd" in refused(rehearse, *SMALL, "--n_embd=63", "--rehearse=h100")
+    for attention, dropout in (("cudnn", 0.2), ("fa3", 0.25)):
+        settings = f"--attention={attention}", f"--dropout={dropout}"
+        assert f"(with dropout={dropout}): {attention} " in refused(rehearse, *SMALL, *settings, "--rehearse=h100")
     assert "out_dir" in refused(rehearse, *SMALL, "--out_dir=/dev/null/x", "--rehearse=h100")
     assert "n_layer" in refused(rehearse, "--init_from=gpt2-xl", "--n_layer=3", "--rehearse=h200")
 
