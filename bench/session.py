@@ -10,8 +10,7 @@ import torch
 from bench.bounds import bound
 from bench.schema import Kernel, Peak, Step, median
 from bench.timing import Clock
-from train.ceilings import Ceilings, measure_ceilings
-from train.hardware import peak_flops, resolve_device, resolve_dtype
+from train.hardware import Ceilings, measure_ceilings, peak_flops, resolve_device, resolve_dtype
 
 CLOCK = Clock()  # one for all: pytest-benchmark wants a test's timer before the test begins
 

@@ -8,6 +8,7 @@ not apply. A card that boosts over its rated clock can beat its data sheet by a 
 import platform
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,8 +196,7 @@ def _tf32_allowed() -> bool:
 
 def measure_flops(device: torch.device, dtype: torch.dtype, budget: float = 0.5) -> float:
     """The best FLOP/s of square matmuls of three sizes, in about `budget` seconds."""
-    # On a CPU a longer timing only catches more of what else runs there. A GPU needs its queue filled.
-    sizes, repeats = ((256, 512, 1024), 1) if device.type == "cpu" else ((1024, 2048, 4096), 8)
+    sizes = (256, 512, 1024) if device.type == "cpu" else (1024, 2048, 4096)
     generator = torch.Generator(device)  # the run's own random state stays as it is
     best = 0.0
     for size in sizes:
@@ -204,22 +204,49 @@ def measure_flops(device: torch.device, dtype: torch.dtype, budget: float = 0.5)
         if best and flops / best > budget:
             break
         a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
-        _time_matmul(a, b, 1)  # chooses and loads the kernel
-        deadline = time.perf_counter() + budget / len(sizes)
-        while True:
-            best = max(best, flops / _time_matmul(a, b, repeats))
-            if time.perf_counter() > deadline:
-                break
+        best = max(best, flops / _least_seconds(lambda a=a, b=b: a @ b, device, budget / len(sizes)))
     return best
 
 
-def _time_matmul(a: torch.Tensor, b: torch.Tensor, repeats: int) -> float:
-    synchronize(a.device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        a @ b
-    synchronize(a.device)
-    return (time.perf_counter() - start) / repeats
+COPIED = 2**28  # bytes of the tensor that is copied: an H100 caches 50 MB, a B200 126 MB, a CPU seldom more than this
+
+
+def measure_bandwidth(device: torch.device, budget: float = 0.5, size: int = COPIED) -> float:
+    """The best rate of copying `size` bytes from memory to memory, in about `budget` seconds; bytes/s, both ways."""
+    source = torch.ones(size // 4, device=device)  # written: pages that nobody wrote to may all be one
+    target = torch.empty_like(source)
+    return 2 * size / _least_seconds(lambda: target.copy_(source), device, budget)
+
+
+def _least_seconds(call: Callable[[], object], device: torch.device, budget: float) -> float:
+    """The shortest time of a call, of those made in about `budget` seconds."""
+    # On a CPU a longer timing only catches more of what else runs there. A GPU needs its queue filled.
+    repeats = 1 if device.type == "cpu" else 8
+    call()  # chooses and loads the kernel
+    best, deadline = float("inf"), time.perf_counter() + budget
+    while True:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        synchronize(device)
+        now = time.perf_counter()
+        best = min(best, (now - start) / repeats)
+        if now > deadline:
+            return best
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device did at best when it was measured."""
+
+    flops: float  # FLOP/s of a large matmul
+    bandwidth: float  # bytes/s of a large copy, those read and those written together
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Both, the first in `dtype`, in about a second. Nothing else should run on the device meanwhile."""
+    return Ceilings(measure_flops(device, dtype), measure_bandwidth(device))
 
 
 def use_device(device: torch.device) -> torch.device:

@@ -22,10 +22,9 @@ from train.data import Batch
 from train.distributed import World
 from train.dryrun import Job, dry_run
 from train.graph import GraphedStep
-from train.kernel_names import OTHER
 from train.optim import FlatAdamW
+from train.profile import OTHER, read
 from train.step import TrainStep
-from train.timeline import read
 
 CUDA = torch.device("cuda")
 
