@@ -20,9 +20,16 @@ from bench.schema import Ceiling, Failure, Results
 from bench.tables import summary
 from bench.variants import variants
 from bench.workloads import DEFAULTS, WORKLOADS
-from train.ceilings import measure_bandwidth
 from train.errors import UserError, run
-from train.hardware import lookup, measure_flops, peak_flops, resolve_device, resolve_dtype, use_device
+from train.hardware import (
+    lookup,
+    measure_bandwidth,
+    measure_flops,
+    peak_flops,
+    resolve_device,
+    resolve_dtype,
+    use_device,
+)
 from train.settings import check_values, help_text, parse_settings, setting
 
 PARTS = ("ceilings", "tests", "kernels", "steps")

@@ -10,8 +10,7 @@ import torch
 from bench.bounds import bound
 from bench.clock import Clock
 from bench.schema import Kernel, Peak, Step, median
-from train.ceilings import Ceilings, measure_ceilings
-from train.hardware import peak_flops, resolve_device, resolve_dtype, use_device
+from train.hardware import Ceilings, measure_ceilings, peak_flops, resolve_device, resolve_dtype, use_device
 
 CLOCK = Clock()  # one for all: pytest-benchmark wants a test's timer before the test begins
 

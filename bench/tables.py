@@ -45,6 +45,11 @@ def summary(results: Results) -> str:
     return "\n\n".join(blocks)
 
 
+def short_name(name: str) -> str:
+    """Of torch's name of a device: without the maker, who is nearly always the same."""
+    return name.removeprefix("NVIDIA ").strip()
+
+
 def steps_table(rows: list[Step], peak: float | None) -> str:
     """One workload's: times, tokens/s, MFU of `peak` FLOP/s in both conventions, memory, and the ratio to the best of
     the reference's modes."""

@@ -23,10 +23,9 @@ from train.distributed import World
 from train.dryrun import Job, dry_run
 from train.errors import UserError
 from train.graph import WARM_UP, GraphedStep
-from train.kernel_names import OTHER
 from train.optim import FlatAdamW
+from train.profile import OTHER, read
 from train.step import Evaluation, TrainStep
-from train.timeline import read
 
 CUDA = torch.device("cuda")
 
