@@ -206,7 +206,9 @@ def plan_forward(
     device: Device, idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, p: float, x: Tensor
 ) -> list[Launch]:
     """idx (M,); wte (V, C) and wpe (T, C) with unit last stride; x (M, C) is written."""
-    (M, C), BLOCK = x.shape, _block(wte.shape[1], 16)
+    M, C = x.shape
+    # rows that are not aligned are read element by element, with an address each: fewer at once, or registers spill
+    BLOCK = _block(C, 16 if C % 8 == 0 else 8)
     args = dict(
         idx_ptr=idx, wte_ptr=wte, wpe_ptr=wpe, seed_ptr=seed, x_ptr=x, wte_stride=wte.stride(0),
         wpe_stride=wpe.stride(0), M=M, T=wpe.shape[0], V=wte.shape[0], C=C, threshold=keep_threshold(p),
