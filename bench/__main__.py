@@ -1,12 +1,12 @@
 """python -m bench: everything that this machine can measure, in one results file.
 
-Ceilings, GPU tests, kernels, training steps: each part has its share of `--minutes`, and what one part leaves the next
-may use. The file is written anew after every part, so that whatever ends the run, what was measured is kept.
+Ceilings, GPU tests, kernels, training steps: each part has its share of `--minutes`, compiling included, and what one
+part leaves the next may use. What does not fit is left out, and its rows say so. The file is written anew after every
+part, so that whatever ends the run, what was measured is kept.
 """
 
 import dataclasses
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +14,22 @@ from pathlib import Path
 import torch
 
 from bench import kernels, provenance, schema, steps, tests
+from bench.budget import Budget
 from bench.progress import Progress
 from bench.schema import Ceiling, Failure, Results
 from bench.tables import summary
 from bench.variants import variants
 from bench.workloads import DEFAULTS, WORKLOADS
-from train.ceilings import measure_bandwidth
 from train.errors import UserError, run
-from train.hardware import lookup, measure_flops, peak_flops, resolve_device, resolve_dtype, use_device
+from train.hardware import (
+    lookup,
+    measure_bandwidth,
+    measure_flops,
+    peak_flops,
+    resolve_device,
+    resolve_dtype,
+    use_device,
+)
 from train.settings import check_values, help_text, parse_settings, setting
 
 PARTS = ("ceilings", "tests", "kernels", "steps")
@@ -31,7 +39,7 @@ ABOUT = "Measure this machine: its ceilings, GPU tests, kernels and training ste
 
 @dataclass(frozen=True)
 class BenchConfig:
-    minutes: float = setting(8.0, "about how long all of it may take", low=0.1)
+    minutes: float = setting(8.0, "how long all of it may take", low=0.1)
     parts: str = setting(",".join(PARTS), "which parts, separated by commas")
     workloads: str = setting("", f"which steps, separated by commas: {', '.join(WORKLOADS)}; empty: by device")
     nanogpt_dir: str = setting("", "folder of a nanoGPT checkout (its model.py), to be measured beside ours")
@@ -45,7 +53,7 @@ class Bench:
 
     def __init__(self, config: BenchConfig, device: torch.device, dtype: torch.dtype, progress: Progress) -> None:
         self.config, self.device, self.dtype, self.progress = config, device, dtype, progress
-        self.deadline = time.monotonic() + 60 * config.minutes
+        self.budget = Budget(60 * config.minutes)
         self.results = Results(
             device=provenance.device(device),
             software=provenance.software(),
@@ -55,11 +63,6 @@ class Bench:
             peak=schema.Peak(**dataclasses.asdict(peak_flops(device, dtype))),
             clocks_before=provenance.clocks(device),
         )
-
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return max(0.0, self.deadline - time.monotonic())
 
     def add(self, **found: object) -> None:
         self.results = replace(self.results, **found)
@@ -91,9 +94,9 @@ class Bench:
         names = workloads_of(self.config, self.device)
         for i, name in enumerate(names):
             every = variants(self.device, self.dtype, self.config.nanogpt_dir)
-            share = self.left / (len(names) - i)
+            share = self.budget.left / (len(names) - i)
             rows: list[schema.Step] = []
-            options = {"seconds": share, "tell": self.progress.at, "into": rows}
+            options = {"seconds": share, "budget": self.budget.part(share), "tell": self.progress.at, "into": rows}
             try:
                 steps.measure(WORKLOADS[name], every, self.device, self.dtype, **options)
             finally:
@@ -120,9 +123,9 @@ def measure(bench: Bench, parts: list[str], write: Callable[[Results], None]) ->
     """Run the parts in their order; a part that fails is recorded, and the others go on. The exit status."""
     status = 0
     for name in parts:
-        bench.progress.part(name, bench.left)
+        bench.progress.part(name, bench.budget.left)
         try:
-            getattr(bench, name)(SHARES[name] * bench.left)
+            getattr(bench, name)(SHARES[name] * bench.budget.left)
         except KeyboardInterrupt:
             bench.add(failures=[*bench.results.failures, Failure(name, "interrupted")])
             status = 130

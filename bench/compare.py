@@ -46,6 +46,11 @@ class Row:
     group: Hashable  # what it took turns with
     ours: bool
     seconds: np.ndarray
+    first: int = 0  # of its group's rounds, the one that it begins with
+
+    def beside(self, other: "Row") -> np.ndarray:
+        """Its rounds that the other took part in too."""
+        return self.seconds[other.first - self.first :][: len(other.seconds)] if other.first >= self.first else []
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,7 @@ def _shapes(runs: Sequence[Run]) -> dict[str, set]:
 def _steps(run: Run) -> Rows:
     return {
         (step.workload, step.variant, step.dtype): Row(
-            step.workload, not is_reference(step), np.log(step.seconds).reshape(-1, step.turn)
+            step.workload, not is_reference(step), np.log(step.seconds).reshape(-1, step.turn), step.first_round
         )
         for step in run.results.steps
         if step.seconds
@@ -184,9 +189,11 @@ def _table(title: str, a: Sequence[Rows], b: Sequence[Rows], within: float, *, p
         first, count = runs[0][names], sum(names in rows for rows in a)
         if first.ours:
             same = [name for name, row in runs[0].items() if paced and row.group == first.group and not row.ours]
-            controls = [name for name in same if all(name in rows for rows in runs)]
+            controls = [
+                name for name in same if all(name in rows and len(rows[name].beside(rows[names])) for rows in runs)
+            ]
             own = [rows[names].seconds for rows in runs]
-            quiet = quiet_rounds(own, [[rows[name].seconds for name in controls] for rows in runs], within)
+            quiet = quiet_rounds(own, [[rows[name].beside(rows[names]) for name in controls] for rows in runs], within)
             found[names] = ([own[:count], own[count:]], [quiet[:count], quiet[count:]])
     many = sum(min(map(len, (*quiet[0], *quiet[1]))) >= LEAST for _, quiet in found.values())
     cells = [[title, "A, ms", "B, ms", "quiet rounds", "B/A", f"{100 * LEVEL:.0f} % interval", "verdict"]]

@@ -15,17 +15,18 @@ from pathlib import Path
 
 from bench import schema
 from bench.bounds import Bound, bound
-from bench.devices import DEVICES, short_name
 from bench.schema import Kernel, Results, Step, median
-from bench.tables import is_reference, key, quantile
+from bench.tables import baseline as fastest_reference
+from bench.tables import is_reference, key, quantile, short_name
 from bench.workloads import WORKLOADS
 from model.config import GPTConfig
 from model.flops import flops_per_token
 from model.work import Work, floor, step_work
-from train.hardware import lookup
+from train.hardware import CARDS, lookup
 from train.metrics import mfu
 
 ESTIMATED = ("gpt2", "shakespeare_char")  # workloads
+ESTIMATED_ON = ("a100", "h100", "h200", "b200", "l4", "4090")  # of CARDS
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Estimate:
 
 
 def estimates(runs: Sequence["Run"]) -> list[Estimate]:
-    """For every device of the list, and every workload of ESTIMATED, that none of the runs measured."""
+    """For every device of ESTIMATED_ON, and every workload of ESTIMATED, that none of the runs measured."""
     measured = {
         (lookup(run.results.device.name), workload.name)
         for run in runs
@@ -104,7 +105,7 @@ def estimates(runs: Sequence["Run"]) -> list[Estimate]:
     found = []
     for workload in map(WORKLOADS.get, ESTIMATED):
         parts = least_work(workload.config, workload.batch_size, workload.accumulation, size=2)
-        for name in DEVICES.values():
+        for name in (CARDS[card].name for card in ESTIMATED_ON):
             row = lookup(name)
             if (row, workload.name) not in measured:
                 rates = row.bf16 * 1e12, row.bandwidth * 1e9
@@ -119,7 +120,7 @@ class StepRow:
 
     step: Step
     peak: float | None  # FLOP/s
-    baseline: float | None = None  # seconds of the fastest step that is not ours
+    baseline: float | None = None  # seconds of the fastest step that is not ours, in the same rounds
 
     @property
     def seconds(self) -> float | None:
@@ -253,7 +254,7 @@ class Run:
         steps = [step for step in self.results.steps if step.workload == name]
         peak = self.results.peak.flops if self.results.peak else None
         baseline = _fastest(StepRow(step, peak) for step in steps if step.compares and is_reference(step))
-        rows = [StepRow(step, peak, baseline.seconds if baseline else None) for step in steps]
+        rows = [StepRow(step, peak, fastest_reference(step, steps)) for step in steps]
         # of the narrowest dtype: the fewest bytes that anybody has to move
         floors = [seconds for step in steps if (seconds := step_floor(step, self.results))]
         return Workload(name, rows, baseline, min(floors, default=None))

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.compiling import only_compiled
 from kernels import reference, select
 from kernels.cases import CASES, Case, Shape, draw
 from kernels.launch import INTERPRETED
 from model.attention import BACKENDS, causal_attention
 
 Function = Callable[..., Any]
+COMPILED = "compiled"  # the entrant that torch.compile makes of the reference
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Entrant:
 def entrants(case: Case, device: torch.device) -> list[Entrant]:
     """The variants of a case, whether or not they can run here. torch.compile's is of the reference."""
     fused, plain = case.in_place or (case.fused, case.reference)
-    compiled = Entrant("compiled", lambda: torch.compile(plain, dynamic=False))
+    compiled = Entrant(COMPILED, lambda: only_compiled(plain))
     if case.name == ATTENTION.name:
         others = [Entrant(name, partial(partial, plain, backend=name)) for name in BACKENDS if name != "auto"]
         return [Entrant("reference", lambda: plain), compiled, *others]

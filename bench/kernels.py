@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.entrants import ATTENTION, TIMED, Entrant, Function, entrants
+from bench.budget import NO_TIME, Budget
+from bench.compiling import compilations, compiling
+from bench.entrants import ATTENTION, COMPILED, TIMED, Entrant, Function, entrants
 from bench.schema import WRONG, Kernel
-from bench.timing import Staged, Work, by_turns
 from kernels.cases import Case, Shape
 from kernels.check import disagreement, in_float64, outputs_and_gradients
+from kernels.timing import Staged, Work, by_turns
 from train.hardware import resolve_dtype
 
 Inputs = dict[str, Any]
@@ -28,6 +30,7 @@ Graph = tuple[list[Tensor], list[Tensor]]  # outputs, and the inputs that they a
 OTHERS_TIMES = 16.0  # of plain torch's error, that others may make
 CHECKED_FLOPS = 1e12  # of a forward pass in float64, which most GPUs compute slowly; above, fewer rows are checked
 LEAST_SECONDS = 0.02  # of timing, however little is left
+CASE = "case"  # for the budget: compiling and checking a case's variants
 
 
 def directions(case: Case) -> tuple[str, ...]:
@@ -64,7 +67,7 @@ class Contest:
     """
 
     def __init__(self, case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-        torch.compiler.reset()  # or, after a few shapes, torch would compile no more and say nothing
+        torch.compiler.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         self.case, self.shape, self.dtype, self.device = case, shape, dtype, device
@@ -84,9 +87,13 @@ class Contest:
                 self._skip(name, first_line(error))
         self._cotangents: list[Tensor] = []
 
-    def measure(self, direction: str, seconds: float, least: int = 5) -> list[Kernel]:
-        """A row of every variant, in their order; about `seconds` of samples, `least` of each or more."""
-        skipped, works = dict(self.skipped), {}
+    @compiling()
+    def measure(self, direction: str, seconds: float, least: int = 5, budget: Budget | None = None) -> list[Kernel]:
+        """A row of every variant, in their order; about `seconds` of samples, `least` of each or more.
+
+        budget: where `least` of each do not fit into what is left of it, none is taken. None: as long as it takes.
+        """
+        skipped, works, begin = dict(self.skipped), {}, time.perf_counter()
         for entrant in self.entrants:
             if entrant.name in self._functions:
                 work = self._work(entrant, direction)
@@ -98,11 +105,18 @@ class Contest:
                     skipped[entrant.name] = reason
                 else:
                     works[entrant.name] = work
+        once = time.perf_counter() - begin
+        if budget and not budget.fits((least + 1) * once):
+            skipped, works = skipped | dict.fromkeys(works, NO_TIME), {}
         samples: dict[str, list[float]] = {}
+        before = compilations()
         try:
             samples = by_turns(works, self.device, seconds=seconds, least=least) if works else {}
         except torch.OutOfMemoryError as error:  # what went alone does not go beside the others
             skipped |= dict.fromkeys(works, first_line(error))
+        if compilations() > before:
+            samples.pop(COMPILED, None)
+            skipped[COMPILED] = f"{WRONG}it was compiled anew while it was timed"
         return [
             row(self.case, self.shape, self.dtype, direction, e.name, samples.get(e.name), skipped.get(e.name, ""))
             for e in self.entrants
@@ -112,6 +126,7 @@ class Contest:
         self._functions.pop(name, None)
         self.skipped[name] = reason
 
+    @compiling()
     def _check(self) -> None:
         """Leave out what does not compute what the reference does, and everything where ours does not."""
         shape = self.shape
@@ -260,17 +275,17 @@ def rows(device: torch.device, seconds: float, cases: tuple[Case, ...] = TIMED) 
     dtype = resolve_dtype("auto", device)
     every = [(i, case, shape) for case in cases for i, shape in enumerate(shapes(case, device))]
     every.sort(key=lambda turn: turn[0])  # stable
-    deadline = time.perf_counter() + seconds
+    budget = Budget(seconds)
     for done, (_, case, shape) in enumerate(every):
-        began = time.perf_counter()
-        share = (deadline - began) / (len(every) - done)
-        if share <= 0:
+        if not budget.fits(budget.expected(CASE)):
             for direction in directions(case):
                 for entrant in entrants(case, device):
-                    yield row(case, shape, dtype, direction, entrant.name, skipped="no time was left")
+                    yield row(case, shape, dtype, direction, entrant.name, skipped=NO_TIME)
             continue
-        contest = Contest(case, shape, dtype, device)
+        of_case = budget.part(budget.left / (len(every) - done))
+        with budget.task(CASE):
+            contest = Contest(case, shape, dtype, device)
         for nth, direction in enumerate(directions(case)):
-            left = (began + share - time.perf_counter()) / (len(directions(case)) - nth)
-            yield from contest.measure(direction, max(left, LEAST_SECONDS))
+            share = of_case.left / (len(directions(case)) - nth)
+            yield from contest.measure(direction, max(share, LEAST_SECONDS), budget=budget)
         del contest  # its memory, before the next one's

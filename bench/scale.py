@@ -8,6 +8,16 @@ Several devices: each makes its micro-steps, then the gradients are summed, then
 can hide of an exchange costs nothing, except the last exchange: the token embedding's gradients (the head's weight too)
 are complete only at the end. Sharded (`train/shard.py`), each micro-step gathers every block for its forward and again
 for its backward pass, the embeddings once, in the compute dtype, and scatters all gradients in float32.
+
+A ring of N devices reduces and scatters S bytes, or gathers them, in N - 1 hops (Patarasuk and Yuan 2009, "Bandwidth
+optimal all-reduce algorithms"). An all-reduce is both, and one call.
+
+    (N - 1) / N * S / bandwidth + (N - 1) * hop
+
+Over n nodes of g devices it goes in two levels: inside each node first, then each device exchanges its part S / g with
+its counterparts through a network card of its own. Across many nodes the hops add up, and NCCL all-reduces over two
+binary trees instead, in 2 log2(n) hops (Sanders, Speck and Traeff 2009, "Two-tree algorithms for full bandwidth
+broadcast, reduction and scan"). The faster of both counts.
 """
 
 import math
@@ -19,9 +29,8 @@ import numpy as np
 import torch
 
 from bench import schema
-from bench.devices import CALL, DEVICES, NCCL, NETWORK, Fabric, link_of, short_name
 from bench.schema import Results, Step, median
-from bench.tables import aligned
+from bench.tables import aligned, short_name
 from bench.workloads import WORKLOADS
 from model import GPT, GPTConfig
 from model.flops import flops_per_token, num_params
@@ -30,7 +39,7 @@ from train import errors
 from train.distributed import Reducer, World
 from train.errors import UserError
 from train.flat import FlatState
-from train.hardware import DTYPES, lookup
+from train.hardware import CARDS, DTYPES, lookup
 from train.metrics import mfu
 from train.settings import check_values, help_text, parse_settings, setting, shown
 
@@ -39,6 +48,8 @@ Traffic = tuple[list[int], int, int]  # bytes of each exchange of gradients; par
 ABOUT = "Predict tokens/s and MFU of several devices, from one device's measured step and the links between them."
 FORWARD, BACKWARD = 1 / 3, 2 / 3  # of a micro-step: matmuls, most of it, are done once forward and twice backward
 FLOAT32 = 4  # bytes
+NETWORK, CALL = 14.0, 8.4  # microseconds of a hop between nodes, and of any exchange before its first hop
+NCCL = "NCCL's own model, src/graph/tuning.cc"
 
 
 def step_bytes(job: "Job", *, several: bool, shards: int) -> int:
@@ -55,7 +66,7 @@ def step_bytes(job: "Job", *, several: bool, shards: int) -> int:
 @dataclass(frozen=True)
 class ScaleConfig:
     results: str = setting("", "a results file of python -m bench; empty: estimates for --device")
-    device: str = setting("H100", f"without a results file: {', '.join(DEVICES)}, or torch's name of one")
+    device: str = setting("H100", f"without a results file: {', '.join(CARDS)}, or torch's name of one")
     sizes: str = setting("gpt2,gpt2-medium,gpt2-large,gpt2-xl", f"of {', '.join(WORKLOADS)}")
     devices: str = setting("1,2,4,8,64,1024", "how many, separated by commas")
     scaling: str = setting("strong", "share an iteration out, or give each device as much", choices=("strong", "weak"))
@@ -97,6 +108,37 @@ class Predicted:
     @property
     def tokens(self) -> int:  # an iteration's, of all devices
         return self.devices * self.job.accumulation * self.job.batch_size * self.job.config.block_size
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """Nodes of devices: bytes/s in one direction, of one device, as reached; seconds of a hop and of a call."""
+
+    node: int  # devices that one node has
+    inside: float
+    between: float
+    hop_inside: float = 0.0
+    hop_between: float = 0.0
+    call: float = 0.0
+
+    def gather(self, size: float, devices: int) -> float:
+        """Seconds of one all-gather, or one reduce-scatter, of `size` bytes in all; 0 for a lone device."""
+        inside, between, _ = self._rings(size, devices)
+        return (inside + between + self.call) * (devices > 1)
+
+    def all_reduce(self, size: float, devices: int) -> float:
+        """Seconds of one all-reduce of `size` bytes; 0 for a lone device."""
+        inside, ring, tree = self._rings(size, devices)
+        return (2 * inside + min(2 * ring, tree) + self.call) * (devices > 1)
+
+    def _rings(self, size: float, devices: int) -> tuple[float, float, float]:
+        """Seconds of half an all-reduce within a node, of half of one across, and of trees across, there and back."""
+        assert devices <= self.node or devices % self.node == 0, (devices, self.node)
+        g = min(devices, self.node)
+        n, part = devices // g, size / g
+        inside = (g - 1) / g * size / self.inside + (g - 1) * self.hop_inside
+        ring = (n - 1) / n * part / self.between + (n - 1) * self.hop_between
+        return inside, ring, 2 * part / self.between + 2 * (n - 1).bit_length() * self.hop_between
 
 
 def floors(job: Job, rates: Rates, *, several: bool) -> tuple[float, float]:
@@ -181,7 +223,8 @@ def counts(text: str, node: int) -> list[int]:
 
 def rates_of(config: ScaleConfig, results: Results | None) -> tuple[str, Rates, float, list[str]]:
     """(device's name, its rates, its peak, what is said of them), by what the file measured, else by data sheets."""
-    name = results.device.name if results else DEVICES.get(config.device, config.device)
+    card = CARDS.get(config.device.lower())
+    name = results.device.name if results else card.name if card else config.device
     row = lookup(name)
     matmul, copy = (results.ceiling(what) if results else None for what in ("matmul", "copy"))
     if row is None and results is None:
@@ -205,14 +248,15 @@ def rates_of(config: ScaleConfig, results: Results | None) -> tuple[str, Rates, 
 
 def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
     """The links, and what is said of them."""
-    link = link_of(device)
+    row = lookup(device)
+    link = row.link if row else None
     if link is None and not config.intranode_gbyte:
         raise UserError(f"intranode_gbyte: got 0.0, expected GB/s in one direction: no link of {device} is known")
-    kind, gbytes, hop, source = link or ("", 0.0, NETWORK, "")
-    gbytes, share = config.intranode_gbyte or gbytes, config.link_share
+    gbytes, share = config.intranode_gbyte or link.bandwidth, config.link_share
+    hop = link.hop if link else NETWORK
     where = f"{gbytes:g} GB/s in one direction between devices of a node"
     said = [
-        f"as set      {where}" if config.intranode_gbyte else f"data sheet  {where}, {kind} ({source})",
+        f"as set      {where}" if config.intranode_gbyte else f"data sheet  {where}, {link.name} ({link.source})",
         f"assumed     nodes of {config.node}; a network card of {config.internode_gbit:g} Gbit/s for each device",
         f"assumed     {share:.0%} of a link's rate is reached (NCCL's protocols cost about 20%: nccl-tests issue 212)",
         f"assumed     {CALL:g} us an exchange; a hop {hop:g} us within a node, {NETWORK:g} between ({NCCL})",

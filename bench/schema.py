@@ -103,6 +103,9 @@ class Step:
     flops: dict[str, float] = field(default_factory=dict)  # an iteration, by formula: "nanogpt", "6n"
     seconds: list[float] = field(default_factory=list)
     turn: int = 1  # samples that were taken at a time, before the workload's next variant had its turn
+    # of the workload's rounds of turns, the one that the first sample is of: variants that do not fit into memory
+    # together have their rounds one group after the other, the reference with each
+    first_round: int = 0
     host_seconds: list[float] = field(default_factory=list)  # until the call returned, the device perhaps still at work
     peak_memory: int | None = None  # bytes on the device; CUDA only
     losses: list[float] = field(default_factory=list)  # of the first steps, by which it was checked
@@ -149,6 +152,12 @@ class Results:
     def ceiling(self, what: str) -> float | None:
         """The rate of the best ceiling of that kind, None where it was not measured."""
         return max((ceiling.rate for ceiling in self.ceilings if ceiling.what == what), default=None)
+
+
+def beside(reference: Step, row: Step) -> list[float]:
+    """The reference's samples of the rounds that the row took part in: what the row is compared with."""
+    first = (row.first_round - reference.first_round) * reference.turn
+    return reference.seconds[first:][: len(row.seconds) // row.turn * reference.turn] if first >= 0 else []
 
 
 def median(samples: list[float]) -> float:

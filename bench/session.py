@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from bench.bounds import bound
+from bench.clock import Clock
 from bench.schema import Kernel, Peak, Step, median
-from bench.timing import Clock
-from train.ceilings import Ceilings, measure_ceilings
-from train.hardware import peak_flops, resolve_device, resolve_dtype
+from train.hardware import Ceilings, measure_ceilings, peak_flops, resolve_device, resolve_dtype, use_device
 
 CLOCK = Clock()  # one for all: pytest-benchmark wants a test's timer before the test begins
 
@@ -27,7 +26,7 @@ class Session:
     def of(cls, config: pytest.Config) -> Self:
         """The session of this run of pytest: the same one every time."""
         if SESSION not in config.stash:
-            device = resolve_device("auto")
+            device = use_device(resolve_device("auto"))
             config.stash[SESSION] = cls(device, resolve_dtype("auto", device))
         return config.stash[SESSION]
 

@@ -1,7 +1,8 @@
 """Whole training steps, timed by turns: every variant checked against the first one's losses, then its samples taken.
 
 All variants of a workload live in one process, start from the same weights and train on the same batches, loading
-included. A turn is a few iterations of one of them; then the next one's.
+included. A turn is a few iterations of one of them; then the next one's. A round is a turn of each. Variants that do
+not fit into memory together are measured group by group, the reference with each; rounds are counted through.
 """
 
 import gc
@@ -10,23 +11,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from bench import schema
+from bench.budget import NO_TIME, Budget
+from bench.compiling import compilations, compiling
+from bench.groups import Footprint, footprint, free, groups
 from bench.variants import Setting, Step, Variant
 from bench.workloads import Workload, make_corpus
 from model import GPT
 from model.flops import FORMULAS, flops_per_token
 from train.data import Dataset, Loader
+from train.errors import first_line
 from train.hardware import synchronize
 
 CHECKED = 5  # steps whose losses must agree before the clock runs
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative; what low precision costs in them
 TURN = 0.25  # seconds that a turn takes, about
 LEAST = 3  # turns of each, at least
+
+Turn = tuple[list[float], list[float]]  # seconds of its iterations, and what of them the host spent in the call
 
 
 @dataclass
@@ -38,11 +46,23 @@ class Timed:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     turn: int = 1  # how many iterations of a turn are counted
+    pace: float = 0.0  # seconds of an iteration, about
+    first_round: int = 0
     host_seconds: list[float] = field(default_factory=list)
     peak_memory: int | None = None
     skipped: str = ""
 
+    @property
+    def lead(self) -> int:
+        """Iterations of a turn that are not counted: the caches are another's, a GPU's queue is empty."""
+        return int(self.turn > 1)
 
+    @property
+    def turn_seconds(self) -> float:
+        return (self.lead + self.turn) * self.pace
+
+
+@compiling()
 def measure(
     workload: Workload,
     variants: list[Variant],
@@ -50,44 +70,76 @@ def measure(
     dtype: torch.dtype,
     *,
     seconds: float,
+    budget: Budget | None = None,
     tell: Callable[[str], None] = lambda text: None,
     into: list[schema.Step] | None = None,
+    footprint: Callable[[Variant, Setting], Footprint] = footprint,
+    room: int | None = None,
 ) -> list[schema.Step]:
     """Rows of all variants, in their order; about `seconds` of samples, after building and checking.
 
-    They are also appended to `into`, with what was measured so far where an exception or an interruption ends it.
+    budget: for all of it, building, compiling and checking included. What does not fit into it is left out, rungs
+    before what compares. None: as long as it takes, and LEAST turns of each however little `seconds` are.
+    footprint, room: what a variant takes, and how many bytes all of a group may; None: as many as are free.
+
+    The rows are also appended to `into`, with what was measured so far where an exception or an interruption ends it.
     """
+    torch.compiler.reset()  # what was compiled for other shapes would be asked first, at every call
     torch.manual_seed(0)
     setting = Setting(workload, GPT(workload.config).state_dict(), device, dtype)
     timed = [Timed(variant) for variant in variants]
+    budget = budget or Budget()
     with _loader(workload, device) as loader:
         expected, rows = None, [] if into is None else into
         try:
-            for each in timed:
-                tell(f"{workload.name}: {each.variant.name}")
-                expected = _prepare(each, setting, loader, expected) or expected
-            _sample([each for each in timed if each.step], loader, device, seconds)
+            rounds, plan = 0, groups(variants, partial(footprint, setting=setting), room or free(device))
+            for n, group in enumerate(plan):
+                members = [each for each in timed if each.variant in group]
+                share = len(group) / sum(map(len, plan[n:]))
+                of_group = budget.part(share * budget.left)
+                for each in sorted(members, key=lambda each: not each.variant.compares):
+                    if each.step is None and not each.skipped:
+                        tell(f"{workload.name}: {each.variant.name}")
+                        turns = [ready.turn_seconds for ready in members if ready.step]
+                        least = LEAST * (sum(turns) + max(turns, default=0.0))  # of those before, and of this one
+                        expected = _prepare(each, setting, loader, expected, of_group, least) or expected
+                rounds += _sample(members, loader, device, share * seconds, of_group, rounds)
+                seconds -= share * seconds
+                for each in members:
+                    if not any(each.variant in later for later in plan[n + 1 :]):
+                        each.step = None  # and its memory
         finally:
             rows += [_row(each, workload, dtype) for each in timed if each.seconds or each.skipped]
     return rows
 
 
-def _prepare(each: Timed, setting: Setting, loader: Loader, expected: list[float] | None) -> list[float]:
-    """Build the variant and check its first losses; they are returned. Sets `skipped` where it fails."""
+def _prepare(
+    each: Timed, setting: Setting, loader: Loader, expected: list[float] | None, budget: Budget, after: float
+) -> list[float]:
+    """Build the variant and check its first losses; they are returned. Sets `skipped` where it fails, or where it does
+    not fit into the budget with `after` seconds more."""
     device, before = setting.device, 0
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
+    first = "compiled" if each.variant.compiled else "eager"
+    second = first if setting.workload.config.dropout else "eager"  # compiled it is already, without dropout
     try:
-        each.losses = _first_losses(each.variant, setting, loader)
-        step = each.variant.build(setting)
-        for i in range(2):
-            step(loader.train(i))
-        synchronize(device)
+        if not budget.fits(budget.expected(first) + budget.expected(second) + after):
+            raise TimeoutError(NO_TIME)
+        with budget.task(first):
+            each.losses = _first_losses(each.variant, setting, loader)
+        if not budget.fits(budget.expected(second) + after):
+            raise TimeoutError(NO_TIME)
+        with budget.task(second):
+            step = each.variant.build(setting)
+            for i in range(2):
+                step(loader.train(i))
+            synchronize(device)
     except Exception as error:  # of torch, a compiler, a driver, memory that runs out: the others go on without it
-        each.skipped = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        _give_up(each, first_line(error))
         return []
     if device.type == "cuda":
         each.peak_memory = torch.cuda.max_memory_allocated(device) - before
@@ -95,9 +147,12 @@ def _prepare(each: Timed, setting: Setting, loader: Loader, expected: list[float
     if expected:
         worst = max(abs(a - b) / abs(b) for a, b in zip(each.losses, expected, strict=True))
         if not worst < tolerance:
-            each.skipped = f"{schema.WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most"
+            _give_up(each, f"{schema.WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most")
             return []
     each.step = step
+    if found := _take(each, loader, 0, 2, device):
+        each.pace = found[0][-1]
+        each.turn = max(1, min(50, round(TURN / each.pace)))
     return each.losses
 
 
@@ -108,25 +163,50 @@ def _first_losses(variant: Variant, setting: Setting, loader: Loader) -> list[fl
     return [step(loader.train(i)).item() for i in range(CHECKED)]
 
 
-def _sample(timed: list[Timed], loader: Loader, device: torch.device, seconds: float) -> None:
+def _sample(
+    timed: list[Timed], loader: Loader, device: torch.device, seconds: float, budget: Budget, first_round: int
+) -> int:
+    """Rounds of those that are ready; returns how many."""
+    deadline, rounds = time.perf_counter() + seconds, 0
+    expected = sum(each.turn_seconds for each in timed if each.step)  # of a round
+    while ready := [each for each in timed if each.step]:
+        begin = time.perf_counter()
+        if (rounds >= LEAST and begin >= deadline) or budget.left < expected:
+            break
+        for each in ready:
+            if not each.seconds:
+                each.first_round = first_round + rounds
+            if found := _take(each, loader, rounds * each.turn, each.lead + each.turn, device):
+                taken, host = found
+                each.seconds += taken[each.lead :]
+                each.host_seconds += host[each.lead :]
+        rounds, expected = rounds + 1, time.perf_counter() - begin
     for each in timed:
-        taken, _ = _turn(each.step, loader, 0, 2, device)
-        each.turn = max(1, min(50, round(TURN / taken[-1])))
-    deadline, turns = time.perf_counter() + seconds, 0
-    while turns < LEAST or time.perf_counter() < deadline:
-        for each in timed:
-            lead = int(each.turn > 1)  # not counted: the caches are another's, a GPU's queue is empty
-            taken, host = _turn(each.step, loader, turns * each.turn, lead + each.turn, device)
-            each.seconds += taken[lead:]
-            each.host_seconds += host[lead:]
-        turns += 1
+        if each.step and not each.seconds:
+            _give_up(each, NO_TIME)
+    return rounds
 
 
-def _turn(step: Step, loader: Loader, first: int, count: int, device: torch.device) -> tuple[list[float], list[float]]:
-    """Seconds of `count` iterations, and on CUDA what of them the host spent in the call.
+def _take(each: Timed, loader: Loader, first: int, count: int, device: torch.device) -> Turn | None:
+    """A turn of a variant; where it fails, or compiles what it should have by now, its samples are given up."""
+    before = compilations()
+    try:
+        found = _turn(each.step, loader, first, count, device)
+    except Exception as error:  # as in `_prepare`
+        _give_up(each, first_line(error))
+        return None
+    if compilations() == before:
+        return found
+    _give_up(each, f"{schema.WRONG}it was compiled anew while it was timed")
+    return None
 
-    On CUDA between events, with no waiting in between, as a run trains.
-    """
+
+def _give_up(each: Timed, reason: str) -> None:
+    each.step, each.seconds, each.host_seconds, each.skipped = None, [], [], reason
+
+
+def _turn(step: Step, loader: Loader, first: int, count: int, device: torch.device) -> Turn:
+    """`count` iterations. On CUDA between events, with no waiting in between, as a run trains."""
     synchronize(device)
     host, marks = [], [_mark(device)]
     for i in range(first, first + count):
@@ -161,6 +241,7 @@ def _row(each: Timed, workload: Workload, dtype: torch.dtype) -> schema.Step:
         flops={formula: float(flops_per_token(workload.config, formula) * workload.tokens) for formula in FORMULAS},
         seconds=each.seconds,
         turn=each.turn,
+        first_round=each.first_round,
         host_seconds=each.host_seconds,
         peak_memory=each.peak_memory,
         losses=each.losses,

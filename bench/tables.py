@@ -1,7 +1,9 @@
 """Results as text for a terminal."""
 
+from collections.abc import Iterable
+
 from bench.bounds import Bound, bound
-from bench.schema import Kernel, Peak, Results, Step, median
+from bench.schema import Kernel, Peak, Results, Step, beside, median
 from train.metrics import mfu, tokens_per_second
 
 
@@ -43,14 +45,18 @@ def summary(results: Results) -> str:
     return "\n\n".join(blocks)
 
 
+def short_name(name: str) -> str:
+    """Of torch's name of a device: without the maker, who is nearly always the same."""
+    return name.removeprefix("NVIDIA ").strip()
+
+
 def steps_table(rows: list[Step], peak: float | None) -> str:
     """One workload's: times, tokens/s, MFU of `peak` FLOP/s in both conventions, memory, and the ratio to the best of
     the reference's modes."""
-    references = [median(row.seconds) for row in rows if row.seconds and row.compares and is_reference(row)]
     head = ["step", "ms/iter", "p10", "p90", "tokens/s", "MFU", "MFU 6N", "host ms", "peak GB", "speed-up"]
     table = [head]
     for row in (row for row in rows if row.seconds):
-        seconds = median(row.seconds)
+        seconds, reference = median(row.seconds), baseline(row, rows)
         shares = [f"{mfu(row.flops[formula], seconds, peak):.1%}" if peak else "" for formula in ("nanogpt", "6n")]
         table.append(
             [
@@ -60,7 +66,7 @@ def steps_table(rows: list[Step], peak: float | None) -> str:
                 *shares,
                 f"{1e3 * median(row.host_seconds):.2f}" if row.host_seconds else "",
                 f"{row.peak_memory / 1e9:.2f}" if row.peak_memory else "",
-                f"{min(references) / seconds:.2f}x" if references else "",
+                f"{reference / seconds:.2f}x" if reference else "",
             ]
         )
     return aligned(table)
@@ -76,6 +82,12 @@ def step_facts(row: Step, peak: Peak) -> dict[str, object]:
         "peak_memory": row.peak_memory,
         "host_seconds": median(row.host_seconds) if row.host_seconds else None,
     }
+
+
+def baseline(row: Step, rows: Iterable[Step]) -> float | None:
+    """Seconds of the fastest of the reference's modes, in the rounds of this row."""
+    references = [beside(other, row) for other in rows if other.compares and is_reference(other)]
+    return min((median(samples) for samples in references if samples), default=None)
 
 
 def is_reference(row: Step) -> bool:

@@ -1,4 +1,7 @@
-"""The GPU tests, as a part of a measurement: what is not right is not worth timing."""
+"""A few of the GPU tests, as a part of a measurement: what is not right is not worth timing.
+
+All of them are hundreds, and compile for longer than a measurement may take: `pytest -m gpu` runs those.
+"""
 
 import subprocess
 import sys
@@ -10,11 +13,11 @@ from pathlib import Path
 from bench.schema import Tests
 
 ROOT = Path(__file__).parents[1]
-COMMAND = ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests")
+COMMAND = ("-m", "pytest", "-m", "gpu and smoke", "-q", "-p", "no:cacheprovider", "tests")
 
 
 def run(seconds: float, command: tuple[str, ...] = COMMAND) -> Tests:
-    """`pytest -m gpu` in a process of its own, for so many seconds at most. RuntimeError where it has no result."""
+    """The smoke set in a process of its own, for so many seconds at most. RuntimeError where it has no result."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")

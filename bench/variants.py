@@ -15,10 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bench.compiling import only_compiled
 from bench.workloads import Workload
 from kernels import REFERENCE, Ops, select
 from model import GPT
 from train.attention_choice import AttentionShape, choose_attention
+from train.build import compile_module
 from train.data import Batch
 from train.distributed import World
 from train.errors import UserError
@@ -47,6 +49,10 @@ class Variant(NamedTuple):
     build: Callable[[Setting], Step]
     compares: bool = True  # False: a rung of the ladder between the reference's step and ours
     float32: bool = False  # it multiplies in float32 whatever the dtype of the comparison
+    compiled: bool = False  # by torch.compile
+    graphed: bool = False  # its launches are captured
+    ours: bool = False  # it runs our code
+    ops: Ops | None = REFERENCE  # None: the device's own choice
 
 
 def reference(*, compile: bool, float32: bool, name: str = "reference", compares: bool = True) -> Variant:
@@ -61,9 +67,11 @@ def reference(*, compile: bool, float32: bool, name: str = "reference", compares
             betas=setting.betas,
             fused=setting.device.type == "cuda",
         )
-        return _as_nanogpt_trains(torch.compile(model) if compile else model, optimizer, setting, float32=float32)
+        if compile:
+            model = only_compiled(model)
+        return _as_nanogpt_trains(model, optimizer, setting, float32=float32)
 
-    return Variant(f"{name} {_mode(compile)}", build, compares, float32)
+    return Variant(f"{name} {_mode(compile)}", build, compares, float32, compile)
 
 
 def nanogpt(folder: str, *, compile: bool, float32: bool) -> Variant:
@@ -78,9 +86,11 @@ def nanogpt(folder: str, *, compile: bool, float32: bool) -> Variant:
                 setting.weight_decay, setting.learning_rate, setting.betas, setting.device.type
             )
         model.load_state_dict(setting.weights)
-        return _as_nanogpt_trains(torch.compile(model) if compile else model, optimizer, setting, float32=float32)
+        if compile:
+            model = only_compiled(model)
+        return _as_nanogpt_trains(model, optimizer, setting, float32=float32)
 
-    return Variant(f"nanoGPT {_mode(compile)}", build, float32=float32)
+    return Variant(f"nanoGPT {_mode(compile)}", build, float32=float32, compiled=compile)
 
 
 def ours(
@@ -110,12 +120,13 @@ def ours(
             weight_decay=setting.weight_decay,
             in_float32=workload.accumulation > 1,
         )
-        step = TrainStep(torch.compile(model) if compile else model, optimizer, grad_clip=setting.grad_clip)
+        module = only_compiled(model, compile_module) if compile else model
+        step = TrainStep(module, optimizer, grad_clip=setting.grad_clip)
         if graphed:
             step = GraphedStep(step, (workload.accumulation, workload.batch_size, workload.config.block_size))
         return lambda batch: step(batch, setting.learning_rate).loss
 
-    return Variant(name, build, compares, float32)
+    return Variant(name, build, compares, float32, compile, graphed, True, ops)
 
 
 def variants(device: torch.device, dtype: torch.dtype, nanogpt_dir: str = "") -> list[Variant]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,21 @@ def compiler() -> None:
         pytest.skip(f"torch.compile does not work on this machine: {str(error).strip().splitlines()[0]}")
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch):
+    """In place of the host's: it shows what it is told."""
+    from bench.clock import Clock
+
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`-m gpu` opens no file without GPU tests: torch, triton, numpy, tiktoken and pytest are all that it needs."""
+    """`-m gpu`, and `-m "gpu and smoke"`, open no file without GPU tests: torch, triton, numpy, tiktoken and pytest are
+    all that these need."""
     is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
-    if config.option.markexpr == "gpu" and is_test and "pytest.mark.gpu" not in collection_path.read_text():
+    wanted = config.option.markexpr in ("gpu", "gpu and smoke")
+    if wanted and is_test and "pytest.mark.gpu" not in collection_path.read_text():
         return True
     return None

@@ -50,7 +50,7 @@ from train.loop import Loop, Progress
 from train.memory import check_memory, free_memory, job_of
 from train.optim import LossScale
 from train.plot import plot_run
-from train.profiler import ProfiledStep, profiled_step
+from train.profile import ProfiledStep, profiled_step
 from train.sample import sample_text
 from train.step import Evaluation, TrainStep
 

@@ -1,13 +1,12 @@
 """Which attention a run computes with: the one that is named, if it can run here, or the fastest, measured."""
 
-import statistics
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
 from typing import NamedTuple, Self
 
 import torch
 
+from kernels.timing import milliseconds
 from model import GPT
 from model.attention import BACKENDS, causal_attention
 from train.distributed import World
@@ -15,8 +14,6 @@ from train.errors import UserError, first_line
 from train.hardware import synchronize
 
 MEASURED = tuple(name for name in BACKENDS if name not in ("auto", "math"))  # math: never first, and holds (B, H, T, T)
-WARM_UP, RUNS = 3, 15
-HEAD_START = 32  # matmuls of 4096: 4 ms of an H100, in which the host gets ahead of the device
 
 Work = Callable[[], None]
 Clock = Callable[[Work, torch.device], float]  # milliseconds that the work takes
@@ -54,7 +51,7 @@ def choose_attention(name: str, shape: AttentionShape, world: World, clock: Cloc
             return name, f"{name}, as set"
         if clock is None and not devices:
             return name, ""
-        times = measure(shape, clock or device_milliseconds) if world.master else {}
+        times = measure(shape, clock or milliseconds) if world.master else {}
     fastest = min(times, key=times.get, default="auto")
     backend = BACKENDS[world.from_master(BACKENDS.index(fastest))]
     if not times:
@@ -104,24 +101,3 @@ def _insist(name: str, shape: AttentionShape) -> None:
     if reason := why_not(name, small):
         here = ["auto", *(other for other in BACKENDS[1:] if not why_not(other, small))]
         raise UserError(f"attention: got {name!r}, expected one of: {', '.join(here)} (on {shape.device}): {reason}")
-
-
-def device_milliseconds(work: Work, device: torch.device) -> float:
-    """Median of several runs on a CUDA device, by its own clock.
-
-    The device is kept busy until the host has asked for all of them, so that they follow each other without gaps, as
-    they do in a captured step.
-    """
-    with torch.cuda.device(device):
-        for _ in range(WARM_UP):
-            work()
-        busy = torch.zeros(4096, 4096, device=device, dtype=torch.float16)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(RUNS + 1)]
-        for _ in range(HEAD_START):
-            busy @ busy
-        events[0].record()
-        for event in events[1:]:
-            work()
-            event.record()
-        events[-1].synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.capture import capture_graph
 from train.data import Batch
 from train.errors import UserError, first_line
 from train.step import Evaluation, StepResult, TrainStep
@@ -52,26 +53,9 @@ def cuda_graphs(tasks: list[Task]) -> list[Work]:
             for _ in range(WARM_UP):
                 task.prepare()
                 task.run()
-        replays = [_capture(task.run, side, pool) for task in tasks]
+        replays = [capture_graph(task.run, side, pool) for task in tasks]
     torch.cuda.current_stream().wait_stream(side)
     return replays
-
-
-def _capture(run: Work, side: torch.cuda.Stream, pool: tuple[int, int]) -> Work:
-    graph, failed = torch.cuda.CUDAGraph(), None
-    try:
-        # thread_local: the loader's thread may allocate pinned memory meanwhile
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            try:
-                run()
-            except Exception as error:
-                failed = error
-                raise
-    except Exception:
-        if failed is not None:  # ending the capture has failed too, and says less about why
-            raise failed from None
-        raise
-    return graph.replay
 
 
 class Inputs:

@@ -8,6 +8,7 @@ not apply. A card that boosts over its rated clock can beat its data sheet by a 
 import platform
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,23 @@ class Peak:
 
 
 @dataclass(frozen=True)
+class Link:
+    """What joins the devices of one node."""
+
+    name: str
+    bandwidth: float  # GB/s of one device, in one direction; data sheets add both up
+    hop: float  # microseconds from one device to the next, as NCCL's own model has it, src/graph/tuning.cc
+    source: str
+
+
+NVLINK3 = Link("NVLink 3", 300, 3.4, "NVIDIA A100 data sheet: 600 GB/s, both ways")
+NVLINK4 = Link("NVLink 4", 450, 3.4, "NVIDIA H100, H200 data sheets, SXM: 900 GB/s, both ways")
+NVLINK5 = Link("NVLink 5", 900, 3.4, "NVIDIA Blackwell data sheet: 1800 GB/s, both ways")
+PCIE4 = Link("PCIe 4 x16", 32, 5.7, "PCI Express 4.0: 64 GB/s, both ways")
+PCIE5 = Link("PCIe 5 x16", 64, 5.7, "PCI Express 5.0: 128 GB/s, both ways")
+
+
+@dataclass(frozen=True)
 class Device:
     """One row of the table: dense TFLOP/s by precision (None: the device lacks it) and GB/s of memory."""
 
@@ -43,45 +61,46 @@ class Device:
     fp8: float | None
     bandwidth: float
     source: str
+    link: Link | None = None  # None: not known here
 
 
-def _geforce(series: int, model: str, fp32: float, bandwidth: float) -> Device:
+def _geforce(series: int, model: str, fp32: float, bandwidth: float, link: Link | None = None) -> Device:
     """Summing in float32, the tensor cores do TF32 at the shaders' FP32 rate, 16 bits at 2x, FP8 at 4x."""
     chip = {30: "Ampere GA102", 40: "Ada", 50: "RTX Blackwell"}[series]
     fp8 = 4 * fp32 if series >= 40 else None
     source = f"NVIDIA {chip} white paper, GeForce specifications"
-    return Device(f"GeForce RTX {model}", fp32, fp32, 2 * fp32, 2 * fp32, fp8, bandwidth, source)
+    return Device(f"GeForce RTX {model}", fp32, fp32, 2 * fp32, 2 * fp32, fp8, bandwidth, source, link)
 
 
 # A MIG slice, a laptop chip or a regional variant has another name and is measured instead. Where one name
 # covers two cards, the faster is listed: MFU is then understated, never overstated.
 DEVICES = (
-    # name, fp32, tf32, fp16, bf16, fp8, GB/s, source
+    # name, fp32, tf32, fp16, bf16, fp8, GB/s, source, link
     Device(r"V100-SXM[23]-(16|32)GB", 15.7, None, 125, None, None, 900, "NVIDIA V100 data sheet"),
     Device(r"V100-PCIE-(16|32)GB", 14, None, 112, None, None, 900, "NVIDIA V100 data sheet"),
     Device(r"V100S-PCIE-32GB", 16.4, None, 130, None, None, 1134, "NVIDIA V100 data sheet"),
     Device(r"T4", 8.1, None, 65, None, None, 320, "NVIDIA T4 data sheet"),
-    Device(r"A100-SXM4-40GB", 19.5, 156, 312, 312, None, 1555, "NVIDIA A100 data sheet"),
-    Device(r"A100-SXM4-80GB", 19.5, 156, 312, 312, None, 2039, "NVIDIA A100 data sheet"),
-    Device(r"A100-PCIE-40GB", 19.5, 156, 312, 312, None, 1555, "NVIDIA A100 data sheet"),
-    Device(r"A100(-PCIE-80GB| 80GB PCIe)", 19.5, 156, 312, 312, None, 1935, "NVIDIA A100 data sheet"),
+    Device(r"A100-SXM4-40GB", 19.5, 156, 312, 312, None, 1555, "NVIDIA A100 data sheet", NVLINK3),
+    Device(r"A100-SXM4-80GB", 19.5, 156, 312, 312, None, 2039, "NVIDIA A100 data sheet", NVLINK3),
+    Device(r"A100-PCIE-40GB", 19.5, 156, 312, 312, None, 1555, "NVIDIA A100 data sheet", PCIE4),
+    Device(r"A100(-PCIE-80GB| 80GB PCIe)", 19.5, 156, 312, 312, None, 1935, "NVIDIA A100 data sheet", PCIE4),
     Device(r"A30", 10.3, 82, 165, 165, None, 933, "NVIDIA A30 data sheet"),
-    Device(r"A10", 31.2, 62.5, 125, 125, None, 600, "NVIDIA A10 data sheet"),
+    Device(r"A10", 31.2, 62.5, 125, 125, None, 600, "NVIDIA A10 data sheet", PCIE4),
     Device(r"A10G", 35, 35, 70, 70, None, 600, "NVIDIA A10G data sheet"),
     Device(r"A40", 37.4, 74.8, 149.7, 149.7, None, 696, "NVIDIA A40 data sheet"),
     Device(r"RTX A6000", 38.7, 77.4, 154.8, 154.8, None, 768, "NVIDIA Ampere GA102 white paper"),
-    Device(r"L4", 30.3, 60, 121, 121, 242.5, 300, "NVIDIA L4 data sheet"),
-    Device(r"L40", 90.5, 90.5, 181, 181, 362, 864, "NVIDIA L40 data sheet"),
-    Device(r"L40S", 91.6, 183, 362, 362, 733, 864, "NVIDIA L40S data sheet"),
+    Device(r"L4", 30.3, 60, 121, 121, 242.5, 300, "NVIDIA L4 data sheet", PCIE4),
+    Device(r"L40", 90.5, 90.5, 181, 181, 362, 864, "NVIDIA L40 data sheet", PCIE4),
+    Device(r"L40S", 91.6, 183, 362, 362, 733, 864, "NVIDIA L40S data sheet", PCIE4),
     Device(r"RTX 6000 Ada Generation", 91.1, 182, 364, 364, 728, 960, "NVIDIA RTX 6000 Ada data sheet"),
-    Device(r"H100 (80|96)GB HBM3", 67, 495, 989, 989, 1979, 3350, "NVIDIA H100 data sheet, SXM"),
-    Device(r"H100 PCIe", 51, 378, 756, 756, 1513, 2000, "NVIDIA H100 data sheet, PCIe"),
+    Device(r"H100 (80|96)GB HBM3", 67, 495, 989, 989, 1979, 3350, "NVIDIA H100 data sheet, SXM", NVLINK4),
+    Device(r"H100 PCIe", 51, 378, 756, 756, 1513, 2000, "NVIDIA H100 data sheet, PCIe", PCIE5),
     Device(r"H100 NVL", 60, 418, 835, 835, 1671, 3900, "NVIDIA H100 data sheet, NVL"),
-    Device(r"H200", 67, 495, 989, 989, 1979, 4800, "NVIDIA H200 data sheet, SXM"),
+    Device(r"H200", 67, 495, 989, 989, 1979, 4800, "NVIDIA H200 data sheet, SXM", NVLINK4),
     Device(r"H200 NVL", 60, 418, 835, 835, 1671, 4800, "NVIDIA H200 data sheet, NVL"),
     Device(r"GH200 480GB", 67, 495, 989, 989, 1979, 4000, "NVIDIA GH200 data sheet, HBM3"),
     Device(r"GH200 144G HBM3e", 67, 495, 989, 989, 1979, 4900, "NVIDIA GH200 data sheet, HBM3e"),
-    Device(r"B200", 75, 1100, 2250, 2250, 4500, 7700, "NVIDIA Blackwell data sheet, HGX B200"),
+    Device(r"B200", 75, 1100, 2250, 2250, 4500, 7700, "NVIDIA Blackwell data sheet, HGX B200", NVLINK5),
     Device(r"GB200", 80, 1250, 2500, 2500, 5000, 8000, "NVIDIA Blackwell data sheet, GB200 NVL72"),
     _geforce(30, "3060", 12.7, 360),
     _geforce(30, "3060 Ti", 16.2, 448),
@@ -89,23 +108,23 @@ DEVICES = (
     _geforce(30, "3070 Ti", 21.7, 608),
     _geforce(30, "3080", 30.6, 912),  # the 12 GB card; the 10 GB one, of the same name, has 29.8 and 760
     _geforce(30, "3080 Ti", 34.1, 912),
-    _geforce(30, "3090", 35.6, 936),
-    _geforce(30, "3090 Ti", 40.0, 1008),
+    _geforce(30, "3090", 35.6, 936, PCIE4),
+    _geforce(30, "3090 Ti", 40.0, 1008, PCIE4),
     _geforce(40, "4060", 15.1, 272),
     _geforce(40, "4060 Ti", 22.1, 288),
     _geforce(40, "4070", 29.1, 504),
     _geforce(40, "4070 SUPER", 35.5, 504),
     _geforce(40, "4070 Ti", 40.1, 504),
     _geforce(40, "4070 Ti SUPER", 44.1, 672),
-    _geforce(40, "4080", 48.7, 717),
-    _geforce(40, "4080 SUPER", 52.2, 736),
-    _geforce(40, "4090", 82.6, 1008),
+    _geforce(40, "4080", 48.7, 717, PCIE4),
+    _geforce(40, "4080 SUPER", 52.2, 736, PCIE4),
+    _geforce(40, "4090", 82.6, 1008, PCIE4),
     _geforce(50, "5060", 19.2, 448),
     _geforce(50, "5060 Ti", 23.7, 448),
     _geforce(50, "5070", 30.9, 672),
     _geforce(50, "5070 Ti", 43.9, 896),
     _geforce(50, "5080", 56.3, 960),
-    _geforce(50, "5090", 104.8, 1792),
+    _geforce(50, "5090", 104.8, 1792, PCIE5),
     # torch sees each of the two dies of an MI250 as a device of its own: half of the data sheet's figures.
     # Their fp32 is the matrix cores'.
     Device(r"Instinct MI250", 45.3, None, 181, 181, None, 1638, "AMD MI250 data sheet, one of two dies"),
@@ -116,7 +135,7 @@ DEVICES = (
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU that a run can be rehearsed for: what torch would say of it.
+    """A GPU that a run can be rehearsed and predicted for: what torch would say of it. `lookup` has its data sheet.
 
     capability: 90 is sm_90. memory: bytes that are free before a run, about: torch's total_memory of one card, less
     half a gigabyte for the CUDA context.
@@ -128,7 +147,7 @@ class Card:
     memory: int
 
 
-CARDS = {
+CARDS = {  # by the names that settings have for them
     "a100": Card("NVIDIA A100-SXM4-80GB", 80, 108, int(84.5e9)),
     "h100": Card("NVIDIA H100 80GB HBM3", 90, 132, int(84.5e9)),
     "h200": Card("NVIDIA H200", 90, 132, int(149.6e9)),
@@ -195,8 +214,7 @@ def _tf32_allowed() -> bool:
 
 def measure_flops(device: torch.device, dtype: torch.dtype, budget: float = 0.5) -> float:
     """The best FLOP/s of square matmuls of three sizes, in about `budget` seconds."""
-    # On a CPU a longer timing only catches more of what else runs there. A GPU needs its queue filled.
-    sizes, repeats = ((256, 512, 1024), 1) if device.type == "cpu" else ((1024, 2048, 4096), 8)
+    sizes = (256, 512, 1024) if device.type == "cpu" else (1024, 2048, 4096)
     generator = torch.Generator(device)  # the run's own random state stays as it is
     best = 0.0
     for size in sizes:
@@ -204,22 +222,49 @@ def measure_flops(device: torch.device, dtype: torch.dtype, budget: float = 0.5)
         if best and flops / best > budget:
             break
         a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
-        _time_matmul(a, b, 1)  # chooses and loads the kernel
-        deadline = time.perf_counter() + budget / len(sizes)
-        while True:
-            best = max(best, flops / _time_matmul(a, b, repeats))
-            if time.perf_counter() > deadline:
-                break
+        best = max(best, flops / _least_seconds(lambda a=a, b=b: a @ b, device, budget / len(sizes)))
     return best
 
 
-def _time_matmul(a: torch.Tensor, b: torch.Tensor, repeats: int) -> float:
-    synchronize(a.device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        a @ b
-    synchronize(a.device)
-    return (time.perf_counter() - start) / repeats
+COPIED = 2**28  # bytes of the tensor that is copied: an H100 caches 50 MB, a B200 126 MB, a CPU seldom more than this
+
+
+def measure_bandwidth(device: torch.device, budget: float = 0.5, size: int = COPIED) -> float:
+    """The best rate of copying `size` bytes from memory to memory, in about `budget` seconds; bytes/s, both ways."""
+    source = torch.ones(size // 4, device=device)  # written: pages that nobody wrote to may all be one
+    target = torch.empty_like(source)
+    return 2 * size / _least_seconds(lambda: target.copy_(source), device, budget)
+
+
+def _least_seconds(call: Callable[[], object], device: torch.device, budget: float) -> float:
+    """The shortest time of a call, of those made in about `budget` seconds."""
+    # On a CPU a longer timing only catches more of what else runs there. A GPU needs its queue filled.
+    repeats = 1 if device.type == "cpu" else 8
+    call()  # chooses and loads the kernel
+    best, deadline = float("inf"), time.perf_counter() + budget
+    while True:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        synchronize(device)
+        now = time.perf_counter()
+        best = min(best, (now - start) / repeats)
+        if now > deadline:
+            return best
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device did at best when it was measured."""
+
+    flops: float  # FLOP/s of a large matmul
+    bandwidth: float  # bytes/s of a large copy, those read and those written together
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Both, the first in `dtype`, in about a second. Nothing else should run on the device meanwhile."""
+    return Ceilings(measure_flops(device, dtype), measure_bandwidth(device))
 
 
 def use_device(device: torch.device) -> torch.device:

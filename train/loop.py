@@ -22,7 +22,7 @@ from train.graph import GraphedEvaluation, GraphedStep
 from train.hardware import synchronize
 from train.log import RunLog
 from train.metrics import StepTimer, mfu, tokens_per_second
-from train.profiler import ProfiledStep
+from train.profile import ProfiledStep
 from train.schedule import learning_rate
 from train.step import Evaluation, StepResult, TrainStep
 

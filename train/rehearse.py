@@ -31,6 +31,7 @@ from train.errors import UserError
 from train.hardware import COLUMNS, DTYPES, Card, Peak, card, lookup
 from train.log import check_sinks
 from train.memory import amount, check_memory
+from train.metrics import mfu
 from train.text import GPT2_TOKENS, padded_vocab_size
 
 # Shares of the card's peaks that good and poor kernels reach, and what the host or the graph adds to each launch. They
@@ -195,10 +196,10 @@ def _times(run: DryRun, job: Job, config: TrainConfig, target: Card, world: Worl
     launch = "graphed" if config.cuda_graphs and job.shards == 1 else "eager"
     best, worst = (expected(run, job.accumulation, peak.flops, bandwidth, share, launch) for share in (FAST, SLOW))
     yield f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {row.bandwidth:,} GB/s: {peak.source}"
-    yield f"floor: {1e3 * least:.2f} ms/iter, mfu {flops / least / peak.flops:.1%}: every part at the card's peaks"
+    yield f"floor: {1e3 * least:.2f} ms/iter, mfu {mfu(flops, least, peak.flops):.1%}: every part at the card's peaks"
     yield (
-        f"expected: {1e3 * best:.4g} to {1e3 * worst:.4g} ms/iter, mfu {flops / worst / peak.flops:.0%} to "
-        f"{flops / best / peak.flops:.0%}, {tokens * world.size / worst:,.0f} to {tokens * world.size / best:,.0f} "
+        f"expected: {1e3 * best:.4g} to {1e3 * worst:.4g} ms/iter, mfu {mfu(flops, worst, peak.flops):.0%} to "
+        f"{mfu(flops, best, peak.flops):.0%}, {tokens * world.size / worst:,.0f} to {tokens * world.size / best:,.0f} "
         "tokens/s: an estimate, nothing was measured" + (", communication not counted" if world.size > 1 else "")
     )
 

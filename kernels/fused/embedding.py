@@ -215,7 +215,8 @@ def _embedding(idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, p: fl
     """x (M, C) of idx (M,); wte (V, C) and wpe (T, C) with unit last stride."""
     x = wte.new_empty(len(idx), wte.shape[1], dtype=dtype)
     M, C = x.shape
-    BLOCK_M, BLOCK_N, num_warps = _block(C, 16)
+    # rows that are not aligned are read element by element, with an address each: fewer at once, or registers spill
+    BLOCK_M, BLOCK_N, num_warps = _block(C, 16 if C % 8 == 0 else 8)
     args = dict(
         idx_ptr=idx, wte_ptr=wte, wpe_ptr=wpe, seed_ptr=seed, x_ptr=x, wte_stride=wte.stride(0),
         wpe_stride=wpe.stride(0), M=M, T=wpe.shape[0], V=wte.shape[0], C=C, threshold=keep_threshold(p),

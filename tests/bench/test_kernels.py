@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import kernels, timing
+from bench import kernels
+from bench.budget import NO_TIME
+from bench.clock import Clock
 from bench.entrants import TIMED
 from bench.kernels import Contest, directions, rows, shapes, work_of
 from bench.schema import Kernel, decode
 from kernels import reference
 from kernels.cases import CASES, Case
-from tests.bench.toys import CPU, FP32, SHAPE, TOY, measured, scaled
+from tests.bench.toys import CPU, FP32, SHAPE, TOY, inputs_of, measured, scaled
 
 pytestmark = pytest.mark.usefixtures("everything_runs")
 
@@ -182,7 +184,7 @@ def test_what_works_in_place_is_checked_by_what_it_leaves_and_timed_without_copi
 
 
 @pytest.fixture
-def no_time_passes(monkeypatch: pytest.MonkeyPatch, clock: timing.Clock) -> None:
+def no_time_passes(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     monkeypatch.setattr(kernels, "by_turns", lambda works, device, seconds, least: {name: [seconds] for name in works})
 
 
@@ -199,7 +201,38 @@ def test_rows_come_first_shapes_first_and_end_with_the_time() -> None:
     assert [(r.case, r.shape, r.direction, r.variant) for r in late] == [
         (r.case, r.shape, r.direction, r.variant) for r in found
     ]
-    assert {row.skipped for row in late} == {"no time was left"}
+    assert {row.skipped for row in late} == {NO_TIME}
+
+
+def test_the_time_is_kept_by_leaving_out_cases(clock: Clock) -> None:
+    """A case takes 6 s to check, and 0.3 s a round; one that would not end is not begun, by the slowest so far."""
+
+    def working(x: Tensor, weight: Tensor) -> Tensor:
+        clock.let_pass(0.1)
+        return scaled(x, weight)
+
+    def slow_inputs(*given: Any) -> dict[str, Any]:
+        clock.let_pass(3.0)
+        return inputs_of(*given)
+
+    toy = replace(TOY, fused=working, reference=working, make_inputs=slow_inputs, backward_bytes=None)
+    found = list(rows(CPU, 30.0, tuple(replace(toy, name=f"toy {i}") for i in range(9))))
+    assert clock() <= 30.0
+    timed = {row.case for row in found if row.seconds}
+    assert timed == {"toy 0", "toy 1", "toy 2"}
+    assert {row.skipped for row in found if row.case not in timed} == {NO_TIME}
+    assert len({row.case for row in found}) == 9
+
+
+def test_samples_that_would_not_end_are_not_begun(clock: Clock) -> None:
+    def working(x: Tensor, weight: Tensor) -> Tensor:
+        clock.let_pass(2.0)
+        return scaled(x, weight)
+
+    toy = replace(TOY, fused=working, reference=working)
+    found = list(rows(CPU, 50.0, (toy,)))
+    assert {row.skipped for row in found if row.direction == "both"} == {NO_TIME}
+    assert clock() <= 60.0  # what is not known before it was run once
 
 
 @pytest.mark.usefixtures("no_time_passes")

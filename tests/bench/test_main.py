@@ -10,11 +10,15 @@ import pytest
 import torch
 
 import bench.__main__ as command
-from bench import schema, tests
+from bench import schema, steps, tests
+from bench.budget import NO_TIME
+from bench.clock import Clock
 from bench.progress import Progress
-from bench.schema import Ceiling, Results
+from bench.schema import Ceiling, Peak, Results
+from bench.variants import Setting, Variant
 from bench.workloads import WORKLOADS, Workload
 from model import GPTConfig
+from train.data import Batch
 from train.errors import UserError
 
 CPU = torch.device("cpu")
@@ -146,6 +150,68 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert all(name in out for name in names)
     assert out.endswith("written to a/b.json\n")
     assert err.splitlines()[0].startswith("ceilings (0.1 minutes left)")
+
+
+def slow(clock: Clock, name: str, build: float, **fields: bool) -> Variant:
+    """A variant that takes `build` seconds to make and half a second a step, by a clock that is told."""
+
+    def make(setting: Setting):
+        clock.let_pass(build)
+
+        def step(batch: Batch) -> torch.Tensor:
+            clock.let_pass(0.5)
+            return torch.tensor(1.0)
+
+        return step
+
+    return Variant(name, make, **fields)
+
+
+def rungs_and_ends(clock: Clock, compiling: float) -> list[Variant]:
+    return [
+        slow(clock, "reference eager", 1.0),
+        slow(clock, "reference compiled", compiling, compiled=True),
+        *(slow(clock, f"rung {i}", compiling, compiled=True, compares=False) for i in range(4)),
+        slow(clock, "ours compiled", compiling, compiled=True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("compiling", "skipped"),
+    [
+        (2.0, []),
+        (6.0, ["rung 2", "rung 3"]),
+        (12.0, ["rung 0", "rung 1", "rung 2", "rung 3"]),
+        (20.0, ["rung 0", "rung 1", "rung 2", "rung 3", "ours compiled"]),
+        (70.0, ["reference compiled", "rung 0", "rung 1", "rung 2", "rung 3", "ours compiled"]),
+    ],
+)
+def test_the_time_is_kept_by_leaving_out_rungs_first(
+    compiling: float, skipped: list[str], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first compilation is begun without knowing how long it takes."""
+    monkeypatch.setattr(command, "peak_flops", lambda device, dtype: Peak(1.0, "made up"))
+    monkeypatch.setattr(command, "variants", lambda *settings: rungs_and_ends(clock, compiling))
+    config = replace(WORKLOADS["cpu"].config, dropout=0.1)  # every variant is built, and compiled, twice
+    monkeypatch.setitem(WORKLOADS, "cpu", replace(WORKLOADS["cpu"], config=config))
+    run = command.Bench(command.BenchConfig(minutes=1.5, workloads="cpu"), CPU, torch.float32, PLAIN)
+    status, written = measured(run, ("steps",))
+    assert status == 0
+    rows = written[-1].steps
+    assert {row.variant: row.skipped for row in rows if not row.seconds} == dict.fromkeys(skipped, NO_TIME)
+    assert clock() <= 90.0
+    assert all(row.skipped or len(row.seconds) >= steps.LEAST * row.turn for row in rows)
+
+
+def test_two_workloads_share_the_time(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "peak_flops", lambda device, dtype: Peak(1.0, "made up"))
+    monkeypatch.setattr(command, "variants", lambda *settings: rungs_and_ends(clock, 2.0))
+    run = command.Bench(command.BenchConfig(minutes=1.5, workloads="cpu,gpt2-small"), CPU, torch.float32, PLAIN)
+    monkeypatch.setitem(WORKLOADS, "gpt2-small", replace(WORKLOADS["cpu"], name="gpt2-small"))
+    _, written = measured(run, ("steps",))
+    timed = [(row.workload, row.variant) for row in written[-1].steps if row.seconds]
+    assert {name for name, _ in timed} == {"cpu", "gpt2-small"}
+    assert clock() <= 90.0
 
 
 JUNIT = """<testsuites><testsuite>

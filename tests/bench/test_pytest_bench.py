@@ -76,11 +76,12 @@ def test_a_wrong_kernel_fails_the_run(tmp_path: Path) -> None:
     (tmp_path / "bench_wrong.py").write_text(
         "import torch\n"
         "from dataclasses import replace\n"
+        "from functools import partial\n"
         "from bench import bench_kernels, entrants\n"
         "from bench.bench_kernels import groups, pytest_generate_tests, test_kernel\n"
         "from tests.bench.toys import TOY, scaled\n"
         "entrants.why_not_fused = lambda device: ''\n"
-        "torch.compile = lambda function, **options: function\n"
+        "torch.compile = partial(torch.compile, backend='eager')\n"
         "shapes = {'cpu_shapes': ((8, 16),), 'gpt_shapes': ((8, 16),), 'backward_bytes': None}\n"
         "wrong = replace(TOY, name='off', fused=lambda x, weight: scaled(x, weight) * 1.5, **shapes)\n"
         "bench_kernels.TIMED = (replace(TOY, **shapes), wrong)\n"

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import scale, schema
-from bench.devices import Fabric, link_of
-from bench.scale import Job, floors, predict, share_out, slowness, traffic
+from bench.scale import Fabric, Job, floors, predict, share_out, slowness, traffic
 from bench.workloads import WORKLOADS
 from train.errors import UserError
 from train.hardware import lookup
@@ -64,10 +63,8 @@ def test_links_are_of_known_devices_and_half_of_what_is_advertised() -> None:
         ("NVIDIA L4", 32),
         ("NVIDIA GeForce RTX 4090", 32),
     ):
-        assert lookup(name)
-        assert link_of(name)[1] == gbytes
-    assert link_of("AMD EPYC 9B14") is None
-    assert link_of("NVIDIA GB200") is None
+        assert lookup(name).link.bandwidth == gbytes
+    assert lookup("NVIDIA GB200").link is None
 
 
 # One device's share

@@ -2,14 +2,18 @@
 
 import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import steps
+from bench import compiling, steps
 from bench.variants import Setting, Variant, nanogpt, ours, reference, variants
 from bench.workloads import Workload
+from kernels import REFERENCE, Ops
 from model import GPTConfig
 from tests.bench.stand_in import make_checkout
 from tests.train.test_golden import TRACES, golden_batch, golden_model, recorded, relative
@@ -163,3 +167,123 @@ def test_the_ladder_begins_with_the_reference_and_ends_with_ours(tmp_path: Path)
     assert [variant.name for variant in every if not variant.float32] == names[4:]
     assert not any("autocast" in variant.name for variant in variants(CPU, torch.float32))
     assert len(set(names)) == len(names)
+
+
+# What is called compiled
+
+
+class Recorded:
+    """In Inductor's place: counts what it is given to compile, and how often that runs."""
+
+    def __init__(self) -> None:
+        self.graphs: list[bool] = []  # of each, whether it is for one shape alone
+        self.calls = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        sizes = [size for x in inputs if isinstance(x, torch.Tensor) for size in x.shape]
+        self.graphs.append(not any(isinstance(size, torch.SymInt) for size in (*sizes, *inputs)))
+
+        def run(*args: object) -> object:
+            self.calls += 1
+            return graph(*args)
+
+        return run
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    recorded = Recorded()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=recorded))
+    return recorded
+
+
+def counted(variant: Variant, calls: list[str]) -> Variant:
+    """The variant, its micro-steps noted."""
+
+    def build(setting: Setting):
+        step = variant.build(setting)
+
+        def call(batch: Batch) -> torch.Tensor:
+            calls.extend([variant.name] * len(batch.seeds))
+            return step(batch)
+
+        return call
+
+    return variant._replace(build=build)
+
+
+def test_every_compiled_step_runs_compiled_code_made_for_its_shape(compiled: Recorded, monkeypatch) -> None:
+    """More often than torch compiles one function, after another shape; the masks of dropout compile once more."""
+    monkeypatch.setattr(steps, "TURN", 0.0)
+    config = GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=1, n_embd=8, bias=False)
+    calls: list[str] = []
+    first = counted(reference(compile=True, float32=True), calls)
+    rungs = [counted(ours(f"rung {i}", ops=own_ops(f"mlp{i}"), compile=True), calls) for i in range(4)]
+    other = replace(config, block_size=6, dropout=0.2)
+    rows = [
+        *measure(first, workload=Workload("a", config, 2)),
+        *measure(first, *rungs, workload=Workload("b", other, 3)),
+    ]
+    assert [row.skipped for row in rows] == [""] * 6
+    assert all(row.seconds for row in rows)
+    assert len(compiled.graphs) == 1 + 2 * 5 > 8
+    assert all(compiled.graphs)
+    assert compiled.calls == len(calls)
+
+
+def own_ops(name: str) -> Ops:
+    """The reference's, by a function of their own: torch compiles anew for it, as for a fused one."""
+
+    def mlp(*args: object, **options: object) -> torch.Tensor:
+        return REFERENCE.mlp(*args, **options)
+
+    mlp.__code__ = mlp.__code__.replace(co_name=name)  # by which torch knows it again
+    return replace(REFERENCE, mlp=mlp)
+
+
+def test_what_torch_leaves_as_python_is_not_timed_as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    first, second, third = measure(EAGER, reference(compile=True, float32=True), ours("compiled", compile=True))
+    assert first.seconds
+    assert {second.skipped, third.skipped} == {"torch.compile left it as Python"}
+
+
+def test_what_reaches_a_limit_of_torch_fails(compiled: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "LIMIT", 2)
+    rows = measure(*(ours(f"rung {i}", ops=own_ops(f"mlp{i}"), compile=True) for i in range(4)))
+    assert [bool(row.seconds) for row in rows] == [True, True, False, False]
+    assert all("limit" in row.skipped for row in rows[2:])
+
+
+def test_what_compiles_under_the_clock_is_not_timed(compiled: Recorded) -> None:
+    """After the warm-up, whatever the clock says."""
+
+    def build(setting: Setting):
+        step, function, done = EAGER.build(setting), torch.compile(lambda x, n: x * n), iter(range(10**6))
+
+        def call(batch: Batch) -> torch.Tensor:
+            function(torch.ones(2), float(next(done) // 6))
+            return step(batch)
+
+        return call
+
+    first, second = measure(EAGER, Variant("restless", build))
+    assert first.seconds
+    assert second.skipped == "wrong: it was compiled anew while it was timed"
+    assert second.seconds == second.host_seconds == []
+
+
+def test_a_variant_that_fails_under_the_clock_does_not_stop_the_others() -> None:
+    def build(setting: Setting):
+        done = iter(range(10**6))
+
+        def call(batch: Batch) -> torch.Tensor:
+            if next(done) > 5:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return torch.tensor(1.0)
+
+        return call
+
+    first, second = measure(Variant("failing", build), Variant("steady", lambda setting: lambda batch: torch.ones(())))
+    assert (first.skipped, first.seconds) == ("CUDA out of memory", [])
+    assert second.seconds

@@ -23,10 +23,9 @@ from train.distributed import World
 from train.dryrun import Job, dry_run
 from train.errors import UserError
 from train.graph import WARM_UP, GraphedStep
-from train.kernel_names import OTHER
 from train.optim import FlatAdamW
+from train.profile import OTHER, read
 from train.step import Evaluation, TrainStep
-from train.timeline import read
 
 CUDA = torch.device("cuda")
 
@@ -61,7 +60,7 @@ def test_a_run_learns_what_the_cpu_learns(tmp_path: Path, dtype: str, compile: b
         assert got[iteration]["val_loss"] == pytest.approx(record["val_loss"], rel=tolerance)
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [pytest.param(False, marks=pytest.mark.smoke), True])
 def test_resume_goes_on_where_the_run_was(tmp_path: Path, compile: bool) -> None:
     settings = dict(device="cuda", dtype="bfloat16", compile=compile)
     run(tmp_path / "whole", max_iters=12, **settings)
@@ -105,7 +104,7 @@ def test_what_a_graph_computes_again_finds_the_masks_of_its_replay(kernels: str,
         assert one == pytest.approx(other, rel=1e-3)
 
 
-@pytest.mark.parametrize("kernels", ["reference", "fused"])
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("fused", marks=pytest.mark.smoke)])
 def test_a_batch_of_one(kernels: str) -> None:
     ops = select(kernels, CUDA)
     eager, captured = (graphs.make(ops, dropout=0.2, dtype=torch.bfloat16, device=CUDA) for _ in range(2))
@@ -145,7 +144,7 @@ def test_an_evaluation_alone_captures_nothing(tmp_path: Path, monkeypatch: pytes
     assert run(tmp_path, device="cuda", eval_only=True) == 0
 
 
-@pytest.mark.parametrize("kernels", ["reference", "fused"])
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("fused", marks=pytest.mark.smoke)])
 def test_a_replayed_evaluation_is_the_eager_one_and_changes_nothing(kernels: str) -> None:
     settings = dict(dropout=0.2, dtype=torch.bfloat16, device=CUDA)
     step, twin = (graphs.make(select(kernels, CUDA), **settings) for _ in range(2))

@@ -12,6 +12,8 @@ from train.hardware import (
     available_devices,
     device_name,
     lookup,
+    measure_bandwidth,
+    measure_ceilings,
     peak_flops,
     resolve_device,
     resolve_dtype,
@@ -166,6 +168,21 @@ def test_the_measured_peak_of_this_cpu(dtype):
     assert 1e8 < peak.flops < 1e15
     assert peak.source.startswith(f"measured {str(dtype)[6:]} matmul peak of this CPU, ")
     assert peak.source.endswith(f"{torch.get_num_threads()} threads")
+
+
+def test_ceilings_are_what_computers_have():
+    before = torch.random.get_rng_state()
+    ceilings = measure_ceilings(CPU, torch.float32)
+    assert 1e8 < ceilings.flops < 1e15
+    assert 1e8 < ceilings.bandwidth < 1e13
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_copy_counts_what_is_read_and_what_is_written(monkeypatch):
+    """By a clock on which every copy takes two seconds."""
+    seconds = iter(range(0, 10**6, 2))
+    monkeypatch.setattr("train.hardware.time.perf_counter", lambda: next(seconds))
+    assert measure_bandwidth(CPU, budget=20, size=4096) == 2 * 4096 / 2
 
 
 def test_device_names(cuda):

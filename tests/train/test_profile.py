@@ -2,7 +2,10 @@
 
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -16,31 +19,35 @@ from kernels.launch import INTERPRETED
 from tests.train import test_graph as graphs
 from tests.train.runs import last, logged, poison, refusal, resume, run, send
 from tests.train.tape import tape
-from train.breakdown import Bounds
 from train.build import choose_graphs
-from train.ceilings import Ceilings
 from train.config import TrainConfig
 from train.graph import GraphedStep
-from train.profiler import ProfiledStep, profiled_iterations
-from train.timeline import WINDOW, read
+from train.hardware import Ceilings
+from train.profile import WINDOW, Floors, ProfiledStep, profiled_iterations, read
 
 CEILINGS = Ceilings(flops=1e11, bandwidth=1e10)
 PROFILED = dict(profile=True, eval_interval=50, max_iters=12)
 
 
-@pytest.fixture(autouse=True)
-def ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def ceilings() -> Iterator[None]:
     """They take a second to measure."""
-    monkeypatch.setattr("train.profiler.measure_ceilings", lambda device, dtype: CEILINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.profile.measure_ceilings", lambda device, dtype: CEILINGS)
+        yield
 
 
 def trace(out_dir: Path) -> dict:
     return json.loads((out_dir / "trace.json").read_text())
 
 
+def events(out_dir: Path, name: str) -> int:
+    return sum(event["name"] == name for event in trace(out_dir)["traceEvents"])
+
+
 def annotations(out_dir: Path) -> list[str]:
-    events = [e for e in trace(out_dir)["traceEvents"] if e.get("cat") == "user_annotation"]
-    return [event["name"] for event in sorted(events, key=lambda event: event["ts"])]
+    found = [e for e in trace(out_dir)["traceEvents"] if e.get("cat") == "user_annotation"]
+    return [event["name"] for event in sorted(found, key=lambda event: event["ts"])]
 
 
 def table(output: str) -> dict[str, list[float]]:
@@ -85,10 +92,20 @@ def test_they_lie_in_the_run_between_two_evaluations(first: int, max_iters: int,
 # A run
 
 
-def test_a_run_prints_where_its_time_goes_and_leaves_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run(tmp_path / "out", **PROFILED)
-    output = capsys.readouterr().out
-    assert "profile: iterations 5 to 9 run under the profiler" in output
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A profiled run with an evaluation every four iterations: its folder, and what it said."""
+    out_dir = tmp_path_factory.mktemp("profiled") / "out"
+    out_dir.mkdir()
+    (out_dir / "trace.json").write_text("{}")
+    with redirect_stdout(StringIO()) as output:
+        run(out_dir, **PROFILED | {"eval_interval": 4}, dtype="bfloat16")
+    return out_dir, output.getvalue()
+
+
+def test_a_run_prints_where_its_time_goes(done: tuple[Path, str]) -> None:
+    out_dir, output = done
+    assert "profile: iterations 5 to 7 run under the profiler" in output
     assert "floors are for 0.1 TFLOP/s in a matmul, 10 GB/s in a copy, as measured" in output
     rows = table(output)
     total = rows.pop("total")
@@ -98,59 +115,39 @@ def test_a_run_prints_where_its_time_goes_and_leaves_a_trace(tmp_path: Path, cap
     assert sum(row[1] for row in rows.values()) == pytest.approx(100, abs=0.1 * len(rows))
     assert rows["matmuls"][2] > 0
     assert total[2] == pytest.approx(sum(row[2] for row in rows.values() if len(row) > 2), abs=0.001 * len(rows))
-    assert f"trace: {tmp_path / 'out' / 'trace.json'}" in output
+    assert f"trace: {out_dir / 'trace.json'}" in output
     assert "host:" not in output
-    assert annotations(tmp_path / "out") == [WINDOW, *(f"iteration {i}" for i in range(5, 10))]
-    timeline = read(trace(tmp_path / "out"), cuda=False)
+    timeline = read(trace(out_dir), cuda=False)
     assert sum(timeline.rows.values()) == pytest.approx(timeline.wall)
-    assert timeline.wall / 5e3 == pytest.approx(total[0], abs=0.001)
-    updates = [e for e in trace(tmp_path / "out")["traceEvents"] if e["name"] == "aten::_fused_adamw_"]
-    assert len(updates) == 5 * 2  # what decays, and what does not
-    names = {name for _, name in timeline.names}
+    assert timeline.wall / 3e3 == pytest.approx(total[0], abs=0.001)
+
+
+def test_the_trace_holds_these_steps_and_no_evaluation(done: tuple[Path, str]) -> None:
+    out_dir, _ = done
+    assert annotations(out_dir) == [WINDOW, "iteration 5", "iteration 6", "iteration 7"]
+    assert events(out_dir, "aten::_fused_adamw_") == 3 * 2  # what decays, and what does not
+    assert events(out_dir, "aten::nll_loss_forward") == 3 * 2  # micro-steps
+    names = {name for _, name in read(trace(out_dir), cuda=False).names}
     assert {"aten::mm", "aten::native_layer_norm", "aten::gelu_backward", "aten::_fused_adamw_"} <= names
 
 
-def test_no_evaluation_falls_into_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run(tmp_path / "out", **PROFILED | {"eval_interval": 4})
-    output = capsys.readouterr().out
-    assert "profile: iterations 5 to 7" in output
-    steps = 3 * 2  # of two micro-steps each: an evaluation would count another head's product
-    heads = [e for e in trace(tmp_path / "out")["traceEvents"] if e["name"] == "aten::nll_loss_forward"]
-    assert len(heads) == steps
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_run_is_the_same_to_the_bit(tmp_path: Path, dtype: str) -> None:
-    run(tmp_path / "plain", **PROFILED | {"profile": False}, dtype=dtype)
-    run(tmp_path / "profiled", **PROFILED, dtype=dtype)
+def test_the_run_is_the_same_to_the_bit(done: tuple[Path, str], tmp_path: Path) -> None:
+    run(tmp_path / "plain", **PROFILED | {"profile": False, "eval_interval": 4}, dtype="bfloat16")
     assert not (tmp_path / "plain" / "trace.json").exists()
     for kind in ("iter", "eval"):
-        assert logged(tmp_path / "profiled", kind) == logged(tmp_path / "plain", kind)
-    plain, profiled = (last(tmp_path / name)["model"] for name in ("plain", "profiled"))
+        assert logged(done[0], kind) == logged(tmp_path / "plain", kind)
+    plain, profiled = last(tmp_path / "plain")["model"], last(done[0])["model"]
     assert all(torch.equal(profiled[name], tensor) for name, tensor in plain.items())
 
 
-def test_a_resumed_run_is_profiled_after_its_own_start(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run(tmp_path / "out", max_iters=4, eval_interval=50)
-    assert "profile:" not in capsys.readouterr().out
-    resume(tmp_path / "out", profile=True, max_iters=16)
-    assert "profile: iterations 9 to 13 run" in capsys.readouterr().out
-    assert annotations(tmp_path / "out")[1:] == [f"iteration {i}" for i in range(9, 14)]
-    assert last(tmp_path / "out")["iter_num"] == 16
-
-
-def test_a_new_run_sets_the_old_trace_aside(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "trace.json").write_text("{}")
-    run(tmp_path / "out", max_iters=1)
-    assert not (tmp_path / "out" / "trace.json").exists()
-    assert len(list(tmp_path.glob("out/earlier-*/trace.json"))) == 1
+def test_an_old_trace_is_set_aside(done: tuple[Path, str]) -> None:
+    (old,) = done[0].glob("earlier-*/trace.json")
+    assert old.read_text() == "{}"
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"max_iters": 5}, "profile: none; it takes more than 5 iterations, and two of them between evaluations"),
         ({"eval_interval": 1}, "profile: none; it takes more than 5 iterations, and two of them between evaluations"),
         ({"eval_only": True}, "profile: none; the run ended before iterations 5 to 9 were done"),
     ],
@@ -167,8 +164,12 @@ def test_a_run_that_is_stopped_amidst_them(tmp_path: Path, capsys: pytest.Captur
     assert run(tmp_path / "out", at={7: send(signal.SIGTERM)}, **PROFILED) == 128 + signal.SIGTERM
     assert "profile: none; the run ended before iterations 5 to 9 were done" in capsys.readouterr().out
     assert not (tmp_path / "out" / "trace.json").exists()
-    resume(tmp_path / "out", max_iters=15)  # with the setting of before; torch's profiler can be started again
-    assert "profile: 2 steps of" in capsys.readouterr().out
+    # Resumed with the setting of before: after a warm-up of its own, as many as the run still has.
+    resume(tmp_path / "out", max_iters=15)
+    output = capsys.readouterr().out
+    assert "profile: iterations 13 to 14 run" in output
+    assert "profile: 2 steps of" in output
+    assert annotations(tmp_path / "out")[1:] == ["iteration 13", "iteration 14"]
 
 
 def test_a_run_that_fails_amidst_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -184,7 +185,7 @@ def test_a_trace_that_cannot_be_written_ends_no_training(
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train.profiler.replace_together", full)
+    monkeypatch.setattr("train.profile.replace_together", full)
     assert run(tmp_path / "out", **PROFILED) == 0
     assert "trace.json could not be written: [Errno 28] No space left on device" in capsys.readouterr().out
     assert last(tmp_path / "out")["iter_num"] == 12
@@ -220,8 +221,8 @@ def test_around_a_captured_step(tmp_path: Path) -> None:
     eager, captured = graphs.make(dropout=0.2), graphs.make(dropout=0.2)
     config = captured.model.config
     graphed = GraphedStep(captured, (1, graphs.B, graphs.T), capture=tape)
-    bounds = Bounds(CEILINGS, config, graphs.B, compute=4)
-    step = ProfiledStep(graphed, range(5, 8), 0, bounds=bounds, out_dir=tmp_path, say=said.append)
+    floors = Floors(CEILINGS, config, graphs.B, compute=4)
+    step = ProfiledStep(graphed, range(5, 8), 0, floors=floors, out_dir=tmp_path, say=said.append)
     assert graphs.train(step, 1, 12) == graphs.train(eager, 1, 12)
     assert step.scaler is captured.scaler
     step.end()
@@ -257,15 +258,10 @@ def test_a_run_that_makes_none_says_so_and_is_profiled(
         return choose_graphs(config, torch.device("cuda"), sharded=sharded, cuda="13.0")
 
     monkeypatch.setattr(command, "choose_graphs", as_on_cuda)
-    assert run(tmp_path / "out", **PROFILED, cuda_graphs=True) == 0
+    assert run(tmp_path / "out", **PROFILED | {"max_iters": 7}, cuda_graphs=True) == 0
     output = capsys.readouterr().out
     assert output.count("profile: this run makes no CUDA graphs") == 1
-    assert "profile: 5 steps of" in output
-
-
-def test_a_shorter_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run(tmp_path / "out", **PROFILED | {"max_iters": 7})
-    assert "profile: 2 steps of" in capsys.readouterr().out
+    assert "profile: 2 steps of" in output
 
 
 def test_mps_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,204 @@
+"""How long work takes: on a CUDA device by its own events, elsewhere by the host's clock; caches cold, all by turns.
+
+Whatever is compared is measured in one process and in turn, one sample of each, then the next of each: a device that
+slows down slows all of them. Every sample is kept.
+
+On a GPU the host may need longer to ask for an operation, 0.1 to 0.6 ms with autograd, than the device to do it, and
+training does not ask: it replays graphs. So what is timed is captured in a CUDA graph and replayed. Where that is not
+possible the device is kept busy until the host has asked for all of it.
+"""
+
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from kernels.capture import capture_graph
+
+WARM_UP = 3  # calls before a capture: kernels compile, libraries choose and allocate
+FLUSHES = 64  # of the caches before a sample, at most: about 13 ms of an H100
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Work on something that is made anew for each sample, outside the clock, and given up after it: a graph of a
+    forward pass, to go backward through."""
+
+    prepare: Callable[[], Any]
+    work: Callable[[Any], object]
+
+    def __call__(self) -> None:
+        self.work(self.prepare())
+
+
+Work = Callable[[], object] | Staged
+
+
+def by_turns(
+    works: Mapping[str, Work],
+    device: torch.device,
+    *,
+    seconds: float,
+    least: int = 5,
+    most: int = 200,
+    meter: "Meter | None" = None,
+) -> dict[str, list[float]]:
+    """Seconds of each sample of each work, its caches cold, after calls that are not counted.
+
+    Rounds of one sample each are made for about `seconds` in all, at least `least` and at most `most` of them.
+    meter: in place of the device's own.
+    """
+    meter = meter or (CudaMeter(Gpu(device)) if device.type == "cuda" else HostMeter(device))
+    ready = {name: meter.ready(work) for name, work in works.items()}
+    samples: dict[str, list[float]] = {name: [] for name in works}
+    deadline = time.perf_counter() + seconds
+    for done in range(most):
+        if done >= least and time.perf_counter() > deadline:
+            break
+        for name, work in ready.items():
+            samples[name].append(meter.sample(work))
+    return samples
+
+
+def milliseconds(work: Work, device: torch.device, seconds: float = 0.1, meter: "Meter | None" = None) -> float:
+    """The median of the samples of one work."""
+    return 1e3 * statistics.median(by_turns({"": work}, device, seconds=seconds, meter=meter)[""])
+
+
+class Meter(Protocol):
+    def ready(self, work: Work) -> Staged:
+        """The work as it is to be timed, after calls of it that are not."""
+
+    def sample(self, work: Staged) -> float:
+        """Seconds of one call, its preparation not counted."""
+
+
+def staged(work: Work) -> Staged:
+    return work if isinstance(work, Staged) else Staged(lambda: None, lambda nothing: work())
+
+
+class HostMeter:
+    """By the host's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._flush = device, _flush(device)
+
+    def ready(self, work: Work) -> Staged:
+        work()
+        return staged(work)
+
+    def sample(self, work: Staged) -> float:
+        given = work.prepare()
+        self._flush()
+        self._wait()
+        begin = time.perf_counter()
+        work.work(given)
+        self._wait()
+        return time.perf_counter() - begin
+
+    def _wait(self) -> None:
+        if self._device.type == "mps":
+            torch.mps.synchronize()
+
+
+class Gpu:
+    """What `CudaMeter` asks of a CUDA device. Graphs of one `Gpu` share one pool of memory, as large as the largest
+    needs; so each is to be replayed to its end, preparation and work, before the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.flush = device, _flush(device)
+        with torch.cuda.device(device):
+            self._side, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def capture(self, work: Staged) -> Staged:
+        """`work` as replays of two graphs, its preparation and itself. Raises what does not let itself be captured.
+
+        The second graph reads what the first one made where it made it. Nothing is made in that memory after the
+        captures but by these graphs, so it is still there.
+        """
+        gc.collect()  # a node of autograd that a dropped cycle holds remembers its stream, and breaks a capture
+        with torch.cuda.device(self._device):
+            self._side.wait_stream(torch.cuda.current_stream())
+            try:
+                # entered here too, because a capture that fails leaves its stream the current one; warm-ups as well, so
+                # that no node of autograd remembers another stream
+                with torch.cuda.stream(self._side):
+                    for _ in range(WARM_UP):
+                        work()
+                    given: list[Any] = []
+                    prepare = self._graph(lambda: given.append(work.prepare()))
+                    replay = self._graph(lambda: work.work(given.pop()))
+            except Exception:
+                self._graph(lambda: None)  # a capture that failed leaves torch's generator in it, until one ends well
+                raise
+            finally:
+                torch.cuda.current_stream().wait_stream(self._side)
+        return Staged(prepare, lambda nothing: replay())
+
+    def _graph(self, run: Callable[[], object]) -> Callable[[], None]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a preparation that launches nothing makes an empty graph
+            return capture_graph(run, self._side, self._pool)
+
+
+class CudaMeter:
+    """By events of the device, around a replay of the captured work, the host ahead of the device.
+
+    Before each sample the caches are emptied, so often that the device gets to the first event only after the host has
+    asked for everything up to the second: where it gets there sooner, twice as often, and the sample is taken again.
+    """
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+
+    def ready(self, work: Work) -> Staged:
+        work = staged(work)
+        try:
+            captured = self._gpu.capture(work)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # from CUDA, Triton, a library that does what no capture may: all kinds
+            captured = work
+        captured()
+        return captured
+
+    def sample(self, work: Staged) -> float:
+        flushes = 1
+        while True:
+            given = work.prepare()
+            for _ in range(flushes):
+                self._gpu.flush()
+            begin = self._gpu.event()
+            work.work(given)
+            late = begin.query()  # the device is there: it may have waited for the host
+            end = self._gpu.event()
+            end.synchronize()
+            if not late or flushes >= FLUSHES:  # then the work itself waits for the device
+                return begin.elapsed_time(end) / 1e3
+            flushes *= 2
+
+
+def _flush(device: torch.device) -> Callable[[], object]:
+    """Empties the device's caches, by writing a buffer larger than they are; a GPU takes about 0.2 ms for it."""
+    size = max(2 * cache_bytes(device), 2**29 if device.type == "cuda" else 0)
+    return torch.empty(size, dtype=torch.uint8, device=device).zero_
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last cache before memory: the L2 of a GPU, the L3 of a CPU (32 MiB where it does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=2**25)

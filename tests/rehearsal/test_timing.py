@@ -1,0 +1,60 @@
+"""Timing on the device that is not there: how work is captured that goes backward through what it prepared."""
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import FUSED
+from kernels.timing import CudaMeter, Staged, by_turns
+from kernels.timing import Gpu as Timed
+from tests.rehearsal.device import Gpu
+
+
+def leaves(gpu: Gpu) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual = (torch.randn(64, 32, device=gpu.device, requires_grad=True) for _ in range(2))
+    return x, residual, torch.ones(32, device=gpu.device, requires_grad=True)
+
+
+def test_preparation_and_work_are_two_graphs_on_one_stream(gpu: Gpu) -> None:
+    x, residual, weight = leaves(gpu)
+    dy = torch.randn(64, 32, device=gpu.device)
+
+    def forward() -> Tensor:
+        return FUSED.add_layer_norm(x, residual, weight, None, torch.float32, 0.1)[1]
+
+    def backward(y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, (x, residual, weight), dy)
+
+    gc.disable()  # not by chance; the process is this test's own
+    dropped = [forward()]  # on the default stream, as a check makes it; only the garbage collector ends it
+    dropped.append(dropped)
+    del dropped
+    work = Staged(forward, backward)
+    samples = by_turns({"": work}, gpu.device, seconds=0, least=3, meter=CudaMeter(Timed(gpu.device)))
+    assert len(samples[""]) == 3
+    assert len(gpu.captures) == 2
+    assert len({capture.stream for capture in gpu.captures} - {0}) == 1
+    assert [capture.strays for capture in gpu.captures] == [[], []]
+    assert len({capture.replays for capture in gpu.captures}) == 1
+    assert gpu.stream == 0
+
+
+def test_a_capture_that_fails_is_timed_as_it_is(gpu: Gpu) -> None:
+    x, *_ = leaves(gpu)
+    calls = []
+
+    def uncapturable() -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("operation not permitted when stream is capturing")
+        calls.append(gpu.stream)
+        return x * 2
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        Timed(gpu.device).capture(Staged(lambda: None, lambda nothing: uncapturable()))
+    assert [capture.failed for capture in gpu.captures] == [False, True, False]  # the last one ends torch's own state
+    calls.clear()
+    samples = by_turns({"": uncapturable}, gpu.device, seconds=0, least=3)
+    assert len(samples[""]) == 3
+    assert calls[-1] == gpu.stream == 0
