@@ -161,7 +161,6 @@ OURS = {
     "embedding_bwd_wpe_kernel": "embeddings",
     "adamw_norm_kernel": "optimizer",
     "adamw_update_kernel": "optimizer",
-    "trial_kernel": OTHER,  # runs before the first step
 }
 
 
