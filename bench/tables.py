@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from bench.bounds import Bound, bound
+from bench.budget import NO_TIME
 from bench.schema import Kernel, Peak, Results, Step, beside, median
 from train.metrics import mfu, tokens_per_second
 
@@ -40,6 +41,8 @@ def summary(results: Results) -> str:
         rows = [step for step in results.steps if step.workload == workload]
         blocks.append(f"{workload}\n{steps_table(rows, results.peak.flops if results.peak else None)}")
     skipped = [f"{row.variant}: {row.skipped}" for row in results.steps if row.skipped]
+    if late := sum(row.skipped == NO_TIME for row in results.kernels):
+        skipped.append(f"{late} of {len(results.kernels)} rows of kernels: {NO_TIME}")
     blocks += ["not measured: " + "; ".join(skipped)] if skipped else []
     blocks += [f"failed: {failure.part}: {failure.error}" for failure in results.failures]
     return "\n\n".join(blocks)

@@ -15,8 +15,10 @@ from bench.clock import Clock
 from bench.entrants import TIMED
 from bench.kernels import Contest, directions, rows, shapes, work_of
 from bench.schema import Kernel, decode
+from bench.tables import summary
 from kernels import reference
 from kernels.cases import CASES, Case
+from tests.bench.made import h100
 from tests.bench.toys import CPU, FP32, SHAPE, TOY, inputs_of, measured, scaled
 
 pytestmark = pytest.mark.usefixtures("everything_runs")
@@ -205,7 +207,7 @@ def test_rows_come_first_shapes_first_and_end_with_the_time() -> None:
 
 
 def test_the_time_is_kept_by_leaving_out_cases(clock: Clock) -> None:
-    """A case takes 6 s to check, and 0.3 s a round; one that would not end is not begun, by the slowest so far."""
+    """A case takes 6 s to check, and 0.1 s a round; one that would not end is not begun, by the slowest so far."""
 
     def working(x: Tensor, weight: Tensor) -> Tensor:
         clock.let_pass(0.1)
@@ -215,13 +217,16 @@ def test_the_time_is_kept_by_leaving_out_cases(clock: Clock) -> None:
         clock.let_pass(3.0)
         return inputs_of(*given)
 
-    toy = replace(TOY, fused=working, reference=working, make_inputs=slow_inputs, backward_bytes=None)
+    toy = replace(TOY, fused=working, make_inputs=slow_inputs, backward_bytes=None)
     found = list(rows(CPU, 30.0, tuple(replace(toy, name=f"toy {i}") for i in range(9))))
     assert clock() <= 30.0
+    assert {row.variant for row in found if row.case == "toy 0" and row.seconds} == {"fused", "reference", "compiled"}
     timed = {row.case for row in found if row.seconds}
-    assert timed == {"toy 0", "toy 1", "toy 2"}
+    assert timed == {"toy 0", "toy 1", "toy 2", "toy 3"}
     assert {row.skipped for row in found if row.case not in timed} == {NO_TIME}
     assert len({row.case for row in found}) == 9
+    late = sum(not row.seconds for row in found)
+    assert f"not measured: {late} of {len(found)} rows of kernels: {NO_TIME}" in summary(replace(h100(), kernels=found))
 
 
 def test_samples_that_would_not_end_are_not_begun(clock: Clock) -> None:
@@ -229,7 +234,7 @@ def test_samples_that_would_not_end_are_not_begun(clock: Clock) -> None:
         clock.let_pass(2.0)
         return scaled(x, weight)
 
-    toy = replace(TOY, fused=working, reference=working)
+    toy = replace(TOY, fused=working)
     found = list(rows(CPU, 50.0, (toy,)))
     assert {row.skipped for row in found if row.direction == "both"} == {NO_TIME}
     assert clock() <= 60.0  # what is not known before it was run once
