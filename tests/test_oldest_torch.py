@@ -45,7 +45,7 @@ def interpreter() -> str:
     return str(python)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_with_the_oldest_torch() -> None:
     try:
         build.environment()

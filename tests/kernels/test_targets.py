@@ -34,7 +34,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_kernel_keeps_its_budget_on_every_target(tmp_path: Path) -> None:
     done = command("--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stdout.split("\n\n")[-1] + done.stderr

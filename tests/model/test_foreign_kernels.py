@@ -13,7 +13,7 @@ def test_somebody_elses_kernels(tmp_path: Path) -> None:
     foreign.mkdir()
     (foreign / "__init__.py").write_text("def get_kernel(): ...\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "train", "--help"]
+    command = [sys.executable, "-m", "train", "--max_iters=0"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]

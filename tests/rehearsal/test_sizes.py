@@ -44,7 +44,7 @@ def test_ones_and_ragged(case: Case) -> None:
     assert [fault for shape in (ones, ragged) for fault in faults(case, shape, torch.bfloat16)] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_all_sizes_and_dtypes(case: Case) -> None:
     every = [(shape, dtype) for shape in sizes(case) for dtype in case.dtypes]
