@@ -24,6 +24,16 @@ GPT_SHAPES = [
     for case in CASES
     for shape in case.gpt_shapes
 ]
+
+
+def refused(case: Case, shape: Shape, dtype: torch.dtype) -> bool:
+    """The fused matmul, forced where its rows are not aligned: on a GPU, unlike the interpreter, test_mlp.py's."""
+    return (
+        case.name.startswith("mlp") and "triton" in case.name and dtype.itemsize == 2 and any(n % 8 for n in shape[1:])
+    )
+
+
+EVERY_REGIME = [regime for regime in REGIMES if not refused(*regime.values)]
 BY_NAME = [pytest.param(case, id=case.name) for case in CASES]
 
 
@@ -33,7 +43,7 @@ def assert_room_for(gigabytes: float) -> None:
         pytest.skip(f"needs {gigabytes} GiB of free GPU memory, there are {free / 2**30:.1f}")
 
 
-@pytest.mark.parametrize(("case", "shape", "dtype"), REGIMES)
+@pytest.mark.parametrize(("case", "shape", "dtype"), EVERY_REGIME)
 def test_every_regime(case: Case, shape: Shape, dtype: torch.dtype, nan_filled: None) -> None:
     inputs = case.make_inputs(shape, dtype, CUDA)
     fused, plain = (outputs_and_gradients(f, inputs) for f in (case.fused, case.reference))
@@ -57,12 +67,18 @@ def test_gpt_shapes(case: Case, shape: Shape) -> None:
     assert_as_good_as_torch(*on_host, exact)
 
 
+def one_regime(case: Case) -> list[tuple[Shape, torch.dtype]]:
+    """The most ragged shape, in bfloat16: few kernels to compile. The other dtypes where sums are long."""
+    dtypes = case.dtypes if case.name in ("add_layer_norm", "linear_cross_entropy") else [torch.bfloat16]
+    shapes = [shape for shape in case.shapes if not refused(case, shape, torch.bfloat16)]
+    shape = max(shapes, key=lambda shape: sum(n % 16 != 0 for n in shape))
+    return [(shape, dtype) for dtype in dtypes]
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("case", BY_NAME)
 def test_one_regime(case: Case, nan_filled: None) -> None:
-    """The most ragged shape of each case, in bfloat16: few kernels to compile. The other dtypes where sums are long."""
-    shape = max(case.shapes, key=lambda shape: sum(n % 16 != 0 for n in shape))
-    for dtype in case.dtypes if case.name in ("add_layer_norm", "linear_cross_entropy") else [torch.bfloat16]:
+    for shape, dtype in one_regime(case):
         test_every_regime(case, shape, dtype, None)
 
 

@@ -6,6 +6,7 @@ import torch
 from kernels.cases import CASES, Case, Shape
 from kernels.launch import Device
 from kernels.targets import compile_launch, launches
+from tests.kernels.test_gpu import EVERY_REGIME, one_regime
 
 H100 = Device(capability=90, multiprocessors=132)
 
@@ -48,6 +49,14 @@ def test_ones_and_ragged(case: Case) -> None:
 def test_all_sizes_and_dtypes(case: Case) -> None:
     every = [(shape, dtype) for shape in sizes(case) for dtype in case.dtypes]
     assert [fault for shape, dtype in every for fault in faults(case, shape, dtype)] == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_no_regime_of_the_gpu_tests_is_refused_there(case: Case) -> None:
+    regimes = [(shape, dtype) for other, shape, dtype in (r.values for r in EVERY_REGIME) if other is case]
+    assert regimes
+    for shape, dtype in [*regimes, *one_regime(case)]:
+        assert launches(case, shape, dtype, H100), (shape, dtype)
 
 
 def test_no_rows_launch_nothing() -> None:
