@@ -196,7 +196,12 @@ def embedding_bwd_wpe_kernel(
 
 
 def _block(C: int, elements: int) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, num_warps): whole rows, so many elements a thread, more warps where rows are wide."""
+    """(BLOCK_M, BLOCK_N, num_warps): whole rows, so many elements a thread, more warps where rows are wide.
+
+    Rows whose stride is no multiple of 16 are read element by element, with an address each: 8 at once, or registers
+    spill.
+    """
+    elements = elements if C % 16 == 0 else 8
     BLOCK_N = max(16, triton.next_power_of_2(C))
     num_warps = min(16, max(4, BLOCK_N // 256))
     return max(1, elements * 32 * num_warps // BLOCK_N), BLOCK_N, num_warps
@@ -215,8 +220,7 @@ def _embedding(idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, p: fl
     """x (M, C) of idx (M,); wte (V, C) and wpe (T, C) with unit last stride."""
     x = wte.new_empty(len(idx), wte.shape[1], dtype=dtype)
     M, C = x.shape
-    # rows that are not aligned are read element by element, with an address each: fewer at once, or registers spill
-    BLOCK_M, BLOCK_N, num_warps = _block(C, 16 if C % 8 == 0 else 8)
+    BLOCK_M, BLOCK_N, num_warps = _block(C, 16)
     args = dict(
         idx_ptr=idx, wte_ptr=wte, wpe_ptr=wpe, seed_ptr=seed, x_ptr=x, wte_stride=wte.stride(0),
         wpe_stride=wpe.stride(0), M=M, T=wpe.shape[0], V=wte.shape[0], C=C, threshold=keep_threshold(p),
