@@ -47,7 +47,7 @@ from train.hardware import (
 )
 from train.log import RunLog, check_sinks
 from train.loop import Loop, Progress
-from train.memory import check_memory, free_memory, job_of
+from train.memory import as_planned_for, check_memory, free_memory, job_of
 from train.optim import LossScale
 from train.plot import plot_run
 from train.profile import ProfiledStep, profiled_step
@@ -113,7 +113,8 @@ def train(
     )
     memory = ""
     if not config.eval_only:
-        job = job_of(config, raw_model, ops, device, world, chunk, resumed=checkpoint is not None)
+        at = as_planned_for(device)
+        job = job_of(config, raw_model.config, ops, dtype, world, chunk, resumed=checkpoint is not None, **at)
         memory = check_memory(job, str(device), free, world.size)
     optimizer = place(config, raw_model, ops, world, device)
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)

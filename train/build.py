@@ -56,18 +56,28 @@ def choose_ops(
         raise UserError(f"kernels: {error}") from error
     reason = lacks(device) if config.kernels == "auto" and device.type == "cuda" else ""
     said = reason and f"kernels: the fused ones cannot run here, going on with the reference's: {reason}"
+    ask = device.type == "cuda" and ops.name == "fused" and config.loss_chunk < 0
+    room = torch.cuda.get_device_properties(device).total_memory if ask else float("inf")
+    why = reason and f" (the fused ones cannot run here: {reason})"
+    chunk = rows_at_a_time(config, ops, dtype, vocab_size, config.block_size, room, why)
+    if ops.name == "reference":
+        return ops, 0, said
+    loss = functools.partial(ops.linear_cross_entropy, chunk_rows=chunk)
+    return dataclasses.replace(ops, linear_cross_entropy=loss), chunk, said
+
+
+def rows_at_a_time(
+    config: TrainConfig, ops: Ops, dtype: torch.dtype, vocab_size: int, block_size: int, room: float, why: str = ""
+) -> int:
+    """How many rows of logits the loss holds at a time, 0 for all: as set, or in chunks where all of them would fill a
+    quarter of `room`, the device's bytes. UserError for chunks of the reference kernels; why: what explains these."""
     chunk = config.loss_chunk
     if ops.name == "reference":
         if chunk > 0:
-            why = reason and f" (the fused ones cannot run here: {reason})"
             raise UserError(f"loss_chunk: got {chunk}, expected 0 or -1: the reference kernels hold all logits{why}")
-        return ops, 0, said
-    if chunk < 0:
-        logits = config.batch_size * config.block_size * vocab_size * dtype.itemsize
-        room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
-        chunk = LOSS_CHUNK if logits > room / 4 else 0
-    loss = functools.partial(ops.linear_cross_entropy, chunk_rows=chunk)
-    return dataclasses.replace(ops, linear_cross_entropy=loss), chunk, said
+        return 0
+    logits = config.batch_size * block_size * vocab_size * dtype.itemsize
+    return chunk if chunk >= 0 else LOSS_CHUNK if logits > room / 4 else 0
 
 
 def choose_graphs(
@@ -108,11 +118,16 @@ def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoi
     check_shape(config, named, model.config)
     if "block_size" in named and config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
-    if dataset.n_vocab > model.config.vocab_size:
-        raise UserError(
-            f"dataset={config.dataset}: it has {dataset.n_vocab} different tokens, the model {model.config.vocab_size}"
-        )
+    check_vocabulary(config, dataset, model.config)
     return model
+
+
+def check_vocabulary(config: TrainConfig, dataset: Dataset, shape: GPTConfig) -> None:
+    """UserError where the data has more tokens than given weights know."""
+    if dataset.n_vocab > shape.vocab_size:
+        raise UserError(
+            f"dataset={config.dataset}: it has {dataset.n_vocab} different tokens, the model {shape.vocab_size}"
+        )
 
 
 def check_shape(config: TrainConfig, named: set[str], shape: GPTConfig) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kernels import Ops
-from model import GPT
+from model import GPTConfig
 from model.recompute import MODES
 from train.build import LOSS_CHUNK
 from train.config import TrainConfig
@@ -25,30 +25,42 @@ from train.errors import UserError
 
 
 def job_of(
-    config: TrainConfig, model: GPT, ops: Ops, device: torch.device, world: World, chunk: int, *, resumed: bool
+    config: TrainConfig,
+    shape: GPTConfig,
+    ops: Ops,
+    dtype: torch.dtype,
+    world: World,
+    chunk: int,
+    *,
+    resumed: bool,
+    **device: Any,
 ) -> Job:
-    """One rank's part in a training step. chunk: rows of logits at a time, 0 for all."""
-    sharded = config.shard and world.size > 1
-    job = Job(
-        model.config,
+    """One rank's part in a training step. chunk: rows of logits at a time, 0 for all. device: `Job`'s on, capability,
+    multiprocessors."""
+    return Job(
+        shape,
         config.batch_size,
         ops,
         accumulation=config.gradient_accumulation_steps // world.size,
         several=config.gradient_accumulation_steps > 1,
-        dtype=model.compute_dtype,
-        stream_dtype=model.stream_dtype,
+        dtype=dtype,
+        stream_dtype=getattr(torch, config.residual_dtype),
         loss_chunk=chunk,
-        recompute=model.recompute,
+        recompute=config.recompute,
         attention=config.attention,
         resumed=resumed,
-        shards=world.size if sharded else 1,
-        on="cpu" if device.type == "cpu" else "meta",
+        shards=world.size if config.shard else 1,
+        **device,
     )
+
+
+def as_planned_for(device: torch.device) -> dict[str, Any]:
+    """What a `Job` says of a device that is there."""
     if device.type != "cuda":
-        return job
+        return {"on": "cpu" if device.type == "cpu" else "meta"}
     properties = torch.cuda.get_device_properties(device)
     capability = 10 * properties.major + properties.minor
-    return dataclasses.replace(job, capability=capability, multiprocessors=properties.multi_processor_count)
+    return {"on": "meta", "capability": capability, "multiprocessors": properties.multi_processor_count}
 
 
 def check_memory(job: Job, where: str, free: int | None, ranks: int) -> str:

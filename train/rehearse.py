@@ -20,7 +20,7 @@ from model.config import GPT2_SIZES
 from model.flops import flops_per_token, num_params
 from model.pretrained import from_checkpoint, load_gpt2
 from model.work import floor, step_work
-from train.build import LOSS_CHUNK, check_shape
+from train.build import check_shape, check_vocabulary, rows_at_a_time
 from train.checkpoint_layout import MODEL_ARGS
 from train.config import TrainConfig
 from train.corpora import CORPORA, docs_text
@@ -30,7 +30,7 @@ from train.dryrun import Call, DryRun, Job, dry_run
 from train.errors import UserError
 from train.hardware import COLUMNS, DTYPES, Card, Peak, card, lookup
 from train.log import check_sinks
-from train.memory import amount, check_memory
+from train.memory import amount, check_memory, job_of
 from train.metrics import mfu
 from train.text import GPT2_TOKENS, padded_vocab_size
 
@@ -52,10 +52,17 @@ def rehearse(
     say(f"rehearsal on {target.name} x {world.size}: nothing is trained, nothing is written")
     say(f"settings: {why}")
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
-    vocab_size = _data(config, say)
+    dataset, vocab_size = _data(config, say)
     shape = _shape(config, named, checkpoint, vocab_size)
+    if dataset is not None:
+        check_vocabulary(config, dataset, shape)
+        dataset.check(shape.block_size, shape.vocab_size)
     ops, without = _ops(config.kernels)
-    job = _job(config, shape, ops, dtype, target, world, resumed=checkpoint is not None)
+    chunk = 0  # without Triton the reference is counted, which holds all logits
+    if ops.name == config.kernels or ops.name == "fused":
+        chunk = rows_at_a_time(config, ops, dtype, shape.vocab_size, shape.block_size, target.memory)
+    at = {"capability": target.capability, "multiprocessors": target.multiprocessors}
+    job = job_of(config, shape, ops, dtype, world, chunk, resumed=checkpoint is not None, **at)
     tokens = config.gradient_accumulation_steps * config.batch_size * shape.block_size
     say(f"number of parameters: {num_params(shape) / 1e6:.2f}M; tokens per iteration: {tokens:,}")
     say(check_memory(job, target.name, target.memory, world.size))
@@ -73,14 +80,13 @@ def rehearse(
     return 0
 
 
-def _data(config: TrainConfig, say: Callable[[str], None]) -> int:
-    """The vocabulary of a new model, from the dataset or from what is known of one that is not prepared."""
+def _data(config: TrainConfig, say: Callable[[str], None]) -> tuple[Dataset | None, int]:
+    """The dataset if it is prepared, and a new model's vocabulary: of it, or what is known of one that is not."""
     folder = Path("data") / config.dataset
     if (folder / "train.bin").is_file():
         dataset = Dataset(folder)
-        dataset.check(config.block_size)
         say(f"data: {folder}, {len(dataset.train):,} tokens to train on, a vocabulary of {dataset.vocab_size:,}")
-        return dataset.vocab_size
+        return dataset, dataset.vocab_size
     if config.dataset == "docs":
         size = len(set(docs_text()))
     elif config.dataset in CORPORA and CORPORA[config.dataset].tokenizer == "char":
@@ -89,7 +95,7 @@ def _data(config: TrainConfig, say: Callable[[str], None]) -> int:
         size = padded_vocab_size(GPT2_TOKENS)
     how = "the run makes it" if config.dataset == "docs" else f"python -m train.prepare {config.dataset} makes it"
     say(f"data: {folder} is not prepared yet: {how}; its vocabulary is taken to be {size:,}")
-    return size
+    return None, size
 
 
 def _shape(config: TrainConfig, named: set[str], checkpoint: dict | None, vocab_size: int) -> GPTConfig:
@@ -122,41 +128,6 @@ def _ops(kernels: str) -> tuple[Ops, str]:
     except ImportError as error:
         return REFERENCE, f"Triton is not installed here ({error}); what follows is counted with the reference kernels"
     return FUSED, "TRITON_INTERPRET is set, the interpreter takes the compiler's place" if INTERPRETED else ""
-
-
-def _job(
-    config: TrainConfig,
-    shape: GPTConfig,
-    ops: Ops,
-    dtype: torch.dtype,
-    target: Card,
-    world: World,
-    *,
-    resumed: bool,
-) -> Job:
-    """One rank's step on the card."""
-    chunk = config.loss_chunk
-    if ops.name == "reference":
-        chunk = 0
-    elif chunk < 0:
-        logits = config.batch_size * shape.block_size * shape.vocab_size * dtype.itemsize
-        chunk = LOSS_CHUNK if logits > target.memory / 4 else 0
-    return Job(
-        shape,
-        config.batch_size,
-        ops,
-        accumulation=config.gradient_accumulation_steps // world.size,
-        several=config.gradient_accumulation_steps > 1,
-        dtype=dtype,
-        stream_dtype=getattr(torch, config.residual_dtype),
-        loss_chunk=chunk,
-        recompute=config.recompute,
-        attention=config.attention,
-        resumed=resumed,
-        shards=world.size if config.shard else 1,
-        capability=target.capability,
-        multiprocessors=target.multiprocessors,
-    )
 
 
 def _launches(run: DryRun, job: Job) -> Iterator[str]:

@@ -98,6 +98,7 @@ def test_bad_settings_are_refused_as_for_a_run(rehearse) -> None:
         settings = f"--attention={attention}", f"--dropout={dropout}"
         assert f"(with dropout={dropout}): {attention} " in refused(rehearse, *SMALL, *settings, "--rehearse=h100")
     assert "out_dir" in refused(rehearse, *SMALL, "--out_dir=/dev/null/x", "--rehearse=h100")
+    assert "loss_chunk" in refused(rehearse, *SMALL, "--kernels=reference", "--loss_chunk=64", "--rehearse=h100")
     assert "n_layer" in refused(rehearse, "--init_from=gpt2-xl", "--n_layer=3", "--rehearse=h200")
 
 
