@@ -262,7 +262,8 @@ class Loader:
         """
         offsets = self._draw(split, self._generator(STREAMS[split], k), self.batch_size)
         shape = (2, 1, self.batch_size, self.block_size)
-        x, y = self._gather(split, offsets, torch.empty(shape, dtype=torch.int64)).to(self.device)
+        memory = torch.empty(shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        x, y = self._gather(split, offsets, memory).to(self.device, non_blocking=True)
         return Batch(x, y, (0,))  # dropout is off
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """torch.compile for the device that is not there: the fixture `inductor`.
 
-Inductor makes its code for an H100, and Triton compiles the kernels in it for sm_90. Then the code is put aside, and
-the graph that it was made of runs in its place, on fake tensors. What calls torch.compile is the project.
+Inductor makes its code for an H100, and Triton compiles the kernels in it for sm_90. The code runs on fake tensors:
+its launches are written down instead of made. What calls torch.compile is the project.
 """
 
 import functools
@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from functorch.compile import make_boxed_func
 from torch._dynamo.device_interface import CudaInterface
 from torch._functorch import config as functorch_config
 from torch._inductor import compile_fx, lowering
@@ -46,13 +45,17 @@ class Inductor:
         self.codes: list[str] = []  # a Python module a graph: forward, backward, evaluation
         self.kernels: list[Kernel] = []
         self.unknown: list[torch._ops.OpOverload] = []  # operations that it knew no lowering of, as it met their graph
+        self.launches: list[int] = []  # bytes of each launch of those kernels, if every tensor is touched once
 
     def compile(self, graph: torch.fx.GraphModule, inputs: list, **options: object) -> Callable:
         """In the place of `compile_fx_inner`."""
         called = {node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
         self.unknown += [op for op in called if op not in lowering.lowerings and op.namespace == "nanofuse"]
-        compile_fx.compile_fx_inner(graph, inputs, **options)
-        return make_boxed_func(graph.forward)
+        return compile_fx.compile_fx_inner(graph, inputs, **options)
+
+    def run(self, autotuner: CachingAutotuner, args: tuple) -> None:
+        """In the place of `CachingAutotuner.run`: the launch."""
+        self.launches.append(sum(x.nbytes for x in args if isinstance(x, torch.Tensor)))
 
     def precompile(self, autotuner: CachingAutotuner) -> None:
         """In the place of `CachingAutotuner.precompile`, which would load the kernels and time them."""
@@ -91,6 +94,11 @@ class Driver:
         return name
 
 
+def empty(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """What Inductor's code makes its buffers with: a function of torch's in C++, which no fake tensor mode sees."""
+    return torch.empty_strided(size, stride, dtype=dtype, device=DEVICE)
+
+
 @pytest.fixture
 def inductor(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Inductor]:
     """For `torch.compile` on `gpu`. Nothing is read from a cache."""
@@ -105,6 +113,12 @@ def inductor(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     monkeypatch.setattr(compile_fx, "compile_fx", functools.partial(compile_fx.compile_fx, inner_compile=made.compile))
     monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(made.codes.append))
     monkeypatch.setattr(CachingAutotuner, "precompile", lambda self, *args, **kwargs: made.precompile(self))
+    monkeypatch.setattr(CachingAutotuner, "run", lambda self, *args, **kwargs: made.run(self, args))
+    for name in ("_exchange_device", "_maybe_exchange_device"):  # what the code's device guard calls
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    guards = torch._C._dynamo.guards
+    monkeypatch.setattr(guards, "_empty_strided_cuda", empty)
+    monkeypatch.setattr(guards, "_reinterpret_tensor", torch.as_strided)
     monkeypatch.setattr(triton_helpers, "set_driver_to_gpu", nothing)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     asked = ("current_device", "device_count", "get_device_properties", "synchronize", "current_stream", "set_device")
