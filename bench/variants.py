@@ -19,8 +19,8 @@ from bench.compiling import only_compiled
 from bench.workloads import Workload
 from kernels import REFERENCE, Ops, select
 from model import GPT
-from train.attention_choice import AttentionShape, choose_attention
 from train.build import compile_module
+from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
 from train.data import Batch
 from train.distributed import World
 from train.errors import UserError
@@ -107,11 +107,13 @@ def ours(
 
     def build(setting: Setting) -> Step:
         workload, device = setting.workload, setting.device
-        bundle = select("auto", device) if ops is None else ops
+        dtype = torch.float32 if float32 else setting.dtype
+        layer = workload.config, workload.batch_size, dtype, device
+        bundle, _ = choose_mlp(select("auto", device), MLPShape.of(*layer), World()) if ops is None else (ops, "")
         model = GPT(workload.config, bundle).to(device)
         model.load_state_dict(setting.weights)
-        model.compute_dtype = torch.float32 if float32 else setting.dtype
-        model.attention, _ = choose_attention(attention, AttentionShape.of(model, workload.batch_size, device), World())
+        model.compute_dtype = dtype
+        model.attention, _ = choose_attention(attention, AttentionShape.of(*layer), World())
         optimizer = FlatAdamW(
             model,
             bundle,

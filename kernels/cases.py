@@ -6,7 +6,7 @@ the first of these and holds each kernel to its budget.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -145,20 +145,19 @@ def _gelu(approximate: str) -> Case:
 # The MLP: (M, K, N); its fused matmul's tiles are 16 x 32 of 16 in the interpreter, whose two programs share them -----
 
 
-def _mlp(approximate: str, *, bias: bool, path: str) -> Case:
+def _mlp(approximate: str, *, tiles: int) -> Case:
+    """tiles: as `mlp` takes them, forward and backward; 0: cuBLAS."""
+
     def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         (M, K, N), randn = shape, draw(device)
         return {
             "x": randn(M, K, dtype=dtype),
             "fc_weight": randn(N, K, dtype=dtype, scale=2 * K**-0.5),
-            "fc_bias": randn(N, dtype=dtype) if bias else None,
+            "fc_bias": randn(N, dtype=dtype),
             "proj_weight": randn(K, N, dtype=dtype, scale=N**-0.5),
-            "proj_bias": randn(K, dtype=dtype) if bias else None,
+            "proj_bias": randn(K, dtype=dtype),
             "approximate": approximate,
         }
-
-    def fused(**inputs: Any) -> Tensor:
-        return FUSED.mlp(**inputs, path=path)
 
     def elementwise(shape: Shape, dtype: torch.dtype) -> int:  # what GELU moves; the products are cuBLAS's
         return least.gelu_forward(shape[0], shape[2], dtype.itemsize)
@@ -172,8 +171,8 @@ def _mlp(approximate: str, *, bias: bool, path: str) -> Case:
 
     matmul = Budget(warps=8, one_wave=True, mma=True)
     return Case(
-        name=f"mlp, {approximate}{'' if bias else ', no bias'}, {path}",
-        fused=fused,
+        name=f"mlp, {approximate}, {f'tiles {tiles}' if tiles else 'cublas'}",
+        fused=partial(FUSED.mlp, forward_tiles=tiles, backward_tiles=tiles),
         reference=reference.mlp,
         make_inputs=make_inputs,
         shapes=(
@@ -188,13 +187,15 @@ def _mlp(approximate: str, *, bias: bool, path: str) -> Case:
             (16 * 1024, 1024, 4 * 1024),
             (8 * 1024, 1600, 4 * 1600),
         ),
-        cpu_shapes=((1024, 384, 4 * 384),) if path == "auto" else (),
-        forward_bytes=product if path == "triton" else elementwise,
-        backward_bytes=product if path == "triton" else elementwise_backward,
-        again=8.0 if path == "triton" else 1.0,  # an operand is read once for each column, or row, of tiles
+        dtypes=(torch.float32, torch.bfloat16, torch.float16) if tiles < 2 else (torch.bfloat16, torch.float16),
+        cpu_shapes=() if tiles else ((1024, 384, 4 * 384),),
+        forward_bytes=product if tiles else elementwise,
+        backward_bytes=product if tiles else elementwise_backward,
+        again=8.0 if tiles else 1.0,  # an operand is read once for each column, or row, of tiles
         flops=lambda shape: 4 * shape[0] * shape[1] * shape[2],
         budgets={"linear_gelu_fwd_kernel": matmul, "linear_gelu_bwd_kernel": matmul}
         | dict.fromkeys(("gelu_fwd_kernel", "gelu_bwd_kernel"), Budget(warps=32)),
+        compiled_with=({}, {"fc_bias": None, "proj_bias": None}),
     )
 
 
@@ -412,9 +413,9 @@ CASES: list[Case] = [
     _layer_norm("add_layer_norm without bias, float32 stream", bias=False, add=True, stream=torch.float32),
     _gelu("erf"),
     _gelu("tanh"),
-    _mlp("erf", bias=True, path="triton"),
-    _mlp("tanh", bias=False, path="triton"),
-    _mlp("erf", bias=True, path="auto"),
+    _mlp("erf", tiles=1),
+    _mlp("tanh", tiles=2),
+    _mlp("erf", tiles=0),
     _cross_entropy("cross_entropy"),
     _cross_entropy("cross_entropy, all ignored", ignored=True),
     _linear_cross_entropy("linear_cross_entropy", chunked=False),

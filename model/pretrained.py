@@ -17,7 +17,8 @@ the meta device and given the tensors: the weights are in memory once, and nothi
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +59,37 @@ def load_gpt2(
     Raises FileNotFoundError (nothing there, or no network), ImportError (a package is missing), ValueError
     (not the tensors of a GPT-2, or one whose config.json asks for what our GPT does not compute).
     """
+    with _opened(source, dropout, gelu) as (file, path, names, config):
+        state = {name: _read_tensor(file, key, name) for key, name in names.items()}
+    return _assemble(config, state, path, ops)
+
+
+def gpt2_shape(source: str | os.PathLike[str], *, dropout: float = 0.0, gelu: str | None = None) -> GPTConfig:
+    """The shape of what `load_gpt2` would load; no weight is read. Raises as it does."""
+    with _opened(source, dropout, gelu) as (*_, config):
+        return config
+
+
+@contextmanager
+def _opened(
+    source: str | os.PathLike[str], dropout: float, gelu: str | None
+) -> Iterator[tuple[Any, Path, dict[str, str], GPTConfig]]:
+    """(the open file, its path, its tensors' names here by those there, the model's shape). ValueError where reading
+    fails."""
     safetensors = _safetensors()
     path, config_path = _locate(source)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = {key: _our_name(key) for key in file.keys() if not key.endswith(MASKS)}  # noqa: SIM118
-            shapes = {names[key]: tuple(file.get_slice(key).get_shape()) for key in names}
+            shapes = {name: tuple(file.get_slice(key).get_shape()) for key, name in names.items()}
             settings = _read_config(config_path) if config_path else _infer_config(shapes, path)
             if gelu is not None:
                 settings["gelu"] = gelu
             config = GPTConfig(**settings, dropout=dropout)
             _check(shapes, {name: _flip(name, shape) for name, shape in _shapes(config).items()}, path)
-            state = {name: _read_tensor(file, key, name) for key, name in names.items()}
+            yield file, path, names, config
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-    return _assemble(config, state, path, ops)
 
 
 def from_checkpoint(checkpoint: Mapping[str, Any], *, dropout: float | None = None, ops: Ops = REFERENCE) -> GPT:

@@ -19,19 +19,21 @@ from model import GPT, GPTConfig
 from model.attention import BACKENDS, why_not_dropout
 from model.flops import flops_per_token
 from train import checkpoint as checkpoints
-from train.attention_choice import AttentionShape, choose_attention
 from train.build import (
     adopt_shape,
     build_model,
+    check_vocabulary,
     choose_graphs,
     choose_ops,
     gather_states,
+    model_shape,
     model_to_train,
     open_dataset,
     optimizer_state,
     place,
 )
 from train.checkpoint_layout import MODEL_ARGS
+from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
 from train.data import Dataset, Loader
 from train.distributed import Reducer, World, local_device, process_group, world_from_environment
 from train.graph import GraphedStep
@@ -101,21 +103,23 @@ def train(
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
     dataset = open_dataset(config.dataset, world)
     ops, chunk, kernels = choose_ops(config, device, dtype, dataset.vocab_size)
-    raw_model = build_model(config, named, dataset, checkpoint, ops)
-    raw_model.compute_dtype, raw_model.stream_dtype = dtype, getattr(torch, config.residual_dtype)
-    raw_model.recompute = config.recompute
-    config = adopt_shape(config, raw_model)
-    dataset.check(config.block_size, raw_model.config.vocab_size)
+    shape = model_shape(config, named, checkpoint, dataset.vocab_size)
+    check_vocabulary(config, dataset, shape)
+    dataset.check(shape.block_size, shape.vocab_size)
+    config = adopt_shape(config, shape)
     free = free_memory(device)  # before attention is measured, whose blocks torch's allocator keeps
     allow_tf32(device)
-    raw_model.attention, attention = choose_attention(
-        config.attention, AttentionShape.of(raw_model, config.batch_size, device), world
-    )
+    layer = shape, config.batch_size, dtype, device
+    backend, attention = choose_attention(config.attention, AttentionShape.of(*layer), world)
     memory = ""
     if not config.eval_only:
         at = as_planned_for(device)
-        job = job_of(config, raw_model.config, ops, dtype, world, chunk, resumed=checkpoint is not None, **at)
+        job = job_of(config, shape, ops, dtype, world, chunk, resumed=checkpoint is not None, **at)
         memory = check_memory(job, str(device), free, world.size)
+    ops, mlp = choose_mlp(ops, MLPShape.of(*layer), world)
+    raw_model = build_model(config, shape, checkpoint, ops)
+    raw_model.compute_dtype, raw_model.stream_dtype = dtype, getattr(torch, config.residual_dtype)
+    raw_model.attention, raw_model.recompute = backend, config.recompute
     optimizer = place(config, raw_model, ops, world, device)
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
     scaler = LossScale(device, enabled=dtype == torch.float16)
@@ -135,6 +139,8 @@ def train(
     say(f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}")
     if attention:
         say(f"attention: {attention}")
+    if mlp:
+        say(f"mlp: {mlp}")
     say(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M; tokens per iteration: {tokens:,}")
     if memory:
         say(memory)

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir  # TORCHINDUCTOR_C
 
 from kernels import Ops, missing, select
 from model import GPT, GPTConfig
-from model.pretrained import from_checkpoint, load_gpt2
+from model.config import GPT2_SIZES
+from model.pretrained import from_checkpoint, gpt2_shape, load_gpt2
 from train.checkpoint_layout import MODEL_ARGS, MOMENTS
 from train.config import TrainConfig
 from train.data import Batch, Dataset
@@ -22,6 +24,7 @@ from train.hardware import synchronize
 from train.optim import FlatAdamW
 from train.prepare import ensure_docs
 from train.step import Evaluation
+from train.text import GPT2_TOKENS
 
 LOSS_CHUNK = 4096  # rows of logits, where not all are held: enough for the matmuls to stay large
 # CUPTI gives a replayed graph's kernels to the wrong launch. Its notes call that mended in 13.1 Update 1.
@@ -96,30 +99,51 @@ def choose_graphs(
     return graphs, ""
 
 
-def build_model(config: TrainConfig, named: set[str], dataset: Dataset, checkpoint: dict | None, ops: Ops) -> GPT:
-    """A new model, OpenAI's, or the checkpoint's. `named`: the settings that the user wrote; none may contradict it.
+def model_shape(config: TrainConfig, named: set[str], checkpoint: dict | None, vocab_size: int) -> GPTConfig:
+    """The model's shape: of the settings, of the checkpoint, or of the weights that init_from names. `named`: the
+    settings that the user wrote. vocab_size: the data's.
 
-    Raises UserError where one does, where weights cannot be had, where the data is shorter than a new model's
-    block_size, and where its vocabulary is larger than a given model's.
+    UserError where one of `named` contradicts weights, and where these cannot be had.
     """
     gelu = None if config.gelu == "auto" else config.gelu
+    own = {name: getattr(config, name) for name in MODEL_ARGS if name != "vocab_size"}
     if config.init_from == "scratch":
-        dataset.check_length(config.block_size)  # before memory is taken for that many positions
-        shape = {name: getattr(config, name) for name in MODEL_ARGS if name != "vocab_size"}
+        return GPTConfig(vocab_size=vocab_size, gelu=gelu or "erf", **own)
+    with _refused(config):
+        if checkpoint is not None:
+            shape = from_checkpoint(checkpoint, dropout=config.dropout).config
+        elif config.init_from in GPT2_SIZES and not Path(config.init_from).exists():  # known; nothing is downloaded
+            given = {"vocab_size": GPT2_TOKENS, "block_size": 1024, "bias": True, "gelu": gelu or "tanh"}
+            shape = GPTConfig(**GPT2_SIZES[config.init_from], **given, dropout=config.dropout)
+        else:
+            shape = gpt2_shape(config.init_from, dropout=config.dropout, gelu=gelu)
+    check_shape(config, named, shape)
+    return dataclasses.replace(shape, block_size=config.block_size) if "block_size" in named else shape
+
+
+def build_model(config: TrainConfig, shape: GPTConfig, checkpoint: dict | None, ops: Ops) -> GPT:
+    """A new model, OpenAI's, or the checkpoint's, of the shape that `model_shape` gave. UserError where weights cannot
+    be had."""
+    if config.init_from == "scratch":
         torch.manual_seed(config.seed)
-        return GPT(GPTConfig(vocab_size=dataset.vocab_size, gelu=gelu or "erf", **shape), ops)
-    try:
+        return GPT(shape, ops)
+    with _refused(config):
         if checkpoint is not None:
             model = from_checkpoint(checkpoint, dropout=config.dropout, ops=ops)
         else:
-            model = load_gpt2(config.init_from, dropout=config.dropout, gelu=gelu, ops=ops)
+            model = load_gpt2(config.init_from, dropout=config.dropout, gelu=shape.gelu, ops=ops)
+    if shape.block_size < model.config.block_size:
+        model.crop_block_size(shape.block_size)
+    return model
+
+
+@contextmanager
+def _refused(config: TrainConfig) -> Iterator[None]:
+    """What says that there are no such weights becomes a UserError."""
+    try:
+        yield
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"init_from={config.init_from}: {error}") from error
-    check_shape(config, named, model.config)
-    if "block_size" in named and config.block_size < model.config.block_size:
-        model.crop_block_size(config.block_size)
-    check_vocabulary(config, dataset, model.config)
-    return model
 
 
 def check_vocabulary(config: TrainConfig, dataset: Dataset, shape: GPTConfig) -> None:
@@ -157,9 +181,9 @@ def optimizer_state(checkpoint: dict, model: GPT) -> dict:
     return {**state, "state": {**state["state"], index: cut}}
 
 
-def adopt_shape(config: TrainConfig, model: GPT) -> TrainConfig:
+def adopt_shape(config: TrainConfig, shape: GPTConfig) -> TrainConfig:
     """The settings, with the shape that the model really has: what the log and the checkpoint shall say."""
-    return dataclasses.replace(config, **{name: getattr(model.config, name) for name in (*SHAPE, "block_size")})
+    return dataclasses.replace(config, **{name: getattr(shape, name) for name in (*SHAPE, "block_size")})
 
 
 def place(config: TrainConfig, model: GPT, ops: Ops, world: World, device: torch.device) -> torch.optim.AdamW:

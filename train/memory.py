@@ -73,7 +73,8 @@ def check_memory(job: Job, where: str, free: int | None, ranks: int) -> str:
     total = sum(memory.values())
     if free is None:
         return f"memory: {amount(total)} estimated: {listed(memory)}"
-    room = free + memory["weights"] if job.on == "cpu" else free  # on a CPU the weights are where they are to be
+    loaded = job.on == "cpu" and job.resumed  # then the checkpoint's weights are where they are to be
+    room = free + memory["weights"] if loaded else free
     if total > room:
         raise UserError(
             f"memory: got a step of {amount(total)} ({listed(memory)}), expected at most {amount(room)}, what {where} "

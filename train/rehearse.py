@@ -7,7 +7,6 @@ Nothing is trained, and nothing is written but Triton's own cache. The exit stat
 and the last line names the setting to change.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,13 +14,10 @@ from pathlib import Path
 import torch
 
 from kernels import REFERENCE, Ops
-from model import GPTConfig
-from model.config import GPT2_SIZES
 from model.flops import flops_per_token, num_params
-from model.pretrained import from_checkpoint, load_gpt2
 from model.work import floor, step_work
-from train.build import check_shape, check_vocabulary, rows_at_a_time
-from train.checkpoint_layout import MODEL_ARGS
+from train.build import check_vocabulary, model_shape, rows_at_a_time
+from train.choices import has_fused_matmul
 from train.config import TrainConfig
 from train.corpora import CORPORA, docs_text
 from train.data import Dataset
@@ -53,7 +49,7 @@ def rehearse(
     say(f"settings: {why}")
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
     dataset, vocab_size = _data(config, say)
-    shape = _shape(config, named, checkpoint, vocab_size)
+    shape = model_shape(config, named, checkpoint, vocab_size)
     if dataset is not None:
         check_vocabulary(config, dataset, shape)
         dataset.check(shape.block_size, shape.vocab_size)
@@ -66,6 +62,10 @@ def rehearse(
     tokens = config.gradient_accumulation_steps * config.batch_size * shape.block_size
     say(f"number of parameters: {num_params(shape) / 1e6:.2f}M; tokens per iteration: {tokens:,}")
     say(check_memory(job, target.name, target.memory, world.size))
+    measured = ["attention"] * (config.attention == "auto")
+    measured += ["the MLP's matmuls"] * has_fused_matmul(ops, shape.n_embd, dtype)
+    if measured:
+        say(f"measured at the start of the run: {', '.join(measured)}; counted here as where nothing was measured")
     run = dry_run(job)
     for line in _launches(run, job):
         say(line)
@@ -96,26 +96,6 @@ def _data(config: TrainConfig, say: Callable[[str], None]) -> tuple[Dataset | No
     how = "the run makes it" if config.dataset == "docs" else f"python -m train.prepare {config.dataset} makes it"
     say(f"data: {folder} is not prepared yet: {how}; its vocabulary is taken to be {size:,}")
     return None, size
-
-
-def _shape(config: TrainConfig, named: set[str], checkpoint: dict | None, vocab_size: int) -> GPTConfig:
-    """The model's shape: of the settings, of the checkpoint, or of the weights that init_from names."""
-    gelu = None if config.gelu == "auto" else config.gelu
-    own = {name: getattr(config, name) for name in MODEL_ARGS if name != "vocab_size"}
-    if config.init_from == "scratch":
-        return GPTConfig(vocab_size=vocab_size, gelu=gelu or "erf", **own)
-    try:
-        if checkpoint is not None:
-            shape = from_checkpoint(checkpoint, dropout=config.dropout).config
-        elif config.init_from in GPT2_SIZES:  # known, and nothing is downloaded
-            given = {"vocab_size": GPT2_TOKENS, "block_size": 1024, "bias": True, "gelu": gelu or "tanh"}
-            shape = GPTConfig(**GPT2_SIZES[config.init_from], **given, dropout=config.dropout)
-        else:
-            shape = load_gpt2(config.init_from, dropout=config.dropout, gelu=gelu).config
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"init_from={config.init_from}: {error}") from error
-    check_shape(config, named, shape)
-    return dataclasses.replace(shape, block_size=config.block_size) if "block_size" in named else shape
 
 
 def _ops(kernels: str) -> tuple[Ops, str]:

@@ -214,8 +214,7 @@ class Tiles:
     programs: int  # on a multiprocessor at once, as registers and shared memory allow
 
     def __str__(self) -> str:
-        sizes = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}"
-        return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages, {self.programs} programs"
+        return f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K} ({self.num_warps} warps)"
 
 
 # Bounds: shared memory a block of 227 KB on sm_90 and sm_100, 163 on sm_80, 99 elsewhere; 64K registers. The backward
@@ -223,17 +222,17 @@ class Tiles:
 FORWARD_TILES = {
     80: (Tiles(128, 128, 32, 4, 4, 2), Tiles(128, 256, 32, 8, 4, 1)),
     86: (Tiles(128, 128, 32, 4, 4, 2), Tiles(128, 128, 32, 8, 4, 1)),
-    90: (Tiles(128, 128, 64, 4, 3, 2), Tiles(128, 256, 64, 8, 4, 1)),
+    90: (Tiles(128, 256, 64, 8, 4, 1), Tiles(128, 128, 64, 4, 3, 2)),
     120: (Tiles(128, 128, 32, 4, 3, 2), Tiles(128, 128, 64, 8, 2, 1)),
 }
 BACKWARD_TILES = {
     80: (Tiles(128, 128, 32, 8, 4, 1), Tiles(128, 64, 32, 4, 4, 2)),
     86: (Tiles(128, 128, 32, 8, 4, 1), Tiles(128, 64, 32, 4, 4, 2)),
-    90: (Tiles(128, 128, 64, 4, 3, 2), Tiles(128, 256, 64, 8, 3, 1)),
+    90: (Tiles(128, 256, 64, 8, 3, 1), Tiles(128, 128, 64, 4, 3, 2)),
     120: (Tiles(128, 128, 64, 8, 2, 1), Tiles(128, 64, 32, 4, 4, 2)),
 }
 FLOAT32 = (Tiles(64, 64, 16, 8, 2, 1),)
-INTERPRETED_TILES = (Tiles(16, 32, 16, 4, 2, 1),)
+INTERPRETED_TILES = (Tiles(16, 32, 16, 4, 2, 1), Tiles(16, 32, 16, 8, 2, 2))
 
 
 def tiles_for(table: dict[int, tuple[Tiles, ...]], device: Device, dtype: torch.dtype) -> tuple[Tiles, ...]:
@@ -248,16 +247,20 @@ def tiles_for(table: dict[int, tuple[Tiles, ...]], device: Device, dtype: torch.
     return table[max((known for known in table if known <= device.capability), default=min(table))]
 
 
-def servable(device: Device, N: int, *operands: Tensor) -> bool:
-    """Whether a fused matmul of these operands, N columns wide, keeps its sums in registers.
+def check_rows(N: int, *operands: Tensor) -> None:
+    """ValueError for operands, or an output N wide, with which a fused matmul could not keep its sums in registers.
 
     By pointers to rows that do not begin at multiples of 16 bytes, Triton reads 2-byte elements one by one and keeps an
     address for each: on every target from sm_80 to sm_90 hundreds to thousands of instructions spill.
     """
-    if device.capability == 0 or operands[0].dtype == torch.float32:
-        return True
-    aligned = all(address(x) % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands)
-    return aligned and N * operands[0].element_size() % 16 == 0
+    size = operands[0].element_size()
+    if device_of(operands[0]).capability == 0 or size == 4:
+        return
+    if N * size % 16 or any(address(x) % 16 or x.stride(0) * size % 16 for x in operands):
+        raise ValueError(
+            "tiles: got rows that do not begin at multiples of 16 bytes, which only cuBLAS multiplies: the fused "
+            "matmul would spill"
+        )
 
 
 def has_descriptors(device: Device, *matrices: Tensor | None) -> bool:
@@ -278,13 +281,16 @@ def operand(x: Tensor | None, rows: int, columns: int, descriptors: bool) -> Any
 
 
 def linear_gelu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, pre: Tensor | None, act: Tensor, tiles: Tiles
-) -> None:
-    """Write gelu(x @ weight.T + bias) into act (M, N), and what GELU is taken of into pre (M, N), where it is wanted.
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, keep_pre: bool, tiles: Tiles
+) -> tuple[Tensor, Tensor | None]:
+    """(gelu(x @ weight.T + bias), what GELU is taken of): (M, N) each; the second is None unless it is kept.
 
     x (M, K), weight (N, K) with unit last stride; bias (N,) or None.
     """
     (M, K), N = x.shape, weight.shape[0]
+    check_rows(N, x, weight)
+    act = x.new_empty(M, N)
+    pre = torch.empty_like(act) if keep_pre else None
     TMA = has_descriptors(device_of(x), x, weight, pre, act)
     args = dict(
         x_ptr=operand(x, tiles.BLOCK_M, tiles.BLOCK_K, TMA),
@@ -297,17 +303,20 @@ def linear_gelu(
     )
     constants = dict(TANH=approximate == "tanh", TMA=TMA, FLATTEN=tiles.programs == 1)
     _run(linear_gelu_fwd_kernel, x, tiles, M, N, K, args, constants)
+    return act, pre
 
 
 def linear_gelu_backward(
-    dy: Tensor, weight: Tensor, pre: Tensor, approximate: str, dpre: Tensor, wants_dbias: bool, tiles: Tiles
-) -> Tensor | None:
-    """Write (dy @ weight) * gelu'(pre) into dpre (M, N).
+    dy: Tensor, weight: Tensor, pre: Tensor, approximate: str, wants_dbias: bool, tiles: Tiles
+) -> tuple[Tensor, Tensor | None]:
+    """((dy @ weight) * gelu'(pre), its sum over the rows): (M, N) and (N,), in pre's dtype; the second is None unless
+    wanted.
 
-    dy (M, K), weight (K, N) with unit last stride, pre (M, N) contiguous. Returns the sum of dpre over the rows, (N,)
-    in pre's dtype, if it is wanted.
+    dy (M, K), weight (K, N) with unit last stride, pre (M, N) contiguous.
     """
     (M, K), N = dy.shape, weight.shape[1]
+    check_rows(N, dy, weight)
+    dpre = torch.empty_like(pre)
     row_tiles = triton.cdiv(M, tiles.BLOCK_M)
     dbias = pre.new_empty(row_tiles, N, dtype=torch.float32) if wants_dbias else None
     TMA = has_descriptors(device_of(dy), dy, weight, dpre)
@@ -321,7 +330,7 @@ def linear_gelu_backward(
         weight_stride=weight.stride(0),
     )
     _run(linear_gelu_bwd_kernel, dy, tiles, M, N, K, args, dict(TANH=approximate == "tanh", TMA=TMA))
-    return None if dbias is None else dbias.sum(0).to(pre.dtype)
+    return dpre, None if dbias is None else dbias.sum(0).to(pre.dtype)
 
 
 def _run(

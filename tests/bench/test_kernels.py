@@ -255,7 +255,7 @@ def test_an_interrupted_run_has_the_rows_before() -> None:
 def test_work() -> None:
     by_name = {case.name: case for case in TIMED}
     bf16 = torch.bfloat16
-    mlp = by_name["mlp, erf, triton"]
+    mlp = by_name["mlp, erf, tiles 1"]
     works = [work_of(mlp, (4, 8, 16), bf16, direction) for direction in ("forward", "backward", "both")]
     assert works == [(None, 2048), (None, 4096), (None, 6144)]
     loss = by_name["linear_cross_entropy"]

@@ -14,16 +14,18 @@ from kernels.check import in_float64, outputs_and_gradients
 from kernels.fused import mlp as module
 from kernels.fused.gelu import FORMS
 from kernels.fused.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, has_descriptors, tiles_for
-from kernels.fused.mlp import mlp
-from kernels.launch import INTERPRETED, Device, recording, run
+from kernels.fused.mlp import mlp, ways
+from kernels.launch import INTERPRETED, Device, Launch, recording, run
 from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.layouts import Relay, laid_out
 from tests.kernels.memory import Memory
 from tests.kernels.test_layer_norm import layouts
 from train import dryrun
 
-BOTH = ("triton", "cublas")
-paths = pytest.mark.parametrize("path", BOTH)
+CUBLAS = {"forward_tiles": 0, "backward_tiles": 0}
+FUSED = {"forward_tiles": 1, "backward_tiles": 1}
+BOTH = (CUBLAS, FUSED)
+paths = pytest.mark.parametrize("path", BOTH, ids=["cublas", "fused"])
 SMALL = Tiles(16, 32, 16, 4, 2, 1)
 
 
@@ -75,16 +77,16 @@ def test_any_shape_stride_and_dtype(lead, K, N, layout, dtype, bias, approximate
             twice = torch.stack([inputs[name].detach(), torch.zeros_like(inputs[name])], dim=1)
             inputs[name] = twice[:, 0].requires_grad_()
     assert_means(
-        lambda **kwargs: Relay.apply(mlp(**kwargs, path=path), layout[3]),
+        lambda **kwargs: Relay.apply(mlp(**kwargs, **path), layout[3]),
         lambda **kwargs: Relay.apply(reference.mlp(**kwargs), layout[3]),
         inputs,
     )
 
 
 @paths
-def test_without_rows_the_gradients_of_parameters_are_0(path: str) -> None:
+def test_without_rows_the_gradients_of_parameters_are_0(path: dict[str, int]) -> None:
     inputs = drawn(0, 24, 40)
-    y = mlp(**inputs, path=path)
+    y = mlp(**inputs, **path)
     assert y.shape == (0, 24)
     y.sum().backward()
     for name, x in inputs.items():
@@ -203,9 +205,9 @@ class Recorder(TorchDispatchMode):
 
 
 @paths
-def test_backward_makes_up_no_gradients_of_what_is_kept(path: str) -> None:
+def test_backward_makes_up_no_gradients_of_what_is_kept(path: dict[str, int]) -> None:
     inputs = drawn(20, 24, 40)
-    y = mlp(**inputs, path=path)
+    y = mlp(**inputs, **path)
     with Recorder() as recorder:
         y.backward(torch.ones_like(y))
     assert not [name for name in recorder.names if "zero" in name or name == "full"]
@@ -216,40 +218,40 @@ def test_backward_makes_up_no_gradients_of_what_is_kept(path: str) -> None:
 @pytest.mark.parametrize(
     ("wanted", "products"), [("x", 1), ("fc_weight", 1), ("fc_bias", 0), ("proj_weight", 1), ("proj_bias", 0)]
 )
-def test_one_gradient_alone(path: str, wanted: str, products: int) -> None:
+def test_one_gradient_alone(path: dict[str, int], wanted: str, products: int) -> None:
     """The others are not computed."""
     inputs = drawn(37, 24, 40)
     for name, x in inputs.items():
         if isinstance(x, Tensor):
             x.requires_grad_(name == wanted)
-    y = mlp(**inputs, path=path)
+    y = mlp(**inputs, **path)
     with Recorder() as recorder:
         y.backward(torch.ones_like(y))
     assert recorder.names.count("mm") == products
     assert recorder.names.count("mlp_dpre") == (not wanted.startswith("proj_"))
-    assert_means(lambda **i: mlp(**i, path=path), reference.mlp, inputs)
+    assert_means(lambda **i: mlp(**i, **path), reference.mlp, inputs)
 
 
 def test_a_frozen_bias_has_no_partial_sums(memory: Memory | None) -> None:
     inputs = drawn(37, 24, 40)
     inputs["fc_bias"].requires_grad_(False)
-    y = mlp(**inputs, path="triton")
+    y = mlp(**inputs, **FUSED)
     before = memory.stored if memory else 0
     y.backward(torch.ones_like(y))
     assert memory is None or memory.stored - before == 37 * 40 * 4  # dpre
 
 
 @paths
-def test_nothing_is_kept_where_nothing_needs_a_gradient(path: str, memory: Memory | None) -> None:
+def test_nothing_is_kept_where_nothing_needs_a_gradient(path: dict[str, int], memory: Memory | None) -> None:
     inputs = drawn(37, 24, 40, torch.bfloat16)
-    expected = mlp(**inputs, path=path)
+    expected = mlp(**inputs, **path)
     assert expected.requires_grad
     stored = memory.stored if memory else 0
     with torch.no_grad():
-        assert torch.equal(mlp(**inputs, path=path), expected)
+        assert torch.equal(mlp(**inputs, **path), expected)
     assert memory is None or memory.stored - stored == 37 * 40 * 2  # act, not pre
     frozen = {name: x.detach() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    assert torch.equal(mlp(**frozen, path=path), expected)
+    assert torch.equal(mlp(**frozen, **path), expected)
     assert memory is None or memory.stored - stored == 2 * 37 * 40 * 2
 
 
@@ -261,25 +263,27 @@ def test_cublas_needs_one_buffer_where_nothing_is_kept() -> None:
 
 
 @paths
-def test_float32_is_not_rounded_to_fewer_bits(path: str) -> None:
+def test_float32_is_not_rounded_to_fewer_bits(path: dict[str, int]) -> None:
     """As TF32 tensor cores would."""
     inputs = drawn(32, 512, 48)
     inputs["x"] = inputs["x"].detach() + 1e-5  # bits beyond the tenth
-    assert_means(lambda **i: mlp(**i, path=path), reference.mlp, inputs)
+    assert_means(lambda **i: mlp(**i, **path), reference.mlp, inputs)
 
 
 @paths
 @pytest.mark.parametrize("bias", [True, False])
-def test_registered_as_torch_wants_it(path: str, bias: bool) -> None:
+def test_registered_as_torch_wants_it(path: dict[str, int], bias: bool) -> None:
     x, fc_weight, fc_bias, *proj, approximate = drawn(5, 16, 24, bias=bias).values()
     ops = torch.ops.nanofuse
     for keep in (True, False):
         # without what is kept there is no backward to check
         checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
         checks = checks if keep else checks[:2]
-        torch.library.opcheck(ops.mlp, (x, fc_weight, fc_bias, *proj, approximate, keep, path), test_utils=checks)
+        torch.library.opcheck(
+            ops.mlp, (x, fc_weight, fc_bias, *proj, approximate, keep, *path.values()), test_utils=checks
+        )
     pre = torch.randn(5, 24, device=x.device)
-    torch.library.opcheck(ops.mlp_dpre, (x.detach(), proj[0].detach(), pre, approximate, bias, path))
+    torch.library.opcheck(ops.mlp_dpre, (x.detach(), proj[0].detach(), pre, approximate, bias, path["backward_tiles"]))
 
 
 # Errors
@@ -289,7 +293,8 @@ def test_registered_as_torch_wants_it(path: str, bias: bool) -> None:
     ("changes", "message"),
     [
         ({"approximate": "none"}, "approximate: got 'none', expected 'erf' or 'tanh'"),
-        ({"path": "cuda"}, "path: got 'cuda', expected auto, triton or cublas"),
+        ({"forward_tiles": 3}, r"forward_tiles: got 3, expected 0 \(cuBLAS\) to [12]"),
+        ({"forward_tiles": -1}, "forward_tiles: got -1, expected 0"),
         ({"x": torch.zeros(3, 8, dtype=torch.float64)}, "x: got torch.float64, expected torch.float32 or"),
         ({"x": torch.zeros(())}, r"x: got shape \(\), expected \(..., K\)"),
         ({"x": torch.zeros(3, 0)}, r"x: got shape \(3, 0\), expected \(..., K\)"),
@@ -314,19 +319,45 @@ def test_refused(changes: dict, message: str, device: torch.device) -> None:
         mlp(**inputs)
 
 
-@pytest.mark.parametrize(("K", "N", "fused"), [(64, 128, True), (37, 128, False), (64, 37, False)])
-@pytest.mark.parametrize("capability", [80, 90])
-def test_rows_that_are_not_aligned_are_multiplied_by_cublas(K: int, N: int, fused: bool, capability: int) -> None:
-    """Through pointers to them the fused kernel would spill, on a GPU: forced there, it is refused."""
+def launched(forward_tiles: int, backward_tiles: int, K: int = 64, N: int = 128, capability: int = 90) -> list[Launch]:
+    """What an MLP launches on a GPU that is not there, forward and backward."""
     x, fc_weight, proj_weight = (
         torch.empty(size, dtype=torch.bfloat16, device="meta", requires_grad=True) for size in ((4, K), (N, K), (K, N))
     )
     with dryrun.Recorder(Device(capability, 132), "meta") as recorder:
-        mlp(x, fc_weight, None, proj_weight, None, "erf").sum().backward()
-        assert not any(launch.kernel.fn.__name__.startswith("linear_gelu") for launch in recorder.launches)
-        if fused:
-            mlp(x, fc_weight, None, proj_weight, None, "erf", path="triton").sum().backward()
-            assert recorder.launches[-1].kernel.fn.__name__ == "linear_gelu_bwd_kernel"
-        else:
-            with pytest.raises(ValueError, match="path: got triton, expected cublas or auto for linear_gelu"):
-                mlp(x, fc_weight, None, proj_weight, None, "erf", path="triton")
+        tiles = {"forward_tiles": forward_tiles, "backward_tiles": backward_tiles}
+        mlp(x, fc_weight, None, proj_weight, None, "erf", **tiles).sum().backward()
+    return recorder.launches
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_forward_and_backward_go_each_by_their_own_tiles(capability: int) -> None:
+    for f, forward in enumerate([None, *FORWARD_TILES[capability]]):
+        for b, backward in enumerate([None, *BACKWARD_TILES[capability]]):
+            first, second = launched(f, b, capability=capability)
+            for launch, tiles, kernel in ((first, forward, "fwd_kernel"), (second, backward, "bwd_kernel")):
+                assert launch.kernel.fn.__name__ == ("gelu_" if tiles is None else "linear_gelu_") + kernel
+                if tiles is not None:
+                    sizes = [launch.constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
+                    assert Tiles(*sizes, launch.num_warps, launch.num_stages, tiles.programs) == tiles
+
+
+def test_the_ways_are_named_in_the_order_of_their_numbers() -> None:
+    with recording(Device(90, 132)):
+        forward, backward = ways(torch.empty(0, dtype=torch.bfloat16, device="meta"))
+        assert forward == backward == ["cuBLAS", "fused 128x256x64 (8 warps)", "fused 128x128x64 (4 warps)"]
+        assert [len(names) for names in ways(torch.empty(0, device="meta"))] == [2, 2]
+    for capability in FORWARD_TILES:
+        with recording(Device(capability, 132)):
+            for names in ways(torch.empty(0, dtype=torch.float16, device="meta")):
+                assert len(set(names)) == len(names) == 3
+
+
+@pytest.mark.parametrize(("K", "N"), [(37, 128), (64, 37)])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_rows_that_are_not_aligned_are_cublass(K: int, N: int, capability: int) -> None:
+    """Through pointers to them the fused kernel would spill, on a GPU."""
+    launched(0, 0, K, N, capability)
+    for tiles in ((1, 0), (0, 1)):
+        with pytest.raises(ValueError, match="tiles: got rows that do not begin at multiples of 16 bytes"):
+            launched(*tiles, K, N, capability)

@@ -5,7 +5,7 @@ import torch
 
 from model.attention import SDPA, causal_attention
 from tests.model.test_attention import Written, truth
-from train.attention_choice import AttentionShape, why_not
+from train.choices import AttentionShape, why_not
 
 CUDA = torch.device("cuda")
 

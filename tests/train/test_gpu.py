@@ -17,7 +17,7 @@ from model.recompute import MODES
 from tests.train import test_graph as graphs
 from tests.train.runs import last, logged, resume, run
 from tests.train.test_golden import TRACES, golden_batch, golden_model, our_adamw, recorded, relative
-from train.attention_choice import MEASURED, AttentionShape, choose_attention, why_not
+from train.choices import MEASURED, AttentionShape, choose_attention, why_not
 from train.data import Batch
 from train.distributed import World
 from train.dryrun import Job, dry_run
