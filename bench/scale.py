@@ -32,7 +32,7 @@ from bench import schema
 from bench.schema import Results, Step, median
 from bench.tables import aligned, short_name
 from bench.workloads import WORKLOADS
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Precision
 from model.flops import flops_per_token, num_params
 from model.work import floor, step_work
 from train import errors
@@ -160,8 +160,8 @@ def slowness(seconds: float, job: Job, rates: Rates) -> float:
 def traffic(job: Job) -> Traffic:
     """As `train/distributed.py` cuts the flat gradients of such a model. The first exchange's are complete last."""
     with torch.device("meta"):
-        model = GPT(job.config)
-    model.compute_dtype = torch.float32 if job.compute == FLOAT32 else torch.bfloat16
+        compute = torch.float32 if job.compute == FLOAT32 else torch.bfloat16
+        model = GPT(job.config, precision=Precision(compute))
     pieces = [FLOAT32 * count for count in Reducer(World(), FlatState(model, in_float32=True)).sizes]
     block = sum(p.numel() for p in model.transformer.h[0].parameters())
     return pieces, block, num_params(job.config, non_embedding=False) - job.config.n_layer * block

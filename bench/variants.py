@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from bench.compiling import only_compiled
 from bench.workloads import Workload
 from kernels import REFERENCE, Ops, select
-from model import GPT
-from train.build import compile_module
+from model import GPT, Precision
 from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
+from train.compile import compile_module
 from train.data import Batch
 from train.distributed import World
 from train.errors import UserError
@@ -110,10 +110,9 @@ def ours(
         dtype = torch.float32 if float32 else setting.dtype
         layer = workload.config, workload.batch_size, dtype, device
         bundle, _ = choose_mlp(select("auto", device), MLPShape.of(*layer), World()) if ops is None else (ops, "")
-        model = GPT(workload.config, bundle).to(device)
+        backend, _ = choose_attention(attention, AttentionShape.of(*layer), World())
+        model = GPT(workload.config, bundle, precision=Precision(compute=dtype), attention=backend).to(device)
         model.load_state_dict(setting.weights)
-        model.compute_dtype = dtype
-        model.attention, _ = choose_attention(attention, AttentionShape.of(*layer), World())
         optimizer = FlatAdamW(
             model,
             bundle,

@@ -14,6 +14,6 @@ except ImportError as error:
     ) from error
 
 from model.config import GPT2_SIZES, GPTConfig
-from model.gpt import GPT
+from model.gpt import GPT, Precision
 
-__all__ = ["GPT", "GPT2_SIZES", "GPTConfig"]
+__all__ = ["GPT", "GPT2_SIZES", "GPTConfig", "Precision"]

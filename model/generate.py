@@ -8,19 +8,15 @@ there on each step runs the whole window, which is what nanoGPT computes at ever
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.attention import KVCache, attention_dtype
 
-if TYPE_CHECKING:  # gpt.py imports this file
-    from model.gpt import GPT
-
 
 def generate(
-    model: "GPT",
+    model: nn.Module,
     idx: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -31,7 +27,7 @@ def generate(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
-    """Continue idx; yields the next token of each row, (B,) int64, as it is drawn.
+    """Continue idx by a GPT; yields the next token of each row, (B,) int64, as it is drawn.
 
     idx: (B, T) int64, neither of them 0, on the model's device; past block_size, the last tokens count.
     temperature divides the logits; 0 is greedy. top_k keeps the k most likely tokens (any k over the
@@ -75,13 +71,13 @@ def generate(
 
 @torch.no_grad()
 def _stream(
-    model: "GPT", idx: Tensor, max_new_tokens: int, draw: Callable[[Tensor], Tensor], use_cache: bool
+    model: nn.Module, idx: Tensor, max_new_tokens: int, draw: Callable[[Tensor], Tensor], use_cache: bool
 ) -> Iterator[Tensor]:
     (batch, length), block_size = idx.shape, model.config.block_size
     tokens = torch.cat([idx, idx.new_empty(batch, max_new_tokens)], dim=1)
     cache = None
     if use_cache and length < block_size:
-        cache = KVCache(model.config, batch, idx.device, attention_dtype(idx.device, model.compute_dtype))
+        cache = KVCache(model.config, batch, idx.device, attention_dtype(idx.device, model.precision.compute))
     was_training = model.training
     model.eval()
     try:

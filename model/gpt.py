@@ -8,14 +8,14 @@ it yet, so that every residual addition meets the LayerNorm after it in one oper
                       x, h = add_layer_norm(branch, x);  branch = mlp(h)
     x, h = add_layer_norm(branch, x);  logits = h @ wte.T
 
-Precision. Parameters, LayerNorm statistics and the loss are float32. Matmuls and attention run in `compute_dtype`:
-LayerNorm writes its output in it. The residual stream has a dtype of its own, `stream_dtype`, float32 unless said. What
-the parameters are multiplied as depends on who holds the model:
+Precision. Parameters, LayerNorm statistics and the loss are float32. A `Precision`, given to the constructor, says the
+rest: matmuls and attention run in its `compute` dtype, and LayerNorm writes its output in it; the residual stream has
+its `stream` dtype. The weights of a matmul come from one of two places:
 
-- Alone, it casts each weight to `compute_dtype` where it is used, and gradients arrive in float32: what nanoGPT's
-  autocast computes, said explicitly, because fused ops have no autocast rule.
-- In training, an optimizer keeps copies of all parameters in `compute_dtype` beside the float32 ones, and writes them
-  as it updates: `read_copies`. Then nothing is cast, and the copies are what is differentiated.
+- A model by itself casts each weight to the compute dtype where it is used, and gradients arrive in float32: what
+  nanoGPT's autocast computes, said explicitly, because fused ops have no autocast rule.
+- In training, the optimizer keeps copies of all parameters in the compute dtype beside the float32 ones, and writes
+  them as it updates: `read_copies`. Then nothing is cast, and the copies are what is differentiated.
 
 With float32 nothing is cast, and there are no copies.
 
@@ -25,6 +25,7 @@ Memory. `recompute` says what the backward pass finds kept and what it computes 
 import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -34,114 +35,134 @@ from kernels import REFERENCE, Ops
 from model.attention import KVCache, causal_attention
 from model.config import GPTConfig
 from model.generate import generate
-from model.recompute import insides_again, insides_but_random_again
+from model.recompute import recompute_block, recompute_mlp
 
 
-def weights(layer: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-    """(weight, bias) of a layer as they are to be computed with: its copies, or its parameters, cast to `dtype`."""
-    bias = getattr(layer, "bias", None)
-    if hasattr(layer, "weight_copy"):
-        return layer.weight_copy, None if bias is None else layer.bias_copy
-    if dtype is None:
-        return layer.weight, bias
-    return layer.weight.to(dtype), None if bias is None else bias.to(dtype)
+@dataclass(frozen=True)
+class Precision:
+    """dtypes of what a model computes; its parameters are float32."""
+
+    compute: torch.dtype = torch.float32  # of matmuls and attention
+    stream: torch.dtype = torch.float32  # of the residual stream
 
 
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """layer(x), computed in x's dtype."""
-    return F.linear(x, *weights(layer, x.dtype))
+class Weights(nn.Module):
+    """A layer with a weight, perhaps a bias, and perhaps copies of them to compute with (`GPT.read_copies`)."""
+
+    weight_copy: Tensor | None = None
+    bias_copy: Tensor | None = None
+
+    def weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) to compute with: the copies, or the parameters, cast to `dtype`."""
+        if self.weight_copy is not None:
+            return self.weight_copy, self.bias_copy
+        bias = getattr(self, "bias", None)  # an embedding has none
+        if dtype is None:
+            return self.weight, bias
+        return self.weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-class LayerNorm(nn.Module):
+class Linear(Weights, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), computed in x's dtype."""
+        return F.linear(x, *self.weights(x.dtype))
+
+
+class Embedding(Weights, nn.Embedding):
+    """A table; `ops.embedding` reads it."""
+
+
+class LayerNorm(Weights):
     """LayerNorm with an optional bias, taking in the sub-layer output that waits to be added to the stream."""
 
-    def __init__(self, config: GPTConfig, ops: Ops) -> None:
+    def __init__(self, config: GPTConfig, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
-        self.ops, self.dropout = ops, config.dropout
+        self.ops, self.dropout, self.dtype = ops, config.dropout, dtype
 
-    def forward(self, x: Tensor, branch: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """(x + dropout(branch), its LayerNorm in `dtype`)."""
         if branch is None:
-            return x, self.ops.layer_norm(x, *weights(self), dtype)
+            return x, self.ops.layer_norm(x, *self.weights(), self.dtype)
         p = self.dropout if self.training else 0.0
-        return self.ops.add_layer_norm(branch, x, *weights(self), dtype, p)
+        return self.ops.add_layer_norm(branch, x, *self.weights(), self.dtype, p)
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig, layer: int, backend: str) -> None:
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout, self.layer, self.backend = config.n_head, config.dropout, layer, backend
 
-    def forward(self, h: Tensor, backend: str, cache: KVCache | None) -> Tensor:
+    def forward(self, h: Tensor, cache: KVCache | None) -> Tensor:
         p = self.dropout if self.training else 0.0
-        y = causal_attention(linear(self.c_attn, h), self.n_head, p, backend, cache, self.layer)
-        return linear(self.c_proj, y)
+        return self.c_proj(causal_attention(self.c_attn(h), self.n_head, p, self.backend, cache, self.layer))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig, ops: Ops) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.ops, self.gelu = ops, config.gelu
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.ops.mlp(h, *weights(self.c_fc, h.dtype), *weights(self.c_proj, h.dtype), self.gelu)
+        return self.ops.mlp(h, *self.c_fc.weights(h.dtype), *self.c_proj.weights(h.dtype), self.gelu)
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
+    def __init__(
+        self, config: GPTConfig, ops: Ops, layer: int, dtype: torch.dtype, attention: str, recompute: str
+    ) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(config, ops)
-        self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = LayerNorm(config, ops)
+        self.ln_1 = LayerNorm(config, ops, dtype)
+        self.attn = CausalSelfAttention(config, layer, attention)
+        self.ln_2 = LayerNorm(config, ops, dtype)
         self.mlp = MLP(config, ops)
+        self.recompute = recompute
 
-    def forward(
-        self,
-        x: Tensor,
-        branch: Tensor | None,
-        dtype: torch.dtype,
-        attention: str,
-        recompute: str,
-        cache: KVCache | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, branch: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor]:
         def compute(x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-            x, h = self.ln_1(x, branch, dtype)
-            branch = self.attn(h, attention, cache)
-            x, h = self.ln_2(x, branch, dtype)
-            return x, insides_again(self.mlp, h) if recompute == "mlp" else self.mlp(h)
+            x, h = self.ln_1(x, branch)
+            x, h = self.ln_2(x, self.attn(h, cache))
+            return x, recompute_mlp(self.mlp, h) if self.recompute == "mlp" else self.mlp(h)
 
-        return insides_but_random_again(compute, x, branch) if recompute == "block" else compute(x, branch)
+        return recompute_block(compute, x, branch) if self.recompute == "block" else compute(x, branch)
 
 
 class GPT(nn.Module):
     """A GPT whose head shares its weight with the token embedding.
 
-    `compute_dtype` and `stream_dtype` (both float32 at first) are the dtypes of matmuls and attention, and of the
-    residual stream; see the module's docstring. `attention` is one of `model.attention.BACKENDS`,
-    `recompute` one of `model.recompute.MODES`.
+    precision: see the module's docstring. attention: one of `model.attention.BACKENDS`. recompute: one of
+    `model.recompute.MODES`.
     """
 
-    def __init__(self, config: GPTConfig, ops: Ops = REFERENCE) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        ops: Ops = REFERENCE,
+        *,
+        precision: Precision = Precision(),
+        attention: str = "auto",
+        recompute: str = "none",
+    ) -> None:
         super().__init__()
-        self.config, self.ops = config, ops
-        self.compute_dtype = self.stream_dtype = torch.float32
-        self.attention, self.recompute = "auto", "none"
+        self.config, self.ops, self.precision = config, ops, precision
+        compute = precision.compute
         # built in nanoGPT's order, so that the same seed draws the same weights
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList([Block(config, ops, layer) for layer in range(config.n_layer)]),
-                "ln_f": LayerNorm(config, ops),
+                "wte": Embedding(config.vocab_size, config.n_embd),
+                "wpe": Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(
+                    Block(config, ops, layer, compute, attention, recompute) for layer in range(config.n_layer)
+                ),
+                "ln_f": LayerNorm(config, ops, compute),
             }
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():
@@ -168,22 +189,22 @@ class GPT(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"idx: got {start + T} tokens, expected at most {self.config.block_size} (block_size)")
         p = self.config.dropout if self.training else 0.0
-        tr, dtype = self.transformer, self.compute_dtype
-        (wte, _), (wpe, _) = weights(tr.wte), weights(tr.wpe)
-        x, branch = self.ops.embedding(idx, wte, wpe[start : start + T], self.stream_dtype, p), None
+        tr = self.transformer
+        (wte, _), (wpe, _) = tr.wte.weights(), tr.wpe.weights()
+        x, branch = self.ops.embedding(idx, wte, wpe[start : start + T], self.precision.stream, p), None
         for block in tr.h:
-            x, branch = block(x, branch, dtype, self.attention, self.recompute, cache)
+            x, branch = block(x, branch, cache)
         if cache is not None:
             cache.length += T
         if targets is None:
-            _, h = tr.ln_f(x[:, -1:], branch[:, -1:], dtype)
-            return linear(self.lm_head, h), None
-        _, h = tr.ln_f(x, branch, dtype)
-        loss, logits = self.ops.linear_cross_entropy(h, weights(self.lm_head, dtype)[0], targets)
+            _, h = tr.ln_f(x[:, -1:], branch[:, -1:])
+            return self.lm_head(h), None
+        _, h = tr.ln_f(x, branch)
+        loss, logits = self.ops.linear_cross_entropy(h, self.lm_head.weights(h.dtype)[0], targets)
         return logits, loss
 
     def read_copies(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
-        """Compute with these copies of the parameters, in `compute_dtype`, from here on. Whoever changes a parameter
+        """Compute with these copies of the parameters, in the compute dtype, from here on. Whoever changes a parameter
         changes its copy too. They are no part of the state_dict."""
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):

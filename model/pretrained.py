@@ -47,21 +47,26 @@ SHAPE = {  # our field -> config.json's
 
 
 def load_gpt2(
-    source: str | os.PathLike[str], *, dropout: float = 0.0, gelu: str | None = None, ops: Ops = REFERENCE
+    source: str | os.PathLike[str],
+    ops: Ops = REFERENCE,
+    *,
+    dropout: float = 0.0,
+    gelu: str | None = None,
+    **options: Any,
 ) -> GPT:
     """A GPT with the weights of `source`, float32 on the CPU.
 
     source: a `model.safetensors` file, a folder that holds one, or a name of GPT2_SIZES, which
     `huggingface_hub` downloads once and keeps. The shape comes from the `config.json` beside the file;
     without one, from the tensors, if the width is that of one of OpenAI's models (no tensor tells the number
-    of heads). gelu: None is what config.json says, else "tanh".
+    of heads). gelu: None is what config.json says, else "tanh". options: `GPT`'s precision, attention, recompute.
 
     Raises FileNotFoundError (nothing there, or no network), ImportError (a package is missing), ValueError
     (not the tensors of a GPT-2, or one whose config.json asks for what our GPT does not compute).
     """
     with _opened(source, dropout, gelu) as (file, path, names, config):
         state = {name: _read_tensor(file, key, name) for key, name in names.items()}
-    return _assemble(config, state, path, ops)
+    return _assemble(config, state, path, ops, options)
 
 
 def gpt2_shape(source: str | os.PathLike[str], *, dropout: float = 0.0, gelu: str | None = None) -> GPTConfig:
@@ -92,16 +97,18 @@ def _opened(
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 
 
-def from_checkpoint(checkpoint: Mapping[str, Any], *, dropout: float | None = None, ops: Ops = REFERENCE) -> GPT:
+def from_checkpoint(
+    checkpoint: Mapping[str, Any], ops: Ops = REFERENCE, *, dropout: float | None = None, **options: Any
+) -> GPT:
     """The GPT of a checkpoint as `train.checkpoint.load` returns it, ours or nanoGPT's; memory is shared.
 
-    Reads `model_args`, `model` and, where there, `nanofuse["gelu"]`. dropout: None is the checkpoint's.
-    Raises ValueError where shape and tensors do not agree.
+    Reads `model_args`, `model` and, where there, `nanofuse["gelu"]`. dropout: None is the checkpoint's. options: as for
+    `load_gpt2`. Raises ValueError where shape and tensors do not agree.
     """
     config = GPTConfig(**checkpoint["model_args"], gelu=checkpoint.get("nanofuse", {}).get("gelu", "erf"))
     if dropout is not None:
         config = dataclasses.replace(config, dropout=dropout)
-    return _assemble(config, checkpoint["model"], "model", ops)
+    return _assemble(config, checkpoint["model"], "model", ops, options)
 
 
 def export_gpt2(model: GPT, folder: str | os.PathLike[str]) -> Path:
@@ -240,13 +247,15 @@ def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
 
 
-def _assemble(config: GPTConfig, state: Mapping[str, Tensor], where: object, ops: Ops) -> GPT:
+def _assemble(
+    config: GPTConfig, state: Mapping[str, Tensor], where: object, ops: Ops, options: Mapping[str, Any]
+) -> GPT:
     """A GPT that owns the tensors of `state`, under our names."""
     _check({name: tuple(tensor.shape) for name, tensor in state.items()}, _shapes(config), where)
     if HEAD in state and not torch.equal(state[HEAD], state[EMBEDDING]):
         raise ValueError(f"{where}: {HEAD} differs from {EMBEDDING}, expected a head tied to the embedding")
     with torch.device("meta"):  # no memory, no initialisation, no draw from the random state
-        model = GPT(config, ops)
+        model = GPT(config, ops, **options)
     model.load_state_dict({**state, HEAD: state[EMBEDDING]}, assign=True)
     model.lm_head.weight = model.transformer.wte.weight  # one parameter again, not two over one memory
     return model

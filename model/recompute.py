@@ -32,13 +32,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 MODES = ("none", "mlp", "block")
 
 
-def insides_again(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), with nothing of its insides kept. It must draw no random numbers."""
+def recompute_mlp(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), of which the backward pass finds nothing but the arguments. It must draw no random numbers."""
     return _checkpointed(function, *args)
 
 
-def insides_but_random_again(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), with nothing of its insides kept but attention and what draws random numbers."""
+def recompute_block(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), of which the backward pass finds the arguments, attention's results and what was drawn at
+    random: dropout's masks, or the seeds that they are made of."""
     return _checkpointed(function, *args, context_fn=_contexts)
 
 

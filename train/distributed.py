@@ -42,7 +42,7 @@ class World:
         if self.size > 1:
             self.sum(torch.zeros(1))
 
-    def wish(self, value: int) -> int:
+    def agree(self, value: int) -> int:
         """Tell the others `value`; returns the largest that any rank told in the *previous* call (0 in the first).
 
         Every rank gets the same answer in the same iteration, so that all stop together. One call late, so that the

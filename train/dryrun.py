@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels import Ops
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Precision
 from train.optim import FlatAdamW, LossScale
 from train.step import Evaluation, TrainStep
 
@@ -283,9 +283,8 @@ def build(job: Job) -> TrainStep:
         loss = functools.partial(ops.linear_cross_entropy, chunk_rows=job.loss_chunk)
         ops = dataclasses.replace(ops, linear_cross_entropy=loss)
     with torch.device(job.on):
-        model = GPT(job.shape, ops)
-    model.compute_dtype, model.stream_dtype = job.dtype, job.stream_dtype
-    model.attention, model.recompute = job.attention, job.recompute
+        precision = Precision(job.dtype, job.stream_dtype)
+        model = GPT(job.shape, ops, precision=precision, attention=job.attention, recompute=job.recompute)
     optimizer = FlatAdamW(model, ops, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.1, in_float32=job.several)
     scaler = LossScale(torch.device(job.on), enabled=job.dtype == torch.float16)
     return TrainStep(model, optimizer, grad_clip=1.0, scaler=scaler)

@@ -20,7 +20,7 @@ ALIGN = 64  # elements: 128 bytes of a 2-byte type, a cache line
 class FlatState:
     """Flat buffers of n elements, of which [0, n_decay) decay; the model's parameters become views of `param`.
 
-    model: on its device, in float32; its `compute_dtype` says which copies it gets. in_float32: sum gradients of copies
+    model: on its device, in float32; its precision says which copies it gets. in_float32: sum gradients of copies
     in float32.
     """
 
@@ -35,7 +35,7 @@ class FlatState:
             self.places[p] = slice(end, end + p.numel())
             end += -(-p.numel() // ALIGN) * ALIGN
         self.n_decay = next((place.start for p, place in self.places.items() if p.dim() < 2), end)
-        device, dtype = order[0].device, model.compute_dtype
+        device, dtype = order[0].device, model.precision.compute
         self.param, self.exp_avg, self.exp_avg_sq = (torch.zeros(end, device=device, dtype=kept) for _ in range(3))
         self.grad = torch.zeros(end, device=device, dtype=dtype)  # where autograd writes
         self.compute = None if dtype == kept else torch.zeros(end, device=device, dtype=dtype)

@@ -6,17 +6,14 @@ is evaluated and, where the settings say so, saved. After max_iters updates come
 
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from types import FrameType, TracebackType
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from train.config import TrainConfig
 from train.data import Loader, Split
-from train.distributed import World
 from train.errors import RunError
 from train.graph import GraphedEvaluation, GraphedStep
 from train.hardware import synchronize
@@ -24,19 +21,10 @@ from train.log import RunLog
 from train.metrics import StepTimer, mfu, tokens_per_second
 from train.profile import ProfiledStep
 from train.schedule import learning_rate
+from train.state import TrainState
 from train.step import Evaluation, StepResult, TrainStep
 
 GO_ON, OUT_OF_TIME, INTERRUPTED = range(3)  # what ranks tell each other after a step; the largest wins
-
-
-@dataclass
-class Progress:
-    """Where a run stands: what a checkpoint must hold besides weights and moments."""
-
-    iter_num: int = 0  # updates done
-    best_val_loss: float = 1e9
-    stale_evals: int = 0  # evaluations since the best one
-    judged_at: int = -1  # iteration of the last evaluation that counted: a resumed run repeats it, for show
 
 
 class Losses(NamedTuple):
@@ -66,28 +54,28 @@ class Signals:
 
 @dataclass
 class Loop:
-    """A run from `progress` to its end.
+    """A run from where its state stands to its end.
 
-    evaluation: of the model that `step` trains; batches in, the loss of each out. save: has the present state written
-    as a checkpoint; called on every rank. log: None on all ranks but the master. flops: FLOPs an iteration, over all
-    ranks. peak_flops: of all devices used, together.
+    step: trains the state's model. evaluation: of that model; batches in, the loss of each out. log: None on all ranks
+    but the master. flops: FLOPs an iteration, over all ranks. peak_flops: of all devices used, together.
     """
 
-    config: TrainConfig
-    world: World
-    device: torch.device
-    evaluation: Evaluation | GraphedEvaluation
+    state: TrainState
+    _: KW_ONLY
     step: TrainStep | GraphedStep | ProfiledStep
+    evaluation: Evaluation | GraphedEvaluation
     loader: Loader
     log: RunLog | None
-    save: Callable[[Progress], None]
     flops: float
     peak_flops: float
-    progress: Progress
     timer: StepTimer = field(default_factory=StepTimer)
     losses: Losses | None = None  # of the last evaluation
     ended: str = ""  # why the run ended, for people
     _unread: list[StepResult] = field(default_factory=list)  # results since the host last waited for the device
+
+    def __post_init__(self) -> None:
+        plan = self.state.plan
+        self.config, self.world, self.device, self.progress = plan.config, plan.world, plan.device, self.state.progress
 
     def run(self) -> int:
         """Train. Returns 0, or the number of the signal that ended the run. RunError for a loss that is not finite."""
@@ -108,16 +96,16 @@ class Loop:
                         self.ended = self.ended or self._why_now()
                         return 0
                 self._iterate()
-                wish = INTERRUPTED if signals.caught else OUT_OF_TIME if time.monotonic() > deadline else GO_ON
-                wish = self.world.wish(wish)
-                if wish == INTERRUPTED:
+                mine = INTERRUPTED if signals.caught else OUT_OF_TIME if time.monotonic() > deadline else GO_ON
+                stop = self.world.agree(mine)  # the strongest reason of any rank
+                if stop == INTERRUPTED:
                     self._read_results()
                     self._save()
                     self.ended = f"interrupted after {progress.iter_num} iterations"
                     return signals.caught or signal.SIGTERM
-                if wish == OUT_OF_TIME:
+                if stop == OUT_OF_TIME:
                     self.ended = f"max_minutes={config.max_minutes:g} have passed"
-                last = wish == OUT_OF_TIME or progress.iter_num >= config.max_iters
+                last = stop == OUT_OF_TIME or progress.iter_num >= config.max_iters
 
     def _why_now(self) -> str:
         if self.config.eval_only:
@@ -207,7 +195,7 @@ class Loop:
         begin = time.perf_counter()
         if self.log is not None:
             self.log.message(f"saving checkpoint to {self.config.out_dir}")
-        self.save(self.progress)
+        self.state.save()
         if self.log is not None:
             self.log.saved(self.progress.iter_num, seconds=time.perf_counter() - begin)
         self.world.barrier()

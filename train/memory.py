@@ -17,11 +17,12 @@ import torch
 from kernels import Ops
 from model import GPTConfig
 from model.recompute import MODES
-from train.build import LOSS_CHUNK
 from train.config import TrainConfig
 from train.distributed import World
 from train.dryrun import Job, dry_run
 from train.errors import UserError
+
+LOSS_CHUNK = 4096  # rows of logits, where not all are held: enough for the matmuls to stay large
 
 
 def job_of(
@@ -52,6 +53,20 @@ def job_of(
         shards=world.size if config.shard else 1,
         **device,
     )
+
+
+def rows_at_a_time(
+    config: TrainConfig, ops: Ops, dtype: torch.dtype, vocab_size: int, block_size: int, room: float, why: str = ""
+) -> int:
+    """How many rows of logits the loss holds at a time, 0 for all: as set, or in chunks where all of them would fill a
+    quarter of `room`, the device's bytes. UserError for chunks of the reference kernels; why: what explains these."""
+    chunk = config.loss_chunk
+    if ops.name == "reference":
+        if chunk > 0:
+            raise UserError(f"loss_chunk: got {chunk}, expected 0 or -1: the reference kernels hold all logits{why}")
+        return 0
+    logits = config.batch_size * block_size * vocab_size * dtype.itemsize
+    return chunk if chunk >= 0 else LOSS_CHUNK if logits > room / 4 else 0
 
 
 def as_planned_for(device: torch.device) -> dict[str, Any]:

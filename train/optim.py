@@ -1,5 +1,7 @@
 """AdamW over a GPT's flat state, in parameter groups and with a state_dict as nanoGPT has them."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,45 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+
+
+class Optimizer(Protocol):
+    """What a step, a checkpoint and the loop ask of an optimizer."""
+
+    def scalar(self) -> Tensor:
+        """A new zero of the parameters' dtype, where they are."""
+
+    def set_lr(self, lr: float) -> None:
+        """The rate of updates from here on."""
+
+    def gather(self) -> None:
+        """Take in the gradients that a micro-step's backward pass left."""
+
+    def update(self, max_norm: float = 0.0, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Clip, update, clear the gradients: (gradient norm, found_inf), float32 scalars on the device.
+
+        max_norm: 0 for no clipping. inv_scale: what gradients are multiplied by first. found_inf: 1 where one was not
+        finite; then nothing else has changed.
+        """
+
+    def clear(self) -> None:
+        """No gradients."""
+
+    def state_dict(self) -> dict:
+        """torch's AdamW's, as nanoGPT's checkpoints hold it."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As `state_dict` returns it, or without moments."""
+
+
+class CapturedOptimizer(Optimizer, Protocol):
+    """One whose `update` can be captured in a CUDA graph: all that it reads or changes lies on the device."""
+
+    def skip_next_update(self) -> None:
+        """Make the next update clear the gradients and do nothing else: a capture is warmed up so."""
+
+    def state_tensors(self) -> list[Tensor]:
+        """All that a capture must leave as it was."""
 
 
 class FlatAdamW(torch.optim.AdamW):

@@ -19,15 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from model import GPT
 from model.config import GPTConfig
 from model.work import MATMULS, Work, floor, step_work
-from train.config import TrainConfig
 from train.data import Batch
-from train.distributed import World
 from train.files import replace_together, staging_folder
 from train.graph import GraphedStep
 from train.hardware import Ceilings, measure_ceilings, synchronize
+from train.plan import Plan
 from train.step import StepResult, TrainStep
 
 WARM_UP, STEPS = 5, 5  # iterations before those that are profiled, and those
@@ -112,28 +110,21 @@ def profiled_iterations(first: int, max_iters: int, eval_interval: int, accumula
     return range(begin, min(begin + count, max_iters))
 
 
-def profiled_step(
-    step: TrainStep | GraphedStep,
-    config: TrainConfig,
-    model: GPT,
-    world: World,
-    first: int,
-    say: Callable[[str], None],
-) -> "ProfiledStep":
-    """`step`, which trains `model`, profiled as the settings want. first: the run's first iteration."""
-    dtype, micro_steps = model.compute_dtype, config.gradient_accumulation_steps
-    accumulation = micro_steps // world.size
+def profiled_step(step: TrainStep | GraphedStep, plan: Plan, first: int, say: Callable[[str], None]) -> "ProfiledStep":
+    """`step` of a run, profiled as its plan says. first: the run's first iteration."""
+    config, precision = plan.config, plan.precision
     floors = Floors(
-        measure_ceilings(step.scaler.scale.device, dtype),
-        model.config,
+        measure_ceilings(plan.device, precision.compute),
+        plan.shape,
         config.batch_size,
-        accumulation=accumulation,
-        compute=dtype.itemsize,
-        stream=model.stream_dtype.itemsize,
-        gradients=4 if micro_steps > 1 else dtype.itemsize,  # summed in float32 where there are several
-        shards=world.size if config.shard else 1,
+        accumulation=plan.accumulation,
+        compute=precision.compute.itemsize,
+        stream=precision.stream.itemsize,
+        # summed in float32 where there are several
+        gradients=4 if config.gradient_accumulation_steps > 1 else precision.compute.itemsize,
+        shards=plan.world.size if config.shard else 1,
     )
-    which = profiled_iterations(first, config.max_iters, config.eval_interval, accumulation)
+    which = profiled_iterations(first, config.max_iters, config.eval_interval, plan.accumulation)
     return ProfiledStep(step, which, first, floors=floors, out_dir=Path(config.out_dir), say=say)
 
 

@@ -16,7 +16,6 @@ import torch
 from kernels import REFERENCE, Ops
 from model.flops import flops_per_token, num_params
 from model.work import floor, step_work
-from train.build import check_vocabulary, model_shape, rows_at_a_time
 from train.choices import has_fused_matmul
 from train.config import TrainConfig
 from train.corpora import CORPORA, docs_text
@@ -26,8 +25,9 @@ from train.dryrun import Call, DryRun, Job, dry_run
 from train.errors import UserError
 from train.hardware import COLUMNS, DTYPES, Card, Peak, card, lookup
 from train.log import check_sinks
-from train.memory import amount, check_memory, job_of
+from train.memory import amount, check_memory, job_of, rows_at_a_time
 from train.metrics import mfu
+from train.plan import check_together, check_vocabulary, model_shape
 from train.text import GPT2_TOKENS, padded_vocab_size
 
 # Shares of the card's peaks that good and poor kernels reach, and what the host or the graph adds to each launch. They
@@ -45,6 +45,7 @@ def rehearse(
     """
     target = card(config.rehearse)
     dtype = torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype]
+    check_together(config, world, "cuda", dtype)
     say(f"rehearsal on {target.name} x {world.size}: nothing is trained, nothing is written")
     say(f"settings: {why}")
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)

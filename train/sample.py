@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model import GPT
+from model import GPT, Precision
 from model.generate import generate
 from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint import load
@@ -47,19 +47,20 @@ class SampleConfig:
     compile: bool = setting(False, "torch.compile the model: slow to start, then faster")
 
 
-def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
-    """The model that the settings name, on the CPU in float32, and its tokenizer. Raises UserError."""
+def load_model(config: SampleConfig, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
+    """The model that the settings name, on the CPU, to compute in `dtype`, and its tokenizer. Raises UserError."""
+    precision = Precision(compute=dtype)
     if config.init_from == "resume":
         path = Path(config.out_dir) / "ckpt.pt"
         checkpoint = load(path)
         try:
-            model = from_checkpoint(checkpoint, dropout=0.0)
+            model = from_checkpoint(checkpoint, dropout=0.0, precision=precision)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
         tokenizer = checkpoint_tokenizer(checkpoint, config.bpe_dir)
     else:
         try:
-            model = load_gpt2(config.init_from)
+            model = load_gpt2(config.init_from, precision=precision)
         except (OSError, ImportError, ValueError) as error:
             raise UserError(f"init_from: {error}") from error
         tokenizer = GPT2Tokenizer(config.bpe_dir or None)
@@ -81,17 +82,16 @@ def checkpoint_tokenizer(checkpoint: Mapping[str, Any], bpe_dir: str = "") -> To
     return GPT2Tokenizer(bpe_dir or None)
 
 
-def to_inference(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
-    """Prepare for sampling alone: linear layers keep their weights in `dtype`, cast once, not at every token.
+def to_inference(model: GPT, device: torch.device) -> None:
+    """Prepare for sampling alone: linear layers keep their weights in the compute dtype, cast once, not at every token.
 
-    The logits are bit for bit those of the model with compute_dtype = dtype before.
+    The logits are bit for bit those of before.
     """
     model.to(device).eval()
-    model.compute_dtype = dtype
     for layer in model.modules():
         if isinstance(layer, nn.Linear):  # the head too, which leaves the embedding its float32
             for name, weight in list(layer.named_parameters(recurse=False)):
-                setattr(layer, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+                setattr(layer, name, nn.Parameter(weight.to(model.precision.compute), requires_grad=False))
 
 
 def try_compile(model: GPT, device: torch.device) -> nn.Module:
@@ -166,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     prompt = read_prompt(config.start)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    model, tokenizer = load_model(config)
-    to_inference(model, device, dtype)
+    model, tokenizer = load_model(config, dtype)
+    to_inference(model, device)
     name = f"{config.out_dir}/ckpt.pt" if config.init_from == "resume" else config.init_from
     print(
         f"{name}: {model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.name} tokens,"

@@ -27,12 +27,13 @@ from train.optim import param_groups
 def share_out(model: GPT, world: World, device: torch.device) -> None:
     """Share out `model`, whole on every rank's host and the same on each, over the ranks' devices, in place.
 
-    A rank's device holds at most one block whole at a time, also while this runs. `compute_dtype` says what the
+    A rank's device holds at most one block whole at a time, also while this runs. The compute dtype is what the
     parameters are gathered as.
     """
     # Nothing here writes into a block's output in place, which is what torch warns of, once a rank.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
-    low = None if model.compute_dtype == torch.float32 else model.compute_dtype
+    compute = model.precision.compute
+    low = None if compute == torch.float32 else compute
     settings: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (world.size,)),
         # the stream that goes from block to block keeps its own dtype

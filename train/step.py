@@ -6,17 +6,14 @@ what it computed: so `graph.py` can capture `micro_step` and `update` and replay
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from train.data import Batch
 from train.distributed import Reducer
-from train.optim import FlatAdamW, LossScale
-
-if TYPE_CHECKING:
-    from train.shard import ShardedAdamW
+from train.optim import LossScale, Optimizer
 
 
 class StepResult(NamedTuple):
@@ -37,7 +34,7 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: "FlatAdamW | ShardedAdamW",
+        optimizer: Optimizer,
         *,
         grad_clip: float,
         scaler: LossScale | None = None,

@@ -18,7 +18,7 @@ from bench.workloads import WORKLOADS
 from kernels import FUSED, REFERENCE, Ops
 from kernels.cases import CASES
 from kernels.launch import INTERPRETED
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Precision
 from model.work import step_work
 from tests.kernels.memory import watch
 from tests.train.tape import Tape, storage
@@ -36,8 +36,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="kernels are counted in
 def make(ops: Ops, n_layer: int, *, accumulation: int = 1, dropout: float = 0.0, dtype=torch.float32) -> TrainStep:
     torch.manual_seed(0)
     config = GPTConfig(block_size=T, vocab_size=V, n_layer=n_layer, n_head=2, n_embd=C, dropout=dropout, bias=True)
-    model = GPT(config, ops)
-    model.compute_dtype = dtype
+    model = GPT(config, ops, precision=Precision(dtype))
     adamw = {"learning_rate": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
     return TrainStep(model, FlatAdamW(model, ops, **adamw, in_float32=accumulation > 1), grad_clip=1.0)
 

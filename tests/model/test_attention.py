@@ -217,9 +217,7 @@ def test_an_unknown_backend() -> None:
 
 def model(backend: str, n_layer: int = 2) -> GPT:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=n_layer, n_head=4, n_embd=32))
-    model.attention = backend
-    return model
+    return GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=n_layer, n_head=4, n_embd=32), attention=backend)
 
 
 def batch(T: int = 16) -> tuple[Tensor, Tensor]:

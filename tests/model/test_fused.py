@@ -8,7 +8,7 @@ import torch
 
 from kernels import FUSED, REFERENCE, Ops, select
 from kernels.launch import INTERPRETED
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Precision
 from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.rounding import round_to_nearest
 
@@ -18,16 +18,13 @@ SHAPE = dict(block_size=12, vocab_size=53, n_layer=2, n_head=3, n_embd=36)
 
 def make(ops: Ops, dtype: torch.dtype = torch.float32, **changes) -> GPT:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**SHAPE | changes), ops).to(DEVICE)
+    stream = torch.float64 if dtype == torch.float64 else torch.float32
+    model = GPT(GPTConfig(**SHAPE | changes), ops, precision=Precision(dtype, stream)).to(DEVICE)
     with torch.no_grad():
         for parameter in model.parameters():  # larger than they start: everything counts
             parameter.mul_(3.0)
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE))
-    if dtype == torch.float64:
-        model = model.double()
-        model.stream_dtype = dtype
-    model.compute_dtype = dtype
-    return model
+    return model.double() if dtype == torch.float64 else model
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,14 +7,14 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Precision
 from model.generate import generate, probabilities, sample
 
 
-def make_model(seed: int = 0, **shape) -> GPT:
+def make_model(seed: int = 0, precision: Precision = Precision(), **shape) -> GPT:
     config = {"block_size": 16, "vocab_size": 33, "n_layer": 2, "n_head": 2, "n_embd": 16} | shape
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**config)).eval()
+    model = GPT(GPTConfig(**config), precision=precision).eval()
     for name, p in model.named_parameters():  # not as training starts: the likeliest token must vary
         if name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.1)
@@ -84,8 +84,7 @@ def test_past_block_size_the_whole_window_is_recomputed():
 
 @pytest.mark.parametrize("prompt", [4, 20])
 def test_bfloat16(prompt):
-    model = make_model()
-    model.compute_dtype = torch.bfloat16
+    model = make_model(precision=Precision(torch.bfloat16))
     tokens = drawn(model, torch.zeros(2, prompt, dtype=torch.int64), 20)
     assert tokens.shape == (2, 20)
     assert tokens.dtype == torch.int64

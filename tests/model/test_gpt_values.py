@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Precision
 
 SHAPES = {
     "usual": dict(B=3, block_size=16, vocab_size=40, n_layer=2, n_head=4, n_embd=32),
@@ -17,9 +17,9 @@ SHAPES = {
 }
 
 
-def make(seed: int = 0, **shape) -> GPT:
+def make(seed: int = 0, precision: Precision = Precision(), **shape) -> GPT:
     """A model with weights large enough that every part of it matters, and biases that are not zero."""
-    model = GPT(GPTConfig(**shape))
+    model = GPT(GPTConfig(**shape), precision=precision)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
@@ -27,8 +27,8 @@ def make(seed: int = 0, **shape) -> GPT:
     return model
 
 
-def case(B: int, T: int | None = None, **shape) -> tuple[GPT, Tensor, Tensor]:
-    model, generator = make(**shape), torch.Generator().manual_seed(1)
+def case(B: int, T: int | None = None, precision: Precision = Precision(), **shape) -> tuple[GPT, Tensor, Tensor]:
+    model, generator = make(precision=precision, **shape), torch.Generator().manual_seed(1)
     size = (B, T or shape["block_size"])
     idx, targets = (torch.randint(shape["vocab_size"], size, generator=generator) for _ in range(2))
     if targets.numel() > 3:
@@ -97,10 +97,9 @@ def total_error(model: GPT, gradients: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_float64_is_the_definition(name):
-    model, idx, targets = case(**SHAPES[name])
+    model, idx, targets = case(**SHAPES[name], precision=Precision(torch.float64, torch.float64))
     expected_logits, expected_loss, gradients = truth(model, idx, targets)
     model.double()
-    model.compute_dtype = model.stream_dtype = torch.float64
     logits, loss = model(idx, targets)
     loss.backward()
     torch.testing.assert_close(logits, expected_logits, rtol=1e-11, atol=1e-12)
@@ -123,9 +122,8 @@ def test_float32_is_the_definition_but_for_rounding(name):
 
 @pytest.mark.parametrize("name", ["usual", "odd"])
 def test_bfloat16_is_the_definition_but_for_its_rounding(name):
-    model, idx, targets = case(**SHAPES[name])
+    model, idx, targets = case(**SHAPES[name], precision=Precision(torch.bfloat16))
     expected_logits, expected_loss, gradients = truth(model, idx, targets)
-    model.compute_dtype = torch.bfloat16
     logits, loss = model(idx, targets)
     loss.backward()
     eps = torch.finfo(torch.bfloat16).eps
@@ -139,8 +137,7 @@ def test_bfloat16_is_the_definition_but_for_its_rounding(name):
 
 def test_the_stream_stays_float32_under_bfloat16():
     """Thirty layers each add a little to a large stream, which bfloat16 would round away."""
-    model = make(block_size=4, vocab_size=5, n_layer=30, n_head=1, n_embd=8)
-    model.compute_dtype = torch.bfloat16
+    model = make(precision=Precision(torch.bfloat16), block_size=4, vocab_size=5, n_layer=30, n_head=1, n_embd=8)
     with torch.no_grad():
         model.transformer.wte.weight.copy_(torch.linspace(-300, 300, 40).view(5, 8))
         for name, p in model.named_parameters():
@@ -170,8 +167,7 @@ def test_ignored_targets_do_not_count():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_later_token_changes_nothing_before_it(dtype):
-    model, idx, targets = case(**SHAPES["usual"])
-    model.compute_dtype = dtype
+    model, idx, targets = case(**SHAPES["usual"], precision=Precision(dtype))
     before, _ = model(idx, targets)
     for t in (1, 8, 15):
         changed = idx.clone()
@@ -183,8 +179,7 @@ def test_a_later_token_changes_nothing_before_it(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_do_not_see_each_other(dtype):
-    model, idx, targets = case(**SHAPES["odd"])
-    model.compute_dtype = dtype
+    model, idx, targets = case(**SHAPES["odd"], precision=Precision(dtype))
     before, _ = model(idx, targets)
     idx[2] = (idx[2] + 1) % 37
     after, _ = model(idx, targets)
@@ -211,8 +206,7 @@ def test_under_autocast_as_nanogpts_scripts_use_it():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_as_one_graph(dtype):
-    model, idx, targets = case(**SHAPES["usual"])
-    model.compute_dtype = dtype
+    model, idx, targets = case(**SHAPES["usual"], precision=Precision(dtype))
     _, _, gradients = truth(model, idx, targets)
     eager, eager_loss = model(idx, targets)
     compiled = torch.compile(model, fullgraph=True)

@@ -6,7 +6,7 @@ from torch import nn
 
 from kernels import FUSED, REFERENCE, Ops
 from kernels.launch import INTERPRETED
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Precision
 from model.recompute import MODES
 from tests.model.held import Made
 
@@ -16,11 +16,8 @@ BOTH = pytest.mark.parametrize("ops", [REFERENCE, FUSED], ids=lambda ops: ops.na
 
 def make(ops: Ops, recompute: str, dropout: float = 0.2, dtype: torch.dtype = torch.float32) -> GPT:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=12, vocab_size=31, n_layer=3, n_head=2, n_embd=32, dropout=dropout), ops).to(
-        DEVICE
-    )
-    model.recompute, model.compute_dtype = recompute, dtype
-    return model
+    shape = GPTConfig(block_size=12, vocab_size=31, n_layer=3, n_head=2, n_embd=32, dropout=dropout)
+    return GPT(shape, ops, precision=Precision(dtype), recompute=recompute).to(DEVICE)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:

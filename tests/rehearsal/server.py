@@ -17,7 +17,12 @@ if os.environ["NANOFUSE_TORCH"] == "cuda":  # the last guard counts: after the o
     importlib.import_module("torch")
 GUARD = ctypes.CDLL(os.environ["NANOFUSE_GUARD"])  # before a CPU build, which looks for its CUDA library once
 
-for name in ("torch._dynamo", "kernels.cases", "train.build", "train.graph"):  # once, for all tests; the cases: kernels
+for name in (
+    "torch._dynamo",
+    "kernels.cases",
+    "train.compile",
+    "train.graph",
+):  # once, for all tests; the cases: kernels
     importlib.import_module(name)
 
 # no logging: pytest would print every line that torch.compile traces for tools

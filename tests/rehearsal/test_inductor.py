@@ -15,7 +15,7 @@ from kernels.launch import Device
 from tests.rehearsal.device import Gpu, nothing
 from tests.rehearsal.inductor import Inductor, inductor  # noqa: F401
 from tests.rehearsal.test_step import job
-from train import build, dryrun
+from train import compile, dryrun
 from train.config import TrainConfig
 from train.step import TrainStep
 
@@ -51,7 +51,7 @@ def compiled(gpu: Gpu, workload: str, n_layer: int) -> TrainStep:
     step = dryrun.build(shapes)
     settings = TrainConfig(batch_size=shapes.batch_size, block_size=shapes.shape.block_size, compile=True)
     lines: list[str] = []
-    chosen = build.model_to_train(step.model, settings, gpu.device, lines.append)
+    chosen = compile.model_to_train(step.model, settings, gpu.device, lines.append)
     assert chosen is not step.model, lines[-1]
     step.model = chosen
     return step
@@ -126,7 +126,7 @@ def test_registered_fallbacks_are_inductors_own(
         return [statements(code) for code in inductor.codes]
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "register_fallbacks", nothing)
+        patch.setattr(compile, "register_fallbacks", nothing)
         compile_again()
         assert inductor.unknown
         by_itself = compile_again()

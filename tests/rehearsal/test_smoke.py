@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import FUSED, launch
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Precision
 from tests.rehearsal.device import Gpu, on_device
 from train.data import Batch
 from train.graph import GraphedStep
@@ -18,9 +18,7 @@ SHAPE = 4, CONFIG.block_size
 
 
 def make_model() -> GPT:
-    model = on_device(lambda: GPT(CONFIG, FUSED))
-    model.compute_dtype, model.attention = torch.bfloat16, "flash"
-    return model
+    return on_device(lambda: GPT(CONFIG, FUSED, precision=Precision(torch.bfloat16), attention="flash"))
 
 
 def make_step() -> TrainStep:

@@ -140,7 +140,7 @@ def test_the_shape_is_checked_before_memory_is_taken_for_it(refusal, monkeypatch
     def none(*args):
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr("train.build.GPT", none)
+    monkeypatch.setattr("train.state.GPT", none)
     assert "block_size=3000" in refusal(block_size=3000)
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import train.__main__ as command
 from kernels import FUSED, REFERENCE, Ops
 from kernels.fused.mlp import ways
 from kernels.timing import Work
@@ -298,7 +297,7 @@ def test_a_run_computes_with_what_was_chosen(tmp_path: Path, capsys: pytest.Capt
         assert shape.rows == 4 * 16
         return replace(ops, mlp=mlp), "as the test likes it"
 
-    monkeypatch.setattr(command, "choose_mlp", chosen)
+    monkeypatch.setattr("train.plan.choose_mlp", chosen)
     run(tmp_path / "out", compile=False, batch_size=4, block_size=16, max_iters=2)
     assert "\nmlp: as the test likes it\n" in capsys.readouterr().out
     assert set(rows) >= {4 * 16}

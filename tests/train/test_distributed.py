@@ -39,7 +39,7 @@ def test_a_lone_process(here):
     world = world_from_environment()
     assert (world, world.master) == (World(0, 0, 1), True)
     assert world.sum(torch.tensor([2.0])).tolist() == [2.0]
-    assert [world.wish(value) for value in (0, 2, 1)] == [0, 2, 1]
+    assert [world.agree(value) for value in (0, 2, 1)] == [0, 2, 1]
     assert world.from_master(3) == 3
     world.barrier()
     with process_group(world, "auto", torch.device("cpu")):
@@ -66,7 +66,7 @@ def test_ranks_take_the_gpus_in_order(monkeypatch):
         local_device(gpu, World(2, 2, 4))
 
 
-@pytest.mark.parametrize(("command", "work"), [(train_command, "train"), (bench_command, "variants")])
+@pytest.mark.parametrize(("command", "work"), [(train_command, "decide"), (bench_command, "variants")])
 def test_the_device_of_a_run_is_the_current_one(here, monkeypatch, command, work):
     """Streams and captures belong to the current device: set before there is any work."""
     current = []
@@ -162,7 +162,7 @@ def test_what_ranks_tell_each_other(here):
 
         world = world_from_environment()
         with process_group(world, "auto", torch.device("cpu")):
-            told = [world.wish(value) for value in (0, world.rank, 0, 2 - world.rank, 0)]
+            told = [world.agree(value) for value in (0, world.rank, 0, 2 - world.rank, 0)]
             total = world.sum(torch.tensor([[1.0, world.rank]], dtype=torch.float64))
             masters = world.from_master(7 + world.rank)
             world.barrier()
@@ -175,7 +175,7 @@ def test_what_ranks_tell_each_other(here):
     assert torchrun.returncode == 0, err
     found = [json.loads((here / f"rank{rank}.json").read_text()) for rank in range(3)]
     for rank, answers in enumerate(found):
-        # every wish is the largest of the previous call's, the same on all
+        # every answer is the largest of the previous call's, the same on all
         assert answers == [rank, 3, rank == 0, [0, 0, 2, 0, 2], [[3.0, 3.0]], 7]
 
 

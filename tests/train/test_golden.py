@@ -17,7 +17,7 @@ import torch
 
 from kernels import FUSED, REFERENCE, Ops
 from kernels.launch import INTERPRETED
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Precision
 from tests.train.tape import tape
 from train.data import Batch
 from train.graph import GraphedStep
@@ -42,8 +42,7 @@ def recorded(case: dict) -> Trace:
 
 def golden_model(case: dict, dtype: torch.dtype = torch.float32, nudge: int = 0, ops: Ops = REFERENCE) -> GPT:
     """With a `nudge`, a seed, the weights are off by up to half a unit in float32's last place."""
-    model = GPT(GPTConfig(**case["config"]), ops).to(dtype)
-    model.compute_dtype = model.stream_dtype = dtype
+    model = GPT(GPTConfig(**case["config"]), ops, precision=Precision(dtype, dtype)).to(dtype)
     parameters = dict(model.named_parameters())
     assert sorted(parameters) == case["parameters"]
     for k, name in enumerate(sorted(parameters)):

@@ -11,7 +11,7 @@ import torch
 
 import train.__main__ as command
 from kernels import REFERENCE, Ops, select
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Precision
 from model.attention import SDPA
 from model.recompute import MODES
 from tests.train import test_graph as graphs
@@ -126,8 +126,8 @@ def test_the_memory_that_a_step_takes_is_the_estimate(recompute: str, dropout: f
     shape = GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=False, dropout=dropout)
     ops = select(kernels, CUDA)
     loss = functools.partial(ops.linear_cross_entropy, chunk_rows=chunk)
-    model = GPT(shape, dataclasses.replace(ops, linear_cross_entropy=loss) if chunk else ops).to(CUDA)
-    model.compute_dtype, model.recompute = torch.bfloat16, recompute
+    chunked = dataclasses.replace(ops, linear_cross_entropy=loss) if chunk else ops
+    model = GPT(shape, chunked, precision=Precision(torch.bfloat16), recompute=recompute).to(CUDA)
     optimizer = FlatAdamW(model, ops, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
     step = TrainStep(model, optimizer, grad_clip=1.0)
     x, y = torch.randint(50304, (2, 1, 8, 1024), device=CUDA)
@@ -229,8 +229,8 @@ def test_every_attention_is_captured(backend: str, compile: bool, dropout: float
     shape = AttentionShape(graphs.B, graphs.T, 2, 8, dropout, torch.bfloat16, CUDA)  # as graphs.make makes it
     if reason := why_not(backend, shape):
         pytest.skip(f"{backend} does not run here: {reason}")
-    eager, captured = (graphs.make(dropout=dropout, dtype=torch.bfloat16, device=CUDA) for _ in range(2))
-    eager.model.attention = captured.model.attention = backend
+    options = dict(dropout=dropout, dtype=torch.bfloat16, device=CUDA, attention=backend)
+    eager, captured = (graphs.make(**options) for _ in range(2))
     if compile:
         torch.compiler.reset()
         eager.model, captured.model = (torch.compile(step.model) for step in (eager, captured))

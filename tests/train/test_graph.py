@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from kernels import FUSED, REFERENCE, Ops
 from kernels.launch import INTERPRETED
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Precision
 from tests.train.tape import storage, tape
 from train.data import Batch
 from train.errors import UserError
@@ -34,12 +34,11 @@ def make(
     device: torch.device = CPU,
     recompute: str = "none",
     n_embd: int = 16,
+    attention: str = "auto",
 ) -> TrainStep:
     torch.manual_seed(0)
     shape = GPTConfig(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=n_embd, dropout=dropout, bias=True)
-    model = GPT(shape, ops)
-    model.to(device).compute_dtype = dtype
-    model.recompute = recompute
+    model = GPT(shape, ops, precision=Precision(dtype), attention=attention, recompute=recompute).to(device)
     optimizer = FlatAdamW(
         model, ops, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.1, in_float32=accumulation > 1
     )

@@ -13,9 +13,10 @@ from kernels import REFERENCE, Ops
 from kernels.launch import INTERPRETED
 from tests.train.jobs import ROOT, arguments, make_data
 from tests.train.runs import logged, resume, run
-from train.build import choose_ops
+from train import plan
 from train.config import TrainConfig
 from train.errors import UserError
+from train.plan import choose_ops
 
 FUSED = dict(
     kernels="fused", device="cpu" if INTERPRETED else "cuda", dtype="float32", dropout=0.0, n_layer=2, n_embd=16,
@@ -74,7 +75,7 @@ def test_auto_goes_on_without_and_says_why(
     def as_on_cuda(config: TrainConfig, device: torch.device, dtype: torch.dtype, vocab_size: int) -> tuple:
         return choose_ops(config, CUDA, dtype, vocab_size, lambda device: BROKEN)
 
-    monkeypatch.setattr(command, "choose_ops", as_on_cuda)
+    monkeypatch.setattr(plan, "choose_ops", as_on_cuda)
     assert run(tmp_path / "out", max_iters=1) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "kernels" in line]
     assert lines[0].endswith("float32, reference kernels")

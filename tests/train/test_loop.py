@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import signal
+import types
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ from train.data import Dataset, Loader
 from train.distributed import World
 from train.graph import GraphedStep
 from train.log import RunLog
-from train.loop import Loop, Progress
+from train.loop import Loop
 from train.metrics import StepTimer
 from train.optim import FlatAdamW
+from train.state import Progress, TrainState
 from train.step import Evaluation, TrainStep
 
 # What is said
@@ -115,9 +117,10 @@ class Parts:
                 assert model.training
                 super().begin(lr)
 
-        def save(progress: Progress) -> None:
-            clock.now += 10_000
-            self.saved.append(dataclasses.replace(progress))
+        class State(TrainState):
+            def save(state) -> None:
+                clock.now += 10_000
+                self.saved.append(dataclasses.replace(state.progress))
 
         optimizer = FlatAdamW(model, REFERENCE, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.0)
         step = Step(model, optimizer, grad_clip=1.0)
@@ -125,20 +128,17 @@ class Parts:
         if graphed:
             step = GraphedStep(step, (1, 2, 16), evaluation, capture=tape)
             evaluation = step.evaluation
+        plan = types.SimpleNamespace(config=config, world=World(), device=torch.device("cpu"))
         log = RunLog(self.folder, {}, device="cpu", parameters=0, console=self.lines.append)
         with Loader(Dataset(self.folder / "data"), batch_size=2, block_size=16) as loader:
             self.loop = Loop(
-                config,
-                World(),
-                torch.device("cpu"),
+                State(plan, model, optimizer, step.scaler, Progress()),
                 evaluation=evaluation,
                 step=step,
                 loader=loader,
                 log=log,
-                save=save,
                 flops=5e9,
                 peak_flops=2e10,
-                progress=Progress(),
                 timer=StepTimer(clock),
             )
             return self.loop.run()

@@ -12,6 +12,7 @@ from kernels import FUSED, REFERENCE
 from model import GPTConfig
 from model.recompute import MODES
 from tests.train.runs import refusal, resume, run
+from train import plan
 from train.config import TrainConfig
 from train.dryrun import Job, dry_run
 from train.memory import advice, free_memory
@@ -26,7 +27,7 @@ def needed(job: Job, **changes) -> int:
 
 
 def with_room(monkeypatch: pytest.MonkeyPatch, room: int | None) -> None:
-    monkeypatch.setattr(command, "free_memory", lambda device: room)
+    monkeypatch.setattr(plan, "free_memory", lambda device: room)
 
 
 def test_what_is_free(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_a_run_says_what_it_will_hold(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_run_that_does_not_fit_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_room(monkeypatch, 2_000_000)
     with monkeypatch.context() as patch:
-        patch.setattr(command, "place", None)
+        patch.setattr(command, "make_state", None)  # nothing is built
         message = refusal(run, tmp_path / "out", **JOB)
     found = re.fullmatch(
         r"memory: got a step of (\S+) MB \(weights .*\), expected at most (\S+) MB, what cpu has free; (--.*) fits",
@@ -114,9 +115,19 @@ def test_the_setting_offers_every_mode() -> None:
 def test_resumed_with_another_mode(tmp_path: Path) -> None:
     """Memory is no part of what was trained: a run that came to need more room goes on in less."""
     modes = []
-    run(tmp_path / "out", at={0: lambda step: modes.append(step.model.recompute)}, recompute="mlp", max_iters=4)
-    resume(tmp_path / "out", at={0: lambda step: modes.append(step.model.recompute)}, max_iters=6)
-    resume(tmp_path / "out", at={0: lambda step: modes.append(step.model.recompute)}, recompute="block", max_iters=8)
+    run(
+        tmp_path / "out",
+        at={0: lambda step: modes.append(step.model.transformer.h[0].recompute)},
+        recompute="mlp",
+        max_iters=4,
+    )
+    resume(tmp_path / "out", at={0: lambda step: modes.append(step.model.transformer.h[0].recompute)}, max_iters=6)
+    resume(
+        tmp_path / "out",
+        at={0: lambda step: modes.append(step.model.transformer.h[0].recompute)},
+        recompute="block",
+        max_iters=8,
+    )
     assert modes == ["mlp", "mlp", "block"]
 
 

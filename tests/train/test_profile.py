@@ -19,10 +19,10 @@ from kernels.launch import INTERPRETED
 from tests.train import test_graph as graphs
 from tests.train.runs import last, logged, poison, refusal, resume, run, send
 from tests.train.tape import tape
-from train.build import choose_graphs
 from train.config import TrainConfig
 from train.graph import GraphedStep
 from train.hardware import Ceilings
+from train.plan import choose_graphs
 from train.profile import WINDOW, Floors, ProfiledStep, profiled_iterations, read
 
 CEILINGS = Ceilings(flops=1e11, bandwidth=1e10)

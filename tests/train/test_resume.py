@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import train.__main__ as command
 from tests.train.checkpoints import assert_same
 from tests.train.runs import CONSTANT, Stop, crash, iterations, last, logged, refusal, resume, run, send
 from train import errors
@@ -48,7 +47,7 @@ def test_nanogpts_run_goes_on_with_its_settings_but_on_this_machine(tmp_path):
 
 
 def test_the_loss_scale_is_resumed(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "resolve_dtype", lambda name, device: torch.float16)  # which a CPU can, slowly
+    monkeypatch.setattr("train.plan.resolve_dtype", lambda name, device: torch.float16)  # which a CPU can, slowly
     run(tmp_path / "whole", max_iters=2 * N)
     run(tmp_path / "halves", max_iters=N)
     resume(tmp_path / "halves", max_iters=2 * N)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Precision
 from model.generate import generate
 from model.pretrained import export_gpt2
 from train.checkpoint import save
@@ -22,10 +22,10 @@ CHARS = "\n abcdefghijklmnopqrstuvwxyz"
 TOKENIZER = CharTokenizer(CHARS)
 
 
-def make_model(seed: int = 0, **shape) -> GPT:
+def make_model(seed: int = 0, precision: Precision = Precision(), **shape) -> GPT:
     torch.manual_seed(seed)
     config = {"block_size": 16, "vocab_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 8, "bias": False}
-    return GPT(GPTConfig(**config | shape))
+    return GPT(GPTConfig(**config | shape), precision=precision)
 
 
 def args_of(model: GPT) -> dict:
@@ -101,7 +101,7 @@ def test_prompt_from_a_file(run_dir, capsys):
 
 
 def test_gelu_comes_from_the_checkpoint(run_dir):
-    model, tokenizer = load_model(SampleConfig())
+    model, tokenizer = load_model(SampleConfig(), torch.float32)
     assert model.config.gelu == "tanh"
     assert tokenizer.chars == tuple(CHARS)
 
@@ -182,11 +182,10 @@ def test_every_piece_is_flushed(run_dir, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_casting_once_changes_nothing(dtype):
-    model, idx = make_model(bias=True).eval(), torch.randint(32, (2, 9))
-    model.compute_dtype = dtype
+    model, idx = make_model(bias=True, precision=Precision(dtype)).eval(), torch.randint(32, (2, 9))
     logits, _ = model(idx)
     tokens = list(generate(model, idx, 12, 0))
-    to_inference(model, torch.device("cpu"), dtype)
+    to_inference(model, torch.device("cpu"))
     assert torch.equal(model(idx)[0], logits)
     assert all(torch.equal(a, b) for a, b in zip(generate(model, idx, 12, 0), tokens, strict=True))
     assert {layer.weight.dtype for layer in model.modules() if isinstance(layer, torch.nn.Linear)} == {dtype}

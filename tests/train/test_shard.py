@@ -79,7 +79,7 @@ def test_each_rank_holds_its_share(here: Path) -> None:
     script = """
         import json, os
         import torch
-        from model import GPT, GPTConfig
+        from model import GPT, GPTConfig, Precision
         from train.distributed import process_group, world_from_environment
         from train.shard import ShardedAdamW, share_out
         from train.step import TrainStep
@@ -87,8 +87,8 @@ def test_each_rank_holds_its_share(here: Path) -> None:
 
         world = world_from_environment()
         with process_group(world, "auto", torch.device("cpu")):
-            model = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=2, n_head=2, n_embd=16))
-            model.compute_dtype = torch.bfloat16
+            shape = GPTConfig(block_size=8, vocab_size=32, n_layer=2, n_head=2, n_embd=16)
+            model = GPT(shape, precision=Precision(torch.bfloat16))
             share_out(model, world, torch.device("cpu"))
             optimizer = ShardedAdamW(model, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
             seen = set()
@@ -127,9 +127,9 @@ def test_each_rank_holds_its_share(here: Path) -> None:
 def test_float16_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a device has it: on a CPU the dtype itself is refused first."""
     script = """
-        import torch, train.__main__ as command
+        import torch, train.__main__ as command, train.plan as plan
         from train.errors import run
-        command.resolve_dtype = lambda name, device: torch.float16
+        plan.resolve_dtype = lambda name, device: torch.float16
         run(command.main)
     """
     Path("driver.py").write_text(textwrap.dedent(script))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kernels import REFERENCE
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Precision
 from train.data import Batch
 from train.optim import FlatAdamW, LossScale, param_groups
 from train.step import TrainStep
@@ -17,10 +17,10 @@ LR = 0.01
 
 def small_model(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> GPT:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, dropout=dropout, bias=True))
-    model.compute_dtype = dtype
+    shape = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, dropout=dropout, bias=True)
+    stream = torch.float64 if dtype == torch.float64 else torch.float32
+    model = GPT(shape, precision=Precision(dtype, stream))
     if dtype == torch.float64:
-        model.stream_dtype = dtype
         model = model.double()
     return model
 
@@ -140,7 +140,7 @@ def test_dropout_is_a_function_of_the_seeds():
 class Ignoring(nn.Module):
     """A loss of exactly zero gradient, so that an update is decay and nothing else."""
 
-    compute_dtype = torch.float32
+    precision = Precision()
 
     def __init__(self) -> None:
         super().__init__()

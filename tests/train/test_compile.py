@@ -9,11 +9,11 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 
-import train.__main__ as command
 from model import GPT, GPTConfig
 from tests.train.runs import logged, run
 from tests.train.test_graph import marked
-from train.build import model_to_train
+from train import plan
+from train.compile import model_to_train
 from train.config import TrainConfig
 from train.data import Batch
 from train.step import Evaluation, TrainStep
@@ -141,6 +141,6 @@ def test_tf32_is_allowed_before_anything_is_measured(tmp_path: Path, monkeypatch
         return lambda *args: (asked.append(name), real(*args))[1]
 
     for name in ("allow_tf32", "choose_attention", "peak_flops"):
-        monkeypatch.setattr(command, name, noted(name, getattr(command, name)))
+        monkeypatch.setattr(plan, name, noted(name, getattr(plan, name)))
     run(tmp_path / "out", max_iters=1, peak_flops=0.0)
     assert asked == ["allow_tf32", "choose_attention", "peak_flops"]

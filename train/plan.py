@@ -1,0 +1,237 @@
+"""What a run will be made of, decided and checked from its settings, its data and shapes alone.
+
+Nothing is built here, and nothing is written. A run (`__main__.py`) and a rehearsal (`rehearse.py`) ask the same
+questions, the one of a device that is there, the other of one that is not.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kernels import Ops, missing, select
+from model import GPTConfig, Precision
+from model.attention import BACKENDS, why_not_dropout
+from model.config import GPT2_SIZES
+from model.flops import num_params
+from model.pretrained import from_checkpoint, gpt2_shape
+from train.checkpoint_layout import MODEL_ARGS
+from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
+from train.config import TrainConfig
+from train.data import Dataset
+from train.distributed import World
+from train.errors import UserError
+from train.hardware import Peak, allow_tf32, device_name, peak_flops, resolve_dtype
+from train.log import check_sinks
+from train.memory import as_planned_for, check_memory, free_memory, job_of, rows_at_a_time
+from train.prepare import ensure_docs
+from train.text import GPT2_TOKENS
+
+# CUPTI gives a replayed graph's kernels to the wrong launch. Its notes call that mended in 13.1 Update 1.
+GRAPHS_MISREAD = ("13.0", "13.1")
+SHAPE = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # what weights fix once and for all
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions of a run."""
+
+    config: TrainConfig  # with the shape that given weights have
+    dataset: Dataset
+    device: torch.device  # of this rank
+    world: World
+    shape: GPTConfig
+    ops: Ops
+    precision: Precision
+    attention: str  # one of model.attention.BACKENDS
+    peak: Peak  # of one device
+    lines: list[str]  # what to tell the user
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the ranks share out weights, moments and gradients."""
+        return self.config.shard and self.world.size > 1
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-steps of this rank in a step."""
+        return self.config.gradient_accumulation_steps // self.world.size
+
+    @property
+    def tokens(self) -> int:
+        """Of all ranks in a step."""
+        return self.config.gradient_accumulation_steps * self.config.batch_size * self.config.block_size
+
+
+def decide(
+    config: TrainConfig, named: set[str], why: str, checkpoint: dict | None, world: World, device: torch.device
+) -> Plan:
+    """The plan of one rank. named: the settings that the user wrote. why: where the others come from. checkpoint: the
+    one to go on from. UserError for everything that would not run."""
+    dtype = resolve_dtype(config.dtype, device)
+    check_together(config, world, device.type, dtype)
+    check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
+    dataset = open_dataset(config.dataset, world)
+    ops, chunk, kernels = choose_ops(config, device, dtype, dataset.vocab_size)
+    shape = model_shape(config, named, checkpoint, dataset.vocab_size)
+    check_vocabulary(config, dataset, shape)
+    dataset.check(shape.block_size, shape.vocab_size)
+    config = dataclasses.replace(config, **{name: getattr(shape, name) for name in (*SHAPE, "block_size")})
+    free = free_memory(device)  # before attention is measured, whose blocks torch's allocator keeps
+    allow_tf32(device)
+    layer = shape, config.batch_size, dtype, device
+    backend, attention = choose_attention(config.attention, AttentionShape.of(*layer), world)
+    memory = ""
+    if not config.eval_only:
+        at = as_planned_for(device)
+        job = job_of(config, shape, ops, dtype, world, chunk, resumed=checkpoint is not None, **at)
+        memory = check_memory(job, str(device), free, world.size)
+    ops, mlp = choose_mlp(ops, MLPShape.of(*layer), world)
+    peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
+    precision = Precision(dtype, getattr(torch, config.residual_dtype))
+    plan = Plan(config, dataset, device, world, shape, ops, precision, backend, peak, [])
+    plan.lines.extend(
+        [
+            f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on",
+            f"device: {device_name(device)} x {world.size}, {str(dtype).removeprefix('torch.')}, {ops.name} kernels",
+            *([kernels] if kernels else []),
+            f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}",
+            *([f"attention: {attention}"] if attention else []),
+            *([f"mlp: {mlp}"] if mlp else []),
+            f"number of parameters: {num_params(shape) / 1e6:.2f}M; tokens per iteration: {plan.tokens:,}",
+            *([memory] if memory else []),
+        ]
+    )
+    if config.shard:
+        shared = f"parameters, gradients and moments shared out over {world.size} processes; no CUDA graphs"
+        plan.lines.append(f"shard: {shared if plan.sharded else 'one process, nothing to share out'}")
+    return plan
+
+
+def check_together(config: TrainConfig, world: World, device: str, dtype: torch.dtype) -> None:
+    """UserError for settings that this many processes, this device or this dtype cannot do."""
+    if config.gradient_accumulation_steps % world.size:
+        raise UserError(
+            f"gradient_accumulation_steps: got {config.gradient_accumulation_steps}, expected a multiple of the "
+            f"{world.size} processes, which share them out"
+        )
+    if config.profile and device == "mps":
+        raise UserError("profile: got True, expected False on mps, whose kernels torch's profiler does not see")
+    if reason := why_not_dropout(config.attention, config.dropout):
+        able = ", ".join(name for name in BACKENDS if not why_not_dropout(name, config.dropout))
+        raise UserError(
+            f"attention: got {config.attention!r}, expected one of: {able} (with dropout={config.dropout}): {reason}"
+        )
+    if config.shard and world.size > 1 and dtype == torch.float16:
+        raise UserError("dtype: got float16, expected bfloat16 or float32 with shard=True, which has no loss scale")
+
+
+def open_dataset(name: str, world: World) -> Dataset:
+    """data/<name>, or the folder of an absolute path. The corpus `docs`, which needs no network, is made if missing."""
+    folder = Path("data") / name
+    if name == "docs":
+        if world.local_rank == 0:  # one a machine
+            ensure_docs(folder)
+        world.barrier()
+    return Dataset(folder)
+
+
+def choose_ops(
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    vocab_size: int,
+    lacks: Callable[[torch.device], str] = missing,
+) -> tuple[Ops, int, str]:
+    """The run's kernels; how many rows of logits their loss holds at a time, 0 for all; what to say of the choice or
+    nothing. UserError for kernels that cannot run. lacks: as for `kernels.select`.
+    """
+    lacks = functools.cache(lacks)  # it compiles and launches a kernel
+    try:
+        ops = select(config.kernels, device, lacks)
+    except ValueError as error:
+        raise UserError(f"kernels: {error}") from error
+    reason = lacks(device) if config.kernels == "auto" and device.type == "cuda" else ""
+    said = reason and f"kernels: the fused ones cannot run here, going on with the reference's: {reason}"
+    ask = device.type == "cuda" and ops.name == "fused" and config.loss_chunk < 0
+    room = torch.cuda.get_device_properties(device).total_memory if ask else float("inf")
+    why = reason and f" (the fused ones cannot run here: {reason})"
+    chunk = rows_at_a_time(config, ops, dtype, vocab_size, config.block_size, room, why)
+    if ops.name == "reference":
+        return ops, 0, said
+    loss = functools.partial(ops.linear_cross_entropy, chunk_rows=chunk)
+    return dataclasses.replace(ops, linear_cross_entropy=loss), chunk, said
+
+
+def model_shape(config: TrainConfig, named: set[str], checkpoint: dict | None, vocab_size: int) -> GPTConfig:
+    """The model's shape: of the settings, of the checkpoint, or of the weights that init_from names. `named`: the
+    settings that the user wrote. vocab_size: the data's.
+
+    UserError where one of `named` contradicts weights, and where these cannot be had.
+    """
+    gelu = None if config.gelu == "auto" else config.gelu
+    own = {name: getattr(config, name) for name in MODEL_ARGS if name != "vocab_size"}
+    if config.init_from == "scratch":
+        return GPTConfig(vocab_size=vocab_size, gelu=gelu or "erf", **own)
+    with weights_wanted(config):
+        if checkpoint is not None:
+            shape = from_checkpoint(checkpoint, dropout=config.dropout).config
+        elif config.init_from in GPT2_SIZES and not Path(config.init_from).exists():  # known; nothing is downloaded
+            given = {"vocab_size": GPT2_TOKENS, "block_size": 1024, "bias": True, "gelu": gelu or "tanh"}
+            shape = GPTConfig(**GPT2_SIZES[config.init_from], **given, dropout=config.dropout)
+        else:
+            shape = gpt2_shape(config.init_from, dropout=config.dropout, gelu=gelu)
+    check_shape(config, named, shape)
+    return dataclasses.replace(shape, block_size=config.block_size) if "block_size" in named else shape
+
+
+def check_vocabulary(config: TrainConfig, dataset: Dataset, shape: GPTConfig) -> None:
+    """UserError where the data has more tokens than given weights know."""
+    if dataset.n_vocab > shape.vocab_size:
+        raise UserError(
+            f"dataset={config.dataset}: it has {dataset.n_vocab} different tokens, the model {shape.vocab_size}"
+        )
+
+
+def check_shape(config: TrainConfig, named: set[str], shape: GPTConfig) -> None:
+    """UserError where a setting that the user wrote contradicts the shape that given weights have."""
+    for name in SHAPE:
+        came, fixed = getattr(config, name), getattr(shape, name)
+        if name in named and came not in (fixed, "auto"):
+            raise UserError(
+                f"{name}: got {came}, expected {fixed}, as the weights of init_from={config.init_from} have"
+            )
+    if "block_size" in named and config.block_size > shape.block_size:
+        raise UserError(
+            f"block_size: got {config.block_size}, expected at most {shape.block_size}, the positions that the "
+            f"weights of init_from={config.init_from} know"
+        )
+
+
+@contextmanager
+def weights_wanted(config: TrainConfig) -> Iterator[None]:
+    """What says that there are no such weights becomes a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"init_from={config.init_from}: {error}") from error
+
+
+def choose_graphs(
+    config: TrainConfig, device: torch.device, *, sharded: bool, cuda: str | None = torch.version.cuda
+) -> tuple[bool, str]:
+    """Whether the step is captured in CUDA graphs, the same on every rank, and what to say of it or nothing.
+
+    cuda: the version of CUDA that torch was built for, as torch.version has it.
+    """
+    graphs = config.cuda_graphs and device.type == "cuda" and not sharded and not config.eval_only
+    if graphs and config.profile and cuda in GRAPHS_MISREAD:
+        return False, (
+            f"profile: this run makes no CUDA graphs, whose kernels CUDA {cuda}'s profiler misreads (kineto #1165); "
+            "the steps are the same, and idle where the host is late"
+        )
+    return graphs, ""

@@ -1,0 +1,135 @@
+"""What training changes and a checkpoint holds: the model, its optimizer, the loss scale, and where the run stands."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model import GPT
+from model.pretrained import from_checkpoint, load_gpt2
+from train import checkpoint as checkpoints
+from train.checkpoint_layout import MODEL_ARGS, MOMENTS
+from train.optim import FlatAdamW, LossScale, Optimizer
+from train.plan import Plan, weights_wanted
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint must hold besides weights and moments."""
+
+    iter_num: int = 0  # updates done
+    best_val_loss: float = 1e9
+    stale_evals: int = 0  # evaluations since the best one
+    judged_at: int = -1  # iteration of the last evaluation that counted: a resumed run repeats it, for show
+
+
+@dataclass
+class TrainState:
+    """The state of a run; `step.py` and `loop.py` change it, `save` writes it."""
+
+    plan: Plan
+    model: GPT  # its parameters are on the device; where sharded, this rank's share of them
+    optimizer: Optimizer
+    scaler: LossScale
+    progress: Progress
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state. Every rank must call it; the master writes."""
+        plan, progress = self.plan, self.progress
+        if not (plan.sharded or plan.world.master):
+            return
+        weights, moments = self._whole()
+        if plan.world.master:
+            state = checkpoints.pack(
+                weights,
+                moments,
+                {name: getattr(self.model.config, name) for name in MODEL_ARGS},
+                progress.iter_num,
+                progress.best_val_loss,
+                dataclasses.asdict(plan.config),
+                {
+                    "gelu": self.model.config.gelu,
+                    "tokenizer": plan.dataset.meta,
+                    "scaler": self.scaler.state_dict(),
+                    "stale_evals": progress.stale_evals,
+                    "judged_at": progress.judged_at,
+                },
+            )
+            checkpoints.save(Path(plan.config.out_dir), state, plan.config.keep_checkpoints)
+
+    def _whole(self) -> tuple[dict, dict]:
+        """The state_dicts of model and optimizer; a sharded model's are put together, for the master alone."""
+        if not self.plan.sharded:
+            return self.model.state_dict(), self.optimizer.state_dict()
+        from train import shard
+
+        keep = self.plan.world.master
+        return shard.whole_model(self.model, keep=keep), shard.whole(self.optimizer.state_dict(), keep=keep)
+
+
+def make_state(plan: Plan, checkpoint: dict | None) -> TrainState:
+    """A new run's state, or the one that the checkpoint holds. UserError where weights or moments cannot be had."""
+    model = build_model(plan, checkpoint)
+    state = TrainState(
+        plan,
+        model,
+        place(plan, model),
+        LossScale(plan.device, enabled=plan.precision.compute == torch.float16),
+        Progress(),
+    )
+    if checkpoint is not None:
+        checkpoints.load_optimizer(state.optimizer, optimizer_state(checkpoint, model))
+        ours, iter_num = checkpoint["nanofuse"], checkpoint["iter_num"]
+        if state.scaler.enabled and ours.get("scaler"):
+            state.scaler.load_state_dict(ours["scaler"])
+        # nanoGPT saves right after an evaluation, and does not count those without improvement
+        stale_evals, judged_at = ours.get("stale_evals", 0), ours.get("judged_at", iter_num)
+        state.progress = Progress(iter_num, checkpoint["best_val_loss"], stale_evals, judged_at)
+    return state
+
+
+def build_model(plan: Plan, checkpoint: dict | None) -> GPT:
+    """A new model, OpenAI's, or the checkpoint's, on the host in float32. UserError where weights cannot be had."""
+    config, shape = plan.config, plan.shape
+    options = {"precision": plan.precision, "attention": plan.attention, "recompute": config.recompute}
+    if config.init_from == "scratch":
+        torch.manual_seed(config.seed)
+        return GPT(shape, plan.ops, **options)
+    with weights_wanted(config):
+        if checkpoint is not None:
+            model = from_checkpoint(checkpoint, plan.ops, dropout=config.dropout, **options)
+        else:
+            model = load_gpt2(config.init_from, plan.ops, dropout=config.dropout, gelu=shape.gelu, **options)
+    if shape.block_size < model.config.block_size:
+        model.crop_block_size(shape.block_size)
+    return model
+
+
+def place(plan: Plan, model: GPT) -> Optimizer:
+    """Put `model`, still on the host, on the device, or this rank's share of it; its optimizer."""
+    config = plan.config
+    settings = {
+        "learning_rate": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "weight_decay": config.weight_decay,
+    }
+    if plan.sharded:
+        from train import shard  # only here: torch takes a second to import what it needs
+
+        shard.share_out(model, plan.world, plan.device)
+        return shard.ShardedAdamW(model, **settings)
+    model.to(plan.device)
+    return FlatAdamW(model, plan.ops, **settings, in_float32=config.gradient_accumulation_steps > 1)
+
+
+def optimizer_state(checkpoint: dict, model: GPT) -> dict:
+    """The checkpoint's AdamW state; where `model` was cropped, with the moments of its position embeddings cut too."""
+    state, kept = checkpoint["optimizer"], model.config.block_size
+    matrices = [p for p in model.parameters() if p.dim() >= 2]  # in the optimizer's order
+    index = next(i for i, p in enumerate(matrices) if p is model.transformer.wpe.weight)
+    entry = state["state"].get(index)
+    if kept == checkpoint["model_args"]["block_size"] or not isinstance(entry, dict):
+        return state
+    cut = {key: value[:kept] if key in MOMENTS and value.ndim == 2 else value for key, value in entry.items()}
+    return {**state, "state": {**state["state"], index: cut}}
