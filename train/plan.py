@@ -167,9 +167,11 @@ def choose_ops(
     return dataclasses.replace(ops, linear_cross_entropy=loss), chunk, said
 
 
-def model_shape(config: TrainConfig, named: set[str], checkpoint: dict | None, vocab_size: int) -> GPTConfig:
+def model_shape(
+    config: TrainConfig, named: set[str], checkpoint: dict | None, vocab_size: int, *, download: bool = True
+) -> GPTConfig:
     """The model's shape: of the settings, of the checkpoint, or of the weights that init_from names. `named`: the
-    settings that the user wrote. vocab_size: the data's.
+    settings that the user wrote. vocab_size: the data's. download: OpenAI's weights; without them their shape is known.
 
     UserError where one of `named` contradicts weights, and where these cannot be had.
     """
@@ -180,7 +182,7 @@ def model_shape(config: TrainConfig, named: set[str], checkpoint: dict | None, v
     with weights_wanted(config):
         if checkpoint is not None:
             shape = from_checkpoint(checkpoint, dropout=config.dropout).config
-        elif config.init_from in GPT2_SIZES and not Path(config.init_from).exists():  # known; nothing is downloaded
+        elif config.init_from in GPT2_SIZES and not (download or Path(config.init_from).exists()):
             given = {"vocab_size": GPT2_TOKENS, "block_size": 1024, "bias": True, "gelu": gelu or "tanh"}
             shape = GPTConfig(**GPT2_SIZES[config.init_from], **given, dropout=config.dropout)
         else:

@@ -50,7 +50,7 @@ def rehearse(
     say(f"settings: {why}")
     check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
     dataset, vocab_size = _data(config, say)
-    shape = model_shape(config, named, checkpoint, vocab_size)
+    shape = model_shape(config, named, checkpoint, vocab_size, download=False)
     if dataset is not None:
         check_vocabulary(config, dataset, shape)
         dataset.check(shape.block_size, shape.vocab_size)
