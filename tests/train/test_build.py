@@ -100,11 +100,6 @@ def test_memory_that_runs_out_is_not_taken_for_a_missing_compiler() -> None:
         model_to_train(Hungry(), CONFIG, CPU, lambda line: None)
 
 
-def test_not_asked_for_not_compiled() -> None:
-    model = small_model()
-    assert model_to_train(model, TrainConfig(compile=False), CPU, lambda line: None) is model
-
-
 def test_what_compiling_leaves_behind_is_no_gradient_of_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
