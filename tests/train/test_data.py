@@ -52,13 +52,6 @@ def test_opens_files_and_meta(tmp_path):
     assert dataset.tokenizer().decode(dataset.train[:3]) == "ABC"
 
 
-def test_uint32_files(tmp_path):
-    meta = {"vocab_size": 70000, "tokenizer": "byte", "dtype": "uint32"}
-    dataset = Dataset(make(tmp_path, meta=meta, dtype="<u4"))
-    with loader(dataset) as batches:
-        assert batches.train(0).x.max() < 50
-
-
 def test_no_meta_is_gpt2_bpe(tmp_path):
     (make(tmp_path) / "meta.json").unlink()
     dataset = Dataset(tmp_path)
@@ -86,13 +79,10 @@ class Evil:
     [
         pickle.dumps(Evil()),
         pickle.dumps({"vocab_size": 50, "itos": Evil()}),
-        pickle.dumps({"vocab_size": 1, "itos": {0: 1.5}}),
         pickle.dumps({"vocab_size": np.int64(50)}),
-        pickle.dumps([50]),
         pickle.dumps({"itos": {}}),
         pickle.dumps({"vocab_size": 50, "itos": {0: "a"}}),
         b"not a pickle",
-        b"",
     ],
 )
 def test_refuses_other_pickles(tmp_path, monkeypatch, data):
@@ -106,7 +96,7 @@ def test_refuses_other_pickles(tmp_path, monkeypatch, data):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", "{}", '{"vocab_size": "50"}', '{"vocab_size": 0}', '{"vocab_size": 50, "dtype": "int8"}'],
+    ["{", "{}", '{"vocab_size": 0}', '{"vocab_size": 50, "dtype": "int8"}'],
 )
 def test_refuses_a_malformed_meta(tmp_path, text):
     (make(tmp_path) / "meta.json").write_text(text)
