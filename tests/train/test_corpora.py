@@ -13,34 +13,32 @@ from train.errors import UserError
 from train.prepare import ensure_docs, write_corpus, write_openwebtext
 from train.text import GPT2Tokenizer
 
-
-@pytest.fixture(scope="module")
-def text() -> str:
-    return docs_text()
-
+TEXT = "The library reference.\n" * 1000
 
 # docs
 
 
-def test_docs_is_plain_text_of_the_expected_size(text):
+@pytest.mark.slow
+def test_docs_is_plain_text_of_the_expected_size():
+    text = docs_text()
     assert 1_500_000 < len(text) < 2_200_000
     assert set(text) == {"\n", *map(chr, range(32, 127))}
     assert 'The "assert" statement' in text  # from the language reference
     assert "Return the sum of a 'start' value" in text or "Base class for" in text  # from a docstring
 
 
-def test_ensure_docs_makes_it_once_and_says_what_it_is(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(corpora, "docs_text", lambda: text[:50_000])
+def test_ensure_docs_makes_it_once_and_says_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "docs_text", lambda: TEXT)
     lines = []
     ensure_docs(tmp_path / "data" / "docs", lines.append)
     dataset = Dataset(tmp_path / "data" / "docs")
-    assert (len(dataset.train), len(dataset.val)) == (45_000, 5_000)
-    assert dataset.tokenizer().decode(dataset.val) == text[45_000:50_000]
+    assert (len(dataset.train), len(dataset.val)) == (20_700, 2_300)
+    assert dataset.tokenizer().decode(dataset.val) == TEXT[20_700:]
     monkeypatch.setattr(corpora, "docs_text", lambda: pytest.fail("made again"))
     ensure_docs(tmp_path / "data" / "docs", lines.append)
     assert lines[0] == lines[1]
-    assert "50,000 characters" in lines[0]
-    assert hashlib.sha256(text[:50_000].encode()).hexdigest() in lines[0]
+    assert "23,000 characters" in lines[0]
+    assert hashlib.sha256(TEXT.encode()).hexdigest() in lines[0]
 
 
 # TinyShakespeare and downloads

@@ -101,6 +101,7 @@ def test_kernels_that_run_are_tried_once(name: str) -> None:
     assert tried == [CUDA]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without CUDA")
 def test_fused_without_a_gpu_says_what_is_missing(tmp_path: Path) -> None:
     make_data(tmp_path / "data" / "letters")

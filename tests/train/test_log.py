@@ -49,11 +49,6 @@ def test_the_reference_lines(start):
     ]
 
 
-def test_the_default_console_is_the_terminal(tmp_path, capsys):
-    RunLog(tmp_path, SETTINGS, device="cpu", parameters=1).message("hello")
-    assert capsys.readouterr().out == "hello\n"
-
-
 def test_the_records(start):
     log = start()
     log_iteration(log, 0, loss=4.25)
@@ -256,9 +251,3 @@ def test_a_missing_package_stops_before_anything_is_written(start, monkeypatch, 
     with pytest.raises(UserError, match=rf"^{setting}: .*pip install 'nanofuse\[{extra}\]'$"):
         start(**{setting: True})
     assert not start.path.parent.exists()
-
-
-def test_nothing_optional_is_imported_unasked(start, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    start().close()
