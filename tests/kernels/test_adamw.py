@@ -1,14 +1,12 @@
-"""adamw: trajectories beside torch.optim's, skipped steps, and what the registry's cases leave open."""
+"""adamw: skipped steps, and what the registry's cases leave open. Beside torch.optim: tests/train/test_step.py."""
 
-import copy
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels import reference
 from kernels.check import in_float64
@@ -18,7 +16,6 @@ from tests.kernels.checks import assert_as_good_as_torch
 
 EPS = torch.finfo(torch.float32).eps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-COPY = torch.float16 if INTERPRETED else torch.bfloat16  # to which Triton's interpreter does not round, but cuts off
 STATE = ("param", "exp_avg", "exp_avg_sq", "step", "compute")
 implementations = pytest.mark.parametrize("function", [adamw, reference.adamw], ids=["fused", "reference"])
 
@@ -61,119 +58,6 @@ def check(arguments: dict) -> None:
     runs = after(adamw, arguments), after(reference.adamw, arguments), after(reference.adamw, in_float64(arguments))
     assert len({run.pop("step").item() for run in runs}) == 1
     assert_as_good_as_torch(*runs)
-
-
-# Beside torch.optim.AdamW and clip_grad_norm_
-
-
-def little_model() -> nn.Module:
-    """Odd sizes: the boundary of the decay is no multiple of anything."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(19, 11), nn.Linear(11, 37), nn.GELU(), nn.LayerNorm(37), nn.Linear(37, 19))
-
-
-def in_flat_order(model: nn.Module) -> list[nn.Parameter]:
-    parameters = list(model.parameters())
-    return [p for p in parameters if p.dim() >= 2] + [p for p in parameters if p.dim() < 2]
-
-
-def flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([x.detach().flatten() for x in tensors])
-
-
-def batch(seed: int) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(19, (13, 2), generator=torch.Generator().manual_seed(seed))
-    return tokens[:, 0], tokens[:, 1]
-
-
-class TorchRun:
-    """torch's own optimizer at one precision, fed with gradients that come from elsewhere."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device, betas: tuple[float, float], weight_decay: float):
-        self.model = little_model().to(device, dtype)
-        self.parameters = in_flat_order(self.model)
-        groups = [
-            {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, foreach=False)
-
-    def update(self, gradient: Tensor, lr: float, max_norm: float) -> Tensor:
-        pieces = gradient.to(self.parameters[0].dtype).split([p.numel() for p in self.parameters])
-        for p, piece in zip(self.parameters, pieces, strict=True):
-            p.grad = piece.view_as(p).clone()
-        norm = nn.utils.clip_grad_norm_(self.parameters, max_norm if max_norm > 0 else math.inf, foreach=False)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        return norm
-
-    def state(self) -> dict[str, Tensor]:
-        moments = [self.optimizer.state[p] for p in self.parameters]
-        return {
-            "param": flat(self.parameters),
-            "exp_avg": flat([m["exp_avg"] for m in moments]),
-            "exp_avg_sq": flat([m["exp_avg_sq"] for m in moments]),
-            "step": moments[0]["step"].to(torch.float32),
-        }
-
-
-@implementations
-@pytest.mark.parametrize(
-    ("max_norm", "weight_decay", "betas", "scale", "dtype"),
-    [
-        (0.0, 0.1, (0.9, 0.95), None, torch.bfloat16),
-        (1.8, 0.5, (0.8, 0.999), 1024.0, torch.float16),  # clipped in places
-    ],
-)
-def test_the_trajectory_is_torchs(function, max_norm, weight_decay, betas, scale, dtype, device: torch.device) -> None:
-    """24 updates of a real model, warm-up and decay, with two overflows on the way. Gradients are the float64 run's."""
-    exact, plain = (TorchRun(d, device, betas, weight_decay) for d in (torch.float64, torch.float32))
-    param = flat(plain.parameters)
-    n, n_decay = param.numel(), sum(p.numel() for p in plain.parameters if p.dim() >= 2)
-    assert n_decay % 16
-    state = {
-        "param": param,
-        "exp_avg": torch.zeros_like(param),
-        "exp_avg_sq": torch.zeros_like(param),
-        "step": scalar(0.0, device),
-        "compute": torch.empty(n, device=device, dtype=COPY),
-    }
-    clipped = []
-    for t in range(26):
-        lr = 1e-2 * min(1, (t + 1) / 10) * (1 - t / 80)
-        exact.model.zero_grad()
-        x, y = batch(t)
-        F.cross_entropy(exact.model(x.to(device)), y.to(device)).backward()
-        grad = (flat([p.grad for p in exact.parameters]) * (scale or 1)).to(dtype)  # unscaled, norms of 1.6 to 2.1
-        overflow = {0: torch.inf, 12: torch.nan}.get(t)
-        if overflow is not None:
-            before, grad[t * 7] = copy.deepcopy(state), overflow
-        norm, found_inf = function(
-            grad=grad,
-            lr=scalar(lr, device),
-            inv_scale=None if scale is None else scalar(1 / scale, device),
-            n_decay=n_decay,
-            betas=betas,
-            eps=1e-8,
-            weight_decay=weight_decay,
-            max_norm=max_norm,
-            **state,
-        )
-        assert found_inf.item() == (overflow is not None)
-        if overflow is not None:
-            assert all(same_bits(state[name], before[name]) for name in STATE)
-            continue
-        unscaled = grad.float() / (scale or 1)
-        expected = exact.update(unscaled, lr, max_norm)
-        torch.testing.assert_close(norm.double(), expected, rtol=4 * EPS, atol=0)
-        plain.update(unscaled, lr, max_norm)
-        clipped.append(expected.item() > max_norm > 0)
-        assert torch.equal(state["compute"], state["param"].to(COPY))
-    assert set(clipped) == ({False, True} if max_norm else {False})
-    del state["compute"]
-    assert state["step"].item() == 24
-    assert_as_good_as_torch(state, plain.state(), exact.state())
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -112,22 +112,6 @@ def test_missing_data_names_the_command(tmp_path):
         Dataset(tmp_path)
 
 
-@pytest.mark.parametrize("data", [b"", b"123"])
-def test_a_torn_file_is_refused(tmp_path, data):
-    (make(tmp_path) / "train.bin").write_bytes(data)
-    with pytest.raises(UserError, match=r"train\.bin.*multiple of 2"):
-        Dataset(tmp_path)
-
-
-def test_check_too_short(tmp_path):
-    dataset = Dataset(make(tmp_path, val=9))
-    dataset.check(block_size=8)
-    with pytest.raises(UserError, match=r"block_size=9.*val\.bin.*9 tokens.*10"):
-        dataset.check(block_size=9)
-    with pytest.raises(UserError, match="block_size=9"):
-        loader(dataset, block_size=9)
-
-
 def test_check_names_the_first_bad_token(tmp_path, monkeypatch):
     monkeypatch.setattr("train.data.SCAN_TOKENS", 100)
     dataset = Dataset(make(tmp_path))
@@ -234,14 +218,6 @@ def test_a_bad_token_in_the_thread_reaches_the_caller(tmp_path):
         pytest.raises(UserError, match=r"val\.bin: token 49 at position \d*[49]9,"),
     ):
         [batches.evaluation("val", k) for k in range(100)]
-
-
-def test_batches_outlive_the_loader_and_the_next_batch(tmp_path):
-    with loader(unique(tmp_path)) as batches:
-        held = [batches.train(step) for step in range(60)]
-        copies = [batch.x.clone() for batch in held]
-        batches.train(200)
-    assert all(torch.equal(batch.x, copy) for batch, copy in zip(held, copies, strict=True))
 
 
 @pytest.mark.gpu

@@ -5,19 +5,15 @@ import os
 import re
 import shutil
 import signal
-import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import NoReturn
 from unittest import mock
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench.__main__ as bench_command
-import train.__main__ as train_command
 from model import GPTConfig
 from model.flops import flops_per_token
 from tests.train import test_graph as graphs
@@ -62,27 +58,6 @@ def test_ranks_take_the_gpus_in_order(monkeypatch):
     assert local_device(cpu, World(3, 3, 4)) == cpu
     with pytest.raises(UserError, match="expected at most 2, one a GPU"):
         local_device(gpu, World(2, 2, 4))
-
-
-@pytest.mark.parametrize(("command", "work"), [(train_command, "train"), (bench_command, "variants")])
-def test_the_device_of_a_run_is_the_current_one(here, monkeypatch, command, work):
-    """Streams and captures belong to the current device: set before there is any work."""
-    current = []
-
-    def begun(*args: object) -> NoReturn:
-        assert current == [torch.device("cuda", 1)]
-        raise Begun
-
-    class Begun(Exception):
-        pass
-
-    for name, answer in {"device_count": 2, "is_available": True, "get_device_capability": (9, 0)}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(command, work, begun)
-    monkeypatch.setattr(sys, "argv", ["command", "--device=cuda:1"])
-    with pytest.raises(Begun):
-        command.main()
 
 
 def test_ranks_that_cannot_meet(here, monkeypatch):

@@ -82,12 +82,6 @@ def test_what_is_computed_again_finds_the_masks_of_this_replay(recompute: str) -
     assert train(graphed, 2, 10) == train(eager, 2, 10)
 
 
-def test_a_batch_of_one() -> None:
-    eager, captured = make(dropout=0.2), make(dropout=0.2)
-    graphed = GraphedStep(captured, (1, 1, T), capture=tape)
-    assert train(graphed, 1, 5, size=1) == train(eager, 1, 5, size=1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("accumulation", "recompute"), [(1, "mlp"), (2, "none"), (2, "block")])
 def test_with_fused_kernels(accumulation: int, recompute: str) -> None:
@@ -201,14 +195,6 @@ def test_a_failed_capture_is_one_line_and_leaves_no_trace() -> None:
     )
     assert all(torch.equal(x, y) for x, y in zip(everything(step), before, strict=True))
     assert train(step, 1, 3) == train(twin, 1, 3)
-
-
-def test_memory_that_runs_out_in_a_capture_is_no_fault_of_the_graphs() -> None:
-    def capture(tasks: list[Task]) -> list[Work]:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    with pytest.raises(torch.OutOfMemoryError, match=r"2\.00 GiB"):
-        GraphedStep(make(), (1, B, T), capture=capture)
 
 
 class Allocations(TorchDispatchMode):

@@ -125,7 +125,9 @@ class Parts:
                 progress=Progress(),
                 timer=StepTimer(clock),
             )
-            return self.loop.run()
+            status = self.loop.run()
+        log.close()
+        return status
 
 
 class Evaluated(nn.Module):

@@ -135,17 +135,6 @@ def test_the_run_is_the_same_to_the_bit(done: tuple[Path, str], tmp_path: Path) 
     assert all(torch.equal(profiled[name], tensor) for name, tensor in plain.items())
 
 
-def test_an_old_trace_is_set_aside(done: tuple[Path, str]) -> None:
-    (old,) = done[0].glob("earlier-*/trace.json")
-    assert old.read_text() == "{}"
-
-
-def test_a_run_without_such_iterations_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run(tmp_path / "out", **PROFILED | {"eval_interval": 1})
-    assert "profile: none; it takes more than 5 iterations, and two of them between ev" in capsys.readouterr().out
-    assert not (tmp_path / "out" / "trace.json").exists()
-
-
 def test_a_run_that_is_stopped_amidst_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(tmp_path / "out", at={7: send(signal.SIGTERM)}, **PROFILED) == 128 + signal.SIGTERM
     assert "profile: none; the run ended before iterations 5 to 9 were done" in capsys.readouterr().out
@@ -233,21 +222,6 @@ def test_no_graphs_where_cuda_would_misread_them(cuda: str) -> None:
         assert choose_graphs(unchanged, device, sharded=False, cuda=cuda) == (False, "")
     assert choose_graphs(config, device, sharded=True, cuda=cuda) == (False, "")
     assert choose_graphs(config, torch.device("cpu"), sharded=False, cuda=cuda) == (False, "")
-
-
-def test_a_run_that_makes_none_says_so_and_is_profiled(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The rest of the run is a CPU's: a capture would raise there."""
-
-    def as_on_cuda(config: TrainConfig, device: torch.device, *, sharded: bool) -> tuple[bool, str]:
-        return choose_graphs(config, torch.device("cuda"), sharded=sharded, cuda="13.0")
-
-    monkeypatch.setattr(command, "choose_graphs", as_on_cuda)
-    assert run(tmp_path / "out", **PROFILED | {"max_iters": 7}, cuda_graphs=True) == 0
-    output = capsys.readouterr().out
-    assert output.count("profile: this run makes no CUDA graphs") == 1
-    assert "profile: 2 steps of" in output
 
 
 def test_mps_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

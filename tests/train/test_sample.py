@@ -8,7 +8,6 @@ import torch
 
 from model import GPT, GPTConfig
 from model.generate import generate
-from model.pretrained import export_gpt2
 from train.checkpoint import save
 from train.checkpoint_layout import MODEL_ARGS, pack
 from train.errors import UserError
@@ -66,14 +65,6 @@ def samples(capsys, *argv: str) -> list[str]:
     return found
 
 
-def test_defaults_are_nanogpts():
-    config = SampleConfig()
-    assert (config.init_from, config.out_dir, config.start) == ("resume", "out", "\n")
-    assert (config.num_samples, config.max_new_tokens, config.seed) == (10, 500, 1337)
-    assert (config.temperature, config.top_k, config.top_p) == (0.8, 200, 1.0)
-    assert (config.device, config.dtype, config.compile) == ("auto", "auto", False)
-
-
 def test_output(run_dir, capsys):
     found = samples(capsys, "--start=to be ")
     assert [len(text) for text in found] == [6 + 20] * 2  # ids from 28 on, padding, would not decode
@@ -111,14 +102,6 @@ def test_nanogpts_checkpoint(tmp_path, monkeypatch, capsys):
     expected = model.eval().generate(torch.tensor([TOKENIZER.encode("hey")]), 20, 0)[0].tolist()
     text = TOKENIZER.decode(expected)
     assert samples(capsys, "--start=hey", "--temperature=0", "--dtype=float32") == [text, text]
-
-
-def test_exported_weights_speak_gpt2(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    export_gpt2(make_model(vocab_size=50304), "weights")
-    for text in samples(capsys, "--init_from=weights", "--start=Hello world"):
-        assert text.startswith("Hello world")
-        assert len(text) > 15
 
 
 class Parrot(torch.nn.Module):
