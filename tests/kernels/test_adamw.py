@@ -1,24 +1,21 @@
-"""adamw: trajectories beside torch.optim's, skipped steps, and what the registry's cases leave open."""
+"""adamw: skipped steps, and what the registry's cases leave open. Beside torch.optim: tests/train/test_step.py."""
 
-import copy
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels import reference
 from kernels.check import in_float64
 from kernels.fused.adamw import adamw
-from kernels.launch import INTERPRETED, Device, Planning
+from kernels.launch import INTERPRETED
 from tests.kernels.checks import assert_as_good_as_torch
 
 EPS = torch.finfo(torch.float32).eps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-COPY = torch.float16 if INTERPRETED else torch.bfloat16  # to which Triton's interpreter does not round, but cuts off
 STATE = ("param", "exp_avg", "exp_avg_sq", "step", "compute")
 implementations = pytest.mark.parametrize("function", [adamw, reference.adamw], ids=["fused", "reference"])
 
@@ -63,121 +60,6 @@ def check(arguments: dict) -> None:
     assert_as_good_as_torch(*runs)
 
 
-# Beside torch.optim.AdamW and clip_grad_norm_
-
-
-def little_model() -> nn.Module:
-    """Odd sizes: the boundary of the decay is no multiple of anything."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(19, 11), nn.Linear(11, 37), nn.GELU(), nn.LayerNorm(37), nn.Linear(37, 19))
-
-
-def in_flat_order(model: nn.Module) -> list[nn.Parameter]:
-    parameters = list(model.parameters())
-    return [p for p in parameters if p.dim() >= 2] + [p for p in parameters if p.dim() < 2]
-
-
-def flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([x.detach().flatten() for x in tensors])
-
-
-def batch(seed: int) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(19, (13, 2), generator=torch.Generator().manual_seed(seed))
-    return tokens[:, 0], tokens[:, 1]
-
-
-class TorchRun:
-    """torch's own optimizer at one precision, fed with gradients that come from elsewhere."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device, betas: tuple[float, float], weight_decay: float):
-        self.model = little_model().to(device, dtype)
-        self.parameters = in_flat_order(self.model)
-        groups = [
-            {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, foreach=False)
-
-    def update(self, gradient: Tensor, lr: float, max_norm: float) -> Tensor:
-        pieces = gradient.to(self.parameters[0].dtype).split([p.numel() for p in self.parameters])
-        for p, piece in zip(self.parameters, pieces, strict=True):
-            p.grad = piece.view_as(p).clone()
-        norm = nn.utils.clip_grad_norm_(self.parameters, max_norm if max_norm > 0 else math.inf, foreach=False)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        return norm
-
-    def state(self) -> dict[str, Tensor]:
-        moments = [self.optimizer.state[p] for p in self.parameters]
-        return {
-            "param": flat(self.parameters),
-            "exp_avg": flat([m["exp_avg"] for m in moments]),
-            "exp_avg_sq": flat([m["exp_avg_sq"] for m in moments]),
-            "step": moments[0]["step"].to(torch.float32),
-        }
-
-
-@implementations
-@pytest.mark.parametrize(
-    ("max_norm", "weight_decay", "betas", "scale", "dtype"),
-    [
-        (0.0, 0.1, (0.9, 0.95), None, torch.float32),
-        (0.3, 0.1, (0.9, 0.999), None, torch.float32),  # always clipped
-        (1.8, 0.0, (0.9, 0.99), None, torch.bfloat16),  # clipped in places
-        (0.3, 0.5, (0.8, 0.95), 1024.0, torch.float16),
-    ],
-)
-def test_the_trajectory_is_torchs(function, max_norm, weight_decay, betas, scale, dtype, device: torch.device) -> None:
-    """60 updates of a real model, warm-up and decay, with two overflows on the way. Gradients are the float64 run's."""
-    exact, plain = (TorchRun(d, device, betas, weight_decay) for d in (torch.float64, torch.float32))
-    param = flat(plain.parameters)
-    n, n_decay = param.numel(), sum(p.numel() for p in plain.parameters if p.dim() >= 2)
-    assert n_decay % 16
-    state = {
-        "param": param,
-        "exp_avg": torch.zeros_like(param),
-        "exp_avg_sq": torch.zeros_like(param),
-        "step": scalar(0.0, device),
-        "compute": torch.empty(n, device=device, dtype=COPY),
-    }
-    clipped = []
-    for t in range(62):
-        lr = 1e-2 * min(1, (t + 1) / 10) * (1 - t / 80)
-        exact.model.zero_grad()
-        x, y = batch(t)
-        F.cross_entropy(exact.model(x.to(device)), y.to(device)).backward()
-        grad = (flat([p.grad for p in exact.parameters]) * (scale or 1)).to(dtype)  # unscaled, norms of 1.6 to 2.1
-        overflow = t in (0, 30)
-        if overflow:
-            before, grad[t * 7] = copy.deepcopy(state), [torch.inf, 0, torch.nan][t // 15]
-        norm, found_inf = function(
-            grad=grad,
-            lr=scalar(lr, device),
-            inv_scale=None if scale is None else scalar(1 / scale, device),
-            n_decay=n_decay,
-            betas=betas,
-            eps=1e-8,
-            weight_decay=weight_decay,
-            max_norm=max_norm,
-            **state,
-        )
-        assert found_inf.item() == overflow
-        if overflow:
-            assert all(same_bits(state[name], before[name]) for name in STATE)
-            continue
-        unscaled = grad.float() / (scale or 1)
-        expected = exact.update(unscaled, lr, max_norm)
-        torch.testing.assert_close(norm.double(), expected, rtol=4 * EPS, atol=0)
-        plain.update(unscaled, lr, max_norm)
-        clipped.append(expected.item() > max_norm > 0)
-        assert torch.equal(state["compute"], state["param"].to(COPY))
-    assert {0.0: not any(clipped), 0.3: all(clipped), 1.8: any(clipped) and not all(clipped)}[max_norm]
-    del state["compute"]
-    assert state["step"].item() == 60
-    assert_as_good_as_torch(state, plain.state(), exact.state())
-
-
 def same_bits(a: Tensor, b: Tensor) -> bool:
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
     return torch.equal(a.view(integers), b.view(integers))
@@ -187,7 +69,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 @implementations
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     updates=st.one_of(st.integers(0, 20), st.integers(0, 10**6)),
     betas=st.tuples(*[st.sampled_from([0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999, 0.999999])] * 2),
@@ -223,7 +105,7 @@ def test_a_constant_gradient_keeps_its_moments(device: torch.device) -> None:
 # Any length, boundary, alignment
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     n=st.one_of(st.integers(0, 40), st.integers(0, 2000)),
     decay=st.floats(0, 1),
@@ -265,46 +147,28 @@ def test_views_are_updated_in_place_and_their_neighbours_left_alone(device: torc
         assert x[-6:].eq(5).all()
 
 
-@implementations
-def test_nothing_to_update(function, device: torch.device) -> None:
-    got = after(function, made(0, device, max_norm=1.0))
-    assert (got["norm"], got["found_inf"], got["step"]) == (0, 0, 4)
-
-
-def test_weights_that_require_grad(device: torch.device) -> None:
-    arguments = made(50, device)
-    param = nn.Parameter(arguments["param"].clone())
-    want = after(adamw, arguments)
-    norm, _ = adamw(**arguments | {"param": param})
-    assert torch.equal(param, want["param"])
-    assert param.requires_grad
-    assert not norm.requires_grad
-
-
 # Steps that are skipped
 
 
 @implementations
-@pytest.mark.parametrize("max_norm", [0.0, 1.0])
-@pytest.mark.parametrize("place", [0, 699, 1029])
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e30])  # the square of the last is infinite
-def test_nothing_changes_where_the_norm_is_no_number(function, max_norm, place, value, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("value", "inv_scale", "max_norm"),
+    [
+        (-torch.inf, 1.0, 0.0),
+        (torch.nan, 1.0, 1.0),
+        (1e30, 1.0, 1.0),  # its square is infinite
+        (1.0, torch.inf, 0.0),
+        (1.0, torch.nan, 1.0),
+    ],
+)
+def test_nothing_changes_where_the_norm_is_no_number(function, value, inv_scale, max_norm, device) -> None:
     arguments = made(1030, device, max_norm=max_norm, step=scalar(7, device, torch.int64))
     arguments["compute"] = torch.full((1030,), 3.0, device=device, dtype=torch.float16)
-    arguments["grad"][place] = value
-    got = after(function, arguments)
+    arguments["grad"][1029] = value
+    got = after(function, arguments | {"inv_scale": scalar(inv_scale, device)})
     assert all(same_bits(got[name], arguments[name]) for name in STATE)
     assert got["found_inf"] == 1
     assert not got["norm"].isfinite()
-
-
-@implementations
-@pytest.mark.parametrize("inv_scale", [torch.nan, torch.inf])
-def test_nothing_changes_where_the_scale_is_no_number(function, inv_scale: float, device: torch.device) -> None:
-    arguments = made(30, device, inv_scale=scalar(inv_scale, device))
-    got = after(function, arguments)
-    assert all(same_bits(got[name], arguments[name]) for name in STATE[:4])
-    assert got["found_inf"] == 1
 
 
 @implementations
@@ -320,43 +184,11 @@ def test_no_gradient_at_all_is_no_overflow(function, device: torch.device) -> No
 # As an op
 
 
-def test_two_launches_whatever_the_options() -> None:
-    meta = torch.device("meta")
-    arguments = {name: torch.empty(9, device=meta) for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
-    arguments |= {name: torch.empty((), device=meta) for name in ("lr", "step", "inv_scale")}
-    compute = torch.empty(9, device=meta, dtype=torch.bfloat16)
-    with Planning(Device(90, 132)) as plan:
-        adamw(**arguments, compute=compute, n_decay=3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_norm=1.0)
-    assert [launch.kernel.fn.__name__ for launch in plan.launches] == ["adamw_norm_kernel", "adamw_update_kernel"]
-
-
-@pytest.mark.parametrize("compute", [None, torch.bfloat16])
-@pytest.mark.parametrize("inv_scale", [None, 0.5])
-def test_opcheck(compute: torch.dtype | None, inv_scale: float | None, device: torch.device) -> None:
-    arguments = made(40, device)
-    compute = None if compute is None else torch.zeros(40, device=device, dtype=compute)
+def test_opcheck(device: torch.device) -> None:
+    arguments, compute = made(40, device), torch.zeros(40, device=device, dtype=torch.bfloat16)
     tensors = [arguments[name] for name in ("param", "grad", "exp_avg", "exp_avg_sq", "lr", "step")]
-    inv_scale = None if inv_scale is None else scalar(inv_scale, device)
     numbers = (13, 0.9, 0.95, 1e-8, 0.1, 1.0)
-    torch.library.opcheck(torch.ops.nanofuse.adamw.default, (*tensors, inv_scale, compute, *numbers))
-
-
-def test_compiled_once_for_every_learning_rate_and_step(device: torch.device, compiler: None) -> None:
-    torch.compiler.reset()
-    compiled = torch.compile(adamw, fullgraph=True)
-    runs = {"eager": adamw, "compiled": compiled}
-    states = {}
-    for name, function in runs.items():
-        arguments = made(300, device, max_norm=1.0, inv_scale=scalar(0.5, device))
-        arguments["compute"] = torch.zeros(300, device=device, dtype=torch.bfloat16)
-        function(**arguments)
-        with torch.compiler.set_stance("fail_on_recompile" if name == "compiled" else "default"):
-            for lr in (1e-3, 5e-3):
-                arguments |= {"lr": scalar(lr, device), "inv_scale": scalar(lr, device)}
-                norm, _ = function(**arguments)
-        states[name] = {name: arguments[name] for name in STATE} | {"norm": norm}
-    assert states["eager"]["step"] == 6
-    assert all(torch.equal(x, states["compiled"][name]) for name, x in states["eager"].items())
+    torch.library.opcheck(torch.ops.nanofuse.adamw.default, (*tensors, scalar(0.5, device), compute, *numbers))
 
 
 # Refused
@@ -366,22 +198,16 @@ def test_compiled_once_for_every_learning_rate_and_step(device: torch.device, co
     ("bad", "message"),
     [
         ({"param": torch.zeros(2, 3)}, r"param: got shape \(2, 3\), expected \(any\)"),
-        ({"param": torch.zeros(6).bfloat16()}, "param: got torch.bfloat16, expected torch.float32"),
-        ({"grad": torch.zeros(5)}, r"grad: got shape \(5,\), expected \(6\)"),
         ({"grad": torch.zeros(6).double()}, "grad: got torch.float64, expected torch.float32 or"),
         ({"exp_avg": torch.zeros(7)}, r"exp_avg: got shape \(7,\), expected \(6\)"),
-        ({"exp_avg_sq": torch.zeros(6).half()}, "exp_avg_sq: got torch.float16, expected torch.float32"),
         ({"exp_avg_sq": torch.zeros(6, device="meta")}, "exp_avg_sq: got a tensor on meta, expected"),
         ({"exp_avg": torch.zeros(12)[::2]}, "exp_avg: got stride 2, expected a contiguous buffer"),
-        ({"param": torch.zeros(12)[::2]}, "param: got stride 2, expected a contiguous buffer"),
         ({"compute": torch.zeros(1).half().expand(6)}, "compute: got stride 0, expected a contiguous buffer"),
         ({"compute": torch.zeros(6)}, "compute: got torch.float32, expected torch.bfloat16 or torch.float16"),
         ({"lr": torch.zeros(1)}, r"lr: got shape \(1,\), expected \(\)"),
-        ({"lr": torch.zeros(()).double()}, "lr: got torch.float64, expected torch.float32"),
         ({"step": torch.zeros((), dtype=torch.int32)}, "step: got torch.int32, expected torch.float32 or torch.int64"),
         ({"inv_scale": torch.zeros((), dtype=torch.float16)}, "inv_scale: got torch.float16, expected"),
         ({"n_decay": 7}, "n_decay: got 7, expected 0 to 6"),
-        ({"n_decay": -1}, "n_decay: got -1, expected 0 to 6"),
         ({"betas": (0.9, 1.0)}, r"betas: got \(0.9, 1.0\), expected two numbers of 0 or more and less than 1"),
         ({"eps": -1e-8}, "eps: got -1e-08, expected 0 or more"),
         ({"weight_decay": math.nan}, "weight_decay: got nan, expected 0 or more"),

@@ -1,4 +1,4 @@
-"""Every case of the registry: values, gradients, bits, compilation, bytes."""
+"""Every case of the registry: values, gradients, compilation, bytes. The same bits twice: on a GPU, test_gpu.py."""
 
 import pytest
 import torch
@@ -26,9 +26,6 @@ def test_agrees_with_float64(
     fused = outputs_and_gradients(case.fused, inputs)
     exact = outputs_and_gradients(case.reference, in_float64(inputs))
     assert_as_good_as_torch(fused, outputs_and_gradients(case.reference, inputs), exact)
-    again = outputs_and_gradients(case.fused, inputs)
-    for name, got in fused.items():
-        assert torch.equal(got.nan_to_num(), again[name].nan_to_num()), f"{name}: other bits the second time"
 
 
 @pytest.mark.parametrize("case", BY_NAME)

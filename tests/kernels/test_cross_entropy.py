@@ -53,7 +53,7 @@ ignore_indices = st.sampled_from([-1, -100, 0, 3])
 shares = st.sampled_from([0.0, 0.3, 1.0])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     # of one column, torch's error is 0
     shape=st.tuples(st.integers(0, 40), st.one_of(st.integers(2, 300), st.sampled_from([4096, 5000, 9001]))),
@@ -73,7 +73,7 @@ def test_any_shape_stride_and_dtype(shape, layout, dtype, ignored, ignore_index)
     assert_as_good_as_torch(fused, plain, outputs_and_gradients(reference.cross_entropy, in_float64(inputs)))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(0, 12), st.integers(1, 40), st.integers(2, 200)),
     layout=st.tuples(layouts, st.sampled_from(["packed", "sliced", "aligned", "transposed"])),
@@ -104,20 +104,14 @@ def far_apart(x: Tensor) -> Tensor:
 
 
 def test_rows_beyond_32_bits(device: torch.device) -> None:
-    """The gradient too, over the logits."""
+    """The gradient too, over the logits, and where it is scaled."""
     logits = far_apart(torch.randn(3, 40, dtype=torch.float16, device=device))
     inputs = {"logits": logits.clone().requires_grad_(), "targets": torch.tensor([5, 6, 7], device=device)}
     torch.testing.assert_close(cross_entropy(logits, inputs["targets"]), reference.cross_entropy(**inputs))
     row_losses(logits, 40, inputs["targets"], -1, torch.empty(2, 3, device=device), dlogits=logits)
     (expected,) = torch.autograd.grad(3 * reference.cross_entropy(**inputs), inputs["logits"])
     torch.testing.assert_close(logits.clone(), expected)
-
-
-def test_rows_beyond_32_bits_are_scaled(device: torch.device) -> None:
-    x, half = torch.randn(3, 40, dtype=torch.float16, device=device), torch.tensor(0.5, device=device)
-    far = far_apart(x)
-    assert torch.equal(scaled(far, half, torch.empty_like(x)), x / 2)
-    assert torch.equal(scaled(far, half, far).clone(), x / 2)
+    assert torch.equal(scaled(logits, torch.tensor(0.5, device=device), logits).clone(), expected / 2)
 
 
 def test_only_aligned_rows_are_read_by_vectors() -> None:
@@ -139,9 +133,7 @@ def test_only_aligned_rows_are_read_by_vectors() -> None:
 
 HUGE = torch.finfo(torch.float32).max
 ROWS = {
-    "all equal": ([2.5] * 20, 7),
     "all equal and huge": ([HUGE] * 20, 7),
-    "the lowest there is": ([-HUGE] * 20, 7),
     "from lowest to highest": ([-HUGE, HUGE, 0.0, 1.0] * 5, 1),
     "the target far below": ([-1e37, 1e37, 0.0, 1.0] * 5, 0),
     "masked columns": ([-inf, 1.0, 2.0, -inf] * 5, 2),
@@ -194,7 +186,7 @@ def test_an_ignored_row_is_not_read(device: torch.device) -> None:
     assert gradient[[0, 2]].ne(0).all()
 
 
-@pytest.mark.parametrize("target", [-2, 50, 2**40, -(2**40), 2**32 + 1])
+@pytest.mark.parametrize("target", [-2, 50, 2**32 + 1])
 def test_a_target_outside_the_vocabulary_is_nan_in_its_row(target: int, device: torch.device) -> None:
     logits = torch.randn(3, 50, device=device, requires_grad=True)
     loss = cross_entropy(logits, torch.tensor([1, target, 2], device=device))
@@ -205,34 +197,20 @@ def test_a_target_outside_the_vocabulary_is_nan_in_its_row(target: int, device: 
 
 
 @CHUNKS
-@pytest.mark.parametrize("target", [-2, 20, 2**32 + 1])
-def test_a_target_outside_a_heads_vocabulary_is_nan_in_its_row(
-    target: int, chunk_rows: int, device: torch.device
-) -> None:
+@pytest.mark.parametrize("bad", ["target", "x"])
+def test_what_is_no_number_stays_in_a_heads_row(bad: str, chunk_rows: int, device: torch.device) -> None:
     inputs = draw(9, 8, 20, device)
-    inputs["targets"][7] = target
+    with torch.no_grad():
+        inputs["targets" if bad == "target" else "x"][7] = 2**32 + 1 if bad == "target" else nan
     loss = fused_loss(**inputs, chunk_rows=chunk_rows)
     (dx,) = torch.autograd.grad(loss, inputs["x"])
     assert loss.isnan()
     assert dx[7].isnan().all()
-    assert dx[:7].isfinite().all()
+    assert dx[[*range(7), 8]].isfinite().all()
 
 
 @CHUNKS
-def test_values_that_are_no_numbers_stay_in_their_row(chunk_rows: int, device: torch.device) -> None:
-    inputs = draw(9, 8, 20, device)
-    with torch.no_grad():
-        inputs["x"][3] = nan
-    loss = fused_loss(**inputs, chunk_rows=chunk_rows)
-    (dx,) = torch.autograd.grad(loss, inputs["x"])
-    assert loss.isnan()
-    assert dx[3].isnan().all()
-    assert dx[[0, 1, 2, 4, 5, 6, 7, 8]].isfinite().all()
-
-
-@CHUNKS
-@pytest.mark.parametrize("scale", [1 / 3, 1024.0])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1 / 3), (torch.bfloat16, 1 / 3), (torch.float16, 1024.0)])
 def test_a_scaled_loss(dtype: torch.dtype, scale: float, chunk_rows: int, device: torch.device) -> None:
     inputs = {**draw(50, 24, 65, device, dtype), "chunk_rows": chunk_rows}
 
@@ -264,17 +242,6 @@ def test_float16_keeps_what_a_mean_over_many_rows_would_lose(chunk_rows: int, de
 
 
 @counted
-def test_no_gradient_no_work(memory: Memory) -> None:
-    logits, targets = torch.randn(6, 50), torch.arange(6)
-    cross_entropy(logits, targets)
-    assert memory.stored == 6 * 4 * 4  # the losses, what counts, and two statistics
-    loss = cross_entropy(logits.requires_grad_(), targets)
-    stored = memory.stored
-    torch.autograd.grad(loss, logits)
-    assert memory.stored - stored == 6 * 50 * 4
-
-
-@counted
 @CHUNKS
 def test_no_gradient_no_work_of_a_head(chunk_rows: int, memory: Memory) -> None:
     M, V = 9, 20
@@ -290,38 +257,12 @@ def test_no_gradient_no_work_of_a_head(chunk_rows: int, memory: Memory) -> None:
 
 
 @counted
-@CHUNKS
-@pytest.mark.parametrize("frozen", ["x", "weight"])
-def test_a_frozen_factor_costs_nothing(frozen: str, chunk_rows: int, memory: Memory) -> None:
-    M, C, V = 9, 8, 20
-    inputs = draw(M, C, V, torch.device("cpu"))
-    inputs[frozen].requires_grad_(False)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        loss = fused_loss(**inputs, chunk_rows=chunk_rows)
-        stored = memory.stored
-        loss.backward()
-    products = sum(event.name in ("aten::mm", "aten::addmm_") for event in profile.events())
-    assert products == 2 * (math.ceil(M / chunk_rows) if chunk_rows else 1)  # the logits and one gradient
-    scaled_elements = V * C if frozen == "x" and chunk_rows else M * C  # dweight; dx, or x for dweight
-    assert memory.stored - stored == 4 * scaled_elements
-    assert inputs[frozen].grad is None
-
-
-@counted
 def test_a_chunk_of_logits_is_all_there_is(memory: Memory) -> None:
     M, C, V = 80, 2, 200
     inputs = draw(M, C, V, torch.device("cpu"))
     for chunk_rows, rows in ((16, 16), (0, M), (100, M)):
         linear_cross_entropy(**inputs, chunk_rows=chunk_rows)
         assert max(end - first for first, end in memory.spans) == 4 * rows * padded(V)
-
-
-def test_a_gradient_may_be_taken_twice(device: torch.device) -> None:
-    logits = torch.randn(6, 50, device=device, requires_grad=True)
-    loss = cross_entropy(logits, torch.arange(6, device=device))
-    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
-    (second,) = torch.autograd.grad(2 * loss, logits)
-    assert torch.equal(2 * first, second)
 
 
 @CHUNKS
@@ -339,25 +280,8 @@ def test_the_inputs_stay_as_they_were_and_a_gradient_may_be_taken_twice(chunk_ro
 # As ops
 
 
-@counted
-def test_no_value_reaches_the_host() -> None:
-    logits, inputs = torch.randn(6, 50, requires_grad=True), draw(9, 8, 20, torch.device("cpu"))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        cross_entropy(logits, torch.arange(6)).backward()
-        fused_loss(**inputs).backward()
-        fused_loss(**inputs, chunk_rows=4).backward()
-    names = {event.name for event in profile.events()}
-    assert {name for name in names if name.startswith("nanofuse::")} == {
-        f"nanofuse::{op}{way}"
-        for op in ("cross_entropy", "linear_cross_entropy", "chunked_linear_cross_entropy")
-        for way in ("", "_backward")
-    }
-    assert not names & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
-    ops, logits = torch.ops.nanofuse, torch.randn(5, 37, device=device).to(dtype).requires_grad_()
+def test_opcheck(device: torch.device) -> None:
+    ops, logits = torch.ops.nanofuse, torch.randn(5, 37, device=device, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.tensor([0, 1, -1, 2, 30], device=device)
     torch.library.opcheck(ops.cross_entropy.default, (logits, targets, -1))
     loss, divisor, stats = ops.cross_entropy(logits.detach(), targets, -1)
@@ -365,17 +289,9 @@ def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
     torch.library.opcheck(ops.cross_entropy_backward.default, backward)
 
 
-@pytest.mark.parametrize(
-    ("needs", "dtype"),
-    [
-        ((True, True), torch.bfloat16),
-        ((True, False), torch.float32),
-        ((False, True), torch.float32),
-        ((False, False), torch.bfloat16),
-    ],
-)
-def test_opcheck_of_a_head(needs: tuple[bool, bool], dtype: torch.dtype, device: torch.device) -> None:
-    x, weight, targets = draw(5, 8, 37, device, dtype).values()
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_opcheck_of_a_head(needs: tuple[bool, bool], device: torch.device) -> None:
+    x, weight, targets = draw(5, 8, 37, device, torch.bfloat16).values()
     targets[2] = -1
     x, weight = (t.detach().requires_grad_(need) for t, need in zip((x, weight), needs, strict=True))
     whole, chunked = (x, weight, targets, -1, any(needs)), (x, weight, targets, -1, 2, *needs)
@@ -386,22 +302,10 @@ def test_opcheck_of_a_head(needs: tuple[bool, bool], dtype: torch.dtype, device:
         loss, divisor, dlogits = ops.linear_cross_entropy(*whole)
         _, _, dx, dweight = ops.chunked_linear_cross_entropy(*chunked)
     dloss = torch.ones_like(loss)
-    if any(needs):
-        backward = (dloss, divisor, dlogits, x.detach(), weight.detach(), *needs)
-        torch.library.opcheck(ops.linear_cross_entropy_backward.default, backward)
-    torch.library.opcheck(ops.chunked_linear_cross_entropy_backward.default, (dloss, divisor, dx, dweight, dtype))
-
-
-def test_compiled_for_any_number_of_rows(device: torch.device, compiler: None) -> None:
-    torch.compiler.reset()
-    compiled = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=True)
-    for M in (6, 9):
-        inputs = draw(M, 8, 20, device)
-        leaves = (inputs["x"], inputs["weight"])
-        (loss, _), (expected, _) = compiled(**inputs), linear_cross_entropy(**inputs)
-        assert torch.equal(loss, expected)
-        for got, want in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
-            assert torch.equal(got, want)
+    backward = (dloss, divisor, dlogits, x.detach(), weight.detach(), *needs)
+    torch.library.opcheck(ops.linear_cross_entropy_backward.default, backward)
+    backward = (dloss, divisor, dx, dweight, torch.bfloat16)
+    torch.library.opcheck(ops.chunked_linear_cross_entropy_backward.default, backward)
 
 
 # Refused
@@ -426,7 +330,6 @@ def assert_refused(function, inputs: dict[str, Any], message: str, device: torch
         ({"logits": torch.zeros(3, 8).double()}, "logits: got torch.float64, expected torch.float32 or"),
         ({"targets": torch.zeros(4, dtype=INT64)}, r"targets: got shape \(4,\), expected \(3\)"),
         ({"targets": torch.zeros(3, dtype=torch.int32)}, "targets: got torch.int32, expected torch.int64"),
-        ({"targets": torch.zeros(3, dtype=INT64, device="meta")}, "targets: got a tensor on meta, expected"),
     ],
 )
 def test_refused(bad: dict[str, Any], message: str, device: torch.device) -> None:
@@ -437,15 +340,11 @@ def test_refused(bad: dict[str, Any], message: str, device: torch.device) -> Non
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"x": torch.zeros(2, 3, 8).double()}, "x: got torch.float64, expected torch.float32 or"),
-        ({"x": torch.zeros(())}, r"x: got shape \(\), expected one channel or more"),
         ({"x": torch.zeros(2, 3, 0)}, r"x: got shape \(2, 3, 0\), expected one channel or more"),
         ({"weight": torch.zeros(10, 7)}, r"weight: got shape \(10, 7\), expected \(any, 8\)"),
         ({"weight": torch.zeros(0, 8)}, r"weight: got shape \(0, 8\), expected one row or more"),
-        ({"weight": torch.zeros(10, 8).half()}, "weight: got torch.float16, expected torch.float32"),
         ({"weight": torch.zeros(10, 8, device="meta")}, "weight: got a tensor on meta, expected"),
         ({"targets": torch.zeros(6, dtype=INT64)}, r"targets: got shape \(6,\), expected \(2, 3\)"),
-        ({"targets": torch.zeros(2, 3)}, "targets: got torch.float32, expected torch.int64"),
         ({"chunk_rows": -1}, "chunk_rows: got -1, expected 0"),
     ],
 )

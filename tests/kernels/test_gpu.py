@@ -211,14 +211,3 @@ def test_adamw_on_more_elements_than_32_bits_count() -> None:
     expected = grad.float().square_().sum(dtype=torch.float64).sqrt().float()
     torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
     assert found_inf == 0
-
-
-@pytest.mark.parametrize("M", [1, 65536])
-def test_many_rows(M: int) -> None:
-    from kernels import add_layer_norm, reference
-
-    x, residual = (torch.randn(M, 768, device=CUDA, requires_grad=True) for _ in range(2))
-    weight = torch.randn(768, device=CUDA, requires_grad=True)
-    inputs = dict(x=x, residual=residual, weight=weight, bias=None, dtype=torch.float32)
-    fused, plain = (outputs_and_gradients(f, inputs) for f in (add_layer_norm, reference.add_layer_norm))
-    assert_as_good_as_torch(fused, plain, outputs_and_gradients(reference.add_layer_norm, in_float64(inputs)))

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from kernels import add_layer_norm, layer_norm, reference
 from kernels.check import in_float64, outputs_and_gradients
-from kernels.fused.layer_norm import MAX_WIDTH
 from kernels.launch import INTERPRETED
 from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.layouts import Relay, laid_out
@@ -20,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 layouts = st.sampled_from(["packed", "sliced", "transposed", "one row for all"])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     shape=st.one_of(
         st.tuples(st.integers(0, 9), st.integers(1, 70)),
@@ -60,21 +59,14 @@ def test_any_shape_stride_and_dtype(shape, layout, x_dtype, wide_stream, y_dtype
     assert_as_good_as_torch(fused, plain, exact, summands=1.0)
 
 
-def test_the_last_stream_needs_no_gradient(device: torch.device) -> None:
+@pytest.mark.parametrize("used", [0, 1], ids=["the stream", "the normalised"])
+def test_one_output_may_go_unused(used: int, device: torch.device) -> None:
     x, residual = (torch.randn(6, 48, device=device, requires_grad=True) for _ in range(2))
-    weight = torch.ones(48, device=device)
-    _, y = add_layer_norm(x, residual, weight, None, torch.float32)
-    _, expected = reference.add_layer_norm(x, residual, weight, None, torch.float32)
-    got = torch.autograd.grad(y.square().sum(), (x, residual))
-    want = torch.autograd.grad(expected.square().sum(), (x, residual))
-    torch.testing.assert_close(got, want)
-
-
-def test_the_normalised_output_may_go_unused(device: torch.device) -> None:
-    x, residual = (torch.randn(6, 48, device=device, requires_grad=True) for _ in range(2))
-    stream, _ = add_layer_norm(x, residual, torch.ones(48, device=device), None, torch.float32)
-    for gradient in torch.autograd.grad(stream.sum(), (x, residual)):
-        assert torch.equal(gradient, torch.ones_like(gradient))
+    gradients = []
+    for function in (add_layer_norm, reference.add_layer_norm):
+        output = function(x, residual, torch.ones(48).to(x), None, torch.float32)[used]
+        gradients.append(torch.autograd.grad(output.square().sum(), (x, residual)))
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_mean_far_from_zero_costs_no_more_than_its_own_rounding(device: torch.device) -> None:
@@ -98,8 +90,7 @@ def test_values_that_are_no_numbers_stay_in_their_row(device: torch.device) -> N
 # Dropout
 
 
-@pytest.mark.parametrize(("M", "C"), [(1, 37), (70, 64), (9, 600)])
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("M", "C", "x_dtype"), [(70, 37, torch.float32), (9, 600, torch.bfloat16)])
 def test_the_mask_is_philox_of_the_seed_forward_and_backward(M: int, C: int, x_dtype: torch.dtype, device) -> None:
     p = 0.3
     torch.manual_seed(5)
@@ -139,9 +130,7 @@ def test_every_call_draws_a_new_mask_and_the_generator_repeats_them(device: torc
 # As an op
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, None])
+@pytest.mark.parametrize(("p", "bias", "x_dtype"), [(0.5, False, torch.bfloat16), (0.0, True, None)])
 def test_opcheck(p: float, bias: bool, x_dtype: torch.dtype | None, device: torch.device) -> None:
     seed = torch.tensor([3], device=device) if p else None
     x = None if x_dtype is None else torch.randn(4, 24, device=device).to(x_dtype).requires_grad_()
@@ -187,13 +176,10 @@ GOOD = {
     [
         ({"residual": torch.zeros(2, 8)}, r"residual: got shape \(2, 8\), expected \(3, 8\)"),
         ({"x": torch.zeros(3, 8, dtype=torch.float64)}, "x: got torch.float64, expected torch.float32 or"),
-        ({"x": torch.zeros(3, 8, dtype=torch.int64)}, "x: got torch.int64, expected"),
         ({"weight": torch.zeros(7)}, r"weight: got shape \(7,\), expected \(8\)"),
         ({"bias": torch.zeros(8, 1)}, r"bias: got shape \(8, 1\), expected \(8\)"),
-        ({"bias": torch.zeros(8).bfloat16()}, "bias: got torch.bfloat16, expected torch.float32"),
         ({"dtype": torch.float64}, "dtype: got torch.float64, expected"),
         ({"p": 1.0}, "p: got 1.0, expected 0 or more and less than 1"),
-        ({"x": torch.zeros(()), "residual": torch.zeros(())}, "x: got 0 channels, expected 1 to 4096"),
         ({"x": torch.zeros(1, 4097), "residual": torch.zeros(1, 4097)}, "x: got 4097 channels, expected 1 to 4096"),
         ({"residual": torch.zeros(3, 8, device="meta")}, "residual: got a tensor on meta, expected"),
     ],
@@ -206,11 +192,3 @@ def test_refused_with_what_came_and_what_was_expected(bad: dict, message: str, d
     }
     with pytest.raises(ValueError, match=message):
         add_layer_norm(**{**good, **bad})
-
-
-def test_the_widest_row(device: torch.device) -> None:
-    x = torch.randn(2, MAX_WIDTH, device=device)
-    weight = torch.randn(MAX_WIDTH, device=device)
-    torch.testing.assert_close(
-        layer_norm(x, weight, None, torch.float32), reference.layer_norm(x, weight, None, torch.float32)
-    )

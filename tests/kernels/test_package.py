@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 import kernels
@@ -19,20 +18,6 @@ def test_the_example_runs() -> None:
     example = doctest.DocTestFinder(recurse=False).find(kernels, "kernels")[0]
     assert len(example.examples) > 9
     assert doctest.DocTestRunner().run(example).failed == 0
-
-
-@pytest.mark.parametrize("name", ALONE)
-def test_what_stands_alone_is_a_function_with_its_docstring(name: str) -> None:
-    function = getattr(kernels, name)
-    assert name in kernels.__all__
-    assert (function.__name__, function.__module__.rpartition(".")[0]) == (name, "kernels.fused")
-    for said in ("Returns", "float16", "ValueError"):
-        assert said in function.__doc__
-
-
-def test_what_is_not_there_is_an_attribute_error() -> None:
-    with pytest.raises(ImportError, match="cannot import name 'flash'"):
-        from kernels import flash  # noqa: F401
 
 
 def test_without_triton_only_the_kernels_are_missing() -> None:

@@ -71,22 +71,13 @@ def test_the_bundle_is_frozen_and_whole():
 # Embedding
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_embedding(dtype):
-    wte, wpe = draw(11, 6, dtype=dtype), draw(4, 6, seed=1, dtype=dtype)
+def test_embedding():
+    wte, wpe = draw(11, 6), draw(4, 6, seed=1)
     idx = torch.tensor([[0, 10, 3, 3], [5, 5, 5, 5]])
-    x = REFERENCE.embedding(idx, wte, wpe, dtype)
-    assert x.dtype == dtype
+    x = REFERENCE.embedding(idx, wte, wpe, torch.float32)
     for b in range(2):
         for t in range(4):
             assert torch.equal(x[b, t], wte[idx[b, t]] + wpe[t])
-
-
-def test_embedding_dropout():
-    idx = torch.zeros(200, 50, dtype=torch.int64)
-    x = REFERENCE.embedding(idx, torch.ones(1, 8), torch.ones(50, 8), torch.float32, p=0.2)
-    assert set(x.unique().tolist()) == {0.0, 2.5}
-    assert abs(x.eq(0).float().mean() - 0.2) < 0.01
 
 
 # LayerNorm
@@ -94,7 +85,7 @@ def test_embedding_dropout():
 
 @dtypes
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(2, 3, 32), (5, 27), (1, 1), (4, 1000)])
+@pytest.mark.parametrize("shape", [(5, 27), (1, 1)])
 def test_layer_norm(dtype, tolerance, bias, shape):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x = (3 * draw(*shape) + 1).to(dtype)
@@ -113,19 +104,6 @@ def test_layer_norm_statistics_are_float32():
     assert y.dtype == torch.float32
     assert_near(y, true_norm(x, one, None), 2e-4)
     assert y.mean(-1).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("output", [torch.float32, torch.bfloat16])
-def test_layer_norm_writes_the_dtype_asked_for(output):
-    x, weight = draw(4, 16), draw(16, seed=1)
-    y = REFERENCE.layer_norm(x, weight, None, output)
-    assert y.dtype == output
-    assert torch.equal(y, REFERENCE.layer_norm(x, weight, None, torch.float32).to(output))
-
-
-def test_layer_norm_of_a_constant_row_is_its_bias():
-    y = REFERENCE.layer_norm(torch.full((3, 8), 7.0), draw(8), draw(8, seed=1), torch.float32)
-    assert torch.equal(y, draw(8, seed=1).expand(3, 8))
 
 
 # The residual connection
@@ -164,13 +142,11 @@ def test_add_layer_norm_drops_the_branch_alone(p):
     assert_near(y, true_norm(residual, weight, None), 8 * FLOAT32)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.2, 0.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_is_torchs_to_the_bit(p, dtype):
-    x, results = draw(31, 17, dtype=dtype), []
+def test_dropout_is_torchs_to_the_bit():
+    x, results = draw(31, 17, dtype=torch.bfloat16), []
     for drop in (reference.dropout, F.dropout):
         torch.manual_seed(1)
-        results.append(drop(x, p))
+        results.append(drop(x, 0.2))
     assert torch.equal(*results)
     assert results[0].eq(0).any()
 
@@ -195,24 +171,6 @@ def test_gelu(dtype, tolerance, approximate):
     assert y.dtype == dtype
     expected = true_gelu(x, approximate)
     assert ((y.double() - expected).abs() <= tolerance * expected.abs().clamp_min(1.0)).all()
-
-
-def test_the_two_gelus_differ():
-    x = torch.linspace(-4, 4, 801, dtype=torch.float64)
-    assert 1e-4 < (reference.gelu(x, "erf") - reference.gelu(x, "tanh")).abs().max() < 1e-3
-
-
-@dtypes
-@pytest.mark.parametrize("approximate", ["erf", "tanh"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_mlp(dtype, tolerance, approximate, bias):
-    x, up, down = (draw(*size, seed=i, dtype=dtype) for i, size in enumerate(((2, 5, 9), (7, 9), (9, 7))))
-    up_bias, down_bias = (draw(n, seed=n, dtype=dtype) if bias else None for n in (7, 9))
-    y = REFERENCE.mlp(x, up, up_bias, down, down_bias, approximate)
-    assert y.dtype == dtype
-    pre = torch.einsum("btk,nk->btn", x.double(), up.double()) + (up_bias.double() if bias else 0)
-    expected = torch.einsum("btn,cn->btc", true_gelu(pre, approximate), down.double())
-    assert_near(y, expected + (down_bias.double() if bias else 0), 4 * tolerance)  # both products round, GELU too
 
 
 # Cross-entropy
@@ -240,16 +198,6 @@ def test_cross_entropy_survives_large_logits():
 
 def test_cross_entropy_of_nothing_is_nan():
     assert reference.cross_entropy(draw(2, 4), torch.tensor([-1, -1])).isnan()
-
-
-def test_ignored_rows_get_no_gradient():
-    logits, targets = draw(4, 6).requires_grad_(), torch.tensor([1, -1, 5, -1])
-    reference.cross_entropy(logits, targets).backward()
-    expected = logits.detach().double().softmax(-1)
-    expected[torch.arange(4), targets] -= 1
-    expected[targets == -1] = 0
-    assert_near(logits.grad, expected / 2, FLOAT32)
-    assert logits.grad[targets == -1].eq(0).all()
 
 
 @dtypes

@@ -156,11 +156,3 @@ def test_work_that_waits_for_the_device_is_timed_with_its_wait() -> None:
 
     (sample,) = by_turns({"": waiting}, CPU, seconds=0, least=1, meter=CudaMeter(gpu))[""]
     assert sample == pytest.approx(3e-5)
-
-
-def test_memory_that_runs_out_in_a_capture_is_told() -> None:
-    def greedy() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        by_turns({"": greedy}, CPU, seconds=0, meter=CudaMeter(Simulated()))

@@ -32,19 +32,18 @@ def loss_and_gradients(model: GPT, compiled: nn.Module | None = None) -> list[to
     return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
-@BOTH
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recompute", ["mlp", "block"])
-def test_the_same_gradients(recompute: str, dtype: torch.dtype, dropout: float, ops: Ops) -> None:
-    results, expected = (loss_and_gradients(make(ops, mode, dropout, dtype)) for mode in (recompute, "none"))
-    for result, wanted in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+@pytest.mark.parametrize(
+    ("ops", "dtype"), [(REFERENCE, torch.float32), (REFERENCE, torch.bfloat16), (FUSED, torch.float32)]
+)
+def test_the_same_gradients(dtype: torch.dtype, ops: Ops) -> None:
+    expected, *others = (loss_and_gradients(make(ops, mode, dtype=dtype)) for mode in MODES)
+    for results in others:
+        for result, wanted in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.slow
-@BOTH
-@pytest.mark.parametrize("recompute", ["mlp", "block"])
+@pytest.mark.parametrize(("recompute", "ops"), [("mlp", REFERENCE), ("block", FUSED)])
 def test_the_same_gradients_compiled(recompute: str, ops: Ops, compiler: None) -> None:
     """Against itself: compiled, other masks are drawn than eager ones. Twice: the second finds the graph made."""
     found = []
@@ -61,11 +60,10 @@ def test_the_same_gradients_compiled(recompute: str, ops: Ops, compiler: None) -
 
 
 @BOTH
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_less_is_kept(dropout: float, ops: Ops) -> None:
+def test_less_is_kept(ops: Ops) -> None:
     held = []
     for mode in MODES:
-        model = make(ops, mode, dropout)
+        model = make(ops, mode)
         with Made() as made:
             loss = model(*batch())[1]
         held.append(made.held())
@@ -76,29 +74,27 @@ def test_less_is_kept(dropout: float, ops: Ops) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_nothing_random_and_no_attention_is_computed_again(dropout: float, ops: Ops) -> None:
+def test_nothing_random_and_no_attention_is_computed_again(ops: Ops) -> None:
     def kept(made: Made) -> int:
         names = ("aten::native_dropout", "aten::randint", "aten::_scaled_dot_product")
         return sum(name.startswith(names) and "backward" not in name for name in made.ops)
 
-    model, (idx, targets) = make(ops, "block", dropout), batch()
+    model, (idx, targets) = make(ops, "block"), batch()
     with Made() as forward:
         loss = model(idx, targets)[1]
     with Made() as backward:
         loss.backward()
-    assert kept(forward) == (1 + 3 * 3 if dropout else 3)  # one for the embedding, three a block
+    assert kept(forward) == 1 + 3 * 3  # one for the embedding, three a block
     assert kept(backward) == 0
     norms = "aten::native_layer_norm" if ops is REFERENCE else "nanofuse::add_layer_norm"
     assert (forward.ops.count(norms), backward.ops.count(norms)) == (7, 6)  # all but the last, which no block has
 
 
-@BOTH
-def test_an_evaluation_is_the_same_whatever_the_mode(ops: Ops) -> None:
+def test_an_evaluation_is_the_same_whatever_the_mode() -> None:
     """Where no gradient is wanted, no operation more is done than without."""
     done = []
     for mode in MODES:
-        model = make(ops, mode).eval()
+        model = make(REFERENCE, mode).eval()
         with torch.no_grad(), Made() as made:
             loss = model(*batch())[1]
         done.append((made.ops, loss.item()))

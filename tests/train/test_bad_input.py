@@ -2,9 +2,7 @@
 
 import os
 import re
-import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 
 from model import GPT, GPTConfig
 from model.pretrained import export_gpt2
-from tests.train.jobs import CHARS, ROOT, arguments, make_data
+from tests.train.jobs import CHARS, arguments, make_data
 from train import checkpoint
 from train.__main__ import main
 from train.errors import run
@@ -79,15 +77,9 @@ def test_the_job_is_good_but_for_what_the_tests_change(here, start):
 
 
 SETTINGS = [
-    ("--batch_sizes=3", ["batch_sizes", "did you mean batch_size?"]),
-    ("--batch_size=1.5", ["batch_size", "1.5", "expected int"]),
-    ("--batch_size=0", ["batch_size", "got 0", "at least 1"]),
     ("--n_embd=30 --n_head=4", ["n_embd", "got 30", "multiple of n_head (4)"]),
-    ("--device=cuda", ["device", "'cuda'", "expected one of: auto, cpu"]),
     ("--device=cuda:7", ["device", "'cuda:7'", "expected one of: auto, cpu"]),
-    ("--device=tpu", ["device", "'tpu'", "expected one of: auto, cpu"]),
     ("--dtype=float16", ["dtype", "'float16'", "expected one of", "float32", "on cpu"]),
-    ("--dtype=float8", ["dtype", "'float8'", "bfloat16"]),
     ("shakespear_char", ["shakespear_char", "did you mean shakespeare_char?"]),
     ("--block_size=200", ["block_size=200", "val.bin", "200 tokens", "at least 201"]),
     ("--block_size=2000", ["block_size=2000", "train.bin", "2,000 tokens", "at least 2,001"]),
@@ -98,7 +90,6 @@ SETTINGS = [
     ("--init_from=data/letters/train.bin", ["init_from=data/letters/train.bin", "not a whole safetensors file"]),
     ("--out_dir=data/letters/train.bin", ["out_dir", "data/letters/train.bin is no folder"]),
     ("--out_dir=data/letters/train.bin/deeper", ["out_dir", "data/letters/train.bin is no folder"]),
-    ("--wandb_log", ["wandb_log", "not installed", "pip install 'nanofuse[wandb]'"]),
     ("--tensorboard_log", ["tensorboard_log", "not installed", "pip install 'nanofuse[tensorboard]'"]),
 ]
 
@@ -147,42 +138,14 @@ def test_the_shape_is_checked_before_memory_is_taken_for_it(refusal, monkeypatch
 # Data
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_token_outside_the_vocabulary(refusal, here, split):
-    path = here / "data" / "letters" / f"{split}.bin"
+def test_a_token_outside_the_vocabulary(refusal, here):
+    path = here / "data" / "letters" / "val.bin"
     tokens = np.fromfile(path, "<u2")
     tokens[150] = 32
     tokens.tofile(path)
     message = refusal()
-    assert f"data/letters/{split}.bin" in message
-    assert "token 32 at position 150" in message
-    assert "vocab_size=32" in message
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_dataset_too_short(refusal, here, split):
-    path = here / "data" / "letters" / f"{split}.bin"
-    os.truncate(path, 2 * 16)
-    message = refusal()
-    assert f"block_size=16: data/letters/{split}.bin holds 16 tokens, expected at least 17" in message
-    os.truncate(path, 0)
-    assert "0 bytes" in refusal()
-    path.unlink()
-    assert f"{split}.bin" in refusal()
-
-
-def test_a_meta_that_cannot_be_read(refusal, here):
-    (here / "data" / "letters" / "meta.json").write_text("{")
-    assert "data/letters/meta.json: cannot be read" in refusal()
-
-
-@pytest.mark.parametrize(
-    "environment", [{"RANK": "0"}, {"RANK": "one", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}], ids=["half", "not a number"]
-)
-def test_half_of_torchruns_environment(refusal, monkeypatch, environment):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert "expected three integers as torchrun sets them" in refusal()
+    for word in ("data/letters/val.bin", "token 32 at position 150", "vocab_size=32"):
+        assert word in message
 
 
 # Checkpoints and weights
@@ -196,9 +159,9 @@ def trained(here, start) -> Path:
     return here / "out"
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
+def test_a_checkpoint_of_another_shape(refusal, here, trained):
+    make_data(here / "data" / "more", chars=CHARS + "0")
+    for changes, words in (
         (dict(block_size=17), ["block_size: got 17", "at most 16", "init_from=resume"]),
         (dict(n_layer=2), ["n_layer: got 2, expected 1", "init_from=resume"]),
         (dict(n_head=4), ["n_head: got 4, expected 2"]),
@@ -206,14 +169,10 @@ def trained(here, start) -> Path:
         (dict(bias=True), ["bias: got True, expected False"]),
         (dict(gelu="tanh"), ["gelu: got tanh, expected erf"]),
         (dict(dataset="more"), ["dataset=more", "33 different tokens", "the model 32"]),
-    ],
-    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
-)
-def test_a_checkpoint_of_another_shape(refusal, here, trained, changes, words):
-    make_data(here / "data" / "more", chars=CHARS + "0")
-    message = refusal(init_from="resume", **changes)
-    for word in words:
-        assert word in message
+    ):
+        message = refusal(init_from="resume", **changes)
+        for word in words:
+            assert word in message
 
 
 def test_a_checkpoint_whose_parts_disagree(refusal, trained):
@@ -232,23 +191,8 @@ def test_a_checkpoint_whose_parts_disagree(refusal, trained):
     assert "shape [3]" in message
 
 
-def test_a_checkpoint_that_is_damaged(refusal, trained):
-    path = trained / "ckpt.pt"
-    path.write_bytes(path.read_bytes()[:-100])
-    assert "out/ckpt.pt is cut short" in refusal(init_from="resume")
-
-
-@pytest.mark.parametrize("why", ["no package", "no network"])
-def test_gpt2_without_a_way_to_get_it(refusal, monkeypatch, tmp_path_factory, why):
-    hub = pytest.importorskip("huggingface_hub")
-    if why == "no package":
-        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    else:
-
-        def unreachable(*args):
-            raise OSError("the network is unreachable\nand so on")
-
-        monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+def test_gpt2_without_a_way_to_get_it(refusal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     message = refusal(init_from="gpt2", block_size=16)
     assert "init_from=gpt2" in message
     assert "path of a model.safetensors" in message
@@ -260,37 +204,3 @@ def test_weights_that_know_less_than_is_asked(refusal, here):
     assert "dataset=letters: it has 32 different tokens, the model 31" in refusal(init_from="weights", bias=True)
     assert "block_size: got 17, expected at most 16" in refusal(init_from="weights", bias=True, block_size=17)
     assert "n_head: got 4, expected 2" in refusal(init_from="weights", bias=True, n_head=4)
-
-
-# From outside
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs RLIMIT_FSIZE")
-def test_a_full_disk_at_a_save(here):
-    """A limit on the size of files stands for it: metrics.jsonl still fits, the checkpoint does not."""
-    script = """
-        import resource, signal, sys
-        from train.__main__ import main
-        from train.errors import run
-
-        for limit in (None, 20_000):
-            if limit:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the write fails instead
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-                sys.argv += ["--init_from=resume", "--max_iters=6"]
-            try:
-                run(main)
-            except SystemExit as ended:
-                print("status", ended.code)
-    """
-    ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *arguments(**SHORT)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert re.findall(r"^status .*$", ended.stdout, re.MULTILINE) == ["status 0", "status 2"], ended.stderr
-    assert re.fullmatch(r"error: out_dir=out: no room for the checkpoint: [^\n]+\n", ended.stderr)
-    assert "is still whole" in ended.stderr
-    assert sorted(path.name for path in (here / "out").glob("*.pt*")) == ["ckpt.pt"]
-    assert checkpoint.load(here / "out" / "ckpt.pt")["iter_num"] == 2

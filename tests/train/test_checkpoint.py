@@ -6,12 +6,11 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
-import torch
 
 from tests.train.checkpoints import assert_same, make_checkpoint, saved_iterations
+from tests.train.jobs import ROOT
 from train import checkpoint
 from train.errors import UserError
 
@@ -28,20 +27,15 @@ def test_round_trip(tmp_path):
     assert os.listdir(tmp_path / "new" / "out") == ["ckpt.pt"]
 
 
-@pytest.mark.parametrize("keep", [1, 2, 4])
+@pytest.mark.parametrize("keep", [1, 3])
 def test_keeps_that_many_the_newest(tmp_path, keep):
     for iteration in range(6):
         checkpoint.save(tmp_path, make_checkpoint(iteration), keep)
     names = ["ckpt.pt", *(f"ckpt-previous-{i}.pt" for i in range(1, keep))]
     assert sorted(os.listdir(tmp_path)) == sorted(names)
     assert [checkpoint.load(tmp_path / name)["iter_num"] for name in names] == list(range(5, 5 - keep, -1))
-
-
-def test_keeping_fewer_than_before_removes_the_rest(tmp_path):
-    for iteration in range(4):
-        checkpoint.save(tmp_path, make_checkpoint(iteration), keep=4)
-    checkpoint.save(tmp_path, make_checkpoint(4), keep=2)
-    assert saved_iterations(tmp_path) == [4, 3]
+    checkpoint.save(tmp_path, make_checkpoint(6), keep=1)
+    assert saved_iterations(tmp_path) == [6]
 
 
 def test_removes_its_own_stale_files_and_no_others(tmp_path):
@@ -52,17 +46,6 @@ def test_removes_its_own_stale_files_and_no_others(tmp_path):
         (tmp_path / name).write_bytes(b"the user's")
     checkpoint.save(tmp_path, make_checkpoint(), keep=1)
     assert sorted(os.listdir(tmp_path)) == sorted([*theirs, "ckpt.pt"])
-
-
-def test_without_hard_links_the_previous_one_is_a_copy(tmp_path, monkeypatch):
-    def link(*_, **__):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", link)
-    for iteration in range(3):
-        checkpoint.save(tmp_path, make_checkpoint(iteration), keep=2)
-    assert sorted(os.listdir(tmp_path)) == ["ckpt-previous-1.pt", "ckpt.pt"]
-    assert saved_iterations(tmp_path) == [2, 1]
 
 
 # Kills
@@ -125,94 +108,12 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
     assert k > 7  # fsync, replace, replace, link, replace, replace, fsync: it was killed in each of them
 
 
-def test_a_kill_within_the_write_leaves_the_old_one(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, make_checkpoint(1), keep=2)
-
-    def half(_, file):
-        file.write(b"PK\x03\x04")
-        raise Killed
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(Killed):
-        checkpoint.save(tmp_path, make_checkpoint(2), keep=2)
-    assert saved_iterations(tmp_path) == [1]
-
-
-def run_script(script: str, *args: object) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, args)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_twenty_sigkills_at_random_instants(tmp_path):
-    """A child saves without end and tells of each save done; its parent kills it, loads, starts the next."""
-    out = run_script(
-        """
-        import os, random, signal, sys, time
-        from pathlib import Path
-        import torch
-        from train import checkpoint
-
-        out_dir, seed = Path(sys.argv[1]), int(sys.argv[2])
-        print("seed", seed)
-        rng = random.Random(seed)
-        args = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, bias=False, vocab_size=8, dropout=0.0)
-
-        def make(i):
-            moments = {"step": torch.tensor(float(i)), "exp_avg": torch.full((400_000,), float(i)),
-                       "exp_avg_sq": torch.full((400_000,), float(i))}
-            optimizer = {"state": {0: moments}, "param_groups": [{"params": [0]}]}
-            return checkpoint.pack({"w": torch.full((400_000,), float(i))}, optimizer, args, i, 1.0, {}, {})
-
-        def save_without_end(start, pipe):
-            for i in range(start, 10**9):
-                checkpoint.save(out_dir, make(i), keep=2)
-                os.write(pipe, f"{i}\\n".encode())
-
-        reached, inside = 0, 0
-        for kill in range(20):
-            told, tell = os.pipe()
-            child = os.fork()
-            if child == 0:
-                save_without_end(reached + 1, tell)
-            os.close(tell)
-            # the first save of all has nothing to fall back on: let it end
-            first = os.read(told, 4096) if kill == 0 else b""
-            time.sleep(rng.uniform(0, 0.08))
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            lines = b"".join([first, *iter(lambda: os.read(told, 4096), b"")]).split()
-            os.close(told)
-            inside += bool(list(out_dir.glob(".staging-*")))
-            completed = max([reached, *(int(line) for line in lines)])
-            for path in out_dir.glob("ckpt*.pt"):
-                held = checkpoint.load(path)
-                i = held["iter_num"]
-                for tensor in (held["model"]["w"], *held["optimizer"]["state"][0].values()):
-                    assert bool((tensor == i).all()), (path, i)
-            reached = checkpoint.load(out_dir / "ckpt.pt")["iter_num"]
-            assert completed <= reached <= completed + 1, (completed, reached)
-        assert reached > 0
-        print("reached", reached, "kills within a save", inside)
-        """,
-        tmp_path,
-        20240601,
-    )
-    assert "reached" in out
-
-
 # A full disk
 
 
 def test_full_disk(tmp_path):
-    out = run_script(
-        """
+    """A limit on the size of files stands for it, in a process of its own."""
+    script = """
         import resource, signal, sys
         from pathlib import Path
         import torch
@@ -234,11 +135,12 @@ def test_full_disk(tmp_path):
                     print(error)
                 else:
                     sys.exit("no error")
-        """,
-        tmp_path,
-    )
+        """
+    argv = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
     cases = [(name, size) for name in ("first", "second") for size in ("0.10", "4.00")]
-    for line, (name, size) in zip(out.splitlines(), cases, strict=True):
+    for line, (name, size) in zip(done.stdout.splitlines(), cases, strict=True):
         assert f"out_dir={tmp_path / name}: no room for the checkpoint: it needs {size} MB" in line
         assert "MB are free (File too large)" in line
     assert os.listdir(tmp_path / "first") == []
@@ -257,22 +159,6 @@ def test_no_space_for_the_copy_of_the_previous_one(tmp_path, monkeypatch):
         checkpoint.save(tmp_path, make_checkpoint(2), keep=2)
     assert os.listdir(tmp_path) == ["ckpt.pt"]
     assert saved_iterations(tmp_path) == [1]
-
-
-def test_out_dir_that_is_a_file(tmp_path):
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(UserError, match=r"out_dir=.*could not be written"):
-        checkpoint.save(tmp_path / "out", make_checkpoint(), keep=2)
-    assert (tmp_path / "out").read_text() == "mine"
-
-
-def test_an_error_that_is_not_the_disks_is_not_dressed_as_one(tmp_path, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(RuntimeError, match="CUDA error"):
-        checkpoint.save(tmp_path, make_checkpoint(), keep=2)
 
 
 # An out_dir that is not empty

@@ -1,5 +1,6 @@
 """What is in a checkpoint: nanoGPT's layout, both ways, and an optimizer that goes on where it was."""
 
+import numpy
 import pytest
 import torch
 
@@ -8,7 +9,7 @@ from train import checkpoint
 from train.errors import UserError
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
 def test_loads_nanogpts(tmp_path, prefix):
     theirs = make_nanogpt(prefix=prefix)
     torch.save(theirs, tmp_path / "ckpt.pt")
@@ -46,15 +47,7 @@ def test_nanogpt_loads_ours(tmp_path):
     checkpoint.save(tmp_path, packed, keep=2)
 
     loaded = torch.load(tmp_path / "ckpt.pt", map_location="cpu")
-    assert list(loaded["model_args"]) == [
-        "n_layer",
-        "n_head",
-        "n_embd",
-        "block_size",
-        "bias",
-        "vocab_size",
-        "dropout",
-    ]
+    assert list(loaded["model_args"]) == list(MODEL_ARGS)
     assert type(loaded["best_val_loss"]) is float
     assert all(type(value) is int for key, value in loaded["model_args"].items() if key not in ("bias", "dropout"))
     twin = make_model(seed=9)
@@ -67,21 +60,16 @@ def test_nanogpt_loads_ours(tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("where", ["config", "extra"])
-def test_pack_refuses_what_load_would(where):
-    import numpy
-
+def test_pack_refuses_what_load_would():
     state = make_nanogpt()
-    values = {"config": {}, "extra": {}} | {where: {"lr": [numpy.float32(1)]}}
     with pytest.raises(ValueError, match=r"\['lr'\]\[0\] is a float32"):
-        checkpoint.pack(state["model"], state["optimizer"], MODEL_ARGS, 1, 1.0, **values)
+        checkpoint.pack(state["model"], state["optimizer"], MODEL_ARGS, 1, 1.0, {}, {"lr": [numpy.float32(1)]})
 
 
 # The optimizer
 
 
-@pytest.mark.parametrize("source", [True, False, None])
-@pytest.mark.parametrize("target", [True, False, None])
+@pytest.mark.parametrize(("source", "target"), [(True, False), (None, True), (False, None)])
 def test_optimizer_goes_on_where_it_was(tmp_path, source, target):
     """Whichever implementation of AdamW it was and is now: same moments, same count, this one's flags."""
     model, twin = make_model(), make_model(seed=9)
@@ -124,12 +112,6 @@ def test_optimizer_takes_a_count_that_is_a_number():
         steps = [entry["step"] for entry in new.state.values()]
         assert [(s.item(), s.dtype) for s in steps] == [(3.0, torch.float32)] * 3
         train(model, new, 1)
-
-
-def test_optimizer_before_its_first_step():
-    optimizer = make_adamw(make_model())
-    checkpoint.load_optimizer(optimizer, make_adamw(make_model()).state_dict())
-    assert not optimizer.state
 
 
 def test_optimizer_of_another_model_is_refused():

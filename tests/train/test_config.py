@@ -19,6 +19,12 @@ NANOGPT = {
     "max_iters": 600000, "weight_decay": 1e-1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
     "decay_lr": True, "warmup_iters": 2000, "lr_decay_iters": 600000, "min_lr": 6e-5, "compile": True,
 }  # fmt: skip
+AT_LEAST_1 = (
+    "batch_size", "block_size", "n_layer", "n_head", "n_embd", "eval_interval", "log_interval", "eval_iters",
+    "gradient_accumulation_steps", "keep_checkpoints",
+)  # fmt: skip
+FLOATS = ("max_minutes", "peak_flops", "learning_rate")
+AT_LEAST_0 = ("max_iters", "patience", "seed", *FLOATS)
 
 
 def test_names_and_defaults_are_nanogpts():
@@ -39,37 +45,19 @@ def test_the_defaults_are_valid_and_frozen():
     ("change", "expected"),
     [
         ({"n_head": 5}, ("n_embd", "768", "multiple of n_head (5)")),
-        ({"batch_size": 0}, ("batch_size", "0", "at least 1")),
-        ({"block_size": 0}, ("block_size", "0", "at least 1")),
-        ({"n_layer": 0}, ("n_layer", "0", "at least 1")),
-        ({"n_head": 0}, ("n_head", "0", "at least 1")),
-        ({"n_embd": -768}, ("n_embd", "-768", "at least 1")),
+        *(({name: 0}, (f"{name}: got 0", "at least 1")) for name in AT_LEAST_1),
+        *(({name: -1.0 if name in FLOATS else -1}, (f"{name}: got -1", "at least 0")) for name in AT_LEAST_0),
         ({"dropout": 1.0}, ("dropout", "1.0", "at least 0 and below 1")),
-        ({"dropout": -0.1}, ("dropout", "-0.1", "at least 0 and below 1")),
         ({"beta1": 1.0}, ("beta1", "1.0", "below 1")),
         ({"beta2": 1.5}, ("beta2", "1.5", "below 1")),
-        ({"learning_rate": -1e-3}, ("learning_rate", "-0.001", "at least 0")),
         ({"learning_rate": float("inf")}, ("learning_rate", "inf", "finite")),
         ({"weight_decay": float("nan")}, ("weight_decay", "nan", "finite")),
-        ({"eval_interval": 0}, ("eval_interval", "0", "at least 1")),
-        ({"log_interval": 0}, ("log_interval", "0", "at least 1")),
-        ({"eval_iters": 0}, ("eval_iters", "0", "at least 1")),
-        ({"gradient_accumulation_steps": 0}, ("gradient_accumulation_steps", "0", "at least 1")),
-        ({"keep_checkpoints": 0}, ("keep_checkpoints", "0", "at least 1")),
-        ({"max_iters": -1}, ("max_iters", "-1", "at least 0")),
-        ({"max_minutes": -1.0}, ("max_minutes", "-1.0", "at least 0")),
-        ({"patience": -1}, ("patience", "-1", "at least 0")),
-        ({"peak_flops": -1.0}, ("peak_flops", "-1.0", "at least 0")),
-        ({"seed": -1}, ("seed", "-1", "at least 0")),
         ({"warmup_iters": 11, "lr_decay_iters": 10}, ("warmup_iters", "11", "lr_decay_iters (10)")),
         ({"dtype": "bf16"}, ("dtype", "'bf16'", "float32", "did you mean bfloat16?")),
         ({"mfu_formula": "8n"}, ("mfu_formula", "'8n'", "nanogpt | 6n")),
         ({"gelu": "exact"}, ("gelu", "'exact'", "auto | erf | tanh")),
-        ({"backend": "mpi"}, ("backend", "'mpi'", "auto | nccl | gloo")),
         ({"device": "cuda:x"}, ("device", "'cuda:x'", "cuda:N")),
-        ({"device": "gpu"}, ("device", "'gpu'", "cuda:N")),
         ({"out_dir": ""}, ("out_dir", "''")),
-        ({"dataset": ""}, ("dataset", "''")),
         ({"batch_size": "12"}, ("batch_size", "'12'", "int")),
         ({"compile": 1}, ("compile", "1", "bool")),
     ],
@@ -84,14 +72,11 @@ def test_an_impossible_value_is_refused(change, expected):
 @pytest.mark.parametrize(
     "change",
     [
-        {"learning_rate": 3e-5, "decay_lr": False},
         {"learning_rate": 3e-5},  # below min_lr: the rate rises, as in nanoGPT
         {"warmup_iters": 10, "lr_decay_iters": 10},
         {"warmup_iters": 11, "lr_decay_iters": 10, "decay_lr": False},
         {"learning_rate": 0.0},
-        {"max_iters": 0},
         {"device": "cuda:1"},
-        {"device": "mps"},
         {"init_from": "/weights/gpt2"},
     ],
     ids=str,

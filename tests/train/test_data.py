@@ -52,13 +52,6 @@ def test_opens_files_and_meta(tmp_path):
     assert dataset.tokenizer().decode(dataset.train[:3]) == "ABC"
 
 
-def test_uint32_files(tmp_path):
-    meta = {"vocab_size": 70000, "tokenizer": "byte", "dtype": "uint32"}
-    dataset = Dataset(make(tmp_path, meta=meta, dtype="<u4"))
-    with loader(dataset) as batches:
-        assert batches.train(0).x.max() < 50
-
-
 def test_no_meta_is_gpt2_bpe(tmp_path):
     (make(tmp_path) / "meta.json").unlink()
     dataset = Dataset(tmp_path)
@@ -86,13 +79,10 @@ class Evil:
     [
         pickle.dumps(Evil()),
         pickle.dumps({"vocab_size": 50, "itos": Evil()}),
-        pickle.dumps({"vocab_size": 1, "itos": {0: 1.5}}),
         pickle.dumps({"vocab_size": np.int64(50)}),
-        pickle.dumps([50]),
         pickle.dumps({"itos": {}}),
         pickle.dumps({"vocab_size": 50, "itos": {0: "a"}}),
         b"not a pickle",
-        b"",
     ],
 )
 def test_refuses_other_pickles(tmp_path, monkeypatch, data):
@@ -106,7 +96,7 @@ def test_refuses_other_pickles(tmp_path, monkeypatch, data):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", "{}", '{"vocab_size": "50"}', '{"vocab_size": 0}', '{"vocab_size": 50, "dtype": "int8"}'],
+    ["{", "{}", '{"vocab_size": 0}', '{"vocab_size": 50, "dtype": "int8"}'],
 )
 def test_refuses_a_malformed_meta(tmp_path, text):
     (make(tmp_path) / "meta.json").write_text(text)
@@ -120,22 +110,6 @@ def test_missing_data_names_the_command(tmp_path):
     (make(tmp_path) / "val.bin").unlink()
     with pytest.raises(UserError, match=r"val\.bin.*python -m train\.prepare"):
         Dataset(tmp_path)
-
-
-@pytest.mark.parametrize("data", [b"", b"123"])
-def test_a_torn_file_is_refused(tmp_path, data):
-    (make(tmp_path) / "train.bin").write_bytes(data)
-    with pytest.raises(UserError, match=r"train\.bin.*multiple of 2"):
-        Dataset(tmp_path)
-
-
-def test_check_too_short(tmp_path):
-    dataset = Dataset(make(tmp_path, val=9))
-    dataset.check(block_size=8)
-    with pytest.raises(UserError, match=r"block_size=9.*val\.bin.*9 tokens.*10"):
-        dataset.check(block_size=9)
-    with pytest.raises(UserError, match="block_size=9"):
-        loader(dataset, block_size=9)
 
 
 def test_check_names_the_first_bad_token(tmp_path, monkeypatch):
@@ -244,14 +218,6 @@ def test_a_bad_token_in_the_thread_reaches_the_caller(tmp_path):
         pytest.raises(UserError, match=r"val\.bin: token 49 at position \d*[49]9,"),
     ):
         [batches.evaluation("val", k) for k in range(100)]
-
-
-def test_batches_outlive_the_loader_and_the_next_batch(tmp_path):
-    with loader(unique(tmp_path)) as batches:
-        held = [batches.train(step) for step in range(60)]
-        copies = [batch.x.clone() for batch in held]
-        batches.train(200)
-    assert all(torch.equal(batch.x, copy) for batch, copy in zip(held, copies, strict=True))
 
 
 @pytest.mark.gpu

@@ -1,6 +1,5 @@
 """A step run on shapes against the same step run: what it holds, and what it launches."""
 
-import functools
 from collections import Counter
 
 import pytest
@@ -40,16 +39,15 @@ def beyond_state(run: DryRun) -> int:
 
 @on_a_cpu
 @pytest.mark.parametrize(
-    ("ops", "dtype", "vocab_size"),  # 512: where the head has most; 64: where the last block has
+    ("ops", "dtype", "vocab_size", "dropout"),  # 512: where the head has most; 64: where the last block has
     [
-        *((REFERENCE, dtype, size) for dtype in (torch.float32, BFLOAT16) for size in (512, 64)),
-        pytest.param(FUSED, torch.float32, 64, marks=pytest.mark.slow),  # the interpreter is slow
-        pytest.param(FUSED, torch.float32, 512, marks=pytest.mark.slow),
+        (REFERENCE, torch.float32, 512, 0.0),
+        (REFERENCE, BFLOAT16, 64, 0.2),
+        pytest.param(FUSED, torch.float32, 64, 0.2, marks=pytest.mark.slow),  # the interpreter is slow
     ],
 )
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("recompute", MODES)
-def test_what_a_step_holds(recompute: str, dropout: float, ops: Ops, dtype: torch.dtype, vocab_size: int) -> None:
+def test_what_a_step_holds(recompute: str, ops: Ops, dtype: torch.dtype, vocab_size: int, dropout: float) -> None:
     shape = GPTConfig(block_size=64, vocab_size=vocab_size, n_layer=2, n_head=4, n_embd=64, bias=False, dropout=dropout)
     job = Job(shape, 4, ops, dtype=dtype, recompute=recompute, on="cpu")
     held = peak(job)
@@ -87,11 +85,9 @@ def test_a_shard_holds_its_share_of_the_state() -> None:
     assert share["activations"] == whole["activations"]
 
 
-@pytest.mark.parametrize("ops", [FUSED, REFERENCE])
-def test_a_dry_run_draws_no_random_numbers_and_takes_no_memory(ops: Ops) -> None:
+def test_a_dry_run_draws_no_random_numbers_and_takes_no_memory() -> None:
     before = torch.get_rng_state()
-    job = Job(GPT2, 512, ops, loss_chunk=4096 if ops is FUSED else 0)
-    assert dry_run(job).total > 100e9
+    assert dry_run(Job(GPT2, 512, FUSED)).total > 100e9
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -110,11 +106,3 @@ def test_chunks_hold_fewer_logits_and_launch_more() -> None:
     whole, chunked = dry_run(Job(GPT2, 8, FUSED)), dry_run(Job(GPT2, 8, FUSED, loss_chunk=1024))
     assert chunked.memory["logits"] == whole.memory["logits"] // 8
     assert len(chunked.micro_step) > len(whole.micro_step)
-
-
-def test_the_least_that_is_moved_is_moved() -> None:
-    """A pass over the logits and back, the matmuls' operands and results: what no implementation does without."""
-    run = dry_run(Job(GPT2, 32, FUSED))
-    by_name = functools.reduce(lambda total, call: total + Counter({call.name: call.bytes}), run.micro_step, Counter())
-    logits = 2 * 32 * 1024 * 50304
-    assert by_name["triton:cross_entropy_fwd_kernel"] == pytest.approx(2 * logits, rel=1e-2)

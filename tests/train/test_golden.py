@@ -110,28 +110,33 @@ def test_the_recorded_logits(name: str) -> None:
     torch.testing.assert_close(logits[-1, -1, -8:], torch.tensor(case["logits_last_last8"]), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", TRACES)
-@pytest.mark.parametrize(
-    "mode",
-    ["eager", "graphed", pytest.param("compile", marks=pytest.mark.slow)],
-)
-def test_the_recorded_trace(name: str, mode: str, request: pytest.FixtureRequest) -> None:
-    """`graphed`: the graph is a tape, as it is no GPU."""
-    if mode == "compile":
-        request.getfixturevalue("compiler")
+def assert_recorded(name: str, *modes: dict[str, bool], calm: int = CALM) -> None:
     case = TRACES[name]
     golden, truth = recorded(case), train(case, dtype=torch.float64)
-    got = train(case, compile=mode == "compile", graphed=mode == "graphed")
-    assert relative(got.loss, golden.loss) < 2e-5
-    calm = 1 if mode == "compile" else CALM
-    assert relative(got.grad_norm[:calm], golden.grad_norm[:calm]) < 2e-5
     neighbours = [golden, *(train(case, dtype=torch.float64, nudge=seed) for seed in (1, 2, 3))]
     norms, sums = (
         max(relative(getattr(trace, field), getattr(truth, field)) for trace in neighbours)
         for field in ("grad_norm", "final_abs_sum")
     )
-    assert relative(got.grad_norm, truth.grad_norm) < max(3 * norms, 2e-5)
-    assert relative(got.final_abs_sum, truth.final_abs_sum) < max(3 * sums, 1e-5)
+    for mode in modes:
+        got = train(case, **mode)
+        assert relative(got.loss, golden.loss) < 2e-5
+        assert relative(got.grad_norm[:calm], golden.grad_norm[:calm]) < 2e-5
+        assert relative(got.grad_norm, truth.grad_norm) < max(3 * norms, 2e-5)
+        assert relative(got.final_abs_sum, truth.final_abs_sum) < max(3 * sums, 1e-5)
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_the_recorded_trace(name: str) -> None:
+    """Eager, and graphed: the graph is a tape, as it is no GPU."""
+    assert_recorded(name, {}, {"graphed": True})
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("name", TRACES)
+def test_the_recorded_trace_compiled(name: str) -> None:
+    assert_recorded(name, {"compile": True}, calm=1)
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import train.__main__ as command
 from kernels import REFERENCE, Ops, select
 from model import GPT, GPTConfig, Precision
 from model.attention import SDPA
@@ -139,11 +138,6 @@ def test_the_memory_that_a_step_takes_is_the_estimate(recompute: str, dropout: f
     assert torch.cuda.max_memory_allocated() - before == pytest.approx(expected, rel=0.05)
 
 
-def test_an_evaluation_alone_captures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "GraphedStep", None)
-    assert run(tmp_path, device="cuda", eval_only=True) == 0
-
-
 @pytest.mark.parametrize("kernels", ["reference", pytest.param("fused", marks=pytest.mark.smoke)])
 def test_a_replayed_evaluation_is_the_eager_one_and_changes_nothing(kernels: str) -> None:
     settings = dict(dropout=0.2, dtype=torch.bfloat16, device=CUDA)
@@ -215,11 +209,6 @@ def test_auto_measures_and_says_what_it_took() -> None:
     assert all(
         torch.equal(x, y) for x, y in zip(before, (torch.get_rng_state(), torch.cuda.get_rng_state()), strict=True)
     )
-
-
-def test_a_run_says_which_attention_it_took(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run(tmp_path / "out", device="cuda", dtype="bfloat16")
-    assert "\nattention: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

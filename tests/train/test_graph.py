@@ -60,9 +60,10 @@ def train(
     return [(r.loss.item(), r.grad_norm.item()) for r in results]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "accumulation", "dropout"),
+    [(torch.float32, 3, 0.2), (torch.bfloat16, 1, 0.2), (torch.bfloat16, 3, 0.0), (torch.float16, 1, 0.2)],
+)
 def test_a_replayed_step_is_the_eager_step(accumulation: int, dropout: float, dtype: torch.dtype) -> None:
     settings = dict(accumulation=accumulation, dropout=dropout, dtype=dtype)
     eager, captured = make(**settings), make(**settings)
@@ -73,37 +74,27 @@ def test_a_replayed_step_is_the_eager_step(accumulation: int, dropout: float, dt
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_computed_again_finds_the_masks_of_this_replay(dtype: torch.dtype, recompute: str) -> None:
-    settings = dict(accumulation=2, dropout=0.2, dtype=dtype)
+def test_what_is_computed_again_finds_the_masks_of_this_replay(recompute: str) -> None:
+    settings = dict(accumulation=2, dropout=0.2, dtype=torch.bfloat16)
     eager, captured = make(**settings), make(**settings, recompute=recompute)
     graphed = GraphedStep(captured, (2, B, T), capture=tape)
     assert train(graphed, 2, 10) == train(eager, 2, 10)
 
 
-def test_a_batch_of_one() -> None:
-    eager, captured = make(dropout=0.2), make(dropout=0.2)
-    graphed = GraphedStep(captured, (1, 1, T), capture=tape)
-    assert train(graphed, 1, 5, size=1) == train(eager, 1, 5, size=1)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("accumulation", "recompute", "steps"), [(1, "none", 4), (2, "none", 20), (1, "mlp", 4), (2, "block", 4)]
-)
-def test_with_fused_kernels(accumulation: int, recompute: str, steps: int) -> None:
+@pytest.mark.parametrize(("accumulation", "recompute"), [(1, "mlp"), (2, "none"), (2, "block")])
+def test_with_fused_kernels(accumulation: int, recompute: str) -> None:
     eager = make(FUSED, accumulation=accumulation, dropout=0.2)
     captured = make(FUSED, accumulation=accumulation, dropout=0.2, recompute=recompute)
     graphed = GraphedStep(captured, (accumulation, B, T), capture=tape)
-    assert train(graphed, accumulation, steps) == train(eager, accumulation, steps)
+    assert train(graphed, accumulation, 4) == train(eager, accumulation, 4)
     for one, other in zip(captured.model.parameters(), eager.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_replayed_evaluation_is_the_eager_evaluation(dtype: torch.dtype) -> None:
+def test_a_replayed_evaluation_is_the_eager_evaluation() -> None:
     """At whatever point of training; and training does not notice it."""
-    step, twin = (make(dropout=0.2, dtype=dtype) for _ in range(2))
+    step, twin = (make(dropout=0.2, dtype=torch.bfloat16) for _ in range(2))
     eager = Evaluation(step.model)
     graphed = GraphedStep(step, (1, B, T), eager, capture=tape)
     for i in range(4):
@@ -119,11 +110,10 @@ def test_a_replayed_evaluation_is_the_eager_evaluation(dtype: torch.dtype) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "block"])
-def test_compiled(recompute: str, compiler: None) -> None:
+def test_compiled(compiler: None) -> None:
     """By the compiler's front half: what its back half makes is no dispatched operation, and no tape records it."""
     torch.compiler.reset()
-    eager, captured = make(dropout=0.2), make(dropout=0.2, recompute=recompute)
+    eager, captured = make(dropout=0.2), make(dropout=0.2, recompute="block")
     captured.model = torch.compile(captured.model, backend="aot_eager")
     graphed = GraphedStep(captured, (1, B, T), capture=tape)
     for one, other in zip(train(graphed, 1, 10), train(eager, 1, 10), strict=True):
@@ -156,10 +146,14 @@ def everything(step: TrainStep) -> list[torch.Tensor]:
     return [x.clone() for x in (*tensors, *step.model.parameters(), torch.get_rng_state())]
 
 
-@pytest.mark.parametrize("ops", [REFERENCE, pytest.param(FUSED, marks=pytest.mark.slow)], ids=["reference", "fused"])
 @pytest.mark.parametrize(
-    ("dtype", "accumulation"),
-    [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1), (torch.bfloat16, 2), (torch.float16, 1)],
+    ("dtype", "accumulation", "ops"),
+    [
+        (torch.float32, 2, REFERENCE),
+        (torch.bfloat16, 1, REFERENCE),
+        (torch.float16, 1, REFERENCE),
+        pytest.param(torch.bfloat16, 2, FUSED, marks=pytest.mark.slow),
+    ],
 )
 def test_capturing_leaves_everything_as_it_was(dtype: torch.dtype, accumulation: int, ops: Ops) -> None:
     step = make(ops, dropout=0.2, dtype=dtype, accumulation=accumulation)
@@ -200,14 +194,6 @@ def test_a_failed_capture_is_one_line_and_leaves_no_trace() -> None:
     )
     assert all(torch.equal(x, y) for x, y in zip(everything(step), before, strict=True))
     assert train(step, 1, 3) == train(twin, 1, 3)
-
-
-def test_memory_that_runs_out_in_a_capture_is_no_fault_of_the_graphs() -> None:
-    def capture(tasks: list[Task]) -> list[Work]:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    with pytest.raises(torch.OutOfMemoryError, match=r"2\.00 GiB"):
-        GraphedStep(make(), (1, B, T), capture=capture)
 
 
 class Allocations(TorchDispatchMode):

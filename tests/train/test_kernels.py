@@ -93,15 +93,7 @@ def test_fused_is_refused_and_nothing_is_said_of_what_was_not_asked_for() -> Non
     assert choose(kernels="reference") == (REFERENCE, 0, "")
 
 
-@pytest.mark.parametrize("name", ["auto", "fused"])
-def test_kernels_that_run_are_tried_once(name: str) -> None:
-    tried = []
-    config = TrainConfig(kernels=name, loss_chunk=0)
-    ops, chunk, said = choose_ops(config, CUDA, torch.float32, 50, lambda device: tried.append(device) or "")
-    assert (ops.name, chunk, said) == ("fused", 0, "")
-    assert tried == [CUDA]
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without CUDA")
 def test_fused_without_a_gpu_says_what_is_missing(tmp_path: Path) -> None:
     make_data(tmp_path / "data" / "letters")

@@ -16,6 +16,7 @@ from model.pretrained import from_checkpoint
 from tests.train.jobs import CHARS, make_data
 from tests.train.runs import CONSTANT, iterations, last, logged, run
 from tests.train.tape import tape
+from tests.train.test_metrics import Clock
 from train.config import TrainConfig
 from train.data import Dataset, Loader
 from train.distributed import World
@@ -46,9 +47,7 @@ def test_the_exact_lines(tmp_path, capsys):
     assert "4 iterations done" in lines
 
 
-@pytest.mark.parametrize(
-    ("max_iters", "eval_interval", "log_interval"), [(0, 3, 1), (1, 1, 1), (6, 3, 2), (7, 3, 3), (5, 100, 4)]
-)
+@pytest.mark.parametrize(("max_iters", "eval_interval", "log_interval"), [(0, 3, 1), (7, 3, 3), (5, 100, 4)])
 def test_what_is_logged_evaluated_and_saved(tmp_path, max_iters, eval_interval, log_interval):
     settings = dict(max_iters=max_iters, eval_interval=eval_interval, log_interval=log_interval)
     assert run(tmp_path / "out", **settings) == 0
@@ -61,13 +60,6 @@ def test_what_is_logged_evaluated_and_saved(tmp_path, max_iters, eval_interval, 
 def test_the_rate_logged_is_the_iterations_own(tmp_path):
     run(tmp_path / "out", max_iters=4, warmup_iters=3, learning_rate=0.04)
     assert [record["lr"] for record in logged(tmp_path / "out").values()] == pytest.approx([0.01, 0.02, 0.03, 0.04])
-
-
-def test_max_iters_0_evaluates(tmp_path, capsys):
-    assert run(tmp_path / "out", max_iters=0) == 0
-    out = capsys.readouterr().out
-    assert "step 0: " in out
-    assert "none was saved" in out
 
 
 def test_an_evaluation_is_the_mean_of_its_batches_without_dropout(tmp_path):
@@ -83,14 +75,6 @@ def test_an_evaluation_is_the_mean_of_its_batches_without_dropout(tmp_path):
 
 
 # The loop on its own, with a clock that only moves when told to
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @dataclasses.dataclass
@@ -141,7 +125,9 @@ class Parts:
                 peak_flops=2e10,
                 timer=StepTimer(clock),
             )
-            return self.loop.run()
+            status = self.loop.run()
+        log.close()
+        return status
 
 
 class Evaluated(nn.Module):
@@ -170,12 +156,12 @@ class Scripted(nn.Module):
         return None, torch.tensor(next(self.losses))
 
 
-@pytest.mark.parametrize("log_interval", [1, 2, 3, 5])
+@pytest.mark.parametrize("log_interval", [1, 3])
 def test_the_time_of_an_iteration_leaves_out_evaluations_and_saves(tmp_path, log_interval):
     parts = Parts(tmp_path, dict(max_iters=12, eval_interval=4, log_interval=log_interval))
     assert parts.run() == 0
     assert [progress.iter_num for progress in parts.saved] == [4, 8, 12]
-    assert parts.clock.now == 12 * 1 + 4 * 2 * 100 + 3 * 10_000
+    assert parts.clock.now - Clock().now == 12 * 1 + 4 * 2 * 100 + 3 * 10_000
     iters = [line for line in parts.lines if line.startswith("iter")]
     assert len(iters) == len(range(0, 12, log_interval))
     assert all(line.endswith("time 1000.00ms, mfu 25.00%") for line in iters)

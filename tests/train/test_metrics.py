@@ -64,14 +64,3 @@ def test_laps_add_up_to_the_running_time(events):
         expected += ticks * running
     assert steps == 0
     assert total == pytest.approx(expected, abs=1e-6)
-
-
-def test_a_lap_without_an_iteration_keeps_its_time():
-    clock = Clock()
-    timer = StepTimer(clock)
-    timer.start()
-    clock.now += 3
-    assert timer.lap() == (0.0, 0)
-    clock.now += 1
-    timer.step()
-    assert timer.lap() == (4.0, 1)

@@ -1,11 +1,9 @@
 """Text files into token files, as a command and piece by piece."""
 
 import io
-import json
 import os
 import pickle
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,9 +41,9 @@ def tree(folder: Path) -> dict[str, bytes]:
 # The result
 
 
-@pytest.mark.parametrize("chunk", [7, 64, 1 << 20])
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
-def test_files_are_encoded_one_after_the_other(monkeypatch, folder, tokenizer, chunk):
+def test_files_are_encoded_one_after_the_other(monkeypatch, capsys, folder, tokenizer, chunk):
     monkeypatch.setattr(texts, "CHUNK", chunk)
     (folder / "a.txt").write_text(TEXT[:1000])
     (folder / "b.txt").write_text(TEXT[1000:])
@@ -57,6 +55,9 @@ def test_files_are_encoded_one_after_the_other(monkeypatch, folder, tokenizer, c
     ids = [list(part) if tokenizer == "byte" else coder.encode(part) for part in (text[:cut], text[cut:])]
     assert [dataset.train.tolist(), dataset.val.tolist()] == ids
     assert (dataset.meta["train_tokens"], dataset.meta["val_tokens"]) == (len(ids[0]), len(ids[1]))
+    said = capsys.readouterr().out
+    assert f"data/a/train.bin: {len(ids[0]):,} tokens" in said
+    assert dataset.meta["sha256"] in said
 
 
 def test_nanogpt_reads_the_folder(monkeypatch, folder):
@@ -96,14 +97,12 @@ def test_prepared_again_with_another_tokenizer_leaves_no_old_meta(monkeypatch, f
         (["shakespeare_cher"], "did you mean shakespeare_char"),
         (["xyzzy"], "expected one of docs"),
         (["no.txt"], "'no.txt': no such file"),
-        (["a.txt", "docs"], "'docs': no such file"),
         (["."], "not a regular file"),
         (["empty.txt"], "empty.txt: empty"),
         (["a.txt", "latin.txt"], r"latin.txt: byte 2,003 is not UTF-8"),
         (["a.txt", "cut.txt", "--tokenizer=gpt2"], r"cut.txt: byte 2,000 is not UTF-8"),
         (["short.txt"], "val part has 1 tokens"),
         (["a.txt", "--tokenizer=bpe"], "tokenizer: got 'bpe', expected auto | char | byte | gpt2"),
-        (["a.txt", "--tokeniser=char"], "did you mean tokenizer"),
         (["a.txt", "--val_fraction=1.0"], "val_fraction: got 1.0"),
         (["a.txt", "--tokenizer=gpt2", "--bpe_dir=nowhere"], r"bpe_dir: nowhere/encoder.json"),
         (["docs.txt"], "dataset: docs is the name of a corpus"),
@@ -188,19 +187,6 @@ def test_a_file_that_changes_while_it_is_read_is_refused(monkeypatch, folder):
 
 
 # The command
-
-
-def test_command_prints_counts_and_status(folder):
-    (folder / "a.txt").write_text(TEXT)
-    command = [sys.executable, "-m", "train.prepare"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, "a.txt"], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    train = int(len(TEXT) * 0.9)
-    assert f"data/a/train.bin: {train:,} tokens" in done.stdout
-    assert json.loads((folder / "data/a/meta.json").read_text())["sha256"] in done.stdout
-    failed = subprocess.run([*command, "b.txt"], env=environment, capture_output=True, text=True)
-    assert (failed.returncode, failed.stdout, failed.stderr) == (2, "", "error: 'b.txt': no such file\n")
 
 
 class Terminal(io.StringIO):

@@ -62,23 +62,18 @@ def table(output: str) -> dict[str, list[float]]:
 # Which iterations
 
 
-def test_after_a_warm_up() -> None:
-    assert profiled_iterations(0, 100, 2000, 1) == range(5, 10)
-    assert profiled_iterations(37, 100, 2000, 1) == range(42, 47)
-
-
-def test_no_evaluation_among_them() -> None:
-    assert profiled_iterations(0, 100, 7, 1) == range(8, 13)
-    assert profiled_iterations(0, 100, 5, 1) == range(6, 10)
-    assert profiled_iterations(0, 100, 10, 1) == range(5, 10)
-    assert not profiled_iterations(0, 100, 1, 1)
-
-
-def test_fewer_of_a_short_run_and_of_long_steps() -> None:
-    assert profiled_iterations(0, 7, 2000, 1) == range(5, 7)
-    assert not profiled_iterations(0, 5, 2000, 1)
-    assert len(profiled_iterations(0, 100, 2000, 20)) == 2
-    assert len(profiled_iterations(0, 100, 2000, 100)) == 1
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((37, 100, 2000, 1), range(42, 47)),  # after a warm-up
+        ((0, 100, 7, 1), range(8, 13)),  # without an evaluation among them
+        ((0, 100, 5, 1), range(6, 10)),
+        ((0, 7, 2000, 1), range(5, 7)),  # fewer of a short run
+        ((0, 100, 2000, 20), range(5, 7)),  # and of long steps
+    ],
+)
+def test_which_iterations(arguments: tuple[int, int, int, int], expected: range) -> None:
+    assert profiled_iterations(*arguments) == expected
 
 
 @given(st.integers(0, 50), st.integers(0, 60), st.integers(1, 30), st.integers(1, 50))
@@ -138,26 +133,6 @@ def test_the_run_is_the_same_to_the_bit(done: tuple[Path, str], tmp_path: Path) 
         assert logged(done[0], kind) == logged(tmp_path / "plain", kind)
     plain, profiled = last(tmp_path / "plain")["model"], last(done[0])["model"]
     assert all(torch.equal(profiled[name], tensor) for name, tensor in plain.items())
-
-
-def test_an_old_trace_is_set_aside(done: tuple[Path, str]) -> None:
-    (old,) = done[0].glob("earlier-*/trace.json")
-    assert old.read_text() == "{}"
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"eval_interval": 1}, "profile: none; it takes more than 5 iterations, and two of them between evaluations"),
-        ({"eval_only": True}, "profile: none; the run ended before iterations 5 to 9 were done"),
-    ],
-)
-def test_a_run_without_such_iterations_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture, settings: dict, said: str
-) -> None:
-    run(tmp_path / "out", **PROFILED | settings)
-    assert [line for line in capsys.readouterr().out.splitlines() if "profile" in line] == [said]
-    assert not (tmp_path / "out" / "trace.json").exists()
 
 
 def test_a_run_that_is_stopped_amidst_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -247,21 +222,6 @@ def test_no_graphs_where_cuda_would_misread_them(cuda: str) -> None:
         assert choose_graphs(unchanged, device, sharded=False, cuda=cuda) == (False, "")
     assert choose_graphs(config, device, sharded=True, cuda=cuda) == (False, "")
     assert choose_graphs(config, torch.device("cpu"), sharded=False, cuda=cuda) == (False, "")
-
-
-def test_a_run_that_makes_none_says_so_and_is_profiled(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The rest of the run is a CPU's: a capture would raise there."""
-
-    def as_on_cuda(config: TrainConfig, device: torch.device, *, sharded: bool) -> tuple[bool, str]:
-        return choose_graphs(config, torch.device("cuda"), sharded=sharded, cuda="13.0")
-
-    monkeypatch.setattr(command, "choose_graphs", as_on_cuda)
-    assert run(tmp_path / "out", **PROFILED | {"max_iters": 7}, cuda_graphs=True) == 0
-    output = capsys.readouterr().out
-    assert output.count("profile: this run makes no CUDA graphs") == 1
-    assert "profile: 2 steps of" in output
 
 
 def test_mps_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 
 import train.__main__ as command
-from tests.train.jobs import make_data
+from tests.train.jobs import ROOT, make_data
 from train.errors import UserError
 from train.hardware import CARDS
 from train.settings import settings_of
 
-ROOT = Path(__file__).parents[2]
-SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=64", "--batch_size=4"]
+SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=64", "--block_size=64", "--batch_size=4", "--dataset=mine"]
 
 
 @pytest.fixture
 def rehearse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Runs `python -m train ARGV` in an empty folder; what it printed. It must leave the folder empty."""
+    """Runs `python -m train ARGV` in a folder with data/mine, which it must leave as it is; what it printed."""
     monkeypatch.chdir(tmp_path)
+    make_data(tmp_path / "data" / "mine")
 
     def go(*argv: str) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -57,83 +57,73 @@ def test_gpt2_on_an_h100(rehearse) -> None:
     assert said.splitlines()[-1].startswith("it would run")
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ("gpt2", "--rehearse=h100", "--batch_size=512"),
-        ("gpt2", "--rehearse=4090", "--batch_size=64"),
-        ("gpt2", "--rehearse=l4", "--batch_size=64", "--kernels=reference"),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_settings_that_fit(rehearse, argv: tuple[str, ...]) -> None:
-    message = refused(rehearse, *argv)
+@pytest.mark.parametrize("kernels", ["fused", "reference"])
+def test_what_does_not_fit_is_refused_with_settings_that_fit(rehearse, kernels: str) -> None:
+    argv = (
+        "--dataset=openwebtext",
+        "--block_size=1024",
+        "--n_layer=1",
+        "--batch_size=256",
+        "--loss_chunk=0",
+        f"--kernels={kernels}",
+    )
+    message = refused(rehearse, *argv, "--rehearse=l4")
     found = re.fullmatch(r"memory: got a step of .* GB \(.*\), expected at most .* has free; (--.*) fits", message)
     assert found, message
-    assert "it would run" in rehearse(*argv, *found[1].split())
+    said = rehearse(*argv, "--rehearse=l4", *found[1].split())
+    assert "it would run" in said
+    assert ("kernels: not compiled: the reference has none of its own" in said) == (kernels == "reference")
 
 
-def test_every_card_of_the_setting_is_known(rehearse) -> None:
-    choices = settings_of(command.TrainConfig)["rehearse"].metadata["choices"]
-    assert set(choices) == {"", "auto", *CARDS}
-    for name in CARDS:
-        assert "expected:" in rehearse(*SMALL, f"--rehearse={name}")
+@pytest.mark.parametrize("name", CARDS)
+def test_every_card_is_known(rehearse, name: str) -> None:
+    assert name in settings_of(command.TrainConfig)["rehearse"].metadata["choices"]
+    said = rehearse(*SMALL, "--rehearse", name)
+    assert "expected:" in said
+    assert re.search(r"^data: data/mine, [\d,]+ tokens to train on, a vocabulary of \d+$", said, re.MULTILINE)
 
 
 def test_bare_it_is_an_h100_where_there_is_no_gpu(rehearse) -> None:
-    for argv in (["--rehearse"], ["--rehearse", "--max_iters=5"], ["--rehearse", "h100"]):
-        assert "H100" in rehearse(*SMALL, *argv).splitlines()[0]
-    assert "expected auto | a100 | h100" in refused(rehearse, "--rehearse=h300")
+    assert "H100" in rehearse(*SMALL, "--rehearse", "--max_iters=5").splitlines()[0]
 
 
-def test_data_that_is_there_is_checked(rehearse, tmp_path: Path) -> None:
-    make_data(tmp_path / "data" / "mine")
-    said = rehearse(*SMALL, "--block_size=16", "--dataset=mine", "--rehearse=a10")
-    assert re.search(r"^data: data/mine, [\d,]+ tokens to train on, a vocabulary of \d+$", said, re.MULTILINE)
-    assert "block_size=100000" in refused(rehearse, *SMALL, "--block_size=100000", "--dataset=mine", "--rehearse=a10")
-
-
-def test_bad_settings_are_refused_as_for_a_run(rehearse) -> None:
-    assert "n_embd" in refused(rehearse, *SMALL, "--n_embd=63", "--rehearse=h100")
-    for attention, dropout in (("cudnn", 0.2), ("fa3", 0.25)):
-        settings = f"--attention={attention}", f"--dropout={dropout}"
-        assert f"(with dropout={dropout}): {attention} " in refused(rehearse, *SMALL, *settings, "--rehearse=h100")
-    assert "out_dir" in refused(rehearse, *SMALL, "--out_dir=/dev/null/x", "--rehearse=h100")
-    assert "loss_chunk" in refused(rehearse, *SMALL, "--kernels=reference", "--loss_chunk=64", "--rehearse=h100")
-    assert "n_layer" in refused(rehearse, "--init_from=gpt2-xl", "--n_layer=3", "--rehearse=h200")
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--rehearse=h300"], "expected auto | a100 | h100"),
+        (["--block_size=100000"], "block_size=100000"),
+        (["--n_embd=63"], "n_embd"),
+        (["--attention=cudnn", "--dropout=0.2"], "(with dropout=0.2): cudnn "),
+        (["--out_dir=/dev/null/x"], "out_dir"),
+        (["--kernels=reference", "--loss_chunk=64"], "loss_chunk"),
+        (["--init_from=gpt2-xl", "--n_layer=3"], "n_layer"),
+    ],
+)
+def test_bad_settings_are_refused_as_for_a_run(rehearse, argv: list[str], words: str) -> None:
+    assert words in refused(rehearse, *SMALL, "--rehearse=h100", *argv)
 
 
 def test_weights_by_name_are_not_downloaded(rehearse) -> None:
-    said = rehearse("--init_from=gpt2-xl", "--batch_size=1", "--rehearse=b200")
-    assert re.search(r"^number of parameters: 155\d\.\d\dM", said, re.MULTILINE)
+    said = rehearse("--init_from=gpt2", "--dataset=openwebtext", "--batch_size=1", "--rehearse=b200")
+    assert re.search(r"^number of parameters: 123\.\d\dM", said, re.MULTILINE)
 
 
-def test_the_reference_kernels(rehearse) -> None:
-    said = rehearse(*SMALL, "--kernels=reference", "--rehearse=h100")
-    assert "kernels: not compiled: the reference has none of its own" in said
-
-
-def outside(tmp_path: Path, *argv: str, before: str = "pass") -> str:
-    """What `python -m train` prints in a process of its own, without the interpreter; `before` is run there first."""
+@pytest.mark.slow
+@pytest.mark.parametrize("triton", [True, False])
+def test_kernels_are_compiled_without_spills_where_triton_is(tmp_path: Path, triton: bool) -> None:
+    """In a process of its own, without the interpreter."""
+    make_data(tmp_path / "data" / "mine")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {['train', *argv]}; {before}"
-    code += "; import train.__main__; sys.exit(train.__main__.main())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-    )
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {['train', *SMALL, '--rehearse=h100']}; "
+    code += "" if triton else "sys.modules['triton'] = None; "
+    code += "import train.__main__; sys.exit(train.__main__.main())"
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_kernels_are_compiled_without_spills(tmp_path: Path) -> None:
-    said = outside(tmp_path, *SMALL, "--dropout=0.1", "--rehearse=h100")
-    rows = re.findall(r"^  (\w+_kernel) +x(\d+) +(\d+) registers, (\d+) spills", said, re.MULTILINE)
+    assert "it would run" in done.stdout
+    rows = re.findall(r"^  (\w+_kernel) +x(\d+) +(\d+) registers, (\d+) spills", done.stdout, re.MULTILINE)
     kernels = {"add_layer_norm_fwd_kernel", "gelu_bwd_kernel", "cross_entropy_fwd_kernel", "adamw_update_kernel"}
-    assert kernels <= {row[0] for row in rows}
+    assert ({row[0] for row in rows} >= kernels) == triton
     assert all(spills == "0" for *_, spills in rows)
-    assert not list(tmp_path.iterdir())
-
-
-def test_without_triton_the_kernels_are_left_out(tmp_path: Path) -> None:
-    said = outside(tmp_path, *SMALL, "--rehearse=h100", before="sys.modules['triton'] = None")
-    assert "Triton is not installed here" in said
-    assert "it would run" in said
+    assert ("Triton is not installed here" in done.stdout) != triton
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -19,7 +19,7 @@ def assert_same_end(a: Path, b: Path, keys: tuple[str, ...] = STATE) -> None:
     assert_same(*({key: last(folder)[key] for key in keys} for folder in (a, b)))
 
 
-@pytest.mark.parametrize(("dtype", "log_interval"), [("float32", 1), ("float32", 3), ("bfloat16", 1), ("bfloat16", 2)])
+@pytest.mark.parametrize(("dtype", "log_interval"), [("float32", 3), ("bfloat16", 1)])
 def test_two_halves_are_the_whole(tmp_path, dtype, log_interval):
     """With the dropout and the accumulation of KILLED_JOB, and evaluations at other iterations in every run."""
     settings = dict(dtype=dtype, log_interval=log_interval)
@@ -48,10 +48,10 @@ def test_nanogpts_run_goes_on_with_its_settings_but_on_this_machine(tmp_path):
 
 def test_the_loss_scale_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr("train.plan.resolve_dtype", lambda name, device: torch.float16)  # which a CPU can, slowly
-    run(tmp_path / "whole", max_iters=2 * N)
-    run(tmp_path / "halves", max_iters=N)
-    resume(tmp_path / "halves", max_iters=2 * N)
-    assert last(tmp_path / "whole")["nanofuse"]["scaler"]["_growth_tracker"] == 2 * N
+    run(tmp_path / "whole", max_iters=4, eval_interval=4)
+    run(tmp_path / "halves", max_iters=2)
+    resume(tmp_path / "halves", max_iters=4)
+    assert last(tmp_path / "whole")["nanofuse"]["scaler"]["_growth_tracker"] == 4
     assert logged(tmp_path / "halves") == logged(tmp_path / "whole")
     assert_same_end(tmp_path / "halves", tmp_path / "whole", keys=("model", "optimizer", "nanofuse"))
 
@@ -76,8 +76,7 @@ def test_two_halves_are_the_whole_when_compiled(tmp_path):
     assert_same_end(tmp_path / "halves", tmp_path / "whole", keys=("model", "optimizer", "iter_num"))
 
 
-@pytest.mark.parametrize("always", [True, False])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "always"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_a_signal_finishes_the_step_saves_and_loses_nothing(tmp_path, capsys, number, always):
     settings = dict(max_iters=100, eval_interval=2, always_save_checkpoint=always, learning_rate=0.1, warmup_iters=2)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -130,14 +129,6 @@ def test_an_evaluation_that_a_resume_repeats_counts_once(tmp_path):
     assert len({record["val_loss"] for record in evaluations.values()}) == 1
 
 
-def test_less_patience_ends_a_resumed_run_after_its_next_evaluation(tmp_path, capsys):
-    """It may stand between two evaluations, with none of its own to report."""
-    run(tmp_path / "out", at={4: send(signal.SIGTERM)}, eval_interval=2, max_iters=100, **CONSTANT)
-    assert resume(tmp_path / "out", patience=2) == 0
-    assert last(tmp_path / "out")["iter_num"] == 6
-    assert "no better validation loss in 3 evaluations" in capsys.readouterr().out
-
-
 def test_a_finished_run_is_evaluated_and_left_as_it_is(tmp_path):
     run(tmp_path / "out", max_iters=4)
     before = last(tmp_path / "out")
@@ -167,30 +158,6 @@ def test_nothing_there(tmp_path, capsys):
         errors.run(lambda: resume(tmp_path / "out"))
     assert exit.value.code == 2
     assert capsys.readouterr().err == f"error: {message}\n"
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (dict(n_layer=3), "n_layer: got 3, expected 1"),
-        (dict(n_head=4), "n_head: got 4, expected 2"),
-        (dict(n_embd=64), "n_embd: got 64, expected 32"),
-        (dict(bias=True), "bias: got True, expected False"),
-        (dict(gelu="tanh"), "gelu: got tanh, expected erf"),
-        (dict(block_size=32), "block_size: got 32, expected at most 16"),
-    ],
-)
-def test_another_shape(tmp_path, settings, message):
-    run(tmp_path / "out", max_iters=2)
-    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert message in refusal(resume, tmp_path / "out", **settings)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
-
-
-def test_the_shape_it_has_may_be_named(tmp_path):
-    run(tmp_path / "out", max_iters=2)
-    assert resume(tmp_path / "out", n_layer=1, n_embd=32, block_size=16, gelu="auto", max_iters=4) == 0
-    assert last(tmp_path / "out")["iter_num"] == 4
 
 
 def test_a_shorter_block_size_crops_weights_and_moments(tmp_path):

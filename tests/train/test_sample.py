@@ -1,9 +1,6 @@
 """The command that samples: nanoGPT's output, whose checkpoints load too, and one line for each mistake."""
 
-import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,6 @@ import torch
 
 from model import GPT, GPTConfig, Precision
 from model.generate import generate
-from model.pretrained import export_gpt2
 from train.checkpoint import save
 from train.checkpoint_layout import MODEL_ARGS, pack
 from train.errors import UserError
@@ -69,19 +65,12 @@ def samples(capsys, *argv: str) -> list[str]:
     return found
 
 
-def test_defaults_are_nanogpts():
-    config = SampleConfig()
-    assert (config.init_from, config.out_dir, config.start) == ("resume", "out", "\n")
-    assert (config.num_samples, config.max_new_tokens, config.seed) == (10, 500, 1337)
-    assert (config.temperature, config.top_k, config.top_p) == (0.8, 200, 1.0)
-    assert (config.device, config.dtype, config.compile) == ("auto", "auto", False)
-
-
 def test_output(run_dir, capsys):
     found = samples(capsys, "--start=to be ")
     assert [len(text) for text in found] == [6 + 20] * 2  # ids from 28 on, padding, would not decode
     assert all(text.startswith("to be ") for text in found)
     assert found[0] != found[1]
+    assert load_model(SampleConfig())[0].config.gelu == "tanh"  # the checkpoint's
     assert samples(capsys, "--start=to be ") == found
     assert samples(capsys, "--start=to be ", "--seed=1") != found
 
@@ -100,14 +89,7 @@ def test_prompt_from_a_file(run_dir, capsys):
     assert all(text.startswith("from a file\n") for text in samples(capsys, "--start=FILE:prompt.txt"))
 
 
-def test_gelu_comes_from_the_checkpoint(run_dir):
-    model, tokenizer = load_model(SampleConfig(), torch.float32)
-    assert model.config.gelu == "tanh"
-    assert tokenizer.chars == tuple(CHARS)
-
-
-@pytest.mark.parametrize("meta", ["meta.pkl", "meta.json"])
-def test_nanogpts_checkpoint(tmp_path, monkeypatch, capsys, meta):
+def test_nanogpts_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = make_model(vocab_size=28)
     write_nanogpt(Path("out"), model, "letters")
@@ -115,26 +97,11 @@ def test_nanogpts_checkpoint(tmp_path, monkeypatch, capsys, meta):
     folder.mkdir(parents=True)
     for name in ("train.bin", "val.bin"):
         (folder / name).write_bytes(bytes(64))
-    if meta == "meta.pkl":
-        table = {
-            "vocab_size": 28,
-            "itos": dict(enumerate(CHARS)),
-            "stoi": {c: i for i, c in enumerate(CHARS)},
-        }
-        (folder / meta).write_bytes(pickle.dumps(table))
-    else:
-        (folder / meta).write_text(json.dumps(TOKENIZER.meta()))
+    table = {"vocab_size": 28, "itos": dict(enumerate(CHARS)), "stoi": {c: i for i, c in enumerate(CHARS)}}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(table))
     expected = model.eval().generate(torch.tensor([TOKENIZER.encode("hey")]), 20, 0)[0].tolist()
     text = TOKENIZER.decode(expected)
     assert samples(capsys, "--start=hey", "--temperature=0", "--dtype=float32") == [text, text]
-
-
-def test_exported_weights_speak_gpt2(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    export_gpt2(make_model(vocab_size=50304), "weights")
-    for text in samples(capsys, "--init_from=weights", "--start=Hello world"):
-        assert text.startswith("Hello world")
-        assert len(text) > 15
 
 
 class Parrot(torch.nn.Module):
@@ -161,23 +128,6 @@ def test_text_streams_and_never_ends_inside_a_character():
     assert parrot.said == 1
     rest = list(pieces)
     assert rest == ["é", "€", "!", "\ufffd"]
-
-
-def test_every_piece_is_flushed(run_dir, monkeypatch):
-    events = []
-
-    class Terminal:
-        def write(self, text):
-            events.append(text)
-
-        def flush(self):
-            events.append(None)
-
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    main(["--device=cpu", "--num_samples=1", "--max_new_tokens=3", "--start=ab"])
-    written = [i for i, event in enumerate(events) if event and "---" not in event and event != "\n"]
-    assert len(written) >= 3
-    assert all(None in events[i + 1 : i + 3] for i in written)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -221,12 +171,9 @@ def test_without_a_compiler_it_goes_on(run_dir, capsys, monkeypatch):
         (["--temperature=-1"], "temperature: got -1"),
         (["--top_k=-1"], "top_k: got -1"),
         (["--top_p=0"], "top_p: got 0"),
-        (["--top_p=1.5"], "top_p: got 1.5"),
         (["--num_samples=0"], "num_samples: got 0"),
         (["--max_new_tokens=-1"], "max_new_tokens: got -1"),
         (["--device=abacus"], "device: got 'abacus'"),
-        (["--dtype=int8"], "dtype: got 'int8'"),
-        (["--temprature=1"], "did you mean temperature"),
         (["prompt.txt"], "prompt.txt"),
     ],
 )
@@ -242,14 +189,3 @@ def test_a_vocabulary_too_large_for_the_model(tmp_path, monkeypatch):
     write_checkpoint(Path("out"), make_model(vocab_size=20), tokenizer=TOKENIZER.meta())
     with pytest.raises(UserError, match=r"the model has 20 tokens, its tokenizer \(char\) 28"):
         main(["--device=cpu"])
-
-
-def test_command(tmp_path):
-    """As a user runs it: status 2 and one line."""
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "train.sample", f"--out_dir={tmp_path}/nothing"]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1

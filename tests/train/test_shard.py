@@ -54,7 +54,7 @@ def test_two_and_four_ranks_train_as_one_and_go_on_as_any_number(here: Path, mon
         assert records(name, "iter")[-1]["iter"] == 9
 
 
-@pytest.mark.parametrize("recompute", ["mlp", "block"])
+@pytest.mark.parametrize("recompute", ["block"])
 def test_what_is_computed_again_finds_its_parameters_gathered(
     recompute: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
