@@ -70,7 +70,7 @@ def test_output(run_dir, capsys):
     assert [len(text) for text in found] == [6 + 20] * 2  # ids from 28 on, padding, would not decode
     assert all(text.startswith("to be ") for text in found)
     assert found[0] != found[1]
-    assert load_model(SampleConfig())[0].config.gelu == "tanh"  # the checkpoint's
+    assert load_model(SampleConfig(), torch.float32)[0].config.gelu == "tanh"  # the checkpoint's
     assert samples(capsys, "--start=to be ") == found
     assert samples(capsys, "--start=to be ", "--seed=1") != found
 
