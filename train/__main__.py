@@ -94,7 +94,8 @@ def main() -> int:
 def train(
     config: TrainConfig, named: set[str], why: str, checkpoint: dict | None, world: World, device: torch.device
 ) -> int:
-    """One rank's run from its settings to its end; the exit status. Nothing is written before all input is checked.
+    """One rank's run from its settings to its end; the exit status. Nothing is written before all input is checked, but
+    for measured times, into the user's cache.
 
     named: the settings that the user wrote. why: where the others come from. checkpoint: the one to go on from.
     """

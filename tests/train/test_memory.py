@@ -14,7 +14,8 @@ from model.recompute import MODES
 from tests.train.runs import refusal, resume, run
 from train.config import TrainConfig
 from train.dryrun import Job, dry_run
-from train.memory import advice, free_memory
+from train.errors import UserError
+from train.memory import advice, check_memory, free_memory
 from train.settings import settings_of
 
 GPT2 = Job(GPTConfig(vocab_size=50304, bias=False, dropout=0.0), 48, FUSED, accumulation=5, several=True)
@@ -97,6 +98,16 @@ def test_a_run_that_does_not_fit_takes_nothing(tmp_path: Path, monkeypatch: pyte
     changed = dict(setting[2:].split("=") for setting in found[3].split())
     assert changed
     assert run(tmp_path / "out", **JOB | changed) == 0
+
+
+def test_on_a_cpu_the_weights_of_a_checkpoint_are_there_already() -> None:
+    job = Job(GPTConfig(vocab_size=50, block_size=64, n_layer=1, n_head=2, n_embd=64), 8, REFERENCE, on="cpu")
+    total, weights = needed(job), dry_run(job).memory["weights"]
+    for resumed, least in ((False, total), (True, total - weights)):
+        step = dataclasses.replace(job, resumed=resumed)
+        assert check_memory(step, "cpu", least, ranks=1)
+        with pytest.raises(UserError, match="memory: got a step of"):
+            check_memory(step, "cpu", least - 1, ranks=1)
 
 
 def test_where_nobody_says_what_is_free_nothing_is_refused(

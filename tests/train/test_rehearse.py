@@ -54,6 +54,7 @@ def test_gpt2_on_an_h100(rehearse) -> None:
     )
     assert floor < best < worst
     assert "an estimate, nothing was measured" in said
+    assert "\nmeasured on the card when the run starts: attention, the MLP's matmuls; counted here: torch's own" in said
     assert said.splitlines()[-1].startswith("it would run")
 
 
@@ -110,6 +111,10 @@ def test_weights_by_name_are_not_downloaded(rehearse) -> None:
 def test_the_reference_kernels(rehearse) -> None:
     said = rehearse(*SMALL, "--kernels=reference", "--rehearse=h100")
     assert "kernels: not compiled: the reference has none of its own" in said
+    assert "\nmeasured on the card when the run starts: attention; " in said
+    assert "measured on the card" not in rehearse(*SMALL, "--kernels=reference", "--attention=flash", "--rehearse=h100")
+    for changes in (["--n_embd=60"], ["--dtype=float32"]):
+        assert "the MLP's matmuls" not in rehearse(*SMALL, *changes, "--rehearse=h100")
 
 
 def outside(tmp_path: Path, *argv: str, before: str = "pass") -> str:
