@@ -55,7 +55,10 @@ def main() -> int:
         return rehearse(config, set(parsed.settings), why, checkpoint, world, say)
     device = use_device(local_device(resolve_device(config.device), world))
     with process_group(world, config.backend, device):
-        status = train(decide(config, set(parsed.settings), base.why, checkpoint, world, device), checkpoint)
+        plan = decide(config, set(parsed.settings), base.why, checkpoint, world, device)
+        state, resumed = make_state(plan, checkpoint), checkpoint is not None
+        del checkpoint, stored  # its tensors are as large as the model's and the optimizer's together
+        status = train(state, resumed=resumed)
     if world.size > 1:
         # Past the interpreter's own end: threads of torch's communication that still ask for the GIL during it abort
         # the process ("terminate called without an active exception"), and torchrun takes the run for failed.
@@ -65,12 +68,10 @@ def main() -> int:
     return status
 
 
-def train(plan: Plan, checkpoint: dict | None) -> int:
-    """One rank's run, from its plan to its end; the exit status. checkpoint: the one to go on from."""
-    config, world = plan.config, plan.world
-    state = make_state(plan, checkpoint)
-    log = open_log(state, resumed=checkpoint is not None) if world.master else None
-    del checkpoint  # its tensors are as large as the model's and the optimizer's together
+def train(state: TrainState, *, resumed: bool) -> int:
+    """One rank's run, from its state to its end; the exit status. resumed: whether it goes on with an earlier run's."""
+    plan, config, world = state.plan, state.plan.config, state.plan.world
+    log = open_log(state, resumed=resumed) if world.master else None
     say = log.message if log is not None else lambda line: None
     for line in plan.lines:
         say(line)
@@ -135,7 +136,7 @@ def make_loader(plan: Plan) -> Loader:
 
 
 def open_log(state: TrainState, *, resumed: bool) -> RunLog:
-    """The run's log; from here on there is an out_dir. resumed: whether it goes on with an earlier run's."""
+    """The run's log; from here on there is an out_dir."""
     config = state.plan.config
     return RunLog(
         config.out_dir,

@@ -177,7 +177,7 @@ def _fastest_mlp(by_name: Mapping[str, MLP], direction: str, shape: MLPShape, cl
     times, when = _times(f"mlp {direction}", shape, right, time)
     fastest = next(iter(times))
     left_out = "".join(f", without {name}, which is wrong: {reason}" for name, reason in wrong.items())
-    return fastest, f"{fastest}, {_listed(times)} a layer{when}{left_out}"
+    return fastest, f"{fastest}, {_listed(times, digits=3)} a layer{when}{left_out}"
 
 
 def mlp_inputs(shape: MLPShape, rows: int) -> dict[str, Any]:
@@ -234,15 +234,15 @@ def _times(
     times, when = known.get(key, {}), ", as an earlier run measured"
     if times.keys() != set(names):
         times, when = {name: time(name) for name in names}, ""
-        with suppress(OSError):  # then the next run measures again
+        with suppress(OSError):  # where nothing can be kept, the next run measures again
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 file.write(json.dumps(known | {key: times}, indent=1).encode())
     return {name: times[name] for name in sorted(times, key=times.get)}, when
 
 
-def _listed(times: Mapping[str, float]) -> str:
-    return "fastest of " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
+def _listed(times: Mapping[str, float], digits: int = 2) -> str:
+    return "fastest of " + ", ".join(f"{name} {ms:.{digits}f} ms" for name, ms in times.items())
 
 
 def _versions() -> str:
@@ -258,7 +258,10 @@ def _versions() -> str:
 
 def cache_file() -> Path:
     """Where times are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanofuse" / "times.json"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(folder):  # a user without a home
+        folder = os.devnull
+    return Path(folder, "nanofuse", "times.json")
 
 
 def read_times(path: Path) -> dict[str, dict[str, float]]:

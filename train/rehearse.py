@@ -66,7 +66,7 @@ def rehearse(
     measured = ["attention"] * (config.attention == "auto")
     measured += ["the MLP's matmuls"] * has_fused_matmul(ops, shape.n_embd, dtype)
     if measured:
-        say(f"measured at the start of the run: {', '.join(measured)}; counted here as where nothing was measured")
+        say(f"measured on the card when the run starts: {', '.join(measured)}; counted here: torch's own and cuBLAS")
     run = dry_run(job)
     for line in _launches(run, job):
         say(line)

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from model import GPT, GPTConfig
-from model.pretrained import export_gpt2, from_checkpoint, load_gpt2
+from model.pretrained import export_gpt2, from_checkpoint, gpt2_shape, load_gpt2
 
 SHAPE = {"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 12}
 CONFIG = {"model_type": "gpt2", "n_positions": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 12}
@@ -98,6 +98,8 @@ def test_arguments(tmp_path):
     assert load_gpt2(tmp_path).config.gelu == "erf"
     assert load_gpt2(tmp_path, gelu="tanh").config.gelu == "tanh"
     assert load_gpt2(str(tmp_path / "model.safetensors"), dropout=0.2).config.dropout == 0.2
+    for options in ({}, {"gelu": "tanh", "dropout": 0.2}):
+        assert gpt2_shape(tmp_path, **options) == load_gpt2(tmp_path, **options).config
 
 
 def test_without_config_the_width_tells_the_heads(tmp_path):

@@ -4,19 +4,21 @@ import dataclasses
 import functools
 import gc
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import REFERENCE, Ops, select
+from kernels import FUSED, REFERENCE, Ops, select
+from kernels.fused.mlp import ways
 from model import GPT, GPTConfig, Precision
 from model.attention import SDPA
 from model.recompute import MODES
 from tests.train import test_graph as graphs
 from tests.train.runs import last, logged, resume, run
 from tests.train.test_golden import TRACES, golden_batch, golden_model, our_adamw, recorded, relative
-from train.choices import MEASURED, AttentionShape, choose_attention, why_not
+from train.choices import MEASURED, AttentionShape, MLPShape, choose_attention, choose_mlp, why_not
 from train.data import Batch
 from train.distributed import World
 from train.dryrun import Job, dry_run
@@ -197,7 +199,8 @@ def test_a_run_on_the_second_device(tmp_path: Path) -> None:
 # Attention
 
 
-def test_auto_measures_and_says_what_it_took() -> None:
+def test_auto_measures_and_says_what_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shape = AttentionShape(4, 256, 6, 64, 0.0, torch.bfloat16, CUDA)
     before = torch.get_rng_state(), torch.cuda.get_rng_state()
     backend, said = choose_attention("auto", shape, World())
@@ -209,6 +212,25 @@ def test_auto_measures_and_says_what_it_took() -> None:
     assert all(
         torch.equal(x, y) for x, y in zip(before, (torch.get_rng_state(), torch.cuda.get_rng_state()), strict=True)
     )
+
+
+def test_a_run_says_which_attention_and_which_mlp_it_took(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for run_again in ("", ", as an earlier run measured"):
+        run(tmp_path / f"out{run_again[:2]}", device="cuda", dtype="bfloat16")
+        said = capsys.readouterr().out
+        assert re.search(rf"^attention: .* a layer, forward and backward{run_again}$", said, re.MULTILINE)
+        assert re.search(rf"^mlp: forward .* a layer{run_again}; backward .* a layer{run_again}$", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_tiles_of_the_mlp_are_right_and_timed(tmp_path: Path, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shape = MLPShape(4096, 768, True, "erf", dtype, CUDA)
+    _, said = choose_mlp(FUSED, shape, World())
+    assert "wrong" not in said
+    for names, part in zip(ways(torch.empty(0, dtype=dtype, device=CUDA)), said.split("; "), strict=True):
+        assert all(f"{name} " in part for name in names)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

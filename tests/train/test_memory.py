@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import train.__main__ as command
-from kernels import FUSED
+from kernels import FUSED, REFERENCE
 from model import GPTConfig
 from tests.train.runs import refusal, resume, run
 from train import plan
 from train.dryrun import Job, dry_run
-from train.memory import advice, free_memory
+from train.errors import UserError
+from train.memory import advice, check_memory, free_memory
 
 WIDE = Job(GPTConfig(1024, 320, n_layer=2, n_head=2, n_embd=128), 8, FUSED, accumulation=5, several=True)
 LARGE = Job(GPTConfig(64, 320, n_layer=2, n_head=8, n_embd=512), 4, FUSED, several=True)  # its state has most
@@ -70,6 +71,16 @@ def test_a_run_that_does_not_fit_takes_nothing(
     assert run(tmp_path / "out", **JOB | changed, max_iters=0) == 0
     line = r"^memory: \d+\.\d MB estimated: \w+ \d+\.\d(?:, \w+ \d+\.\d)+; cpu has \d+\.\d MB free$"
     assert len(re.findall(line, capsys.readouterr().out, re.MULTILINE)) == 1
+
+
+def test_on_a_cpu_the_weights_of_a_checkpoint_are_there_already() -> None:
+    job = Job(GPTConfig(vocab_size=50, block_size=64, n_layer=1, n_head=2, n_embd=64), 8, REFERENCE, on="cpu")
+    run = dry_run(job)
+    for resumed, least in ((False, run.total), (True, run.total - run.memory["weights"])):
+        step = dataclasses.replace(job, resumed=resumed)
+        assert check_memory(step, "cpu", least, ranks=1)
+        with pytest.raises(UserError, match="memory: got a step of"):
+            check_memory(step, "cpu", least - 1, ranks=1)
 
 
 def test_resumed_with_another_mode(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_gpt2_on_an_h100(rehearse) -> None:
     )
     assert floor < best < worst
     assert "an estimate, nothing was measured" in said
+    assert "\nmeasured on the card when the run starts: attention, the MLP's matmuls; counted here: torch's own" in said
     assert said.splitlines()[-1].startswith("it would run")
 
 
@@ -106,6 +107,14 @@ def test_bad_settings_are_refused_as_for_a_run(rehearse, argv: list[str], words:
 def test_weights_by_name_are_not_downloaded(rehearse) -> None:
     said = rehearse("--init_from=gpt2", "--dataset=openwebtext", "--batch_size=1", "--rehearse=b200")
     assert re.search(r"^number of parameters: 123\.\d\dM", said, re.MULTILINE)
+
+
+def test_what_the_card_would_measure_is_said(rehearse) -> None:
+    said = rehearse(*SMALL, "--kernels=reference", "--rehearse=h100")
+    assert "\nmeasured on the card when the run starts: attention; " in said
+    assert "measured on the card" not in rehearse(*SMALL, "--kernels=reference", "--attention=flash", "--rehearse=h100")
+    for changes in (["--n_embd=60"], ["--dtype=float32"]):
+        assert "the MLP's matmuls" not in rehearse(*SMALL, *changes, "--rehearse=h100")
 
 
 @pytest.mark.slow
