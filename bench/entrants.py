@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.compiling import only_compiled
+from bench.timing import only_compiled
 from kernels import reference, select
 from kernels.cases import CASES, Case, Shape, draw
 from kernels.launch import INTERPRETED
