@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import report, schema
+from bench import report
 from bench.compare import Verdict, quiet_rounds, verdict
-from bench.schema import Commit, Results
+from bench.results import Commit, Results
 from bench.tables import is_reference
 from tests.bench.made import cpu, h100
 from train.errors import UserError
@@ -186,7 +186,7 @@ def test_a_run_that_was_stopped_within_a_round_is_cut_to_whole_ones() -> None:
 
 def compared(folder: Path, capsys: pytest.CaptureFixture, **runs: Results) -> str:
     for name, results in runs.items():
-        schema.write(folder / f"{name}.json", results)
+        results.write(folder / f"{name}.json", results)
     assert report.main(["--compare", *(str(folder / f"{name}.json") for name in runs)]) == 0
     return capsys.readouterr().out
 
@@ -296,7 +296,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, a: Results, b: Resul
     names = []
     for name, results in (("a", a), ("b", b)):
         if results:
-            schema.write(tmp_path / f"{name}.json", results)
+            results.write(tmp_path / f"{name}.json", results)
             names.append(str(tmp_path / f"{name}.json"))
     with pytest.raises(UserError) as raised:
         report.main(["--compare", *names])

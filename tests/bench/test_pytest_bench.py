@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-
 from bench.bounds import Bound, bound
-from bench.schema import Kernel, median
+
+from bench.results import Kernel, median
 from bench.tables import kernels_table, rate, steps_table
 from tests.bench.made import cpu
 

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import report, schema
-from bench.schema import Ceiling, Commit, Results, median
+from bench import report
+from bench.results import Ceiling, Commit, Results, median
 from tests.bench.made import all_devices, cpu, h100
 from train.errors import UserError
 from train.plot import LIGHT
@@ -30,7 +30,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def files(folder: Path, results: dict[str, Results]) -> list[str]:
     for name, each in results.items():
-        schema.write(folder / name, each)
+        results.write(folder / name, each)
     return [str(folder / name) for name in results]
 
 

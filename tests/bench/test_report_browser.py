@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, schema
+from bench import report
 from tests.bench.made import all_devices
 from train.plot import SCHEME
 
@@ -76,7 +76,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("report")
     made = {f"measured-on-a-machine-with-a-long-name-{name}": results for name, results in all_devices().items()}
     for name, results in made.items():
-        schema.write(folder / name, results)
+        results.write(folder / name, results)
     report.main([*(str(folder / name) for name in made), f"--out={folder}"])
     return (folder / "report.html").read_text()
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 from bench.tests import COMMAND, ROOT
+
 from kernels.cases import CASES
 
 

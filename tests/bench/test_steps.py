@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compiling, steps
+from bench import steps, timing
 from bench.variants import Setting, Variant, nanogpt, ours, reference, variants
 from bench.workloads import Workload
 from kernels import REFERENCE, Ops
@@ -42,7 +42,7 @@ def test_every_variant_is_checked_and_timed(tmp_path: Path, capsys) -> None:
         assert min(row.seconds) > 0
         assert (row.workload, row.dtype, row.tokens) == ("small", "float32", 2 * 2 * 8)
         assert row.flops["nanogpt"] > row.flops["6n"] > 0
-        assert row.shape["accumulation"] == 2
+        assert row.shape.accumulation == 2
     assert capsys.readouterr().out == ""
 
 
@@ -249,7 +249,7 @@ def test_what_torch_leaves_as_python_is_not_timed_as_compiled(monkeypatch: pytes
 
 
 def test_what_reaches_a_limit_of_torch_fails(compiled: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "LIMIT", 2)
+    monkeypatch.setattr(timing, "LIMIT", 2)
     rows = measure(*(ours(f"rung {i}", ops=own_ops(f"mlp{i}"), compile=True) for i in range(4)))
     assert [bool(row.seconds) for row in rows] == [True, True, False, False]
     assert all("limit" in row.skipped for row in rows[2:])
