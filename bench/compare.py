@@ -42,7 +42,7 @@ Rounds = list[np.ndarray]  # by run: logarithms of our time over the references'
 
 @dataclass(frozen=True)
 class Row:
-    """One row of one run. seconds: logarithms, (rounds, samples of a turn), from the first round that it took part in."""
+    """One row of one run. seconds: logarithms, (rounds, samples of a turn), of the rounds that it took part in."""
 
     group: Hashable  # what it took turns with
     ours: bool
@@ -148,7 +148,7 @@ def sides(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     commits = list(dict.fromkeys(run.commit for run in runs))
     if len(commits) != 2:
         raise UserError(
-            f"compare: got {len(runs)} files, of commits {', '.join(commits)}; expected two files, or two commits' files"
+            f"compare: got {len(runs)} results files of {len(commits)} commits, expected two, or files of two commits"
         )
     return tuple([run for run in runs if run.commit == commit] for commit in commits)
 

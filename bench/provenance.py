@@ -76,7 +76,8 @@ def _software() -> Software:
     except ImportError:
         triton = None
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
-    return Software(platform.python_version(), torch.__version__, triton, torch.version.cuda, cudnn and str(cudnn))
+    versions = platform.python_version(), str(torch.__version__), triton, torch.version.cuda  # torch's is a class
+    return Software(*versions, cudnn and str(cudnn))
 
 
 def _commit() -> Commit:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.digest import KernelRow, Run, StepRow, Steps
 from bench.results import Results, quantile
+from bench.timing import NO_TIME
 
 NONE = "–"
 
@@ -142,7 +143,7 @@ def missing(run: Run) -> list[str]:
     """What a run lacks, a line each: parts that failed, tests that failed, rows that were skipped."""
     results, tests = run.results, run.results.tests
     lines = [] if results.complete else ["The run is partial: it was stopped, ran out of time, or a part failed."]
-    lines += [f"{failure.part} failed: {failure.error}" for failure in results.failures]
+    lines += failed(results)
     if tests is None:
         lines.append("It ran no tests.")
     elif tests.failed:
@@ -154,14 +155,26 @@ def missing(run: Run) -> list[str]:
         "kernel row": results.kernels,
         "training step": results.steps,
     }
-    lines += [f"There is no {what}." for what, value in present.items() if not value]
-    lines += [f"{w.name}, {row.step.variant}: {row.missing}" for w in run.steps for row in w.rows if not row.seconds]
-    skipped = Counter((k.variant, k.skipped or "no reason given") for k in results.kernels if not k.seconds)
-    return lines + [f"{count} kernel rows of {name} not measured: {why}" for (name, why), count in skipped.items()]
+    return lines + [f"There is no {what}." for what, value in present.items() if not value] + skipped(run)
+
+
+def failed(results: Results) -> list[str]:
+    return [f"{failure.part} failed: {failure.error}" for failure in results.failures]
+
+
+def skipped(run: Run) -> list[str]:
+    """Rows without samples, and why: a line a step; a line for the kernels' rows of one variant and reason."""
+    steps = [f"{w.name}, {row.step.variant}: {row.missing}" for w in run.steps for row in w.rows if not row.seconds]
+    late = Counter(
+        ("" if k.skipped == NO_TIME else f" of {k.variant}", k.skipped or "no reason given")
+        for k in run.results.kernels
+        if not k.seconds
+    )
+    return steps + [f"{count} kernel rows{of} not measured: {why}" for (of, why), count in late.items()]
 
 
 def summary(results: Results) -> str:
-    """Everything that was measured, for a terminal."""
+    """For a terminal: everything that was measured, and what was not."""
     run = Run(Path(), results)
     lines = [f"{run.device}, torch {results.software.torch}, commit {run.commit}"]
     lines.append(f"peak {number(results.peak.flops / 1e12)} TFLOP/s: {results.peak.source}")
@@ -175,4 +188,4 @@ def summary(results: Results) -> str:
     if found := kernels(run):
         blocks.append(found.text())
     blocks += [f"{each.name}\n{steps(each).text()}" for each in run.steps]
-    return "\n\n".join([*blocks, "\n".join(missing(run))]).strip()
+    return "\n\n".join([*blocks, "\n".join([*skipped(run), *failed(results)])]).strip()
