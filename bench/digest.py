@@ -172,16 +172,12 @@ class Steps:
 
     @property
     def ladder(self) -> list[StepRow]:
-        """From the reference's step to ours: the reference's modes, the rungs, then what the last row's name begins
-        with ("ours compiled", "ours compiled + graphed")."""
-        if len(self.rows) < 2:
-            return self.rows
-        rungs = [i for i, row in enumerate(self.rows) if not row.step.compares]
-        start, end = (rungs[0], rungs[-1] + 1) if rungs else (len(self.rows) - 1,) * 2
-        first, last = self.rows[0].step.variant.partition(" ")[0], self.rows[-1].step.variant
-        before = [r for r in self.rows[:start] if r.step.compares and r.step.variant.partition(" ")[0] == first]
-        after = [r for r in self.rows[end:] if last.startswith(r.step.variant)]
-        return before + [self.rows[i] for i in rungs] + after
+        """From the reference's step to ours: the modes of the first row, the rungs, and what the last row's name begins
+        with ("ours compiled", "ours compiled + graphed").
+        """
+        first, last = self.rows[0].step.variant.partition(" ")[0] + " ", self.rows[-1].step.variant
+        steps = [(row, row.step.variant) for row in self.rows]
+        return [row for row, name in steps if not row.step.compares or name.startswith(first) or last.startswith(name)]
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,9 @@ def clocks(where: torch.device) -> Clocks | None:
     """A CUDA device's clocks and power now; None for other devices."""
     if where.type != "cuda":
         return None
-    fields = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
-    return Clocks(*(_number(_smi(field, where)) for field in fields), _smi("clocks_event_reasons.active", where))
+    fields = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.active")
+    *numbers, throttle = (_smi(field, where) for field in fields)
+    return Clocks(*(_number(text) for text in numbers), throttle)
 
 
 def command(module: str, hidden: tuple[str, ...] = ()) -> str:

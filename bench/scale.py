@@ -232,18 +232,17 @@ def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, fl
         raise UserError(f"results: {config.results}: it has no ceilings, and no data sheet of {name} is known")
     if row is not None and row.bf16 is None:
         raise UserError(f"device: got {shown(name)}, expected one with bfloat16")
-    rates, said = [], []
-    for measured, what, unit, sheet, factor in (
-        (matmul, "matmul", "TFLOP/s", row and f"{row.bf16:g} TFLOP/s, dense bfloat16", 1e12),
-        (copy, "copy", "GB/s", row and f"{row.bandwidth:g} GB/s", 1e9),
-    ):
-        rates.append(measured or factor * (row.bf16 if what == "matmul" else row.bandwidth))
-        of_sheet = f"data sheet  {sheet}, {row.source}" if row else ""
-        said.append(f"measured    {measured / factor:.4g} {unit} of a large {what}" if measured else of_sheet)
+    sheet = [f"{row.bf16:g} TFLOP/s, dense bfloat16", f"{row.bandwidth:g} GB/s"] if row else []
+    said = [f"data sheet  {rate}, {row.source}" for rate in sheet] or ["", ""]
+    if matmul:
+        said[0] = f"measured    {matmul / 1e12:.4g} TFLOP/s of a large matmul"
+    if copy:
+        said[1] = f"measured    {copy / 1e9:.4g} GB/s of a large copy"
+    rates = matmul or row.bf16 * 1e12, copy or row.bandwidth * 1e9
     if found is None:
-        return name, tuple(rates), rates[0], said
+        return name, rates, rates[0], said
     said.append(f"MFU         of {found.peak.flops / 1e12:.4g} TFLOP/s: {found.peak.source}")
-    return name, tuple(rates), found.peak.flops, said
+    return name, rates, found.peak.flops, said
 
 
 def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:

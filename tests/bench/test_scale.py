@@ -188,15 +188,6 @@ def cells(text: str, size: str) -> list[list[str]]:
     return [line.split() for line in block.splitlines()[3:]]
 
 
-def test_what_each_device_holds() -> None:
-    """One device and a share of 8: state, activations of the batch; gradients of several ranks in float32 too."""
-    job, n = replace(GPT2, batch_size=1), 124_373_760
-    one, several = (job.held(devices, shard=False) for devices in (1, 8))
-    assert 16 * n < one  # weights, copies, gradients, moments
-    assert several - one == pytest.approx(4 * n, rel=0.01)
-    assert job.held(8, shard=True) < one / 2
-
-
 def test_a_measured_step_in_the_table(tmp_path: Path) -> None:
     path = file(
         tmp_path,
