@@ -6,21 +6,24 @@ is the time of a group, `--benchmark-min-rounds` (5) the least number of its rou
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 pytest.importorskip("triton", reason="the cases are of Triton's kernels, and Triton is not installed")
 
+from bench.digest import Run
 from bench.entrants import TIMED, entrants
 from bench.kernels import Contest, directions, shapes
-from bench.schema import WRONG, Kernel
-from bench.session import CLOCK, Session, facts
+from bench.results import Kernel
 from kernels.cases import Case, Shape
+from train.hardware import resolve_device
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    device = Session.of(metafunc.config).device
+    device = resolve_device("auto")
     metafunc.parametrize(
         ("case", "shape", "direction", "variant"),
         [
@@ -38,50 +41,41 @@ def named(case: Case, shape: Shape, *rest: str) -> str:
     return "-".join([case.name.replace(", ", "-").replace(" ", "_"), "x".join(map(str, shape)), *rest])
 
 
-class Groups:
-    """The rows of each group, measured once; only the last case's tensors are kept."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.contest: Contest | None = None
-        self.rows: dict[tuple[str, Shape, str], list[Kernel]] = {}
-
-    def measure(self, case: Case, shape: Shape, direction: str, seconds: float, least: int) -> list[Kernel]:
-        group = case.name, shape, direction
-        if group not in self.rows:
-            if self.contest is None or (self.contest.case, self.contest.shape) != (case, shape):
-                self.contest = None  # its memory, before the next one's
-                self.contest = Contest(case, shape, self.session.dtype, self.session.device)
-            self.rows[group] = self.contest.measure(direction, seconds, least)
-            self.session.kernels += self.rows[group]
-        return self.rows[group]
-
-
 @pytest.fixture(scope="session")
-def groups(session: Session) -> Groups:
-    assert session.ceilings  # before anything else fills the device
-    return Groups(session)
+def measured(session: Any, request: pytest.FixtureRequest) -> Callable[..., list[Kernel]]:
+    """The rows of a group, measured once; only the last case's tensors are kept."""
+    last: list[Contest] = []
+    least = int(request.config.getoption("benchmark_min_rounds"))
+
+    def measured(case: Case, shape: Shape, direction: str, seconds: float) -> list[Kernel]:
+        if not last or (last[0].case, last[0].shape) != (case, shape):
+            last.clear()  # its memory, before the next one's
+            last.append(Contest(case, shape, session.dtype, session.device))
+        group = (case.name, shape, str(session.dtype).removeprefix("torch."), direction)
+        if not any(row.group == group for row in session.results.kernels):
+            session.add(kernels=[*session.results.kernels, *last[0].measure(direction, seconds, least)])
+        return [row for row in session.results.kernels if row.group == group]
+
+    return measured
 
 
-@pytest.mark.benchmark(timer=CLOCK)
 def test_kernel(
     case: Case,
     shape: Shape,
     direction: str,
     variant: str,
-    groups: Groups,
-    seconds: float,
+    measured: Callable[..., list[Kernel]],
+    session: Any,
     benchmark: Any,
-    show: Callable[[list[float]], None],
+    show: Callable[..., None],
     request: pytest.FixtureRequest,
 ) -> None:
-    least = int(request.config.getoption("benchmark_min_rounds"))
-    rows = groups.measure(case, shape, direction, seconds, least)
+    seconds = 0.0 if benchmark.disabled else float(request.config.getoption("benchmark_max_time"))
+    rows = measured(case, shape, direction, seconds)
     row = next(row for row in rows if row.variant == variant)
-    if row.skipped.startswith(WRONG):
-        pytest.fail(row.skipped, pytrace=False)
-    if row.skipped:
-        pytest.skip(row.skipped)
-    benchmark.group = " ".join([case.name, "x".join(map(str, shape)), row.dtype, direction])
-    benchmark.extra_info |= facts(row, rows, groups.session.ceilings)
-    show(row.seconds)
+    facts = {name: getattr(row, name) for name in ("shape", "dtype", "bytes", "flops")}
+    for found in Run(Path(), replace(session.results, kernels=rows)).kernels:
+        if found.kernel == row:
+            rates = {f"{what}_per_second": facts[what] and facts[what] / found.seconds for what in ("bytes", "flops")}
+            facts |= {**rates, "share_of_ceiling": found.share, "times_faster_than_compiled": found.speedup}
+    show(row, " ".join([case.name, "x".join(map(str, shape)), row.dtype, direction]), facts)

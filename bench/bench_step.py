@@ -5,62 +5,57 @@ when the first of its tests wants them. `--nanogpt_dir=DIR` puts a nanoGPT check
 """
 
 from collections.abc import Callable
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 
-from bench import schema, steps
-from bench.session import CLOCK, Session
-from bench.tables import step_facts
-from bench.variants import variants
+from bench import steps
+from bench.digest import Run
+from bench.variants import Variant, variants
 from bench.workloads import DEFAULTS, WORKLOADS
+from train.hardware import resolve_device, resolve_dtype
 
 SECONDS = {"cuda": 40.0, "cpu": 30.0}  # of samples, a workload's
 
 
+def every(config: pytest.Config) -> list[Variant]:
+    device = resolve_device("auto")
+    return variants(device, resolve_dtype("auto", device), config.getoption("nanogpt_dir"))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    session = Session.of(metafunc.config)
-    every = variants(session.device, session.dtype, metafunc.config.getoption("nanogpt_dir"))
     metafunc.parametrize(
         ("workload", "variant"),
         [
             pytest.param(workload, variant.name, id=f"{workload}-{variant.name.replace(' ', '_')}")
-            for workload in DEFAULTS.get(session.device.type, ("cpu",))
-            for variant in every
+            for workload in DEFAULTS.get(resolve_device("auto").type, ("cpu",))
+            for variant in every(metafunc.config)
         ],
     )
 
 
-@pytest.fixture(scope="session")
-def rows(session: Session, request: pytest.FixtureRequest) -> Callable[[str, bool], list[schema.Step]]:
-    """A workload's rows, measured once."""
-
-    def rows(workload: str, timed: bool) -> list[schema.Step]:
-        found = [row for row in session.steps if row.workload == workload]
-        if not found:
-            every = variants(session.device, session.dtype, request.config.getoption("nanogpt_dir"))
-            seconds = SECONDS.get(session.device.type, SECONDS["cpu"]) if timed else 0.0
-            found = steps.measure(WORKLOADS[workload], every, session.device, session.dtype, seconds=seconds)
-            session.steps += found
-        return found
-
-    return rows
-
-
-@pytest.mark.benchmark(timer=CLOCK)
 def test_step(
     workload: str,
     variant: str,
-    rows: Callable[[str, bool], list[schema.Step]],
-    session: Session,
+    session: Any,
     benchmark: Any,
-    show: Callable[[list[float]], None],
+    show: Callable[..., None],
+    request: pytest.FixtureRequest,
 ) -> None:
-    row = next(row for row in rows(workload, not benchmark.disabled) if row.variant == variant)
-    if row.skipped.startswith(schema.WRONG):
-        pytest.fail(row.skipped, pytrace=False)
-    if row.skipped:
-        pytest.skip(row.skipped)
-    benchmark.group = f"{workload} step"
-    benchmark.extra_info |= step_facts(row, session.peak)
-    show(row.seconds)
+    found = session.results.steps
+    if not any(row.workload == workload for row in found):
+        seconds = 0.0 if benchmark.disabled else SECONDS.get(session.device.type, SECONDS["cpu"])
+        options = (every(request.config), session.device, session.dtype)
+        session.add(steps=[*found, *steps.measure(WORKLOADS[workload], *options, seconds=seconds)])
+    rows = next(each for each in Run(Path(), session.results).steps if each.name == workload).rows
+    row = next(row for row in rows if row.step.variant == variant)
+    facts = {
+        "dtype": row.step.dtype,
+        "tokens_per_second": row.tokens_per_second,
+        **{f"mfu_{formula}": row.mfu(formula) for formula in row.step.flops},
+        "peak_memory": row.step.peak_memory,
+        "host_seconds": median(row.step.host_seconds) if row.step.host_seconds else None,
+    }
+    show(row.step, f"{workload} step", facts)

@@ -13,12 +13,14 @@ The intervals of one table hold together at 95 % (Bonferroni), so that a long ta
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import asdict
 
 from bench.digest import Run
-from bench.tables import aligned, is_reference, key, number
+from bench.results import Shape
+from bench.tables import aligned, number
 from train.errors import UserError
 
 LEVEL = 0.95
@@ -35,22 +37,24 @@ LEGEND = (
 )
 
 Names = tuple[str, ...]
-Rows = dict[Names, "Row"]  # of one run
 Rounds = list[np.ndarray]  # by run: logarithms of our time over the references', of the quiet rounds
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of one run: logarithms of seconds, (rounds, samples of a turn)."""
+    """One row of one run. seconds: logarithms, (rounds, samples of a turn), of the rounds that it took part in."""
 
     group: Hashable  # what it took turns with
     ours: bool
     seconds: np.ndarray
-    first: int = 0  # of its group's rounds, the one that it begins with
+    first: int = 0  # of its group's rounds
 
     def beside(self, other: "Row") -> np.ndarray:
         """Its rounds that the other took part in too."""
-        return self.seconds[other.first - self.first :][: len(other.seconds)] if other.first >= self.first else []
+        return self.seconds[other.first - self.first :][: len(other.seconds) * (other.first >= self.first)]
+
+
+Rows = dict[Names, Row]  # of one run
 
 
 @dataclass(frozen=True)
@@ -109,62 +113,50 @@ def report(runs: Sequence[Run]) -> str:
     a, b = sides(runs)
     lines = [f"{name}: {'; '.join(run.source for run in side)}" for name, side in (("A", a), ("B", b))]
     versions = [asdict(run.results.software) for run in runs]
-    differing = ", ".join(name for name in versions[0] if len({version[name] for version in versions}) > 1)
-    if differing:
+    if differing := ", ".join(name for name in versions[0] if len({version[name] for version in versions}) > 1):
         lines.append(
             f"They differ in {differing}. So do their references, which say nothing about the machine's pace then."
         )
     within = 0.1 if runs[0].results.device.type == "cpu" else 0.5  # what else runs on a CPU can only add to a time
+    tables = []
     for title, rows_of in (("Steps", _steps), ("Kernels", _kernels)):
         rows_a, rows_b = ([rows_of(run) for run in side] for side in (a, b))
-        lines += _table(title, rows_a, rows_b, within, paced=not differing)
+        tables.append(_table(title, rows_a, rows_b, within, paced=not differing))
+        lines += tables[-1]
         for name, here, there in (("A", rows_a, rows_b), ("B", rows_b, rows_a)):
             if alone := [" ".join(names) for names in _names(here) if names not in _names(there)]:
                 lines += ["", f"{title} only in {name}: {'; '.join(alone)}"]
+    if not any(tables):
+        raise UserError("compare: got nothing of ours that both have measured, expected a workload or a kernel")
     return "\n".join([*lines, "", LEGEND])
 
 
 def sides(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     """The runs as A and B: two files as they are named, more by their commits, the one named first being A.
 
-    UserError unless all are of one device and have something of ours in common, of one shape.
+    UserError unless all are of one device, and each workload of one shape.
     """
-    a, b = list(runs[:1]), list(runs[1:])
-    if len(runs) != 2:
-        commits = list(dict.fromkeys(run.commit for run in runs))
-        if len(commits) != 2:
-            raise UserError(
-                f"compare: got {len(runs)} results file{'s' * (len(runs) != 1)} of {len(commits)} "
-                f"commit{'s' * (len(commits) != 1)}, expected two files, or files of two commits"
-            )
-        a, b = ([run for run in runs if run.commit == commit] for commit in commits)
     devices = list(dict.fromkeys(run.device for run in runs))
     if len(devices) > 1:
         raise UserError(f"compare: got results of {' and '.join(devices)}, expected one device")
-    shapes_a, shapes_b = _shapes(a), _shapes(b)
-    common = shapes_a.keys() & shapes_b.keys()
-    kernels = [{names for run in side for names, row in _kernels(run).items() if row.ours} for side in (a, b)]
-    if not common and not kernels[0] & kernels[1]:
-        found = " and ".join(", ".join(shapes) or "no training step" for shapes in (shapes_a, shapes_b))
-        raise UserError(f"compare: got {found}, expected a workload that both have measured")
-    for name in sorted(common):
-        if shapes_a[name] != shapes_b[name]:
-            raise UserError(f"compare: {name} is of another shape or another number of tokens in each, expected one")
-    return a, b
-
-
-def _shapes(runs: Sequence[Run]) -> dict[str, set]:
-    """Of each workload with samples: its shapes, which should be one."""
-    found: dict[str, set] = {}
+    shapes: dict[str, Shape] = {}
     for step in (step for run in runs for step in run.results.steps if step.seconds):
-        found.setdefault(step.workload, set()).add((step.tokens, *sorted(step.shape.items())))
-    return found
+        if shapes.setdefault(step.workload, step.shape) != step.shape:
+            raise UserError(f"compare: {step.workload} is of another shape in each, expected one")
+    if len(runs) == 2:
+        return [runs[0]], [runs[1]]
+    commits = list(dict.fromkeys(run.commit for run in runs))
+    if len(commits) != 2:
+        raise UserError(
+            f"compare: got {len(runs)} results files of {len(commits)} commits, expected two, or files of two commits"
+        )
+    return tuple([run for run in runs if run.commit == commit] for commit in commits)
 
 
 def _steps(run: Run) -> Rows:
     return {
         (step.workload, step.variant, step.dtype): Row(
-            step.workload, not is_reference(step), np.log(step.seconds).reshape(-1, step.turn), step.first_round
+            step.workload, not step.is_reference, np.log(step.seconds).reshape(-1, step.turn), step.first_round
         )
         for step in run.results.steps
         if step.seconds
@@ -174,7 +166,7 @@ def _steps(run: Run) -> Rows:
 def _kernels(run: Run) -> Rows:
     return {
         (k.case, "×".join(map(str, k.shape)), k.dtype, k.direction, k.variant): Row(
-            key(k), k.variant == "fused", np.log(k.seconds)[:, None]
+            k.group, k.variant == "fused", np.log(k.seconds)[:, None]
         )
         for k in run.results.kernels
         if k.seconds

@@ -1,73 +1,79 @@
-"""What `pytest bench/` shows of samples that were taken by turns: pytest-benchmark's tables, and one of our own."""
+"""What `pytest bench/` shows of samples that were taken by turns: pytest-benchmark's tables, and our own."""
 
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
 import pytest
+import torch
+from msgspec.structs import replace
 
-from bench.session import CLOCK, SESSION, Session
-from bench.tables import kernels_table, key, steps_table
-from train.hardware import device_name
+from bench import provenance
+from bench.results import WRONG, Kernel, Results, Step
+from bench.tables import summary
+from bench.timing import Clock
+from train.hardware import resolve_device, resolve_dtype, use_device
+
+
+@dataclass
+class Session:
+    """What this run of pytest measured."""
+
+    device: torch.device
+    dtype: torch.dtype
+    results: Results
+
+    def add(self, **found: object) -> None:
+        self.results = replace(self.results, **found)
+
+
+CLOCK, SESSION = pytest.StashKey[Clock](), pytest.StashKey[Session]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nanogpt_dir", default="", help="folder of a nanoGPT checkout, timed beside our steps")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[CLOCK] = Clock()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.benchmark(timer=item.config.stash[CLOCK]))
+
+
 @pytest.fixture(scope="session")
 def session(request: pytest.FixtureRequest) -> Session:
-    return Session.of(request.config)
+    device = use_device(resolve_device("auto"))
+    dtype = resolve_dtype("auto", device)
+    results = provenance.started(device, dtype, "pytest bench/")
+    session = Session(device, dtype, provenance.with_ceilings(results, device, dtype, seconds=3.0))
+    request.config.stash[SESSION] = session
+    return session
 
 
 @pytest.fixture
-def seconds(request: pytest.FixtureRequest, benchmark: Any) -> float:
-    """How long the samples of one group may take, all its variants together: `--benchmark-max-time`."""
-    return 0.0 if benchmark.disabled else float(request.config.getoption("benchmark_max_time"))
+def show(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Gives pytest-benchmark the samples of a row: its rounds take exactly as long, by the session's `Clock`.
 
+    A row without samples skips the test; one that is wrong fails it.
+    """
+    clock = request.config.stash[CLOCK]
 
-@pytest.fixture
-def show(benchmark: Any) -> Callable[[list[float]], None]:
-    """Gives pytest-benchmark samples that were taken before: its rounds take exactly as long, by `CLOCK`."""
-
-    def show(samples: list[float]) -> None:
-        turns = cycle(samples)
-        benchmark.pedantic(lambda: CLOCK.let_pass(next(turns)), setup=CLOCK.restart, rounds=len(samples), iterations=1)
+    def show(row: Kernel | Step, group: str, facts: dict[str, Any]) -> None:
+        if row.skipped:
+            (pytest.fail if row.skipped.startswith(WRONG) else pytest.skip)(row.skipped)
+        turns, benchmark.group = cycle(row.seconds), group
+        benchmark.extra_info |= facts
+        benchmark.pedantic(
+            lambda: clock.let_pass(next(turns)), setup=clock.restart, rounds=len(row.seconds), iterations=1
+        )
 
     return show
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    session = config.stash.get(SESSION, None)
-    if session is not None and session.kernels:
-        _show_kernels(terminalreporter, session)
-    if session is not None and session.steps:
-        _show_steps(terminalreporter, session)
-
-
-def _show_steps(terminalreporter: Any, session: Session) -> None:
-    terminalreporter.section("training steps")
-    terminalreporter.line(
-        f"{device_name(session.device)}; peak {session.peak.flops / 1e12:.4g} TFLOP/s: {session.peak.source}"
-    )
-    for workload in dict.fromkeys(row.workload for row in session.steps):
-        terminalreporter.line("")
-        terminalreporter.line(workload)
-        rows = [row for row in session.steps if row.workload == workload]
-        terminalreporter.line(steps_table(rows, session.peak.flops))
-        for row in rows:
-            if row.skipped:
-                terminalreporter.line(f"not timed: {row.variant}: {row.skipped}")
-
-
-def _show_kernels(terminalreporter: Any, session: Session) -> None:
-    flops, bandwidth = session.ceilings.flops, session.ceilings.bandwidth
-    terminalreporter.section("kernels")
-    measured = f"a matmul {flops / 1e12:.4g} TFLOP/s, a copy {bandwidth / 1e9:.4g} GB/s"
-    terminalreporter.line(f"{device_name(session.device)}; its ceilings, measured: {measured}")
-    terminalreporter.line(kernels_table(session.kernels, flops, bandwidth))
-    for (variant, reason), count in Counter((r.variant, r.skipped) for r in session.kernels if r.skipped).items():
-        terminalreporter.line(f"not timed: {variant} ({count} rows): {reason}")
-    groups = len({key(row) for row in session.kernels})
-    terminalreporter.line(f"{len(session.kernels)} rows in {groups} groups")
+    if session := config.stash.get(SESSION, None):
+        terminalreporter.section("measured by turns")
+        terminalreporter.line(summary(session.results))

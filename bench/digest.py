@@ -1,4 +1,4 @@
-"""Results files as rows of numbers, and what devices could do at best: all that the report shows is computed here.
+"""Results files as rows of numbers, and what devices could do at best: all that tables and pictures show.
 
 A step's parts (`model/work.py`) have two rooflines. The floor takes the rates that a run measured, or those of a data
 sheet, at their word. No step is faster, unless a cache hands on what one part leaves for the next. The attainable time
@@ -6,24 +6,23 @@ takes the share of a data sheet that good kernels reach, ATTAINED. They reached 
 devices is assumed.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
+from itertools import count
 from math import inf
 from pathlib import Path
+from statistics import median
 
-from bench import schema
-from bench.bounds import Bound, bound
-from bench.schema import Kernel, Results, Step, median
-from bench.tables import baseline as fastest_reference
-from bench.tables import is_reference, key, quantile, short_name
-from bench.workloads import WORKLOADS
+from bench.results import Kernel, Results, Step, quantile
+from bench.workloads import WORKLOADS, Workload
 from model.config import GPTConfig
 from model.flops import flops_per_token
-from model.work import Work, floor, step_work
+from model.work import floor, step_work
 from train.hardware import CARDS, lookup
-from train.metrics import mfu
+from train.metrics import mfu, tokens_per_second
 
 ESTIMATED = ("gpt2", "shakespeare_char")  # workloads
 ESTIMATED_ON = ("a100", "h100", "h200", "b200", "l4", "4090")  # of CARDS
@@ -42,8 +41,15 @@ SHEET = Shares()
 ATTAINED = Shares(matmul=0.81, attention=0.34, bandwidth=0.9)
 
 
-def roofline(parts: dict[str, Work], flops: float, bandwidth: float, shares: Shares = SHEET) -> float:
-    """Seconds that the parts take one after the other, each at the slower of its FLOPs and its bytes."""
+def roofline(
+    config: GPTConfig, batch_size: int, accumulation: int, size: int, flops: float, bandwidth: float, shares=SHEET
+) -> float:
+    """Seconds that the parts of a step take one after the other, each at the slower of its FLOPs and its bytes.
+
+    size: bytes of every element. flops, bandwidth: FLOP/s and bytes/s.
+    """
+    sizes = dict.fromkeys(("compute", "stream", "gradients"), size)
+    parts = step_work(config, batch_size, accumulation=accumulation, **sizes, fused_gelu=True)
     of_flops = {"attention forward": shares.attention, "attention backward": shares.attention}
     return sum(
         floor(work, flops * of_flops.get(name, shares.matmul), bandwidth * shares.bandwidth)
@@ -51,30 +57,9 @@ def roofline(parts: dict[str, Work], flops: float, bandwidth: float, shares: Sha
     )
 
 
-def least_work(config: GPTConfig, batch_size: int, accumulation: int, size: int) -> dict[str, Work]:
-    """The parts of a step whose every element has `size` bytes."""
-    sizes = dict.fromkeys(("compute", "stream", "gradients"), size)
-    return step_work(config, batch_size, accumulation=accumulation, **sizes, fused_gelu=True)
-
-
-def step_floor(step: Step, results: Results) -> float | None:
-    """Seconds that a measured step takes at least, at the rates of its own run. None where the file cannot tell.
-
-    On a CPU only the FLOPs count: its caches hold what the parts of a small step hand to each other.
-    """
-    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    flops, bandwidth = results.ceiling("matmul"), results.ceiling("copy")
-    if results.device.type != "cuda":
-        bandwidth = inf
-    if not flops or not bandwidth or any(name not in step.shape for name in (*names, "batch_size")):
-        return None
-    try:
-        config = GPTConfig(**{name: step.shape[name] for name in names}, bias=bool(step.shape.get("bias", 0)))
-    except ValueError:  # no such model can be built
-        return None
-    size = 4 if step.dtype == "float32" else 2
-    parts = least_work(config, step.shape["batch_size"], step.shape.get("accumulation", 1), size)
-    return roofline(parts, flops, bandwidth) or None
+def short_name(name: str) -> str:
+    """Of torch's name of a device: without the maker, who is nearly always the same."""
+    return name.removeprefix("NVIDIA ").strip()
 
 
 @dataclass(frozen=True)
@@ -82,45 +67,38 @@ class Estimate:
     """A device that nobody measured with that workload."""
 
     device: str
-    workload: str
-    tokens: int  # an iteration
+    workload: Workload
     peak: float  # FLOP/s, dense, bfloat16
     bandwidth: float  # bytes/s
     source: str
-    floor: float  # seconds
-    attainable: float  # seconds
 
-    def mfu(self, seconds: float, formula: str = "nanogpt") -> float:
-        return mfu(flops_per_token(WORKLOADS[self.workload].config, formula) * self.tokens, seconds, self.peak)
+    def seconds(self, shares: Shares) -> float:
+        of = self.workload
+        return roofline(of.config, of.batch_size, of.accumulation, 2, self.peak, self.bandwidth, shares)
+
+    def mfu(self, shares: Shares, formula: str = "nanogpt") -> float:
+        flops = flops_per_token(self.workload.config, formula) * self.workload.tokens
+        return mfu(flops, self.seconds(shares), self.peak)
 
 
-def estimates(runs: Sequence["Run"]) -> list[Estimate]:
+def estimates(runs: Iterable["Run"]) -> list[Estimate]:
     """For every device of ESTIMATED_ON, and every workload of ESTIMATED, that none of the runs measured."""
-    measured = {
-        (lookup(run.results.device.name), workload.name)
-        for run in runs
-        for workload in run.workloads
-        if any(row.seconds for row in workload.rows)
-    }
-    found = []
-    for workload in map(WORKLOADS.get, ESTIMATED):
-        parts = least_work(workload.config, workload.batch_size, workload.accumulation, size=2)
-        for name in (CARDS[card].name for card in ESTIMATED_ON):
-            row = lookup(name)
-            if (row, workload.name) not in measured:
-                rates = row.bf16 * 1e12, row.bandwidth * 1e9
-                seconds = roofline(parts, *rates), roofline(parts, *rates, ATTAINED)
-                found.append(Estimate(short_name(name), workload.name, workload.tokens, *rates, row.source, *seconds))
-    return found
+    measured = {(lookup(run.results.device.name), s.workload) for run in runs for s in run.results.steps if s.seconds}
+    return [
+        Estimate(short_name(CARDS[card].name), WORKLOADS[name], row.bf16 * 1e12, row.bandwidth * 1e9, row.source)
+        for name in ESTIMATED
+        for card in ESTIMATED_ON
+        if ((row := lookup(CARDS[card].name)), name) not in measured
+    ]
 
 
 @dataclass(frozen=True)
 class StepRow:
-    """A step of one run. What the file cannot tell is None."""
+    """A step of one run. None: it has no samples, or nothing to be compared with."""
 
     step: Step
-    peak: float | None  # FLOP/s
-    baseline: float | None = None  # seconds of the fastest step that is not ours, in the same rounds
+    peak: float  # FLOP/s
+    baseline: float | None  # seconds of the fastest step that is not ours, in the same rounds
 
     @property
     def seconds(self) -> float | None:
@@ -132,8 +110,12 @@ class StepRow:
 
     def mfu(self, formula: str = "nanogpt", seconds: float | None = None) -> float | None:
         """From 0 to 1. seconds: of another step with as many FLOPs."""
-        flops, seconds = self.step.flops.get(formula), seconds or self.seconds
-        return mfu(flops, seconds, self.peak) if flops is not None and seconds and self.peak else None
+        seconds = seconds or self.seconds
+        return mfu(self.step.flops[formula], seconds, self.peak) if seconds else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return tokens_per_second(self.step.tokens, self.seconds) if self.seconds else None
 
     @property
     def speedup(self) -> float | None:
@@ -146,7 +128,7 @@ class StepRow:
 
     @property
     def ours(self) -> bool:
-        return not is_reference(self.step)
+        return not self.step.is_reference
 
     @property
     def missing(self) -> str:
@@ -154,16 +136,17 @@ class StepRow:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """The rows of one workload in one run, in the file's order."""
+class Steps:
+    """One workload's steps of one run, in the file's order."""
 
     name: str
+    run: "Run"
     rows: list[StepRow]
-    baseline: StepRow | None  # the fastest step that is not ours
-    floor: float | None  # seconds that a step takes at least, at the rates that this run measured
 
-    def floor_mfu(self, formula: str = "nanogpt") -> float | None:
-        return self.rows[0].mfu(formula, self.floor) if self.floor else None
+    @property
+    def baseline(self) -> StepRow | None:
+        """The fastest step that is not ours."""
+        return _fastest(row for row in self.rows if row.step.compares and not row.ours)
 
     @property
     def compared(self) -> list[StepRow]:
@@ -175,27 +158,38 @@ class Workload:
         """Our fastest step."""
         return _fastest(row for row in self.compared if row.ours)
 
+    @cached_property
+    def floor(self) -> float | None:
+        """Seconds that a step takes at least, at the rates that its run measured; None without them.
+
+        It is that of the narrowest dtype: the fewest bytes that anybody has to move. On a CPU only the FLOPs count: its
+        caches hold what the parts of a small step hand to each other.
+        """
+        results, shape = self.run.results, self.rows[0].step.shape
+        rates = results.ceiling("matmul"), results.ceiling("copy") if results.device.type == "cuda" else inf
+        size = 4 if all(row.step.dtype == "float32" for row in self.rows) else 2
+        return roofline(shape.config, shape.batch_size, shape.accumulation, size, *rates) if all(rates) else None
+
     @property
     def ladder(self) -> list[StepRow]:
-        """From the reference's step to ours: the reference's modes, the rungs, then what the last row's name begins
-        with ("ours compiled", "ours compiled + graphed")."""
-        if len(self.rows) < 2:
-            return self.rows
-        rungs = [i for i, row in enumerate(self.rows) if not row.step.compares]
-        start, end = (rungs[0], rungs[-1] + 1) if rungs else (len(self.rows) - 1,) * 2
-        first, last = self.rows[0].step.variant.partition(" ")[0], self.rows[-1].step.variant
-        before = [r for r in self.rows[:start] if r.step.compares and r.step.variant.partition(" ")[0] == first]
-        after = [r for r in self.rows[end:] if last.startswith(r.step.variant)]
-        return before + [self.rows[i] for i in rungs] + after
+        """From the reference's step to ours: the modes of the first row, the rungs, and what the last row's name begins
+        with ("ours compiled", "ours compiled + graphed").
+        """
+        first, last = self.rows[0].step.variant.partition(" ")[0] + " ", self.rows[-1].step.variant
+        steps = [(row, row.step.variant) for row in self.rows]
+        return [row for row, name in steps if not row.step.compares or name.startswith(first) or last.startswith(name)]
 
 
 @dataclass(frozen=True)
 class KernelRow:
-    """A kernel's case of one run that has samples."""
+    """A kernel's row that has samples, and the ceiling that bounds it: a matmul's or a copy's, whichever its FLOPs or
+    its bytes meet first."""
 
     kernel: Kernel
-    bound: Bound | None  # by the rates that its run measured
-    compiled: float | None  # seconds of torch.compile of the reference
+    bounded: str  # "matmul", "copy", or "" where it counts neither FLOPs nor bytes
+    rate: float | None  # FLOP/s or bytes/s
+    share: float | None  # of the ceiling, 0 to 1; None where that was not measured
+    speedup: float | None  # over torch.compile of the reference
 
     @property
     def seconds(self) -> float:
@@ -206,15 +200,27 @@ class KernelRow:
         return "×".join(map(str, self.kernel.shape))
 
 
+def kernel_row(kernel: Kernel, matmul: float | None, copy: float | None, compiled: float | None) -> KernelRow:
+    """matmul: FLOP/s in the kernel's dtype; copy: bytes/s; compiled: seconds. A kernel with FLOPs and no ceilings is
+    taken for a matmul."""
+    seconds = median(kernel.seconds)
+    work = [("matmul", kernel.flops, matmul), ("copy", kernel.bytes, copy)]
+    bounds = [(n / ceiling if ceiling else 0.0, what, n) for what, n, ceiling in work if n]
+    least, what, amount = max(bounds, key=lambda bound: bound[0], default=(None, "", None))
+    speedup = compiled / seconds if compiled else None
+    return KernelRow(kernel, what, amount and amount / seconds, least / seconds if least else None, speedup)
+
+
 @dataclass(frozen=True)
 class Run:
     path: Path
     results: Results
+    label: str = ""  # its device, and what tells it from others of that device
+    suffix: str = ""  # for names of files, no two alike
 
     @property
     def device(self) -> str:
-        name = short_name(self.results.device.name)
-        threads = self.results.device.threads
+        name, threads = short_name(self.results.device.name), self.results.device.threads
         return f"{name}, {threads} thread{'s' * (threads != 1)}" if threads else name
 
     @property
@@ -235,50 +241,28 @@ class Run:
         return f"{self.path.name} ({self.device}, commit {self.commit}, {self.day}{state})"
 
     @cached_property
-    def workloads(self) -> list[Workload]:
-        names = dict.fromkeys(step.workload for step in self.results.steps)
-        return [self._workload(name) for name in names]
+    def steps(self) -> list[Steps]:
+        return [self._steps(name) for name in dict.fromkeys(step.workload for step in self.results.steps)]
+
+    def _steps(self, name: str) -> Steps:
+        steps = [step for step in self.results.steps if step.workload == name]
+        references = [step for step in steps if step.compares and step.is_reference]
+
+        def baseline(row: Step) -> float | None:
+            times = [samples for reference in references if (samples := reference.beside(row))]
+            return min(map(median, times), default=None)
+
+        return Steps(name, self, [StepRow(step, self.results.peak.flops, baseline(step)) for step in steps])
 
     @cached_property
     def kernels(self) -> list[KernelRow]:
-        rows, results = [k for k in self.results.kernels if k.seconds], self.results
-        compiled = {key(k): median(k.seconds) for k in rows if k.variant == "compiled"}
+        rows, copy = [kernel for kernel in self.results.kernels if kernel.seconds], self.results.ceiling("copy")
+        compiled = {row.group: median(row.seconds) for row in rows if row.variant == "compiled"}
         matmul: dict[str, float] = {}  # FLOPs meet the rate of their own dtype; bytes are bytes
-        for ceiling in results.ceilings:
+        for ceiling in self.results.ceilings:
             if ceiling.what == "matmul":
                 matmul[ceiling.dtype] = max(ceiling.rate, matmul.get(ceiling.dtype, 0.0))
-        copy = results.ceiling("copy")
-        return [KernelRow(k, bound(k, matmul.get(k.dtype), copy), compiled.get(key(k))) for k in rows]
-
-    def _workload(self, name: str) -> Workload:
-        steps = [step for step in self.results.steps if step.workload == name]
-        peak = self.results.peak.flops if self.results.peak else None
-        baseline = _fastest(StepRow(step, peak) for step in steps if step.compares and is_reference(step))
-        rows = [StepRow(step, peak, fastest_reference(step, steps)) for step in steps]
-        # of the narrowest dtype: the fewest bytes that anybody has to move
-        floors = [seconds for step in steps if (seconds := step_floor(step, self.results))]
-        return Workload(name, rows, baseline, min(floors, default=None))
-
-
-def read(path: Path) -> Run:
-    """The run of a results file. OSError, or ValueError naming the field: no results file, a time or rate that is not
-    positive, a turn that is not whole."""
-    results = schema.read(path)
-    found = {
-        f"{part}[{i}].seconds": x.seconds for part in ("kernels", "steps") for i, x in enumerate(getattr(results, part))
-    }
-    for i, ceiling in enumerate(results.ceilings):
-        if not ceiling.rates:
-            raise ValueError(f"ceilings[{i}].rates: got none, expected one at least")
-        found[f"ceilings[{i}].rates"] = ceiling.rates
-    found["peak.flops"] = [results.peak.flops] if results.peak else []
-    for where, values in found.items():
-        if values and min(values) <= 0:
-            raise ValueError(f"{where}: got {min(values)}, expected more than 0")
-    for i, step in enumerate(results.steps):
-        if step.turn < 1 or len(step.seconds) % step.turn:
-            raise ValueError(f"steps[{i}].turn: got {step.turn}, expected a divisor of its {len(step.seconds)} samples")
-    return Run(path, results)
+        return [kernel_row(row, matmul.get(row.dtype), copy, compiled.get(row.group)) for row in rows]
 
 
 def _fastest(rows: Iterable[StepRow]) -> StepRow | None:
@@ -286,16 +270,29 @@ def _fastest(rows: Iterable[StepRow]) -> StepRow | None:
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
-    """GPUs before CPUs, then by name, date and commit."""
-    return sorted(runs, key=lambda r: (r.results.device.type != "cuda", r.device, r.results.date, r.path.name))
+    """Each file once, GPUs before CPUs, then by name, date and commit; told apart by labels and suffixes."""
+    once = {run.path.resolve(): run for run in runs}.values()
+    ordered = sorted(once, key=lambda r: (r.results.device.type != "cuda", r.device, r.results.date, r.path.name))
+    found, taken = [], set()
+    for run in ordered:
+        names = (slug(run.path.stem) + f"-{i}" * (i > 1) for i in count(1))
+        suffix = next(name for name in names if name not in taken)
+        taken.add(suffix)
+        found.append(replace(run, label=_label(run, ordered), suffix=suffix))
+    return found
 
 
-def labels(runs: Sequence[Run]) -> dict[Path, str]:
-    """A name for each run: its device. Runs of one device also have what first tells them apart: day, commit, file."""
-    names = {}
-    for run in runs:
-        same = [other for other in runs if other.device == run.device]
-        told = ([other.day for other in same], [other.commit for other in same], [other.path.name for other in same])
-        apart = next((every for every in told if len(set(every)) == len(same)), [str(other.path) for other in same])
-        names[run.path] = f"{run.device}, {apart[same.index(run)]}" if len(same) > 1 else run.device
-    return names
+def slug(text: str) -> str:
+    """The text as a part of a file's name: a results file may call things what it likes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
+
+
+def _label(run: Run, runs: list[Run]) -> str:
+    """Its device; where several runs are of that, also what first tells them apart: day, commit, file, folder."""
+    same = [other for other in runs if other.device == run.device]
+    if len(same) == 1:
+        return run.device
+    for name in (lambda r: r.day, lambda r: r.commit, lambda r: r.path.name):
+        if len(set(map(name, same))) == len(same):
+            return f"{run.device}, {name(run)}"
+    return f"{run.device}, {run.path}"

@@ -5,15 +5,15 @@ Others' packages are imported when they are asked for and are no dependency: Lig
 either, every backend of `model/attention.py`.
 """
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.compiling import only_compiled
+from bench.timing import only_compiled
 from kernels import reference, select
 from kernels.cases import CASES, Case, Shape, draw
 from kernels.launch import INTERPRETED
@@ -52,7 +52,7 @@ def entrants(case: Case, device: torch.device) -> list[Entrant]:
 
     found = [Entrant("fused", ours, ours=True), Entrant("reference", lambda: plain), compiled]
     if case.name in LIGER:
-        found.append(Entrant("liger", LIGER[case.name], own_inputs=True))
+        found.append(Entrant("liger", partial(liger, case.name), own_inputs=True))
     return found
 
 
@@ -67,42 +67,29 @@ def why_not_fused(device: torch.device) -> str:
     return ""
 
 
-# Liger-Kernel
-
-
-def _liger_layer_norm() -> Function:
-    from liger_kernel.transformers.functional import liger_layer_norm
-
-    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-        return liger_layer_norm(x, weight, bias, reference.LAYER_NORM_EPS).to(dtype)
-
-    return layer_norm
-
-
-def _liger_cross_entropy() -> Function:
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
-    def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-        return liger_cross_entropy(logits, targets, ignore_index=-1).float()
-
-    return cross_entropy
-
-
-def _liger_linear_cross_entropy() -> Function:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
-        return liger_fused_linear_cross_entropy(x, weight, targets, ignore_index=-1).float()  # in chunks of its own
-
-    return linear_cross_entropy
-
-
-LIGER: Mapping[str, Callable[[], Function]] = {  # those cases that it has a counterpart of
-    "layer_norm": _liger_layer_norm,
-    "cross_entropy": _liger_cross_entropy,
-    "linear_cross_entropy": _liger_linear_cross_entropy,
-    "linear_cross_entropy in chunks": _liger_linear_cross_entropy,
+# Of Liger-Kernel, by the case that it has a counterpart of: its function's name, and how that is called.
+LIGER: dict[str, tuple[str, Function]] = {
+    "layer_norm": (
+        "liger_layer_norm",
+        lambda theirs, x, weight, bias, dtype: theirs(x, weight, bias, reference.LAYER_NORM_EPS).to(dtype),
+    ),
+    "cross_entropy": (
+        "liger_cross_entropy",
+        lambda theirs, logits, targets: theirs(logits, targets, ignore_index=-1).float(),
+    ),
+    "linear_cross_entropy": (
+        "liger_fused_linear_cross_entropy",
+        lambda theirs, x, weight, targets, chunk_rows: theirs(x, weight, targets, ignore_index=-1).float(),
+    ),
 }
+LIGER |= {"linear_cross_entropy in chunks": LIGER["linear_cross_entropy"]}  # its chunks are its own
+
+
+def liger(case: str) -> Function:
+    """Liger-Kernel's counterpart of a case. ImportError where it is not installed."""
+    functional = importlib.import_module("liger_kernel.transformers.functional")
+    name, call = LIGER[case]
+    return partial(call, getattr(functional, name))
 
 
 # Attention

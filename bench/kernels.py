@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.budget import NO_TIME, Budget
-from bench.compiling import compilations, compiling
 from bench.entrants import ATTENTION, COMPILED, TIMED, Entrant, Function, entrants
-from bench.schema import WRONG, Kernel
+from bench.results import WRONG, Kernel
+from bench.timing import NO_TIME, RECOMPILED, Budget, compilations, compiling
 from kernels.cases import Case, Shape
 from kernels.check import disagreement, in_float64, outputs_and_gradients
 from kernels.timing import Staged, Work, by_turns
+from train.errors import first_line
 from train.hardware import resolve_dtype
 
 Inputs = dict[str, Any]
@@ -106,7 +106,7 @@ class Contest:
                 else:
                     works[entrant.name] = work
         once = time.perf_counter() - begin
-        if budget and not budget.fits((least + 1) * once):
+        if budget and not budget.fits(more=(least + 1) * once):
             skipped, works = skipped | dict.fromkeys(works, NO_TIME), {}
         samples: dict[str, list[float]] = {}
         before = compilations()
@@ -116,11 +116,8 @@ class Contest:
             skipped |= dict.fromkeys(works, first_line(error))
         if compilations() > before:
             samples.pop(COMPILED, None)
-            skipped[COMPILED] = f"{WRONG}it was compiled anew while it was timed"
-        return [
-            row(self.case, self.shape, self.dtype, direction, e.name, samples.get(e.name), skipped.get(e.name, ""))
-            for e in self.entrants
-        ]
+            skipped[COMPILED] = WRONG + RECOMPILED
+        return _rows(self.case, self.shape, self.dtype, direction, self.entrants, samples, skipped)
 
     def _skip(self, name: str, reason: str) -> None:
         self._functions.pop(name, None)
@@ -235,37 +232,6 @@ def _differentiable(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, in a line; its kind where that tells more."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"out of memory: {said}"
-    return said if said and isinstance(error, ImportError | ValueError) else f"{type(error).__name__}: {said}"
-
-
-def row(
-    case: Case,
-    shape: Shape,
-    dtype: torch.dtype,
-    direction: str,
-    variant: str,
-    seconds: list[float] | None = None,
-    skipped: str = "",
-) -> Kernel:
-    traffic, flops = work_of(case, shape, dtype, direction)
-    return Kernel(
-        case=case.name,
-        shape=list(shape),
-        dtype=str(dtype).removeprefix("torch."),
-        direction=direction,
-        variant=variant,
-        seconds=seconds or [],
-        bytes=traffic,
-        flops=flops,
-        skipped=skipped,
-    )
-
-
 def rows(device: torch.device, seconds: float, cases: tuple[Case, ...] = TIMED) -> Iterator[Kernel]:
     """The rows of every case, as they are measured, in about `seconds`; the first shape of every case comes first.
 
@@ -273,19 +239,36 @@ def rows(device: torch.device, seconds: float, cases: tuple[Case, ...] = TIMED) 
     with WRONG; the caller ends with a failure then.
     """
     dtype = resolve_dtype("auto", device)
-    every = [(i, case, shape) for case in cases for i, shape in enumerate(shapes(case, device))]
-    every.sort(key=lambda turn: turn[0])  # stable
+    turns = [(i, case, shape) for case in cases for i, shape in enumerate(shapes(case, device))]
+    turns.sort(key=lambda turn: turn[0])  # stable
     budget = Budget(seconds)
-    for done, (_, case, shape) in enumerate(every):
-        if not budget.fits(budget.expected(CASE)):
-            for direction in directions(case):
-                for entrant in entrants(case, device):
-                    yield row(case, shape, dtype, direction, entrant.name, skipped=NO_TIME)
-            continue
-        of_case = budget.part(budget.left / (len(every) - done))
-        with budget.task(CASE):
-            contest = Contest(case, shape, dtype, device)
+    for done, (_, case, shape) in enumerate(turns):
+        contest, of_case = None, budget.part(budget.left / (len(turns) - done))
+        if budget.fits(CASE):
+            with budget.task(CASE):
+                contest = Contest(case, shape, dtype, device)
         for nth, direction in enumerate(directions(case)):
-            share = of_case.left / (len(directions(case)) - nth)
-            yield from contest.measure(direction, max(share, LEAST_SECONDS), budget=budget)
-        del contest  # its memory, before the next one's
+            if contest is None:
+                every = entrants(case, device)
+                yield from _rows(case, shape, dtype, direction, every, {}, {one.name: NO_TIME for one in every})
+            else:
+                share = of_case.left / (len(directions(case)) - nth)
+                yield from contest.measure(direction, max(share, LEAST_SECONDS), budget=budget)
+
+
+def _rows(
+    case: Case,
+    shape: Shape,
+    dtype: torch.dtype,
+    direction: str,
+    entrants: list[Entrant],
+    samples: Mapping[str, list[float]],
+    skipped: Mapping[str, str],
+) -> list[Kernel]:
+    """By entrants' names: their samples, or why there are none."""
+    work = work_of(case, shape, dtype, direction)
+    what = case.name, list(shape), str(dtype).removeprefix("torch."), direction
+    return [
+        Kernel(*what, name, samples.get(name, []), *work, skipped.get(name, ""))
+        for name in (entrant.name for entrant in entrants)
+    ]

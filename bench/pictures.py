@@ -3,7 +3,6 @@
 The first half draws, the second half says what each picture shows.
 """
 
-import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.digest import Estimate, KernelRow, Run, StepRow, Workload
+from bench.digest import ATTAINED, Estimate, KernelRow, Run, StepRow, Steps, slug
 from bench.tables import number, rate
 from train.plot import LIGHT, new_figure, printable
 
@@ -91,11 +90,6 @@ class Picture:
             )
             figure.text(edge / wide, edge / high, "\n".join(caption), size=12, va="bottom", **_type("quiet"))
         return figure
-
-
-def slug(text: str) -> str:
-    """The text as a file's name: a results file may call things what it likes."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
 @cache
@@ -232,50 +226,54 @@ class _Sheet:
 # What they show
 
 
-def mfu(name: str, found: Sequence[tuple[str, Run, Workload]], guesses: Sequence[Estimate]) -> Picture:
+def mfu(name: str, found: Sequence[Steps], guesses: Sequence[Estimate]) -> Picture:
     """MFU of every step that is more than a rung, on every device that ran the workload; then the estimates."""
     groups = []
-    for label, _, workload in found:
-        floor = workload.floor_mfu()
-        bars = [_bar(row, row.mfu(), 100, lambda value: f"{value:.1f} %") for row in workload.compared]
-        groups.append(Group(label, bars, floor and 100 * floor, f"floor {100 * (floor or 0):.1f} %, computed"))
+    for steps in found:
+        floor = 100 * steps.rows[0].mfu(seconds=steps.floor) if steps.floor else None
+        bars = [_bar(row, row.mfu(), 100, lambda value: f"{value:.1f} %") for row in steps.compared]
+        groups.append(Group(steps.run.label, bars, floor, f"floor {floor or 0:.1f} %, computed"))
     caption = "nanoGPT's MFU: (6N + 12LHQT) FLOPs a token over the device's dense peak. "
     if any(group.floor and group.floor > 100 for group in groups):
         caption += "It counts attention whole, but a step computes half of it. So the floor can pass 100 %. "
     caption += f"From {sources(found)}. " if found else "No results file measured this workload. "
-    if guesses:
-        shares = [(one.device, 100 * one.mfu(one.attainable)) for one in guesses]
-        bars = [Line(device, f"{share:.1f} %, estimate", share, estimate=True) for device, share in shares]
+    if shares := {one.device: 100 * one.mfu(ATTAINED) for one in guesses if one.workload.name == name}:
+        bars = [Line(device, f"{share:.1f} %, estimate", share, estimate=True) for device, share in shares.items()]
         groups.append(Group("Not measured: attainable by the roofline, an estimate", bars))
         caption += "Hatched bars are roofline estimates; nobody measured them."
     return Picture(slug(f"mfu-{name}"), f"MFU, {name}", caption.strip(), groups, unit="%")
 
 
-def time(name: str, found: Sequence[tuple[str, Run, Workload]]) -> Picture:
+def time(found: Sequence[Steps]) -> Picture:
     """ms/iter of every variant, rungs too, each device on its own scale."""
     groups = []
-    for label, _, workload in found:
-        bars = [_bar(row, row.seconds, 1e3, _milliseconds, whiskers=True) for row in workload.rows]
-        floor = workload.floor and 1e3 * workload.floor
-        groups.append(Group(label, bars, floor, f"floor {_milliseconds(floor or 0)}, computed"))
+    for steps in found:
+        bars = [_bar(row, row.seconds, 1e3, _milliseconds, whiskers=True) for row in steps.rows]
+        floor = steps.floor and 1e3 * steps.floor
+        groups.append(Group(steps.run.label, bars, floor, f"floor {_milliseconds(floor or 0)}, computed"))
     caption = "Medians; whiskers from the 10th to the 90th percentile; each device has a scale of its own. "
+    name = found[0].name
     return Picture(slug(f"time-{name}"), f"Time an iteration, {name}", f"{caption}From {sources(found)}.", groups)
 
 
-def memory(name: str, found: Sequence[tuple[str, Run, Workload]]) -> Picture | None:
+def memory(found: Sequence[Steps]) -> Picture | None:
     """Peak memory of the steps that compare. None where no device told it."""
-    told = [entry for entry in found if any(row.step.peak_memory and row.seconds for row in entry[2].compared)]
+    told = [steps for steps in found if any(row.step.peak_memory and row.seconds for row in steps.compared)]
     groups = []
-    for label, _, workload in told:
-        rows = [row for row in workload.compared if row.step.peak_memory is not None or not row.seconds]
-        groups.append(Group(label, [_bar(r, r.step.peak_memory, 1e-9, lambda value: f"{value:.2f} GB") for r in rows]))
-    caption = f"Of the device, during the step, beyond what was held before it. From {sources(told)}."
+    for steps in told:
+        rows = [row for row in steps.compared if row.step.peak_memory is not None or not row.seconds]
+        bars = [_bar(row, row.step.peak_memory, 1e-9, lambda value: f"{value:.2f} GB") for row in rows]
+        groups.append(Group(steps.run.label, bars))
+    caption, name = (
+        f"Of the device, during the step, beyond what was held before it. From {sources(told)}.",
+        found[0].name,
+    )
     return Picture(slug(f"memory-{name}"), f"Peak memory, {name}", caption, groups) if told else None
 
 
-def waterfall(label: str, run: Run, workload: Workload, suffix: str) -> Picture | None:
+def waterfall(steps: Steps) -> Picture | None:
     """From the reference's step to ours, rung by rung. None where there are not two steps to stand between."""
-    ladder, bars, last = workload.ladder, [], None
+    ladder, bars, last = steps.ladder, [], None
     if sum(row.seconds is not None for row in ladder) < 2:
         return None
     for i, row in enumerate(ladder):
@@ -291,15 +289,15 @@ def waterfall(label: str, run: Run, workload: Workload, suffix: str) -> Picture 
             total = row.step.variant if last is None else f"{row.step.variant}, in all"
             bars.append(Line(total, _milliseconds(now), now, role="ours" if row.ours else "reference"))
         last = now
-    title = f"From the reference's step to ours, {workload.name} on {label}"
+    title = f"From the reference's step to ours, {steps.name} on {steps.run.label}"
     caption = "Each bar is what one change, on top of those above it, takes off or adds to the median. "
-    name = slug(f"waterfall-{workload.name}-{suffix}")
-    return Picture(name, title, f"{caption}From {run.source}.", [Group("", bars)], joined=True)
+    name = slug(f"waterfall-{steps.name}-{steps.run.suffix}")
+    return Picture(name, title, f"{caption}From {steps.run.source}.", [Group("", bars)], joined=True)
 
 
-def kernels(label: str, run: Run, suffix: str) -> Picture | None:
+def kernels(run: Run) -> Picture | None:
     """Share of the ceiling, a line for each case and a dot for each variant. None where there is no share."""
-    rows = [row for row in run.kernels if row.bound and row.bound.share]
+    rows = [row for row in run.kernels if row.share]
     cases: dict[str, dict[str, list[KernelRow]]] = {}
     for row in rows:
         line = f"{row.shape} {row.kernel.direction}, {row.kernel.dtype}"
@@ -311,15 +309,15 @@ def kernels(label: str, run: Run, suffix: str) -> Picture | None:
     marks = {v: {**MARKS, **others}[v] for v in sorted(variants, key=lambda v: known.get(v, 2))}
     caption = "Of the copy bandwidth, or of the matmul rate where that comes first, measured in the same run. "
     caption += f"The figure at the end of a line is fused's; without one, the fastest's. From {run.source}."
-    title, name = f"Kernels, share of the measured ceiling, {label}", slug(f"kernels-{suffix}")
+    title, name = f"Kernels, share of the measured ceiling, {run.label}", f"kernels-{run.suffix}"
     return Picture(name, title, caption, groups, unit="%", least=100.0, marks=marks) if rows else None
 
 
 def _dotted(name: str, line: list[KernelRow]) -> Line:
     fused = [row for row in line if row.kernel.variant == "fused"]
     head = fused[0] if fused else min(line, key=lambda row: row.seconds)
-    words = f"{100 * head.bound.share:.1f} %, {rate(head.bound)}"
-    values = {row.kernel.variant: 100 * row.bound.share for row in line}
+    words = f"{100 * head.share:.1f} %, {rate(head)}"
+    values = {row.kernel.variant: 100 * row.share for row in line}
     return Line(name, words if fused else f"{head.kernel.variant} {words}", dots=values)
 
 
@@ -329,8 +327,6 @@ def _bar(
     """A step's bar, of `value` times `unit`; `words` says it."""
     if row.seconds is None:
         return Line(row.step.variant, row.missing)
-    if value is None:
-        return Line(row.step.variant, "no MFU: the file names no peak")
     role = "reference" if not row.ours else "ours" if row.step.compares else "rung"
     ends = (unit * row.quantile(0.1), unit * row.quantile(0.9)) if whiskers else None
     return Line(row.step.variant, words(unit * value), unit * value, whisker=ends, role=role)
@@ -340,5 +336,5 @@ def _milliseconds(value: float) -> str:
     return f"{number(value)} ms"
 
 
-def sources(found: Sequence[tuple[str, Run, Workload]]) -> str:
-    return "; ".join(dict.fromkeys(run.source for _, run, _ in found))
+def sources(found: Sequence[Steps]) -> str:
+    return "; ".join(dict.fromkeys(steps.run.source for steps in found))

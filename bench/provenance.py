@@ -1,5 +1,7 @@
-"""Where a number comes from: the device, the software, the commit, the clocks."""
+"""Where a number comes from: the device, the software, the commit, the clocks, and what the device did at best."""
 
+import dataclasses
+import os
 import platform
 import subprocess
 import sys
@@ -7,14 +9,56 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 
-from bench.schema import Clocks, Commit, Device, Software
-from train.hardware import device_name
+from bench.results import Ceiling, Clocks, Commit, Device, Peak, Results, Software
+from train.hardware import device_name, lookup, measure_bandwidth, measure_flops, peak_flops
 
 
-def device(where: torch.device) -> Device:
+def started(where: torch.device, dtype: torch.dtype, command: str) -> Results:
+    """Results without any measurement but the peak, where no data sheet names it."""
+    return Results(
+        device=_device(where),
+        software=_software(),
+        commit=_commit(),
+        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        command=command,
+        peak=Peak(**dataclasses.asdict(peak_flops(where, dtype))),
+        clocks_before=clocks(where),
+    )
+
+
+def with_ceilings(results: Results, where: torch.device, dtype: torch.dtype, seconds: float) -> Results:
+    """The results with the device's ceilings, measured in about so many seconds."""
+    each = max(0.1, min(0.5, seconds / 6))
+    matmuls = [measure_flops(where, dtype, each) for _ in range(3)]
+    copies = [measure_bandwidth(where, each) for _ in range(3)]
+    name = str(dtype).removeprefix("torch.")
+    peak = results.peak
+    if lookup(results.device.name) is None:  # its peak is a measured one too: the best matmul that was seen
+        peak = replace(peak, flops=max(peak.flops, *matmuls))
+    return replace(results, peak=peak, ceilings=[Ceiling("matmul", name, matmuls), Ceiling("copy", "float32", copies)])
+
+
+def clocks(where: torch.device) -> Clocks | None:
+    """A CUDA device's clocks and power now; None for other devices."""
     if where.type != "cuda":
-        return Device(device_name(where), where.type, memory=_host_memory(), threads=torch.get_num_threads())
+        return None
+    fields = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.active")
+    *numbers, throttle = (_smi(field, where) for field in fields)
+    return Clocks(*(_number(text) for text in numbers), throttle)
+
+
+def command(module: str, hidden: tuple[str, ...] = ()) -> str:
+    """This process's command line; folders of the user's, named by the settings `hidden`, are left out."""
+    shown = [a for a in sys.argv[1:] if a.partition("=")[0].lstrip("-") not in hidden]
+    return " ".join([f"python -m {module}", *shown])
+
+
+def _device(where: torch.device) -> Device:
+    if where.type != "cuda":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Device(device_name(where), where.type, memory=memory, threads=torch.get_num_threads())
     properties = torch.cuda.get_device_properties(where)
     return Device(
         device_name(where),
@@ -27,64 +71,35 @@ def device(where: torch.device) -> Device:
     )
 
 
-def software() -> Software:
+def _software() -> Software:
     try:
-        import triton
+        from triton import __version__ as triton
     except ImportError:
         triton = None
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
-    return Software(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        triton=triton and triton.__version__,
-        cuda=torch.version.cuda,
-        cudnn=cudnn and str(cudnn),
-    )
+    versions = platform.python_version(), str(torch.__version__), triton, torch.version.cuda  # torch's is a class
+    return Software(*versions, cudnn and str(cudnn))
 
 
-def commit() -> Commit:
+def _commit() -> Commit:
     """The commit of this file's checkout, and whether the tree is as committed."""
-    root = Path(__file__).parents[1]
+    root = str(Path(__file__).parents[1])
     try:
-        name = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
-        return Commit(name, clean=not _output("git", "-C", str(root), "status", "--porcelain"))
+        name = _output("git", "-C", root, "rev-parse", "--short=12", "HEAD")
+        return Commit(name, clean=not _output("git", "-C", root, "status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
         return Commit("unknown", clean=False)
 
 
-def clocks(where: torch.device) -> Clocks | None:
-    """A CUDA device's clocks and power now; None for other devices."""
-    if where.type != "cuda":
-        return None
-    fields = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
-    numbers = [_number(_smi(field, where)) for field in fields]
-    return Clocks(*numbers, throttle=_smi("clocks_event_reasons.active", where))
-
-
-def now() -> str:
-    """The date and time, UTC, to the second."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def command(module: str, hidden: tuple[str, ...] = ()) -> str:
-    """This process's command line; folders of the user's, named by the settings `hidden`, are left out."""
-    shown = [a for a in sys.argv[1:] if a.partition("=")[0].lstrip("-") not in hidden]
-    return " ".join([f"python -m {module}", *shown])
-
-
 def _smi(field: str, where: torch.device) -> str | None:
     """What nvidia-smi says of the device; None where it is not there, or does not know the field."""
-    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "-i", _bus(where)]
+    # by its UUID: CUDA_VISIBLE_DEVICES renumbers what torch sees
+    bus = f"GPU-{torch.cuda.get_device_properties(where).uuid}"
     try:
-        answer = _output(*query)
+        answer = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "-i", bus)
     except (OSError, subprocess.SubprocessError):
         return None
     return None if not answer or "not" in answer.lower() else answer
-
-
-def _bus(where: torch.device) -> str:
-    """The device as nvidia-smi knows it: CUDA_VISIBLE_DEVICES renumbers what torch sees."""
-    return f"GPU-{torch.cuda.get_device_properties(where).uuid}"
 
 
 def _number(text: str | None) -> float | None:
@@ -92,14 +107,6 @@ def _number(text: str | None) -> float | None:
         return None if text is None else float(text)
     except ValueError:
         return None
-
-
-def _host_memory() -> int | None:
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    total = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemTotal:"))
-    return int(total.split()[1]) * 1024
 
 
 def _output(*command: str) -> str:

@@ -24,24 +24,26 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
 
-from bench import schema
-from bench.schema import Results, Step, median
-from bench.tables import aligned, short_name
+from bench import results
+from bench.digest import short_name
+from bench.results import Results, Step
+from bench.tables import aligned
 from bench.workloads import WORKLOADS
 from model import GPT, GPTConfig, Precision
 from model.flops import flops_per_token, num_params
 from model.work import floor, step_work
-from train import errors
+from train import dryrun, errors
 from train.distributed import Reducer, World
 from train.errors import UserError
 from train.flat import FlatState
 from train.hardware import CARDS, DTYPES, lookup
 from train.metrics import mfu
-from train.settings import check_values, help_text, parse_settings, setting, shown
+from train.settings import command_line, setting, shown
 
 Rates = tuple[float, float]  # FLOP/s of one device in the compute dtype, bytes/s of its memory
 Traffic = tuple[list[int], int, int]  # bytes of each exchange of gradients; parameters of a block, outside the blocks
@@ -50,17 +52,6 @@ FORWARD, BACKWARD = 1 / 3, 2 / 3  # of a micro-step: matmuls, most of it, are do
 FLOAT32 = 4  # bytes
 NETWORK, CALL = 14.0, 8.4  # microseconds of a hop between nodes, and of any exchange before its first hop
 NCCL = "NCCL's own model, src/graph/tuning.cc"
-
-
-def step_bytes(job: "Job", *, several: bool, shards: int) -> int:
-    """What a device holds in a step with the fused kernels. several: gradients of micro-steps or ranks are summed;
-    shards: ranks that share the state."""
-    from kernels import FUSED
-    from train import dryrun
-
-    dtype = torch.float32 if job.compute == FLOAT32 else torch.bfloat16
-    sizes = {"accumulation": job.accumulation, "several": several, "dtype": dtype, "shards": shards}
-    return dryrun.dry_run(dryrun.Job(job.config, job.batch_size, FUSED, **sizes)).total
 
 
 @dataclass(frozen=True)
@@ -90,24 +81,56 @@ class Job:
     accumulation: int = 1  # micro-steps
     compute: int = 2  # bytes of an element of the compute dtype
 
+    @property
+    def tokens(self) -> int:
+        return self.accumulation * self.batch_size * self.config.block_size
+
+    def floors(self, rates: Rates, *, several: bool) -> tuple[float, float]:
+        """Least seconds of a micro-step and of the update. several: gradients of micro-steps or ranks are summed."""
+        sizes = {"compute": self.compute, "gradients": FLOAT32 if several else self.compute, "fused_gelu": True}
+        work = step_work(self.config, self.batch_size, accumulation=2, **sizes)
+        seconds = {name: floor(part, *rates) for name, part in work.items()}
+        update, sums = seconds.pop("optimizer") + seconds.pop("clearing"), seconds.pop("accumulation")
+        added = several and self.compute < FLOAT32  # float32's are summed where autograd writes them, as it does anyway
+        return sum(seconds.values()) / 2 + added * sums, update
+
+    def slowness(self, seconds: float, rates: Rates) -> float:
+        """How many times its floor a measured step of one device took."""
+        micro, update = self.floors(rates, several=self.accumulation > 1)
+        return seconds / (self.accumulation * micro + update)
+
+    def share_out(self, tokens: int, devices: int) -> "Job":
+        """With each device's share of an iteration of `tokens`, in micro-steps of one size and at most this batch size.
+
+        Shares are rounded up to whole sequences: the iteration can be larger than asked.
+        """
+        sequences = math.ceil(tokens / (devices * self.config.block_size))
+        accumulation = math.ceil(sequences / self.batch_size)
+        return replace(self, batch_size=math.ceil(sequences / accumulation), accumulation=accumulation)
+
+    def held(self, devices: int, *, shard: bool) -> int:
+        """Bytes on each device, with the fused kernels."""
+        from kernels import FUSED  # it needs Triton
+
+        dtype = torch.float32 if self.compute == FLOAT32 else torch.bfloat16
+        options = {"several": devices * self.accumulation > 1, "dtype": dtype, "shards": devices if shard else 1}
+        job = dryrun.Job(self.config, self.batch_size, FUSED, accumulation=self.accumulation, **options)
+        return dryrun.dry_run(job).total
+
 
 @dataclass(frozen=True)
 class Predicted:
-    """A step of several devices, in seconds."""
+    """A step of several devices, in seconds. exposed: of the communication, what nothing hides."""
 
     devices: int
     job: Job
     computing: float
     communication: float
-    exposed: float  # of the communication: what nothing hides
+    exposed: float
 
     @property
     def seconds(self) -> float:
         return self.computing + self.exposed
-
-    @property
-    def tokens(self) -> int:  # an iteration's, of all devices
-        return self.devices * self.job.accumulation * self.job.batch_size * self.job.config.block_size
 
 
 @dataclass(frozen=True)
@@ -141,22 +164,6 @@ class Fabric:
         return inside, ring, 2 * part / self.between + 2 * (n - 1).bit_length() * self.hop_between
 
 
-def floors(job: Job, rates: Rates, *, several: bool) -> tuple[float, float]:
-    """The least seconds of a micro-step and of the update. several: gradients of micro-steps or ranks are summed."""
-    sizes = {"compute": job.compute, "gradients": FLOAT32 if several else job.compute, "fused_gelu": True}
-    work = step_work(job.config, job.batch_size, accumulation=2, **sizes)
-    seconds = {name: floor(part, *rates) for name, part in work.items()}
-    update, sums = seconds.pop("optimizer") + seconds.pop("clearing"), seconds.pop("accumulation")
-    added = several and job.compute < FLOAT32  # float32's are summed where autograd writes them, as it does anyway
-    return sum(seconds.values()) / 2 + added * sums, update
-
-
-def slowness(seconds: float, job: Job, rates: Rates) -> float:
-    """How many times its floor a measured step of one device took."""
-    micro, update = floors(job, rates, several=job.accumulation > 1)
-    return seconds / (job.accumulation * micro + update)
-
-
 def traffic(job: Job) -> Traffic:
     """As `train/distributed.py` cuts the flat gradients of such a model. The first exchange's are complete last."""
     with torch.device("meta"):
@@ -171,7 +178,7 @@ def predict(
     job: Job, rates: Rates, slow: float, sent: Traffic, fabric: Fabric, devices: int, *, overlap: bool, shard: bool
 ) -> Predicted:
     """A step of `devices` devices, each of which does `job`."""
-    micro, update = (slow * part for part in floors(job, rates, several=devices * job.accumulation > 1))
+    micro, update = (slow * part for part in job.floors(rates, several=devices * job.accumulation > 1))
     # (communication, computing that hides it, what cannot be hidden of it), once or in each micro-step
     if shard and devices > 1:
         block, rest = (fabric.gather(job.compute * count, devices) for count in sent[1:])
@@ -187,14 +194,6 @@ def predict(
     exposed = times * sum(max(alone, taken - window) for taken, window, alone in exchanges)
     computing = job.accumulation * micro + update
     return Predicted(devices, job, computing, communication, exposed if overlap else communication)
-
-
-def share_out(job: Job, tokens: int, devices: int) -> Job:
-    """`job` with each device's share of an iteration of `tokens`, in micro-steps of one size and at most its batch
-    size. Shares are rounded up to whole sequences: the iteration can be larger than asked."""
-    sequences = math.ceil(tokens / (devices * job.config.block_size))
-    accumulation = math.ceil(sequences / job.batch_size)
-    return replace(job, batch_size=math.ceil(sequences / accumulation), accumulation=accumulation)
 
 
 @dataclass(frozen=True)
@@ -221,13 +220,13 @@ def counts(text: str, node: int) -> list[int]:
     return sorted(set(found))
 
 
-def rates_of(config: ScaleConfig, results: Results | None) -> tuple[str, Rates, float, list[str]]:
+def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, float, list[str]]:
     """(device's name, its rates, its peak, what is said of them), by what the file measured, else by data sheets."""
     card = CARDS.get(config.device.lower())
-    name = results.device.name if results else card.name if card else config.device
+    name = found.device.name if found else card.name if card else config.device
     row = lookup(name)
-    matmul, copy = (results.ceiling(what) if results else None for what in ("matmul", "copy"))
-    if row is None and results is None:
+    matmul, copy = (found.ceiling(what) if found else None for what in ("matmul", "copy"))
+    if row is None and found is None:
         raise UserError(f"device: got {shown(config.device)}, expected one that train/hardware.py knows")
     if row is None and not (matmul and copy):
         raise UserError(f"results: {config.results}: it has no ceilings, and no data sheet of {name} is known")
@@ -240,10 +239,10 @@ def rates_of(config: ScaleConfig, results: Results | None) -> tuple[str, Rates, 
     if copy:
         said[1] = f"measured    {copy / 1e9:.4g} GB/s of a large copy"
     rates = matmul or row.bf16 * 1e12, copy or row.bandwidth * 1e9
-    if results and results.peak:
-        said.append(f"MFU         of {results.peak.flops / 1e12:.4g} TFLOP/s: {results.peak.source}")
-        return name, rates, results.peak.flops, said
-    return name, rates, row.bf16 * 1e12 if row else rates[0], said
+    if found is None:
+        return name, rates, rates[0], said
+    said.append(f"MFU         of {found.peak.flops / 1e12:.4g} TFLOP/s: {found.peak.source}")
+    return name, rates, found.peak.flops, said
 
 
 def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
@@ -266,21 +265,20 @@ def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
     return Fabric(config.node, *rates, hop / 1e6, NETWORK / 1e6, CALL / 1e6), said
 
 
-def base_of(name: str, config: ScaleConfig, results: Results | None, rates: Rates) -> Base:
+def base_of(name: str, config: ScaleConfig, found: Results | None, rates: Rates) -> Base:
     """The fastest of our steps of that model in the file; else its floor."""
     workload = WORKLOADS[name]
-    batch_size = config.batch_size or workload.batch_size
-    rows = [row for row in results.steps if row.seconds and _fits(row, name, config)] if results else []
+    rows = [row for row in found.steps if row.seconds and _fits(row, name, config)] if found else []
     if not rows:
         said = f"ESTIMATE    {name}: the roofline floor, faster than any device will be"
+        batch_size = config.batch_size or workload.batch_size
         return Base(Job(workload.config, batch_size), {batch_size: 1.0}, False, said, measured=False)
-    rows.sort(key=lambda row: row.tokens / median(row.seconds))  # the last one of each batch is the fastest
-    jobs = {}
-    for row in rows:
-        sizes = row.shape["batch_size"], row.shape.get("accumulation", 1), DTYPES[row.dtype].itemsize
-        jobs[sizes[0]] = row, Job(workload.config, *sizes)
-    slow = {batch: slowness(median(row.seconds), job, rates) for batch, (row, job) in sorted(jobs.items())}
-    row, job = jobs[rows[-1].shape["batch_size"]]
+    slow = {}
+    for row in sorted(rows, key=lambda row: row.tokens / median(row.seconds)):  # the last of each batch is the fastest
+        sizes = row.shape.batch_size, row.shape.accumulation, DTYPES[row.dtype].itemsize
+        job = Job(workload.config, *sizes)
+        slow[job.batch_size] = job.slowness(median(row.seconds), rates)
+    slow = dict(sorted(slow.items()))
     said = (
         f"measured    {name}: {1e3 * median(row.seconds):.2f} ms for {row.tokens:,} tokens, {row.variant}, {row.dtype}"
         f", median of {len(row.seconds)}\n            times its floor, by batch: "
@@ -292,8 +290,7 @@ def base_of(name: str, config: ScaleConfig, results: Results | None, rates: Rate
 
 def _fits(row: Step, name: str, config: ScaleConfig) -> bool:
     """Whether it is a step of ours, of that model, that could be shared out."""
-    shape = {key: size for key, size in WORKLOADS[name].shape.items() if key not in ("batch_size", "accumulation")}
-    same = row.shape.items() >= shape.items() and "batch_size" in row.shape
+    same = row.shape.config == replace(WORKLOADS[name].config, dropout=0.0)
     return same and row.variant.startswith("ours") and not (config.shard and "graphed" in row.variant)
 
 
@@ -303,13 +300,12 @@ def report(config: ScaleConfig) -> str:
     if unknown := [name for name in names if name not in WORKLOADS]:
         raise UserError(f"sizes: got {shown(unknown[0])}, expected some of: {', '.join(WORKLOADS)}")
     try:
-        results = schema.read(Path(config.results)) if config.results else None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"results: {config.results}: {reason}") from error
-    device, rates, peak, said = rates_of(config, results)
+        found = results.read(Path(config.results)) if config.results else None
+    except ValueError as error:
+        raise UserError(f"results: {error}") from error
+    device, rates, peak, said = rates_of(config, found)
     fabric, links = fabric_of(config, device)
-    bases = {name: base_of(name, config, results, rates) for name in names}
+    bases = {name: base_of(name, config, found, rates) for name in names}
     overlaps = {name: base.overlaps or config.shard for name, base in bases.items()}
     if config.overlap != "auto":
         overlaps = dict.fromkeys(names, config.overlap == "yes")
@@ -320,7 +316,7 @@ def report(config: ScaleConfig) -> str:
         sent, predicted = traffic(base.job), []
         for count in devices:
             weak = replace(base.job, accumulation=config.accumulation)
-            job = weak if config.scaling == "weak" else share_out(base.job, config.tokens, count)
+            job = weak if config.scaling == "weak" else base.job.share_out(config.tokens, count)
             slow = float(np.interp(job.batch_size, list(base.slow), list(base.slow.values())))
             each = predict(job, rates, slow, sent, fabric, count, overlap=overlaps[name], shard=config.shard)
             predicted.append(each)
@@ -358,33 +354,26 @@ def table(predicted: list[Predicted], peak: float, *, shard: bool) -> str:
     """Efficiency is tokens/s a device, relative to the first row's."""
     head = ["devices", "batch", "tokens/iter", "ms/iter", "comm ms", "exposed", "tokens/s", "MFU", "MFU 6N", "effic."]
     rows = [[*head, "GB each"]]
-    first = predicted[0].tokens / predicted[0].seconds / predicted[0].devices
     for each in predicted:
-        job, rate = each.job, each.tokens / each.seconds
-        flops = [flops_per_token(job.config, formula) * each.tokens for formula in ("nanogpt", "6n")]
-        held = step_bytes(job, several=each.devices * job.accumulation > 1, shards=each.devices if shard else 1)
+        job, rate = each.job, each.job.tokens / each.seconds  # of one device
+        mfus = [mfu(flops_per_token(job.config, form) * job.tokens, each.seconds, peak) for form in ("nanogpt", "6n")]
         rows.append(
             [
                 f"{each.devices:,}",
                 f"{job.accumulation} x {job.batch_size}",
-                f"{each.tokens:,}",
+                f"{each.devices * job.tokens:,}",
                 *(f"{1e3 * seconds:.2f}" for seconds in (each.seconds, each.communication, each.exposed)),
-                f"{rate:,.0f}",
-                *(f"{mfu(count, each.seconds, each.devices * peak):.1%}" for count in flops),
-                f"{rate / each.devices / first:.1%}",
-                f"{held / 1e9:.1f}",
+                f"{each.devices * rate:,.0f}",
+                *(f"{share:.1%}" for share in mfus),
+                f"{rate / (predicted[0].job.tokens / predicted[0].seconds):.1%}",
+                f"{job.held(each.devices, shard=shard) / 1e9:.1f}",
             ]
         )
     return aligned(rows)
 
 
 def main() -> int:
-    parsed = parse_settings(ScaleConfig, sys.argv[1:])
-    if parsed.help:
-        print(help_text(ScaleConfig, "python -m bench.scale", ABOUT))
-        return 0
-    config = ScaleConfig(**parsed.settings)
-    check_values(config)
+    config, _ = command_line(ScaleConfig, sys.argv[1:], "python -m bench.scale", ABOUT)
     print(report(config))
     return 0
 

@@ -10,17 +10,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
+from msgspec import structs
 
-from bench import schema
-from bench.budget import NO_TIME, Budget
-from bench.compiling import compilations, compiling
+from bench import results
 from bench.groups import Footprint, footprint, free, groups
+from bench.results import WRONG
+from bench.timing import NO_TIME, RECOMPILED, Budget, compilations, compiling
 from bench.variants import Setting, Step, Variant
 from bench.workloads import Workload, make_corpus
 from model import GPT
@@ -39,27 +41,29 @@ Turn = tuple[list[float], list[float]]  # seconds of its iterations, and what of
 
 @dataclass
 class Timed:
-    """A variant under measurement: its step and what was found so far; or why it is not measured."""
+    """A variant under measurement: what was found so far, and its step; None before it is built and once it is given
+    up."""
 
     variant: Variant
+    row: results.Step
     step: Step | None = None
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    turn: int = 1  # how many iterations of a turn are counted
     pace: float = 0.0  # seconds of an iteration, about
-    first_round: int = 0
-    host_seconds: list[float] = field(default_factory=list)
-    peak_memory: int | None = None
-    skipped: str = ""
+
+    def set(self, **found: object) -> None:
+        self.row = structs.replace(self.row, **found)
+
+    def give_up(self, reason: str) -> None:
+        self.step = None
+        self.set(seconds=[], host_seconds=[], skipped=reason)
 
     @property
     def lead(self) -> int:
         """Iterations of a turn that are not counted: the caches are another's, a GPU's queue is empty."""
-        return int(self.turn > 1)
+        return int(self.row.turn > 1)
 
     @property
     def turn_seconds(self) -> float:
-        return (self.lead + self.turn) * self.pace
+        return (self.lead + self.row.turn) * self.pace
 
 
 @compiling()
@@ -72,10 +76,10 @@ def measure(
     seconds: float,
     budget: Budget | None = None,
     tell: Callable[[str], None] = lambda text: None,
-    into: list[schema.Step] | None = None,
+    into: list[results.Step] | None = None,
     footprint: Callable[[Variant, Setting], Footprint] = footprint,
     room: int | None = None,
-) -> list[schema.Step]:
+) -> list[results.Step]:
     """Rows of all variants, in their order; about `seconds` of samples, after building and checking.
 
     budget: for all of it, building, compiling and checking included. What does not fit into it is left out, rungs
@@ -87,7 +91,7 @@ def measure(
     torch.compiler.reset()  # what was compiled for other shapes would be asked first, at every call
     torch.manual_seed(0)
     setting = Setting(workload, GPT(workload.config).state_dict(), device, dtype)
-    timed = [Timed(variant) for variant in variants]
+    timed = [Timed(variant, _row(variant, workload, dtype)) for variant in variants]
     budget = budget or Budget()
     with _loader(workload, device) as loader:
         expected, rows = None, [] if into is None else into
@@ -98,7 +102,7 @@ def measure(
                 share = len(group) / sum(map(len, plan[n:]))
                 of_group = budget.part(share * budget.left)
                 for each in sorted(members, key=lambda each: not each.variant.compares):
-                    if each.step is None and not each.skipped:
+                    if each.step is None and not each.row.skipped:
                         tell(f"{workload.name}: {each.variant.name}")
                         turns = [ready.turn_seconds for ready in members if ready.step]
                         least = LEAST * (sum(turns) + max(turns, default=0.0))  # of those before, and of this one
@@ -109,7 +113,7 @@ def measure(
                     if not any(each.variant in later for later in plan[n + 1 :]):
                         each.step = None  # and its memory
         finally:
-            rows += [_row(each, workload, dtype) for each in timed if each.seconds or each.skipped]
+            rows += [each.row for each in timed if each.row.seconds or each.row.skipped]
     return rows
 
 
@@ -127,11 +131,11 @@ def _prepare(
     first = "compiled" if each.variant.compiled else "eager"
     second = first if setting.workload.config.dropout else "eager"  # compiled it is already, without dropout
     try:
-        if not budget.fits(budget.expected(first) + budget.expected(second) + after):
+        if not budget.fits(first, second, more=after):
             raise TimeoutError(NO_TIME)
         with budget.task(first):
-            each.losses = _first_losses(each.variant, setting, loader)
-        if not budget.fits(budget.expected(second) + after):
+            each.set(losses=_first_losses(each.variant, setting, loader))
+        if not budget.fits(second, more=after):
             raise TimeoutError(NO_TIME)
         with budget.task(second):
             step = each.variant.build(setting)
@@ -139,21 +143,21 @@ def _prepare(
                 step(loader.train(i))
             synchronize(device)
     except Exception as error:  # of torch, a compiler, a driver, memory that runs out: the others go on without it
-        _give_up(each, first_line(error))
+        each.give_up(first_line(error))
         return []
     if device.type == "cuda":
-        each.peak_memory = torch.cuda.max_memory_allocated(device) - before
+        each.set(peak_memory=torch.cuda.max_memory_allocated(device) - before)
     tolerance = AGREE[torch.float32 if each.variant.float32 else setting.dtype]
-    if expected:
-        worst = max(abs(a - b) / abs(b) for a, b in zip(each.losses, expected, strict=True))
-        if not worst < tolerance:
-            _give_up(each, f"{schema.WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most")
-            return []
+    losses = np.array([each.row.losses, expected or each.row.losses])
+    worst = np.max(np.abs(losses[0] - losses[1]) / np.abs(losses[1]))  # NaN where one of them is
+    if not worst < tolerance:
+        each.give_up(f"{WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most")
+        return []
     each.step = step
     if found := _take(each, loader, 0, 2, device):
         each.pace = found[0][-1]
-        each.turn = max(1, min(50, round(TURN / each.pace)))
-    return each.losses
+        each.set(turn=max(1, min(50, round(TURN / each.pace))))
+    return each.row.losses
 
 
 def _first_losses(variant: Variant, setting: Setting, loader: Loader) -> list[float]:
@@ -174,16 +178,15 @@ def _sample(
         if (rounds >= LEAST and begin >= deadline) or budget.left < expected:
             break
         for each in ready:
-            if not each.seconds:
-                each.first_round = first_round + rounds
-            if found := _take(each, loader, rounds * each.turn, each.lead + each.turn, device):
-                taken, host = found
-                each.seconds += taken[each.lead :]
-                each.host_seconds += host[each.lead :]
+            if not each.row.seconds:
+                each.set(first_round=first_round + rounds)
+            if found := _take(each, loader, rounds * each.row.turn, each.lead + each.row.turn, device):
+                taken, host = (every[each.lead :] for every in found)
+                each.set(seconds=each.row.seconds + taken, host_seconds=each.row.host_seconds + host)
         rounds, expected = rounds + 1, time.perf_counter() - begin
     for each in timed:
-        if each.step and not each.seconds:
-            _give_up(each, NO_TIME)
+        if each.step and not each.row.seconds:
+            each.give_up(NO_TIME)
     return rounds
 
 
@@ -193,16 +196,12 @@ def _take(each: Timed, loader: Loader, first: int, count: int, device: torch.dev
     try:
         found = _turn(each.step, loader, first, count, device)
     except Exception as error:  # as in `_prepare`
-        _give_up(each, first_line(error))
+        each.give_up(first_line(error))
         return None
     if compilations() == before:
         return found
-    _give_up(each, f"{schema.WRONG}it was compiled anew while it was timed")
+    each.give_up(WRONG + RECOMPILED)
     return None
-
-
-def _give_up(each: Timed, reason: str) -> None:
-    each.step, each.seconds, each.host_seconds, each.skipped = None, [], [], reason
 
 
 def _turn(step: Step, loader: Loader, first: int, count: int, device: torch.device) -> Turn:
@@ -230,24 +229,11 @@ def _mark(device: torch.device):
     return event
 
 
-def _row(each: Timed, workload: Workload, dtype: torch.dtype) -> schema.Step:
-    computed = torch.float32 if each.variant.float32 else dtype
-    return schema.Step(
-        workload=workload.name,
-        variant=each.variant.name,
-        compares=each.variant.compares,
-        dtype=str(computed).removeprefix("torch."),
-        tokens=workload.tokens,
-        flops={formula: float(flops_per_token(workload.config, formula) * workload.tokens) for formula in FORMULAS},
-        seconds=each.seconds,
-        turn=each.turn,
-        first_round=each.first_round,
-        host_seconds=each.host_seconds,
-        peak_memory=each.peak_memory,
-        losses=each.losses,
-        shape=workload.shape,
-        skipped=each.skipped,
-    )
+def _row(variant: Variant, workload: Workload, dtype: torch.dtype) -> results.Step:
+    """Without samples."""
+    flops = {formula: float(flops_per_token(workload.config, formula) * workload.tokens) for formula in FORMULAS}
+    computed = str(torch.float32 if variant.float32 else dtype).removeprefix("torch.")
+    return results.Step(workload.name, variant.name, variant.compares, computed, workload.tokens, flops, workload.shape)
 
 
 @contextmanager

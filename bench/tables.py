@@ -1,130 +1,47 @@
-"""Results as text for a terminal."""
+"""Tables of numbers: what the terminal, the page and the Markdown show of results."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from bench.bounds import Bound, bound
-from bench.budget import NO_TIME
-from bench.schema import Kernel, Peak, Results, Step, beside, median
-from train.metrics import mfu, tokens_per_second
+from bench.digest import KernelRow, Run, StepRow, Steps
+from bench.results import Results, quantile
+from bench.timing import NO_TIME
+
+NONE = "–"
+
+Cells = dict[str, str]  # by heading: "name", or "name, unit"
 
 
-def quantile(samples: list[float], share: float) -> float:
-    """The sample at that share of the way from the least to the largest, 0 to 1."""
-    ordered = sorted(samples)
-    return ordered[round(share * (len(ordered) - 1))]
+@dataclass(frozen=True)
+class Table:
+    title: str
+    caption: str
+    rows: Sequence[tuple[str, Cells]]  # kind ("ours", "computed", "missing" or none) and cells
+
+    @property
+    def headings(self) -> list[str]:
+        return list(self.rows[0][1])
+
+    @property
+    def numbers(self) -> list[str]:
+        """Headings of the columns that are set to the right."""
+        return [heading for heading in self.headings if ", " in heading or heading in ("rate", "samples")]
+
+    def text(self) -> str:
+        """For a terminal, without the rows that have no numbers."""
+        return aligned([self.headings, *(list(cells.values()) for kind, cells in self.rows if kind != "missing")])
 
 
 def aligned(rows: list[list[str]]) -> str:
     """Columns, the first to the left, the others to the right; a rule under the first row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    for i, column in enumerate(columns):
+        width = max(map(len, column))
+        columns[i] = [cell.rjust(width) if i else cell.ljust(width) for cell in column]
+    lines = ["  ".join(row) for row in zip(*columns, strict=True)]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def summary(results: Results) -> str:
-    """Everything that was measured, in short."""
-    blocks = [f"{results.device.name}, torch {results.software.torch}, commit {results.commit.id}"]
-    rates = {"matmul": (1e12, "TFLOP/s"), "copy": (1e9, "GB/s")}
-    found = [f"{c.what} {c.rate / rates[c.what][0]:.4g} {rates[c.what][1]} ({c.dtype})" for c in results.ceilings]
-    if found:
-        blocks.append("measured ceilings: " + ", ".join(found))
-    if results.tests:
-        blocks.append(f"GPU tests: {results.tests.passed} passed, {results.tests.failed} failed")
-    if results.kernels:
-        blocks.append(kernels_table(results.kernels, results.ceiling("matmul"), results.ceiling("copy")))
-    for workload in dict.fromkeys(step.workload for step in results.steps):
-        rows = [step for step in results.steps if step.workload == workload]
-        blocks.append(f"{workload}\n{steps_table(rows, results.peak.flops if results.peak else None)}")
-    skipped = [f"{row.variant}: {row.skipped}" for row in results.steps if row.skipped]
-    if late := sum(row.skipped == NO_TIME for row in results.kernels):
-        skipped.append(f"{late} of {len(results.kernels)} rows of kernels: {NO_TIME}")
-    blocks += ["not measured: " + "; ".join(skipped)] if skipped else []
-    blocks += [f"failed: {failure.part}: {failure.error}" for failure in results.failures]
-    return "\n\n".join(blocks)
-
-
-def short_name(name: str) -> str:
-    """Of torch's name of a device: without the maker, who is nearly always the same."""
-    return name.removeprefix("NVIDIA ").strip()
-
-
-def steps_table(rows: list[Step], peak: float | None) -> str:
-    """One workload's: times, tokens/s, MFU of `peak` FLOP/s in both conventions, memory, and the ratio to the best of
-    the reference's modes."""
-    head = ["step", "ms/iter", "p10", "p90", "tokens/s", "MFU", "MFU 6N", "host ms", "peak GB", "speed-up"]
-    table = [head]
-    for row in (row for row in rows if row.seconds):
-        seconds, reference = median(row.seconds), baseline(row, rows)
-        shares = [f"{mfu(row.flops[formula], seconds, peak):.1%}" if peak else "" for formula in ("nanogpt", "6n")]
-        table.append(
-            [
-                row.variant,
-                *(f"{1e3 * s:.2f}" for s in (seconds, quantile(row.seconds, 0.1), quantile(row.seconds, 0.9))),
-                f"{tokens_per_second(row.tokens, seconds):,.0f}",
-                *shares,
-                f"{1e3 * median(row.host_seconds):.2f}" if row.host_seconds else "",
-                f"{row.peak_memory / 1e9:.2f}" if row.peak_memory else "",
-                f"{reference / seconds:.2f}x" if reference else "",
-            ]
-        )
-    return aligned(table)
-
-
-def step_facts(row: Step, peak: Peak) -> dict[str, object]:
-    """What stands beside a row's times in a file of pytest-benchmark's; of the median."""
-    seconds = median(row.seconds)
-    return {
-        "dtype": row.dtype,
-        "tokens_per_second": tokens_per_second(row.tokens, seconds),
-        **{f"mfu_{formula}": mfu(flops, seconds, peak.flops) for formula, flops in row.flops.items()},
-        "peak_memory": row.peak_memory,
-        "host_seconds": median(row.host_seconds) if row.host_seconds else None,
-    }
-
-
-def baseline(row: Step, rows: Iterable[Step]) -> float | None:
-    """Seconds of the fastest of the reference's modes, in the rounds of this row."""
-    references = [beside(other, row) for other in rows if other.compares and is_reference(other)]
-    return min((median(samples) for samples in references if samples), default=None)
-
-
-def is_reference(row: Step) -> bool:
-    """Whether it runs none of our code."""
-    return row.variant.startswith(("reference ", "nanoGPT "))
-
-
-def kernels_table(rows: list[Kernel], matmul: float | None, copy: float | None) -> str:
-    """Every row with samples: median time, rate, share of the ceiling that it meets first (FLOP/s of a matmul, bytes/s
-    of a copy), and how many times faster than torch.compile's."""
-    table = [["kernel", "shape", "direction", "variant", "us", "rate", "of ceiling", "to compiled"]]
-    compiled = {key(row): median(row.seconds) for row in rows if row.variant == "compiled" and row.seconds}
-    for row in (row for row in rows if row.seconds):
-        seconds, other = median(row.seconds), compiled.get(key(row))
-        found = bound(row, matmul, copy)
-        table.append(
-            [
-                row.case,
-                "x".join(map(str, row.shape)),
-                row.direction,
-                row.variant,
-                f"{1e6 * seconds:.1f}",
-                rate(found) if found else "",
-                f"{found.share:.0%}" if found and found.share else "",
-                f"{other / seconds:.2f}x" if other else "",
-            ]
-        )
-    return aligned(table)
-
-
-def rate(found: Bound) -> str:
-    if found.what == "matmul":
-        return f"{number(found.rate / 1e12)} TFLOP/s"
-    return f"{number(found.rate / 1e9)} GB/s"
 
 
 def number(value: float) -> str:
@@ -134,5 +51,141 @@ def number(value: float) -> str:
     return f"{value:,.{places}f}"
 
 
-def key(row: Kernel) -> tuple:
-    return row.case, tuple(row.shape), row.dtype, row.direction
+def shown(value: float | None, times: float = 1, form: str = "") -> str:
+    """A cell with the value times `times`: in that format, or to four digits; a dash where there is none."""
+    if value is None:
+        return NONE
+    return format(times * value, form) if form else number(times * value)
+
+
+def rate(row: KernelRow) -> str:
+    """TFLOP/s of what a matmul bounds, GB/s of what a copy bounds."""
+    if not row.bounded:
+        return NONE
+    return f"{number(row.rate / 1e12)} TFLOP/s" if row.bounded == "matmul" else f"{number(row.rate / 1e9)} GB/s"
+
+
+def steps(found: Steps) -> Table:
+    """One workload of one run, variant by variant."""
+    kinds = ["missing" if not row.seconds else "ours" if row is found.best else "" for row in found.rows]
+    rows = list(zip(kinds, map(_step_cells, found.rows), strict=True))
+    caption = f"Speed-up is over {found.baseline.step.variant}. " if found.baseline else ""
+    if found.floor:
+        first = found.rows[0]
+        cells = dict.fromkeys(rows[0][1], NONE) | {
+            "step": "floor",
+            "median, ms": shown(found.floor, 1e3),
+            "tokens, 1/s": shown(first.step.tokens / found.floor),
+            "MFU, %": shown(first.mfu(seconds=found.floor), 100, ".1f"),
+            "MFU 6N, %": shown(first.mfu("6n", found.floor), 100, ".1f"),
+            "speed-up, ×": shown(found.baseline and found.baseline.seconds / found.floor, form=".2f"),
+            "note": "computed, not measured",
+        }
+        rows.append(("computed", cells))
+        parts = "each part of the step at the matmul and copy rates of this run."
+        flops = "the step's FLOPs at the matmul rate of this run; its bytes stay in the caches."
+        caption += f"The floor is computed: {parts if found.run.results.device.type == 'cuda' else flops}"
+    else:
+        caption += "It has no floor, since the file lacks a measured rate."
+    return Table(f"{found.name} on {found.run.label}", f"{caption} From {found.run.source}.", rows)
+
+
+def _step_cells(row: StepRow) -> Cells:
+    step = row.step
+    return {
+        "step": step.variant,
+        "dtype": step.dtype,
+        "median, ms": shown(row.seconds, 1e3),
+        "p10, ms": shown(row.quantile(0.1), 1e3),
+        "p90, ms": shown(row.quantile(0.9), 1e3),
+        "tokens, 1/s": shown(row.tokens_per_second),
+        **mfu_cells(row),
+        "speed-up, ×": shown(row.speedup, form=".2f"),
+        "memory, GB": shown(step.peak_memory if row.seconds else None, 1e-9, ".2f"),
+        "host, %": shown(row.host_share, 100, ".1f"),
+        "samples": str(len(step.seconds)),
+        "note": row.missing if not row.seconds else "" if step.compares else "rung",
+    }
+
+
+def mfu_cells(row: StepRow) -> Cells:
+    return {"MFU, %": shown(row.mfu(), 100, ".1f"), "MFU 6N, %": shown(row.mfu("6n"), 100, ".1f")}
+
+
+def kernels(run: Run) -> Table | None:
+    """Every kernel's row that has samples; None where there is none."""
+    rows = [("ours" if row.kernel.variant == "fused" else "", _kernel_cells(row)) for row in run.kernels]
+    caption = (
+        "Share is of the ceiling that the operation meets first, copy or matmul, as measured in the same run. "
+        f"Speed-up is over torch.compile of the reference. From {run.source}."
+    )
+    return Table(f"Kernels on {run.label}", caption, rows) if rows else None
+
+
+def _kernel_cells(row: KernelRow) -> Cells:
+    kernel = row.kernel
+    return {
+        "kernel": kernel.case,
+        "shape": row.shape,
+        "dtype": kernel.dtype,
+        "direction": kernel.direction,
+        "variant": kernel.variant,
+        "median, µs": shown(row.seconds, 1e6),
+        "p10, µs": shown(quantile(kernel.seconds, 0.1), 1e6),
+        "p90, µs": shown(quantile(kernel.seconds, 0.9), 1e6),
+        "rate": rate(row),
+        "share, %": shown(row.share, 100, ".1f"),
+        "speed-up, ×": shown(row.speedup, form=".2f"),
+    }
+
+
+def missing(run: Run) -> list[str]:
+    """What a run lacks, a line each: parts that failed, tests that failed, rows that were skipped."""
+    results, tests = run.results, run.results.tests
+    lines = [] if results.complete else ["The run is partial: it was stopped, ran out of time, or a part failed."]
+    lines += failed(results)
+    if tests is None:
+        lines.append("It ran no tests.")
+    elif tests.failed:
+        names = ", ".join(tests.failures)
+        lines.append(f"{tests.failed} of its tests failed{': ' if names else ''}{names}.")
+    present = {
+        "matmul ceiling": results.ceiling("matmul"),
+        "copy ceiling": results.ceiling("copy"),
+        "kernel row": results.kernels,
+        "training step": results.steps,
+    }
+    return lines + [f"There is no {what}." for what, value in present.items() if not value] + skipped(run)
+
+
+def failed(results: Results) -> list[str]:
+    return [f"{failure.part} failed: {failure.error}" for failure in results.failures]
+
+
+def skipped(run: Run) -> list[str]:
+    """Rows without samples, and why: a line a step; a line for the kernels' rows of one variant and reason."""
+    steps = [f"{w.name}, {row.step.variant}: {row.missing}" for w in run.steps for row in w.rows if not row.seconds]
+    late = Counter(
+        ("" if k.skipped == NO_TIME else f" of {k.variant}", k.skipped or "no reason given")
+        for k in run.results.kernels
+        if not k.seconds
+    )
+    return steps + [f"{count} kernel rows{of} not measured: {why}" for (of, why), count in late.items()]
+
+
+def summary(results: Results) -> str:
+    """For a terminal: everything that was measured, and what was not."""
+    run = Run(Path(), results)
+    lines = [f"{run.device}, torch {results.software.torch}, commit {run.commit}"]
+    lines.append(f"peak {number(results.peak.flops / 1e12)} TFLOP/s: {results.peak.source}")
+    rates = {"matmul": (1e-12, "TFLOP/s"), "copy": (1e-9, "GB/s")}
+    for each in results.ceilings:
+        times, unit = rates[each.what]
+        lines.append(f"measured ceiling of a {each.what}: {number(times * each.rate)} {unit} ({each.dtype})")
+    if results.tests:
+        lines.append(f"GPU tests: {results.tests.passed} passed, {results.tests.failed} failed")
+    blocks = ["\n".join(lines)]
+    if found := kernels(run):
+        blocks.append(found.text())
+    blocks += [f"{each.name}\n{steps(each).text()}" for each in run.steps]
+    return "\n\n".join([*blocks, "\n".join([*skipped(run), *failed(results)])]).strip()

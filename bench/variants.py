@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench.compiling import only_compiled
+from bench.timing import only_compiled
 from bench.workloads import Workload
 from kernels import REFERENCE, Ops, select
 from model import GPT, Precision
@@ -29,6 +29,7 @@ from train.optim import FlatAdamW, param_groups
 from train.step import TrainStep
 
 Step = Callable[[Batch], Tensor]
+Trained = tuple[nn.Module, torch.optim.Optimizer]
 
 
 class Setting(NamedTuple):
@@ -55,42 +56,69 @@ class Variant(NamedTuple):
     ops: Ops | None = REFERENCE  # None: the device's own choice
 
 
-def reference(*, compile: bool, float32: bool, name: str = "reference", compares: bool = True) -> Variant:
-    """Plain torch, as nanoGPT trains: autocast unless `float32`, torch's fused AdamW, gradients clipped and dropped."""
+def reference(
+    *,
+    compile: bool,
+    float32: bool,
+    name: str = "reference",
+    compares: bool = True,
+    make: Callable[[Setting], Trained] | None = None,
+) -> Variant:
+    """Plain torch, as nanoGPT trains: autocast unless `float32`, gradients clipped and dropped.
+
+    make: model and optimizer; None: this tree's reference, with torch's fused AdamW.
+    """
 
     def build(setting: Setting) -> Step:
-        model = GPT(setting.workload.config, REFERENCE).to(setting.device)
+        model, optimizer = (make or _plain)(setting)
         model.load_state_dict(setting.weights)
-        optimizer = torch.optim.AdamW(
-            param_groups(model, setting.weight_decay),
-            lr=setting.learning_rate,
-            betas=setting.betas,
-            fused=setting.device.type == "cuda",
-        )
+        parameters = list(model.parameters())
         if compile:
             model = only_compiled(model)
-        return _as_nanogpt_trains(model, optimizer, setting, float32=float32)
 
-    return Variant(f"{name} {_mode(compile)}", build, compares, float32, compile)
+        def step(batch: Batch) -> Tensor:
+            losses = []
+            for x, y in zip(batch.x, batch.y, strict=True):
+                with contextlib.nullcontext() if float32 else torch.autocast(setting.device.type, setting.dtype):
+                    loss = model(x, y)[1] / len(batch.seeds)
+                loss.backward()
+                losses.append(loss.detach())
+            torch.nn.utils.clip_grad_norm_(parameters, setting.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return torch.stack(losses).sum()
+
+        return step
+
+    return Variant(f"{name} {'compiled' if compile else 'eager'}", build, compares, float32, compile)
+
+
+def _plain(setting: Setting) -> Trained:
+    model = GPT(setting.workload.config, REFERENCE).to(setting.device)
+    fused = setting.device.type == "cuda"
+    groups = param_groups(model, setting.weight_decay)
+    return model, torch.optim.AdamW(groups, lr=setting.learning_rate, betas=setting.betas, fused=fused)
 
 
 def nanogpt(folder: str, *, compile: bool, float32: bool) -> Variant:
     """A nanoGPT checkout's model and optimizer, its files untouched. UserError where `folder` is none."""
-    theirs = _import_nanogpt(folder)
+    path = Path(folder, "model.py")
+    if not path.is_file():
+        raise UserError(f"nanogpt_dir: got {folder!r}, expected a nanoGPT checkout, with its model.py")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    theirs = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = theirs  # its dataclass looks its module up
+    spec.loader.exec_module(theirs)
 
-    def build(setting: Setting) -> Step:
+    def make(setting: Setting) -> Trained:
         fields = {f.name: getattr(setting.workload.config, f.name) for f in dataclasses.fields(theirs.GPTConfig)}
         with contextlib.redirect_stdout(io.StringIO()):
             model = theirs.GPT(theirs.GPTConfig(**fields)).to(setting.device)
-            optimizer = model.configure_optimizers(
+            return model, model.configure_optimizers(
                 setting.weight_decay, setting.learning_rate, setting.betas, setting.device.type
             )
-        model.load_state_dict(setting.weights)
-        if compile:
-            model = only_compiled(model)
-        return _as_nanogpt_trains(model, optimizer, setting, float32=float32)
 
-    return Variant(f"nanoGPT {_mode(compile)}", build, float32=float32, compiled=compile)
+    return reference(compile=compile, float32=float32, name="nanoGPT", make=make)
 
 
 def ours(
@@ -132,77 +160,33 @@ def ours(
 
 def variants(device: torch.device, dtype: torch.dtype, nanogpt_dir: str = "") -> list[Variant]:
     """In the order of the ladder: the reference's modes, rung by rung to ours."""
-    float32 = device.type != "cuda" or dtype == torch.float32  # nanoGPT has no autocast on a CPU
-    modes = [{"compile": compile, "float32": float32} for compile in (False, True)]
-    theirs = [variant for mode in modes for variant in _references(nanogpt_dir, mode)]
-    if device.type != "cuda":
+    on_cpu = device.type != "cuda"
+    float32 = on_cpu or dtype == torch.float32  # nanoGPT has no autocast on a CPU
+    every = []
+    for compile in (False, True):
+        every += [nanogpt(nanogpt_dir, compile=compile, float32=float32)] if nanogpt_dir else []
+        every.append(reference(compile=compile, float32=float32))
+    if on_cpu and dtype != torch.float32:
         # what nanoGPT does not do on a CPU, and plain torch could: without it, all of ours would seem to be our doing
-        name = "reference autocast"
-        rungs = [reference(**mode | {"float32": False}, name=name, compares=False) for mode in modes]
-        return [
-            *theirs,
-            *(rungs if dtype != torch.float32 else []),
-            ours("ours eager"),
-            ours("ours compiled", compile=True),
+        rung = {"float32": False, "name": "reference autocast", "compares": False}
+        every += [reference(compile=compile, **rung) for compile in (False, True)]
+    every.append(ours("ours eager"))
+    if on_cpu:
+        return [*every, ours("ours compiled", compile=True)]
+    every.append(ours("ours graphed", graphed=True))
+    fused, bundle = select("auto", device), REFERENCE
+    if fused is not REFERENCE:
+        every += [
+            ours("flat state, no casts", ops=REFERENCE, attention="flash", compile=True, compares=False),
+            ours("attention", ops=REFERENCE, compile=True, compares=False),
         ]
-    fused = select("auto", device)
-    modes = [ours("ours eager"), ours("ours graphed", graphed=True)]
-    if fused is REFERENCE:
-        return [*theirs, *modes, ours("ours compiled", compile=True), _fastest()]
-    rungs = [
-        ours("flat state, no casts", ops=REFERENCE, attention="flash", compile=True, compares=False),
-        ours("attention", ops=REFERENCE, compile=True, compares=False),
-    ]
-    bundle = REFERENCE
-    for name, fields in (
-        ("LayerNorm", ("layer_norm", "add_layer_norm")),
-        ("cross-entropy", ("linear_cross_entropy",)),
-        ("GELU", ("mlp",)),
-        ("embedding", ("embedding",)),
-    ):
-        bundle = dataclasses.replace(bundle, **{field: getattr(fused, field) for field in fields})
-        rungs.append(ours(name, ops=bundle, compile=True, compares=False))
-    return [*theirs, *modes, *rungs, ours("ours compiled", compile=True), _fastest()]
-
-
-def _references(nanogpt_dir: str, mode: dict[str, bool]) -> list[Variant]:
-    return [*([nanogpt(nanogpt_dir, **mode)] if nanogpt_dir else []), reference(**mode)]
-
-
-def _fastest() -> Variant:
-    """What `python -m train --compile` runs on a GPU."""
-    return ours("ours compiled + graphed", compile=True, graphed=True)
-
-
-def _mode(compile: bool) -> str:
-    return "compiled" if compile else "eager"
-
-
-def _as_nanogpt_trains(model: nn.Module, optimizer: torch.optim.Optimizer, setting: Setting, *, float32: bool) -> Step:
-    """Accumulate, under autocast unless `float32`; clip, update, drop the gradients."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def step(batch: Batch) -> Tensor:
-        losses = []
-        for x, y in zip(batch.x, batch.y, strict=True):
-            with contextlib.nullcontext() if float32 else torch.autocast(setting.device.type, setting.dtype):
-                loss = model(x, y)[1] / len(batch.seeds)
-            loss.backward()
-            losses.append(loss.detach())
-        torch.nn.utils.clip_grad_norm_(parameters, setting.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return torch.stack(losses).sum()
-
-    return step
-
-
-def _import_nanogpt(folder: str):
-    path = Path(folder, "model.py")
-    if not path.is_file():
-        raise UserError(f"nanogpt_dir: got {folder!r}, expected a nanoGPT checkout, with its model.py")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    theirs = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = theirs  # its dataclass looks its module up
-    spec.loader.exec_module(theirs)
-    return theirs
+        for name, fields in (
+            ("LayerNorm", ("layer_norm", "add_layer_norm")),
+            ("cross-entropy", ("linear_cross_entropy",)),
+            ("GELU", ("mlp",)),
+            ("embedding", ("embedding",)),
+        ):
+            bundle = dataclasses.replace(bundle, **{field: getattr(fused, field) for field in fields})
+            every.append(ours(name, ops=bundle, compile=True, compares=False))
+    # the last one is what `python -m train --compile` runs on a GPU
+    return [*every, ours("ours compiled", compile=True), ours("ours compiled + graphed", compile=True, graphed=True)]

@@ -1,11 +1,12 @@
 """What is timed: shapes of training steps, and tokens to feed them."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from bench.results import Shape
 from model import GPTConfig
 
 TOKENS = 2**21  # of a made-up corpus: random ids, so that no batch repeats within a measurement
@@ -24,12 +25,12 @@ class Workload:
         return self.accumulation * self.batch_size * self.config.block_size
 
     @property
-    def shape(self) -> dict[str, int]:
+    def shape(self) -> Shape:
         """As the results file holds it."""
-        config = asdict(self.config)
-        names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-        sizes = {"bias": int(self.config.bias), "batch_size": self.batch_size, "accumulation": self.accumulation}
-        return {name: config[name] for name in names} | sizes
+        sizes = {
+            name: getattr(self.config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        }
+        return Shape(**sizes, bias=int(self.config.bias), batch_size=self.batch_size, accumulation=self.accumulation)
 
 
 def _gpt2(name: str, batch_size: int, **shape: int) -> Workload:

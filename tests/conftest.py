@@ -36,7 +36,7 @@ def compiler() -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch):
     """In place of the host's: it shows what it is told."""
-    from bench.clock import Clock
+    from bench.timing import Clock
 
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)
@@ -44,8 +44,8 @@ def clock(monkeypatch: pytest.MonkeyPatch):
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`-m gpu`, and `-m "gpu and smoke"`, open no file without GPU tests: torch, triton, numpy, tiktoken and pytest are
-    all that these need."""
+    """`-m gpu`, and `-m "gpu and smoke"`, open no file without GPU tests: torch, triton, numpy, tiktoken, msgspec and
+    pytest are all that these need."""
     is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
     wanted = config.option.markexpr in ("gpu", "gpu and smoke")
     if wanted and is_test and "pytest.mark.gpu" not in collection_path.read_text():

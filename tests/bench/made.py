@@ -1,20 +1,10 @@
 """Results that nobody measured, for tests of what reads results: three devices, every kind of row."""
 
 import random
-from dataclasses import replace
 
-from bench.schema import (
-    Ceiling,
-    Commit,
-    Device,
-    Failure,
-    Kernel,
-    Peak,
-    Results,
-    Software,
-    Step,
-    Tests,
-)
+from msgspec.structs import replace
+
+from bench.results import Ceiling, Commit, Device, Failure, Kernel, Peak, Results, Software, Step, Tests
 from bench.workloads import WORKLOADS
 from model.flops import FORMULAS, flops_per_token
 
@@ -47,11 +37,11 @@ def step(rng: random.Random, workload: str, variant: str, compares: bool, second
         "bfloat16",
         shape.tokens,
         {formula: float(flops_per_token(shape.config, formula) * shape.tokens) for formula in FORMULAS},
+        shape.shape,
         samples(rng, seconds),
         host_seconds=samples(rng, seconds / 50) if memory else [],
         peak_memory=memory,
         losses=[10.9, 10.2],
-        shape=shape.shape,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, schema
+from bench import report, results
 from tests.bench.made import all_devices
 from train.plot import SCHEME
 
@@ -74,9 +74,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("report")
-    made = {f"measured-on-a-machine-with-a-long-name-{name}": results for name, results in all_devices().items()}
-    for name, results in made.items():
-        schema.write(folder / name, results)
+    made = {f"measured-on-a-machine-with-a-long-name-{name}": each for name, each in all_devices().items()}
+    for name, each in made.items():
+        results.write(folder / name, each)
     report.main([*(str(folder / name) for name in made), f"--out={folder}"])
     return (folder / "report.html").read_text()
 

@@ -3,10 +3,13 @@
 import subprocess
 import sys
 
-from bench.tests import COMMAND, ROOT
+import pytest
+
+from bench.smoke import COMMAND, ROOT
 from kernels.cases import CASES
 
 
+@pytest.mark.slow
 def test_the_smoke_set_is_small_and_whole() -> None:
     argv = [sys.executable, *COMMAND, "--collect-only", "-vv"]  # a line a test
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)

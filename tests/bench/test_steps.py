@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compiling, steps
+from bench import steps, timing
 from bench.variants import Setting, Variant, nanogpt, ours, reference, variants
 from bench.workloads import Workload
 from kernels import REFERENCE, Ops
@@ -18,7 +18,6 @@ from model import GPTConfig
 from tests.bench.stand_in import make_checkout
 from tests.train.test_golden import TRACES, golden_batch, golden_model, recorded, relative
 from train.data import Batch
-from train.errors import UserError
 
 CPU = torch.device("cpu")
 SMALL = Workload("small", GPTConfig(block_size=8, vocab_size=17, n_layer=1, n_head=2, n_embd=16, bias=True), 2, 2)
@@ -42,7 +41,7 @@ def test_every_variant_is_checked_and_timed(tmp_path: Path, capsys) -> None:
         assert min(row.seconds) > 0
         assert (row.workload, row.dtype, row.tokens) == ("small", "float32", 2 * 2 * 8)
         assert row.flops["nanogpt"] > row.flops["6n"] > 0
-        assert row.shape["accumulation"] == 2
+        assert row.shape.accumulation == 2
     assert capsys.readouterr().out == ""
 
 
@@ -153,11 +152,6 @@ def test_a_checkout_of_nanogpt_gives_the_same_losses() -> None:
     assert second.losses == pytest.approx(first.losses, rel=1e-6)
 
 
-def test_a_folder_without_nanogpt(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nanogpt_dir: got '.*', expected a nanoGPT checkout"):
-        nanogpt(str(tmp_path), compile=False, float32=True)
-
-
 def test_the_ladder_begins_with_the_reference_and_ends_with_ours(tmp_path: Path) -> None:
     every = variants(CPU, torch.bfloat16, make_checkout(tmp_path))
     names = [variant.name for variant in every]
@@ -218,15 +212,16 @@ def test_every_compiled_step_runs_compiled_code_made_for_its_shape(compiled: Rec
     config = GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=1, n_embd=8, bias=False)
     calls: list[str] = []
     first = counted(reference(compile=True, float32=True), calls)
-    rungs = [counted(ours(f"rung {i}", ops=own_ops(f"mlp{i}"), compile=True), calls) for i in range(4)]
+    rungs = [counted(ours(f"rung {i}", ops=own_ops(f"mlp{i}"), compile=True), calls) for i in range(2)]
     other = replace(config, block_size=6, dropout=0.2)
-    rows = [
-        *measure(first, workload=Workload("a", config, 2)),
-        *measure(first, *rungs, workload=Workload("b", other, 3)),
-    ]
-    assert [row.skipped for row in rows] == [""] * 6
+    with torch._dynamo.config.patch(recompile_limit=2):  # 8 unless somebody says so
+        rows = [
+            *measure(first, workload=Workload("a", config, 2)),
+            *measure(first, *rungs, workload=Workload("b", other, 3)),
+        ]
+    assert [row.skipped for row in rows] == [""] * 4
     assert all(row.seconds for row in rows)
-    assert len(compiled.graphs) == 1 + 2 * 5 > 8
+    assert len(compiled.graphs) == 1 + 2 * 3 > 2
     assert all(compiled.graphs)
     assert compiled.calls == len(calls)
 
@@ -249,10 +244,10 @@ def test_what_torch_leaves_as_python_is_not_timed_as_compiled(monkeypatch: pytes
 
 
 def test_what_reaches_a_limit_of_torch_fails(compiled: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "LIMIT", 2)
-    rows = measure(*(ours(f"rung {i}", ops=own_ops(f"mlp{i}"), compile=True) for i in range(4)))
-    assert [bool(row.seconds) for row in rows] == [True, True, False, False]
-    assert all("limit" in row.skipped for row in rows[2:])
+    monkeypatch.setattr(timing, "LIMIT", 2)
+    rows = measure(*(ours(f"rung {i}", ops=own_ops(f"mlp{i}"), compile=True) for i in range(3)))
+    assert [bool(row.seconds) for row in rows] == [True, True, False]
+    assert "limit" in rows[2].skipped
 
 
 def test_what_compiles_under_the_clock_is_not_timed(compiled: Recorded) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels import Contest
-from bench.schema import Kernel
+from bench.results import Kernel
 from kernels.cases import Case, draw
 
 CPU = torch.device("cpu")

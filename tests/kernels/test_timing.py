@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from bench.clock import Clock
+from bench.timing import Clock
 from kernels.timing import WARM_UP, CudaMeter, Staged, by_turns, milliseconds
 
 CPU = torch.device("cpu")

@@ -1,0 +1,226 @@
+"""What a results file holds. One file is one run on one device; it is written by `bench` and read by everything else.
+
+Every time is in seconds, every sample is kept: medians are for the reader to take. A part that was not measured is
+absent, with its reason where one is known; nothing is ever filled in. msgspec reads and writes the classes below.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from model.config import GPTConfig
+from train.files import replacing
+
+FORMAT, VERSION = "nanofuse-bench", 1
+WRONG = "wrong: "  # how a row's `skipped` begins where its check failed
+
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of the file. To read a field that is unknown, missing or of another type is an error."""
+
+
+class Device(Strict):
+    name: str  # "NVIDIA H100 80GB HBM3", "AMD EPYC ..."
+    type: str  # "cuda", "cpu"
+    memory: int | None = None  # bytes
+    capability: list[int] | None = None  # [9, 0]; CUDA only, as is what follows
+    multiprocessors: int | None = None
+    l2: int | None = None  # bytes
+    driver: str | None = None
+    threads: int | None = None  # of torch, on a CPU
+
+
+class Software(Strict):
+    python: str
+    torch: str
+    triton: str | None
+    cuda: str | None
+    cudnn: str | None
+
+
+class Commit(Strict):
+    id: str  # "unknown" outside a checkout
+    clean: bool  # whether the tree was as committed
+
+
+class Clocks(Strict):
+    """A moment's state of a CUDA device, as nvidia-smi tells it; None where it does not."""
+
+    sm_mhz: float | None = None
+    memory_mhz: float | None = None
+    power_watts: float | None = None
+    power_limit_watts: float | None = None
+    temperature: float | None = None  # degrees Celsius
+    throttle: str | None = None  # what slows the clocks, as it calls it
+
+
+class Ceiling(Strict):
+    """What the device did at best, measured."""
+
+    what: Literal["matmul", "copy"]  # a large one
+    dtype: str
+    rates: Annotated[list[Positive], Meta(min_length=1)]  # FLOP/s; bytes/s, those read and those written together
+
+    @property
+    def rate(self) -> float:
+        return max(self.rates)
+
+
+class Peak(Strict):
+    flops: Positive  # FLOP/s, dense, in the dtype of the matmuls
+    source: str  # data sheet, or measured
+
+
+class Kernel(Strict):
+    """One case, shape and dtype, one direction, one variant: its samples, or why there are none."""
+
+    case: str
+    shape: list[int]
+    dtype: str
+    direction: str  # "forward", "backward", "both"
+    variant: str  # "fused", "reference", "compiled", "liger", "flash_attn"
+    seconds: list[Positive] = []
+    bytes: int | None = None  # that the operation must move, at least
+    flops: int | None = None
+    skipped: str = ""  # why there are no samples
+
+    @property
+    def group(self) -> tuple:
+        """What the variants of one comparison share."""
+        return self.case, tuple(self.shape), self.dtype, self.direction
+
+
+class Shape(Strict):
+    """Of a training step."""
+
+    n_layer: Count
+    n_head: Count
+    n_embd: Count
+    block_size: Count
+    vocab_size: Count
+    bias: int  # 0 or 1
+    batch_size: Count
+    accumulation: Count
+
+    @property
+    def config(self) -> GPTConfig:
+        """The model's. ValueError where no such model can be built."""
+        sizes = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+        return GPTConfig(**sizes, bias=bool(self.bias))
+
+    def __post_init__(self) -> None:
+        assert self.config
+
+
+class Step(Strict):
+    """A whole training step: one workload, one variant."""
+
+    workload: str  # "gpt2", "shakespeare_char", "cpu", ...
+    variant: str  # as bench/variants.py names them
+    compares: bool  # False: only a rung of the ladder from the reference's step to ours, of either's code
+    dtype: str
+    tokens: Count  # an iteration, on this device
+    flops: dict[Literal["nanogpt", "6n"], Positive]  # an iteration, by formula
+    shape: Shape
+    seconds: list[Positive] = []
+    turn: Count = 1  # samples that were taken at a time, before the workload's next variant had its turn
+    # of the workload's rounds of turns, the one that the first sample is of: variants that do not fit into memory
+    # together have their rounds one group after the other, the reference with each
+    first_round: int = 0
+    host_seconds: list[float] = []  # until the call returned, the device perhaps still at work
+    peak_memory: int | None = None  # bytes on the device; CUDA only
+    losses: list[float | None] = []  # of the first steps, by which it was checked; None: not a number
+    skipped: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.seconds) % self.turn:
+            raise ValueError(f"turn: got {self.turn}, expected a divisor of the {len(self.seconds)} samples")
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it runs none of our code."""
+        return self.variant.startswith(("reference ", "nanoGPT "))
+
+    def beside(self, row: "Step") -> list[float]:
+        """Its samples of the rounds that `row` took part in: what the row is compared with."""
+        first = (row.first_round - self.first_round) * self.turn
+        return self.seconds[first:][: len(row.seconds) // row.turn * self.turn] if first >= 0 else []
+
+
+class Tests(Strict):
+    command: str
+    passed: int
+    failed: int
+    skipped: int
+    seconds: float
+    failures: list[str] = []  # names of tests
+
+
+class Failure(Strict):
+    part: str  # "tests", "ceilings", "kernels", "steps"
+    error: str  # one line
+
+
+class Results(Strict):
+    device: Device
+    software: Software
+    commit: Commit
+    date: str  # ISO 8601, UTC, at the start
+    command: str
+    peak: Peak
+    clocks_before: Clocks | None = None
+    clocks_after: Clocks | None = None
+    tests: Tests | None = None
+    ceilings: list[Ceiling] = []
+    kernels: list[Kernel] = []
+    steps: list[Step] = []
+    failures: list[Failure] = []
+    complete: bool = False  # False: stopped, by hand or by its time, or a part of those asked for failed
+    format: Literal[FORMAT] = FORMAT
+    version: Literal[VERSION] = VERSION
+
+    def ceiling(self, what: str) -> float | None:
+        """The rate of the best ceiling of that kind, None where it was not measured."""
+        return max((ceiling.rate for ceiling in self.ceilings if ceiling.what == what), default=None)
+
+
+class Header(msgspec.Struct):
+    """What every version of the file has; the rest is not looked at."""
+
+    format: str = ""
+    version: int = 0
+
+
+def quantile(samples: Iterable[float], share: float) -> float:
+    """The sample at that share of the way from the least to the largest, 0 to 1."""
+    ordered = sorted(samples)
+    return ordered[round(share * (len(ordered) - 1))]
+
+
+def write(path: Path, results: Results) -> None:
+    """The file appears whole or not at all. ValueError for results that `read` would refuse."""
+    text = msgspec.json.encode(results)
+    msgspec.json.decode(text, type=Results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(msgspec.json.format(text, indent=1))
+
+
+def read(path: Path) -> Results:
+    """Results of a file. ValueError, one line that names the file and the field, for what is none or cannot be read."""
+    try:
+        raw = path.read_bytes()
+        header = msgspec.json.decode(raw, type=Header)
+        if (header.format, header.version) != (FORMAT, VERSION):
+            raise ValueError(f"got format {header.format!r}, version {header.version}")
+        return msgspec.json.decode(raw, type=Results)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # msgspec's errors are of this kind
+        raise ValueError(f"{path}: is no results file of {FORMAT}, version {VERSION}: {error}") from error

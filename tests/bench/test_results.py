@@ -1,0 +1,71 @@
+"""Results files: what is written is what is read, and what is not a results file is refused by its field."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from msgspec import to_builtins
+from msgspec.structs import replace
+
+from bench import provenance, results
+from bench.results import Ceiling
+from tests.bench.made import cpu, h100
+
+WHOLE = json.loads(json.dumps(to_builtins(h100())))
+COMMITTED = Path(__file__).parents[2] / "bench" / "results"
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "results.json"
+    for made in (h100(), cpu(), provenance.started(torch.device("cpu"), torch.float32, "python -m bench")):
+        results.write(path, made)
+        assert results.read(path) == made
+    assert h100().ceiling("matmul") == max(h100().ceilings[0].rates)
+
+
+@pytest.mark.parametrize("path", sorted(COMMITTED.glob("*.json")), ids=lambda path: path.stem)
+def test_files_of_before_are_still_read(path: Path) -> None:
+    assert results.read(path).complete
+
+
+def test_what_would_not_be_read_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"got `null` - at `\$\.ceilings\[0\]\.rates\[0\]`"):
+        results.write(tmp_path / "a.json", replace(cpu(), ceilings=[Ceiling("copy", "", [float("nan")])]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def changed(part: str = "", **fields: object) -> str:
+    """The file with some fields of it, or of the first row of a part, changed."""
+    whole = json.loads(json.dumps(WHOLE))
+    (whole[part][0] if part else whole).update(fields)
+    return json.dumps(whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "truncated"),
+        ("[]", "Expected `object`, got `array`"),
+        ('{"device": 1}', "got format '', version 0"),
+        (changed(version=2, new=1), "got format 'nanofuse-bench', version 2"),
+        (changed(device={"name": "x"}), "missing required field `type` - at `$.device`"),
+        (changed(color=1), "unknown field `color`"),
+        (changed(complete=1), "Expected `bool`, got `int` - at `$.complete`"),
+        (changed(peak={"flops": 0.0, "source": ""}), "Expected `float` > 0.0 - at `$.peak.flops`"),
+        (changed("ceilings", rates=[]), "length >= 1 - at `$.ceilings[0].rates`"),
+        (changed("kernels", seconds=["1"]), "Expected `float`, got `str` - at `$.kernels[0].seconds[0]`"),
+        (changed("steps", seconds=[float("inf")]), "malformed"),
+        (changed("steps", seconds=[0.1, 0.0]), "Expected `float` > 0.0 - at `$.steps[0].seconds[1]`"),
+        (changed("steps", seconds=[0.1] * 3, turn=2), "turn: got 2, expected a divisor of the 3 samples"),
+        (changed("steps", shape={**WHOLE["steps"][0]["shape"], "n_head": 7}), "n_head"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="version 1: ") as caught:
+        results.read(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
