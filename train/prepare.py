@@ -246,18 +246,15 @@ def _code_points(text: str) -> np.ndarray:
 
 def in_order(work: Callable[[Any], np.ndarray], items: Iterable[Any]) -> Iterator[np.ndarray]:
     """map(work, items) on all cores, in order, a few items ahead. `work` must release the GIL."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ahead = 2 * (os.cpu_count() or 1)
     waiting: deque[Future[np.ndarray]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def progress(total: int, unit: str) -> Any:
