@@ -98,7 +98,7 @@ def train(
     """
     dtype, sharded = resolve_dtype(config.dtype, device), config.shard and world.size > 1
     _check_together(config, world, device.type, dtype)
-    check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
+    check_sinks(config)
     dataset = open_dataset(config.dataset, world)
     ops, chunk, kernels = choose_ops(config, device, dtype, dataset.vocab_size)
     raw_model = build_model(config, named, dataset, checkpoint, ops)
@@ -125,7 +125,10 @@ def train(
         resumed_at = progress.iter_num
         del checkpoint  # its tensors are as large as the model's and the optimizer's together
 
-    log = _open_log(config, raw_model, device, resumed_at) if world.master else None
+    log = None
+    if world.master:
+        parameters = raw_model.get_num_params()
+        log = RunLog(config, device=device_name(device), parameters=parameters, resume_iter=resumed_at)
     say = log.message if log is not None else lambda text: None
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     say(f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on")
@@ -253,20 +256,6 @@ def _pack(
             "stale_evals": progress.stale_evals,
             "judged_at": progress.judged_at,
         },
-    )
-
-
-def _open_log(config: TrainConfig, model: GPT, device: torch.device, resumed_at: int | None) -> RunLog:
-    return RunLog(
-        config.out_dir,
-        dataclasses.asdict(config),
-        device=device_name(device),
-        parameters=model.get_num_params(),
-        resume_iter=resumed_at,
-        wandb_log=config.wandb_log,
-        wandb_project=config.wandb_project,
-        wandb_run_name=config.wandb_run_name,
-        tensorboard_log=config.tensorboard_log,
     )
 
 

@@ -51,7 +51,7 @@ def rehearse(
     dtype = torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype]
     say(f"rehearsal on {target.name} x {world.size}: nothing is trained, nothing is written")
     say(f"settings: {why}")
-    check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
+    check_sinks(config)
     dataset, vocab_size = _data(config, say)
     shape = _shape(config, named, checkpoint, vocab_size)
     if dataset is not None:
