@@ -51,7 +51,7 @@ from train.memory import as_planned_for, check_memory, free_memory, job_of
 from train.optim import LossScale
 from train.plot import plot_run
 from train.profile import ProfiledStep, profiled_step
-from train.sample import sample_text
+from train.sample import SampleConfig, sample_text
 from train.step import Evaluation, TrainStep
 
 
@@ -272,7 +272,7 @@ def _farewell(config: TrainConfig, loop: Loop, model: GPT | None, dataset: Datas
         tokenizer = dataset.tokenizer(config.bpe_dir or None)
         start = "\n" if tokenizer.name != "char" or "\n" in tokenizer.chars else tokenizer.chars[0]
         generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
-        text = "".join(sample_text(model, tokenizer, start, 300, generator=generator))
+        text = "".join(sample_text(model, tokenizer, SampleConfig(start=start, max_new_tokens=300), generator))
         say(f"a sample:\n{text}\n---------------")
     except UserError as error:  # GPT-2's ranks need a download once
         say(f"no sample of text: {error}")

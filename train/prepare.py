@@ -59,7 +59,7 @@ class PrepareConfig:
 def main() -> None:
     """The command. Raises UserError for bad input, with nothing written."""
     program, usage = "python -m train.prepare", "NAME | FILE ..."
-    config, sources = command_line(PrepareConfig, sys.argv[1:], program, ABOUT, positional=usage)
+    config, sources = command_line(PrepareConfig, None, program, ABOUT, positional=usage)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files go
     start = time.monotonic()
     dataset, meta = prepare(sources, config)
