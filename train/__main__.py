@@ -1,6 +1,5 @@
 """python -m train [presets and config files] [--key=value ...]: parse, build, run."""
 
-import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from train.loop import Loop
 from train.plan import Plan, choose_graphs, decide
 from train.plot import plot_run
 from train.profile import ProfiledStep, profiled_step
-from train.sample import sample_text
+from train.sample import SampleConfig, sample_text
 from train.state import TrainState, make_state
 from train.step import Evaluation, TrainStep
 
@@ -71,7 +70,10 @@ def main() -> int:
 def train(state: TrainState, *, resumed: bool) -> int:
     """One rank's run, from its state to its end; the exit status. resumed: whether it goes on with an earlier run's."""
     plan, config, world = state.plan, state.plan.config, state.plan.world
-    log = open_log(state, resumed=resumed) if world.master else None
+    log = None
+    if world.master:  # from here on there is an out_dir
+        facts = {"device": device_name(plan.device), "parameters": num_params(plan.shape)}
+        log = RunLog(config, **facts, resume_iter=state.progress.iter_num if resumed else None)
     say = log.message if log is not None else lambda line: None
     for line in plan.lines:
         say(line)
@@ -135,26 +137,9 @@ def make_loader(plan: Plan) -> Loader:
     )
 
 
-def open_log(state: TrainState, *, resumed: bool) -> RunLog:
-    """The run's log; from here on there is an out_dir."""
-    config = state.plan.config
-    return RunLog(
-        config.out_dir,
-        dataclasses.asdict(config),
-        device=device_name(state.plan.device),
-        parameters=num_params(state.plan.shape),
-        resume_iter=state.progress.iter_num if resumed else None,
-        wandb_log=config.wandb_log,
-        wandb_project=config.wandb_project,
-        wandb_run_name=config.wandb_run_name,
-        tensorboard_log=config.tensorboard_log,
-    )
-
-
 def farewell(state: TrainState, loop: Loop, say: Callable[[str], None]) -> None:
     """The end of a run: its losses, what the model writes, and where everything lies."""
-    plan, model = state.plan, state.model
-    losses, best = loop.losses, state.progress.best_val_loss
+    plan, losses, best = state.plan, loop.losses, state.progress.best_val_loss
     say(f"final losses: train {losses.train:.4f}, val {losses.val:.4f} (best {best:.4f})")
     try:
         if plan.sharded:
@@ -162,7 +147,8 @@ def farewell(state: TrainState, loop: Loop, say: Callable[[str], None]) -> None:
         tokenizer = plan.dataset.tokenizer(plan.config.bpe_dir or None)
         start = "\n" if tokenizer.name != "char" or "\n" in tokenizer.chars else tokenizer.chars[0]
         generator = torch.Generator(plan.device).manual_seed(plan.config.seed)
-        text = "".join(sample_text(model, tokenizer, start, 300, generator=generator))
+        drawn = SampleConfig(start=start, max_new_tokens=300)
+        text = "".join(sample_text(state.model, tokenizer, drawn, generator))
         say(f"a sample:\n{text}\n---------------")
     except UserError as error:  # GPT-2's ranks need a download once
         say(f"no sample of text: {error}")

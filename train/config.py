@@ -5,7 +5,6 @@ plain defaults (`choose_base`). Over it lie the settings that the command line n
 or `--key=value`, the last one winning (`parse`). `compose` puts one over the other and validates the result.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,25 +64,16 @@ class TrainConfig:
     min_lr: float = setting(6e-5, "learning rate after that step; about learning_rate / 10", low=0)
 
     backend: str = setting(
-        "auto",
-        "between processes; auto: nccl on CUDA, gloo on a CPU",
-        group="system",
-        choices=("auto", "nccl", "gloo"),
+        "auto", "between processes; auto: nccl on CUDA, gloo on a CPU", group="system", choices=("auto", "nccl", "gloo")
     )
     device: str = setting("auto", "where to run: auto, cpu, cuda, cuda:N or mps")
-    dtype: str = setting(
-        "auto",
-        "precision of the matmuls",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
+    dtype: str = setting("auto", "precision of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = setting(True, "torch.compile the model")
     cuda_graphs: bool = setting(True, "capture the step in CUDA graphs, where there is CUDA")
     shard: bool = setting(False, "share out parameters, gradients and moments over the processes (FSDP2)")
     residual_dtype: str = setting("float32", "dtype of the residual stream", choices=("float32", "bfloat16"))
     kernels: str = setting(
-        "auto",
-        "Triton's or plain torch's; auto: fused on CUDA",
-        choices=("auto", "fused", "reference"),
+        "auto", "Triton's or plain torch's; auto: fused on CUDA", choices=("auto", "fused", "reference")
     )
     attention: str = setting(
         "auto",
@@ -164,15 +154,14 @@ def choose_base(parsed: Parsed, *, gpu: bool, stored: Mapping[str, Value] | None
     return Base({}, "the defaults")
 
 
-def compose(parsed: Parsed, base: TrainConfig | Mapping[str, Value]) -> TrainConfig:
+def compose(parsed: Parsed, base: Mapping[str, Value]) -> TrainConfig:
     """`base` under the settings that were named, validated.
 
     Keys of `base` that are no setting are left out: the checkpoint of a fork may carry some. UserError as in
     `validate`, and for a value of another type.
     """
-    under = dataclasses.asdict(base) if isinstance(base, TrainConfig) else base
     settings = settings_of(TrainConfig)
-    kept = {name: typed(settings[name], value) for name, value in under.items() if name in settings}
+    kept = {name: typed(settings[name], value) for name, value in base.items() if name in settings}
     config = TrainConfig(**{**kept, **parsed.settings})
     validate(config)
     return config

@@ -18,8 +18,8 @@ import math
 import mmap
 import pickle
 import time
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -36,7 +36,6 @@ SCAN_TOKENS = 4 << 20  # tokens looked at together in such a check
 # Small steps are gathered many at a time: waking the thread costs more than filling 12 x 64 tokens.
 RUN_BYTES = 1 << 20
 MAX_RUN = 16
-HOST_BUFFERS = 3  # one being filled, one being handed out, one that the device may still be reading
 STREAMS = {"train": 1, "val": 2}  # random streams of the evaluations; training's is 0
 
 
@@ -138,17 +137,12 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 def _from_pickle(meta: Any) -> dict[str, Any]:
     """nanoGPT's {vocab_size, itos, stoi} in the form of meta.json. nanoGPT writes uint16, nothing else."""
-
-    def plain(value: object) -> bool:
-        if isinstance(value, dict):
-            return all(plain(k) and plain(v) for k, v in value.items())
-        return isinstance(value, str | int)
-
-    if not isinstance(meta, dict) or not plain(meta):
-        raise ValueError("expected a dict of strings and ints")
     found = {"vocab_size": meta["vocab_size"], "dtype": "uint16"}
     if "itos" in meta:
-        found |= {"tokenizer": "char", "chars": [meta["itos"][i] for i in range(meta["vocab_size"])]}
+        chars = [meta["itos"][i] for i in range(meta["vocab_size"])]
+        if not all(isinstance(char, str) for char in chars):
+            raise ValueError("expected strings in itos")
+        found |= {"tokenizer": "char", "chars": chars}
     return found
 
 
@@ -180,66 +174,42 @@ class Batch(NamedTuple):
     seeds: tuple[int, ...]
 
 
-class _Buffer:
-    """Pinned host memory for a run of steps, and the event after which the device has read it all."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.memory = torch.empty(shape, dtype=torch.int64, pin_memory=True)
-        self.copied: torch.cuda.Event | None = None
-
-
 class _Run(NamedTuple):
     """Consecutive steps gathered together. Run n holds the steps from n * run_length on."""
 
     number: int
-    buffer: _Buffer | None
     batches: "Future[list[Batch]]"
 
 
+@dataclass
 class Loader:
     """Draws the batches of one rank. A context manager; `close` ends its thread.
-
-    Args:
-        batch_size, block_size: B samples of T tokens a micro-step.
-        accumulation: micro-steps a step of this rank.
-        seed: with the step's number it determines every batch.
-        device: where batches are put; copies to a CUDA device start from pinned memory and do not block.
-        rank, world_size: global micro-step m * world_size + rank is this rank's m-th.
-        vocab_size: ids in a batch must be below it; default the dataset's.
 
     Raises UserError where the dataset is shorter than one sample.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        batch_size: int,
-        block_size: int,
-        accumulation: int = 1,
-        seed: int = 1337,
-        device: str | torch.device = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
-        vocab_size: int | None = None,
-    ) -> None:
-        dataset.check_length(block_size)
-        self.dataset = dataset
-        self.batch_size, self.block_size, self.accumulation = batch_size, block_size, accumulation
-        self.seed = seed % 2**64
-        self.device = torch.device(device)
-        self.rank, self.world_size = rank, world_size
-        self.vocab_size = dataset.vocab_size if vocab_size is None else vocab_size
+    dataset: Dataset
+    batch_size: int  # B samples in a micro-step
+    block_size: int  # T tokens in a sample
+    accumulation: int = 1  # A micro-steps in a step of this rank
+    seed: int = 1337  # with the step's number it determines every batch
+    device: str | torch.device = "cpu"  # where batches are put; copies to CUDA are pinned and do not block
+    rank: int = 0  # global micro-step m * world_size + rank is this rank's m-th
+    world_size: int = 1
+    vocab_size: int | None = None  # ids in a batch must be below it; None: the dataset's
+
+    def __post_init__(self) -> None:
+        self.dataset.check_length(self.block_size)
+        self.seed, self.device = self.seed % 2**64, torch.device(self.device)
+        self.vocab_size = self.vocab_size or self.dataset.vocab_size
         # Row i of this view is tokens[i : i + T + 1]; indexing it beats a loop of slices 3 to 10 times.
         self._windows = {
-            name: np.lib.stride_tricks.sliding_window_view(np.asarray(dataset.split(name)), block_size + 1)
+            name: np.lib.stride_tricks.sliding_window_view(np.asarray(self.dataset.split(name)), self.block_size + 1)
             for name in ("train", "val")
         }
-        step_bytes = 16 * accumulation * batch_size * block_size
+        step_bytes = 16 * self.accumulation * self.batch_size * self.block_size
         self._run_length = min(max(RUN_BYTES // step_bytes, 1), MAX_RUN)
-        self._shape = (self._run_length, 2, accumulation, batch_size, block_size)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._buffers = deque(_Buffer(self._shape) for _ in range(HOST_BUFFERS) if self.device.type == "cuda")
         self._current: _Run | None = None
         self._next: _Run | None = None
 
@@ -251,7 +221,8 @@ class Loader:
             run.batches.result()  # waits, and raises what the thread met
             self._current, self._next = run, self._gather_later(number + 1)
         batch = self._current.batches.result()[i]
-        return batch if self.device.type == "cpu" else self._to_device(batch, self._current.buffer)
+        x, y = (t.to(self.device, non_blocking=True) for t in batch[:2])
+        return Batch(x, y, batch.seeds)
 
     def evaluation(self, split: Split, k: int) -> Batch:
         """The k-th evaluation batch of a split, (1, B, T): the same at every evaluation and on every rank.
@@ -261,34 +232,27 @@ class Loader:
         different k.
         """
         offsets = self._draw(split, self._generator(STREAMS[split], k), self.batch_size)
-        shape = (2, 1, self.batch_size, self.block_size)
-        memory = torch.empty(shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        x, y = self._gather(split, offsets, memory).to(self.device, non_blocking=True)
+        x, y = self._gather(split, offsets, self._host_memory(2, 1)).to(self.device, non_blocking=True)
         return Batch(x, y, (0,))  # dropout is off
-
-    def close(self) -> None:
-        """End the thread. The batches handed out stay valid."""
-        self._thread.shutdown(cancel_futures=True)
-        self._next = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """End the thread. The batches handed out stay valid."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _host_memory(self, *shape: int) -> torch.Tensor:
+        """Memory for so many micro-steps. Pinned memory that is let go is used again only after copies have read it."""
+        shape = (*shape, self.batch_size, self.block_size)
+        return torch.empty(shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
 
     def _gather_later(self, number: int) -> _Run:
-        """Hand a run to the thread, which works in order: no buffer is ever filled by two runs at once."""
-        buffer = None
-        if self._buffers:
-            self._buffers.rotate(-1)
-            buffer = self._buffers[-1]
-            if buffer.copied is not None:
-                buffer.copied.synchronize()  # long done, unless the host is far ahead of the device
-        return _Run(number, buffer, self._thread.submit(self._gather_run, number, buffer and buffer.memory))
+        """Hand a run to the thread."""
+        memory = self._host_memory(self._run_length, 2, self.accumulation)
+        return _Run(number, self._thread.submit(self._gather_run, number, memory))
 
-    def _gather_run(self, number: int, memory: torch.Tensor | None) -> list[Batch]:
-        memory = torch.empty(self._shape, dtype=torch.int64) if memory is None else memory
+    def _gather_run(self, number: int, memory: torch.Tensor) -> list[Batch]:
         batches = []
         for i, xy in enumerate(memory):
             batches.append(self._gather_step(number * self._run_length + i, xy))
@@ -302,13 +266,6 @@ class Loader:
         seeds = generator.integers(2**63 - 1, size=shape[:2])[:, self.rank]
         x, y = self._gather("train", offsets.ravel(), xy)
         return Batch(x, y, tuple(seeds.tolist()))
-
-    def _to_device(self, batch: Batch, buffer: _Buffer | None) -> Batch:
-        x, y = (t.to(self.device, non_blocking=buffer is not None) for t in batch[:2])
-        if buffer is not None:
-            buffer.copied = torch.cuda.Event()
-            buffer.copied.record(torch.cuda.current_stream(self.device))
-        return Batch(x, y, batch.seeds)
 
     def _generator(self, stream: int, number: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, stream, number))))

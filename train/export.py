@@ -1,6 +1,5 @@
 """Export a checkpoint for `transformers`: python -m train.export --out_dir=out --to=FOLDER"""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,6 @@ class ExportConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
-    argv = sys.argv[1:] if argv is None else argv
     about = "Write a checkpoint as a Hugging Face GPT-2 folder."
     config, _ = command_line(ExportConfig, argv, "python -m train.export", about)
     if not config.to:

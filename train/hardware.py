@@ -17,13 +17,7 @@ import torch
 from train.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COLUMNS = {  # of the table below, by dtype
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "fp8",
-    torch.float8_e5m2: "fp8",
-}
+COLUMNS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # of the table below
 
 
 @dataclass(frozen=True)
@@ -58,50 +52,48 @@ class Device:
     tf32: float | None
     fp16: float
     bf16: float | None
-    fp8: float | None
     bandwidth: float
     source: str
     link: Link | None = None  # None: not known here
 
 
 def _geforce(series: int, model: str, fp32: float, bandwidth: float, link: Link | None = None) -> Device:
-    """Summing in float32, the tensor cores do TF32 at the shaders' FP32 rate, 16 bits at 2x, FP8 at 4x."""
+    """Summing in float32, the tensor cores do TF32 at the shaders' FP32 rate, 16 bits at 2x."""
     chip = {30: "Ampere GA102", 40: "Ada", 50: "RTX Blackwell"}[series]
-    fp8 = 4 * fp32 if series >= 40 else None
     source = f"NVIDIA {chip} white paper, GeForce specifications"
-    return Device(f"GeForce RTX {model}", fp32, fp32, 2 * fp32, 2 * fp32, fp8, bandwidth, source, link)
+    return Device(f"GeForce RTX {model}", fp32, fp32, 2 * fp32, 2 * fp32, bandwidth, source, link)
 
 
 # A MIG slice, a laptop chip or a regional variant has another name and is measured instead. Where one name
 # covers two cards, the faster is listed: MFU is then understated, never overstated.
 DEVICES = (
-    # name, fp32, tf32, fp16, bf16, fp8, GB/s, source, link
-    Device(r"V100-SXM[23]-(16|32)GB", 15.7, None, 125, None, None, 900, "NVIDIA V100 data sheet"),
-    Device(r"V100-PCIE-(16|32)GB", 14, None, 112, None, None, 900, "NVIDIA V100 data sheet"),
-    Device(r"V100S-PCIE-32GB", 16.4, None, 130, None, None, 1134, "NVIDIA V100 data sheet"),
-    Device(r"T4", 8.1, None, 65, None, None, 320, "NVIDIA T4 data sheet"),
-    Device(r"A100-SXM4-40GB", 19.5, 156, 312, 312, None, 1555, "NVIDIA A100 data sheet", NVLINK3),
-    Device(r"A100-SXM4-80GB", 19.5, 156, 312, 312, None, 2039, "NVIDIA A100 data sheet", NVLINK3),
-    Device(r"A100-PCIE-40GB", 19.5, 156, 312, 312, None, 1555, "NVIDIA A100 data sheet", PCIE4),
-    Device(r"A100(-PCIE-80GB| 80GB PCIe)", 19.5, 156, 312, 312, None, 1935, "NVIDIA A100 data sheet", PCIE4),
-    Device(r"A30", 10.3, 82, 165, 165, None, 933, "NVIDIA A30 data sheet"),
-    Device(r"A10", 31.2, 62.5, 125, 125, None, 600, "NVIDIA A10 data sheet", PCIE4),
-    Device(r"A10G", 35, 35, 70, 70, None, 600, "NVIDIA A10G data sheet"),
-    Device(r"A40", 37.4, 74.8, 149.7, 149.7, None, 696, "NVIDIA A40 data sheet"),
-    Device(r"RTX A6000", 38.7, 77.4, 154.8, 154.8, None, 768, "NVIDIA Ampere GA102 white paper"),
-    Device(r"L4", 30.3, 60, 121, 121, 242.5, 300, "NVIDIA L4 data sheet", PCIE4),
-    Device(r"L40", 90.5, 90.5, 181, 181, 362, 864, "NVIDIA L40 data sheet", PCIE4),
-    Device(r"L40S", 91.6, 183, 362, 362, 733, 864, "NVIDIA L40S data sheet", PCIE4),
-    Device(r"RTX 6000 Ada Generation", 91.1, 182, 364, 364, 728, 960, "NVIDIA RTX 6000 Ada data sheet"),
-    Device(r"H100 (80|96)GB HBM3", 67, 495, 989, 989, 1979, 3350, "NVIDIA H100 data sheet, SXM", NVLINK4),
-    Device(r"H100 PCIe", 51, 378, 756, 756, 1513, 2000, "NVIDIA H100 data sheet, PCIe", PCIE5),
-    Device(r"H100 NVL", 60, 418, 835, 835, 1671, 3900, "NVIDIA H100 data sheet, NVL"),
-    Device(r"H200", 67, 495, 989, 989, 1979, 4800, "NVIDIA H200 data sheet, SXM", NVLINK4),
-    Device(r"H200 NVL", 60, 418, 835, 835, 1671, 4800, "NVIDIA H200 data sheet, NVL"),
-    Device(r"GH200 480GB", 67, 495, 989, 989, 1979, 4000, "NVIDIA GH200 data sheet, HBM3"),
-    Device(r"GH200 144G HBM3e", 67, 495, 989, 989, 1979, 4900, "NVIDIA GH200 data sheet, HBM3e"),
-    Device(r"B200", 75, 1100, 2250, 2250, 4500, 7700, "NVIDIA Blackwell data sheet, HGX B200", NVLINK5),
-    Device(r"GB200", 80, 1250, 2500, 2500, 5000, 8000, "NVIDIA Blackwell data sheet, GB200 NVL72"),
+    # name, fp32, tf32, fp16, bf16, GB/s, source, link
+    Device(r"V100-SXM[23]-(16|32)GB", 15.7, None, 125, None, 900, "NVIDIA V100 data sheet"),
+    Device(r"V100-PCIE-(16|32)GB", 14, None, 112, None, 900, "NVIDIA V100 data sheet"),
+    Device(r"V100S-PCIE-32GB", 16.4, None, 130, None, 1134, "NVIDIA V100 data sheet"),
+    Device(r"T4", 8.1, None, 65, None, 320, "NVIDIA T4 data sheet"),
+    Device(r"A100-SXM4-40GB", 19.5, 156, 312, 312, 1555, "NVIDIA A100 data sheet", NVLINK3),
+    Device(r"A100-SXM4-80GB", 19.5, 156, 312, 312, 2039, "NVIDIA A100 data sheet", NVLINK3),
+    Device(r"A100-PCIE-40GB", 19.5, 156, 312, 312, 1555, "NVIDIA A100 data sheet", PCIE4),
+    Device(r"A100(-PCIE-80GB| 80GB PCIe)", 19.5, 156, 312, 312, 1935, "NVIDIA A100 data sheet", PCIE4),
+    Device(r"A30", 10.3, 82, 165, 165, 933, "NVIDIA A30 data sheet"),
+    Device(r"A10", 31.2, 62.5, 125, 125, 600, "NVIDIA A10 data sheet", PCIE4),
+    Device(r"A10G", 35, 35, 70, 70, 600, "NVIDIA A10G data sheet"),
+    Device(r"A40", 37.4, 74.8, 149.7, 149.7, 696, "NVIDIA A40 data sheet"),
+    Device(r"RTX A6000", 38.7, 77.4, 154.8, 154.8, 768, "NVIDIA Ampere GA102 white paper"),
+    Device(r"L4", 30.3, 60, 121, 121, 300, "NVIDIA L4 data sheet", PCIE4),
+    Device(r"L40", 90.5, 90.5, 181, 181, 864, "NVIDIA L40 data sheet", PCIE4),
+    Device(r"L40S", 91.6, 183, 362, 362, 864, "NVIDIA L40S data sheet", PCIE4),
+    Device(r"RTX 6000 Ada Generation", 91.1, 182, 364, 364, 960, "NVIDIA RTX 6000 Ada data sheet"),
+    Device(r"H100 (80|96)GB HBM3", 67, 495, 989, 989, 3350, "NVIDIA H100 data sheet, SXM", NVLINK4),
+    Device(r"H100 PCIe", 51, 378, 756, 756, 2000, "NVIDIA H100 data sheet, PCIe", PCIE5),
+    Device(r"H100 NVL", 60, 418, 835, 835, 3900, "NVIDIA H100 data sheet, NVL"),
+    Device(r"H200", 67, 495, 989, 989, 4800, "NVIDIA H200 data sheet, SXM", NVLINK4),
+    Device(r"H200 NVL", 60, 418, 835, 835, 4800, "NVIDIA H200 data sheet, NVL"),
+    Device(r"GH200 480GB", 67, 495, 989, 989, 4000, "NVIDIA GH200 data sheet, HBM3"),
+    Device(r"GH200 144G HBM3e", 67, 495, 989, 989, 4900, "NVIDIA GH200 data sheet, HBM3e"),
+    Device(r"B200", 75, 1100, 2250, 2250, 7700, "NVIDIA Blackwell data sheet, HGX B200", NVLINK5),
+    Device(r"GB200", 80, 1250, 2500, 2500, 8000, "NVIDIA Blackwell data sheet, GB200 NVL72"),
     _geforce(30, "3060", 12.7, 360),
     _geforce(30, "3060 Ti", 16.2, 448),
     _geforce(30, "3070", 20.3, 448),
@@ -127,9 +119,9 @@ DEVICES = (
     _geforce(50, "5090", 104.8, 1792, PCIE5),
     # torch sees each of the two dies of an MI250 as a device of its own: half of the data sheet's figures.
     # Their fp32 is the matrix cores'.
-    Device(r"Instinct MI250", 45.3, None, 181, 181, None, 1638, "AMD MI250 data sheet, one of two dies"),
-    Device(r"Instinct MI250X.*", 47.9, None, 191.5, 191.5, None, 1638, "AMD MI250X data sheet, one of two dies"),
-    Device(r"Instinct MI300X( OAM)?", 163.4, 653.7, 1307.4, 1307.4, 2614.9, 5300, "AMD MI300X data sheet"),
+    Device(r"Instinct MI250", 45.3, None, 181, 181, 1638, "AMD MI250 data sheet, one of two dies"),
+    Device(r"Instinct MI250X.*", 47.9, None, 191.5, 191.5, 1638, "AMD MI250X data sheet, one of two dies"),
+    Device(r"Instinct MI300X( OAM)?", 163.4, 653.7, 1307.4, 1307.4, 5300, "AMD MI300X data sheet"),
 )
 
 
@@ -197,19 +189,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
     name = device_name(device)
     row = lookup(name) if device.type == "cuda" else None
     if row is not None:
-        column = COLUMNS.get(dtype, "")
-        if column == "fp32" and row.tf32 is not None and _tf32_allowed():
+        column = COLUMNS[dtype]
+        # this answers whichever of torch's two ways of setting it was used; reading `allow_tf32` can raise
+        if column == "fp32" and row.tf32 is not None and torch.backends.cuda.matmul.fp32_precision == "tf32":
             column = "tf32"
-        if figure := getattr(row, column, None):
+        if figure := getattr(row, column):
             return Peak(figure * 1e12, f"{row.source}, dense {column}")
     where = f"this CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else name
     precision = str(dtype).removeprefix("torch.")
     return Peak(measure_flops(device, dtype), f"measured {precision} matmul peak of {where}")
-
-
-def _tf32_allowed() -> bool:
-    # answers whichever of torch's two ways of setting it was used; reading `allow_tf32` can raise
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype, budget: float = 0.5) -> float:
@@ -296,20 +284,13 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def available_devices() -> list[str]:
-    """The names that resolve_device accepts on this machine, best first."""
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    if torch.backends.mps.is_available():
-        devices.append("mps")
-    return [*devices, "cpu"]
-
-
 def resolve_device(name: str) -> torch.device:
     """The device that auto (the best there is), cpu, cuda (the first), cuda:N or mps names.
 
     Raises UserError, naming the devices that exist, for any other.
     """
-    devices = available_devices()
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    devices += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     wanted = {"auto": devices[0], "cuda": "cuda:0"}.get(name, name)
     if wanted not in devices:
         raise UserError(f"device: got {name!r}, expected one of: auto, {', '.join(devices)}")
@@ -327,9 +308,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     offered = ["float32"]
     if device.type == "cuda":
         # not torch.cuda.is_bf16_supported(): it counts emulation
-        offered = ["bfloat16", "float16", "float32"] if _sm(device) >= (8, 0) else ["float16", "float32"]
+        new = torch.cuda.get_device_capability(device) >= (8, 0)
+        offered = ["bfloat16", "float16", "float32"] if new else ["float16", "float32"]
     elif device.type == "cpu":
-        offered = ["bfloat16", "float32"] if _cpu_has_bfloat16() else ["float32", "bfloat16"]
+        # Private names, but stable since torch 2.6. Every CPU with AMX tiles multiplies bfloat16 with them.
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        offered = ["bfloat16", "float32"] if fast else ["float32", "bfloat16"]
     elif device.type == "mps":
         offered = ["float32", "bfloat16", "float16"]
     if name == "auto":
@@ -337,12 +321,3 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in offered:
         raise UserError(f"dtype: got {name!r}, expected one of: auto, {', '.join(offered)} (on {device})")
     return DTYPES[name]
-
-
-def _sm(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def _cpu_has_bfloat16() -> bool:
-    # Private names, but stable since torch 2.6. Every CPU with AMX tiles multiplies bfloat16 with them.
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

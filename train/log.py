@@ -12,6 +12,8 @@ line; the others' are what evaluating or saving took. A number that is not finit
 ever appended to, and a killed run leaves at most one partial last line: `read_metrics` sorts both out.
 """
 
+import dataclasses
+import importlib
 import json
 import math
 import os
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint import set_aside
+from train.config import TrainConfig
 from train.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -37,54 +40,47 @@ def say(line: str) -> None:
 class RunLog:
     """The log of a run, kept by one rank.
 
-    settings: stored with the run. parameters: how many the model has. resume_iter: the iteration that a
-    resumed run goes on from, None for a new run. console: prints one line. Raises UserError where out_dir
-    cannot be written (at once, or on a later line), and before anything is written where wandb or TensorBoard
-    is asked for and cannot be had.
+    parameters: how many the model has. resume_iter: the iteration that a resumed run goes on from, None for a new
+    run. console: prints one line. Raises UserError where out_dir cannot be written (at once, or on a later line), and
+    before anything is written where wandb or TensorBoard is asked for and cannot be had.
     """
 
     def __init__(
         self,
-        out_dir: str | os.PathLike,
-        settings: Mapping[str, Any],
+        config: TrainConfig,
         *,
         device: str,
         parameters: int,
         resume_iter: int | None = None,
-        wandb_log: bool = False,
-        wandb_project: str = "owt",
-        wandb_run_name: str = "gpt2",
-        tensorboard_log: bool = False,
         console: Callable[[str], None] = say,
     ) -> None:
         self._console = console
-        self._path = Path(out_dir) / METRICS
-        self._wandb = self._tensorboard = None
+        self._path = Path(config.out_dir) / METRICS
         self._mfu: float | None = None  # the last one logged; nanoGPT sends it to wandb with an evaluation
-        wandb = _import_wandb() if wandb_log else None
-        writer = _import_summary_writer() if tensorboard_log else None
-        if wandb:
+        self._wandb, tensorboard = _import_sinks(config)
+        settings = dataclasses.asdict(config)
+        if self._wandb:
             try:
-                wandb.init(project=wandb_project, name=wandb_run_name, config=dict(settings))
+                self._wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=settings)
             except Exception as error:  # no login, no network: theirs to say, in one line
                 raise UserError(f"wandb_log: wandb.init failed: {' '.join(str(error).split())}") from error
-            self._wandb = wandb
         if resume_iter is None and (aside := set_aside(self._path.parent)):
-            console(f"the earlier run in {out_dir} was moved to {aside}")
+            console(f"the earlier run in {config.out_dir} was moved to {aside}")
+        start, folder = resume_iter or 0, self._path.parent
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             _end_partial_line(self._path)
             self._file = self._path.open("ab", buffering=0)  # so that a line is one write, at once
-            if writer:  # purge_step hides what an earlier run logged from there on
-                self._tensorboard = writer(str(self._path.parent / "tensorboard"), purge_step=resume_iter or 0)
+            # purge_step hides what an earlier run logged from there on
+            self._tensorboard = tensorboard and tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=start)
         except OSError as error:
             raise UserError(f"out_dir: cannot write {self._path}: {error.strerror}") from error
         self._append(
             "run",
-            resume_iter or 0,
+            start,
             resumed=resume_iter is not None,
             time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            settings=dict(settings),
+            settings=settings,
             device=device,
             parameters=parameters,
             torch=_version("torch"),
@@ -95,26 +91,10 @@ class RunLog:
         """A line for the console only."""
         self._console(text)
 
-    def iteration(
-        self,
-        iter_num: int,
-        loss: float,
-        seconds: float,
-        mfu: float,
-        lr: float,
-        grad_norm: float,
-        tokens_per_second: float,
-    ) -> None:
+    def iteration(self, iter_num: int, loss: float, seconds: float, mfu: float, **others: float) -> None:
         """The log line of an iteration. seconds: the mean of one since the last line; mfu: from 0 to 1."""
         self._console(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
-        values = {
-            "loss": loss,
-            "seconds": seconds,
-            "mfu": mfu,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "tokens_per_second": tokens_per_second,
-        }
+        values = {"loss": loss, "seconds": seconds, "mfu": mfu, **others}
         self._append("iter", iter_num, **values)
         self._mfu = mfu
         self._chart(iter_num, {**values, "mfu": mfu * 100})
@@ -141,12 +121,8 @@ class RunLog:
             self._tensorboard.close()
 
     def _append(self, kind: str, iter_num: int, **values: Any) -> None:
-        record = {
-            "kind": kind,
-            "iter": iter_num,
-            **{name: _jsonable(value) for name, value in values.items()},
-        }
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        line = json.dumps({"kind": kind, "iter": iter_num, **finite}, allow_nan=False).encode() + b"\n"
         try:
             if self._file.write(line) != len(line):
                 raise OSError(0, "the disk is full")  # a short write is all a full disk says at first
@@ -161,16 +137,14 @@ class RunLog:
                 self._tensorboard.add_scalar(name, value, iter_num)
 
 
-def check_sinks(out_dir: str | os.PathLike, *, wandb_log: bool, tensorboard_log: bool) -> None:
+def check_sinks(config: TrainConfig) -> None:
     """UserError where a RunLog would fail for want of a package or of a folder to write to. Writes nothing."""
-    if wandb_log:
-        _import_wandb()
-    if tensorboard_log:
-        _import_summary_writer()
-    folder = next(path for path in (Path(out_dir), *Path(out_dir).absolute().parents) if path.exists())
+    _import_sinks(config)
+    out_dir = Path(config.out_dir)
+    folder = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         what = "cannot be written" if folder.is_dir() else "is no folder"
-        raise UserError(f"out_dir: got {os.fspath(out_dir)!r}, expected a folder that can be written; {folder} {what}")
+        raise UserError(f"out_dir: got {config.out_dir!r}, expected a folder that can be written; {folder} {what}")
 
 
 def read_metrics(path: str | os.PathLike) -> list[Record]:
@@ -202,15 +176,6 @@ def _end_partial_line(path: Path) -> None:
                 file.write(b"\n")
 
 
-def _jsonable(value: Any) -> Any:
-    """`value`, with null for what JSON has no number for."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _jsonable(item) for name, item in value.items()}
-    return value
-
-
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -218,19 +183,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _import_wandb() -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("wandb_log: got True, but wandb is not installed; pip install 'nanofuse[wandb]'") from error
-    return wandb
-
-
-def _import_summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "tensorboard_log: got True, but tensorboard is not installed; pip install 'nanofuse[tensorboard]'"
-        ) from error
-    return SummaryWriter
+def _import_sinks(config: TrainConfig) -> tuple[Any, Any]:
+    """wandb and torch.utils.tensorboard, where they are asked for. UserError where one is not installed."""
+    found = []
+    for name, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
+        try:
+            found.append(importlib.import_module(module) if getattr(config, f"{name}_log") else None)
+        except ImportError as error:
+            raise UserError(
+                f"{name}_log: got True, but {name} is not installed; pip install 'nanofuse[{name}]'"
+            ) from error
+    wandb, tensorboard = found
+    return wandb, tensorboard

@@ -74,7 +74,7 @@ def decide(
     one to go on from. UserError for everything that would not run."""
     dtype = resolve_dtype(config.dtype, device)
     check_together(config, world, device.type, dtype)
-    check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
+    check_sinks(config)
     dataset = open_dataset(config.dataset, world)
     ops, chunk, kernels = choose_ops(config, device, dtype, dataset.vocab_size)
     shape = model_shape(config, named, checkpoint, dataset.vocab_size)

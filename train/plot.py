@@ -8,7 +8,6 @@ import io
 import math
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -193,7 +192,6 @@ def _title(runs: dict[str, list[Record]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     about = "Draw the loss curves of one run or several from their metrics.jsonl."
     config, named = command_line(PlotConfig, argv, "python -m train.plot", about, positional="[OUT_DIR ...]")
     folders = [Path(name) for name in named or [config.out_dir]]

@@ -59,7 +59,7 @@ class PrepareConfig:
 def main() -> None:
     """The command. Raises UserError for bad input, with nothing written."""
     program, usage = "python -m train.prepare", "NAME | FILE ..."
-    config, sources = command_line(PrepareConfig, sys.argv[1:], program, ABOUT, positional=usage)
+    config, sources = command_line(PrepareConfig, None, program, ABOUT, positional=usage)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files go
     start = time.monotonic()
     dataset, meta = prepare(sources, config)
@@ -246,18 +246,15 @@ def _code_points(text: str) -> np.ndarray:
 
 def in_order(work: Callable[[Any], np.ndarray], items: Iterable[Any]) -> Iterator[np.ndarray]:
     """map(work, items) on all cores, in order, a few items ahead. `work` must release the GIL."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ahead = 2 * (os.cpu_count() or 1)
     waiting: deque[Future[np.ndarray]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def progress(total: int, unit: str) -> Any:

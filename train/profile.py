@@ -12,7 +12,8 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +129,7 @@ def profiled_step(step: TrainStep | GraphedStep, plan: Plan, first: int, say: Ca
     return ProfiledStep(step, which, first, floors=floors, out_dir=Path(config.out_dir), say=say)
 
 
+@dataclass
 class ProfiledStep:
     """`step`, the same call and the same results; iterations `which` of a run that begins with `first` are profiled.
 
@@ -135,34 +137,29 @@ class ProfiledStep:
     two steps counts too. say: prints lines.
     """
 
-    def __init__(
-        self,
-        step: TrainStep | GraphedStep,
-        which: range,
-        first: int,
-        *,
-        floors: "Floors",
-        out_dir: Path,
-        say: Callable[[str], None],
-    ) -> None:
-        self.step, self.scaler = step, step.scaler
-        self.which, self.floors, self.out_dir, self.say = which, floors, out_dir, say
-        self._iteration, self._device = first, step.scaler.scale.device
+    step: TrainStep | GraphedStep
+    which: range
+    first: int
+    floors: "Floors"
+    out_dir: Path
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.scaler = self.step.scaler
+        self._iteration, self._device = self.first, self.scaler.scale.device
         self._running = ExitStack()  # the profiler and the annotation of its window
         self._host: list[float] = []  # seconds that the host took for each step of the warm-up
 
     def __call__(self, batch: Batch, lr: float) -> StepResult:
         i, which = self._iteration, self.which
-        if i in which:
-            with record_function(f"iteration {i}"):
-                result = self.step(batch, lr)
-        elif which and i < which.start:  # with nothing queued before it, and no profiler: the host's own time
+        warm_up = i < which.start and bool(which)
+        if warm_up:  # with nothing queued before it, and no profiler: the host's own time
             synchronize(self._device)
-            begin = time.perf_counter()
+        begin = time.perf_counter()
+        with record_function(f"iteration {i}") if i in which else nullcontext():
             result = self.step(batch, lr)
+        if warm_up:
             self._host.append(time.perf_counter() - begin)
-        else:
-            result = self.step(batch, lr)
         self._iteration += 1
         if which and self._iteration == which.start:
             self._begin()

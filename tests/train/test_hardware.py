@@ -7,7 +7,6 @@ from train import hardware
 from train.errors import UserError
 from train.hardware import (
     DEVICES,
-    available_devices,
     lookup,
     measure_bandwidth,
     measure_ceilings,
@@ -90,9 +89,7 @@ def test_a_row_is_plausible(row):
     assert 200 < row.bandwidth < 10_000
     assert row.bf16 in (None, row.fp16)
     assert (row.bf16 is None) == ("V100" in row.name or row.name == "T4")
-    for wide, narrow in ((row.tf32, row.bf16), (row.bf16, row.fp8)):
-        if wide and narrow:
-            assert 1.9 < narrow / wide < 2.1
+    assert row.tf32 is None or 1.9 < row.bf16 / row.tf32 < 2.1
     assert row.fp32 <= (row.tf32 or row.fp16)
     assert 20 < row.fp16 * 1000 / row.bandwidth < 450  # FLOPs a byte
 
@@ -103,7 +100,6 @@ def test_peak_of_a_known_device(cuda, tf32):
     assert peak.flops == 989e12
     assert "H100 data sheet" in peak.source
     assert "bf16" in peak.source
-    assert peak_flops(CUDA, torch.float8_e4m3fn).flops == 1979e12
     tf32(False)
     assert peak_flops(CUDA, torch.float32).flops == 67e12
     tf32(True)
@@ -144,7 +140,6 @@ def test_a_copy_counts_what_is_read_and_what_is_written(monkeypatch):
 
 def test_resolve_device_without_an_accelerator(no_accelerator):
     assert resolve_device("auto") == resolve_device("cpu") == CPU
-    assert available_devices() == ["cpu"]
     for name in ("cuda", "cuda:0", "mps", "tpu", "cuda:x", ""):
         with pytest.raises(UserError, match=f"device: got '{name}', expected one of: auto, cpu$"):
             resolve_device(name)

@@ -1,5 +1,6 @@
 """The two console lines, metrics.jsonl through kills and resumes, and the optional sinks, played by fakes."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,20 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from train.config import TrainConfig
 from train.errors import UserError
 from train.log import METRICS, RunLog, read_metrics
-
-SETTINGS = {"out_dir": "out", "batch_size": 12, "learning_rate": 1e-3, "compile": True}
 
 
 @pytest.fixture
 def start(tmp_path):
     """Start a RunLog in tmp_path/out; its console lines gather in `start.lines`."""
 
-    def start(**options):
-        defaults = {"device": "AMD EPYC", "parameters": 123, "console": start.lines.append}
-        logs.append(RunLog(tmp_path / "out", SETTINGS, **defaults | options))
-        return logs[-1]
+    def start(resume_iter=None, **settings):
+        config = TrainConfig(out_dir=str(tmp_path / "out"), **settings)
+        facts = {"device": "AMD EPYC", "parameters": 123, "console": start.lines.append}
+        return RunLog(config, resume_iter=resume_iter, **facts)
 
     logs, start.lines = [], []
     start.path = tmp_path / "out" / METRICS
@@ -59,7 +59,7 @@ def test_the_records(start):
     log.saved(0, seconds=0.3)
     run, iteration, evaluation, saved = [json.loads(line) for line in start.path.read_text().splitlines()]
     assert run["kind"] == "run"
-    assert run["settings"] == SETTINGS
+    assert run["settings"] == dataclasses.asdict(TrainConfig(out_dir=str(start.path.parent)))
     assert (run["device"], run["parameters"], run["resumed"]) == ("AMD EPYC", 123, False)
     assert run["torch"].startswith("2.")
     assert "triton" in run
@@ -126,14 +126,15 @@ def test_a_new_run_in_an_old_folder_starts_over_and_loses_nothing(start):
 def test_a_kill_inside_a_line_costs_that_line_alone(tmp_path_factory, cut):
     folder = tmp_path_factory.mktemp("out")
     options = {"device": "cpu", "parameters": 1, "console": lambda line: None}
-    log = RunLog(folder, {}, **options)
+    config = TrainConfig(out_dir=str(folder))
+    log = RunLog(config, **options)
     for i in range(3):
         log_iteration(log, i, loss=float(i))
     log.close()
     whole = (folder / METRICS).read_bytes()
     (folder / METRICS).write_bytes(whole[: max(0, len(whole) - cut)])
     kept = losses(read_metrics(folder / METRICS))
-    log = RunLog(folder, {}, **options, resume_iter=2)
+    log = RunLog(config, **options, resume_iter=2)
     log_iteration(log, 3, loss=3.0)
     log.close()
     after = losses(read_metrics(folder / METRICS))
@@ -188,7 +189,9 @@ def test_wandb_gets_nanogpts_keys(start, monkeypatch):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = start(wandb_log=True, wandb_project="owt", wandb_run_name="mine")
-    assert wandb.options == {"project": "owt", "name": "mine", "config": SETTINGS}
+    settings = wandb.options.pop("config")
+    assert wandb.options == {"project": "owt", "name": "mine"}
+    assert settings["wandb_run_name"] == "mine"
     log.evaluation(0, train_loss=4.2, val_loss=4.3, lr=0.0, seconds=1.0)
     log_iteration(log, 10, loss=3.0, mfu=0.25)
     log.evaluation(20, train_loss=2.2, val_loss=2.3, lr=1e-3, seconds=1.0)

@@ -113,7 +113,7 @@ class Parts:
             step = GraphedStep(step, (1, 2, 16), evaluation, capture=tape)
             evaluation = step.evaluation
         plan = types.SimpleNamespace(config=config, world=World(), device=torch.device("cpu"))
-        log = RunLog(self.folder, {}, device="cpu", parameters=0, console=self.lines.append)
+        log = RunLog(config, device="cpu", parameters=0, console=self.lines.append)
         with Loader(Dataset(self.folder / "data"), batch_size=2, block_size=16) as loader:
             self.loop = Loop(
                 State(plan, model, optimizer, step.scaler, Progress()),

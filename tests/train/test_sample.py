@@ -121,7 +121,7 @@ class Parrot(torch.nn.Module):
 def test_text_streams_and_never_ends_inside_a_character():
     script = "aé€!".encode() + b"\xe2\x82"  # the last character is cut off
     parrot = Parrot(script)
-    pieces = sample_text(parrot, ByteTokenizer(), "é", len(script), temperature=0)
+    pieces = sample_text(parrot, ByteTokenizer(), SampleConfig(start="é", max_new_tokens=len(script), temperature=0.0))
     assert next(pieces) == "é"
     assert parrot.said == 0
     assert next(pieces) == "a"
