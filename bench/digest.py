@@ -1,9 +1,9 @@
 """Results files as rows of numbers, and what devices could do at best: all that tables and pictures show.
 
 A step's parts (`model/work.py`) have two rooflines. The floor takes the rates that a run measured, or those of a data
-sheet, at their word. No step is faster, unless a cache hands on what one part leaves for the next. The attainable time
-takes the share of a data sheet that good kernels reach, ATTAINED. They reached it on an H100; that they would on other
-devices is assumed.
+sheet, as they are. No step is faster, unless a cache holds what one part leaves for the next. The attainable time takes
+the share of a data sheet that good kernels reach, ATTAINED. They reached it on an H100. That they would reach it on
+other devices is an assumption.
 """
 
 import re

@@ -33,12 +33,12 @@ PLAIN = Fabric(8, inside=1.0, between=1.0)  # two devices all-reduce S bytes in 
     ],
 )
 def test_an_all_reduce(devices: int, seconds: float) -> None:
-    assert HAND.all_reduce(80, devices) == pytest.approx(seconds)
+    assert HAND.seconds(80, devices, all_reduce=True) == pytest.approx(seconds)
 
 
 def test_an_all_gather() -> None:
-    assert HAND.gather(80, 1) == 0
-    assert HAND.gather(80, 16) == pytest.approx((7 / 8 * 80 / 100 + 7) + (1 / 2 * 80 / 8 / 10 + 2) + 5)
+    assert HAND.seconds(80, 1) == 0
+    assert HAND.seconds(80, 16) == pytest.approx((7 / 8 * 80 / 100 + 7) + (1 / 2 * 80 / 8 / 10 + 2) + 5)
 
 
 # One device's share
@@ -171,7 +171,9 @@ def test_a_measured_step_in_the_table(tmp_path: Path) -> None:
     assert one[9] == f"{flops * 32768 / 0.07 / 989e12:.1%}"
     assert one[-2] == "100.0%"
     assert eight[1:5] == ["1", "x", "4", "32,768"]
-    sums = sum(scale.fabric_of(config, "NVIDIA H100 80GB HBM3")[0].all_reduce(4 * n, 8) for n in [124_373_760])
+    sums = sum(
+        scale.fabric_of(config, "NVIDIA H100 80GB HBM3")[0].seconds(4 * n, 8, all_reduce=True) for n in [124_373_760]
+    )
     assert float(eight[6]) == pytest.approx(1e3 * (sums + 10 * (8.4 + 2 * 7 * 3.4) / 1e6), abs=0.02)  # in 11 exchanges
     assert eight[6] == eight[7]
 

@@ -237,7 +237,7 @@ def test_every_compiled_step_runs_compiled_code_made_for_its_shape(compiled: Rec
 
 
 def own_ops(name: str) -> Ops:
-    """The reference's, by a function of their own: torch compiles anew for it, as for a fused one."""
+    """The reference's, by a function of their own: torch compiles again for it, as for a fused one."""
 
     def mlp(*args: object, **options: object) -> torch.Tensor:
         return REFERENCE.mlp(*args, **options)
@@ -274,7 +274,7 @@ def test_what_compiles_under_the_clock_is_not_timed(compiled: Recorded) -> None:
 
     first, second = measure(EAGER, Variant("restless", build))
     assert first.seconds
-    assert second.skipped == "wrong: it was compiled anew while it was timed"
+    assert second.skipped == "wrong: it was compiled again while it was timed"
     assert second.seconds == second.host_seconds == []
 
 
