@@ -1,8 +1,8 @@
 """python -m bench: everything that this machine can measure, in one results file.
 
 Ceilings, GPU tests, kernels, training steps: each part has its share of `--minutes`, compiling included, and what one
-part leaves the next may use. What does not fit is left out, and its rows say so. The file is written anew after every
-part, so that whatever ends the run, what was measured is kept.
+part leaves the next may use. What does not fit is left out, and its rows say so. The file is written again after every
+part: an error or Ctrl-C loses nothing that was measured.
 """
 
 import sys
