@@ -18,7 +18,6 @@ import re
 import shlex
 import shutil
 import zipfile
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,7 +25,7 @@ from typing import BinaryIO
 
 import torch
 
-from train.checkpoint_layout import load_optimizer, pack, unpack
+from train.checkpoint_layout import leaves, load_optimizer, pack, unpack
 from train.errors import UserError, first_line
 from train.files import staging_folder, sync, sync_folder
 
@@ -116,7 +115,9 @@ def _read(path: Path) -> dict:
         try:
             raw = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
         except UnpicklingError as error:
-            raise ValueError(f"is not loaded: it holds more than tensors and plain values{_culprit(error)}") from error
+            what = re.search(r"GLOBAL (\S+)", str(error))  # the one useful word of a page of advice
+            more = "it holds more than tensors and plain values" + (f" ({what[1]})" if what else "")
+            raise ValueError(f"is not loaded: {more}") from error
         except Exception as error:  # whatever a foreign zip archive makes torch raise
             raise ValueError(f"is not a checkpoint that torch can read ({first_line(error)})") from error
     try:
@@ -153,11 +154,6 @@ def _offer(path: Path) -> str:
         move = shlex.join(["mv", str(previous), str(path)])
         return f"; the one before it, of iteration {iteration}, is whole: `{move}`, then resume again"
     return ""
-
-
-def _culprit(error: UnpicklingError) -> str:
-    match = re.search(r"GLOBAL (\S+)", str(error))  # the one useful word of a page of advice
-    return f" ({match[1]})" if match else ""
 
 
 # Writing
@@ -207,18 +203,10 @@ def _why_not_saved(out_dir: Path, checkpoint: dict, error: OSError) -> str:
     left = f"{path} is still whole" if path.is_file() else f"there is no {path}"
     if error.errno not in _NO_ROOM:
         return f"out_dir={out_dir}: the checkpoint could not be written ({error}); {left}"
-    storages = (tensor.untyped_storage() for tensor in _tensors(checkpoint))
+    storages = (value.untyped_storage() for _, value in leaves(checkpoint) if isinstance(value, torch.Tensor))
     needed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # tied weights count once
     free = shutil.disk_usage(out_dir).free
     return (
         f"out_dir={out_dir}: no room for the checkpoint: it needs {needed / 1e6:.2f} MB, "
         f"{free / 1e6:.2f} MB are free ({error.strerror}); {left}"
     )
-
-
-def _tensors(tree: object) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, dict | list | tuple):
-        for item in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(item)

@@ -13,6 +13,7 @@ torch.load(weights_only=True), which runs no code.
 """
 
 import re
+from collections.abc import Iterator
 from itertools import chain
 
 import torch
@@ -47,8 +48,10 @@ def pack(
         {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in group.items()} | {"capturable": False}
         for group in optimizer_state["param_groups"]
     ]
-    for name, value in (("optimizer", groups), ("config", config), ("nanofuse", extra)):
-        _check_plain(value, name)
+    for name, tree in (("optimizer", groups), ("config", config), ("nanofuse", extra)):
+        for place, value in leaves(tree, name):
+            if value is not None and type(value) not in (bool, int, float, str, torch.Tensor):
+                raise ValueError(f"{place} is a {type(value).__name__}, not a tensor or a plain value")
     return unpack(
         {
             "model": model_state,
@@ -89,6 +92,19 @@ def unpack(raw: object) -> dict:
     }
 
 
+def leaves(tree: object, place: str = "") -> Iterator[tuple[str, object]]:
+    """(place, value) of everything in nested dicts, lists and tuples that is none of them, the keys included."""
+    if isinstance(tree, dict):
+        for key, item in tree.items():
+            yield f"a key of {place}", key
+            yield from leaves(item, f"{place}[{key!r}]")
+    elif isinstance(tree, list | tuple):
+        for index, item in enumerate(tree):
+            yield from leaves(item, f"{place}[{index}]")
+    else:
+        yield place, tree
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Give an AdamW the step counts and moments of `state`, a checkpoint's "optimizer".
 
@@ -96,17 +112,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     load_state_dict alone takes them from the file. Tensors that need no cast or move are not copied.
     Raises UserError where its parameters are not those of the checkpoint, in number or shape.
     """
+
+    def parameters(groups: list[dict]) -> Iterator:
+        return chain.from_iterable(group["params"] for group in groups)
+
     own = optimizer.state_dict()["param_groups"]
-    here, there = ([group["params"] for group in groups] for groups in (own, state["param_groups"]))
-    if list(map(len, here)) != list(map(len, there)):
+    here, there = ([str(len(group["params"])) for group in groups] for groups in (own, state["param_groups"]))
+    if here != there:
         raise UserError(
-            f"init_from=resume: the optimizer of the checkpoint has groups of {_counts(there)} tensors, "
-            f"this model's {_counts(here)}"
+            f"init_from=resume: the optimizer of the checkpoint has groups of {' and '.join(there)} tensors, "
+            f"this model's {' and '.join(here)}"
         )
     moments = {}
     if state["state"]:  # empty when no step had been taken
-        params = (param for group in optimizer.param_groups for param in group["params"])
-        for param, new_id, old_id in zip(params, chain(*here), chain(*there), strict=True):
+        matched = map(parameters, (optimizer.param_groups, own, state["param_groups"]))
+        for param, new_id, old_id in zip(*matched, strict=True):
             moments[new_id] = _moments(state["state"].get(old_id), param, new_id)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": moments, "param_groups": own})
@@ -139,12 +159,11 @@ def _model_args(raw: object) -> dict[str, int | float | bool]:
         came = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f"its model_args are {came}, those of a GPT {', '.join(MODEL_ARGS)}")
     for key, value in raw.items():
+        fits = type(value) is int and value > 0
         if key == "bias":
             fits = type(value) is bool
-        elif key == "dropout":
+        if key == "dropout":
             fits = type(value) in (int, float) and 0 <= value <= 1
-        else:
-            fits = type(value) is int and value > 0
         if not fits:
             raise ValueError(f"its {key} is {value!r}")
     return {key: raw[key] for key in MODEL_ARGS}
@@ -160,19 +179,3 @@ def _moments(entry: object, param: torch.Tensor, index: int) -> dict[str, torch.
     # A number or a tensor, as the AdamW of the file had it; load_state_dict moves it where this one wants it.
     step = torch.tensor(float(entry["step"]), dtype=torch.float32)
     return {"step": step, **{key: entry[key] for key in MOMENTS}}
-
-
-def _counts(groups: list[list]) -> str:
-    return " and ".join(str(len(group)) for group in groups)
-
-
-def _check_plain(value: object, where: str) -> None:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(item, f"{where}[{key!r}]")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{where}[{index}]")
-    elif value is not None and type(value) not in (bool, int, float, str, torch.Tensor):
-        raise ValueError(f"{where} is a {type(value).__name__}, not a tensor or a plain value")
