@@ -31,7 +31,7 @@ from train.build import (
     optimizer_state,
     place,
 )
-from train.checkpoint_layout import MODEL_ARGS
+from train.checkpoint import MODEL_ARGS
 from train.data import Dataset, Loader
 from train.distributed import Reducer, World, local_device, process_group, world_from_environment
 from train.graph import GraphedStep

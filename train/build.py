@@ -13,7 +13,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir  # TORCHINDUCTOR_C
 from kernels import Ops, missing, select
 from model import GPT, GPTConfig
 from model.pretrained import from_checkpoint, load_gpt2
-from train.checkpoint_layout import MODEL_ARGS, MOMENTS
+from train.checkpoint import MODEL_ARGS, MOMENTS
 from train.config import TrainConfig
 from train.data import Batch, Dataset
 from train.distributed import World

@@ -21,7 +21,7 @@ from model.flops import flops_per_token, num_params
 from model.pretrained import from_checkpoint, load_gpt2
 from model.work import floor, step_work
 from train.build import check_shape, check_vocabulary, rows_at_a_time
-from train.checkpoint_layout import MODEL_ARGS
+from train.checkpoint import MODEL_ARGS
 from train.config import TrainConfig
 from train.corpora import CORPORA, docs_text
 from train.data import Dataset
