@@ -30,7 +30,7 @@ from train.hardware import (
     resolve_dtype,
     use_device,
 )
-from train.settings import check_values, help_text, parse_settings, setting
+from train.settings import command_line, setting
 
 PARTS = ("ceilings", "tests", "kernels", "steps")
 SHARES = {"ceilings": 0.05, "tests": 0.3, "kernels": 0.35, "steps": 1.0}  # of the time that is left when a part begins
@@ -144,12 +144,7 @@ def measure(bench: Bench, parts: list[str], write: Callable[[Results], None]) ->
 
 
 def main() -> int:
-    parsed = parse_settings(BenchConfig, sys.argv[1:])
-    if parsed.help:
-        print(help_text(BenchConfig, "python -m bench", ABOUT))
-        return 0
-    config = BenchConfig(**parsed.settings)
-    check_values(config)
+    config, _ = command_line(BenchConfig, None, "python -m bench", ABOUT)
     parts, device = parts_of(config), use_device(resolve_device(config.device))
     workloads_of(config, device)
     dtype = resolve_dtype(config.dtype, device)

@@ -20,7 +20,7 @@ from train.errors import UserError
 from train.files import making_folder, replacing
 from train.metrics import tokens_per_second
 from train.plot import picture
-from train.settings import check_values, help_text, parse_settings, setting
+from train.settings import command_line, setting
 
 ABOUT = "Report results files of `python -m bench`: MFU across devices; or two commits of one device, compared."
 Found = Sequence[tuple[str, Run, Workload]]  # what to call the run, the run, its workload
@@ -302,14 +302,9 @@ def _put(path: Path, content: bytes) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parsed = parse_settings(ReportConfig, sys.argv[1:] if argv is None else argv, files=True)
-    if parsed.help:
-        print(help_text(ReportConfig, "python -m bench.report", ABOUT, positional="FILE ..."))
-        return 0
-    config = ReportConfig(**parsed.settings)
-    check_values(config)
+    config, named = command_line(ReportConfig, argv, "python -m bench.report", ABOUT, positional="FILE ...")
     runs, bad = [], 0
-    for path in map(Path, parsed.files):
+    for path in map(Path, named):
         try:
             runs.append(read(path))
         except (OSError, ValueError) as error:

@@ -21,7 +21,6 @@ broadcast, reduction and scan"). The faster of both counts.
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,7 +40,7 @@ from train.errors import UserError
 from train.flat import FlatState
 from train.hardware import CARDS, DTYPES, lookup
 from train.metrics import mfu
-from train.settings import check_values, help_text, parse_settings, setting, shown
+from train.settings import command_line, setting, shown
 
 Rates = tuple[float, float]  # FLOP/s of one device in the compute dtype, bytes/s of its memory
 Traffic = tuple[list[int], int, int]  # bytes of each exchange of gradients; parameters of a block, outside the blocks
@@ -379,12 +378,7 @@ def table(predicted: list[Predicted], peak: float, *, shard: bool) -> str:
 
 
 def main() -> int:
-    parsed = parse_settings(ScaleConfig, sys.argv[1:])
-    if parsed.help:
-        print(help_text(ScaleConfig, "python -m bench.scale", ABOUT))
-        return 0
-    config = ScaleConfig(**parsed.settings)
-    check_values(config)
+    config, _ = command_line(ScaleConfig, None, "python -m bench.scale", ABOUT)
     print(report(config))
     return 0
 

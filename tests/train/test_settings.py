@@ -11,9 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from train.config import TrainConfig, compose, parse, preset
-from train.configfile import PRESETS, preset_summary
 from train.errors import UserError
-from train.settings import command_line, parse_settings, setting, settings_of
+from train.settings import PRESETS, command_line, preset_summary, setting, settings_of
 
 ROOT = Path(__file__).parents[2]
 FIELDS = settings_of(TrainConfig)
@@ -172,7 +171,7 @@ class Other:
 
 def test_another_command_declares_its_own_settings(capsys):
     assert command_line(Other, ["--start=To be"], "prog", "About.") == (Other(start="To be"), [])
-    assert parse_settings(Other, ["a", "b"], files=True).files == ["a", "b"]
+    assert command_line(Other, ["a", "b"], "prog", "About.", positional="FILE ...") == (Other(), ["a", "b"])
     for argv, message in (
         (["gpt2"], "not a setting"),
         (["--batch_size=1"], "unknown setting 'batch_size'"),
@@ -200,8 +199,8 @@ def test_another_command_declares_its_own_settings(capsys):
     ],
 )
 def test_a_setting_may_stand_alone(argv, value, files):
-    parsed = parse_settings(Other, argv, files=True)
-    assert (parsed.settings["check"], parsed.files) == (value, files)
+    config, named = command_line(Other, argv, "prog", "About.", positional="FILE ...")
+    assert (config.check, named) == (value, files)
 
 
 # ---- the help
