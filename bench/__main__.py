@@ -130,7 +130,7 @@ def measure(bench: Bench, parts: Iterable[str], write: Callable[[Results], None]
 
 
 def main() -> int:
-    config, _ = command_line(BenchConfig, sys.argv[1:], "python -m bench", ABOUT)
+    config, _ = command_line(BenchConfig, None, "python -m bench", ABOUT)
     parts, device = chosen("parts", config.parts, PARTS), use_device(resolve_device(config.device))
     workloads_of(config, device)
     dtype = resolve_dtype(config.dtype, device)

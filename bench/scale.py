@@ -21,7 +21,6 @@ broadcast, reduction and scan"). The faster of both counts.
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -368,7 +367,7 @@ def table(predicted: list[Predicted], peak: float, *, shard: bool) -> str:
 
 
 def main() -> int:
-    config, _ = command_line(ScaleConfig, sys.argv[1:], "python -m bench.scale", ABOUT)
+    config, _ = command_line(ScaleConfig, None, "python -m bench.scale", ABOUT)
     print(report(config))
     return 0
 

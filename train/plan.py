@@ -19,7 +19,7 @@ from model.attention import BACKENDS, why_not_dropout
 from model.config import GPT2_SIZES
 from model.flops import num_params
 from model.pretrained import from_checkpoint, gpt2_shape
-from train.checkpoint_layout import MODEL_ARGS
+from train.checkpoint import MODEL_ARGS
 from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
 from train.config import TrainConfig
 from train.data import Dataset
