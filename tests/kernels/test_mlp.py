@@ -322,7 +322,7 @@ def test_refused(changes: dict, message: str, device: torch.device) -> None:
 def launched(
     forward_tiles: int, backward_tiles: int, K: int = 64, N: int = 128, capability: int = 90, first: int = 0
 ) -> list[Launch]:
-    """What an MLP launches on a GPU that is not there, forward and backward. first: where weights begin in wider rows."""
+    """What an MLP launches on a GPU that is not there, forward and backward. first: columns before the weights."""
     x, fc_weight, proj_weight = (
         torch.empty(rows, columns + 8, dtype=torch.bfloat16, device="meta")[:, begin : begin + columns].requires_grad_()
         for rows, columns, begin in ((4, K, 0), (N, K, first), (K, N, first))
