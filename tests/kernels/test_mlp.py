@@ -192,10 +192,13 @@ def test_registered_as_torch_wants_it(path: dict[str, int], bias: bool) -> None:
     torch.library.opcheck(ops.mlp_dpre, (x.detach(), proj[0].detach(), pre, approximate, bias, path["backward_tiles"]))
 
 
-def launched(forward_tiles: int, backward_tiles: int, K: int = 64, N: int = 128, capability: int = 90) -> list[Launch]:
-    """What an MLP launches on a GPU that is not there, forward and backward."""
+def launched(
+    forward_tiles: int, backward_tiles: int, K: int = 64, N: int = 128, capability: int = 90, first: int = 0
+) -> list[Launch]:
+    """What an MLP launches on a GPU that is not there, forward and backward. first: columns before the weights."""
     x, fc_weight, proj_weight = (
-        torch.empty(size, dtype=torch.bfloat16, device="meta", requires_grad=True) for size in ((4, K), (N, K), (K, N))
+        torch.empty(rows, columns + 8, dtype=torch.bfloat16, device="meta")[:, begin : begin + columns].requires_grad_()
+        for rows, columns, begin in ((4, K, 0), (N, K, first), (K, N, first))
     )
     with dryrun.Recorder(Device(capability, 132), "meta") as recorder:
         tiles = {"forward_tiles": forward_tiles, "backward_tiles": backward_tiles}
@@ -226,11 +229,12 @@ def test_the_ways_are_named_in_the_order_of_their_numbers() -> None:
                 assert len(set(names)) == len(names) == 3
 
 
-@pytest.mark.parametrize(("K", "N"), [(37, 128), (64, 37)])
+@pytest.mark.parametrize(("K", "N", "first"), [(37, 128, 0), (64, 37, 0), (64, 128, 1)])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_rows_that_are_not_aligned_are_cublass(K: int, N: int, capability: int) -> None:
+def test_rows_that_are_not_aligned_are_cublass(K: int, N: int, first: int, capability: int) -> None:
     """Through pointers to them the fused kernel would spill, on a GPU."""
-    launched(0, 0, K, N, capability)
+    launched(0, 0, K, N, capability, first)
+    launched(1, 1, 64, 128, capability, first=0)
     for tiles in ((1, 0), (0, 1)):
         with pytest.raises(ValueError, match="tiles: got rows that do not begin at multiples of 16 bytes"):
-            launched(*tiles, K, N, capability)
+            launched(*tiles, K, N, capability, first)

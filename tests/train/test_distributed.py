@@ -24,7 +24,7 @@ from tests.train import test_graph as graphs
 from tests.train.jobs import CHARS, JOB, arguments
 from tests.train.ranks import RUN, assert_same_losses, finish, records, start, train_alone, train_together
 from tests.train.tape import storage, tape
-from train import checkpoint
+from train import checkpoint, plan
 from train.config import TrainConfig
 from train.distributed import Reducer, World, local_device, process_group, world_from_environment
 from train.errors import UserError
@@ -97,14 +97,14 @@ def test_ranks_that_cannot_meet(here, monkeypatch):
 
 
 def test_what_ranks_cannot_share_is_refused(here, monkeypatch):
-    monkeypatch.setattr(train_command, "resolve_dtype", lambda name, device: torch.float16)  # a CPU has it not
+    monkeypatch.setattr(plan, "resolve_dtype", lambda name, device: torch.float16)  # a CPU has it not
     for world, settings, message in (
         (World(0, 0, 3), {}, "gradient_accumulation_steps: got 4, expected a multiple of the 3 processes"),
         (World(1, 1, 2), {"shard": True}, "dtype: got float16, expected bfloat16 or float32 with shard=True"),
     ):
         config = TrainConfig(dataset="letters", compile=False, gradient_accumulation_steps=4, **settings)
         with pytest.raises(UserError, match=message):
-            train_command.train(config, set(), "", None, world, torch.device("cpu"))
+            plan.decide(config, set(), "", None, world, torch.device("cpu"))
     assert [path.name for path in here.iterdir()] == ["data"]
 
 
