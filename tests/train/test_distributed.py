@@ -80,6 +80,7 @@ def test_the_device_of_a_run_is_the_current_one(here, monkeypatch, command, work
     for name, answer in {"device_count": 2, "is_available": True, "get_device_capability": (9, 0)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr(command, work, begun)
     monkeypatch.setattr(sys, "argv", ["command", "--device=cuda:1"])
     with pytest.raises(Begun):
