@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from train.config import TrainConfig
 from train.errors import UserError
-from train.log import METRICS, RunLog, read_metrics
+from train.log import METRICS, RunLog, check_sinks, read_metrics
 
 
 @pytest.fixture
@@ -211,4 +211,6 @@ def test_a_missing_package_stops_before_anything_is_written(start, monkeypatch, 
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"^{setting}: .*pip install 'nanofuse\[{extra}\]'$"):
         start(**{setting: True})
+    with pytest.raises(UserError, match=rf"^{setting}: "):  # before the model is built, too
+        check_sinks(TrainConfig(out_dir=str(start.path.parent), **{setting: True}))
     assert not start.path.parent.exists()
