@@ -231,11 +231,6 @@ def _embedding(idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, p: fl
     return x
 
 
-@_embedding.register_fake
-def _(idx, wte, wpe, seed, p, dtype):
-    return wte.new_empty(len(idx), wte.shape[1], dtype=dtype)
-
-
 @custom_op("nanofuse::embedding_wte_backward")
 def _embedding_wte_backward(
     dx: Tensor, idx: Tensor, seed: Tensor | None, p: float, V: int, dtype: torch.dtype
@@ -258,11 +253,6 @@ def _embedding_wte_backward(
     return dwte
 
 
-@_embedding_wte_backward.register_fake
-def _(dx, idx, seed, p, V, dtype):
-    return dx.new_empty(V, dx.shape[1], dtype=dtype)
-
-
 @custom_op("nanofuse::embedding_wpe_backward")
 def _embedding_wpe_backward(dx: Tensor, seed: Tensor | None, p: float, T: int, dtype: torch.dtype) -> Tensor:
     """dwpe (T, C) of dx (B * T, C) with unit last stride."""
@@ -275,11 +265,6 @@ def _embedding_wpe_backward(dx: Tensor, seed: Tensor | None, p: float, T: int, d
     )  # fmt: skip
     run(dx, Launch(embedding_bwd_wpe_kernel, (T,), args, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N), num_warps))
     return dwpe
-
-
-@_embedding_wpe_backward.register_fake
-def _(dx, seed, p, T, dtype):
-    return dx.new_empty(T, dx.shape[1], dtype=dtype)
 
 
 def _save_embedding(ctx, inputs, output):

@@ -160,7 +160,9 @@ def _add_layer_norm(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(residual', y, mean, rstd) of x, residual (M, C) with unit last stride. Without x, residual' is empty."""
-    (M, C), (stream, y, mean, rstd) = residual.shape, _outputs(x, residual, dtype)
+    M, C = residual.shape
+    stream, y = residual.new_empty(0 if x is None else M, C), residual.new_empty(M, C, dtype=dtype)
+    mean, rstd = (residual.new_empty(M, dtype=torch.float32) for _ in range(2))
     BLOCK_M, BLOCK_N, num_warps = _block(C)
     args = dict(
         x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, seed_ptr=seed,
@@ -171,18 +173,6 @@ def _add_layer_norm(
     constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
     run(residual, Launch(add_layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),), args, constants, num_warps))
     return stream, y, mean, rstd
-
-
-def _outputs(x: Tensor | None, residual: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    M, C = residual.shape
-    stream = residual.new_empty(0 if x is None else M, C)
-    y = residual.new_empty(M, C, dtype=dtype)
-    return stream, y, *(residual.new_empty(M, dtype=torch.float32) for _ in range(2))
-
-
-@_add_layer_norm.register_fake
-def _(x, residual, weight, bias, seed, p, dtype):
-    return _outputs(x, residual, dtype)
 
 
 @custom_op("nanofuse::add_layer_norm_backward")
@@ -205,7 +195,7 @@ def _add_layer_norm_backward(
     M, C = dy.shape
     BLOCK_M, BLOCK_N, num_warps = _block(C)
     # As many programs as run at once, so that none is left over for a second round: registers decide how many fit.
-    resident = {2048: 3, 4096: 1}.get(BLOCK_N, 4)
+    resident = 4 if BLOCK_N < 2048 else 3 if BLOCK_N == 2048 else 1
     P = min(triton.cdiv(M, BLOCK_M), resident * device_of(dy).multiprocessors)
     dresidual, dx = stream.new_empty(M, C), dy.new_empty(M if dx_dtype else 0, C, dtype=dx_dtype)
     dweight, dbias = (dy.new_empty(P if wanted else 0, C, dtype=torch.float32) for wanted in (True, has_bias))
@@ -219,12 +209,6 @@ def _add_layer_norm_backward(
     )  # fmt: skip
     run(dy, Launch(add_layer_norm_bwd_kernel, (P,), args, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N), num_warps))
     return dresidual, dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
-
-
-@_add_layer_norm_backward.register_fake
-def _(dy, dstream, stream, weight, mean, rstd, seed, p, dx_dtype, has_bias):
-    (M, C), (dweight, dbias) = dy.shape, (weight.new_empty(weight.shape) for _ in range(2))
-    return stream.new_empty(M, C), dy.new_empty(M if dx_dtype else 0, C, dtype=dx_dtype), dweight, dbias
 
 
 def _save_add_layer_norm(ctx, inputs, output):
