@@ -157,6 +157,12 @@ class Planning(TorchDispatchMode):
         return result
 
 
+def check_dtype(name: str, dtype: torch.dtype, known: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """ValueError, naming the argument, unless its dtype is one of those."""
+    if dtype not in known:
+        raise ValueError(f"{name}: got {dtype}, expected {' or '.join(map(str, known))}")
+
+
 def check(
     name: str,
     x: Tensor,
@@ -174,8 +180,7 @@ def check(
     ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected ({wanted})")
-    if x.dtype not in dtypes:
-        raise ValueError(f"{name}: got {x.dtype}, expected {' or '.join(str(dtype) for dtype in dtypes)}")
+    check_dtype(name, x.dtype, dtypes)
     if device is not None and x.device != device:
         raise ValueError(f"{name}: got a tensor on {x.device}, expected {device}, where the other arguments are")
     if x.device.type not in ("cuda", "meta") and not INTERPRETED:

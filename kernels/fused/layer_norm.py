@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.dropout import keep_mask, keep_threshold, new_seed
-from kernels.launch import FLOATS, Launch, check, custom_op, device_of, packed, rows, run
+from kernels.fused.dropout import dropout_args, keep_mask, new_seed
+from kernels.launch import Launch, check, check_dtype, custom_op, device_of, packed, rows, run
 from kernels.reference import LAYER_NORM_EPS
 
 MAX_WIDTH = 4096  # a row is held in one block's registers
@@ -165,10 +165,10 @@ def _add_layer_norm(
     mean, rstd = (residual.new_empty(M, dtype=torch.float32) for _ in range(2))
     BLOCK_M, BLOCK_N, num_warps = _block(C)
     args = dict(
-        x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, seed_ptr=seed,
+        x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, **dropout_args(seed, p),
         stream_ptr=None if x is None else stream, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
         x_stride=0 if x is None else x.stride(0), residual_stride=residual.stride(0),
-        M=M, C=C, inv_C=1 / C, threshold=keep_threshold(p), scale=1 / (1 - p), eps=LAYER_NORM_EPS,
+        M=M, C=C, inv_C=1 / C, eps=LAYER_NORM_EPS,
     )  # fmt: skip
     constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
     run(residual, Launch(add_layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),), args, constants, num_warps))
@@ -201,10 +201,10 @@ def _add_layer_norm_backward(
     dweight, dbias = (dy.new_empty(P if wanted else 0, C, dtype=torch.float32) for wanted in (True, has_bias))
     args = dict(
         dy_ptr=dy, dstream_ptr=dstream, stream_ptr=stream, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
-        seed_ptr=seed, dresidual_ptr=dresidual, dx_ptr=dx if dx_dtype else None,
+        **dropout_args(seed, p), dresidual_ptr=dresidual, dx_ptr=dx if dx_dtype else None,
         dweight_ptr=dweight, dbias_ptr=dbias if has_bias else None,
         dy_stride=dy.stride(0), dstream_stride=0 if dstream is None else dstream.stride(0),
-        stream_stride=stream.stride(0), M=M, C=C, inv_C=1 / C, threshold=keep_threshold(p), scale=1 / (1 - p),
+        stream_stride=stream.stride(0), M=M, C=C, inv_C=1 / C,
         tiles_per_program=triton.cdiv(triton.cdiv(M, BLOCK_M), max(P, 1)),
     )  # fmt: skip
     run(dy, Launch(add_layer_norm_bwd_kernel, (P,), args, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N), num_warps))
@@ -245,8 +245,7 @@ def _check(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **streams: T
     check("weight", weight, shape=(C,), device=first.device)
     if bias is not None:
         check("bias", bias, shape=(C,), device=first.device, dtypes=(weight.dtype,))
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype: got {dtype}, expected {' or '.join(str(known) for known in FLOATS)}")
+    check_dtype("dtype", dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -270,8 +269,6 @@ def add_layer_norm(
     ValueError for what cannot be served.
     """
     _check(weight, bias, dtype, x=x, residual=residual)
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"p: got {p}, expected 0 or more and less than 1")
     seed = new_seed(x, p)
     stream, y, _, _ = _add_layer_norm(rows(x), rows(residual), weight.contiguous(), packed(bias), seed, p, dtype)
     return stream.view(x.shape), y.view(x.shape)
