@@ -30,10 +30,12 @@ A caller under autocast casts first: x and the weights that multiply it have one
 from importlib import import_module
 from typing import Any
 
-from kernels.ops import REFERENCE, Ops, load_fused, missing, select
+from kernels.available import missing, select
+from kernels.ops import REFERENCE, Ops
 
-# Where the operations are that need Triton: imported when they are asked for
-_FUSED = {
+# Where that is which needs Triton: imported when it is asked for
+_TRITON = {
+    "FUSED": "kernels.fused",
     "layer_norm": "kernels.fused.layer_norm",
     "add_layer_norm": "kernels.fused.layer_norm",
     "gelu": "kernels.fused.gelu",
@@ -41,12 +43,10 @@ _FUSED = {
     "linear_cross_entropy": "kernels.fused.cross_entropy",
 }
 
-__all__ = ["FUSED", "REFERENCE", "Ops", "missing", "select", *_FUSED]
+__all__ = ["REFERENCE", "Ops", "missing", "select", *_TRITON]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "FUSED":
-        return load_fused()
-    if name in _FUSED:
-        return getattr(import_module(_FUSED[name]), name)
+    if name in _TRITON:
+        return getattr(import_module(_TRITON[name]), name)
     raise AttributeError(f"module 'kernels' has no attribute {name!r}")

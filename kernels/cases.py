@@ -1,11 +1,11 @@
 """The registry: every kernel in every regime, its plain-torch meaning, and what it may cost.
 
 Tests walk a case's `shapes`, the benchmark times its `gpt_shapes` (on a CPU `cpu_shapes`), `kernels.targets` compiles
-the first of these and holds each kernel to its budget.
+the first of these and holds each kernel to its row of `BUDGETS`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -17,23 +17,6 @@ from kernels import traffic as least
 
 Shape = tuple[int, ...]
 Inputs = Callable[[Shape, torch.dtype, torch.device], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a kernel must keep on every architecture that it is compiled for.
-
-    warps: on a multiprocessor at once. one_wave: the whole grid is there at once, as programs that loop until all is
-    done need. wide: of the bytes that its loads and stores name, the share that moves 16 bytes a thread or a whole
-    tile; the rest are a row's numbers. mma: whether it multiplies with the architecture's newest tensor-core
-    instruction. spills: instructions that move registers to or from memory.
-    """
-
-    warps: int
-    one_wave: bool = False
-    wide: float = 0.9
-    mma: bool = False
-    spills: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +42,6 @@ class Case:
     cpu_shapes: tuple[Shape, ...] = ()  # none where the case differs from another in its kernel only
     # fused and reference that write over their inputs, where those above work on copies: these are timed
     in_place: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-    budgets: Mapping[str, Budget] = field(default_factory=dict)  # by kernel; a kernel without one has its case's
     compiled_with: tuple[dict[str, Any], ...] = ({},)  # arguments beside the inputs, each compiled: dropout
 
 
@@ -108,10 +90,6 @@ def _layer_norm(name: str, *, bias: bool, add: bool, stream: torch.dtype | None 
         cpu_shapes=((4096, 384),) if bias and stream is None else (),
         forward_bytes=lambda shape, dtype: least.layer_norm_forward(*shape, *widths(dtype), bias=bias, add=add),
         backward_bytes=lambda shape, dtype: least.layer_norm_backward(*shape, *widths(dtype), bias=bias, add=add),
-        budgets={
-            "add_layer_norm_fwd_kernel": Budget(warps=32, spills=2),  # one register, once, of bfloat16 alone on sm_90
-            "add_layer_norm_bwd_kernel": Budget(warps=12, one_wave=True),
-        },
         compiled_with=({}, {"p": 0.1}) if add else ({},),
     )
 
@@ -138,7 +116,6 @@ def _gelu(approximate: str) -> Case:
         cpu_shapes=((1024, 4 * 384),),
         forward_bytes=lambda shape, dtype: least.gelu_forward(*shape, dtype.itemsize),
         backward_bytes=lambda shape, dtype: least.gelu_backward(*shape, dtype.itemsize),
-        budgets={"gelu_fwd_kernel": Budget(warps=32), "gelu_bwd_kernel": Budget(warps=32)},
     )
 
 
@@ -169,7 +146,6 @@ def _mlp(approximate: str, *, tiles: int) -> Case:
         M, K, N = shape
         return (M * K + N * K + 2 * M * N) * dtype.itemsize
 
-    matmul = Budget(warps=8, one_wave=True, mma=True)
     return Case(
         name=f"mlp, {approximate}, {f'tiles {tiles}' if tiles else 'cublas'}",
         fused=partial(FUSED.mlp, forward_tiles=tiles, backward_tiles=tiles),
@@ -193,8 +169,6 @@ def _mlp(approximate: str, *, tiles: int) -> Case:
         backward_bytes=product if tiles else elementwise_backward,
         again=8.0 if tiles else 1.0,  # an operand is read once for each column, or row, of tiles
         flops=lambda shape: 4 * shape[0] * shape[1] * shape[2],
-        budgets={"linear_gelu_fwd_kernel": matmul, "linear_gelu_bwd_kernel": matmul}
-        | dict.fromkeys(("gelu_fwd_kernel", "gelu_bwd_kernel"), Budget(warps=32)),
         compiled_with=({}, {"fc_bias": None, "proj_bias": None}),
     )
 
@@ -215,13 +189,6 @@ def _counted(M: int, ignored: bool) -> int:
 
 def _loss(**inputs: Any) -> Tensor:
     return reference.linear_cross_entropy(**inputs)[0]
-
-
-_LOSS = {
-    "cross_entropy_fwd_kernel": Budget(warps=24, wide=0.4),
-    "cross_entropy_bwd_kernel": Budget(warps=24, wide=0.7),
-    "scale_kernel": Budget(warps=32),
-}
 
 
 def _cross_entropy(name: str, *, ignored: bool = False) -> Case:
@@ -253,7 +220,6 @@ def _cross_entropy(name: str, *, ignored: bool = False) -> Case:
         cpu_shapes=() if ignored else ((4096, 512),),
         forward_bytes=forward_bytes,
         backward_bytes=backward_bytes,
-        budgets=_LOSS,
     )
 
 
@@ -290,7 +256,6 @@ def _linear_cross_entropy(name: str, *, chunked: bool, ignored: bool = False) ->
         backward_bytes=backward_bytes,
         again=1.8,  # a row of logits is read twice, the second time out of the cache; rows are padded
         flops=lambda shape: 2 * shape[0] * shape[1] * shape[2],
-        budgets=_LOSS,
     )
 
 
@@ -334,11 +299,6 @@ def _embedding() -> Case:
         forward_bytes=forward_bytes,
         backward_bytes=backward_bytes,
         again=2.0,  # a token's row is read wherever it stands; dx is read for both tables
-        budgets={"embedding_fwd_kernel": Budget(warps=32)}
-        | dict.fromkeys(
-            ("embedding_bwd_pieces_kernel", "embedding_bwd_wte_kernel", "embedding_bwd_wpe_kernel"),
-            Budget(warps=16, wide=0.7),
-        ),
         compiled_with=({}, {"p": 0.1}),
     )
 
@@ -398,10 +358,6 @@ def _adamw(name: str, *, copy: bool, scaled: bool, max_norm: float) -> Case:
         ),
         again=1.25,  # the norm is there before the first element is updated: the gradient is read twice
         in_place=(FUSED.adamw, reference.adamw),
-        budgets={
-            "adamw_norm_kernel": Budget(warps=32, one_wave=True, wide=0.7),
-            "adamw_update_kernel": Budget(warps=32, wide=0.5),  # 4 elements a thread: 8 bytes of a 2-byte dtype
-        },
     )
 
 
@@ -426,3 +382,42 @@ CASES: list[Case] = [
     _adamw("adamw with a loss scale and a copy", copy=True, scaled=True, max_norm=1e-3),
     _adamw("adamw without clipping, with a copy", copy=True, scaled=False, max_norm=0.0),
 ]
+
+
+# Budgets --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a kernel must keep on every architecture that it is compiled for.
+
+    warps: on a multiprocessor at once. one_wave: the whole grid is there at once, as programs that loop until all is
+    done need. wide: of the bytes that its loads and stores name, the share that moves 16 bytes a thread or a whole
+    tile; the rest are a row's numbers. mma: whether it multiplies with the architecture's newest tensor-core
+    instruction. spills: instructions that move registers to or from memory.
+    """
+
+    warps: int
+    one_wave: bool = False
+    wide: float = 0.9
+    mma: bool = False
+    spills: int = 0
+
+
+BUDGETS: dict[str, Budget] = {
+    "add_layer_norm_fwd_kernel": Budget(warps=32, spills=2),  # one register, once, of bfloat16 alone on sm_90
+    "add_layer_norm_bwd_kernel": Budget(warps=12, one_wave=True),
+    "gelu_fwd_kernel": Budget(warps=32),
+    "gelu_bwd_kernel": Budget(warps=32),
+    "linear_gelu_fwd_kernel": Budget(warps=8, one_wave=True, mma=True),
+    "linear_gelu_bwd_kernel": Budget(warps=8, one_wave=True, mma=True),
+    "cross_entropy_fwd_kernel": Budget(warps=24, wide=0.4),
+    "cross_entropy_bwd_kernel": Budget(warps=24, wide=0.7),
+    "scale_kernel": Budget(warps=32),
+    "embedding_fwd_kernel": Budget(warps=32),
+    "embedding_bwd_pieces_kernel": Budget(warps=16, wide=0.7),
+    "embedding_bwd_wte_kernel": Budget(warps=16, wide=0.7),
+    "embedding_bwd_wpe_kernel": Budget(warps=16, wide=0.7),
+    "adamw_norm_kernel": Budget(warps=32, one_wave=True, wide=0.7),
+    "adamw_update_kernel": Budget(warps=32, wide=0.5),  # 4 elements a thread: 8 bytes of a 2-byte dtype
+}

@@ -7,6 +7,7 @@ An op can be run without a device too: in `recording(device)` its body, from `BO
 inspected is what runs.
 """
 
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -117,14 +119,19 @@ BODIES: dict[Any, Callable[..., Any]] = {}  # of each registered op, the functio
 
 
 def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """`torch.library.custom_op`; `BODIES` gives the op's body by its overload, `torch.ops.nanofuse.X.default`.
+    """`torch.library.custom_op`, whose fake is its body with the launches left out: both make the same tensors.
 
-    On a meta or fake tensor the op itself runs its fake, which makes no launches: whoever wants to see these runs the
-    body, in `recording`.
+    A body whose work on shapes depends on the device registers a fake of its own. `BODIES` gives the body by the op's
+    overload, `torch.ops.nanofuse.X.default`: whoever wants to see the launches runs it, in `recording`.
     """
 
     def register(body: Callable[..., Any]) -> Any:
+        def fake(*args: Any, **kwargs: Any) -> Any:
+            with recording(INTERPRETER):
+                return body(*args, **kwargs)
+
         op = torch.library.custom_op(name, body, mutates_args=mutates_args)
+        op.register_fake(fake)
         namespace, short = name.split("::")
         BODIES[getattr(getattr(torch.ops, namespace), short).default] = body
         return op
@@ -150,6 +157,12 @@ class Planning(TorchDispatchMode):
         return result
 
 
+def check_dtype(name: str, dtype: torch.dtype, known: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """ValueError, naming the argument, unless its dtype is one of those."""
+    if dtype not in known:
+        raise ValueError(f"{name}: got {dtype}, expected {' or '.join(map(str, known))}")
+
+
 def check(
     name: str,
     x: Tensor,
@@ -167,8 +180,7 @@ def check(
     ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected ({wanted})")
-    if x.dtype not in dtypes:
-        raise ValueError(f"{name}: got {x.dtype}, expected {' or '.join(str(dtype) for dtype in dtypes)}")
+    check_dtype(name, x.dtype, dtypes)
     if device is not None and x.device != device:
         raise ValueError(f"{name}: got a tensor on {x.device}, expected {device}, where the other arguments are")
     if x.device.type not in ("cuda", "meta") and not INTERPRETED:
@@ -184,3 +196,26 @@ def rows(x: Tensor) -> Tensor:
     """x (..., C) as (M, C) whose last stride is 1: a view where the strides allow it, else a copy."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+@triton.jit
+def trial_kernel(p_x):
+    tl.store(p_x, 1.0)
+
+
+def why_no_launch(device: torch.device, kernel: Any = trial_kernel) -> str:
+    """Why Triton cannot run a kernel on `device`, in one line; empty where it can. Waits for the device.
+
+    Triton builds its launcher at the first launch, with a C compiler and Python's headers. A machine may have a GPU,
+    its driver and Triton, and lack these. kernel: stores 1.0 in the one float32 it is given.
+    """
+    try:
+        x = torch.zeros(1, device=device)
+        run(x, Launch(kernel, (1,), {"p_x": x}))
+        stored = x.item()
+    except subprocess.CalledProcessError as error:
+        command = error.cmd if isinstance(error.cmd, str) else error.cmd[0]
+        return f"{command} could not build Triton's launcher, which takes a C compiler and Python's headers"
+    except Exception as error:  # from Triton, its compiler, a driver: all kinds
+        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return "" if stored == 1.0 else f"a kernel of Triton's that stores 1.0 stored {stored}"

@@ -27,12 +27,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kernels.cases import CASES, Budget, Case, Shape
+from kernels.cases import BUDGETS, CASES, Budget, Case, Shape
 from kernels.check import outputs_and_gradients
 from kernels.launch import INTERPRETED, Device, Launch, Planning, specialised
 
 WARP = 32  # threads
 WIDE = 16  # bytes: a thread's widest access
+SYSTEM = 1024  # bytes of shared memory
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,10 @@ class Architecture:
 
     max_warps: int
     max_blocks: int
-    shared: int  # bytes
+    shared: int  # bytes, of which the system takes SYSTEM for each block
     mma: str
     card: str
     multiprocessors: int
-
-    @property
-    def shared_block(self) -> int:
-        """Bytes that a block may take: the system takes 1 KB."""
-        return self.shared - 1024
 
 
 ARCHITECTURES = {
@@ -95,7 +91,7 @@ def resident_warps(of: Architecture, warps: int, registers: int, shared: int, te
     """
     by_registers = 65536 // (-(-max(registers, 1) * WARP // 256) * 256) // 4 * 4  # warps come four at a time
     blocks = [of.max_blocks, of.max_warps // warps, by_registers // warps]
-    blocks.append(of.shared // (-(-(shared + 1024) // 128) * 128))
+    blocks.append(of.shared // (-(-(shared + SYSTEM) // 128) * 128))
     if tensor_memory:
         blocks.append(512 // tensor_memory)
     return min(blocks) * warps
@@ -195,8 +191,8 @@ def broken(budget: Budget, compiled: Compiled, of: Architecture) -> Iterator[str
     if compiled.wide < budget.wide:
         yield f"{compiled.wide:.0%} of the bytes move {WIDE} at a time, budget {budget.wide:.0%}"
     most = of.max_warps // compiled.warps * compiled.warps
-    if compiled.shared > of.shared_block:
-        yield f"{compiled.shared} bytes of shared memory a block, it has {of.shared_block}"
+    if compiled.shared > of.shared - SYSTEM:
+        yield f"{compiled.shared} bytes of shared memory a block, it has {of.shared - SYSTEM}"
     elif compiled.resident_warps < max(compiled.warps, min(budget.warps, most)):
         least = min(budget.warps, most)
         yield f"{compiled.resident_warps} warps at once, budget {least}: {compiled.registers} registers"
@@ -227,18 +223,20 @@ def launches(case: Case, shape: Shape, dtype: torch.dtype, device: Device) -> li
     return list(found.values())
 
 
-def rows(case: Case, target: int) -> list[Row]:
-    """The case's kernels, compiled for sm_<target> and held to their budgets."""
-    of, made = ARCHITECTURES[target], []
+def rows(index: int, target: int, wanted: str) -> list[Row]:
+    """The kernels of CASES[index] with `wanted` in a name, compiled for sm_<target> and held to their budgets."""
+    case, of, made = CASES[index], ARCHITECTURES[target], []
     for launch in launches(case, case.gpt_shapes[0], torch.bfloat16, Device(target, of.multiprocessors)):
         kernel = launch.kernel.fn.__name__
+        if wanted not in case.name and wanted not in kernel:
+            continue
         try:
             compiled = compile_launch(launch, target)
         except Exception as error:  # the compiler's, of many kinds
             *_, reason = str(error).strip().splitlines() or [type(error).__name__]
             made.append(Row(case.name, kernel, target, None, [f"does not compile: {reason}"]))
         else:
-            made.append(Row(case.name, kernel, target, compiled, list(broken(case.budgets[kernel], compiled, of))))
+            made.append(Row(case.name, kernel, target, compiled, list(broken(BUDGETS[kernel], compiled, of))))
     return made
 
 
@@ -254,10 +252,6 @@ def line(row: Row) -> str:
     loads, stores = (" ".join(f"{n}x{8 * w or 'tile'}" for w, n in of.items()) or "-" for of in (it.loads, it.stores))
     usage = f"{it.registers:4} {it.spills:5} {it.shared:6} {it.resident_warps:5} {it.waves:6.1f}"
     return f"{start} {usage} {loads:<16} {stores:<14} {it.mma or '-'}"
-
-
-def _rows(index: int, target: int) -> list[Row]:
-    return rows(CASES[index], target)
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
@@ -277,16 +271,15 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """0; 1 where a budget is broken; 2 for bad arguments."""
     options = _options(argv)
-    jobs = [(i, target) for i in range(len(CASES)) for target in options.target or ARCHITECTURES]
+    jobs = [(i, target, options.kernel) for i in range(len(CASES)) for target in options.target or ARCHITECTURES]
     context = multiprocessing.get_context("spawn")  # a fork would leave torch's threads behind
     made: list[Row] = []
     print(HEAD)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
-        for group in pool.map(_rows, *zip(*jobs, strict=True)):
+        for group in pool.map(rows, *zip(*jobs, strict=True)):
             for row in group:
-                if options.kernel in row.case or options.kernel in row.kernel:
-                    made.append(row)
-                    print(line(row), flush=True)
+                made.append(row)
+                print(line(row), flush=True)
     if not made:
         print(f"--kernel: got {options.kernel!r}, which no case or kernel is called", file=sys.stderr)
         return 2

@@ -156,7 +156,7 @@ def _adamw(
     """(norm, found_inf) of contiguous (n,) buffers."""
     n, multiprocessors = param.numel(), device_of(param).multiprocessors
     # One program at least: the norm's first sets the bias corrections, the update's first advances the step
-    norm_tiles, update_tiles = triton.cdiv(grad.nbytes, NORM_BYTES), triton.cdiv(n, UPDATE_BLOCK)
+    norm_tiles, update_tiles = triton.cdiv(n * grad.itemsize, NORM_BYTES), triton.cdiv(n, UPDATE_BLOCK)
     P = max(1, min(norm_tiles, NORM_PROGRAMS * multiprocessors))
     programs = max(1, min(update_tiles, UPDATE_PROGRAMS * multiprocessors))
     norm, found_inf = param.new_empty(()), param.new_empty(())
@@ -181,11 +181,6 @@ def _adamw(
         Launch(adamw_update_kernel, (programs,), update_args, update_constants, UPDATE_WARPS),
     )
     return norm, found_inf
-
-
-@_adamw.register_fake
-def _(param, grad, exp_avg, exp_avg_sq, lr, step, inv_scale, compute, *numbers):
-    return param.new_empty(()), param.new_empty(())
 
 
 @torch.no_grad()

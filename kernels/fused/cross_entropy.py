@@ -46,11 +46,6 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's: a maximum that -inf 
 
 
 @triton.jit
-def _target_logit(target_logit_ptr, mask):
-    return tl.load(target_logit_ptr, mask=mask, other=float("nan")).to(tl.float32)
-
-
-@triton.jit
 def _columns(LANES: tl.constexpr, WIDTH: tl.constexpr):
     return tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
 
@@ -123,7 +118,8 @@ def cross_entropy_fwd_kernel(
     target = tl.load(targets_ptr + o_row, mask=m_row, other=ignore_index)
     counted = target != ignore_index
     first = logits_ptr + o_row.to(tl.int64) * logits_stride
-    x_target = _target_logit(target_logit_ptr=first + target, mask=counted & (target >= 0) & (target < V))
+    m_target = counted & (target >= 0) & (target < V)
+    x_target = tl.load(first + target, mask=m_target, other=float("nan")).to(tl.float32)
     o_col = _columns(LANES, WIDTH)
     row = first[:, None, None] + o_col
     m_read = counted[:, None, None]
@@ -266,12 +262,6 @@ def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[
     return *mean_of(losses), stats
 
 
-@_cross_entropy.register_fake
-def _(logits, targets, ignore_index):
-    loss, divisor = (logits.new_empty((), dtype=torch.float32) for _ in range(2))
-    return loss, divisor, logits.new_empty(2, logits.shape[0], dtype=torch.float32)
-
-
 @custom_op("nanofuse::cross_entropy_backward")
 def _cross_entropy_backward(
     dloss: Tensor, logits: Tensor, targets: Tensor, divisor: Tensor, stats: Tensor, ignore_index: int
@@ -287,20 +277,18 @@ def _cross_entropy_backward(
     return dlogits
 
 
-@_cross_entropy_backward.register_fake
-def _(dloss, logits, targets, divisor, stats, ignore_index):
-    return logits.new_empty(logits.shape)
+def _only_the_loss_is_differentiable(ctx, output):
+    ctx.set_materialize_grads(False)  # no zeros are made up for gradients of the others
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _save_cross_entropy(ctx, inputs, output):
     logits, targets, ctx.ignore_index = inputs
-    _, divisor, stats = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(divisor, stats)
-    ctx.save_for_backward(logits, targets, divisor, stats)
+    _only_the_loss_is_differentiable(ctx, output)
+    ctx.save_for_backward(logits, targets, *output[1:])
 
 
-def _differentiate_cross_entropy(ctx, dloss, ddivisor, dstats):
+def _differentiate_cross_entropy(ctx, dloss, *_):
     dlogits = None if dloss is None else _cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_index)
     return dlogits, None, None
 
@@ -323,7 +311,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
     return loss
 
 
-# With the head, all rows at once --------------------------------------------------------------------------------------
+# With the head, all rows at once or in chunks of rows -----------------------------------------------------------------
 
 
 def padded(V: int) -> int:
@@ -341,67 +329,6 @@ def _gradients(
 
 @custom_op("nanofuse::linear_cross_entropy")
 def _linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, differentiable: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, divisor, gradient of the row losses (M, padded(V)), empty unless `differentiable`)"""
-    M, V = x.shape[0], weight.shape[0]
-    logits = x.new_empty(M, padded(V))
-    losses = x.new_empty(2, M, dtype=torch.float32)
-    torch.mm(x, weight.t(), out=logits[:, :V])
-    row_losses(logits, V, targets, ignore_index, losses, dlogits=logits if differentiable else None)
-    return *mean_of(losses), logits if differentiable else x.new_empty(0, logits.shape[1])
-
-
-@_linear_cross_entropy.register_fake
-def _(x, weight, targets, ignore_index, differentiable):
-    loss, divisor = (x.new_empty((), dtype=torch.float32) for _ in range(2))
-    return loss, divisor, x.new_empty(x.shape[0] if differentiable else 0, padded(weight.shape[0]))
-
-
-@custom_op("nanofuse::linear_cross_entropy_backward")
-def _linear_cross_entropy_backward(
-    dloss: Tensor, divisor: Tensor, dlogits: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
-) -> tuple[Tensor, Tensor]:
-    """(dx, dweight), each empty unless needed"""
-    dlogits, scale = dlogits[:, : weight.shape[0]], dloss / divisor
-    dx, dweight = _gradients(x, weight, weight.dtype, need_dx, need_dweight)
-    if need_dx:
-        torch.mm(dlogits, weight, out=dx)
-        scaled(dx, scale, dx)
-    if need_dweight:
-        torch.mm(dlogits.t(), scaled(x, scale, x.new_empty(x.shape)), out=dweight)
-    return dx, dweight
-
-
-@_linear_cross_entropy_backward.register_fake
-def _(dloss, divisor, dlogits, x, weight, need_dx, need_dweight):
-    return _gradients(x, weight, weight.dtype, need_dx, need_dweight)
-
-
-def _save_linear_cross_entropy(ctx, inputs, output):
-    x, weight, *_ = inputs
-    _, divisor, dlogits = output
-    ctx.set_materialize_grads(False)  # no zeros are made up for a gradient of dlogits
-    ctx.mark_non_differentiable(divisor, dlogits)
-    ctx.save_for_backward(divisor, dlogits, x, weight)
-
-
-def _differentiate_linear_cross_entropy(ctx, dloss, ddivisor, ddlogits):
-    if dloss is None:
-        return (None,) * 5
-    need_dx, need_dweight = ctx.needs_input_grad[:2]
-    dx, dweight = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, need_dx, need_dweight)
-    return dx if need_dx else None, dweight if need_dweight else None, None, None, None
-
-
-_linear_cross_entropy.register_autograd(_differentiate_linear_cross_entropy, setup_context=_save_linear_cross_entropy)
-
-
-# With the head, in chunks of rows -------------------------------------------------------------------------------------
-
-
-@custom_op("nanofuse::chunked_linear_cross_entropy")
-def _chunked_linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -409,24 +336,37 @@ def _chunked_linear_cross_entropy(
     chunk_rows: int,
     need_dx: bool,
     need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, divisor, dx and float32 dweight of the summed row losses, each empty unless needed)"""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, divisor, and of the gradients of the summed row losses what the backward pass scales).
+
+    That is, of all rows at once, dlogits (M, padded(V)); in chunks, dx and a float32 dweight. The others are empty, as
+    is what is not needed.
+    """
     M, V = x.shape[0], weight.shape[0]
-    logits = x.new_empty(min(chunk_rows, M), padded(V))
-    losses = x.new_empty(2, M, dtype=torch.float32)
-    dx, dweight = _gradients(x, weight, torch.float32, need_dx, need_dweight)
+    wanted, chunked = need_dx or need_dweight, chunk_rows > 0
+    size = min(chunk_rows, M) if chunked else M
+    logits, losses = x.new_empty(size, padded(V)), x.new_empty(2, M, dtype=torch.float32)
+    dx, dweight = _gradients(x, weight, torch.float32, need_dx and chunked, need_dweight and chunked)
     dweight.zero_()
-    for start in range(0, M, chunk_rows):
-        chunk = slice(start, start + chunk_rows)
+    for start in range(0, M, max(size, 1)):
+        chunk = slice(start, start + size)
         part = logits[: M - start]
         torch.mm(x[chunk], weight.t(), out=part[:, :V])
-        dlogits = part if need_dx or need_dweight else None
-        row_losses(part, V, targets[chunk], ignore_index, losses[:, chunk], dlogits=dlogits)
-        if need_dx:
+        row_losses(part, V, targets[chunk], ignore_index, losses[:, chunk], dlogits=part if wanted else None)
+        if need_dx and chunked:
             torch.mm(part[:, :V], weight, out=dx[chunk])
-        if need_dweight:
+        if need_dweight and chunked:
             _add_product(dweight, part[:, :V].t(), x[chunk])
-    return *mean_of(losses), dx, dweight
+    dlogits = logits if wanted and not chunked else x.new_empty(0, padded(V))
+    return *mean_of(losses), dlogits, dx, dweight
+
+
+@_linear_cross_entropy.register_fake  # torch 2.11 does not have the product in `_add_product` on shapes
+def _(x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight):
+    loss, divisor = (x.new_empty((), dtype=torch.float32) for _ in range(2))
+    wanted, chunked = need_dx or need_dweight, chunk_rows > 0
+    dlogits = x.new_empty(x.shape[0] if wanted and not chunked else 0, padded(weight.shape[0]))
+    return loss, divisor, dlogits, *_gradients(x, weight, torch.float32, need_dx and chunked, need_dweight and chunked)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -437,48 +377,47 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
 
 
-@_chunked_linear_cross_entropy.register_fake
-def _(x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight):
-    loss, divisor = (x.new_empty((), dtype=torch.float32) for _ in range(2))
-    return loss, divisor, *_gradients(x, weight, torch.float32, need_dx, need_dweight)
-
-
-@custom_op("nanofuse::chunked_linear_cross_entropy_backward")
-def _chunked_linear_cross_entropy_backward(
-    dloss: Tensor, divisor: Tensor, dx: Tensor, dweight: Tensor, dweight_dtype: torch.dtype
+@custom_op("nanofuse::linear_cross_entropy_backward")
+def _linear_cross_entropy_backward(
+    dloss: Tensor,
+    divisor: Tensor,
+    dlogits: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    need_dx: bool,
+    need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx and dweight, scaled, the latter in its dtype"""
+    """(dx, dweight), in x's dtype, each empty unless needed. x and weight are None where dx and dweight are there."""
     scale = dloss / divisor
-    return tuple(
-        scaled(gradient, scale, gradient.new_empty(gradient.shape, dtype=dtype))
-        for gradient, dtype in ((dx, dx.dtype), (dweight, dweight_dtype))
-    )
+    if x is None:
+        return tuple(scaled(gradient, scale, dx.new_empty(gradient.shape)) for gradient in (dx, dweight))
+    dlogits = dlogits[:, : weight.shape[0]]
+    dx, dweight = _gradients(x, weight, weight.dtype, need_dx, need_dweight)
+    if need_dx:
+        torch.mm(dlogits, weight, out=dx)
+        scaled(dx, scale, dx)
+    if need_dweight:
+        torch.mm(dlogits.t(), scaled(x, scale, x.new_empty(x.shape)), out=dweight)
+    return dx, dweight
 
 
-@_chunked_linear_cross_entropy_backward.register_fake
-def _(dloss, divisor, dx, dweight, dweight_dtype):
-    return dx.new_empty(dx.shape), dweight.new_empty(dweight.shape, dtype=dweight_dtype)
+def _save_linear_cross_entropy(ctx, inputs, output):
+    x, weight, _, _, chunk_rows, _, _ = inputs
+    _only_the_loss_is_differentiable(ctx, output)
+    ctx.save_for_backward(*output[1:], *((None, None) if chunk_rows else (x, weight)))
 
 
-def _save_chunked_linear_cross_entropy(ctx, inputs, output):
-    _, divisor, dx, dweight = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(divisor, dx, dweight)
-    ctx.save_for_backward(divisor, dx, dweight)
-    ctx.dweight_dtype = inputs[1].dtype
-
-
-def _differentiate_chunked_linear_cross_entropy(ctx, dloss, ddivisor, ddx, ddweight):
+def _differentiate_linear_cross_entropy(ctx, dloss, *_):
     if dloss is None:
         return (None,) * 7
     need_dx, need_dweight = ctx.needs_input_grad[:2]
-    dx, dweight = _chunked_linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.dweight_dtype)
+    dx, dweight = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, need_dx, need_dweight)
     return dx if need_dx else None, dweight if need_dweight else None, *(None,) * 5
 
 
-_chunked_linear_cross_entropy.register_autograd(
-    _differentiate_chunked_linear_cross_entropy, setup_context=_save_chunked_linear_cross_entropy
-)
+_linear_cross_entropy.register_autograd(_differentiate_linear_cross_entropy, setup_context=_save_linear_cross_entropy)
 
 
 def linear_cross_entropy(
@@ -502,9 +441,5 @@ def linear_cross_entropy(
         raise ValueError(f"chunk_rows: got {chunk_rows}, expected 0 (all) or more")
     need_dx, need_dweight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight))
     x, targets = rows(x), targets.reshape(-1).contiguous()  # a view of targets may have any stride
-    if chunk_rows:
-        arguments = (x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight)
-        loss, _, _, _ = _chunked_linear_cross_entropy(*arguments)
-    else:
-        loss, _, _ = _linear_cross_entropy(x, weight, targets, ignore_index, need_dx or need_dweight)
+    loss, *_ = _linear_cross_entropy(x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight)
     return loss, None

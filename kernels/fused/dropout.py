@@ -6,6 +6,8 @@ kept where the top 24 bits of word col % 4 of Philox(key=seed, counter=(col // 4
 one evaluation serves four neighbours.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,11 +24,16 @@ def keep_mask(seed, o_row, threshold, BLOCK_N: tl.constexpr):
     return (words.reshape(o_row.shape[0], BLOCK_N) >> 8).to(tl.int32) >= threshold
 
 
-def keep_threshold(p: float) -> int:
-    """What `keep_mask` compares 24 random bits with, so that a share p is dropped."""
-    return round(p * 2**24)
-
-
 def new_seed(x: Tensor, p: float) -> Tensor | None:
-    """A seed (1,) int64 on x's device, from torch's generator, for one call of an op; None where nothing is dropped."""
+    """A seed (1,) int64 on x's device, from torch's generator, for one call of an op; None where nothing is dropped.
+
+    ValueError unless 0 <= p < 1.
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p: got {p}, expected 0 or more and less than 1")
     return torch.randint(2**62, (1,), device=x.device) if p > 0 else None
+
+
+def dropout_args(seed: Tensor | None, p: float) -> dict[str, Any]:
+    """What a kernel is launched with: the seed, what `keep_mask` compares 24 random bits with, and 1 / (1 - p)."""
+    return dict(seed_ptr=seed, threshold=round(p * 2**24), scale=1 / (1 - p))

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.dropout import keep_mask, keep_threshold, new_seed
-from kernels.launch import FLOATS, Launch, check, custom_op, rows, run
+from kernels.fused.dropout import dropout_args, keep_mask, new_seed
+from kernels.launch import Launch, check, check_dtype, custom_op, rows, run
 
 MAX_WIDTH = 8192  # a row is held in one block's registers
 PIECE = 32  # sorted rows that are summed in advance where they hold one token
@@ -222,78 +222,58 @@ def _embedding(idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, p: fl
     M, C = x.shape
     BLOCK_M, BLOCK_N, num_warps = _block(C, 16)
     args = dict(
-        idx_ptr=idx, wte_ptr=wte, wpe_ptr=wpe, seed_ptr=seed, x_ptr=x, wte_stride=wte.stride(0),
-        wpe_stride=wpe.stride(0), M=M, T=wpe.shape[0], V=wte.shape[0], C=C, threshold=keep_threshold(p),
-        scale=1 / (1 - p),
+        idx_ptr=idx, wte_ptr=wte, wpe_ptr=wpe, x_ptr=x, wte_stride=wte.stride(0), wpe_stride=wpe.stride(0),
+        M=M, T=wpe.shape[0], V=wte.shape[0], C=C, **dropout_args(seed, p),
     )  # fmt: skip
     constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
     run(wte, Launch(embedding_fwd_kernel, (triton.cdiv(M, BLOCK_M),), args, constants, num_warps))
     return x
 
 
-@_embedding.register_fake
-def _(idx, wte, wpe, seed, p, dtype):
-    return wte.new_empty(len(idx), wte.shape[1], dtype=dtype)
-
-
-@custom_op("nanofuse::embedding_wte_backward")
-def _embedding_wte_backward(
-    dx: Tensor, idx: Tensor, seed: Tensor | None, p: float, V: int, dtype: torch.dtype
-) -> Tensor:
-    """dwte (V, C) of dx (M, C) with unit last stride and idx (M,)."""
+@custom_op("nanofuse::embedding_backward")
+def _embedding_backward(
+    dx: Tensor,
+    idx: Tensor,
+    seed: Tensor | None,
+    p: float,
+    V: int,
+    T: int,
+    dtype: torch.dtype,
+    need_dwte: bool,
+    need_dwpe: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dwte (V, C), dwpe (T, C)) of dx (M, C) with unit last stride and idx (M,); each empty unless needed."""
     M, C = dx.shape
-    tokens, order, starts = sort_by_token(idx, V)
-    pieces, dwte = dx.new_empty(M // PIECE, C, dtype=torch.float32), dx.new_empty(V, C, dtype=dtype)
+    dwte, dwpe = (dx.new_empty(n if needed else 0, C, dtype=dtype) for n, needed in ((V, need_dwte), (T, need_dwpe)))
     BLOCK_M, BLOCK_N, num_warps = _block(C, 32)
-    args = dict(
-        dx_ptr=dx, order_ptr=order, seed_ptr=seed, pieces_ptr=pieces, dx_stride=dx.stride(0), C=C,
-        threshold=keep_threshold(p), scale=1 / (1 - p),
-    )  # fmt: skip
-    constants = dict(PIECE=PIECE, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-    run(
-        dx,
-        Launch(embedding_bwd_pieces_kernel, (len(pieces),), args | dict(tokens_ptr=tokens), constants, num_warps),
-        Launch(embedding_bwd_wte_kernel, (V,), args | dict(starts_ptr=starts, dwte_ptr=dwte), constants, num_warps),
-    )
-    return dwte
-
-
-@_embedding_wte_backward.register_fake
-def _(dx, idx, seed, p, V, dtype):
-    return dx.new_empty(V, dx.shape[1], dtype=dtype)
-
-
-@custom_op("nanofuse::embedding_wpe_backward")
-def _embedding_wpe_backward(dx: Tensor, seed: Tensor | None, p: float, T: int, dtype: torch.dtype) -> Tensor:
-    """dwpe (T, C) of dx (B * T, C) with unit last stride."""
-    dwpe = dx.new_empty(T, dx.shape[1], dtype=dtype)
-    B, C = len(dx) // max(T, 1), dx.shape[1]
-    BLOCK_M, BLOCK_N, num_warps = _block(C, 32)
-    args = dict(
-        dx_ptr=dx, seed_ptr=seed, dwpe_ptr=dwpe, dx_stride=dx.stride(0), B=B, T=T, C=C, threshold=keep_threshold(p),
-        scale=1 / (1 - p), tiles=triton.cdiv(B, BLOCK_M),
-    )  # fmt: skip
-    run(dx, Launch(embedding_bwd_wpe_kernel, (T,), args, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N), num_warps))
-    return dwpe
-
-
-@_embedding_wpe_backward.register_fake
-def _(dx, seed, p, T, dtype):
-    return dx.new_empty(T, dx.shape[1], dtype=dtype)
+    args = dict(dx_ptr=dx, dx_stride=dx.stride(0), C=C, **dropout_args(seed, p))
+    constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+    if need_dwte:
+        tokens, order, starts = sort_by_token(idx, V)
+        pieces = dx.new_empty(M // PIECE, C, dtype=torch.float32)
+        sums, sorts = args | dict(order_ptr=order, pieces_ptr=pieces), constants | dict(PIECE=PIECE)
+        run(
+            dx,
+            Launch(embedding_bwd_pieces_kernel, (len(pieces),), sums | dict(tokens_ptr=tokens), sorts, num_warps),
+            Launch(embedding_bwd_wte_kernel, (V,), sums | dict(starts_ptr=starts, dwte_ptr=dwte), sorts, num_warps),
+        )
+    if need_dwpe:
+        B = M // max(T, 1)
+        args |= dict(dwpe_ptr=dwpe, B=B, T=T, tiles=triton.cdiv(B, BLOCK_M))
+        run(dx, Launch(embedding_bwd_wpe_kernel, (T,), args, constants, num_warps))
+    return dwte, dwpe
 
 
 def _save_embedding(ctx, inputs, output):
     idx, wte, wpe, seed, p, _ = inputs
     ctx.save_for_backward(idx, seed)
-    ctx.p, ctx.V, ctx.T, ctx.dtype = p, len(wte), len(wpe), wte.dtype
+    ctx.numbers = p, len(wte), len(wpe), wte.dtype
 
 
 def _differentiate_embedding(ctx, dx):
-    (idx, seed), dx = ctx.saved_tensors, rows(dx)
-    _, needs_dwte, needs_dwpe, *_ = ctx.needs_input_grad
-    dwte = _embedding_wte_backward(dx, idx, seed, ctx.p, ctx.V, ctx.dtype) if needs_dwte else None
-    dwpe = _embedding_wpe_backward(dx, seed, ctx.p, ctx.T, ctx.dtype) if needs_dwpe else None
-    return None, dwte, dwpe, None, None, None
+    _, need_dwte, need_dwpe, *_ = ctx.needs_input_grad
+    dwte, dwpe = _embedding_backward(rows(dx), *ctx.saved_tensors, *ctx.numbers, need_dwte, need_dwpe)
+    return None, dwte if need_dwte else None, dwpe if need_dwpe else None, None, None, None
 
 
 _embedding.register_autograd(_differentiate_embedding, setup_context=_save_embedding)
@@ -312,9 +292,6 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, p: floa
     if not 1 <= C <= MAX_WIDTH:
         raise ValueError(f"wte: got {C} channels, expected 1 to {MAX_WIDTH}")
     check("wpe", wpe, shape=(T, C), dtypes=(wte.dtype,), device=wte.device)
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"p: got {p}, expected 0 or more and less than 1")
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype: got {dtype}, expected {' or '.join(str(known) for known in FLOATS)}")
+    check_dtype("dtype", dtype)
     x = _embedding(idx.reshape(-1), rows(wte), rows(wpe), new_seed(wte, p), p, dtype)
     return x.view(B, T, C)

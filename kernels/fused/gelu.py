@@ -177,22 +177,12 @@ def _gelu(x: Tensor, approximate: str) -> Tensor:
     return y
 
 
-@_gelu.register_fake
-def _(x, approximate):
-    return x.new_empty(x.shape)
-
-
 @custom_op("nanofuse::gelu_backward")
 def _gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     """dx of dy, x (M, C) of any strides."""
     dx = x.new_empty(x.shape)
     gelu_backward(rows(dy), rows(x), approximate, dx)
     return dx
-
-
-@_gelu_backward.register_fake
-def _(dy, x, approximate):
-    return x.new_empty(x.shape)
 
 
 def _save_gelu(ctx, inputs, output):

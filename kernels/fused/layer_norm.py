@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.dropout import keep_mask, keep_threshold, new_seed
-from kernels.launch import FLOATS, Launch, check, custom_op, device_of, packed, rows, run
+from kernels.fused.dropout import dropout_args, keep_mask, new_seed
+from kernels.launch import Launch, check, check_dtype, custom_op, device_of, packed, rows, run
 from kernels.reference import LAYER_NORM_EPS
 
 MAX_WIDTH = 4096  # a row is held in one block's registers
@@ -160,29 +160,19 @@ def _add_layer_norm(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(residual', y, mean, rstd) of x, residual (M, C) with unit last stride. Without x, residual' is empty."""
-    (M, C), (stream, y, mean, rstd) = residual.shape, _outputs(x, residual, dtype)
+    M, C = residual.shape
+    stream, y = residual.new_empty(0 if x is None else M, C), residual.new_empty(M, C, dtype=dtype)
+    mean, rstd = (residual.new_empty(M, dtype=torch.float32) for _ in range(2))
     BLOCK_M, BLOCK_N, num_warps = _block(C)
     args = dict(
-        x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, seed_ptr=seed,
+        x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, **dropout_args(seed, p),
         stream_ptr=None if x is None else stream, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
         x_stride=0 if x is None else x.stride(0), residual_stride=residual.stride(0),
-        M=M, C=C, inv_C=1 / C, threshold=keep_threshold(p), scale=1 / (1 - p), eps=LAYER_NORM_EPS,
+        M=M, C=C, inv_C=1 / C, eps=LAYER_NORM_EPS,
     )  # fmt: skip
     constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
     run(residual, Launch(add_layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),), args, constants, num_warps))
     return stream, y, mean, rstd
-
-
-def _outputs(x: Tensor | None, residual: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    M, C = residual.shape
-    stream = residual.new_empty(0 if x is None else M, C)
-    y = residual.new_empty(M, C, dtype=dtype)
-    return stream, y, *(residual.new_empty(M, dtype=torch.float32) for _ in range(2))
-
-
-@_add_layer_norm.register_fake
-def _(x, residual, weight, bias, seed, p, dtype):
-    return _outputs(x, residual, dtype)
 
 
 @custom_op("nanofuse::add_layer_norm_backward")
@@ -205,26 +195,20 @@ def _add_layer_norm_backward(
     M, C = dy.shape
     BLOCK_M, BLOCK_N, num_warps = _block(C)
     # As many programs as run at once, so that none is left over for a second round: registers decide how many fit.
-    resident = {2048: 3, 4096: 1}.get(BLOCK_N, 4)
+    resident = 4 if BLOCK_N < 2048 else 3 if BLOCK_N == 2048 else 1
     P = min(triton.cdiv(M, BLOCK_M), resident * device_of(dy).multiprocessors)
     dresidual, dx = stream.new_empty(M, C), dy.new_empty(M if dx_dtype else 0, C, dtype=dx_dtype)
     dweight, dbias = (dy.new_empty(P if wanted else 0, C, dtype=torch.float32) for wanted in (True, has_bias))
     args = dict(
         dy_ptr=dy, dstream_ptr=dstream, stream_ptr=stream, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
-        seed_ptr=seed, dresidual_ptr=dresidual, dx_ptr=dx if dx_dtype else None,
+        **dropout_args(seed, p), dresidual_ptr=dresidual, dx_ptr=dx if dx_dtype else None,
         dweight_ptr=dweight, dbias_ptr=dbias if has_bias else None,
         dy_stride=dy.stride(0), dstream_stride=0 if dstream is None else dstream.stride(0),
-        stream_stride=stream.stride(0), M=M, C=C, inv_C=1 / C, threshold=keep_threshold(p), scale=1 / (1 - p),
+        stream_stride=stream.stride(0), M=M, C=C, inv_C=1 / C,
         tiles_per_program=triton.cdiv(triton.cdiv(M, BLOCK_M), max(P, 1)),
     )  # fmt: skip
     run(dy, Launch(add_layer_norm_bwd_kernel, (P,), args, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N), num_warps))
     return dresidual, dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
-
-
-@_add_layer_norm_backward.register_fake
-def _(dy, dstream, stream, weight, mean, rstd, seed, p, dx_dtype, has_bias):
-    (M, C), (dweight, dbias) = dy.shape, (weight.new_empty(weight.shape) for _ in range(2))
-    return stream.new_empty(M, C), dy.new_empty(M if dx_dtype else 0, C, dtype=dx_dtype), dweight, dbias
 
 
 def _save_add_layer_norm(ctx, inputs, output):
@@ -261,8 +245,7 @@ def _check(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **streams: T
     check("weight", weight, shape=(C,), device=first.device)
     if bias is not None:
         check("bias", bias, shape=(C,), device=first.device, dtypes=(weight.dtype,))
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype: got {dtype}, expected {' or '.join(str(known) for known in FLOATS)}")
+    check_dtype("dtype", dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -286,8 +269,6 @@ def add_layer_norm(
     ValueError for what cannot be served.
     """
     _check(weight, bias, dtype, x=x, residual=residual)
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"p: got {p}, expected 0 or more and less than 1")
     seed = new_seed(x, p)
     stream, y, _, _ = _add_layer_norm(rows(x), rows(residual), weight.contiguous(), packed(bias), seed, p, dtype)
     return stream.view(x.shape), y.view(x.shape)

@@ -274,23 +274,20 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(ops.cross_entropy_backward.default, backward)
 
 
+@pytest.mark.parametrize("chunk_rows", [0, 2])
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
-def test_opcheck_of_a_head(needs: tuple[bool, bool], device: torch.device) -> None:
+def test_opcheck_of_a_head(needs: tuple[bool, bool], chunk_rows: int, device: torch.device) -> None:
     x, weight, targets = draw(5, 8, 37, device, torch.bfloat16).values()
     targets[2] = -1
     x, weight = (t.detach().requires_grad_(need) for t, need in zip((x, weight), needs, strict=True))
-    whole, chunked = (x, weight, targets, -1, any(needs)), (x, weight, targets, -1, 2, *needs)
+    arguments = (x, weight, targets, -1, chunk_rows, *needs)
     ops = torch.ops.nanofuse
-    torch.library.opcheck(ops.linear_cross_entropy.default, whole)
-    torch.library.opcheck(ops.chunked_linear_cross_entropy.default, chunked)
+    torch.library.opcheck(ops.linear_cross_entropy.default, arguments)
     with torch.no_grad():
-        loss, divisor, dlogits = ops.linear_cross_entropy(*whole)
-        _, _, dx, dweight = ops.chunked_linear_cross_entropy(*chunked)
-    dloss = torch.ones_like(loss)
-    backward = (dloss, divisor, dlogits, x.detach(), weight.detach(), *needs)
+        loss, *saved = ops.linear_cross_entropy(*arguments)
+    operands = (None, None) if chunk_rows else (x.detach(), weight.detach())
+    backward = (torch.ones_like(loss), *saved, *operands, *needs)
     torch.library.opcheck(ops.linear_cross_entropy_backward.default, backward)
-    backward = (dloss, divisor, dx, dweight, torch.bfloat16)
-    torch.library.opcheck(ops.chunked_linear_cross_entropy_backward.default, backward)
 
 
 # Refused

@@ -164,8 +164,8 @@ def test_opcheck(device: torch.device) -> None:
     idx, weights = torch.tensor([4, 0, 4, 1, 1, 4], device=device), tables(5, 3, 24, device)
     ops, dx = torch.ops.nanofuse, torch.ones(6, 24, device=device)
     torch.library.opcheck(ops.embedding.default, (idx, *weights.values(), seed, p, torch.bfloat16))
-    torch.library.opcheck(ops.embedding_wte_backward.default, (dx, idx, seed, p, 5, torch.bfloat16))
-    torch.library.opcheck(ops.embedding_wpe_backward.default, (dx, seed, p, 3, torch.bfloat16))
+    for needs in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(ops.embedding_backward.default, (dx, idx, seed, p, 5, 3, torch.bfloat16, *needs))
 
 
 # Refused

@@ -25,7 +25,7 @@ def test_without_triton_only_the_kernels_are_missing() -> None:
 import sys
 sys.modules["triton"] = None  # as if it were not installed
 import kernels
-assert kernels.select("auto", kernels.ops.torch.device("cpu")) is kernels.REFERENCE
+assert kernels.select("auto", kernels.available.torch.device("cpu")) is kernels.REFERENCE
 for name in kernels.__all__:
     try:
         getattr(kernels, name)

@@ -1,4 +1,4 @@
-"""Whether Triton can launch anything here: the trial kernel, and what is made of its answer."""
+"""Whether Triton can launch anything here: the trial kernel, and which bundle follows from its answer."""
 
 import os
 import subprocess
@@ -11,8 +11,7 @@ import torch
 from triton.runtime.build import compile_module_from_src
 
 from kernels import REFERENCE, missing, select
-from kernels.launch import INTERPRETED
-from kernels.trial import why_not
+from kernels.launch import INTERPRETED, why_no_launch
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda")
@@ -29,7 +28,7 @@ class Kernel:
 
 
 def test_the_trial_runs(device: torch.device) -> None:
-    assert why_not(device) == ""
+    assert why_no_launch(device) == ""
 
 
 def build_launcher(p_x: torch.Tensor) -> None:
@@ -49,23 +48,23 @@ def test_without_a_compiler_or_headers_it_says_so(
 ) -> None:
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    assert why_not(device, Kernel(build_launcher)) == reason
+    assert why_no_launch(device, Kernel(build_launcher)) == reason
 
 
 def test_the_first_line_of_any_failure_is_the_reason(device: torch.device) -> None:
     def fail(p_x: torch.Tensor) -> None:
         raise RuntimeError("\n no driver\nat all")
 
-    assert why_not(device, Kernel(fail)) == "no driver"
-    assert why_not(device, Kernel(lambda p_x: None)) == "a kernel of Triton's that stores 1.0 stored 0.0"
+    assert why_no_launch(device, Kernel(fail)) == "no driver"
+    assert why_no_launch(device, Kernel(lambda p_x: None)) == "a kernel of Triton's that stores 1.0 stored 0.0"
 
 
 @pytest.mark.slow
 def test_a_real_launch_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:
     """On a GPU machine Triton's own launcher, without a compiler; elsewhere its driver is missing."""
     code = (
-        "import torch; from kernels.trial import why_not; "
-        "print(why_not(torch.device('cuda' if torch.cuda.is_available() else 'cpu')))"
+        "import torch; from kernels.launch import why_no_launch; "
+        "print(why_no_launch(torch.device('cuda' if torch.cuda.is_available() else 'cpu')))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"CC": "/no/such/compiler", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
@@ -77,11 +76,11 @@ def test_a_real_launch_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:
 # What is made of it
 
 
-def test_rocm_is_not_cuda(device: torch.device) -> None:
+def test_rocm_is_not_cuda(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch calls AMD's devices cuda, and their capability passes for Ampere's or Hopper's."""
-    said = missing(CUDA, trial=lambda device: "", rocm="6.4")
-    assert said == "they are written and tuned for NVIDIA's GPUs, this device is AMD's (ROCm 6.4)"
-    assert missing(device, trial=lambda device: "", rocm=None) == ""
+    assert missing(device) == ""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert missing(CUDA) == "they are written and tuned for NVIDIA's GPUs, this device is AMD's (ROCm 6.4)"
 
 
 def test_auto_falls_back_and_fused_is_refused() -> None:
