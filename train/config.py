@@ -15,9 +15,8 @@ from train.settings import (
     Parsed,
     Value,
     check_values,
-    config_path,
-    load_config_file,
     parse_settings,
+    read_settings,
     setting,
     settings_of,
     shown,
@@ -136,7 +135,7 @@ def parse(argv: list[str]) -> Parsed:
 
 def preset(name: str) -> dict[str, Value]:
     """The settings of a preset or of a config file."""
-    return load_config_file(config_path(name), TrainConfig)
+    return read_settings(name, TrainConfig)
 
 
 class Base(NamedTuple):

@@ -162,7 +162,7 @@ def parse_settings(
             raise UserError(f"{shown(argument)}: settings are written --key=value, with two dashes")
         elif positional:
             if presets:
-                parsed.settings |= load_config_file(config_path(argument), cls)
+                parsed.settings |= read_settings(argument, cls)
             parsed.sources.append(argument)
         else:
             raise UserError(f"{shown(argument)}: not a setting; settings are written --key=value")
@@ -251,11 +251,11 @@ def preset_summary(name: str) -> str:
     return (ast.get_docstring(ast.parse(PRESETS[name].read_bytes())) or "").partition("\n")[0]
 
 
-def config_path(name: str) -> Path:
-    """The file of a preset, or else the config file `name`; UserError with the nearest preset where it is neither."""
-    path = Path(name)
-    if name in PRESETS or path.is_file():
-        return PRESETS.get(name, path)
+def read_settings(name: str, cls: type) -> dict[str, Value]:
+    """The settings of a preset, or else of the config file `name`; UserError with the nearest preset for neither."""
+    path = PRESETS.get(name, Path(name))
+    if path.is_file():
+        return load_config_file(path, cls)
     if name and path.exists():
         raise UserError(f"{shown(name)}: not a regular file, expected a config file or a preset")
     key, equals, _ = name.partition("=")
