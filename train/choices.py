@@ -139,8 +139,8 @@ class MLPShape(NamedTuple):
 
 
 def has_fused_matmul(ops: Ops, width: int, dtype: torch.dtype) -> bool:
-    """Whether an MLP has more than one way to go: in 2-byte elements, with rows that begin at multiples of 16 bytes."""
-    return ops.name == "fused" and dtype.itemsize == 2 and width % 8 == 0
+    """Whether an MLP has several ways to go: in 2-byte elements, with rows that begin at multiples of 16 elements."""
+    return ops.name == "fused" and dtype.itemsize == 2 and width % 16 == 0
 
 
 def choose_mlp(ops: Ops, shape: MLPShape, world: World, clock: Clock | None = None) -> tuple[Ops, str]:

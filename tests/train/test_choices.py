@@ -245,7 +245,7 @@ def test_the_first_rows_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (REFERENCE, MLP),
         (FUSED, MLP._replace(dtype=torch.float32)),
-        (FUSED, MLP._replace(width=20)),  # rows that do not begin at multiples of 16 bytes
+        (FUSED, MLP._replace(width=24)),  # rows that do not begin at multiples of 16 elements
     ],
 )
 def test_where_there_is_one_way_nothing_is_measured(ops: Ops, shape: MLPShape) -> None:
