@@ -1,9 +1,9 @@
 """Report results files: python -m bench.report FILES… --out=DIR. MFU across devices, as Markdown, HTML, SVG and PNG.
 
-With --compare, two commits of one device instead: python -m bench.report --compare A.json B.json
+With --compare it compares two commits on one device: python -m bench.report --compare A.json B.json
 
-`digest.py` computes what is shown, `tables.py` and `pictures.py` show it, `compare.py` judges two commits. The page,
-whose template is page.html, needs nothing but itself.
+`digest.py` computes the numbers, `tables.py` and `pictures.py` show them, `compare.py` compares two commits.
+`page.html` is the page's template. The page is one file that needs no other.
 """
 
 import re
@@ -42,7 +42,7 @@ class Section:
 
 
 def sections(runs: Sequence[Run], guesses: Sequence[Estimate]) -> list[Section]:
-    """All of it, in its order."""
+    """The report's sections that have contents, in order."""
     found: dict[str, list[Steps]] = {}  # by workload
     for each in (each for run in runs for each in run.steps):
         found.setdefault(each.name, []).append(each)
@@ -131,7 +131,7 @@ def estimated(guesses: Sequence[Estimate]) -> Table:
 
 
 def files(runs: Sequence[Run]) -> Table:
-    """What each file is."""
+    """A row for each file."""
     rows = []
     for run in runs:
         found, software = run.results, run.results.software
@@ -168,7 +168,7 @@ def html(summary: str, sections: Sequence[Section]) -> str:
 
 
 def _inline(drawn: Picture, width: int) -> str:
-    """The picture as an element of the page. Its name is another at each width: names inside are made of it."""
+    """The picture as an element of the page. Each width has its own name, because ids inside are derived from it."""
     import markupsafe
 
     svg = picture(drawn.draw(width), ".svg", f"{drawn.title}, {width} points").decode()
@@ -194,9 +194,9 @@ def markdown(summary: str, sections: Sequence[Section]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Escape the text, so that Markdown shows it unchanged, on one line."""
     text = " ".join(text.split())
-    return re.sub(r"[\\`*|<\[]|\b_|_\b", r"\\\g<0>", text)  # a _ within a word is only that
+    return re.sub(r"[\\`*|<\[]|\b_|_\b", r"\\\g<0>", text)  # a _ within a word means nothing to Markdown
 
 
 def _count(n: int, what: str) -> str:
@@ -208,7 +208,7 @@ def _some(found: Iterable) -> list:
 
 
 def write(folder: Path, runs: Sequence[Run]) -> None:
-    """Write the report. UserError where `folder` refuses."""
+    """Write the report. UserError if `folder` cannot be written."""
     runs = in_order(runs)
     guesses = estimates(runs)
     about, parts = summary(runs, guesses), sections(runs, guesses)
