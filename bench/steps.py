@@ -205,7 +205,7 @@ def _take(each: Timed, loader: Loader, first: int, count: int, device: torch.dev
 
 
 def _turn(step: Step, loader: Loader, first: int, count: int, device: torch.device) -> Turn:
-    """Time `count` iterations. On CUDA events give the times, so no iteration waits for the one before, as in a run."""
+    """Time `count` iterations. On CUDA the times are events, so the host need not wait, as in a run."""
     synchronize(device)
     host, marks = [], [_mark(device)]
     for i in range(first, first + count):
