@@ -1,9 +1,9 @@
-"""The numbers that tables and pictures show: rows computed from results files, and time limits of devices.
+"""The numbers that tables and pictures show: rows computed from results files, and least times of devices.
 
 A step's parts (`model/work.py`) have two rooflines. The floor uses full rates: those that a run measured, or those of a
 data sheet. No step is faster than its floor, unless a cache keeps data from one part to the next. The attainable time
-uses ATTAINED, the shares of a data sheet's rates that good kernels reached on an H100. That kernels reach the same
-shares on other devices is an assumption.
+uses ATTAINED, the shares of a data sheet's rates that good kernels reached on an H100. It is an
+assumption that kernels reach the same shares on other devices.
 """
 
 import re
@@ -168,8 +168,8 @@ class Steps:
 
     @property
     def ladder(self) -> list[StepRow]:
-        """From the reference's step to ours: all modes of the first row, the rungs, and the rows that the last row is
-        built on. "ours compiled + graphed" is built on "ours compiled".
+        """From the reference's step to ours: all modes of the first row, the rungs, and the last row, after the rows
+        that it extends. "ours compiled + graphed" extends "ours compiled".
         """
         first, last = self.rows[0].step.variant.partition(" ")[0] + " ", self.rows[-1].step.variant
         steps = [(row, row.step.variant) for row in self.rows]
@@ -182,9 +182,9 @@ class KernelRow:
     its bytes, whichever takes longer."""
 
     kernel: Kernel
-    bounded: str  # "matmul", "copy", or "" where it counts neither FLOPs nor bytes
+    bounded: str  # "matmul", "copy", or "" if it counts neither FLOPs nor bytes
     rate: float | None  # FLOP/s or bytes/s
-    share: float | None  # of the ceiling, 0 to 1; None where that was not measured
+    share: float | None  # of the ceiling, 0 to 1; None if that was not measured
     speedup: float | None  # over torch.compile of the reference
 
     @property
