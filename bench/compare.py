@@ -9,7 +9,8 @@ kernel's other variants. They took turns with our rows, so they show the machine
 - The interval has two sources. One is a bootstrap, which draws stretches of neighbouring rounds. The other is APART,
   the standard deviation between two runs of one program.
 
-All intervals of a table hold together at 95 % (Bonferroni). So a long table of equal programs shows no differences.
+With 95 % confidence all intervals of a table hold at once (Bonferroni). So equal programs show no differences, even in
+a long table.
 """
 
 from collections.abc import Hashable, Sequence
@@ -73,7 +74,7 @@ class Verdict:
 
 
 def verdict(a: Rounds, b: Rounds, rows: int) -> Verdict | None:
-    """B/A and its interval. rows: number of intervals that hold together. None if a run has too few quiet rounds."""
+    """B/A and its interval. rows: number of intervals that hold at once. None if a run has too few quiet rounds."""
     if min(map(len, (*a, *b))) < LEAST:
         return None
     rng = np.random.default_rng(0)  # a fixed seed: the same verdict every time
@@ -115,9 +116,7 @@ def report(runs: Sequence[Run]) -> str:
     lines = [f"{name}: {'; '.join(run.source for run in side)}" for name, side in (("A", a), ("B", b))]
     versions = [asdict(run.results.software) for run in runs]
     if differing := ", ".join(name for name in versions[0] if len({version[name] for version in versions}) > 1):
-        lines.append(
-            f"They differ in {differing}. So do their references, which say nothing about the machine's pace then."
-        )
+        lines.append(f"They differ in {differing}. So do their references, and these do not show the machine's pace.")
     within = 0.1 if runs[0].results.device.type == "cpu" else 0.5  # other programs on a CPU only add time
     tables = []
     for title, rows_of in (("Steps", _steps), ("Kernels", _kernels)):
@@ -194,10 +193,10 @@ def _table(title: str, a: Sequence[Rows], b: Sequence[Rows], within: float, *, p
     for names, (own, quiet) in found.items():
         times = [number(1e3 * np.exp(np.median(np.concatenate([x.ravel() for x in side])))) for side in own]
         counts = [sum(map(len, side)) for side in (*quiet, *own)]
-        told = verdict(*quiet, many)
+        judged = verdict(*quiet, many)
         rest = ["–", "–", f"too few quiet rounds, expected {LEAST} in each run"]
-        if told:
-            rest = [f"{told.ratio:.3f}", f"{told.low:.3f}–{told.high:.3f}", told.words]
+        if judged:
+            rest = [f"{judged.ratio:.3f}", f"{judged.low:.3f}–{judged.high:.3f}", judged.words]
         cells.append([" ".join(names), *times, "{} and {} of {} and {}".format(*counts), *rest])
     return ["", aligned(cells)] if found else []
 
