@@ -32,7 +32,7 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds left."""
         return max(0.0, self._deadline - time.perf_counter())
 
     def part(self, seconds: float) -> Self:
