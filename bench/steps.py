@@ -107,7 +107,7 @@ def measure(
                         turns = [ready.turn_seconds for ready in members if ready.step]
                         least = LEAST * (sum(turns) + max(turns, default=0.0))  # of earlier variants, and of this one
                         expected = _prepare(each, setting, loader, expected, of_group, least) or expected
-                rounds += _sample(members, loader, device, share * seconds, of_group, rounds)
+                rounds += _take_rounds(members, loader, device, share * seconds, of_group, rounds)
                 seconds -= share * seconds
                 for each in members:
                     if not any(each.variant in later for later in plan[n + 1 :]):
@@ -154,7 +154,7 @@ def _prepare(
         each.give_up(f"{WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most")
         return []
     each.step = step
-    if found := _take(each, loader, 0, 2, device):
+    if found := _take_turn(each, loader, 0, 2, device):
         each.pace = found[0][-1]
         each.set(turn=max(1, min(50, round(TURN / each.pace))))
     return each.row.losses
@@ -167,7 +167,7 @@ def _first_losses(variant: Variant, setting: Setting, loader: Loader) -> list[fl
     return [step(loader.train(i)).item() for i in range(CHECKED)]
 
 
-def _sample(
+def _take_rounds(
     timed: list[Timed], loader: Loader, device: torch.device, seconds: float, budget: Budget, first_round: int
 ) -> int:
     """Measure rounds of all variants that are ready; returns how many."""
@@ -180,7 +180,7 @@ def _sample(
         for each in ready:
             if not each.row.seconds:
                 each.set(first_round=first_round + rounds)
-            if found := _take(each, loader, rounds * each.row.turn, each.lead + each.row.turn, device):
+            if found := _take_turn(each, loader, rounds * each.row.turn, each.lead + each.row.turn, device):
                 taken, host = (every[each.lead :] for every in found)
                 each.set(seconds=each.row.seconds + taken, host_seconds=each.row.host_seconds + host)
         rounds, expected = rounds + 1, time.perf_counter() - begin
@@ -190,11 +190,11 @@ def _sample(
     return rounds
 
 
-def _take(each: Timed, loader: Loader, first: int, count: int, device: torch.device) -> Turn | None:
+def _take_turn(each: Timed, loader: Loader, first: int, count: int, device: torch.device) -> Turn | None:
     """A turn of a variant. If it fails, or compiles anything again, the variant is given up; returns None."""
     before = compilations()
     try:
-        found = _turn(each.step, loader, first, count, device)
+        found = _time_turn(each.step, loader, first, count, device)
     except Exception as error:  # as in `_prepare`
         each.give_up(first_line(error))
         return None
@@ -204,22 +204,22 @@ def _take(each: Timed, loader: Loader, first: int, count: int, device: torch.dev
     return None
 
 
-def _turn(step: Step, loader: Loader, first: int, count: int, device: torch.device) -> Turn:
-    """Time `count` iterations. On CUDA the times are events, so the host need not wait, as in a run."""
+def _time_turn(step: Step, loader: Loader, first: int, count: int, device: torch.device) -> Turn:
+    """Time `count` iterations. On CUDA events give the times, and the host does not wait in between, as in a run."""
     synchronize(device)
-    host, marks = [], [_mark(device)]
+    host, marks = [], [_time_now(device)]
     for i in range(first, first + count):
         begin = time.perf_counter()
         step(loader.train(i))
         host.append(time.perf_counter() - begin)
-        marks.append(_mark(device))
+        marks.append(_time_now(device))
     synchronize(device)
     if device.type != "cuda":
         return [b - a for a, b in pairwise(marks)], []
     return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)], host
 
 
-def _mark(device: torch.device):
+def _time_now(device: torch.device):
     """The time now: an event on a CUDA device, seconds elsewhere."""
     if device.type != "cuda":
         synchronize(device)
