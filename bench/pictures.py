@@ -86,9 +86,9 @@ class Picture:
         axes.set(xlim=(0, 1), ylim=(sheet.y, 0))
         if alone:
             figure.text(
-                edge / wide, 1 - edge / high, "\n".join(title), size=16, weight="bold", va="top", **_type("ink")
+                edge / wide, 1 - edge / high, "\n".join(title), size=16, weight="bold", va="top", **_text_style("ink")
             )
-            figure.text(edge / wide, edge / high, "\n".join(caption), size=12, va="bottom", **_type("quiet"))
+            figure.text(edge / wide, edge / high, "\n".join(caption), size=12, va="bottom", **_text_style("quiet"))
         return figure
 
 
@@ -107,7 +107,7 @@ def _wrapped(words: str, width: float, size: float = 12) -> list[str]:
     return textwrap.wrap(words, max(8, int(width / (0.6 * size))))
 
 
-def _type(role: str) -> dict:
+def _text_style(role: str) -> dict:
     return {"color": LIGHT[role], "parse_math": False, "linespacing": 1.35}
 
 
@@ -145,7 +145,7 @@ class _Sheet:
         lines = _wrapped(words, width, size)
         for i, line in enumerate(lines):
             at = (x - self.left) / self.length, self.y + 11.5 + TEXT * i
-            self.axes.text(*at, line, size=size, bbox=BEHIND, zorder=4, **_type(role), **more)
+            self.axes.text(*at, line, size=size, bbox=BEHIND, zorder=4, **_text_style(role), **more)
         return TEXT * (len(lines) - 1)
 
     def dot(self, variant: str, x: float, y: float) -> None:
@@ -258,17 +258,17 @@ def time(found: Sequence[Steps]) -> Picture:
 
 def memory(found: Sequence[Steps]) -> Picture | None:
     """Peak memory of the compared steps. None if no device reports it."""
-    told = [steps for steps in found if any(row.step.peak_memory and row.seconds for row in steps.compared)]
+    reporting = [steps for steps in found if any(row.step.peak_memory and row.seconds for row in steps.compared)]
     groups = []
-    for steps in told:
+    for steps in reporting:
         rows = [row for row in steps.compared if row.step.peak_memory is not None or not row.seconds]
         bars = [_bar(row, 1e-9, row.step.peak_memory, "{:.2f} GB".format) for row in rows]
         groups.append(Group(steps.run.label, bars))
     caption, name = (
-        f"Of the device, during the step, beyond what was held before it. From {sources(told)}.",
+        f"Of the device, during the step, beyond what was held before it. From {sources(reporting)}.",
         found[0].name,
     )
-    return Picture(slug(f"memory-{name}"), f"Peak memory, {name}", caption, groups) if told else None
+    return Picture(slug(f"memory-{name}"), f"Peak memory, {name}", caption, groups) if reporting else None
 
 
 def waterfall(steps: Steps) -> Picture | None:
