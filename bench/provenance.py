@@ -45,7 +45,7 @@ def clocks(where: torch.device) -> Clocks | None:
     if where.type != "cuda":
         return None
     fields = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.active")
-    *numbers, throttle = (_smi(field, where) for field in fields)
+    *numbers, throttle = (_nvidia_smi(field, where) for field in fields)
     return Clocks(*(_number(text) for text in numbers), throttle)
 
 
@@ -67,7 +67,7 @@ def _device(where: torch.device) -> Device:
         capability=[properties.major, properties.minor],
         multiprocessors=properties.multi_processor_count,
         l2=properties.L2_cache_size,
-        driver=_smi("driver_version", where),
+        driver=_nvidia_smi("driver_version", where),
     )
 
 
@@ -91,7 +91,7 @@ def _commit() -> Commit:
         return Commit("unknown", clean=False)
 
 
-def _smi(field: str, where: torch.device) -> str | None:
+def _nvidia_smi(field: str, where: torch.device) -> str | None:
     """A field of the device, from nvidia-smi; None if there is no nvidia-smi, or it does not know the field."""
     # CUDA_VISIBLE_DEVICES changes torch's numbers of devices, but not their UUIDs
     uuid = f"GPU-{torch.cuda.get_device_properties(where).uuid}"
