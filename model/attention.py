@@ -44,7 +44,7 @@ SDPA = {
 
 def attention_dtype(device: torch.device, compute_dtype: torch.dtype) -> torch.dtype:
     """The dtype of SDPA and of a cache: `compute_dtype`, but float32 instead of bfloat16 on a CPU. There bfloat16's
-    backward pass took four times as long as float32's with 12 sequences of 64 tokens, and as long with 256 tokens."""
+    backward pass took four times as long as float32's at 12 sequences of 64 tokens, and equally long at 256 tokens."""
     return torch.float32 if device.type == "cpu" and compute_dtype == torch.bfloat16 else compute_dtype
 
 
@@ -117,7 +117,7 @@ def why_not_dropout(backend: str, p: float) -> str:
     """Why `backend` cannot drop weights with probability `p`; empty if it can, on some device."""
     if backend in ("fa3", "fa4") and p > 0:
         return f"{backend} has no dropout"
-    if backend == "cudnn" and (16 * p) % 1 != 0:  # some versions do so silently: pytorch #174245
+    if backend == "cudnn" and (16 * p) % 1 != 0:  # some versions round silently: pytorch #174245
         return "cudnn may round dropout to sixteenths"
     return ""
 
