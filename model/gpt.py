@@ -15,7 +15,7 @@ Matmuls and attention run in its `compute` dtype, and LayerNorm writes its outpu
 - A model by itself casts each weight to the compute dtype where it is used. Gradients arrive in float32. nanoGPT's
   autocast computes the same. Here the casts are explicit, because fused ops have no autocast rule.
 - In training, the optimizer keeps copies of all parameters in the compute dtype beside the float32 ones, and updates
-  both. The model computes with the copies (`read_copies`). Then nothing is cast, and gradients belong to the copies.
+  both. The model computes with the copies (`read_copies`). Then nothing is cast, and gradients are the copies'.
 
 With float32 nothing is cast, and there are no copies.
 
@@ -82,7 +82,7 @@ class LayerNorm(Weights):
         self.ops, self.dropout, self.dtype = ops, config.dropout, dtype
 
     def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(x + dropout(branch), its LayerNorm in `dtype`); branch None adds nothing."""
+        """x, branch (B, T, C) -> (x + dropout(branch), its LayerNorm in `dtype`); branch None adds nothing."""
         if branch is None:
             return x, self.ops.layer_norm(x, *self.weights(), self.dtype)
         p = self.dropout if self.training else 0.0
@@ -166,7 +166,7 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # two a layer add to the stream (GPT-2, section 2.3)
+            if name.endswith("c_proj.weight"):  # two a layer, their outputs add to the stream (GPT-2, section 2.3)
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
     @staticmethod
