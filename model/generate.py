@@ -118,6 +118,6 @@ def sample(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
     with probability probs[i]. torch.multinomial draws the same from the same seed, but it first checks its input, and
     that waits for the device.
     """
-    arrivals = torch.empty_like(probs).exponential_(generator=generator)
+    times = torch.empty_like(probs).exponential_(generator=generator)
     tiny = torch.finfo(probs.dtype).tiny  # 0 / 0 is NaN, which argmax would choose
-    return (probs / arrivals.clamp_min_(tiny)).argmax(dim=-1)
+    return (probs / times.clamp_min_(tiny)).argmax(dim=-1)
