@@ -7,7 +7,7 @@ state_dict:
 |-----------------------------------------|--------------------------------------------------------------|
 | `h.0.…`, or `transformer.h.0.…`         | `transformer.h.0.…`                                          |
 | c_attn, c_proj, c_fc weights (in, out)  | (out, in): OpenAI's "Conv1D" is a Linear, stored transposed  |
-| `lm_head.weight`, absent where tied     | always tied to `transformer.wte.weight`                      |
+| `lm_head.weight`, absent if tied        | always tied to `transformer.wte.weight`                      |
 | `attn.bias`, `attn.masked_bias`         | none: the causal mask, not a parameter                       |
 
 `transformers` is not imported, because it expects another package named `kernels`. Models are built on the meta device
@@ -64,19 +64,19 @@ def load_gpt2(
     Raises FileNotFoundError (no file, or no network), ImportError (a package is missing), ValueError (not the tensors
     of a GPT-2, or a config.json that our GPT does not support).
     """
-    with _opened(source, dropout, gelu) as (file, path, names, config):
+    with _open(source, dropout, gelu) as (file, path, names, config):
         state = {name: _read_tensor(file, key, name) for key, name in names.items()}
     return _assemble(config, state, path, ops, options)
 
 
 def gpt2_shape(source: str | os.PathLike[str], *, dropout: float = 0.0, gelu: str | None = None) -> GPTConfig:
     """The shape of the model that `load_gpt2` would load. It reads no weights, and raises the same errors."""
-    with _opened(source, dropout, gelu) as (*_, config):
+    with _open(source, dropout, gelu) as (*_, config):
         return config
 
 
 @contextmanager
-def _opened(
+def _open(
     source: str | os.PathLike[str], dropout: float, gelu: str | None
 ) -> Iterator[tuple[Any, Path, dict[str, str], GPTConfig]]:
     """(the open file, its path, our name of each of its tensors, the model's shape). ValueError if reading fails."""
@@ -90,7 +90,7 @@ def _opened(
             if gelu is not None:
                 settings["gelu"] = gelu
             config = GPTConfig(**settings, dropout=dropout)
-            _check(shapes, {name: _flip(name, shape) for name, shape in _shapes(config).items()}, path)
+            _check(shapes, {name: _transposed(name, shape) for name, shape in _shapes(config).items()}, path)
             yield file, path, names, config
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
@@ -229,7 +229,7 @@ def _our_name(key: str) -> str:
     return key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
 
 
-def _flip(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _transposed(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[::-1] if name.endswith(CONV1D) else shape
 
 
