@@ -38,8 +38,8 @@ def recompute_mlp(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def recompute_block(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args). Kept for the backward pass are the arguments, attention's results, and random results: dropout's
-    masks, or their seeds."""
+    """function(*args). Only the arguments, attention's results and random results are kept for the backward pass.
+    Random results are dropout's masks, or their seeds."""
     return _checkpointed(function, *args, context_fn=_contexts)
 
 
