@@ -62,7 +62,7 @@ def step_work(
     M, b, s = B * T, compute, stream
     n = -(-num_params(config, non_embedding=False) // shards)
     qkv, y, lse = 3 * M * C * b, M * C * b, 4 * M * config.n_head  # each row's log-sum-exp is kept for backward
-    plain, added = ({"bias": config.bias, "add": add} for add in (False, True))  # the first adds nothing
+    plain, added = ({"bias": config.bias, "add": add} for add in (False, True))  # the first LayerNorm adds nothing
     pre = M * 4 * C * b
     micro_step = {
         "qkv": _linear(M, C, 3 * C, b) * L,
