@@ -99,7 +99,7 @@ class Contest:
             if entrant.name in self._functions:
                 work = self._work(entrant, direction)
                 try:
-                    reason = _objection(entrant, work)
+                    reason = _why_not_timed(entrant, work)
                 except torch.OutOfMemoryError as error:
                     reason = first_line(error)
                 if reason:
@@ -130,7 +130,7 @@ class Contest:
         shape = self.shape
         while self.case.flops is not None and self.case.flops(shape) > CHECKED_FLOPS and shape[0] > 1:
             shape = fewer_rows(shape)
-        while (reasons := self._wrong(shape)) is None:
+        while (reasons := self._find_wrong(shape)) is None:
             shape = fewer_rows(shape)
         for name, reason in reasons.items():
             self._skip(name, reason)
@@ -139,30 +139,32 @@ class Contest:
                 for name in list(self._functions):
                     self._skip(name, f"not timed, since {entrant.name} is wrong")
 
-    def _wrong(self, shape: Shape) -> dict[str, str] | None:
+    def _find_wrong(self, shape: Shape) -> dict[str, str] | None:
         """For each wrong variant, what is wrong. None if float64 does not fit into memory at that shape."""
         try:
             inputs = self.case.make_inputs(shape, self.dtype, self.device)
             reference = self._functions["reference"]
-            plain, exact = self._outcome(reference, inputs), self._outcome(reference, in_float64(inputs))
+            plain, exact = self._tensors_of(reference, inputs), self._tensors_of(reference, in_float64(inputs))
             reasons = {}
             for entrant in self.entrants:
                 if entrant.name in self._functions and entrant.name != "reference":
-                    reasons[entrant.name] = _objection(entrant, lambda e=entrant: self._judged(e, inputs, plain, exact))
+                    reasons[entrant.name] = _why_not_timed(
+                        entrant, lambda e=entrant: self._disagreement(e, inputs, plain, exact)
+                    )
             return {name: reason for name, reason in reasons.items() if reason}
         except torch.OutOfMemoryError:
             if self.case.in_place or shape[0] < 4:  # AdamW's shape has no rows
                 raise
             return None
 
-    def _judged(
+    def _disagreement(
         self, entrant: Entrant, inputs: Inputs, plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
     ) -> str:
         """What is wrong with an entrant's results; empty if nothing is."""
 
         def outcome() -> dict[str, Tensor]:
             given = copied(inputs) if entrant.own_inputs else inputs
-            return self._outcome(self._functions[entrant.name], given)
+            return self._tensors_of(self._functions[entrant.name], given)
 
         got = outcome()
         if not entrant.ours:
@@ -173,7 +175,7 @@ class Contest:
         others = [name for name, x in got.items() if not torch.equal(x.nan_to_num(), again[name].nan_to_num())]
         return f"{others[0]}: other bits the second time" if others else ""
 
-    def _outcome(self, function: Function, inputs: Inputs) -> dict[str, Tensor]:
+    def _tensors_of(self, function: Function, inputs: Inputs) -> dict[str, Tensor]:
         """The tensors to compare: results, gradients and, if the function works in place, its changed inputs."""
         if not self.case.in_place:
             return outputs_and_gradients(function, inputs)
@@ -207,7 +209,7 @@ class Contest:
         return Staged(given, lambda given: backward(forward(given)))
 
 
-def _objection(entrant: Entrant, attempt: Callable[[], object]) -> str:
+def _why_not_timed(entrant: Entrant, attempt: Callable[[], object]) -> str:
     """Why an entrant is not timed: the attempt's error or returned text; empty if all is well."""
     try:
         said = attempt()
@@ -236,7 +238,7 @@ def _differentiable(x: Any) -> bool:
 def rows(device: torch.device, seconds: float, cases: tuple[Case, ...] = TIMED) -> Iterator[Kernel]:
     """The rows of every case, as they are measured, in about `seconds`; the first shape of every case comes first.
 
-    Without time left, rows come as skipped. If our kernel is wrong, its row's `skipped` begins with WRONG, and the
+    Rows without time left come as skipped. If our kernel is wrong, its row's `skipped` begins with WRONG, and the
     caller must end with a failure.
     """
     dtype = resolve_dtype("auto", device)
