@@ -18,7 +18,7 @@ optimal all-reduce algorithms"). An all-reduce is both, in one call.
 With n nodes of g devices there are two levels. First each node works inside. Then each device exchanges its part S / g
 with one device of each other node, through its own network card. With many nodes the hops take long. Then NCCL
 all-reduces over two binary trees instead, in 2 log2(n) hops (Sanders, Speck and Traeff 2009, "Two-tree algorithms for
-full bandwidth broadcast, reduction and scan"). The faster of both counts.
+full bandwidth broadcast, reduction and scan"). The faster of the two counts.
 """
 
 import math
@@ -135,7 +135,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Fabric:
-    """Nodes and links: one device's real bytes/s in one direction; seconds of a hop and of a call."""
+    """Nodes and links. Rates are bytes/s that one device reaches in one direction. Hops and calls are seconds."""
 
     node: int  # devices that one node has
     inside: float
@@ -160,7 +160,7 @@ class Fabric:
 
 
 def traffic(job: Job) -> Traffic:
-    """The exchanges, as `train/distributed.py` cuts the flat gradients. The first exchange's gradients come last."""
+    """The exchanges, as `train/distributed.py` cuts the flat gradients. The first exchange's are complete last."""
     with torch.device("meta"):
         compute = torch.float32 if job.compute == FLOAT32 else torch.bfloat16
         model = GPT(job.config, precision=Precision(compute))
@@ -203,7 +203,7 @@ class Base:
 
 
 def counts(text: str, node: int) -> list[int]:
-    """Numbers of devices, sorted. UserError for a number that is not below `node` or a multiple of it."""
+    """Numbers of devices, sorted. UserError for no number, and for one above `node` that is no multiple of it."""
     found = []
     for part in text.split(","):
         count = int(part) if part.strip().isdecimal() else 0
@@ -254,7 +254,7 @@ def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
         f"assumed     nodes of {config.node}; a network card of {config.internode_gbit:g} Gbit/s for each device",
         f"assumed     {share:.0%} of a link's rate is reached (NCCL's protocols cost about 20%: nccl-tests issue 212)",
         f"assumed     {CALL:g} us an exchange; a hop {hop:g} us within a node, {NETWORK:g} between ({NCCL})",
-        "assumed     rings within nodes, rings or trees across; no switch that adds up, no other traffic",
+        "assumed     rings within nodes, rings or trees across; switches add nothing up, no other traffic",
     ]
     rates = share * gbytes * 1e9, share * config.internode_gbit / 8 * 1e9
     return Fabric(config.node, *rates, hop / 1e6, NETWORK / 1e6, CALL / 1e6), said
@@ -326,7 +326,7 @@ def _assumptions(config: ScaleConfig, overlaps: dict[str, bool]) -> list[str]:
     """The lines about the step itself, before the tables."""
     lines = [
         "as built    gradients are summed over ranks in float32; several micro-steps' too",
-        "assumed     other batches are as many times slower than their floors, between measured ones in proportion",
+        "assumed     other batch sizes: times slower than the floor, interpolated between the measured ones",
         "assumed     a backward pass is 2/3 of a micro-step; ranks never wait for one that is slower",
         "estimated   GB that each device holds: train/dryrun.py, fused kernels, nothing computed again",
     ]
