@@ -15,10 +15,10 @@ optimal all-reduce algorithms"). An all-reduce is both, in one call.
 
     (N - 1) / N * S / bandwidth + (N - 1) * hop
 
-With n nodes of g devices there are two levels. First each node works inside. Then each device exchanges its part S / g
-with one device of each other node, through its own network card. With many nodes the hops take long. Then NCCL
-all-reduces over two binary trees instead, in 2 log2(n) hops (Sanders, Speck and Traeff 2009, "Two-tree algorithms for
-full bandwidth broadcast, reduction and scan"). The faster of the two counts.
+With n nodes of g devices there are two levels. First the devices of each node exchange their data. Then each device
+exchanges its part S / g with one device of each other node, through its own network card. With many nodes the hops take
+long, so NCCL all-reduces over two binary trees instead, in 2 log2(n) hops (Sanders, Speck and Traeff 2009, "Two-tree
+algorithms for full bandwidth broadcast, reduction and scan"). The faster of the two counts.
 """
 
 import math
