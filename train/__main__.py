@@ -33,14 +33,14 @@ from train.step import Evaluation, TrainStep
 
 def main() -> int:
     parsed = parse(sys.argv[1:])
-    absent = bool(parsed.settings.get("rehearse"))  # without its device: all is checked, nothing is trained
+    absent = bool(parsed.settings.get("rehearse"))  # a rehearsal: all is checked, nothing is trained
     device = None if absent else resolve_device(str(parsed.settings.get("device", TrainConfig.device)))
     checkpoint = stored = None
     if parsed.settings.get("init_from") == "resume":
         out_dir = str(parsed.settings.get("out_dir", TrainConfig.out_dir))
         checkpoint = checkpoints.load(Path(out_dir) / "ckpt.pt")
         stored = {**checkpoint["config"], "out_dir": out_dir}
-        if not checkpoint["nanofuse"]:  # nanoGPT's: its values fit the machine that wrote it
+        if not checkpoint["nanofuse"]:  # nanoGPT's: it holds values for the machine that wrote it
             for name in ("device", "dtype", "backend"):
                 stored.pop(name, None)
     base = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
