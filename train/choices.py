@@ -52,7 +52,7 @@ class AttentionShape(NamedTuple):
 
     @classmethod
     def of(cls, c: GPTConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> Self:
-        """Of a model in training."""
+        """The shape when this model is trained."""
         return cls(batch_size, c.block_size, c.n_head, c.head_size, c.dropout, dtype, device)
 
 
@@ -82,7 +82,7 @@ def choose_attention(name: str, shape: AttentionShape, world: World, clock: Cloc
 
 
 def layer_pass(backend: str, shape: AttentionShape) -> Callable[[], None]:
-    """A function: one layer's attention forward and backward, from a random packed qkv to its gradient."""
+    """A function that runs one layer's attention forward and backward, from a random packed qkv to its gradient."""
     width = shape.n_head * shape.head_size
     options = {"dtype": shape.dtype, "device": shape.device}
     qkv = torch.randn(shape.batch, shape.length, 3 * width, **options, requires_grad=True)
@@ -132,7 +132,7 @@ class MLPShape(NamedTuple):
 
     @classmethod
     def of(cls, c: GPTConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> Self:
-        """Of a model in training."""
+        """The shape when this model is trained."""
         return cls(batch_size * c.block_size, c.n_embd, c.bias, c.gelu, dtype, device)
 
 
