@@ -65,7 +65,7 @@ class Inputs:
         self.x, self.y = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
 
     def put(self, x: Tensor, y: Tensor) -> None:
-        """Copy a micro-batch in. ValueError for another shape or dtype."""
+        """Copy a micro-batch in. ValueError, with the name, for another shape or dtype."""
         for name, there, value in (("x", self.x, x), ("y", self.y, y)):
             if value.shape != there.shape or value.dtype != there.dtype:
                 got, expected = ((x.dtype, tuple(x.shape)) for x in (value, there))
