@@ -182,7 +182,7 @@ class Loop:
         return better or self.config.always_save_checkpoint
 
     def _sum_of_losses(self, split: Split) -> Tensor:
-        """Over this rank's share of the split's evaluation batches; in float64, so that the order hardly matters.
+        """Sum over this rank's share of the split's evaluation batches, in float64, so that the order hardly matters.
 
         All ranks evaluate equally many batches: a sharded model needs every rank. Extra batches are not counted.
         """
