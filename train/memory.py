@@ -58,7 +58,7 @@ def rows_at_a_time(
     config: TrainConfig, ops: Ops, dtype: torch.dtype, vocab_size: int, block_size: int, room: float, why: str = ""
 ) -> int:
     """How many rows of logits the loss holds at a time, 0 for all: as set, or LOSS_CHUNK if all would take more than a
-    quarter of `room`, the device's bytes. UserError for chunks with the reference kernels; why: why these run."""
+    quarter of `room`, the device's bytes. UserError for chunks with the reference kernels; why: a reason to add."""
     chunk = config.loss_chunk
     if ops.name == "reference":
         if chunk > 0:
