@@ -39,7 +39,7 @@ SLOW = {"matmul": 0.60, "attention": 0.30, "bandwidth": 0.70, "graphed": 3e-6, "
 def rehearse(
     config: TrainConfig, named: set[str], why: str, checkpoint: dict | None, world: World, say: Callable[[str], None]
 ) -> int:
-    """Print what the run would do on the card `config.rehearse`. Returns 0. UserError if it would not run.
+    """Report what the run would do on the card `config.rehearse`. Returns 0. UserError if it would not run.
 
     named, why, checkpoint: as for `decide`. world: the ranks that the run would have.
     """
@@ -82,7 +82,7 @@ def rehearse(
 
 
 def _data(config: TrainConfig, say: Callable[[str], None]) -> tuple[Dataset | None, int]:
-    """The dataset, None if it is not prepared, and a new model's vocabulary size, then an assumption."""
+    """(the dataset, None if it is not prepared; a new model's vocabulary size, without a dataset an assumption)."""
     folder = Path("data") / config.dataset
     if (folder / "train.bin").is_file():
         dataset = Dataset(folder)
