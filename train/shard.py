@@ -25,7 +25,7 @@ from train.optim import param_groups
 
 
 def share_out(model: GPT, world: World, device: torch.device) -> None:
-    """Split `model` over the ranks' devices, in place. Every rank's host has the same whole model before.
+    """Split `model` over the ranks' devices, in place. Before, every rank has the same whole model on its host.
 
     A rank's device holds at most one whole block at a time, also during this call. Parameters are gathered in the
     compute dtype.
