@@ -59,7 +59,7 @@ class TrainState:
             checkpoints.save(Path(plan.config.out_dir), state, plan.config.keep_checkpoints)
 
     def _whole(self) -> tuple[dict, dict]:
-        """The state_dicts of model and optimizer. If sharded, the master gets whole tensors, other ranks get None."""
+        """The state_dicts of model and optimizer. If sharded, the master gets whole tensors, the others None."""
         if not self.plan.sharded:
             return self.model.state_dict(), self.optimizer.state_dict()
         from train import shard
