@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import Ops, reference
-from kernels.check import disagreement, in_float64, outputs_and_gradients
+from kernels.check import fault
 from kernels.timing import Staged, Work, milliseconds
 from model import GPTConfig
 from model.attention import BACKENDS, causal_attention
@@ -210,13 +210,11 @@ def mlp_pass(mlp: MLP, direction: str, shape: MLPShape) -> Work:
 def what_is_wrong(mlp: MLP, shape: MLPShape) -> str:
     """What is wrong with an MLP's first rows, or their gradients, in one line; empty where nothing is.
 
-    The criterion is that of the kernels' tests. `mlp` goes first, on new values, so that memory holds no right answer
-    where it stores none.
+    The criterion is that of the kernels' tests.
     """
     inputs = mlp_inputs(shape, min(shape.rows, CHECKED))
     try:
-        got, plain = (outputs_and_gradients(function, inputs) for function in (mlp, reference.mlp))
-        return disagreement(got, plain, outputs_and_gradients(reference.mlp, in_float64(inputs)))
+        return fault(mlp, reference.mlp, inputs)
     except Exception as error:  # from Triton's compiler, its launcher, CUDA: all kinds
         return first_line(error)
 
