@@ -22,6 +22,7 @@ import torch
 from kernels.capture import capture_graph
 
 WARM_UP = 3  # calls before a capture: kernels compile, libraries choose and allocate
+MOST = 200  # rounds of samples
 FLUSHES = 64  # of the caches before a sample, at most: about 13 ms of an H100
 
 
@@ -37,28 +38,27 @@ class Staged:
         self.work(self.prepare())
 
 
-Work = Callable[[], object] | Staged
+Timeable = Callable[[], object] | Staged
 
 
 def by_turns(
-    works: Mapping[str, Work],
+    works: Mapping[str, Timeable],
     device: torch.device,
     *,
     seconds: float,
     least: int = 5,
-    most: int = 200,
     meter: "Meter | None" = None,
 ) -> dict[str, list[float]]:
     """Seconds of each sample of each work, its caches cold, after calls that are not counted.
 
-    Rounds of one sample each are made for about `seconds` in all, at least `least` and at most `most` of them.
+    Rounds of one sample each are made for about `seconds` in all, at least `least` and at most MOST of them.
     meter: in place of the device's own.
     """
     meter = meter or (CudaMeter(Gpu(device)) if device.type == "cuda" else HostMeter(device))
     ready = {name: meter.ready(work) for name, work in works.items()}
     samples: dict[str, list[float]] = {name: [] for name in works}
     deadline = time.perf_counter() + seconds
-    for done in range(most):
+    for done in range(MOST):
         if done >= least and time.perf_counter() > deadline:
             break
         for name, work in ready.items():
@@ -66,20 +66,20 @@ def by_turns(
     return samples
 
 
-def milliseconds(work: Work, device: torch.device, seconds: float = 0.1, meter: "Meter | None" = None) -> float:
+def milliseconds(work: Timeable, device: torch.device, seconds: float = 0.1) -> float:
     """The median of the samples of one work."""
-    return 1e3 * statistics.median(by_turns({"": work}, device, seconds=seconds, meter=meter)[""])
+    return 1e3 * statistics.median(by_turns({"": work}, device, seconds=seconds)[""])
 
 
 class Meter(Protocol):
-    def ready(self, work: Work) -> Staged:
+    def ready(self, work: Timeable) -> Staged:
         """The work as it is to be timed, after calls of it that are not."""
 
     def sample(self, work: Staged) -> float:
         """Seconds of one call, its preparation not counted."""
 
 
-def staged(work: Work) -> Staged:
+def staged(work: Timeable) -> Staged:
     return work if isinstance(work, Staged) else Staged(lambda: None, lambda nothing: work())
 
 
@@ -89,7 +89,7 @@ class HostMeter:
     def __init__(self, device: torch.device) -> None:
         self._device, self._flush = device, _flush(device)
 
-    def ready(self, work: Work) -> Staged:
+    def ready(self, work: Timeable) -> Staged:
         work()
         return staged(work)
 
@@ -162,7 +162,7 @@ class CudaMeter:
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
 
-    def ready(self, work: Work) -> Staged:
+    def ready(self, work: Timeable) -> Staged:
         work = staged(work)
         try:
             captured = self._gpu.capture(work)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels import Ops, reference
 from kernels.check import fault
-from kernels.timing import Staged, Work, milliseconds
+from kernels.timing import Staged, Timeable, milliseconds
 from model import GPTConfig
 from model.attention import BACKENDS, causal_attention
 from train.distributed import World
@@ -32,7 +32,7 @@ from train.hardware import device_name, synchronize
 MEASURED = tuple(name for name in BACKENDS if name not in ("auto", "math"))  # math: never first, and holds (B, H, T, T)
 CHECKED = 4096  # rows of the MLP that are held to float64: enough for a program to take several tiles
 
-Clock = Callable[[Work, torch.device], float]  # milliseconds that the work takes
+Clock = Callable[[Timeable, torch.device], float]  # milliseconds that the work takes
 MLP = Callable[..., Tensor]
 
 
@@ -197,7 +197,7 @@ def mlp_inputs(shape: MLPShape, rows: int) -> dict[str, Any]:
     }
 
 
-def mlp_pass(mlp: MLP, direction: str, shape: MLPShape) -> Work:
+def mlp_pass(mlp: MLP, direction: str, shape: MLPShape) -> Timeable:
     """One layer's forward pass, or the backward pass through it, random inputs."""
     inputs = mlp_inputs(shape, shape.rows)
     leaves = [x for x in inputs.values() if isinstance(x, Tensor)]

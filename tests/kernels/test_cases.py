@@ -6,7 +6,7 @@ import torch
 from kernels.cases import CASES, Case, Shape
 from kernels.check import disagreement, fault, outputs_and_gradients
 from kernels.launch import INTERPRETED
-from tests.kernels.memory import Memory
+from tests.kernels.watcher import Memory
 
 REGIMES = [
     pytest.param(case, shape, dtype, id=f"{case.name}-{'x'.join(map(str, shape))}-{str(dtype)[6:]}")

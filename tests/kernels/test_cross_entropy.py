@@ -14,7 +14,8 @@ from kernels.check import fault, outputs_and_gradients
 from kernels.fused.cross_entropy import padded, row_losses, scaled, tile
 from kernels.launch import INTERPRETED
 from tests.kernels.layouts import laid_out
-from tests.kernels.memory import Memory
+from tests.kernels.refused import assert_refused
+from tests.kernels.watcher import Memory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNKS = pytest.mark.parametrize("chunk_rows", [0, 4])
@@ -304,15 +305,6 @@ def test_opcheck_of_a_head(needs: tuple[bool, bool], chunk_rows: int, device: to
 # Refused
 
 INT64 = torch.int64
-
-
-def assert_refused(function, inputs: dict[str, Any], message: str, device: torch.device) -> None:
-    arguments = {
-        name: value.to(device) if isinstance(value, Tensor) and value.device.type != "meta" else value
-        for name, value in inputs.items()
-    }
-    with pytest.raises(ValueError, match=message):
-        function(**arguments)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from kernels.check import fault
 from kernels.launch import INTERPRETED
 from tests.kernels.layouts import Relay, laid_out
 from tests.kernels.philox import keep_mask
+from tests.kernels.refused import assert_refused
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -179,10 +180,4 @@ GOOD = {
     ],
 )
 def test_refused_with_what_came_and_what_was_expected(bad: dict, message: str, device: torch.device) -> None:
-    good = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in GOOD.items()}
-    bad = {
-        name: value.to(device) if isinstance(value, Tensor) and value.device.type != "meta" else value
-        for name, value in bad.items()
-    }
-    with pytest.raises(ValueError, match=message):
-        add_layer_norm(**{**good, **bad})
+    assert_refused(add_layer_norm, GOOD | bad, message, device)

@@ -16,8 +16,8 @@ from kernels.fused.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, has_descr
 from kernels.fused.mlp import mlp, ways
 from kernels.launch import INTERPRETED, Device, Launch, recording, run
 from tests.kernels.layouts import Relay, laid_out
-from tests.kernels.memory import Memory
 from tests.kernels.test_layer_norm import layouts
+from tests.kernels.watcher import Memory
 from train import dryrun
 
 CUBLAS = {"forward_tiles": 0, "backward_tiles": 0}
