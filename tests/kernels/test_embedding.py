@@ -156,7 +156,7 @@ def test_opcheck(device: torch.device) -> None:
     seed, p = torch.tensor([3], device=device), 0.5
     idx, weights = torch.tensor([4, 0, 4, 1, 1, 4], device=device), tables(5, 3, 24, device)
     ops, dx = torch.ops.nanofuse, torch.ones(6, 24, device=device)
-    torch.library.opcheck(ops.embedding.default, (idx, *weights.values(), seed, p, torch.bfloat16))
+    torch.library.opcheck(ops.embedding.default, (idx, *weights.values(), torch.bfloat16, seed, p))
     for needs in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(ops.embedding_backward.default, (dx, idx, seed, p, 5, 3, torch.bfloat16, *needs))
 
