@@ -1,8 +1,8 @@
 """python -m bench: everything that this machine can measure, in one results file.
 
 Ceilings, GPU tests, kernels, training steps: each part has its share of `--minutes`, compiling included, and what one
-part leaves the next may use. What does not fit is left out, and its rows say so. The file is written anew after every
-part, so that whatever ends the run, what was measured is kept.
+part leaves the next may use. What does not fit is left out, and its rows say so. The file is written again after every
+part: an error or Ctrl-C loses nothing that was measured.
 """
 
 import sys
@@ -130,7 +130,7 @@ def measure(bench: Bench, parts: Iterable[str], write: Callable[[Results], None]
 
 
 def main() -> int:
-    config, _ = command_line(BenchConfig, sys.argv[1:], "python -m bench", ABOUT)
+    config, _ = command_line(BenchConfig, None, "python -m bench", ABOUT)
     parts, device = chosen("parts", config.parts, PARTS), use_device(resolve_device(config.device))
     workloads_of(config, device)
     dtype = resolve_dtype(config.dtype, device)

@@ -148,7 +148,8 @@ def sides(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     commits = list(dict.fromkeys(run.commit for run in runs))
     if len(commits) != 2:
         raise UserError(
-            f"compare: got {len(runs)} results files of {len(commits)} commits, expected two, or files of two commits"
+            f"compare: got {len(runs)} results file{'s' * (len(runs) != 1)} of {len(commits)} "
+            f"commit{'s' * (len(commits) != 1)}, expected two files, or files of two commits"
         )
     return tuple([run for run in runs if run.commit == commit] for commit in commits)
 

@@ -63,7 +63,9 @@ def show(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
 
     def show(row: Kernel | Step, group: str, facts: dict[str, Any]) -> None:
         if row.skipped:
-            (pytest.fail if row.skipped.startswith(WRONG) else pytest.skip)(row.skipped)
+            if row.skipped.startswith(WRONG):
+                pytest.fail(row.skipped, pytrace=False)
+            pytest.skip(row.skipped)
         turns, benchmark.group = cycle(row.seconds), group
         benchmark.extra_info |= facts
         benchmark.pedantic(

@@ -1,9 +1,9 @@
 """Results files as rows of numbers, and what devices could do at best: all that tables and pictures show.
 
 A step's parts (`model/work.py`) have two rooflines. The floor takes the rates that a run measured, or those of a data
-sheet, at their word. No step is faster, unless a cache hands on what one part leaves for the next. The attainable time
-takes the share of a data sheet that good kernels reach, ATTAINED. They reached it on an H100; that they would on other
-devices is assumed.
+sheet, as they are. No step is faster, unless a cache holds what one part leaves for the next. The attainable time takes
+the share of a data sheet that good kernels reach, ATTAINED. They reached it on an H100. That they would reach it on
+other devices is an assumption.
 """
 
 import re
@@ -16,9 +16,8 @@ from math import inf
 from pathlib import Path
 from statistics import median
 
-from bench.results import Kernel, Results, Step, quantile
+from bench.results import Kernel, Results, Shape, Step, quantile
 from bench.workloads import WORKLOADS, Workload
-from model.config import GPTConfig
 from model.flops import flops_per_token
 from model.work import floor, step_work
 from train.hardware import CARDS, lookup
@@ -41,15 +40,13 @@ SHEET = Shares()
 ATTAINED = Shares(matmul=0.81, attention=0.34, bandwidth=0.9)
 
 
-def roofline(
-    config: GPTConfig, batch_size: int, accumulation: int, size: int, flops: float, bandwidth: float, shares=SHEET
-) -> float:
+def roofline(step: Workload | Shape, size: int, flops: float, bandwidth: float, shares: Shares = SHEET) -> float:
     """Seconds that the parts of a step take one after the other, each at the slower of its FLOPs and its bytes.
 
     size: bytes of every element. flops, bandwidth: FLOP/s and bytes/s.
     """
     sizes = dict.fromkeys(("compute", "stream", "gradients"), size)
-    parts = step_work(config, batch_size, accumulation=accumulation, **sizes, fused_gelu=True)
+    parts = step_work(step.config, step.batch_size, accumulation=step.accumulation, **sizes, fused_gelu=True)
     of_flops = {"attention forward": shares.attention, "attention backward": shares.attention}
     return sum(
         floor(work, flops * of_flops.get(name, shares.matmul), bandwidth * shares.bandwidth)
@@ -73,8 +70,7 @@ class Estimate:
     source: str
 
     def seconds(self, shares: Shares) -> float:
-        of = self.workload
-        return roofline(of.config, of.batch_size, of.accumulation, 2, self.peak, self.bandwidth, shares)
+        return roofline(self.workload, 2, self.peak, self.bandwidth, shares)
 
     def mfu(self, shares: Shares, formula: str = "nanogpt") -> float:
         flops = flops_per_token(self.workload.config, formula) * self.workload.tokens
@@ -165,10 +161,10 @@ class Steps:
         It is that of the narrowest dtype: the fewest bytes that anybody has to move. On a CPU only the FLOPs count: its
         caches hold what the parts of a small step hand to each other.
         """
-        results, shape = self.run.results, self.rows[0].step.shape
+        results = self.run.results
         rates = results.ceiling("matmul"), results.ceiling("copy") if results.device.type == "cuda" else inf
         size = 4 if all(row.step.dtype == "float32" for row in self.rows) else 2
-        return roofline(shape.config, shape.batch_size, shape.accumulation, size, *rates) if all(rates) else None
+        return roofline(self.rows[0].step.shape, size, *rates) if all(rates) else None
 
     @property
     def ladder(self) -> list[StepRow]:

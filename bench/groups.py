@@ -32,8 +32,8 @@ def groups(
 ) -> list[list[Variant]]:
     """The variants, in groups that fit into `room` bytes; None: all in one.
 
-    Every group has all references, or where they do not fit beside every other variant, the last one. A variant that
-    not even fits beside that has a group all the same: whether it runs is seen then.
+    Every group has all references. If some variant does not fit beside all of them, every group has only the last one.
+    A variant that is too large even then gets a group too: the run shows whether it fits.
     """
 
     def fits(group: Sequence[Variant]) -> bool:
@@ -79,7 +79,7 @@ def _memory(config: GPTConfig, batch_size: int, accumulation: int, ops: Ops, dty
 
 
 def free(device: torch.device) -> int | None:
-    """Bytes for all variants of a group; None where nobody says."""
+    """Bytes for all variants of a group; None where the device does not say."""
     if device.type != "cuda":
         return None
     gc.collect()

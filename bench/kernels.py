@@ -112,7 +112,7 @@ class Contest:
         before = compilations()
         try:
             samples = by_turns(works, self.device, seconds=seconds, least=least) if works else {}
-        except torch.OutOfMemoryError as error:  # what went alone does not go beside the others
+        except torch.OutOfMemoryError as error:  # each fits alone, but not all together
             skipped |= dict.fromkeys(works, first_line(error))
         if compilations() > before:
             samples.pop(COMPILED, None)
@@ -207,7 +207,7 @@ class Contest:
 
 
 def _objection(entrant: Entrant, attempt: Callable[[], object]) -> str:
-    """Why an entrant is not timed: what the attempt raises, or says; empty where nothing stands against it."""
+    """Why an entrant is not timed: what the attempt raises or returns; empty if all is well."""
     try:
         said = attempt()
     except torch.OutOfMemoryError:

@@ -231,7 +231,7 @@ def mfu(name: str, found: Sequence[Steps], guesses: Sequence[Estimate]) -> Pictu
     groups = []
     for steps in found:
         floor = 100 * steps.rows[0].mfu(seconds=steps.floor) if steps.floor else None
-        bars = [_bar(row, row.mfu(), 100, lambda value: f"{value:.1f} %") for row in steps.compared]
+        bars = [_bar(row, 100, row.mfu(), "{:.1f} %".format) for row in steps.compared]
         groups.append(Group(steps.run.label, bars, floor, f"floor {floor or 0:.1f} %, computed"))
     caption = "nanoGPT's MFU: (6N + 12LHQT) FLOPs a token over the device's dense peak. "
     if any(group.floor and group.floor > 100 for group in groups):
@@ -248,7 +248,7 @@ def time(found: Sequence[Steps]) -> Picture:
     """ms/iter of every variant, rungs too, each device on its own scale."""
     groups = []
     for steps in found:
-        bars = [_bar(row, row.seconds, 1e3, _milliseconds, whiskers=True) for row in steps.rows]
+        bars = [_bar(row, 1e3, row.seconds, _milliseconds, whiskers=True) for row in steps.rows]
         floor = steps.floor and 1e3 * steps.floor
         groups.append(Group(steps.run.label, bars, floor, f"floor {_milliseconds(floor or 0)}, computed"))
     caption = "Medians; whiskers from the 10th to the 90th percentile; each device has a scale of its own. "
@@ -262,7 +262,7 @@ def memory(found: Sequence[Steps]) -> Picture | None:
     groups = []
     for steps in told:
         rows = [row for row in steps.compared if row.step.peak_memory is not None or not row.seconds]
-        bars = [_bar(row, row.step.peak_memory, 1e-9, lambda value: f"{value:.2f} GB") for row in rows]
+        bars = [_bar(row, 1e-9, row.step.peak_memory, "{:.2f} GB".format) for row in rows]
         groups.append(Group(steps.run.label, bars))
     caption, name = (
         f"Of the device, during the step, beyond what was held before it. From {sources(told)}.",
@@ -321,9 +321,7 @@ def _dotted(name: str, line: list[KernelRow]) -> Line:
     return Line(name, words if fused else f"{head.kernel.variant} {words}", dots=values)
 
 
-def _bar(
-    row: StepRow, value: float | None, unit: float, words: Callable[[float], str], *, whiskers: bool = False
-) -> Line:
+def _bar(row: StepRow, unit: float, value: float | None, words: Callable[[float], str], whiskers=False) -> Line:
     """A step's bar, of `value` times `unit`; `words` says it."""
     if row.seconds is None:
         return Line(row.step.variant, row.missing)

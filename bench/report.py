@@ -227,7 +227,6 @@ def _put(path: Path, content: bytes) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
     config, named = command_line(ReportConfig, argv, "python -m bench.report", ABOUT, positional="FILE ...")
     runs, bad = [], 0
     for path in map(Path, named):

@@ -21,7 +21,6 @@ broadcast, reduction and scan"). The faster of both counts.
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -144,24 +143,19 @@ class Fabric:
     hop_between: float = 0.0
     call: float = 0.0
 
-    def gather(self, size: float, devices: int) -> float:
-        """Seconds of one all-gather, or one reduce-scatter, of `size` bytes in all; 0 for a lone device."""
-        inside, between, _ = self._rings(size, devices)
-        return (inside + between + self.call) * (devices > 1)
-
-    def all_reduce(self, size: float, devices: int) -> float:
-        """Seconds of one all-reduce of `size` bytes; 0 for a lone device."""
-        inside, ring, tree = self._rings(size, devices)
-        return (2 * inside + min(2 * ring, tree) + self.call) * (devices > 1)
-
-    def _rings(self, size: float, devices: int) -> tuple[float, float, float]:
-        """Seconds of half an all-reduce within a node, of half of one across, and of trees across, there and back."""
+    def seconds(self, size: float, devices: int, *, all_reduce: bool = False) -> float:
+        """Of one all-gather or reduce-scatter of `size` bytes in all, or of one all-reduce; 0 for a lone device."""
         assert devices <= self.node or devices % self.node == 0, (devices, self.node)
+        if devices == 1:
+            return 0.0
         g = min(devices, self.node)
         n, part = devices // g, size / g
         inside = (g - 1) / g * size / self.inside + (g - 1) * self.hop_inside
         ring = (n - 1) / n * part / self.between + (n - 1) * self.hop_between
-        return inside, ring, 2 * part / self.between + 2 * (n - 1).bit_length() * self.hop_between
+        if not all_reduce:
+            return inside + ring + self.call
+        tree = 2 * part / self.between + 2 * (n - 1).bit_length() * self.hop_between  # there and back
+        return 2 * inside + min(2 * ring, tree) + self.call
 
 
 def traffic(job: Job) -> Traffic:
@@ -181,14 +175,14 @@ def predict(
     micro, update = (slow * part for part in job.floors(rates, several=devices * job.accumulation > 1))
     # (communication, computing that hides it, what cannot be hidden of it), once or in each micro-step
     if shard and devices > 1:
-        block, rest = (fabric.gather(job.compute * count, devices) for count in sent[1:])
-        block_back, rest_back = (fabric.gather(FLOAT32 * count, devices) for count in sent[1:])
+        block, rest = (fabric.seconds(job.compute * count, devices) for count in sent[1:])
+        block_back, rest_back = (fabric.seconds(FLOAT32 * count, devices) for count in sent[1:])
         blocks = job.config.n_layer
         forward = rest + blocks * block, FORWARD * micro, rest
         backward = blocks * (block + block_back) + rest_back, BACKWARD * micro, rest_back
         exchanges, times, update = (forward, backward), job.accumulation, update / devices
     else:
-        each = [fabric.all_reduce(size, devices) for size in sent[0]]
+        each = [fabric.seconds(size, devices, all_reduce=True) for size in sent[0]]
         exchanges, times = ((sum(each), BACKWARD * micro, each[0]),), 1
     communication = times * sum(taken for taken, _, _ in exchanges)
     exposed = times * sum(max(alone, taken - window) for taken, window, alone in exchanges)
@@ -373,7 +367,7 @@ def table(predicted: list[Predicted], peak: float, *, shard: bool) -> str:
 
 
 def main() -> int:
-    config, _ = command_line(ScaleConfig, sys.argv[1:], "python -m bench.scale", ABOUT)
+    config, _ = command_line(ScaleConfig, None, "python -m bench.scale", ABOUT)
     print(report(config))
     return 0
 

@@ -6,6 +6,7 @@ not fit into memory together are measured group by group, the reference with eac
 """
 
 import gc
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from bench.groups import Footprint, footprint, free, groups
 from bench.results import WRONG
 from bench.timing import NO_TIME, RECOMPILED, Budget, compilations, compiling
 from bench.variants import Setting, Step, Variant
-from bench.workloads import Workload, make_corpus
+from bench.workloads import Workload
 from model import GPT
 from model.flops import FORMULAS, flops_per_token
 from train.data import Dataset, Loader
@@ -238,8 +239,13 @@ def _row(variant: Variant, workload: Workload, dtype: torch.dtype) -> results.St
 
 @contextmanager
 def _loader(workload: Workload, device: torch.device) -> Iterator[Loader]:
+    """Of random tokens in files, as a run reads its own; so many that no batch repeats within a measurement."""
+    config, rng = workload.config, np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        dataset = Dataset(make_corpus(Path(folder), workload.config.vocab_size))
-        sizes = {"batch_size": workload.batch_size, "block_size": workload.config.block_size}
-        with Loader(dataset, **sizes, accumulation=workload.accumulation, device=device) as loader:
+        for split, count in (("train", 2**21), ("val", 2**14)):
+            rng.integers(config.vocab_size, size=count, dtype="<u2").tofile(Path(folder, f"{split}.bin"))
+        meta = {"vocab_size": config.vocab_size, "tokenizer": "byte", "dtype": "uint16"}
+        Path(folder, "meta.json").write_text(json.dumps(meta))
+        sizes = {"batch_size": workload.batch_size, "block_size": config.block_size}
+        with Loader(Dataset(Path(folder)), **sizes, accumulation=workload.accumulation, device=device) as loader:
             yield loader

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 
 NO_TIME = "no time was left"  # why a row has no samples
-RECOMPILED = "it was compiled anew while it was timed"
+RECOMPILED = "it was compiled again while it was timed"
 LIMIT = 10_000  # compilations of one code object; a variant makes two: without dropout, and as it is timed
 
 

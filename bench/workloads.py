@@ -1,15 +1,9 @@
-"""What is timed: shapes of training steps, and tokens to feed them."""
+"""What is timed: shapes of training steps."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
 
 from bench.results import Shape
 from model import GPTConfig
-
-TOKENS = 2**21  # of a made-up corpus: random ids, so that no batch repeats within a measurement
 
 
 @dataclass(frozen=True)
@@ -53,14 +47,3 @@ WORKLOADS = {
     )
 }
 DEFAULTS = {"cpu": ("cpu",), "cuda": ("gpt2", "shakespeare_char", "gpt2-batch-1")}
-
-
-def make_corpus(folder: Path, vocab_size: int) -> Path:
-    """A prepared dataset of random tokens, as `train.data` reads it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for split, count in (("train", TOKENS), ("val", 2**14)):
-        rng.integers(vocab_size, size=count, dtype="<u2").tofile(folder / f"{split}.bin")
-    meta = {"vocab_size": vocab_size, "tokenizer": "byte", "dtype": "uint16"}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return folder

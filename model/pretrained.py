@@ -10,8 +10,8 @@ state_dict:
 | `lm_head.weight`, absent where tied     | always tied to `transformer.wte.weight`                      |
 | `attn.bias`, `attn.masked_bias`         | none: the causal mask, not a parameter                       |
 
-`transformers` is not imported: it would look for another package of the name `kernels`. Models are built on
-the meta device and given the tensors: the weights are in memory once, and nothing is initialised in vain.
+`transformers` is not imported: it would look for another package named `kernels`. Models are built on the meta
+device and then get the tensors: the weights are in memory once, and nothing is initialised twice.
 """
 
 import dataclasses

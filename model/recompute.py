@@ -1,25 +1,25 @@
-"""Activation checkpointing: insides of a block are not kept for the backward pass but computed again in it (Chen et al.
+"""Activation checkpointing: parts of a block are not kept for the backward pass; it computes them again (Chen et al.
 2016, "Training deep nets with sublinear memory cost", arXiv:1604.06174).
 
-| mode    | not kept, but computed again                                     |
-|---------|------------------------------------------------------------------|
-| "none"  | nothing                                                          |
-| "mlp"   | the MLP's insides, more than half of what a block keeps          |
-| "block" | all of a block but attention and what draws random numbers       |
+| mode    | computed again                                                    |
+|---------|-------------------------------------------------------------------|
+| "none"  | nothing                                                           |
+| "mlp"   | the MLP, more than half of what a block keeps                     |
+| "block" | all of a block except attention and operations that draw at random |
 
-How much each keeps, `train/dryrun.py` finds. A fused MLP is one operation, so all of it is computed again, its second
-matmul in vain.
+`train/dryrun.py` finds how much memory each mode takes. A fused MLP is one operation, so all of it is computed again,
+also its second matmul, which is not needed.
 
-What draws random numbers is never done twice: the backward pass must see the forward pass's dropout masks, and setting
-the generator back is no way to get them. CUDA forbids to read its state while a graph is captured, as steps are
-(`train/graph.py`). So a selective policy keeps the results of these operations: masks, or the fused kernels' seeds, 8
-bytes each. torch tags them `nondeterministic_seeded`, and with them every operation of scaled dot product attention,
-with dropout or without. That suits: attention costs most to compute again, and its result is small, M x C and a float32
-a row and head. Attention by matmuls (`model/attention.py`) is computed again from its random bits.
+Random operations are never repeated: the backward pass needs the forward pass's dropout masks. The generator cannot be
+set back, because CUDA forbids reading its state while a graph is captured (`train/graph.py`). So a selective policy
+keeps the results of random operations: masks, or the fused kernels' seeds, 8 bytes each. torch marks these operations
+with a tag, `nondeterministic_seeded`. It marks attention's operations too, with dropout or without. That is good:
+attention takes the most time to repeat, and its result is small, M x C and one float32 a row and head. Attention by
+plain matmuls (`model/attention.py`) is computed again from its random bits.
 
-The policy sees single operations. One that writes in place cannot be kept, for the computation goes on to write over
-it, as F.dropout does with its noise on a CPU: hence `dropout` in `kernels/reference.py`. torch.compile follows the
-policy too, and warns once of just this. Where no gradient is wanted, as in an evaluation, these are plain calls.
+The policy sees single operations. The result of one that writes in place cannot be kept, since the computation writes
+over it; F.dropout on a CPU does so. That is why `kernels/reference.py` has its own `dropout`. torch.compile follows the
+policy too, and warns once about such operations. Without gradients, as in an evaluation, these are plain calls.
 """
 
 import functools

@@ -42,12 +42,12 @@ def register_fallbacks() -> None:
 def model_to_train(
     model: GPT, config: TrainConfig, device: torch.device, say: Callable[[str], None], *, by_block: bool = False
 ) -> nn.Module:
-    """`model` as the step runs it: compiled if wanted and possible. by_block: in place and block by block, as what
-    gathers a sharded block's parameters lies between blocks.
+    """`model` as the step runs it: compiled if wanted and possible. by_block: in place and block by block, because a
+    sharded block's parameters are gathered between blocks.
 
-    torch.compile works at the first call, so that call is made here, on zeros, as a step and as an evaluation make it:
-    where it fails, the run goes on without. It leaves gradients behind, to be cleared, and no loss: nobody may hold one
-    when graphs are captured (see `GraphedStep`). A run that only evaluates is over before compiling would have paid.
+    torch.compile works at the first call. That call is made here, on zeros, as a step and as an evaluation make it. If
+    it fails, the run goes on without. It leaves gradients behind, which the caller clears, and no loss: no loss may be
+    alive when graphs are captured (see `GraphedStep`). A run that only evaluates ends before compiling would pay.
     """
     if not config.compile or config.eval_only:
         return model

@@ -10,9 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from train.configfile import PRESETS, config_path, load_config_file, preset_summary
 from train.errors import UserError
-from train.settings import Parsed, Value, check_values, help_text, parse_settings, setting, settings_of, shown, typed
+from train.settings import (
+    Parsed,
+    Value,
+    check_values,
+    parse_settings,
+    read_settings,
+    setting,
+    settings_of,
+    shown,
+    typed,
+)
 
 ABOUT = "Train a GPT. With nothing else: the default job, which needs no network and no preparation."
 
@@ -120,18 +129,13 @@ def parse(argv: list[str]) -> Parsed:
 
     Prints the help and raises SystemExit for --help. UserError as in `parse_settings`.
     """
-    parsed = parse_settings(TrainConfig, argv, presets=preset)
-    if parsed.help:
-        presets = {name: preset_summary(name) for name in PRESETS}
-        usage = "[PRESET | CONFIG FILE ...]"
-        print(help_text(TrainConfig, "python -m train", ABOUT, positional=usage, presets=presets))
-        raise SystemExit(0)
-    return parsed
+    usage = "[PRESET | CONFIG FILE ...]"
+    return parse_settings(TrainConfig, argv, "python -m train", ABOUT, positional=usage, presets=True)
 
 
 def preset(name: str) -> dict[str, Value]:
     """The settings of a preset or of a config file."""
-    return load_config_file(config_path(name), TrainConfig)
+    return read_settings(name, TrainConfig)
 
 
 class Base(NamedTuple):

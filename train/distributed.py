@@ -46,7 +46,7 @@ class World:
         """Tell the others `value`; returns the largest that any rank told in the *previous* call (0 in the first).
 
         Every rank gets the same answer in the same iteration, so that all stop together. One call late, so that the
-        exchange is under way during a whole training step and nobody waits for it.
+        exchange runs during a whole training step and no rank waits for it.
         """
         if self.size == 1:
             return value

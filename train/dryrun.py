@@ -3,8 +3,8 @@
 `dry_run` builds the model, its optimizer and its step from the project's own code, but with tensors that have shapes
 and no contents, and runs a micro-step, an update and an evaluation under a `Recorder`. Nothing is computed and no
 memory is taken, so a model of any size takes a fraction of a second. For a GPU the tensors are torch's meta tensors and
-the fused kernels only plan (`kernels.launch.recording`). For a CPU they are fake CPU tensors, since torch takes other
-ways there.
+the fused kernels only plan (`kernels.launch.recording`). For a CPU they are fake CPU tensors, because torch runs other
+operations there.
 
 What the recorder sees is eager execution. A compiled step makes other launches; it holds about as much.
 """
@@ -77,7 +77,7 @@ class Recorder(TorchDispatchMode):
         self.restart("state")
 
     def restart(self, label: str) -> None:
-        """From here on, what is made bears this label, and the peak is counted anew."""
+        """From now on new tensors get this label, and the peak is counted from zero."""
         self.label, self.parts = label, Counter(self.alive)
 
     @property

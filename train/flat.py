@@ -56,7 +56,7 @@ class FlatState:
         return buffer[self.places[p]].view(p.shape)
 
     def sync(self) -> None:
-        """Write the copies anew, after the parameters were changed by somebody else than the optimizer."""
+        """Write the copies again, after something other than the optimizer changed the parameters."""
         if self.compute is not None:
             self.compute.copy_(self.param)
 

@@ -3,7 +3,7 @@
 One graph holds a micro-step, forward and backward into the accumulated gradients; one the update; one the forward pass
 of an evaluation. So accumulation of any length costs no more memory. A captured launch reads its inputs where they lay
 and its numbers as they were: what changes lies in device memory (batch, rate, step count, loss scale) or in torch's
-generators, which a graph asks anew at every replay. Between micro-steps and update, ranks sum their gradients.
+generators, which a graph asks again at every replay. Between micro-steps and update, ranks sum their gradients.
 
 The graphs share one pool of memory, which is as large as the largest of them needs. This is safe because nothing in the
 pool is read after the replay that wrote it: each graph leaves its results in tensors that were made before the capture,

@@ -256,24 +256,17 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def use_device(device: torch.device) -> torch.device:
-    """Make `device` the current one, and return it.
+    """Make `device` the current one, and return it. On CUDA, let float32 matmuls run in TF32, as nanoGPT does.
 
     Streams, graph captures and events belong to the current device, wherever their tensors lie: without this,
-    `--device=cuda:1` captures an empty graph on device 0.
+    `--device=cuda:1` captures an empty graph on device 0. TF32 is not set by
+    `torch.backends.cuda.matmul.fp32_precision`: after it `torch.get_float32_matmul_precision()` raises, which Inductor
+    asks under max-autotune. Both understand this setting.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return device
-
-
-def allow_tf32(device: torch.device) -> None:
-    """Let float32 matmuls on CUDA run in TF32, in the whole process; on other devices nothing changes.
-
-    Not by `torch.backends.cuda.matmul.fp32_precision`: after it `torch.get_float32_matmul_precision()`, which Inductor
-    asks under max-autotune, raises. This one both ways of asking understand.
-    """
-    if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    return device
 
 
 def synchronize(device: torch.device) -> None:

@@ -81,8 +81,8 @@ def as_planned_for(device: torch.device) -> dict[str, Any]:
 def check_memory(job: Job, where: str, free: int | None, ranks: int) -> str:
     """A line for the log: what this rank's step will hold, and what its device, called `where`, has free.
 
-    free: bytes, None where nobody says. UserError, naming settings that would fit, where the step needs more than that;
-    not before: a refusal must not be for safety's sake.
+    free: bytes, None where the system does not say. UserError, naming settings that would fit, only if the step needs
+    more than that: a run that would fit is never refused.
     """
     memory = dry_run(job).memory
     total = sum(memory.values())
@@ -99,7 +99,7 @@ def check_memory(job: Job, where: str, free: int | None, ranks: int) -> str:
 
 
 def free_memory(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes that can still be taken on the device, None where nobody says. Ranks on one host all see the same."""
+    """Free bytes on the device, None where the system does not say. Ranks on one host all see the same."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and meminfo.exists():
@@ -133,9 +133,9 @@ def changes(job: Job, ranks: int) -> Iterator[dict[str, Any]]:
     fused = job.ops.name == "fused"
     chunk = [{"loss_chunk": LOSS_CHUNK}] if fused and not job.loss_chunk and tokens > LOSS_CHUNK else []
     again = [{"recompute": mode} for mode in MODES[MODES.index(job.recompute) + 1 :]]
-    sparing = [*chunk, *again, *(one | other for one in chunk for other in again)]
+    cheap = [*chunk, *again, *(one | other for one in chunk for other in again)]
     sizes = [{"batch_size": n} for n in range(job.batch_size - 1, 0, -1) if job.batch_size % n == 0]
-    local = [*sparing, *sizes, *(size | most for size in sizes for most in sparing[-1:])]
+    local = [*cheap, *sizes, *(size | most for size in sizes for most in cheap[-1:])]
     yield from local
     if ranks > 1 and job.shards == 1:
         yield from ({"shard": True} | change for change in ({}, *local))

@@ -151,7 +151,7 @@ class FlatAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """From torch's AdamW or ours; a state without moments starts from nought."""
+        """From torch's AdamW or ours; without moments, they start at zero."""
         super().load_state_dict(state_dict)
         loaded = dict(self.state)
         for buffer in (self.flat.exp_avg, self.flat.exp_avg_sq, self.steps):

@@ -19,13 +19,13 @@ from model.attention import BACKENDS, why_not_dropout
 from model.config import GPT2_SIZES
 from model.flops import num_params
 from model.pretrained import from_checkpoint, gpt2_shape
-from train.checkpoint_layout import MODEL_ARGS
+from train.checkpoint import MODEL_ARGS
 from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
 from train.config import TrainConfig
 from train.data import Dataset
 from train.distributed import World
 from train.errors import UserError
-from train.hardware import Peak, allow_tf32, device_name, peak_flops, resolve_dtype
+from train.hardware import Peak, device_name, peak_flops, resolve_dtype
 from train.log import check_sinks
 from train.memory import as_planned_for, check_memory, free_memory, job_of, rows_at_a_time
 from train.prepare import ensure_docs
@@ -82,7 +82,6 @@ def decide(
     dataset.check(shape.block_size, shape.vocab_size)
     config = dataclasses.replace(config, **{name: getattr(shape, name) for name in (*SHAPE, "block_size")})
     free = free_memory(device)  # before attention is measured, whose blocks torch's allocator keeps
-    allow_tf32(device)
     layer = shape, config.batch_size, dtype, device
     backend, attention = choose_attention(config.attention, AttentionShape.of(*layer), world)
     memory = ""

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from model import GPT
-from train.checkpoint_layout import MOMENTS
+from train.checkpoint import MOMENTS
 from train.distributed import World
 from train.optim import param_groups
 

@@ -9,7 +9,7 @@ import torch
 from model import GPT
 from model.pretrained import from_checkpoint, load_gpt2
 from train import checkpoint as checkpoints
-from train.checkpoint_layout import MODEL_ARGS, MOMENTS
+from train.checkpoint import MODEL_ARGS, MOMENTS
 from train.optim import FlatAdamW, LossScale, Optimizer
 from train.plan import Plan, weights_wanted
 

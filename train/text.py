@@ -68,7 +68,7 @@ def split_at(pieces: Iterable[Any], size: int) -> tuple[Iterator[Any], Iterator[
         left = size
         for piece in pieces:
             yield piece[:left]
-            rest[:] = [piece[left:]]
+            rest[:] = [piece[left:]]  # nothing, but of the last
             left -= len(piece)
             if left <= 0:
                 return

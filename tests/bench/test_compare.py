@@ -243,7 +243,7 @@ def test_references_of_other_software_tell_nothing_of_the_pace() -> None:
             (cpu(), replace(cpu(), steps=[replace(s, shape=replace(s.shape, n_layer=6)) for s in cpu().steps])),
             "cpu is of another shape in each, expected one",
         ),
-        ((cpu(),), "got 1 results files of 1 commits, expected two, or files of two commits"),
+        ((cpu(),), "got 1 results file of 1 commit, expected two files, or files of two commits"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(runs: tuple[Results, ...], message: str) -> None:

@@ -86,6 +86,17 @@ def test_other_bits_the_second_time_are_wrong() -> None:
     assert measured(replace(TOY, fused=unsteady))["fused"].skipped == "wrong: output 0: other bits the second time"
 
 
+def test_what_raises_is_wrong_where_it_is_ours_and_left_out_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(x: Tensor, weight: Tensor) -> Tensor:
+        raise RuntimeError("an illegal memory access\nwas encountered")
+
+    assert measured(replace(TOY, fused=broken))["fused"].skipped == "wrong: an illegal memory access"
+    monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
+    found = measured(TOY)
+    assert found["compiled"].skipped == "an illegal memory access"
+    assert found["fused"].seconds
+
+
 def test_others_that_are_wrong_are_left_out_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda x, weight: 0 * x * weight)
     found = measured(TOY)
@@ -191,6 +202,16 @@ def test_the_time_is_kept_by_leaving_out_cases(clock: Clock) -> None:
     assert timed == {"toy 0", "toy 1", "toy 2", "toy 3"}
     assert {row.skipped for row in found if row.case not in timed} == {NO_TIME}
     assert len({row.case for row in found}) == 9
+
+
+def test_samples_that_would_not_end_are_not_begun(clock: Clock) -> None:
+    def working(x: Tensor, weight: Tensor) -> Tensor:
+        clock.let_pass(2.0)
+        return scaled(x, weight)
+
+    found = list(rows(CPU, 50.0, (replace(TOY, fused=working),)))
+    assert {row.skipped for row in found if row.direction == "both"} == {NO_TIME}
+    assert clock() <= 60.0  # what is not known before it was run once
 
 
 def test_work() -> None:

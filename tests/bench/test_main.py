@@ -1,6 +1,7 @@
 """python -m bench: what one part loses, the others keep; what was measured is in the file, whatever happens."""
 
 import dataclasses
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from bench.results import WRONG, Ceiling, Peak, Results
 from bench.timing import NO_TIME, Clock
 from bench.variants import Setting, Variant
 from bench.workloads import WORKLOADS, Workload
+from kernels.cases import CASES
 from model import GPTConfig
 from tests.bench.made import cpu
 from train import hardware
@@ -218,3 +220,15 @@ def test_gpu_tests_run_in_a_process_of_their_own(tmp_path: Path) -> None:
         smoke.run(60.0, ("-m", "nowhere"))
     with pytest.raises(RuntimeError, match="did not end within 0 s"):
         smoke.run(0.01, ("-c", "import time; time.sleep(60)"))
+
+
+@pytest.mark.slow
+def test_the_smoke_set_is_small_and_whole() -> None:
+    """Few enough to end, yet every kernel, a step and a resume."""
+    argv = [sys.executable, *smoke.COMMAND, "--collect-only", "-vv"]  # a line a test
+    done = subprocess.run(argv, cwd=smoke.ROOT, capture_output=True, text=True, timeout=120)
+    ids = [line for line in done.stdout.splitlines() if "<Function" in line]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(ids) < 40
+    for name in [*(f"test_one_regime[{case.name}]" for case in CASES), "test_resume", "test_a_batch_of_one[fused]"]:
+        assert any(name in test for test in ids), name

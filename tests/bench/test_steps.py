@@ -74,6 +74,16 @@ def test_what_trains_another_model_is_not_timed(tmp_path: Path) -> None:
     assert len(third.seconds) > 0
 
 
+def test_losses_that_are_no_numbers_are_wrong_wherever_they_come() -> None:
+    def build(setting: Setting):
+        step, done = EAGER.build(setting), iter(range(10**6))
+        return lambda batch: step(batch) * (float("nan") if next(done) == 3 else 1.0)
+
+    first, second = measure(EAGER, Variant("overflowing", build))
+    assert first.seconds
+    assert second.skipped == "wrong: its losses are off by nan, expected 1e-04 at most"
+
+
 def test_what_cannot_be_built_does_not_stop_the_others() -> None:
     def build(setting: Setting):
         raise RuntimeError("\nno such kernel\non this device")
@@ -227,7 +237,7 @@ def test_every_compiled_step_runs_compiled_code_made_for_its_shape(compiled: Rec
 
 
 def own_ops(name: str) -> Ops:
-    """The reference's, by a function of their own: torch compiles anew for it, as for a fused one."""
+    """The reference's, by a function of their own: torch compiles again for it, as for a fused one."""
 
     def mlp(*args: object, **options: object) -> torch.Tensor:
         return REFERENCE.mlp(*args, **options)
@@ -264,7 +274,7 @@ def test_what_compiles_under_the_clock_is_not_timed(compiled: Recorded) -> None:
 
     first, second = measure(EAGER, Variant("restless", build))
     assert first.seconds
-    assert second.skipped == "wrong: it was compiled anew while it was timed"
+    assert second.skipped == "wrong: it was compiled again while it was timed"
     assert second.seconds == second.host_seconds == []
 
 

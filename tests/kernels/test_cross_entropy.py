@@ -11,10 +11,9 @@ from torch import Tensor
 
 from kernels import cross_entropy, linear_cross_entropy, reference
 from kernels.check import fault, outputs_and_gradients
-from kernels.fused.cross_entropy import padded, row_losses, scaled, tile
+from kernels.fused.cross_entropy import padded, row_losses, scaled
 from kernels.launch import INTERPRETED
 from tests.kernels.layouts import laid_out
-from tests.kernels.refused import assert_refused
 from tests.kernels.watcher import Memory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -110,21 +109,6 @@ def test_rows_beyond_32_bits(device: torch.device) -> None:
     (expected,) = torch.autograd.grad(3 * reference.cross_entropy(**inputs), inputs["logits"])
     torch.testing.assert_close(logits.clone(), expected)
     assert torch.equal(scaled(logits, torch.tensor(0.5, device=device), logits).clone(), expected / 2)
-
-
-def test_only_aligned_rows_are_read_by_vectors() -> None:
-    rows = torch.zeros(4, 64, dtype=torch.bfloat16)
-    for logits, width in (
-        (rows, 8),
-        (rows.float(), 4),
-        (rows[:, :37], 8),
-        (rows[:, 1:], 1),
-        (rows.view(8, 32)[:, :5], 8),
-        (torch.zeros(4, 37), 1),
-    ):
-        _, LANES, WIDTH, _ = tile(logits)
-        assert width == WIDTH
-        assert logits.shape[1] <= LANES * WIDTH
 
 
 # Values
@@ -300,39 +284,3 @@ def test_opcheck_of_a_head(needs: tuple[bool, bool], chunk_rows: int, device: to
     operands = (None, None) if chunk_rows else (x.detach(), weight.detach())
     backward = (torch.ones_like(loss), *saved, *operands, *needs)
     torch.library.opcheck(ops.linear_cross_entropy_backward.default, backward)
-
-
-# Refused
-
-INT64 = torch.int64
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"logits": torch.zeros(3, 8, 1)}, r"logits: got shape \(3, 8, 1\), expected \(any, any\)"),
-        ({"logits": torch.zeros(3, 0)}, r"logits: got shape \(3, 0\), expected one column or more"),
-        ({"logits": torch.zeros(3, 8).double()}, "logits: got torch.float64, expected torch.float32 or"),
-        ({"targets": torch.zeros(4, dtype=INT64)}, r"targets: got shape \(4,\), expected \(3\)"),
-        ({"targets": torch.zeros(3, dtype=torch.int32)}, "targets: got torch.int32, expected torch.int64"),
-    ],
-)
-def test_refused(bad: dict[str, Any], message: str, device: torch.device) -> None:
-    good = {"logits": torch.zeros(3, 8), "targets": torch.zeros(3, dtype=INT64)}
-    assert_refused(cross_entropy, good | bad, message, device)
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"x": torch.zeros(2, 3, 0)}, r"x: got shape \(2, 3, 0\), expected one channel or more"),
-        ({"weight": torch.zeros(10, 7)}, r"weight: got shape \(10, 7\), expected \(any, 8\)"),
-        ({"weight": torch.zeros(0, 8)}, r"weight: got shape \(0, 8\), expected one row or more"),
-        ({"weight": torch.zeros(10, 8, device="meta")}, "weight: got a tensor on meta, expected"),
-        ({"targets": torch.zeros(6, dtype=INT64)}, r"targets: got shape \(6,\), expected \(2, 3\)"),
-        ({"chunk_rows": -1}, "chunk_rows: got -1, expected 0"),
-    ],
-)
-def test_refused_of_a_head(bad: dict[str, Any], message: str, device: torch.device) -> None:
-    good = {"x": torch.zeros(2, 3, 8), "weight": torch.zeros(10, 8), "targets": torch.zeros(2, 3, dtype=INT64)}
-    assert_refused(linear_cross_entropy, good | bad, message, device)

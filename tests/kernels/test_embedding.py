@@ -13,7 +13,6 @@ from kernels.fused.embedding import embedding, sort_by_token
 from kernels.launch import INTERPRETED
 from tests.kernels.layouts import Relay, laid_out
 from tests.kernels.philox import keep_mask, philox
-from tests.kernels.refused import assert_refused
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -159,26 +158,3 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(ops.embedding.default, (idx, *weights.values(), torch.bfloat16, seed, p))
     for needs in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(ops.embedding_backward.default, (dx, idx, seed, p, 5, 3, torch.bfloat16, *needs))
-
-
-# Refused
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"idx": torch.zeros(3, dtype=torch.int64)}, r"idx: got shape \(3,\), expected \(any, any\)"),
-        ({"idx": torch.zeros(2, 3)}, "idx: got torch.float32, expected torch.int64 or torch.int32"),
-        ({"wte": torch.zeros(5, 8).double()}, "wte: got torch.float64, expected torch.float32 or"),
-        ({"wpe": torch.zeros(4, 8)}, r"wpe: got shape \(4, 8\), expected \(3, 8\)"),
-        ({"wpe": torch.zeros(3, 8).half()}, "wpe: got torch.float16, expected torch.float32"),
-        ({"wpe": torch.zeros(3, 8, device="meta")}, "wpe: got a tensor on meta, expected"),
-        ({"wte": torch.zeros(5, 8193)}, "wte: got 8193 channels, expected 1 to 8192"),
-        ({"dtype": torch.float64}, "dtype: got torch.float64, expected"),
-        ({"p": 1.0}, "p: got 1.0, expected 0 or more and less than 1"),
-    ],
-)
-def test_refused_with_what_came_and_what_was_expected(bad: dict, message: str, device: torch.device) -> None:
-    good = {"idx": torch.zeros(2, 3, dtype=torch.int64), "wte": torch.zeros(5, 8), "wpe": torch.zeros(3, 8)}
-    good |= {"dtype": torch.float32, "p": 0.0}
-    assert_refused(embedding, good | bad, message, device)

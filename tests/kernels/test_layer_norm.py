@@ -11,7 +11,6 @@ from kernels.check import fault
 from kernels.launch import INTERPRETED
 from tests.kernels.layouts import Relay, laid_out
 from tests.kernels.philox import keep_mask
-from tests.kernels.refused import assert_refused
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -151,33 +150,3 @@ def test_compiled_with_dropout(device: torch.device, compiler: None) -> None:
         assert torch.equal(dx == 0, stream == 1)  # dropped in both directions, or in neither
         streams.append(stream)
     assert not torch.equal(*streams)
-
-
-# Refused
-
-
-GOOD = {
-    "x": torch.zeros(3, 8),
-    "residual": torch.zeros(3, 8),
-    "weight": torch.zeros(8),
-    "bias": torch.zeros(8),
-    "dtype": torch.float32,
-    "p": 0.0,
-}
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"residual": torch.zeros(2, 8)}, r"residual: got shape \(2, 8\), expected \(3, 8\)"),
-        ({"x": torch.zeros(3, 8, dtype=torch.float64)}, "x: got torch.float64, expected torch.float32 or"),
-        ({"weight": torch.zeros(7)}, r"weight: got shape \(7,\), expected \(8\)"),
-        ({"bias": torch.zeros(8, 1)}, r"bias: got shape \(8, 1\), expected \(8\)"),
-        ({"dtype": torch.float64}, "dtype: got torch.float64, expected"),
-        ({"p": 1.0}, "p: got 1.0, expected 0 or more and less than 1"),
-        ({"x": torch.zeros(1, 4097), "residual": torch.zeros(1, 4097)}, "x: got 4097 channels, expected 1 to 4096"),
-        ({"residual": torch.zeros(3, 8, device="meta")}, "residual: got a tensor on meta, expected"),
-    ],
-)
-def test_refused_with_what_came_and_what_was_expected(bad: dict, message: str, device: torch.device) -> None:
-    assert_refused(add_layer_norm, GOOD | bad, message, device)

@@ -122,9 +122,11 @@ def test_optimizer_of_another_model_is_refused():
     with pytest.raises(UserError, match=r"tensor 0 the shape \[32, 16\], this model \[32, 8\]"):
         checkpoint.load_optimizer(narrow, wide.state_dict())
     assert not narrow.state
-    only = torch.optim.AdamW(make_model().parameters())
-    with pytest.raises(UserError, match=r"groups of 3 tensors, this model's 1 and 2"):
-        checkpoint.load_optimizer(narrow, only.state_dict())
+    a, b, c = make_model().parameters()
+    for groups, sizes in (([a, b, c],), "3"), (([a, b], [c]), "2 and 1"):
+        other = torch.optim.AdamW([{"params": group} for group in groups])
+        with pytest.raises(UserError, match=rf"groups of {sizes} tensors, this model's 1 and 2"):
+            checkpoint.load_optimizer(narrow, other.state_dict())
     state = wide.state_dict()
     del state["state"][1]
     with pytest.raises(UserError, match="tensor 1 no step"):

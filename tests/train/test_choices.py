@@ -298,7 +298,7 @@ def test_a_run_computes_with_what_was_chosen(tmp_path: Path, capsys: pytest.Capt
         return replace(ops, mlp=mlp), "as the test likes it"
 
     monkeypatch.setattr("train.plan.choose_mlp", chosen)
-    run(tmp_path / "out", compile=False, batch_size=4, block_size=16, max_iters=2)
+    run(tmp_path / "out", eval_only=True, batch_size=4, block_size=16)
     assert "\nmlp: as the test likes it\n" in capsys.readouterr().out
     assert 4 * 16 in rows
 

@@ -1,6 +1,5 @@
 """What a run is made of: compilation that cannot work on a machine must not end the run."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from torch._inductor.utils import fresh_cache
 from model import GPT, GPTConfig
 from tests.train.runs import logged, run
 from tests.train.test_graph import marked
-from train import plan
 from train.compile import model_to_train
 from train.config import TrainConfig
 from train.data import Batch
@@ -122,15 +120,3 @@ def test_residual_dtype(tmp_path: Path) -> None:
     expected, got = logged(tmp_path / "float32"), logged(tmp_path / "bfloat16")
     for iteration, record in expected.items():
         assert got[iteration]["loss"] == pytest.approx(record["loss"], rel=1e-2)
-
-
-def test_tf32_is_allowed_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def noted(name: str, real: Callable) -> Callable:
-        return lambda *args: (asked.append(name), real(*args))[1]
-
-    for name in ("allow_tf32", "choose_attention", "peak_flops"):
-        monkeypatch.setattr(plan, name, noted(name, getattr(plan, name)))
-    run(tmp_path / "out", max_iters=1, peak_flops=0.0)
-    assert asked == ["allow_tf32", "choose_attention", "peak_flops"]

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config import TrainConfig, compose, parse
-from train.configfile import PRESETS, load_config_file, preset_summary
 from train.errors import UserError
-from train.settings import Parsed, settings_of
+from train.settings import PRESETS, Parsed, load_config_file, preset_summary, settings_of
 
 FIELDS = settings_of(TrainConfig)
 

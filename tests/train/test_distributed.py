@@ -24,7 +24,8 @@ from tests.train import test_graph as graphs
 from tests.train.jobs import CHARS, JOB, arguments
 from tests.train.ranks import RUN, assert_same_losses, finish, records, start, train_alone, train_together
 from tests.train.tape import storage, tape
-from train import checkpoint
+from train import checkpoint, plan
+from train.config import TrainConfig
 from train.distributed import Reducer, World, local_device, process_group, world_from_environment
 from train.errors import UserError
 from train.flat import ALIGN
@@ -79,6 +80,7 @@ def test_the_device_of_a_run_is_the_current_one(here, monkeypatch, command, work
     for name, answer in {"device_count": 2, "is_available": True, "get_device_capability": (9, 0)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr(command, work, begun)
     monkeypatch.setattr(sys, "argv", ["command", "--device=cuda:1"])
     with pytest.raises(Begun):
@@ -93,6 +95,18 @@ def test_ranks_that_cannot_meet(here, monkeypatch):
         process_group(World(0, 0, 2), "auto", torch.device("cpu")),
     ):
         pass
+
+
+def test_what_ranks_cannot_share_is_refused(here, monkeypatch):
+    monkeypatch.setattr(plan, "resolve_dtype", lambda name, device: torch.float16)  # a CPU has it not
+    for world, settings, message in (
+        (World(0, 0, 3), {}, "gradient_accumulation_steps: got 4, expected a multiple of the 3 processes"),
+        (World(1, 1, 2), {"shard": True}, "dtype: got float16, expected bfloat16 or float32 with shard=True"),
+    ):
+        config = TrainConfig(dataset="letters", compile=False, gradient_accumulation_steps=4, **settings)
+        with pytest.raises(UserError, match=message):
+            plan.decide(config, set(), "", None, world, torch.device("cpu"))
+    assert [path.name for path in here.iterdir()] == ["data"]
 
 
 # Gradients
@@ -200,21 +214,6 @@ def test_two_ranks_train_as_one(here, monkeypatch):
 
 
 # Ends
-
-
-@pytest.mark.slow
-def test_accumulation_that_the_ranks_do_not_divide(here):
-    before = sorted(here.rglob("*"))
-    torchrun = start(3, "-m", "train", *arguments(**RUN))
-    out, err = finish(torchrun)
-    assert torchrun.returncode != 0
-    lines = {line for line in err.splitlines() if line.startswith("error: ")}
-    assert lines == {
-        "error: gradient_accumulation_steps: got 4, expected a multiple of the 3 processes, which share them out"
-    }
-    assert err.count("Traceback") == 1  # torchrun's own
-    assert out == ""
-    assert sorted(here.rglob("*")) == before
 
 
 @pytest.mark.slow

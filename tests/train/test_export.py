@@ -7,8 +7,7 @@ import torch
 
 from model import GPT, GPTConfig
 from model.pretrained import load_gpt2
-from train.checkpoint import save
-from train.checkpoint_layout import MODEL_ARGS, pack
+from train.checkpoint import MODEL_ARGS, pack, save
 from train.errors import UserError
 from train.export import main
 

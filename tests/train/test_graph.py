@@ -109,17 +109,6 @@ def test_a_replayed_evaluation_is_the_eager_evaluation() -> None:
         assert torch.equal(one.grad_norm, other.grad_norm)
 
 
-@pytest.mark.slow
-def test_compiled(compiler: None) -> None:
-    """By the compiler's front half: what its back half makes is no dispatched operation, and no tape records it."""
-    torch.compiler.reset()
-    eager, captured = make(dropout=0.2), make(dropout=0.2, recompute="block")
-    captured.model = torch.compile(captured.model, backend="aot_eager")
-    graphed = GraphedStep(captured, (1, B, T), capture=tape)
-    for one, other in zip(train(graphed, 1, 10), train(eager, 1, 10), strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
-
-
 def test_a_rate_that_is_a_python_number_is_frozen_and_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test of the test: an optimizer that takes its rate from the host trains on with the first one."""
 
@@ -317,18 +306,3 @@ def test_all_is_warmed_up_before_the_first_capture_and_captured_in_one_pool(monk
     for replay in replays:
         replay()
     assert cuda.log[-2:] == ["replay", "replay"]
-
-
-def test_a_capture_that_fails_says_why_and_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = Cuda(monkeypatch, ends_badly=True)
-    runs = iter(range(WARM_UP))
-
-    def run() -> None:
-        if next(runs, None) is None:
-            raise RuntimeError("a library waits for the device")
-
-    with pytest.raises(RuntimeError, match="a library waits for the device"):
-        cuda_graphs([Task(run)])
-    assert cuda.stream == "default"
-    with pytest.raises(RuntimeError, match="previous error"):
-        cuda_graphs([Task(lambda: None)])

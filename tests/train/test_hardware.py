@@ -42,6 +42,7 @@ def cuda(monkeypatch):
 
     def pretend(name="NVIDIA H100 80GB HBM3", capability=(9, 0), count=1):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -108,7 +109,7 @@ def test_peak_of_a_known_device(cuda, tf32):
 
 def test_a_run_on_cuda_takes_tf32_so_that_inductor_can_still_ask(cuda, tf32):
     cuda()
-    hardware.allow_tf32(CUDA)
+    hardware.use_device(CUDA)
     assert torch.get_float32_matmul_precision() == "high"
     assert torch.backends.cuda.matmul.allow_tf32
     assert peak_flops(CUDA, torch.float32).flops == 495e12

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from train.config import TrainConfig
 from train.errors import UserError
-from train.log import METRICS, RunLog, read_metrics
+from train.log import METRICS, RunLog, check_sinks, read_metrics
 
 
 @pytest.fixture
@@ -168,64 +168,39 @@ def test_a_full_disk(start):
         start(resume_iter=0)
 
 
-class FakeWandb(ModuleType):
-    def __init__(self, error=None):
-        super().__init__("wandb")
-        self.error, self.logged, self.finished = error, [], False
-
-    def init(self, **options):
-        self.options = options
-        if self.error:
-            raise self.error
-
-    def log(self, values):
-        self.logged.append(values)
-
-    def finish(self):
-        self.finished = True
-
-
 def test_wandb_gets_nanogpts_keys(start, monkeypatch):
-    wandb = FakeWandb()
+    wandb = mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = start(wandb_log=True, wandb_project="owt", wandb_run_name="mine")
-    settings = wandb.options.pop("config")
-    assert wandb.options == {"project": "owt", "name": "mine"}
+    (called,) = wandb.init.call_args_list
+    settings = called.kwargs.pop("config")
+    assert called.kwargs == {"project": "owt", "name": "mine"}
     assert settings["wandb_run_name"] == "mine"
     log.evaluation(0, train_loss=4.2, val_loss=4.3, lr=0.0, seconds=1.0)
     log_iteration(log, 10, loss=3.0, mfu=0.25)
     log.evaluation(20, train_loss=2.2, val_loss=2.3, lr=1e-3, seconds=1.0)
     log.close()
-    first, iteration, second = wandb.logged
+    first, iteration, second = (call.args[0] for call in wandb.log.call_args_list)
     assert first == {"iter": 0, "train/loss": 4.2, "val/loss": 4.3, "lr": 0.0}
     assert second == {"iter": 20, "train/loss": 2.2, "val/loss": 2.3, "lr": 1e-3, "mfu": 25.0}
-    assert iteration["iter"] == 10
-    assert iteration["loss"] == 3.0
-    assert iteration["mfu"] == 25.0
-    assert wandb.finished
+    assert (iteration["iter"], iteration["loss"], iteration["mfu"]) == (10, 3.0, 25.0)
+    wandb.finish.assert_called_once_with()
 
 
 def test_tensorboard_gets_the_same_curves(start, monkeypatch):
-    scalars, opened = [], []
-
-    class SummaryWriter:
-        def __init__(self, log_dir, purge_step):
-            opened.append((log_dir, purge_step))
-
-        def add_scalar(self, name, value, step):
-            scalars.append((name, value, step))
-
-        def close(self):
-            scalars.append("closed")
-
-    fake = ModuleType("torch.utils.tensorboard")
-    fake.SummaryWriter = SummaryWriter
+    fake = mock.Mock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     log = start(tensorboard_log=True, resume_iter=20)
     log.evaluation(20, train_loss=2.2, val_loss=2.3, lr=1e-3, seconds=1.0)
     log.close()
-    assert opened == [(str(start.path.parent / "tensorboard"), 20)]
-    assert scalars == [("train/loss", 2.2, 20), ("val/loss", 2.3, 20), ("lr", 1e-3, 20), "closed"]
+    assert fake.mock_calls == [
+        mock.call.SummaryWriter(str(start.path.parent / "tensorboard"), purge_step=20),
+        *(
+            mock.call.SummaryWriter().add_scalar(name, value, 20)
+            for name, value in (("train/loss", 2.2), ("val/loss", 2.3), ("lr", 1e-3))
+        ),
+        mock.call.SummaryWriter().close(),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -236,4 +211,6 @@ def test_a_missing_package_stops_before_anything_is_written(start, monkeypatch, 
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"^{setting}: .*pip install 'nanofuse\[{extra}\]'$"):
         start(**{setting: True})
+    with pytest.raises(UserError, match=rf"^{setting}: "):  # before the model is built, too
+        check_sinks(TrainConfig(out_dir=str(start.path.parent), **{setting: True}))
     assert not start.path.parent.exists()

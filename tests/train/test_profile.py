@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._dynamo.utils import counters
 
 import train.__main__ as command
 from kernels.launch import INTERPRETED
@@ -165,26 +164,6 @@ def test_a_trace_that_cannot_be_written_ends_no_training(
     assert "trace.json could not be written: [Errno 28] No space left on device" in capsys.readouterr().out
     assert last(tmp_path / "out")["iter_num"] == 12
     assert not list(tmp_path.glob("out/.staging-*"))
-
-
-@pytest.mark.slow
-def test_compiled(tmp_path: Path, capsys: pytest.CaptureFixture, compiler: None) -> None:
-    """Nothing is compiled anew under the profiler; with one thread the bits are the same, too."""
-    torch.compiler.reset()
-    run(tmp_path / "plain", **PROFILED | {"profile": False}, compile=True)
-    torch.compiler.reset()
-    counters.clear()
-    capsys.readouterr()
-    run(tmp_path / "profiled", **PROFILED, compile=True)
-    rows = table(capsys.readouterr().out)
-    assert rows["torch.compile"][0] > 0
-    assert rows["torch.compile"][2] > 0  # LayerNorm's floor, and all else that it made kernels for
-    assert "LayerNorm forward" not in rows
-    assert sum(row[0] for name, row in rows.items() if name != "total") == pytest.approx(rows["total"][0], abs=0.02)
-    assert annotations(tmp_path / "profiled")[1:] == [f"iteration {i}" for i in range(5, 10)]
-    assert counters["stats"]["unique_graphs"] <= 2  # training's and evaluation's
-    if torch.get_num_threads() == 1:
-        assert logged(tmp_path / "profiled") == logged(tmp_path / "plain")
 
 
 # A step

@@ -8,8 +8,7 @@ import torch
 
 from model import GPT, GPTConfig, Precision
 from model.generate import generate
-from train.checkpoint import save
-from train.checkpoint_layout import MODEL_ARGS, pack
+from train.checkpoint import MODEL_ARGS, pack, save
 from train.errors import UserError
 from train.sample import SampleConfig, load_model, main, sample_text, to_inference
 from train.text import ByteTokenizer, CharTokenizer

@@ -11,9 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from train.config import TrainConfig, compose, parse, preset
-from train.configfile import PRESETS, preset_summary
 from train.errors import UserError
-from train.settings import parse_settings, setting, settings_of
+from train.settings import PRESETS, command_line, preset_summary, setting, settings_of
 
 ROOT = Path(__file__).parents[2]
 FIELDS = settings_of(TrainConfig)
@@ -156,6 +155,25 @@ class Other:
     check: str = setting("", "a device that is not there", choices=("", "auto", "h100"), bare="auto")
 
 
+def test_another_command_declares_its_own_settings(capsys):
+    assert command_line(Other, ["--start=To be"], "prog", "About.") == (Other(start="To be"), [])
+    assert command_line(Other, ["a", "b"], "prog", "About.", positional="FILE ...") == (Other(), ["a", "b"])
+    for argv, message in (
+        (["gpt2"], "not a setting"),
+        (["--batch_size=1"], "unknown setting 'batch_size'"),
+        (["--top_k=-1"], "top_k: got -1, expected at least 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command_line(Other, argv, "prog", "About.")
+    with pytest.raises(SystemExit) as ended:
+        command_line(Other, ["--help"], "python -m train.sample", "Sample text.")
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: python -m train.sample [--key=value ...]" in text
+    assert "--top_k=200" in text
+    assert "presets" not in text
+
+
 @pytest.mark.parametrize(
     ("argv", "value", "files"),
     [
@@ -167,8 +185,8 @@ class Other:
     ],
 )
 def test_a_setting_may_stand_alone(argv, value, files):
-    parsed = parse_settings(Other, argv, files=True)
-    assert (parsed.settings["check"], parsed.files) == (value, files)
+    config, named = command_line(Other, argv, "prog", "About.", positional="FILE ...")
+    assert (config.check, named) == (value, files)
 
 
 # ---- the help

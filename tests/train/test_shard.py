@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.jobs import arguments
 from tests.train.ranks import assert_same_losses, finish, records, start, train_alone, train_together
 from train import checkpoint
 
@@ -122,19 +121,3 @@ def test_each_rank_holds_its_share(here: Path) -> None:
         assert params == grads == moments == total / 2
         assert seen == ["other DTensor", "stream torch.float32", "torch.bfloat16"]
         assert kept == ["torch.float32"]
-
-
-def test_float16_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a device has it: on a CPU the dtype itself is refused first."""
-    script = """
-        import torch, train.__main__ as command, train.plan as plan
-        from train.errors import run
-        plan.resolve_dtype = lambda name, device: torch.float16
-        run(command.main)
-    """
-    Path("driver.py").write_text(textwrap.dedent(script))
-    torchrun = start(2, "driver.py", *arguments(**SHARD | {"gradient_accumulation_steps": 2}))
-    _, err = finish(torchrun)
-    assert torchrun.returncode != 0
-    assert "error: dtype: got float16, expected bfloat16 or float32 with shard=True" in err
-    assert not Path("out").exists()
