@@ -20,7 +20,7 @@ from bench.results import WRONG, Kernel
 from bench.timing import NO_TIME, RECOMPILED, Budget, compilations, compiling
 from kernels.cases import Case, Shape
 from kernels.check import disagreement, in_float64, outputs_and_gradients
-from kernels.timing import Staged, Work, by_turns
+from kernels.timing import Staged, Timeable, by_turns
 from train.errors import first_line
 from train.hardware import resolve_dtype
 
@@ -183,7 +183,7 @@ class Contest:
         results = outputs_and_gradients(function, inputs)
         return results | {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
 
-    def _work(self, entrant: Entrant, direction: str) -> Work:
+    def _work(self, entrant: Entrant, direction: str) -> Timeable:
         function, inputs = self._functions[entrant.name], self._inputs
         if self.case.in_place:
             inputs = copied(inputs)  # each variant keeps changing its own

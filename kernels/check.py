@@ -39,6 +39,17 @@ def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: widen(value) for name, value in inputs.items()}
 
 
+def fault(
+    fused: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any], summands: float = 0.0
+) -> str:
+    """What is wrong with `fused`'s results and gradients, in one line; empty where nothing is. `disagreement` judges.
+
+    `fused` goes first, on new values, so that memory holds no right answer where it stores none.
+    """
+    got, plain = (outputs_and_gradients(function, inputs) for function in (fused, reference))
+    return disagreement(got, plain, outputs_and_gradients(reference, in_float64(inputs)), summands=summands)
+
+
 def disagreement(
     fused: dict[str, Tensor],
     plain: dict[str, Tensor],

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 import torch
 
-from kernels.capture import capture_graph
+from kernels.capture import capture_graphs
 
-WARM_UP = 3  # calls before a capture: kernels compile, libraries choose and allocate
+MOST = 200  # rounds of samples
 FLUSHES = 64  # of the caches before a sample, at most: about 13 ms of an H100
 
 
@@ -37,28 +37,27 @@ class Staged:
         self.work(self.prepare())
 
 
-Work = Callable[[], object] | Staged
+Timeable = Callable[[], object] | Staged
 
 
 def by_turns(
-    works: Mapping[str, Work],
+    works: Mapping[str, Timeable],
     device: torch.device,
     *,
     seconds: float,
     least: int = 5,
-    most: int = 200,
     meter: "Meter | None" = None,
 ) -> dict[str, list[float]]:
     """Seconds of each sample of each work, its caches cold, after calls that are not counted.
 
-    Rounds of one sample each are made for about `seconds` in all, at least `least` and at most `most` of them.
+    Rounds of one sample each are made for about `seconds` in all, at least `least` and at most MOST of them.
     meter: in place of the device's own.
     """
     meter = meter or (CudaMeter(Gpu(device)) if device.type == "cuda" else HostMeter(device))
     ready = {name: meter.ready(work) for name, work in works.items()}
     samples: dict[str, list[float]] = {name: [] for name in works}
     deadline = time.perf_counter() + seconds
-    for done in range(most):
+    for done in range(MOST):
         if done >= least and time.perf_counter() > deadline:
             break
         for name, work in ready.items():
@@ -66,20 +65,20 @@ def by_turns(
     return samples
 
 
-def milliseconds(work: Work, device: torch.device, seconds: float = 0.1, meter: "Meter | None" = None) -> float:
+def milliseconds(work: Timeable, device: torch.device, seconds: float = 0.1) -> float:
     """The median of the samples of one work."""
-    return 1e3 * statistics.median(by_turns({"": work}, device, seconds=seconds, meter=meter)[""])
+    return 1e3 * statistics.median(by_turns({"": work}, device, seconds=seconds)[""])
 
 
 class Meter(Protocol):
-    def ready(self, work: Work) -> Staged:
+    def ready(self, work: Timeable) -> Staged:
         """The work as it is to be timed, after calls of it that are not."""
 
     def sample(self, work: Staged) -> float:
         """Seconds of one call, its preparation not counted."""
 
 
-def staged(work: Work) -> Staged:
+def staged(work: Timeable) -> Staged:
     return work if isinstance(work, Staged) else Staged(lambda: None, lambda nothing: work())
 
 
@@ -89,7 +88,7 @@ class HostMeter:
     def __init__(self, device: torch.device) -> None:
         self._device, self._flush = device, _flush(device)
 
-    def ready(self, work: Work) -> Staged:
+    def ready(self, work: Timeable) -> Staged:
         work()
         return staged(work)
 
@@ -128,28 +127,17 @@ class Gpu:
         captures but by these graphs, so it is still there.
         """
         gc.collect()  # a node of autograd that a dropped cycle holds remembers its stream, and breaks a capture
-        with torch.cuda.device(self._device):
-            self._side.wait_stream(torch.cuda.current_stream())
+        given: list[Any] = []
+        runs = [lambda: given.append(work.prepare()), lambda: work.work(given.pop())]
+        with torch.cuda.device(self._device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # of a preparation that launches nothing
             try:
-                # entered here too, because a capture that fails leaves its stream the current one; warm-ups as well, so
-                # that no node of autograd remembers another stream
-                with torch.cuda.stream(self._side):
-                    for _ in range(WARM_UP):
-                        work()
-                    given: list[Any] = []
-                    prepare = self._graph(lambda: given.append(work.prepare()))
-                    replay = self._graph(lambda: work.work(given.pop()))
+                prepare, replay = capture_graphs([work], runs, self._side, self._pool)
             except Exception:
-                self._graph(lambda: None)  # a capture that failed leaves torch's generator in it, until one ends well
+                # a capture that failed leaves torch's generator in it, until one ends well
+                capture_graphs([], [lambda: None], self._side, self._pool)
                 raise
-            finally:
-                torch.cuda.current_stream().wait_stream(self._side)
         return Staged(prepare, lambda nothing: replay())
-
-    def _graph(self, run: Callable[[], object]) -> Callable[[], None]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a preparation that launches nothing makes an empty graph
-            return capture_graph(run, self._side, self._pool)
 
 
 class CudaMeter:
@@ -162,7 +150,7 @@ class CudaMeter:
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
 
-    def ready(self, work: Work) -> Staged:
+    def ready(self, work: Timeable) -> Staged:
         work = staged(work)
         try:
             captured = self._gpu.capture(work)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from kernels import Ops, reference
-from kernels.check import disagreement, in_float64, outputs_and_gradients
-from kernels.timing import Staged, Work, milliseconds
+from kernels.check import fault
+from kernels.timing import Staged, Timeable, milliseconds
 from model import GPTConfig
 from model.attention import BACKENDS, causal_attention
 from train.distributed import World
@@ -32,7 +32,7 @@ from train.hardware import device_name, synchronize
 MEASURED = tuple(name for name in BACKENDS if name not in ("auto", "math"))  # not math: slow, holds (B, H, T, T)
 CHECKED = 4096  # rows of the MLP that are compared with float64: enough for a program to take several tiles
 
-Clock = Callable[[Work, torch.device], float]  # milliseconds that the work takes
+Clock = Callable[[Timeable, torch.device], float]  # milliseconds that the work takes
 MLP = Callable[..., Tensor]
 
 
@@ -195,7 +195,7 @@ def mlp_inputs(shape: MLPShape, rows: int) -> dict[str, Any]:
     }
 
 
-def mlp_pass(mlp: MLP, direction: str, shape: MLPShape) -> Work:
+def mlp_pass(mlp: MLP, direction: str, shape: MLPShape) -> Timeable:
     """One layer's forward pass, or the backward pass through it, with random inputs."""
     inputs = mlp_inputs(shape, shape.rows)
     leaves = [x for x in inputs.values() if isinstance(x, Tensor)]
@@ -208,13 +208,11 @@ def mlp_pass(mlp: MLP, direction: str, shape: MLPShape) -> Work:
 def what_is_wrong(mlp: MLP, shape: MLPShape) -> str:
     """What is wrong with an MLP's first CHECKED rows, or their gradients, in one line; empty if nothing is.
 
-    The criterion is that of the kernels' tests. `mlp` runs before the reference, on new values. So if it misses a
-    store, the memory holds no right answer by chance.
+    The criterion is that of the kernels' tests.
     """
     inputs = mlp_inputs(shape, min(shape.rows, CHECKED))
     try:
-        got, plain = (outputs_and_gradients(function, inputs) for function in (mlp, reference.mlp))
-        return disagreement(got, plain, outputs_and_gradients(reference.mlp, in_float64(inputs)))
+        return fault(mlp, reference.mlp, inputs)
     except Exception as error:  # of any type: from Triton's compiler, its launcher, CUDA
         return first_line(error)
 

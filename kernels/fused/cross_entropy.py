@@ -347,7 +347,8 @@ def _linear_cross_entropy(
     size = min(chunk_rows, M) if chunked else M
     logits, losses = x.new_empty(size, padded(V)), x.new_empty(2, M, dtype=torch.float32)
     dx, dweight = _gradients(x, weight, torch.float32, need_dx and chunked, need_dweight and chunked)
-    dweight.zero_()
+    if chunked:
+        dweight.zero_()
     for start in range(0, M, max(size, 1)):
         chunk = slice(start, start + size)
         part = logits[: M - start]

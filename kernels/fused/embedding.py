@@ -216,7 +216,7 @@ def sort_by_token(idx: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @custom_op("nanofuse::embedding")
-def _embedding(idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, p: float, dtype: torch.dtype) -> Tensor:
+def _embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, seed: Tensor | None, p: float) -> Tensor:
     """x (M, C) of idx (M,); wte (V, C) and wpe (T, C) with unit last stride."""
     x = wte.new_empty(len(idx), wte.shape[1], dtype=dtype)
     M, C = x.shape
@@ -265,7 +265,7 @@ def _embedding_backward(
 
 
 def _save_embedding(ctx, inputs, output):
-    idx, wte, wpe, seed, p, _ = inputs
+    idx, wte, wpe, _, seed, p = inputs
     ctx.save_for_backward(idx, seed)
     ctx.numbers = p, len(wte), len(wpe), wte.dtype
 
@@ -293,5 +293,5 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, p: floa
         raise ValueError(f"wte: got {C} channels, expected 1 to {MAX_WIDTH}")
     check("wpe", wpe, shape=(T, C), dtypes=(wte.dtype,), device=wte.device)
     check_dtype("dtype", dtype)
-    x = _embedding(idx.reshape(-1), rows(wte), rows(wpe), new_seed(wte, p), p, dtype)
+    x = _embedding(idx.reshape(-1), rows(wte), rows(wpe), dtype, new_seed(wte, p), p)
     return x.view(B, T, C)

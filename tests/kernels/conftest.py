@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kernels.launch import INTERPRETED
-from tests.kernels.memory import Memory, watch
 from tests.kernels.rounding import round_to_nearest
+from tests.kernels.watcher import Memory, watch
 
 
 @pytest.fixture

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import gelu, reference
-from kernels.check import in_float64, outputs_and_gradients
+from kernels.check import fault, in_float64, outputs_and_gradients
 from kernels.fused.gelu import FORMS, gelu_backward, gelu_forward
 from kernels.launch import INTERPRETED
-from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.layouts import Relay, laid_out
 from tests.kernels.test_layer_norm import layouts
 
@@ -96,9 +95,7 @@ def test_any_shape_stride_and_dtype(shape, layout, dtype, approximate) -> None:
     def relaid(function):
         return lambda **kwargs: Relay.apply(function(**kwargs), layout[1])
 
-    fused, plain = (outputs_and_gradients(relaid(function), inputs) for function in (gelu, reference.gelu))
-    exact = outputs_and_gradients(relaid(reference.gelu), in_float64(inputs))
-    assert_as_good_as_torch(fused, plain, exact)
+    assert not fault(relaid(gelu), relaid(reference.gelu), inputs)
 
 
 def test_rows_two_to_the_31st_elements_apart(device: torch.device) -> None:
@@ -129,6 +126,3 @@ def test_registered_as_torch_wants_it(device: torch.device) -> None:
     x, dy = (torch.randn(5, 24, device=device, requires_grad=grad) for grad in (True, False))
     torch.library.opcheck(torch.ops.nanofuse.gelu, (x, "erf"))
     torch.library.opcheck(torch.ops.nanofuse.gelu_backward, (dy, x.detach(), "tanh"))
-
-
-# Errors

@@ -9,16 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import reference
-from kernels.check import in_float64, outputs_and_gradients
+from kernels.check import fault
 from kernels.fused import mlp as module
 from kernels.fused.gelu import FORMS
 from kernels.fused.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, has_descriptors
 from kernels.fused.mlp import mlp, ways
 from kernels.launch import INTERPRETED, Device, Launch, recording, run
-from tests.kernels.checks import assert_as_good_as_torch
 from tests.kernels.layouts import Relay, laid_out
-from tests.kernels.memory import Memory
 from tests.kernels.test_layer_norm import layouts
+from tests.kernels.watcher import Memory
 from train import dryrun
 
 CUBLAS = {"forward_tiles": 0, "backward_tiles": 0}
@@ -43,11 +42,6 @@ def drawn(M: int, K: int, N: int, dtype: torch.dtype = torch.float32, *, bias: b
         "proj_bias": randn(K) if bias else None,
         "approximate": "erf",
     }
-
-
-def assert_means(fused, meaning, inputs: dict[str, Any]) -> None:
-    exact = outputs_and_gradients(meaning, in_float64(inputs))
-    assert_as_good_as_torch(outputs_and_gradients(fused, inputs), outputs_and_gradients(meaning, inputs), exact)
 
 
 # Shapes, strides, dtypes
@@ -75,7 +69,7 @@ def test_any_shape_stride_and_dtype(lead, K, N, layout, dtype, bias, approximate
         for name in ("fc_bias", "proj_bias"):
             twice = torch.stack([inputs[name].detach(), torch.zeros_like(inputs[name])], dim=1)
             inputs[name] = twice[:, 0].requires_grad_()
-    assert_means(
+    assert not fault(
         lambda **kwargs: Relay.apply(mlp(**kwargs, **path), layout[3]),
         lambda **kwargs: Relay.apply(reference.mlp(**kwargs), layout[3]),
         inputs,
@@ -173,7 +167,7 @@ def test_float32_is_not_rounded_to_fewer_bits(path: dict[str, int]) -> None:
     """As TF32 tensor cores would."""
     inputs = drawn(32, 512, 48)
     inputs["x"] = inputs["x"].detach() + 1e-5  # bits beyond the tenth
-    assert_means(lambda **i: mlp(**i, **path), reference.mlp, inputs)
+    assert not fault(lambda **i: mlp(**i, **path), reference.mlp, inputs)
 
 
 @paths

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import INTERPRETED, Launch, run
-from tests.kernels.memory import Race
+from tests.kernels.watcher import Race
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="races are looked for in Triton's interpreter")
 N, BLOCK = 64, 16

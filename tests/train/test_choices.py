@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import FUSED, REFERENCE, Ops
 from kernels.fused.mlp import ways
-from kernels.timing import Work
+from kernels.timing import Timeable
 from model import GPTConfig
 from model.attention import BACKENDS
 from tests.model import flash_packages
@@ -37,7 +37,7 @@ def clock(*milliseconds: float):
     """A clock that runs the work and returns these times, one after the other."""
     times: Iterator[float] = iter(milliseconds)
 
-    def clock(work: Work, device: torch.device) -> float:
+    def clock(work: Timeable, device: torch.device) -> float:
         work()
         return next(times)
 
@@ -67,7 +67,7 @@ def test_what_cannot_run_is_not_measured() -> None:
 def test_measured_is_the_layer_that_the_run_computes() -> None:
     asked = []
 
-    def clock(work: Work, device: torch.device) -> float:
+    def clock(work: Timeable, device: torch.device) -> float:
         flash_packages.got.clear()
         work()
         asked.append([(x.shape, x.dtype) for x in flash_packages.got])
@@ -101,7 +101,7 @@ def test_every_rank_takes_rank_0s() -> None:
         def from_master(self, value: int) -> int:
             return BACKENDS.index("fa3")
 
-    def never(work: Work, device: torch.device) -> float:
+    def never(work: Timeable, device: torch.device) -> float:
         raise AssertionError("only rank 0 measures")
 
     assert choose_attention("auto", SHAPE, Second(1, 1, 2), never)[0] == "fa3"
@@ -150,7 +150,7 @@ def test_measured_is_the_mlp_that_the_run_computes() -> None:
     seen: list[dict[str, Any]] = []
     asked = []
 
-    def clock(work: Work, device: torch.device) -> float:
+    def clock(work: Timeable, device: torch.device) -> float:
         seen.clear()
         work()
         (given,) = seen
@@ -167,7 +167,7 @@ def test_measured_is_the_mlp_that_the_run_computes() -> None:
 
 
 def test_the_backward_pass_is_timed_apart() -> None:
-    def clock(work: Work, device: torch.device) -> float:
+    def clock(work: Timeable, device: torch.device) -> float:
         if isinstance(work, choices.Staged):
             made = work.prepare()
             assert isinstance(made, Tensor)  # the forward pass runs before the clock starts
@@ -217,7 +217,7 @@ def test_what_is_wrong_is_neither_timed_nor_taken(spoil: Callable, direction: st
     seen: list[dict[str, Any]] = []
     timed = []
 
-    def clock(work: Work, device: torch.device) -> float:
+    def clock(work: Timeable, device: torch.device) -> float:
         work()
         timed.append(way(seen[-1]))
         return {(0, 0): 2.0, (1, 0): 1.0, (0, 1): 1.0, (2, 0): 1.5, (0, 2): 1.5}[timed[-1]]
