@@ -1,1 +1,1 @@
-"""Measuring: our training step beside the reference implementation's, in one process, on one device."""
+"""Benchmarks: our kernels and training step beside reference implementations, in one process, on one device."""

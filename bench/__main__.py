@@ -1,8 +1,8 @@
-"""python -m bench: everything that this machine can measure, in one results file.
+"""python -m bench: measure this machine, and write one results file.
 
-Ceilings, GPU tests, kernels, training steps: each part has its share of `--minutes`, compiling included, and what one
-part leaves the next may use. What does not fit is left out, and its rows say so. The file is written again after every
-part: an error or Ctrl-C loses nothing that was measured.
+The parts are ceilings, GPU tests, kernels and training steps. Each has its share of `--minutes`, compiling included.
+The next part may use the time that is left. Work that does not fit is left out, and its rows say so. The file is
+written again after every part, so an error or Ctrl-C loses no measurement.
 """
 
 import sys
@@ -25,7 +25,7 @@ from train.hardware import resolve_device, resolve_dtype, use_device
 from train.settings import command_line, setting
 
 PARTS = ("ceilings", "tests", "kernels", "steps")
-SHARES = {"ceilings": 0.05, "tests": 0.3, "kernels": 0.35, "steps": 1.0}  # of the time that is left when a part begins
+SHARES = {"ceilings": 0.05, "tests": 0.3, "kernels": 0.35, "steps": 1.0}  # of the time left when a part begins
 ABOUT = "Measure this machine: its ceilings, GPU tests, kernels and training steps, into one results file."
 
 
@@ -41,7 +41,7 @@ class BenchConfig:
 
 
 class Bench:
-    """A run in progress: what was found so far, and the time that is left."""
+    """A run in progress: its results so far, and the time left."""
 
     def __init__(self, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
@@ -54,11 +54,11 @@ class Bench:
         self.results = replace(self.results, **found)
 
     def tell(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays above the progress bar."""
         tqdm.write(text, file=sys.stderr)
 
     def at(self, what: str) -> None:
-        """Where the part is."""
+        """Show on the progress bar what is measured now."""
         self.bar.n = self.bar.total - self.budget.left
         self.bar.set_postfix_str(what)
 
@@ -92,13 +92,13 @@ class Bench:
 
 
 def workloads_of(config: BenchConfig, device: torch.device) -> tuple[str, ...]:
-    """UserError for a name that is none."""
+    """The workloads to measure. UserError for an unknown name."""
     by_device = ",".join(DEFAULTS.get(device.type, ("cpu",)))
     return chosen("workloads", config.workloads or by_device, WORKLOADS)
 
 
 def chosen(setting: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
-    """Names, separated by commas. UserError for one that is not known."""
+    """Split names at commas. UserError for an unknown name."""
     names = tuple(text.split(","))
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"{setting}: got {unknown[0]!r}, expected some of: {', '.join(known)}")
@@ -106,7 +106,7 @@ def chosen(setting: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
 
 
 def measure(bench: Bench, parts: Iterable[str], write: Callable[[Results], None]) -> int:
-    """Run the parts in their order; a part that fails is recorded, and the others go on. The exit status."""
+    """Run the parts in order; returns the exit status. A part that fails is recorded, and the others go on."""
     status = 0
     for name in (part for part in PARTS if part in parts):
         bench.tell(f"{name} ({bench.budget.left / 60:.1f} minutes left)")
@@ -117,7 +117,7 @@ def measure(bench: Bench, parts: Iterable[str], write: Callable[[Results], None]
             bench.add(failures=[*bench.results.failures, Failure(name, "interrupted")])
             status = 130
             break
-        except Exception as error:  # whatever a driver, a compiler or a test's process comes up with
+        except Exception as error:  # a driver, a compiler or a test's process can raise anything
             bench.add(failures=[*bench.results.failures, Failure(name, first_line(error))])
             bench.tell(f"{name}: {first_line(error)}")
             status = 1
@@ -134,7 +134,7 @@ def main() -> int:
     parts, device = chosen("parts", config.parts, PARTS), use_device(resolve_device(config.device))
     workloads_of(config, device)
     dtype = resolve_dtype(config.dtype, device)
-    variants(device, dtype, config.nanogpt_dir)  # a folder that is none is refused before anything runs
+    variants(device, dtype, config.nanogpt_dir)  # a wrong folder is refused before anything runs
     bench = Bench(config, device, dtype)
     name = "-".join(bench.results.device.name.lower().split()).replace("/", "-")
     path = Path(config.out or Path("bench", "results", f"{name}-{bench.results.date[:10]}.json"))

@@ -1,8 +1,8 @@
-"""pytest bench/ --benchmark-only: every case and direction, ours beside plain torch, torch.compile and other people's.
+"""pytest bench/ --benchmark-only: kernels, ours beside plain torch, torch.compile and other people's.
 
-One test a variant, one group of pytest-benchmark's a case, shape and direction. A group's samples are taken once, by
-turns, when the first of its tests wants them; pytest-benchmark is shown them afterwards. `--benchmark-max-time` (1 s)
-is the time of a group, `--benchmark-min-rounds` (5) the least number of its rounds.
+Each variant is a test. Each case, shape and direction is a group of pytest-benchmark. The first test of a group takes
+all samples of the group, by turns. Then each test shows its own to pytest-benchmark. `--benchmark-max-time` (1 s) is
+the time for a group, `--benchmark-min-rounds` (5) its least number of rounds.
 """
 
 from collections.abc import Callable
@@ -37,19 +37,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def named(case: Case, shape: Shape, *rest: str) -> str:
-    """A test's name, without what `-k` cannot take."""
+    """A test's name, without characters that `-k` does not accept."""
     return "-".join([case.name.replace(", ", "-").replace(" ", "_"), "x".join(map(str, shape)), *rest])
 
 
 @pytest.fixture(scope="session")
 def measured(session: Any, request: pytest.FixtureRequest) -> Callable[..., list[Kernel]]:
-    """The rows of a group, measured once; only the last case's tensors are kept."""
+    """Gives the rows of a group. It measures each group once, and keeps only the last case's tensors."""
     last: list[Contest] = []
     least = int(request.config.getoption("benchmark_min_rounds"))
 
     def measured(case: Case, shape: Shape, direction: str, seconds: float) -> list[Kernel]:
         if not last or (last[0].case, last[0].shape) != (case, shape):
-            last.clear()  # its memory, before the next one's
+            last.clear()  # free its memory before the next case takes some
             last.append(Contest(case, shape, session.dtype, session.device))
         group = (case.name, shape, str(session.dtype).removeprefix("torch."), direction)
         if not any(row.group == group for row in session.results.kernels):

@@ -1,7 +1,7 @@
-"""pytest bench/ --benchmark-only: whole training steps, the reference implementation's and ours, mode by mode.
+"""pytest bench/ --benchmark-only: whole training steps, the reference implementation's and ours, in every mode.
 
-One test a variant, one group of pytest-benchmark's a workload. A workload's variants are measured together, by turns,
-when the first of its tests wants them. `--nanogpt_dir=DIR` puts a nanoGPT checkout beside them.
+Each variant is a test. Each workload is a group of pytest-benchmark. The first test of a workload measures all its
+variants, by turns. `--nanogpt_dir=DIR` adds a nanoGPT checkout.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from bench.variants import Variant, variants
 from bench.workloads import DEFAULTS, WORKLOADS
 from train.hardware import resolve_device, resolve_dtype
 
-SECONDS = {"cuda": 40.0, "cpu": 30.0}  # of samples, a workload's
+SECONDS = {"cuda": 40.0, "cpu": 30.0}  # of samples, for a workload
 
 
 def every(config: pytest.Config) -> list[Variant]:

@@ -1,15 +1,16 @@
-"""Two commits on one device, row by row of their results files: faster, slower, or no difference to be seen.
+"""Compare two commits on one device, row by row of their results files: faster, slower, or no difference.
 
-A machine changes its pace, within a run and from run to run. Rows that run none of our code (the reference's steps, a
-kernel's other variants) took turns with ours, so they tell the pace of each round of turns.
+A machine's pace changes, within a run and between runs. Some rows run none of our code: the reference's steps, and a
+kernel's other variants. They took turns with our rows, so they show the machine's pace in each round of turns.
 
-- Only quiet rounds count: those whose pace is within QUIET of the best that either run saw. When others use the
-  machine, our rows and the references need not slow down alike.
-- The figure is B/A of our time over the references' in the same round: the ratio of the medians over the rounds.
-- Its interval is made of a bootstrap, which draws stretches of neighbouring rounds, and of APART: two runs of one
-  program differ by so much (a standard deviation) for reasons of their own.
+- Only quiet rounds count. A round is quiet if its pace is within QUIET of the best pace of all runs. On a busy machine
+  our rows and the references may slow down differently.
+- In each round, our time is divided by the references' time. B/A is the ratio of the medians over the rounds.
+- The interval has two sources. One is a bootstrap, which draws stretches of neighbouring rounds. The other is APART,
+  the standard deviation between two runs of one program.
 
-The intervals of one table hold together at 95 % (Bonferroni), so that a long table of equals stays one of equals.
+With 95 % confidence all intervals of a table hold at once (Bonferroni). So equal programs show no differences, even in
+a long table.
 """
 
 from collections.abc import Hashable, Sequence
@@ -25,9 +26,9 @@ from train.errors import UserError
 
 LEVEL = 0.95
 QUIET = 0.05
-APART = 0.008  # seen on a shared machine of two cores; it should be less on a machine of one's own
-STRETCHES = 30  # the rounds are cut into at least so many, where there are so many
-LEAST = 8  # quiet rounds, below which there is no verdict
+APART = 0.008  # measured on two cores of a shared machine; a machine without other users should have less
+STRETCHES = 30  # least number of stretches, if there are enough rounds
+LEAST = 8  # quiet rounds; with fewer there is no verdict
 DRAWS = 400
 
 LEGEND = (
@@ -37,20 +38,20 @@ LEGEND = (
 )
 
 Names = tuple[str, ...]
-Rounds = list[np.ndarray]  # by run: logarithms of our time over the references', of the quiet rounds
+Rounds = list[np.ndarray]  # for each run: log(our time / the references' time) of its quiet rounds
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of one run. seconds: logarithms, (rounds, samples of a turn), of the rounds that it took part in."""
+    """One row of one run. seconds: logarithms of its samples in seconds, (rounds, samples of a turn)."""
 
-    group: Hashable  # what it took turns with
+    group: Hashable  # rows of one group took turns
     ours: bool
     seconds: np.ndarray
-    first: int = 0  # of its group's rounds
+    first: int = 0  # its first round, counted over its group's rounds
 
     def beside(self, other: "Row") -> np.ndarray:
-        """Its rounds that the other took part in too."""
+        """Its samples of the rounds in which `other` took part too."""
         return self.seconds[other.first - self.first :][: len(other.seconds) * (other.first >= self.first)]
 
 
@@ -73,10 +74,10 @@ class Verdict:
 
 
 def verdict(a: Rounds, b: Rounds, rows: int) -> Verdict | None:
-    """rows: how many the table has, whose intervals hold together. None where there are too few quiet rounds."""
+    """B/A and its interval. rows: number of intervals that hold at once. None if a run has too few quiet rounds."""
     if min(map(len, (*a, *b))) < LEAST:
         return None
-    rng = np.random.default_rng(0)  # the same verdict every time
+    rng = np.random.default_rng(0)  # a fixed seed: the same verdict every time
     middle, errors, freedom = 0.0, [], []
     for sign, side in ((-1, a), (1, b)):
         for rounds in side:
@@ -87,16 +88,17 @@ def verdict(a: Rounds, b: Rounds, rows: int) -> Verdict | None:
             errors.append(np.median(drawn, axis=1).var() * n / (n - 1) / len(side) ** 2)
             freedom.append(n - 1)
     square, apart = sum(errors), APART**2 * (1 / len(a) + 1 / len(b)) / 2
-    # Welch's degrees of freedom; Student's t by drawing it
+    # Welch's degrees of freedom; the quantile of Student's t from random draws
     degrees = square**2 / sum(e**2 / n for e, n in zip(errors, freedom, strict=True)) if square else min(freedom)
     t = np.quantile(np.abs(rng.standard_t(degrees, 200_000)), 1 - (1 - LEVEL) / rows)
-    reach = t * np.sqrt(square + apart)
-    return Verdict(*np.exp([middle, middle - reach, middle + reach]).tolist())
+    margin = t * np.sqrt(square + apart)
+    return Verdict(*np.exp([middle, middle - margin, middle + margin]).tolist())
 
 
 def quiet_rounds(ours: Sequence[np.ndarray], controls: Sequence[Sequence[np.ndarray]], within: float) -> Rounds:
-    """Of each run, our time over the controls'. within: the quantile of a turn's samples that stands for the turn."""
-    cut = [min(map(len, (own, *others))) for own, others in zip(ours, controls, strict=True)]  # stopped within a round
+    """For each run, log(our time / the controls') of its quiet rounds. within: which quantile of our turn counts."""
+    # a run can stop within a round
+    cut = [min(map(len, (own, *others))) for own, others in zip(ours, controls, strict=True)]
     paces = [
         np.mean([np.median(other[:n], axis=1) for other in others], axis=0) if others else np.zeros(n)
         for n, others in zip(cut, controls, strict=True)
@@ -109,15 +111,13 @@ def quiet_rounds(ours: Sequence[np.ndarray], controls: Sequence[Sequence[np.ndar
 
 
 def report(runs: Sequence[Run]) -> str:
-    """What to print of two files, or of the files of two commits. UserError for what cannot be compared."""
+    """The comparison of two files, or of the files of two commits, as text. UserError if they cannot be compared."""
     a, b = sides(runs)
     lines = [f"{name}: {'; '.join(run.source for run in side)}" for name, side in (("A", a), ("B", b))]
     versions = [asdict(run.results.software) for run in runs]
     if differing := ", ".join(name for name in versions[0] if len({version[name] for version in versions}) > 1):
-        lines.append(
-            f"They differ in {differing}. So do their references, which say nothing about the machine's pace then."
-        )
-    within = 0.1 if runs[0].results.device.type == "cpu" else 0.5  # what else runs on a CPU can only add to a time
+        lines.append(f"They differ in {differing}. So do their references, and these do not show the machine's pace.")
+    within = 0.1 if runs[0].results.device.type == "cpu" else 0.5  # other programs on a CPU only add time
     tables = []
     for title, rows_of in (("Steps", _steps), ("Kernels", _kernels)):
         rows_a, rows_b = ([rows_of(run) for run in side] for side in (a, b))
@@ -132,9 +132,9 @@ def report(runs: Sequence[Run]) -> str:
 
 
 def sides(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """The runs as A and B: two files as they are named, more by their commits, the one named first being A.
+    """Split the runs into A and B. Two files are A and B in this order. More files are split by commit, the first is A.
 
-    UserError unless all are of one device, and each workload of one shape.
+    UserError unless all runs are of one device, and each workload has one shape.
     """
     devices = list(dict.fromkeys(run.device for run in runs))
     if len(devices) > 1:
@@ -175,8 +175,8 @@ def _kernels(run: Run) -> Rows:
 
 
 def _table(title: str, a: Sequence[Rows], b: Sequence[Rows], within: float, *, paced: bool) -> list[str]:
-    """A line for each row of ours that both sides have. paced: the references tell the pace."""
-    found: dict[Names, tuple[list[Rounds], list[Rounds]]] = {}  # by row: of both sides all samples, the quiet rounds
+    """A line for each row of ours that both sides have. paced: the references show the pace."""
+    found: dict[Names, tuple[list[Rounds], list[Rounds]]] = {}  # by row: (all samples, quiet rounds), each as [A, B]
     for names in (names for names in _names(a) if names in _names(b)):
         runs = [rows for rows in (*a, *b) if names in rows]
         first, count = runs[0][names], sum(names in rows for rows in a)
@@ -193,10 +193,10 @@ def _table(title: str, a: Sequence[Rows], b: Sequence[Rows], within: float, *, p
     for names, (own, quiet) in found.items():
         times = [number(1e3 * np.exp(np.median(np.concatenate([x.ravel() for x in side])))) for side in own]
         counts = [sum(map(len, side)) for side in (*quiet, *own)]
-        told = verdict(*quiet, many)
+        judged = verdict(*quiet, many)
         rest = ["–", "–", f"too few quiet rounds, expected {LEAST} in each run"]
-        if told:
-            rest = [f"{told.ratio:.3f}", f"{told.low:.3f}–{told.high:.3f}", told.words]
+        if judged:
+            rest = [f"{judged.ratio:.3f}", f"{judged.low:.3f}–{judged.high:.3f}", judged.words]
         cells.append([" ".join(names), *times, "{} and {} of {} and {}".format(*counts), *rest])
     return ["", aligned(cells)] if found else []
 

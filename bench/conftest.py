@@ -1,4 +1,4 @@
-"""What `pytest bench/` shows of samples that were taken by turns: pytest-benchmark's tables, and our own."""
+"""Fixtures of `pytest bench/`: samples are taken by turns, then shown in pytest-benchmark's tables and our own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from train.hardware import resolve_device, resolve_dtype, use_device
 
 @dataclass
 class Session:
-    """What this run of pytest measured."""
+    """The results of this run of pytest."""
 
     device: torch.device
     dtype: torch.dtype
@@ -55,9 +55,9 @@ def session(request: pytest.FixtureRequest) -> Session:
 
 @pytest.fixture
 def show(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Gives pytest-benchmark the samples of a row: its rounds take exactly as long, by the session's `Clock`.
+    """Gives a row's samples to pytest-benchmark: each of its rounds moves our `Clock` on by one sample.
 
-    A row without samples skips the test; one that is wrong fails it.
+    A row without samples skips the test. A row whose check failed fails the test.
     """
     clock = request.config.stash[CLOCK]
 

@@ -1,9 +1,9 @@
-"""Results files as rows of numbers, and what devices could do at best: all that tables and pictures show.
+"""The numbers that tables and pictures show: rows computed from results files, and least times of devices.
 
-A step's parts (`model/work.py`) have two rooflines. The floor takes the rates that a run measured, or those of a data
-sheet, as they are. No step is faster, unless a cache holds what one part leaves for the next. The attainable time takes
-the share of a data sheet that good kernels reach, ATTAINED. They reached it on an H100. That they would reach it on
-other devices is an assumption.
+A step's parts (`model/work.py`) have two rooflines. The floor uses full rates: those that a run measured, or those of a
+data sheet. No step is faster than its floor, unless a cache keeps data from one part to the next. The attainable time
+uses ATTAINED, the shares of a data sheet's rates that good kernels reached on an H100. It is an
+assumption that kernels reach the same shares on other devices.
 """
 
 import re
@@ -29,10 +29,10 @@ ESTIMATED_ON = ("a100", "h100", "h200", "b200", "l4", "4090")  # of CARDS
 
 @dataclass(frozen=True)
 class Shares:
-    """Of a data sheet's rates."""
+    """Shares of a data sheet's rates, 0 to 1."""
 
     matmul: float = 1.0
-    attention: float = 1.0  # its products are small, and half of each diagonal tile is thrown away
+    attention: float = 1.0  # its matmuls are small, and half of each diagonal tile is not needed
     bandwidth: float = 1.0
 
 
@@ -41,7 +41,7 @@ ATTAINED = Shares(matmul=0.81, attention=0.34, bandwidth=0.9)
 
 
 def roofline(step: Workload | Shape, size: int, flops: float, bandwidth: float, shares: Shares = SHEET) -> float:
-    """Seconds that the parts of a step take one after the other, each at the slower of its FLOPs and its bytes.
+    """Seconds of a step's parts, one after the other. Each part takes the longer of its FLOPs' and its bytes' times.
 
     size: bytes of every element. flops, bandwidth: FLOP/s and bytes/s.
     """
@@ -55,13 +55,13 @@ def roofline(step: Workload | Shape, size: int, flops: float, bandwidth: float, 
 
 
 def short_name(name: str) -> str:
-    """Of torch's name of a device: without the maker, who is nearly always the same."""
+    """torch's name of a device, without the maker NVIDIA."""
     return name.removeprefix("NVIDIA ").strip()
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A device that nobody measured with that workload."""
+    """A workload on a device where it was not measured."""
 
     device: str
     workload: Workload
@@ -78,7 +78,7 @@ class Estimate:
 
 
 def estimates(runs: Iterable["Run"]) -> list[Estimate]:
-    """For every device of ESTIMATED_ON, and every workload of ESTIMATED, that none of the runs measured."""
+    """An estimate for each workload of ESTIMATED on each device of ESTIMATED_ON, unless a run measured it."""
     measured = {(lookup(run.results.device.name), s.workload) for run in runs for s in run.results.steps if s.seconds}
     return [
         Estimate(short_name(CARDS[card].name), WORKLOADS[name], row.bf16 * 1e12, row.bandwidth * 1e9, row.source)
@@ -90,11 +90,11 @@ def estimates(runs: Iterable["Run"]) -> list[Estimate]:
 
 @dataclass(frozen=True)
 class StepRow:
-    """A step of one run. None: it has no samples, or nothing to be compared with."""
+    """A step of one run. Properties are None if it has no samples, or no baseline to compare with."""
 
     step: Step
     peak: float  # FLOP/s
-    baseline: float | None  # seconds of the fastest step that is not ours, in the same rounds
+    baseline: float | None  # seconds of the fastest reference, in the same rounds
 
     @property
     def seconds(self) -> float | None:
@@ -105,7 +105,7 @@ class StepRow:
         return quantile(self.step.seconds, share) if self.step.seconds else None
 
     def mfu(self, formula: str = "nanogpt", seconds: float | None = None) -> float | None:
-        """From 0 to 1. seconds: of another step with as many FLOPs."""
+        """From 0 to 1. seconds: a time to use instead of the step's own."""
         seconds = seconds or self.seconds
         return mfu(self.step.flops[formula], seconds, self.peak) if seconds else None
 
@@ -119,7 +119,7 @@ class StepRow:
 
     @property
     def host_share(self) -> float | None:
-        """Of the step's time, what the host spent in the call."""
+        """The part of the step's time that the host spent in the call, 0 to 1."""
         return median(self.step.host_seconds) / self.seconds if self.step.host_seconds and self.seconds else None
 
     @property
@@ -133,7 +133,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class Steps:
-    """One workload's steps of one run, in the file's order."""
+    """The steps of one workload in one run, in the file's order."""
 
     name: str
     run: "Run"
@@ -141,12 +141,12 @@ class Steps:
 
     @property
     def baseline(self) -> StepRow | None:
-        """The fastest step that is not ours."""
+        """The fastest reference."""
         return _fastest(row for row in self.rows if row.step.compares and not row.ours)
 
     @property
     def compared(self) -> list[StepRow]:
-        """All but the steps that lead from the reference's to ours within our code."""
+        """All steps except our rungs, the steps between the reference's and ours."""
         return [row for row in self.rows if row.step.compares or not row.ours]
 
     @property
@@ -156,10 +156,10 @@ class Steps:
 
     @cached_property
     def floor(self) -> float | None:
-        """Seconds that a step takes at least, at the rates that its run measured; None without them.
+        """Least seconds of a step, at the rates that its run measured; None without them.
 
-        It is that of the narrowest dtype: the fewest bytes that anybody has to move. On a CPU only the FLOPs count: its
-        caches hold what the parts of a small step hand to each other.
+        It uses the narrowest dtype of the rows, which moves the fewest bytes. On a CPU only FLOPs count: its caches can
+        hold all data of a small step.
         """
         results = self.run.results
         rates = results.ceiling("matmul"), results.ceiling("copy") if results.device.type == "cuda" else inf
@@ -168,8 +168,8 @@ class Steps:
 
     @property
     def ladder(self) -> list[StepRow]:
-        """From the reference's step to ours: the modes of the first row, the rungs, and what the last row's name begins
-        with ("ours compiled", "ours compiled + graphed").
+        """From the reference's step to ours: all modes of the first row, the rungs, and the last row, after the rows
+        that it extends. "ours compiled + graphed" extends "ours compiled".
         """
         first, last = self.rows[0].step.variant.partition(" ")[0] + " ", self.rows[-1].step.variant
         steps = [(row, row.step.variant) for row in self.rows]
@@ -178,13 +178,13 @@ class Steps:
 
 @dataclass(frozen=True)
 class KernelRow:
-    """A kernel's row that has samples, and the ceiling that bounds it: a matmul's or a copy's, whichever its FLOPs or
-    its bytes meet first."""
+    """A kernel's row that has samples, and the ceiling that bounds it: the matmul's for its FLOPs, or the copy's for
+    its bytes, whichever takes longer."""
 
     kernel: Kernel
-    bounded: str  # "matmul", "copy", or "" where it counts neither FLOPs nor bytes
+    bounded: str  # "matmul", "copy", or "" if it counts neither FLOPs nor bytes
     rate: float | None  # FLOP/s or bytes/s
-    share: float | None  # of the ceiling, 0 to 1; None where that was not measured
+    share: float | None  # of the ceiling, 0 to 1; None if that was not measured
     speedup: float | None  # over torch.compile of the reference
 
     @property
@@ -197,8 +197,8 @@ class KernelRow:
 
 
 def kernel_row(kernel: Kernel, matmul: float | None, copy: float | None, compiled: float | None) -> KernelRow:
-    """matmul: FLOP/s in the kernel's dtype; copy: bytes/s; compiled: seconds. A kernel with FLOPs and no ceilings is
-    taken for a matmul."""
+    """matmul: FLOP/s in the kernel's dtype; copy: bytes/s; compiled: seconds. Without ceilings, a kernel with FLOPs
+    counts as a matmul."""
     seconds = median(kernel.seconds)
     work = [("matmul", kernel.flops, matmul), ("copy", kernel.bytes, copy)]
     bounds = [(n / ceiling if ceiling else 0.0, what, n) for what, n, ceiling in work if n]
@@ -211,8 +211,8 @@ def kernel_row(kernel: Kernel, matmul: float | None, copy: float | None, compile
 class Run:
     path: Path
     results: Results
-    label: str = ""  # its device, and what tells it from others of that device
-    suffix: str = ""  # for names of files, no two alike
+    label: str = ""  # its device; if other runs have that device, also how they differ
+    suffix: str = ""  # for names of files; unique
 
     @property
     def device(self) -> str:
@@ -232,7 +232,7 @@ class Run:
 
     @property
     def source(self) -> str:
-        """Where numbers come from, for a caption."""
+        """File, device, commit and day, for a caption."""
         state = "" if self.results.complete else ", a partial run"
         return f"{self.path.name} ({self.device}, commit {self.commit}, {self.day}{state})"
 
@@ -254,7 +254,7 @@ class Run:
     def kernels(self) -> list[KernelRow]:
         rows, copy = [kernel for kernel in self.results.kernels if kernel.seconds], self.results.ceiling("copy")
         compiled = {row.group: median(row.seconds) for row in rows if row.variant == "compiled"}
-        matmul: dict[str, float] = {}  # FLOPs meet the rate of their own dtype; bytes are bytes
+        matmul: dict[str, float] = {}  # FLOP/s by dtype; the copy rate is the same for all
         for ceiling in self.results.ceilings:
             if ceiling.what == "matmul":
                 matmul[ceiling.dtype] = max(ceiling.rate, matmul.get(ceiling.dtype, 0.0))
@@ -266,7 +266,7 @@ def _fastest(rows: Iterable[StepRow]) -> StepRow | None:
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
-    """Each file once, GPUs before CPUs, then by name, date and commit; told apart by labels and suffixes."""
+    """Each file once, GPUs before CPUs, then by device, date and file name. Labels and suffixes are filled in."""
     once = {run.path.resolve(): run for run in runs}.values()
     ordered = sorted(once, key=lambda r: (r.results.device.type != "cuda", r.device, r.results.date, r.path.name))
     found, taken = [], set()
@@ -279,12 +279,12 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
 
 
 def slug(text: str) -> str:
-    """The text as a part of a file's name: a results file may call things what it likes."""
+    """The text as a part of a file's name. Names in a results file can have any characters."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
 def _label(run: Run, runs: list[Run]) -> str:
-    """Its device; where several runs are of that, also what first tells them apart: day, commit, file, folder."""
+    """Its device. If several runs have that device, also the first that differs of day, commit, file name and path."""
     same = [other for other in runs if other.device == run.device]
     if len(same) == 1:
         return run.device

@@ -1,8 +1,8 @@
-"""What is timed against what: for each case, ours, plain torch eager and compiled, and other people's kernels.
+"""The variants that are timed for each case: ours, plain torch eager and compiled, and other people's kernels.
 
-Others' packages are imported when they are asked for and are no dependency: Liger-Kernel's functions
-(https://github.com/linkedin/Liger-Kernel, `liger_kernel.transformers.functional`), and for attention, which is not ours
-either, every backend of `model/attention.py`.
+Other people's packages are no dependency. They are imported when they are used: Liger-Kernel's functions
+(https://github.com/linkedin/Liger-Kernel, `liger_kernel.transformers.functional`), and every backend of
+`model/attention.py`. Attention has no kernel of ours.
 """
 
 import importlib
@@ -20,15 +20,15 @@ from kernels.launch import INTERPRETED
 from model.attention import BACKENDS, causal_attention
 
 Function = Callable[..., Any]
-COMPILED = "compiled"  # the entrant that torch.compile makes of the reference
+COMPILED = "compiled"  # the entrant that is the reference under torch.compile
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """One variant of a case. `make()` gives what is called with the case's inputs; it raises where it is not to be had.
+    """One variant of a case. `make()` returns a function of the case's inputs, or raises if it cannot run here.
 
-    `ours`: it is held to the tests' own criterion, and its failure is the run's. `own_inputs`: it may write over what
-    it is given, so every call gets copies.
+    `ours`: it must meet the tests' own criterion; if it does not, the run fails. `own_inputs`: it may overwrite its
+    inputs, so every call gets copies.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Entrant:
 
 
 def entrants(case: Case, device: torch.device) -> list[Entrant]:
-    """The variants of a case, whether or not they can run here. torch.compile's is of the reference."""
+    """The variants of a case, also those that cannot run here."""
     fused, plain = case.in_place or (case.fused, case.reference)
     compiled = Entrant(COMPILED, lambda: only_compiled(plain))
     if case.name == ATTENTION.name:
@@ -57,7 +57,7 @@ def entrants(case: Case, device: torch.device) -> list[Entrant]:
 
 
 def why_not_fused(device: torch.device) -> str:
-    """Why our kernels are not timed on this device; empty where they are."""
+    """Why our kernels are not timed on this device; empty if they are."""
     if INTERPRETED or device.type != "cuda":
         return "Triton's kernels need a CUDA device; its interpreter is no benchmark"
     try:
@@ -67,7 +67,7 @@ def why_not_fused(device: torch.device) -> str:
     return ""
 
 
-# Of Liger-Kernel, by the case that it has a counterpart of: its function's name, and how that is called.
+# For each case that Liger-Kernel has too: its function's name, and how to call it.
 LIGER: dict[str, tuple[str, Function]] = {
     "layer_norm": (
         "liger_layer_norm",
@@ -82,11 +82,11 @@ LIGER: dict[str, tuple[str, Function]] = {
         lambda theirs, x, weight, targets, chunk_rows: theirs(x, weight, targets, ignore_index=-1).float(),
     ),
 }
-LIGER |= {"linear_cross_entropy in chunks": LIGER["linear_cross_entropy"]}  # its chunks are its own
+LIGER |= {"linear_cross_entropy in chunks": LIGER["linear_cross_entropy"]}  # it chooses its own chunks
 
 
 def liger(case: str) -> Function:
-    """Liger-Kernel's counterpart of a case. ImportError where it is not installed."""
+    """Liger-Kernel's function for a case. ImportError if it is not installed."""
     functional = importlib.import_module("liger_kernel.transformers.functional")
     name, call = LIGER[case]
     return partial(call, getattr(functional, name))
@@ -101,7 +101,7 @@ def _qkv(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, An
 
 
 def _attention_bytes(shape: Shape, dtype: torch.dtype) -> int:
-    """qkv and y, or their gradients."""
+    """Bytes of qkv and y, or of their gradients."""
     B, T, H, Q = shape
     return 4 * B * T * H * Q * dtype.itemsize
 
@@ -116,7 +116,7 @@ ATTENTION = Case(
     cpu_shapes=((4, 256, 6, 64),),
     forward_bytes=_attention_bytes,
     backward_bytes=_attention_bytes,
-    flops=lambda shape: 2 * shape[0] * shape[1] ** 2 * shape[2] * shape[3],  # two products, half of each masked
+    flops=lambda shape: 2 * shape[0] * shape[1] ** 2 * shape[2] * shape[3],  # two matmuls, half of each masked
 )
 
 TIMED: tuple[Case, ...] = (*CASES, ATTENTION)

@@ -1,7 +1,7 @@
-"""Which variants of a step are measured together: as many as their device's memory holds, the reference always.
+"""Which variants of a step are measured together: as many as the device's memory holds, always with a reference.
 
-A variant holds its state as long as it lives, and with CUDA graphs, whose memory is their own, all that a step takes.
-What a step takes without graphs is there for one variant at a time. Times are compared within a group only.
+A variant holds its state as long as it lives. With CUDA graphs it also holds the memory of a step, because a graph has
+its own. Without graphs, only one variant at a time needs the memory of a step. Times are compared only within a group.
 """
 
 import gc
@@ -24,16 +24,16 @@ class Footprint(NamedTuple):
     """Bytes on the device."""
 
     held: int  # as long as the variant lives
-    beside: int  # more, in its turn
+    beside: int  # more, during its turn
 
 
 def groups(
     variants: Sequence[Variant], footprint: Callable[[Variant], Footprint], room: int | None
 ) -> list[list[Variant]]:
-    """The variants, in groups that fit into `room` bytes; None: all in one.
+    """The variants, in groups that fit into `room` bytes; None: all in one group.
 
     Every group has all references. If some variant does not fit beside all of them, every group has only the last one.
-    A variant that is too large even then gets a group too: the run shows whether it fits.
+    A variant that is still too large gets a group too: the run shows whether it fits.
     """
 
     def fits(group: Sequence[Variant]) -> bool:
@@ -46,7 +46,7 @@ def groups(
     others = [variant for variant in variants if variant not in references]
     kept = references if all(fits([*references, other]) for other in others) else references[-1:]
     found: list[list[Variant]] = []
-    # what compares comes first: if time runs out, rungs are left out
+    # rungs come last: if time runs out, only rungs are left out
     for variant in sorted((v for v in variants if v not in kept), key=lambda v: not v.compares):
         group = next((group for group in found if fits([*group, variant])), None)
         if group is None:
@@ -57,7 +57,7 @@ def groups(
 
 
 def footprint(variant: Variant, setting: Setting) -> Footprint:
-    """What a variant takes, by a dry run on shapes."""
+    """A variant's memory, from a dry run on shapes."""
     workload, device = setting.workload, setting.device
     dtype = torch.float32 if variant.float32 else setting.dtype
     ops = variant.ops or select("auto", device)
@@ -79,7 +79,7 @@ def _memory(config: GPTConfig, batch_size: int, accumulation: int, ops: Ops, dty
 
 
 def free(device: torch.device) -> int | None:
-    """Bytes for all variants of a group; None where the device does not say."""
+    """Bytes for all variants of a group; None unless the device is a CUDA device."""
     if device.type != "cuda":
         return None
     gc.collect()

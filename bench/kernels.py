@@ -1,11 +1,11 @@
 """Kernels, timed by turns: every case at GPT's shapes, each direction, ours beside plain torch and other people's.
 
-A case is checked before it is timed, by the tests' own criterion (`kernels/check.py`), at the shape that is timed
-or, where float64 is too large or too slow there, with fewer rows. Where ours fails, nothing of the case is timed. What
-torch.compile and others make need only be the same function: they are allowed more error; what is not is left out.
+A case is checked before it is timed, by the tests' own criterion (`kernels/check.py`). The check uses the timed shape,
+or fewer rows if float64 is too large or too slow there. If ours fails, nothing of the case is timed. torch.compile and
+other people's kernels are allowed more error. Those with still more error are left out.
 
-`backward` is timed on a graph that was made for that sample, outside the clock; `both` is a forward pass and the
-backward pass through it. Cotangents are random, or one for a scalar, as in training.
+For `backward`, each sample has its own graph, made before the clock starts. `both` is a forward pass and its backward
+pass. Cotangents are random, or 1 for a scalar, as in training.
 """
 
 import time
@@ -25,12 +25,12 @@ from train.errors import first_line
 from train.hardware import resolve_dtype
 
 Inputs = dict[str, Any]
-Graph = tuple[list[Tensor], list[Tensor]]  # outputs, and the inputs that they are differentiated by
+Graph = tuple[list[Tensor], list[Tensor]]  # outputs, and the inputs that get gradients
 
-OTHERS_TIMES = 16.0  # of plain torch's error, that others may make
-CHECKED_FLOPS = 1e12  # of a forward pass in float64, which most GPUs compute slowly; above, fewer rows are checked
-LEAST_SECONDS = 0.02  # of timing, however little is left
-CASE = "case"  # for the budget: compiling and checking a case's variants
+OTHERS_TIMES = 16.0  # others' largest error, as a multiple of plain torch's
+CHECKED_FLOPS = 1e12  # of a forward pass; with more, fewer rows are checked: most GPUs are slow in float64
+LEAST_SECONDS = 0.02  # of timing, even if less time is left
+CASE = "case"  # the budget's task of compiling and checking a case's variants
 
 
 def directions(case: Case) -> tuple[str, ...]:
@@ -43,11 +43,12 @@ def shapes(case: Case, device: torch.device) -> tuple[Shape, ...]:
 
 
 def work_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str) -> tuple[int | None, int | None]:
-    """(bytes, FLOPs) that a direction takes at least.
+    """(bytes, FLOPs) that a direction needs at least.
 
-    Bytes only where memory is what counts: a case with FLOPs states the bytes of its own kernels beside those of
-    cuBLAS's. FLOPs of the backward pass: two products for each of the forward's; attention makes the scores again.
-    linear_cross_entropy's only for both: ours makes its gradients in the forward pass, torch in the backward pass.
+    A case with FLOPs gives no bytes, because it knows only those of its own kernels, not cuBLAS's. The backward pass
+    has two matmuls for each one of the forward pass. Attention's has one more for the scores, which it computes again.
+    linear_cross_entropy has FLOPs only for `both`: ours computes gradients in the forward pass, torch in the backward
+    pass.
     """
     if case.flops is not None:
         if case.name.startswith("linear_cross_entropy") and direction != "both":
@@ -61,9 +62,9 @@ def work_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str) -> tup
 
 
 class Contest:
-    """One case at one shape: its variants that can run here and are right, ready to be timed.
+    """One case at one shape: the variants that can run here and are right, ready to be timed.
 
-    skipped: why each of the others is not timed.
+    skipped: for each other variant, why it is not timed.
     """
 
     def __init__(self, case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -89,16 +90,16 @@ class Contest:
 
     @compiling()
     def measure(self, direction: str, seconds: float, least: int = 5, budget: Budget | None = None) -> list[Kernel]:
-        """A row of every variant, in their order; about `seconds` of samples, `least` of each or more.
+        """A row of every variant, in order; about `seconds` of samples, at least `least` of each variant.
 
-        budget: where `least` of each do not fit into what is left of it, none is taken. None: as long as it takes.
+        budget: if `least` of each do not fit into its remaining time, no sample is taken. None: no limit.
         """
         skipped, works, begin = dict(self.skipped), {}, time.perf_counter()
         for entrant in self.entrants:
             if entrant.name in self._functions:
                 work = self._work(entrant, direction)
                 try:
-                    reason = _objection(entrant, work)
+                    reason = _why_not_timed(entrant, work)
                 except torch.OutOfMemoryError as error:
                     reason = first_line(error)
                 if reason:
@@ -112,7 +113,7 @@ class Contest:
         before = compilations()
         try:
             samples = by_turns(works, self.device, seconds=seconds, least=least) if works else {}
-        except torch.OutOfMemoryError as error:  # each fits alone, but not all together
+        except torch.OutOfMemoryError as error:  # each fits alone, but all together do not
             skipped |= dict.fromkeys(works, first_line(error))
         if compilations() > before:
             samples.pop(COMPILED, None)
@@ -125,11 +126,11 @@ class Contest:
 
     @compiling()
     def _check(self) -> None:
-        """Leave out what does not compute what the reference does, and everything where ours does not."""
+        """Skip variants that disagree with the reference. If ours does, skip all."""
         shape = self.shape
         while self.case.flops is not None and self.case.flops(shape) > CHECKED_FLOPS and shape[0] > 1:
             shape = fewer_rows(shape)
-        while (reasons := self._wrong(shape)) is None:
+        while (reasons := self._find_wrong(shape)) is None:
             shape = fewer_rows(shape)
         for name, reason in reasons.items():
             self._skip(name, reason)
@@ -138,30 +139,32 @@ class Contest:
                 for name in list(self._functions):
                     self._skip(name, f"not timed, since {entrant.name} is wrong")
 
-    def _wrong(self, shape: Shape) -> dict[str, str] | None:
-        """What is wrong with those that are not as they should be; None where float64 does not fit at that shape."""
+    def _find_wrong(self, shape: Shape) -> dict[str, str] | None:
+        """For each wrong variant, what is wrong. None if float64 does not fit into memory at that shape."""
         try:
             inputs = self.case.make_inputs(shape, self.dtype, self.device)
             reference = self._functions["reference"]
-            plain, exact = self._outcome(reference, inputs), self._outcome(reference, in_float64(inputs))
+            plain, exact = self._tensors_of(reference, inputs), self._tensors_of(reference, in_float64(inputs))
             reasons = {}
             for entrant in self.entrants:
                 if entrant.name in self._functions and entrant.name != "reference":
-                    reasons[entrant.name] = _objection(entrant, lambda e=entrant: self._judged(e, inputs, plain, exact))
+                    reasons[entrant.name] = _why_not_timed(
+                        entrant, lambda e=entrant: self._disagreement(e, inputs, plain, exact)
+                    )
             return {name: reason for name, reason in reasons.items() if reason}
         except torch.OutOfMemoryError:
             if self.case.in_place or shape[0] < 4:  # AdamW's shape has no rows
                 raise
             return None
 
-    def _judged(
+    def _disagreement(
         self, entrant: Entrant, inputs: Inputs, plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
     ) -> str:
-        """What is wrong with an entrant's results; empty where nothing is."""
+        """What is wrong with an entrant's results; empty if nothing is."""
 
         def outcome() -> dict[str, Tensor]:
             given = copied(inputs) if entrant.own_inputs else inputs
-            return self._outcome(self._functions[entrant.name], given)
+            return self._tensors_of(self._functions[entrant.name], given)
 
         got = outcome()
         if not entrant.ours:
@@ -172,8 +175,8 @@ class Contest:
         others = [name for name, x in got.items() if not torch.equal(x.nan_to_num(), again[name].nan_to_num())]
         return f"{others[0]}: other bits the second time" if others else ""
 
-    def _outcome(self, function: Function, inputs: Inputs) -> dict[str, Tensor]:
-        """What there is to compare: results, gradients and, of a function that works in place, its inputs after it."""
+    def _tensors_of(self, function: Function, inputs: Inputs) -> dict[str, Tensor]:
+        """The tensors to compare: results, gradients and, if the function works in place, its changed inputs."""
         if not self.case.in_place:
             return outputs_and_gradients(function, inputs)
         inputs = copied(inputs)
@@ -183,7 +186,7 @@ class Contest:
     def _work(self, entrant: Entrant, direction: str) -> Timeable:
         function, inputs = self._functions[entrant.name], self._inputs
         if self.case.in_place:
-            inputs = copied(inputs)  # each variant's own, which it goes on changing
+            inputs = copied(inputs)  # each variant keeps changing its own
 
         def given() -> Inputs:
             return copied(inputs) if entrant.own_inputs else inputs
@@ -206,13 +209,13 @@ class Contest:
         return Staged(given, lambda given: backward(forward(given)))
 
 
-def _objection(entrant: Entrant, attempt: Callable[[], object]) -> str:
-    """Why an entrant is not timed: what the attempt raises or returns; empty if all is well."""
+def _why_not_timed(entrant: Entrant, attempt: Callable[[], object]) -> str:
+    """Why an entrant is not timed: the attempt's error or returned text; empty if all is well."""
     try:
         said = attempt()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a compiler that is missing, a package of another version: all kinds
+    except Exception as error:  # any kind: a compiler may be missing, a package may be of another version
         return (WRONG if entrant.ours else "") + first_line(error)
     return f"{WRONG if entrant.ours else 'disagrees with the reference: '}{said}" if said else ""
 
@@ -235,8 +238,8 @@ def _differentiable(x: Any) -> bool:
 def rows(device: torch.device, seconds: float, cases: tuple[Case, ...] = TIMED) -> Iterator[Kernel]:
     """The rows of every case, as they are measured, in about `seconds`; the first shape of every case comes first.
 
-    What there was no time for comes as skipped rows. A kernel of ours that is wrong gives a row whose `skipped` begins
-    with WRONG; the caller ends with a failure then.
+    Rows without time left come as skipped. If our kernel is wrong, its row's `skipped` begins with WRONG, and the
+    caller must end with a failure.
     """
     dtype = resolve_dtype("auto", device)
     turns = [(i, case, shape) for case in cases for i, shape in enumerate(shapes(case, device))]
@@ -265,7 +268,7 @@ def _rows(
     samples: Mapping[str, list[float]],
     skipped: Mapping[str, str],
 ) -> list[Kernel]:
-    """By entrants' names: their samples, or why there are none."""
+    """A row for each entrant. samples, skipped: by entrant's name."""
     work = work_of(case, shape, dtype, direction)
     what = case.name, list(shape), str(dtype).removeprefix("torch."), direction
     return [

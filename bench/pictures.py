@@ -1,6 +1,6 @@
-"""The report's pictures: bars, and dots on lines. A wide one has the names beside its lines, a narrow one above them.
+"""The report's pictures: bars, and dots on lines. A wide one has names beside its lines, a narrow one above them.
 
-The first half draws, the second half says what each picture shows.
+The first half draws. The second half chooses what each picture shows.
 """
 
 import textwrap
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 WIDE, NARROW = 1000, 352  # points, which a page shows as pixels
 BAR, ROW, TEXT = 14, 24, 17  # heights of a bar, of its row, of a line of text
 MARKS = {"reference": ("o", "reference", True), "compiled": ("o", "ink", False), "fused": ("o", "ours", True)}
-BEHIND = {"facecolor": LIGHT["paper"], "linewidth": 0, "pad": 1.0}  # keeps words readable on rules
-OTHERS = [("sD^v"[i % 4], ("worse", "better", "floor")[i % 3], False) for i in range(12)]  # of other variants
+BEHIND = {"facecolor": LIGHT["paper"], "linewidth": 0, "pad": 1.0}  # keeps text readable on rules
+OTHERS = [("sD^v"[i % 4], ("worse", "better", "floor")[i % 3], False) for i in range(12)]  # for other variants
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Line:
     """A bar, or dots on a line."""
 
     label: str
-    words: str  # its value, or why there is none
+    words: str  # its value as text, or why there is none
     value: float | None = None  # where the bar ends; None: no bar
     start: float = 0.0
     whisker: tuple[float, float] | None = None
     role: str = "reference"
-    estimate: bool = False  # hatched: nobody measured it
+    estimate: bool = False  # hatched: not measured
     dots: Mapping[str, float] = field(default_factory=dict)  # by variant
 
     @property
@@ -58,17 +58,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Picture:
-    name: str  # of its files
+    name: str  # of its files, without the ending
     title: str
     caption: str
     groups: Sequence[Group]
-    unit: str = ""  # of the axis that all groups share; without one each group has its own scale
-    least: float = 0.0  # the axis reaches at least so far
-    joined: bool = False  # each bar begins where the one before it ended, and a thin rule says so
-    marks: Mapping[str, tuple[str, str, bool]] = field(default_factory=dict)  # of dots: marker, colour, filled
+    unit: str = ""  # of the axis that all groups share; empty: each group has its own scale
+    least: float = 0.0  # the axis reaches at least this value
+    joined: bool = False  # each bar begins where the last one ended; a thin rule joins them
+    marks: Mapping[str, tuple[str, str, bool]] = field(default_factory=dict)  # by variant: marker, colour, filled
 
     def draw(self, width: int, *, alone: bool = False) -> "Figure":
-        """alone: with its title above it and its caption below it, as it stands in a file."""
+        """width: points. alone: with its title above and its caption below, for a file of its own."""
         sheet, edge = _Sheet(self, width), 20 * alone
         if self.marks:
             sheet.key()
@@ -86,15 +86,15 @@ class Picture:
         axes.set(xlim=(0, 1), ylim=(sheet.y, 0))
         if alone:
             figure.text(
-                edge / wide, 1 - edge / high, "\n".join(title), size=16, weight="bold", va="top", **_type("ink")
+                edge / wide, 1 - edge / high, "\n".join(title), size=16, weight="bold", va="top", **_text_style("ink")
             )
-            figure.text(edge / wide, edge / high, "\n".join(caption), size=12, va="bottom", **_type("quiet"))
+            figure.text(edge / wide, edge / high, "\n".join(caption), size=12, va="bottom", **_text_style("quiet"))
         return figure
 
 
 @cache
 def _width(words: str) -> float:
-    """About, of letters of size 13."""
+    """About how wide the text is in size 13, in points."""
     from matplotlib.textpath import TextPath
 
     return max((x for x, _ in TextPath((0, 0), printable(words).replace("$", "S"), size=13).vertices), default=0.0)
@@ -107,12 +107,12 @@ def _wrapped(words: str, width: float, size: float = 12) -> list[str]:
     return textwrap.wrap(words, max(8, int(width / (0.6 * size))))
 
 
-def _type(role: str) -> dict:
+def _text_style(role: str) -> dict:
     return {"color": LIGHT[role], "parse_math": False, "linespacing": 1.35}
 
 
 class _Sheet:
-    """A picture on its way. y runs down from the top, in points; x is a share of the longest bar."""
+    """A picture that is being drawn. y is in points, from the top down. x is a share of the axis, 0 to 1."""
 
     def __init__(self, picture: Picture, width: int) -> None:
         lines = [line for group in picture.groups for line in group.lines]
@@ -128,7 +128,7 @@ class _Sheet:
         self.axes.set(yticks=[], xticks=[])
 
     def key(self) -> None:
-        """The dots, each with the name of its variant."""
+        """Draw the legend: each variant's dot and name."""
         x, self.y = 8.0, 4.0
         for variant in self.picture.marks:
             if x + _width(variant) + 30 > self.width:
@@ -141,11 +141,11 @@ class _Sheet:
     def text(
         self, words: str, x: float, role: str = "ink", *, width: float = 1e6, size: float = 13, **more: str
     ) -> float:
-        """Words on the current row, x points from the left edge. Returns what further lines add to the row's height."""
+        """Write on the current row, x points from the left edge. Returns the extra height of wrapped lines."""
         lines = _wrapped(words, width, size)
         for i, line in enumerate(lines):
             at = (x - self.left) / self.length, self.y + 11.5 + TEXT * i
-            self.axes.text(*at, line, size=size, bbox=BEHIND, zorder=4, **_type(role), **more)
+            self.axes.text(*at, line, size=size, bbox=BEHIND, zorder=4, **_text_style(role), **more)
         return TEXT * (len(lines) - 1)
 
     def dot(self, variant: str, x: float, y: float) -> None:
@@ -157,7 +157,7 @@ class _Sheet:
         self.axes.plot(x, y, color=LIGHT[role], linewidth=width, clip_on=False, zorder=order)
 
     def axis(self, top: float) -> None:
-        """Rules at round numbers from `top` down, the numbers below them."""
+        """Draw rules at round numbers from `top` down, with the numbers below them."""
         from matplotlib.ticker import MaxNLocator
 
         steps = MaxNLocator(4 if self.narrow else 9, steps=[1, 2, 2.5, 5, 10])
@@ -198,7 +198,7 @@ class _Sheet:
             else:
                 self.text(line.words, self.left + self.length + 10, size=12)
             self.rule((0, 1), (self.y + BAR / 2,) * 2, "grid", order=1)
-            for variant in self.picture.marks:  # what is ours comes last, on top
+            for variant in self.picture.marks:  # ours comes last, on top
                 if variant in line.dots:
                     self.dot(variant, line.dots[variant] / scale, self.y + BAR / 2)
         elif line.value is None:
@@ -223,11 +223,11 @@ class _Sheet:
         self.end = line.value / scale, self.y + BAR
 
 
-# What they show
+# What the pictures show
 
 
 def mfu(name: str, found: Sequence[Steps], guesses: Sequence[Estimate]) -> Picture:
-    """MFU of every step that is more than a rung, on every device that ran the workload; then the estimates."""
+    """MFU of all compared steps, on every device that ran the workload; then the estimates."""
     groups = []
     for steps in found:
         floor = 100 * steps.rows[0].mfu(seconds=steps.floor) if steps.floor else None
@@ -245,7 +245,7 @@ def mfu(name: str, found: Sequence[Steps], guesses: Sequence[Estimate]) -> Pictu
 
 
 def time(found: Sequence[Steps]) -> Picture:
-    """ms/iter of every variant, rungs too, each device on its own scale."""
+    """ms/iter of every variant, rungs too. Each device has its own scale."""
     groups = []
     for steps in found:
         bars = [_bar(row, 1e3, row.seconds, _milliseconds, whiskers=True) for row in steps.rows]
@@ -257,22 +257,22 @@ def time(found: Sequence[Steps]) -> Picture:
 
 
 def memory(found: Sequence[Steps]) -> Picture | None:
-    """Peak memory of the steps that compare. None where no device told it."""
-    told = [steps for steps in found if any(row.step.peak_memory and row.seconds for row in steps.compared)]
+    """Peak memory of the compared steps. None if no device reports it."""
+    reporting = [steps for steps in found if any(row.step.peak_memory and row.seconds for row in steps.compared)]
     groups = []
-    for steps in told:
+    for steps in reporting:
         rows = [row for row in steps.compared if row.step.peak_memory is not None or not row.seconds]
         bars = [_bar(row, 1e-9, row.step.peak_memory, "{:.2f} GB".format) for row in rows]
         groups.append(Group(steps.run.label, bars))
     caption, name = (
-        f"Of the device, during the step, beyond what was held before it. From {sources(told)}.",
+        f"Of the device, during the step, beyond what was held before it. From {sources(reporting)}.",
         found[0].name,
     )
-    return Picture(slug(f"memory-{name}"), f"Peak memory, {name}", caption, groups) if told else None
+    return Picture(slug(f"memory-{name}"), f"Peak memory, {name}", caption, groups) if reporting else None
 
 
 def waterfall(steps: Steps) -> Picture | None:
-    """From the reference's step to ours, rung by rung. None where there are not two steps to stand between."""
+    """From the reference's step to ours, rung by rung. None with fewer than two measured steps."""
     ladder, bars, last = steps.ladder, [], None
     if sum(row.seconds is not None for row in ladder) < 2:
         return None
@@ -296,7 +296,7 @@ def waterfall(steps: Steps) -> Picture | None:
 
 
 def kernels(run: Run) -> Picture | None:
-    """Share of the ceiling, a line for each case and a dot for each variant. None where there is no share."""
+    """Share of the ceiling: a line for each shape and direction, a dot for each variant. None if there is no share."""
     rows = [row for row in run.kernels if row.share]
     cases: dict[str, dict[str, list[KernelRow]]] = {}
     for row in rows:
@@ -322,7 +322,7 @@ def _dotted(name: str, line: list[KernelRow]) -> Line:
 
 
 def _bar(row: StepRow, unit: float, value: float | None, words: Callable[[float], str], whiskers=False) -> Line:
-    """A step's bar, of `value` times `unit`; `words` says it."""
+    """A step's bar of length `value` times `unit`. `words` formats the length."""
     if row.seconds is None:
         return Line(row.step.variant, row.missing)
     role = "reference" if not row.ours else "ours" if row.step.compares else "rung"

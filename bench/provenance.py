@@ -1,4 +1,4 @@
-"""Where a number comes from: the device, the software, the commit, the clocks, and what the device did at best."""
+"""Where a number comes from: the device and its ceilings, the software, the commit, the clocks."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ from train.hardware import device_name, lookup, measure_bandwidth, measure_flops
 
 
 def started(where: torch.device, dtype: torch.dtype, command: str) -> Results:
-    """Results without any measurement but the peak, where no data sheet names it."""
+    """Results without measurements. Only the peak is measured, if no data sheet gives it."""
     return Results(
         device=_device(where),
         software=_software(),
@@ -29,13 +29,13 @@ def started(where: torch.device, dtype: torch.dtype, command: str) -> Results:
 
 
 def with_ceilings(results: Results, where: torch.device, dtype: torch.dtype, seconds: float) -> Results:
-    """The results with the device's ceilings, measured in about so many seconds."""
+    """The results with the device's ceilings, measured in about `seconds`."""
     each = max(0.1, min(0.5, seconds / 6))
     matmuls = [measure_flops(where, dtype, each) for _ in range(3)]
     copies = [measure_bandwidth(where, each) for _ in range(3)]
     name = str(dtype).removeprefix("torch.")
     peak = results.peak
-    if lookup(results.device.name) is None:  # its peak is a measured one too: the best matmul that was seen
+    if lookup(results.device.name) is None:  # no data sheet: its peak is the best matmul measured
         peak = replace(peak, flops=max(peak.flops, *matmuls))
     return replace(results, peak=peak, ceilings=[Ceiling("matmul", name, matmuls), Ceiling("copy", "float32", copies)])
 
@@ -45,12 +45,12 @@ def clocks(where: torch.device) -> Clocks | None:
     if where.type != "cuda":
         return None
     fields = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.active")
-    *numbers, throttle = (_smi(field, where) for field in fields)
+    *numbers, throttle = (_nvidia_smi(field, where) for field in fields)
     return Clocks(*(_number(text) for text in numbers), throttle)
 
 
 def command(module: str, hidden: tuple[str, ...] = ()) -> str:
-    """This process's command line; folders of the user's, named by the settings `hidden`, are left out."""
+    """This process's command line, without the settings in `hidden`, which name the user's folders."""
     shown = [a for a in sys.argv[1:] if a.partition("=")[0].lstrip("-") not in hidden]
     return " ".join([f"python -m {module}", *shown])
 
@@ -67,7 +67,7 @@ def _device(where: torch.device) -> Device:
         capability=[properties.major, properties.minor],
         multiprocessors=properties.multi_processor_count,
         l2=properties.L2_cache_size,
-        driver=_smi("driver_version", where),
+        driver=_nvidia_smi("driver_version", where),
     )
 
 
@@ -77,12 +77,12 @@ def _software() -> Software:
     except ImportError:
         triton = None
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
-    versions = platform.python_version(), str(torch.__version__), triton, torch.version.cuda  # torch's is a class
+    versions = platform.python_version(), str(torch.__version__), triton, torch.version.cuda  # torch's is no plain str
     return Software(*versions, cudnn and str(cudnn))
 
 
 def _commit() -> Commit:
-    """The commit of this file's checkout, and whether the tree is as committed."""
+    """The commit of this file's checkout, and whether the tree has no changes."""
     root = str(Path(__file__).parents[1])
     try:
         name = _output("git", "-C", root, "rev-parse", "--short=12", "HEAD")
@@ -91,12 +91,12 @@ def _commit() -> Commit:
         return Commit("unknown", clean=False)
 
 
-def _smi(field: str, where: torch.device) -> str | None:
-    """What nvidia-smi says of the device; None where it is not there, or does not know the field."""
-    # by its UUID: CUDA_VISIBLE_DEVICES renumbers what torch sees
-    bus = f"GPU-{torch.cuda.get_device_properties(where).uuid}"
+def _nvidia_smi(field: str, where: torch.device) -> str | None:
+    """A field of the device, from nvidia-smi; None if there is no nvidia-smi, or it does not know the field."""
+    # CUDA_VISIBLE_DEVICES changes torch's numbers of devices, but not their UUIDs
+    uuid = f"GPU-{torch.cuda.get_device_properties(where).uuid}"
     try:
-        answer = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "-i", bus)
+        answer = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "-i", uuid)
     except (OSError, subprocess.SubprocessError):
         return None
     return None if not answer or "not" in answer.lower() else answer

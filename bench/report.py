@@ -1,9 +1,9 @@
 """Report results files: python -m bench.report FILES… --out=DIR. MFU across devices, as Markdown, HTML, SVG and PNG.
 
-With --compare, two commits of one device instead: python -m bench.report --compare A.json B.json
+With --compare it compares two commits on one device: python -m bench.report --compare A.json B.json
 
-`digest.py` computes what is shown, `tables.py` and `pictures.py` show it, `compare.py` judges two commits. The page,
-whose template is page.html, needs nothing but itself.
+`digest.py` computes the numbers, `tables.py` and `pictures.py` show them, `compare.py` compares two commits.
+`page.html` is the page's template. The page is one file that needs no other.
 """
 
 import re
@@ -42,7 +42,7 @@ class Section:
 
 
 def sections(runs: Sequence[Run], guesses: Sequence[Estimate]) -> list[Section]:
-    """All of it, in its order."""
+    """The report's sections that have contents, in order."""
     found: dict[str, list[Steps]] = {}  # by workload
     for each in (each for run in runs for each in run.steps):
         found.setdefault(each.name, []).append(each)
@@ -50,16 +50,16 @@ def sections(runs: Sequence[Run], guesses: Sequence[Estimate]) -> list[Section]:
     names = dict.fromkeys([*found, *(one.workload.name for one in guesses)])
     shares = "The share of a device's dense peak that a training step turns into the model's own FLOPs."
     made = [
-        Section("In short", tables=_some([best(measured)])),
+        Section("In short", tables=_present([best(measured)])),
         Section("MFU", shares, [pictures.mfu(name, found.get(name, []), guesses) for name in names]),
         Section(
             "Training steps",
             pictures=list(map(pictures.time, found.values())),
             tables=list(map(tables.steps, measured)),
         ),
-        Section("From the reference's step to ours", pictures=_some(map(pictures.waterfall, measured))),
-        Section("Memory", pictures=_some(map(pictures.memory, found.values()))),
-        Section("Kernels", pictures=_some(map(pictures.kernels, runs)), tables=_some(map(tables.kernels, runs))),
+        Section("From the reference's step to ours", pictures=_present(map(pictures.waterfall, measured))),
+        Section("Memory", pictures=_present(map(pictures.memory, found.values()))),
+        Section("Kernels", pictures=_present(map(pictures.kernels, runs)), tables=_present(map(tables.kernels, runs))),
         Section("Estimates", tables=[estimated(guesses)] if guesses else []),
         Section("Where the numbers come from", tables=[files(runs)]),
         Section("What is missing", lists=[(r.path.name, lines) for r in runs if (lines := tables.missing(r))]),
@@ -131,7 +131,7 @@ def estimated(guesses: Sequence[Estimate]) -> Table:
 
 
 def files(runs: Sequence[Run]) -> Table:
-    """What each file is."""
+    """A row for each file."""
     rows = []
     for run in runs:
         found, software = run.results, run.results.software
@@ -168,7 +168,7 @@ def html(summary: str, sections: Sequence[Section]) -> str:
 
 
 def _inline(drawn: Picture, width: int) -> str:
-    """The picture as an element of the page. Its name is another at each width: names inside are made of it."""
+    """The picture as an element of the page. Each width has its own name, because ids inside are derived from it."""
     import markupsafe
 
     svg = picture(drawn.draw(width), ".svg", f"{drawn.title}, {width} points").decode()
@@ -176,39 +176,39 @@ def _inline(drawn: Picture, width: int) -> str:
 
 
 def markdown(summary: str, sections: Sequence[Section]) -> str:
-    blocks = [f"# {TITLE}", _plain(summary)]
+    blocks = [f"# {TITLE}", _escaped(summary)]
     for section in sections:
-        blocks.append(f"## {_plain(section.title)}")
-        blocks += [_plain(section.text)] if section.text else []
+        blocks.append(f"## {_escaped(section.title)}")
+        blocks += [_escaped(section.text)] if section.text else []
         for each in section.pictures:
-            title = _plain(each.title)
-            blocks += [f"### {title}", f"![{title}]({each.name}.svg)", _plain(each.caption)]
+            title = _escaped(each.title)
+            blocks += [f"### {title}", f"![{title}]({each.name}.svg)", _escaped(each.caption)]
         for table in section.tables:
             rule = ["---:" if heading in table.numbers else "---" for heading in table.headings]
-            rows = [[_plain(cell) for cell in cells.values()] for _, cells in table.rows]
+            rows = [[_escaped(cell) for cell in cells.values()] for _, cells in table.rows]
             lines = [f"| {' | '.join(row)} |" for row in (table.headings, rule, *rows)]
-            blocks += [f"### {_plain(table.title)}", "\n".join(lines), _plain(table.caption)]
+            blocks += [f"### {_escaped(table.title)}", "\n".join(lines), _escaped(table.caption)]
         for heading, items in section.lists:
-            blocks += [f"### {_plain(heading)}", "\n".join(f"- {_plain(item)}" for item in items)]
+            blocks += [f"### {_escaped(heading)}", "\n".join(f"- {_escaped(item)}" for item in items)]
     return "\n\n".join(blocks) + "\n"
 
 
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+def _escaped(text: str) -> str:
+    """Escape the text, so that Markdown shows it unchanged, on one line."""
     text = " ".join(text.split())
-    return re.sub(r"[\\`*|<\[]|\b_|_\b", r"\\\g<0>", text)  # a _ within a word is only that
+    return re.sub(r"[\\`*|<\[]|\b_|_\b", r"\\\g<0>", text)  # a _ within a word means nothing to Markdown
 
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
 
 
-def _some(found: Iterable) -> list:
+def _present(found: Iterable) -> list:
     return [each for each in found if each]
 
 
 def write(folder: Path, runs: Sequence[Run]) -> None:
-    """Write the report. UserError where `folder` refuses."""
+    """Write the report. UserError if `folder` cannot be written."""
     runs = in_order(runs)
     guesses = estimates(runs)
     about, parts = summary(runs, guesses), sections(runs, guesses)
@@ -216,12 +216,12 @@ def write(folder: Path, runs: Sequence[Run]) -> None:
         for each in (each for section in parts for each in section.pictures):
             figure = each.draw(WIDE, alone=True)
             for suffix in (".svg", ".png"):
-                _put(folder / f"{each.name}{suffix}", picture(figure, suffix, each.title))
-        _put(folder / "report.md", markdown(about, parts).encode())
-        _put(folder / "report.html", html(about, parts).encode())
+                _write_file(folder / f"{each.name}{suffix}", picture(figure, suffix, each.title))
+        _write_file(folder / "report.md", markdown(about, parts).encode())
+        _write_file(folder / "report.html", html(about, parts).encode())
 
 
-def _put(path: Path, content: bytes) -> None:
+def _write_file(path: Path, content: bytes) -> None:
     with replacing(path) as file:
         file.write(content)
 

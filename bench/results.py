@@ -1,7 +1,7 @@
-"""What a results file holds. One file is one run on one device; it is written by `bench` and read by everything else.
+"""The contents of a results file. One file is one run on one device. `bench` writes it, and all other programs read it.
 
-Every time is in seconds, every sample is kept: medians are for the reader to take. A part that was not measured is
-absent, with its reason where one is known; nothing is ever filled in. msgspec reads and writes the classes below.
+Every time is in seconds. Every sample is kept; readers compute the medians. A part that was not measured is absent,
+with its reason if that is known. No value is made up. msgspec reads and writes the classes below.
 """
 
 from collections.abc import Iterable
@@ -15,21 +15,21 @@ from model.config import GPTConfig
 from train.files import replacing
 
 FORMAT, VERSION = "nanofuse-bench", 1
-WRONG = "wrong: "  # how a row's `skipped` begins where its check failed
+WRONG = "wrong: "  # a row's `skipped` begins with this if its check failed
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 
 
 class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of the file. To read a field that is unknown, missing or of another type is an error."""
+    """A part of the file. A field that is unknown, missing or of another type is an error."""
 
 
 class Device(Strict):
     name: str  # "NVIDIA H100 80GB HBM3", "AMD EPYC ..."
     type: str  # "cuda", "cpu"
     memory: int | None = None  # bytes
-    capability: list[int] | None = None  # [9, 0]; CUDA only, as is what follows
+    capability: list[int] | None = None  # [9, 0]; this and the next three: CUDA only
     multiprocessors: int | None = None
     l2: int | None = None  # bytes
     driver: str | None = None
@@ -46,26 +46,26 @@ class Software(Strict):
 
 class Commit(Strict):
     id: str  # "unknown" outside a checkout
-    clean: bool  # whether the tree was as committed
+    clean: bool  # whether the tree had no changes
 
 
 class Clocks(Strict):
-    """A moment's state of a CUDA device, as nvidia-smi tells it; None where it does not."""
+    """State of a CUDA device at one moment, from nvidia-smi; None for values that it does not give."""
 
     sm_mhz: float | None = None
     memory_mhz: float | None = None
     power_watts: float | None = None
     power_limit_watts: float | None = None
     temperature: float | None = None  # degrees Celsius
-    throttle: str | None = None  # what slows the clocks, as it calls it
+    throttle: str | None = None  # what slows the clocks, in nvidia-smi's words
 
 
 class Ceiling(Strict):
-    """What the device did at best, measured."""
+    """The device's best rates, measured."""
 
     what: Literal["matmul", "copy"]  # a large one
     dtype: str
-    rates: Annotated[list[Positive], Meta(min_length=1)]  # FLOP/s; bytes/s, those read and those written together
+    rates: Annotated[list[Positive], Meta(min_length=1)]  # FLOP/s, or bytes/s read and written together
 
     @property
     def rate(self) -> float:
@@ -86,18 +86,18 @@ class Kernel(Strict):
     direction: str  # "forward", "backward", "both"
     variant: str  # "fused", "reference", "compiled", "liger", "flash_attn"
     seconds: list[Positive] = []
-    bytes: int | None = None  # that the operation must move, at least
+    bytes: int | None = None  # least bytes that the operation must move
     flops: int | None = None
     skipped: str = ""  # why there are no samples
 
     @property
     def group(self) -> tuple:
-        """What the variants of one comparison share."""
+        """The same for all variants of one comparison."""
         return self.case, tuple(self.shape), self.dtype, self.direction
 
 
 class Shape(Strict):
-    """Of a training step."""
+    """The shape of a training step."""
 
     n_layer: Count
     n_head: Count
@@ -110,7 +110,7 @@ class Shape(Strict):
 
     @property
     def config(self) -> GPTConfig:
-        """The model's. ValueError where no such model can be built."""
+        """The model's. ValueError if no such model can be built."""
         sizes = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
         return GPTConfig(**sizes, bias=bool(self.bias))
 
@@ -123,19 +123,19 @@ class Step(Strict):
 
     workload: str  # "gpt2", "shakespeare_char", "cpu", ...
     variant: str  # as bench/variants.py names them
-    compares: bool  # False: only a rung of the ladder from the reference's step to ours, of either's code
+    compares: bool  # False: a rung, a step between the reference's and ours
     dtype: str
-    tokens: Count  # an iteration, on this device
-    flops: dict[Literal["nanogpt", "6n"], Positive]  # an iteration, by formula
+    tokens: Count  # of an iteration, on this device
+    flops: dict[Literal["nanogpt", "6n"], Positive]  # of an iteration, by formula
     shape: Shape
     seconds: list[Positive] = []
-    turn: Count = 1  # samples that were taken at a time, before the workload's next variant had its turn
-    # of the workload's rounds of turns, the one that the first sample is of: variants that do not fit into memory
-    # together have their rounds one group after the other, the reference with each
+    turn: Count = 1  # samples of one turn, before the next variant's turn
+    # the round of the first sample, counted over the workload's groups; variants that do not fit into memory together
+    # are measured in groups, one after the other, each with the reference
     first_round: int = 0
-    host_seconds: list[float] = []  # until the call returned, the device perhaps still at work
+    host_seconds: list[float] = []  # until the call returned; the device may still be working
     peak_memory: int | None = None  # bytes on the device; CUDA only
-    losses: list[float | None] = []  # of the first steps, by which it was checked; None: not a number
+    losses: list[float | None] = []  # of the first steps, for the check; None: not a finite number
     skipped: str = ""
 
     def __post_init__(self) -> None:
@@ -148,7 +148,7 @@ class Step(Strict):
         return self.variant.startswith(("reference ", "nanoGPT "))
 
     def beside(self, row: "Step") -> list[float]:
-        """Its samples of the rounds that `row` took part in: what the row is compared with."""
+        """Its samples of the rounds in which `row` took part. `row` is compared with these."""
         first = (row.first_round - self.first_round) * self.turn
         return self.seconds[first:][: len(row.seconds) // row.turn * self.turn] if first >= 0 else []
 
@@ -181,30 +181,30 @@ class Results(Strict):
     kernels: list[Kernel] = []
     steps: list[Step] = []
     failures: list[Failure] = []
-    complete: bool = False  # False: stopped, by hand or by its time, or a part of those asked for failed
+    complete: bool = False  # False: stopped, by hand or by its time, or a requested part failed
     format: Literal[FORMAT] = FORMAT
     version: Literal[VERSION] = VERSION
 
     def ceiling(self, what: str) -> float | None:
-        """The rate of the best ceiling of that kind, None where it was not measured."""
+        """The rate of the best ceiling of that kind, None if it was not measured."""
         return max((ceiling.rate for ceiling in self.ceilings if ceiling.what == what), default=None)
 
 
 class Header(msgspec.Struct):
-    """What every version of the file has; the rest is not looked at."""
+    """The fields that every version of the file has."""
 
     format: str = ""
     version: int = 0
 
 
 def quantile(samples: Iterable[float], share: float) -> float:
-    """The sample at that share of the way from the least to the largest, 0 to 1."""
+    """The sample at position `share` of the sorted samples, from 0 (the least) to 1 (the largest)."""
     ordered = sorted(samples)
     return ordered[round(share * (len(ordered) - 1))]
 
 
 def write(path: Path, results: Results) -> None:
-    """The file appears whole or not at all. ValueError for results that `read` would refuse."""
+    """Write the whole file or nothing. ValueError for results that `read` would refuse."""
     text = msgspec.json.encode(results)
     msgspec.json.decode(text, type=Results)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ def write(path: Path, results: Results) -> None:
 
 
 def read(path: Path) -> Results:
-    """Results of a file. ValueError, one line that names the file and the field, for what is none or cannot be read."""
+    """The results in a file. If they cannot be read: ValueError, one line that names the file and the field."""
     try:
         raw = path.read_bytes()
         header = msgspec.json.decode(raw, type=Header)
@@ -222,5 +222,5 @@ def read(path: Path) -> Results:
         return msgspec.json.decode(raw, type=Results)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # msgspec's errors are of this kind
+    except ValueError as error:  # msgspec's errors are ValueErrors
         raise ValueError(f"{path}: is no results file of {FORMAT}, version {VERSION}: {error}") from error

@@ -1,23 +1,24 @@
-"""What several devices would make of a training step: python -m bench.scale. A prediction, its assumptions beside it.
+"""Predict a training step on several devices, and print every assumption: python -m bench.scale.
 
-One device: a step takes `slowness` times its roofline floor (`model/work.py`). The slowness comes from a measured step;
-it is 1 for a device that nobody measured, which makes its time a bound. Batches, micro-steps and sums in float32 that
-were not measured cost what their floors say, times that slowness.
+One device: a step takes `slowness` times its roofline floor (`model/work.py`). A measured step gives the slowness.
+Without one it is 1, and the predicted time is a lower bound. Batches, micro-steps and sums in float32 that were not
+measured take their floors times the slowness.
 
-Several devices: each makes its micro-steps, then the gradients are summed, then each updates. What the backward pass
-can hide of an exchange costs nothing, except the last exchange: the token embedding's gradients (the head's weight too)
-are complete only at the end. Sharded (`train/shard.py`), each micro-step gathers every block for its forward and again
-for its backward pass, the embeddings once, in the compute dtype, and scatters all gradients in float32.
+Several devices: each computes its micro-steps, then the gradients are summed, then each updates. An exchange costs
+nothing while the backward pass hides it. The last exchange is never hidden: the gradients of the token embedding (also
+the head's weight) are complete only at the end. Sharded (`train/shard.py`), each micro-step gathers the parameters in
+the compute dtype: every block for the forward pass and again for the backward pass, the embeddings once. It scatters
+all gradients in float32.
 
 A ring of N devices reduces and scatters S bytes, or gathers them, in N - 1 hops (Patarasuk and Yuan 2009, "Bandwidth
-optimal all-reduce algorithms"). An all-reduce is both, and one call.
+optimal all-reduce algorithms"). An all-reduce is both, in one call.
 
     (N - 1) / N * S / bandwidth + (N - 1) * hop
 
-Over n nodes of g devices it goes in two levels: inside each node first, then each device exchanges its part S / g with
-its counterparts through a network card of its own. Across many nodes the hops add up, and NCCL all-reduces over two
-binary trees instead, in 2 log2(n) hops (Sanders, Speck and Traeff 2009, "Two-tree algorithms for full bandwidth
-broadcast, reduction and scan"). The faster of both counts.
+With n nodes of g devices there are two levels. First the devices of each node exchange their data. Then each device
+exchanges its part S / g with one device of each other node, through its own network card. With many nodes the hops take
+long, so NCCL all-reduces over two binary trees instead, in 2 log2(n) hops (Sanders, Speck and Traeff 2009, "Two-tree
+algorithms for full bandwidth broadcast, reduction and scan"). The faster of the two counts.
 """
 
 import math
@@ -47,9 +48,9 @@ from train.settings import command_line, setting, shown
 Rates = tuple[float, float]  # FLOP/s of one device in the compute dtype, bytes/s of its memory
 Traffic = tuple[list[int], int, int]  # bytes of each exchange of gradients; parameters of a block, outside the blocks
 ABOUT = "Predict tokens/s and MFU of several devices, from one device's measured step and the links between them."
-FORWARD, BACKWARD = 1 / 3, 2 / 3  # of a micro-step: matmuls, most of it, are done once forward and twice backward
+FORWARD, BACKWARD = 1 / 3, 2 / 3  # shares of a micro-step: each matmul has one forward and two backward
 FLOAT32 = 4  # bytes
-NETWORK, CALL = 14.0, 8.4  # microseconds of a hop between nodes, and of any exchange before its first hop
+NETWORK, CALL = 14.0, 8.4  # microseconds: a hop between nodes, the start of any exchange
 NCCL = "NCCL's own model, src/graph/tuning.cc"
 
 
@@ -73,7 +74,7 @@ class ScaleConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """What one device does in a step."""
+    """The work of one device in a step."""
 
     config: GPTConfig
     batch_size: int  # sequences of a micro-step
@@ -90,18 +91,18 @@ class Job:
         work = step_work(self.config, self.batch_size, accumulation=2, **sizes)
         seconds = {name: floor(part, *rates) for name, part in work.items()}
         update, sums = seconds.pop("optimizer") + seconds.pop("clearing"), seconds.pop("accumulation")
-        added = several and self.compute < FLOAT32  # float32's are summed where autograd writes them, as it does anyway
+        added = several and self.compute < FLOAT32  # autograd itself sums float32 gradients
         return sum(seconds.values()) / 2 + added * sums, update
 
     def slowness(self, seconds: float, rates: Rates) -> float:
-        """How many times its floor a measured step of one device took."""
+        """A measured step's seconds on one device, divided by its floor."""
         micro, update = self.floors(rates, several=self.accumulation > 1)
         return seconds / (self.accumulation * micro + update)
 
     def share_out(self, tokens: int, devices: int) -> "Job":
-        """With each device's share of an iteration of `tokens`, in micro-steps of one size and at most this batch size.
+        """Each device's job in an iteration of `tokens`: equal micro-steps of at most this batch size.
 
-        Shares are rounded up to whole sequences: the iteration can be larger than asked.
+        Shares are rounded up to whole sequences, so the iteration can be larger than requested.
         """
         sequences = math.ceil(tokens / (devices * self.config.block_size))
         accumulation = math.ceil(sequences / self.batch_size)
@@ -119,7 +120,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Predicted:
-    """A step of several devices, in seconds. exposed: of the communication, what nothing hides."""
+    """A step on several devices, in seconds. exposed: the communication that nothing hides."""
 
     devices: int
     job: Job
@@ -134,7 +135,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Fabric:
-    """Nodes of devices: bytes/s in one direction, of one device, as reached; seconds of a hop and of a call."""
+    """Nodes and links. Rates are bytes/s that one device reaches in one direction. Hops and calls are seconds."""
 
     node: int  # devices that one node has
     inside: float
@@ -144,7 +145,7 @@ class Fabric:
     call: float = 0.0
 
     def seconds(self, size: float, devices: int, *, all_reduce: bool = False) -> float:
-        """Of one all-gather or reduce-scatter of `size` bytes in all, or of one all-reduce; 0 for a lone device."""
+        """Seconds of one all-gather, reduce-scatter or all-reduce of `size` bytes in all; 0 for one device."""
         assert devices <= self.node or devices % self.node == 0, (devices, self.node)
         if devices == 1:
             return 0.0
@@ -154,12 +155,12 @@ class Fabric:
         ring = (n - 1) / n * part / self.between + (n - 1) * self.hop_between
         if not all_reduce:
             return inside + ring + self.call
-        tree = 2 * part / self.between + 2 * (n - 1).bit_length() * self.hop_between  # there and back
+        tree = 2 * part / self.between + 2 * (n - 1).bit_length() * self.hop_between  # up the trees and down
         return 2 * inside + min(2 * ring, tree) + self.call
 
 
 def traffic(job: Job) -> Traffic:
-    """As `train/distributed.py` cuts the flat gradients of such a model. The first exchange's are complete last."""
+    """The exchanges, as `train/distributed.py` cuts the flat gradients. The first exchange's are complete last."""
     with torch.device("meta"):
         compute = torch.float32 if job.compute == FLOAT32 else torch.bfloat16
         model = GPT(job.config, precision=Precision(compute))
@@ -171,9 +172,9 @@ def traffic(job: Job) -> Traffic:
 def predict(
     job: Job, rates: Rates, slow: float, sent: Traffic, fabric: Fabric, devices: int, *, overlap: bool, shard: bool
 ) -> Predicted:
-    """A step of `devices` devices, each of which does `job`."""
+    """A step on `devices` devices. Each does `job`. slow: its slowness."""
     micro, update = (slow * part for part in job.floors(rates, several=devices * job.accumulation > 1))
-    # (communication, computing that hides it, what cannot be hidden of it), once or in each micro-step
+    # (communication, computing that can hide it, the part that is never hidden), once or in each micro-step
     if shard and devices > 1:
         block, rest = (fabric.seconds(job.compute * count, devices) for count in sent[1:])
         block_back, rest_back = (fabric.seconds(FLOAT32 * count, devices) for count in sent[1:])
@@ -192,17 +193,17 @@ def predict(
 
 @dataclass(frozen=True)
 class Base:
-    """One device's step of one size, and how it is known."""
+    """One device's step of one model, measured or estimated."""
 
     job: Job
-    slow: dict[int, float]  # by sequences of a micro-step
+    slow: dict[int, float]  # slowness, by sequences of a micro-step
     overlaps: bool  # the backward pass hides exchanges
     said: str
     measured: bool = True
 
 
 def counts(text: str, node: int) -> list[int]:
-    """How many devices, in order. UserError for what no nodes of `node` make."""
+    """Numbers of devices, sorted. UserError for no number, and for one above `node` that is no multiple of it."""
     found = []
     for part in text.split(","):
         count = int(part) if part.strip().isdecimal() else 0
@@ -215,7 +216,7 @@ def counts(text: str, node: int) -> list[int]:
 
 
 def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, float, list[str]]:
-    """(device's name, its rates, its peak, what is said of them), by what the file measured, else by data sheets."""
+    """(device's name, its rates, its peak, lines about them), as the file measured, else from data sheets."""
     card = CARDS.get(config.device.lower())
     name = found.device.name if found else card.name if card else config.device
     row = lookup(name)
@@ -240,7 +241,7 @@ def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, fl
 
 
 def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
-    """The links, and what is said of them."""
+    """The links, and lines about them."""
     row = lookup(device)
     link = row.link if row else None
     if link is None and not config.intranode_gbyte:
@@ -253,14 +254,14 @@ def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
         f"assumed     nodes of {config.node}; a network card of {config.internode_gbit:g} Gbit/s for each device",
         f"assumed     {share:.0%} of a link's rate is reached (NCCL's protocols cost about 20%: nccl-tests issue 212)",
         f"assumed     {CALL:g} us an exchange; a hop {hop:g} us within a node, {NETWORK:g} between ({NCCL})",
-        "assumed     rings within nodes, rings or trees across; no switch that adds up, no other traffic",
+        "assumed     rings within nodes, rings or trees across; switches add nothing up, no other traffic",
     ]
     rates = share * gbytes * 1e9, share * config.internode_gbit / 8 * 1e9
     return Fabric(config.node, *rates, hop / 1e6, NETWORK / 1e6, CALL / 1e6), said
 
 
 def base_of(name: str, config: ScaleConfig, found: Results | None, rates: Rates) -> Base:
-    """The fastest of our steps of that model in the file; else its floor."""
+    """Our fastest step of that model in the file; without one, its floor."""
     workload = WORKLOADS[name]
     rows = [row for row in found.steps if row.seconds and _fits(row, name, config)] if found else []
     if not rows:
@@ -268,7 +269,7 @@ def base_of(name: str, config: ScaleConfig, found: Results | None, rates: Rates)
         batch_size = config.batch_size or workload.batch_size
         return Base(Job(workload.config, batch_size), {batch_size: 1.0}, False, said, measured=False)
     slow = {}
-    for row in sorted(rows, key=lambda row: row.tokens / median(row.seconds)):  # the last of each batch is the fastest
+    for row in sorted(rows, key=lambda row: row.tokens / median(row.seconds)):  # of each batch, the fastest comes last
         sizes = row.shape.batch_size, row.shape.accumulation, DTYPES[row.dtype].itemsize
         job = Job(workload.config, *sizes)
         slow[job.batch_size] = job.slowness(median(row.seconds), rates)
@@ -283,13 +284,13 @@ def base_of(name: str, config: ScaleConfig, found: Results | None, rates: Rates)
 
 
 def _fits(row: Step, name: str, config: ScaleConfig) -> bool:
-    """Whether it is a step of ours, of that model, that could be shared out."""
+    """Whether the row is our step of that model, and can run as configured."""
     same = row.shape.config == replace(WORKLOADS[name].config, dropout=0.0)
     return same and row.variant.startswith("ours") and not (config.shard and "graphed" in row.variant)
 
 
 def report(config: ScaleConfig) -> str:
-    """All of it, as text."""
+    """The whole prediction, as text."""
     names, devices = config.sizes.split(","), counts(config.devices, config.node)
     if unknown := [name for name in names if name not in WORKLOADS]:
         raise UserError(f"sizes: got {shown(unknown[0])}, expected some of: {', '.join(WORKLOADS)}")
@@ -322,10 +323,10 @@ def report(config: ScaleConfig) -> str:
 
 
 def _assumptions(config: ScaleConfig, overlaps: dict[str, bool]) -> list[str]:
-    """What the lines before the tables say of the step itself."""
+    """The lines about the step itself, before the tables."""
     lines = [
         "as built    gradients are summed over ranks in float32; several micro-steps' too",
-        "assumed     other batches are as many times slower than their floors, between measured ones in proportion",
+        "assumed     other batch sizes: times slower than the floor, interpolated between the measured ones",
         "assumed     a backward pass is 2/3 of a micro-step; ranks never wait for one that is slower",
         "estimated   GB that each device holds: train/dryrun.py, fused kernels, nothing computed again",
     ]
@@ -345,7 +346,7 @@ def _assumptions(config: ScaleConfig, overlaps: dict[str, bool]) -> list[str]:
 
 
 def table(predicted: list[Predicted], peak: float, *, shard: bool) -> str:
-    """Efficiency is tokens/s a device, relative to the first row's."""
+    """A row for each number of devices. Efficiency is tokens/s a device, relative to the first row."""
     head = ["devices", "batch", "tokens/iter", "ms/iter", "comm ms", "exposed", "tokens/s", "MFU", "MFU 6N", "effic."]
     rows = [[*head, "GB each"]]
     for each in predicted:

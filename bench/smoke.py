@@ -1,6 +1,6 @@
-"""The smoke set of GPU tests, as a part of a measurement: what is not right is not worth timing.
+"""The smoke set of GPU tests, as a part of a measurement: wrong results are not worth timing.
 
-All GPU tests are hundreds, and compile for longer than a measurement may take: `pytest -m gpu` runs those.
+There are hundreds of GPU tests. Compiling them takes too long for a measurement. `pytest -m gpu` runs all of them.
 """
 
 import subprocess
@@ -17,7 +17,7 @@ COMMAND = ("-m", "pytest", "-m", "gpu and smoke", "-q", "-p", "no:cacheprovider"
 
 
 def run(seconds: float, command: tuple[str, ...] = COMMAND) -> Tests:
-    """The smoke set in a process of its own, for so many seconds at most. RuntimeError where it has no result."""
+    """Run the smoke set in its own process, for at most `seconds`. RuntimeError if it has no result."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")

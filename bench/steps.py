@@ -1,8 +1,8 @@
-"""Whole training steps, timed by turns: every variant checked against the first one's losses, then its samples taken.
+"""Whole training steps, timed by turns. First each variant's losses are checked against the first variant's.
 
-All variants of a workload live in one process, start from the same weights and train on the same batches, loading
-included. A turn is a few iterations of one of them; then the next one's. A round is a turn of each. Variants that do
-not fit into memory together are measured group by group, the reference with each; rounds are counted through.
+All variants of a workload live in one process, start from the same weights and train on the same batches. Loading a
+batch is timed too. A turn is a few iterations of one variant. A round is a turn of each. Variants that do not fit into
+memory together are measured group by group, each with the reference. Rounds are counted over all groups.
 """
 
 import gc
@@ -33,17 +33,16 @@ from train.errors import first_line
 from train.hardware import synchronize
 
 CHECKED = 5  # steps whose losses must agree before the clock runs
-AGREE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative; what low precision costs in them
-TURN = 0.25  # seconds that a turn takes, about
-LEAST = 3  # turns of each, at least
+AGREE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative tolerance of losses, by dtype
+TURN = 0.25  # seconds of a turn, about
+LEAST = 3  # least turns of each variant
 
-Turn = tuple[list[float], list[float]]  # seconds of its iterations, and what of them the host spent in the call
+Turn = tuple[list[float], list[float]]  # for each iteration: seconds, and the host's seconds in the call
 
 
 @dataclass
 class Timed:
-    """A variant under measurement: what was found so far, and its step; None before it is built and once it is given
-    up."""
+    """A variant under measurement. row: its results so far. step: None before it is built and after it is given up."""
 
     variant: Variant
     row: results.Step
@@ -59,7 +58,7 @@ class Timed:
 
     @property
     def lead(self) -> int:
-        """Iterations of a turn that are not counted: the caches are another's, a GPU's queue is empty."""
+        """Iterations that start a turn and do not count: caches hold another variant's data, a GPU's queue is empty."""
         return int(self.row.turn > 1)
 
     @property
@@ -81,15 +80,15 @@ def measure(
     footprint: Callable[[Variant, Setting], Footprint] = footprint,
     room: int | None = None,
 ) -> list[results.Step]:
-    """Rows of all variants, in their order; about `seconds` of samples, after building and checking.
+    """Rows of all variants, in order; about `seconds` of samples, after building and checking.
 
-    budget: for all of it, building, compiling and checking included. What does not fit into it is left out, rungs
-    before what compares. None: as long as it takes, and LEAST turns of each however little `seconds` are.
-    footprint, room: what a variant takes, and how many bytes all of a group may; None: as many as are free.
+    budget: for everything, with building, compiling and checking. Variants that do not fit are left out, rungs first.
+    None: no limit, and LEAST turns of each even if `seconds` is too short for them. footprint: a variant's memory.
+    room: bytes that a group may take; None: the free memory.
 
-    The rows are also appended to `into`, with what was measured so far where an exception or an interruption ends it.
+    The rows are also appended to `into`, even if an exception or an interruption ends the measurement.
     """
-    torch.compiler.reset()  # what was compiled for other shapes would be asked first, at every call
+    torch.compiler.reset()  # else each call would first check the code compiled for other shapes
     torch.manual_seed(0)
     setting = Setting(workload, GPT(workload.config).state_dict(), device, dtype)
     timed = [Timed(variant, _row(variant, workload, dtype)) for variant in variants]
@@ -106,13 +105,13 @@ def measure(
                     if each.step is None and not each.row.skipped:
                         tell(f"{workload.name}: {each.variant.name}")
                         turns = [ready.turn_seconds for ready in members if ready.step]
-                        least = LEAST * (sum(turns) + max(turns, default=0.0))  # of those before, and of this one
+                        least = LEAST * (sum(turns) + max(turns, default=0.0))  # of earlier variants, and of this one
                         expected = _prepare(each, setting, loader, expected, of_group, least) or expected
-                rounds += _sample(members, loader, device, share * seconds, of_group, rounds)
+                rounds += _take_rounds(members, loader, device, share * seconds, of_group, rounds)
                 seconds -= share * seconds
                 for each in members:
                     if not any(each.variant in later for later in plan[n + 1 :]):
-                        each.step = None  # and its memory
+                        each.step = None  # frees its memory
         finally:
             rows += [each.row for each in timed if each.row.seconds or each.row.skipped]
     return rows
@@ -121,8 +120,8 @@ def measure(
 def _prepare(
     each: Timed, setting: Setting, loader: Loader, expected: list[float] | None, budget: Budget, after: float
 ) -> list[float]:
-    """Build the variant and check its first losses; they are returned. Sets `skipped` where it fails, or where it does
-    not fit into the budget with `after` seconds more."""
+    """Build the variant, check its first losses and return them. Sets `skipped` if that fails, or if the budget has no
+    time for it and `after` seconds more."""
     device, before = setting.device, 0
     if device.type == "cuda":
         gc.collect()
@@ -130,7 +129,7 @@ def _prepare(
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     first = "compiled" if each.variant.compiled else "eager"
-    second = first if setting.workload.config.dropout else "eager"  # compiled it is already, without dropout
+    second = first if setting.workload.config.dropout else "eager"  # without dropout it is already compiled
     try:
         if not budget.fits(first, second, more=after):
             raise TimeoutError(NO_TIME)
@@ -143,37 +142,37 @@ def _prepare(
             for i in range(2):
                 step(loader.train(i))
             synchronize(device)
-    except Exception as error:  # of torch, a compiler, a driver, memory that runs out: the others go on without it
+    except Exception as error:  # of torch, a compiler, a driver, or out of memory: the other variants go on
         each.give_up(first_line(error))
         return []
     if device.type == "cuda":
         each.set(peak_memory=torch.cuda.max_memory_allocated(device) - before)
     tolerance = AGREE[torch.float32 if each.variant.float32 else setting.dtype]
     losses = np.array([each.row.losses, expected or each.row.losses])
-    worst = np.max(np.abs(losses[0] - losses[1]) / np.abs(losses[1]))  # NaN where one of them is
+    worst = np.max(np.abs(losses[0] - losses[1]) / np.abs(losses[1]))  # NaN if a loss is
     if not worst < tolerance:
         each.give_up(f"{WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most")
         return []
     each.step = step
-    if found := _take(each, loader, 0, 2, device):
+    if found := _take_turn(each, loader, 0, 2, device):
         each.pace = found[0][-1]
         each.set(turn=max(1, min(50, round(TURN / each.pace))))
     return each.row.losses
 
 
 def _first_losses(variant: Variant, setting: Setting, loader: Loader) -> list[float]:
-    """Of a step without dropout, whose masks no two implementations share."""
+    """Losses of a step without dropout, because two implementations never draw the same masks."""
     still = replace(setting.workload, config=replace(setting.workload.config, dropout=0.0))
     step = variant.build(setting._replace(workload=still))
     return [step(loader.train(i)).item() for i in range(CHECKED)]
 
 
-def _sample(
+def _take_rounds(
     timed: list[Timed], loader: Loader, device: torch.device, seconds: float, budget: Budget, first_round: int
 ) -> int:
-    """Rounds of those that are ready; returns how many."""
+    """Measure rounds of all variants that are ready; returns how many."""
     deadline, rounds = time.perf_counter() + seconds, 0
-    expected = sum(each.turn_seconds for each in timed if each.step)  # of a round
+    expected = sum(each.turn_seconds for each in timed if each.step)  # seconds of a round
     while ready := [each for each in timed if each.step]:
         begin = time.perf_counter()
         if (rounds >= LEAST and begin >= deadline) or budget.left < expected:
@@ -181,7 +180,7 @@ def _sample(
         for each in ready:
             if not each.row.seconds:
                 each.set(first_round=first_round + rounds)
-            if found := _take(each, loader, rounds * each.row.turn, each.lead + each.row.turn, device):
+            if found := _take_turn(each, loader, rounds * each.row.turn, each.lead + each.row.turn, device):
                 taken, host = (every[each.lead :] for every in found)
                 each.set(seconds=each.row.seconds + taken, host_seconds=each.row.host_seconds + host)
         rounds, expected = rounds + 1, time.perf_counter() - begin
@@ -191,11 +190,11 @@ def _sample(
     return rounds
 
 
-def _take(each: Timed, loader: Loader, first: int, count: int, device: torch.device) -> Turn | None:
-    """A turn of a variant; where it fails, or compiles what it should have by now, its samples are given up."""
+def _take_turn(each: Timed, loader: Loader, first: int, count: int, device: torch.device) -> Turn | None:
+    """A turn of a variant. If it fails, or compiles anything again, the variant is given up; returns None."""
     before = compilations()
     try:
-        found = _turn(each.step, loader, first, count, device)
+        found = _time_turn(each.step, loader, first, count, device)
     except Exception as error:  # as in `_prepare`
         each.give_up(first_line(error))
         return None
@@ -205,23 +204,23 @@ def _take(each: Timed, loader: Loader, first: int, count: int, device: torch.dev
     return None
 
 
-def _turn(step: Step, loader: Loader, first: int, count: int, device: torch.device) -> Turn:
-    """`count` iterations. On CUDA between events, with no waiting in between, as a run trains."""
+def _time_turn(step: Step, loader: Loader, first: int, count: int, device: torch.device) -> Turn:
+    """Time `count` iterations. On CUDA events give the times, and the host does not wait in between, as in a run."""
     synchronize(device)
-    host, marks = [], [_mark(device)]
+    host, marks = [], [_time_now(device)]
     for i in range(first, first + count):
         begin = time.perf_counter()
         step(loader.train(i))
         host.append(time.perf_counter() - begin)
-        marks.append(_mark(device))
+        marks.append(_time_now(device))
     synchronize(device)
     if device.type != "cuda":
         return [b - a for a, b in pairwise(marks)], []
     return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)], host
 
 
-def _mark(device: torch.device):
-    """Now: an event on a CUDA device, seconds elsewhere."""
+def _time_now(device: torch.device):
+    """The time now: an event on a CUDA device, seconds elsewhere."""
     if device.type != "cuda":
         synchronize(device)
         return time.perf_counter()
@@ -231,7 +230,7 @@ def _mark(device: torch.device):
 
 
 def _row(variant: Variant, workload: Workload, dtype: torch.dtype) -> results.Step:
-    """Without samples."""
+    """A row without samples."""
     flops = {formula: float(flops_per_token(workload.config, formula) * workload.tokens) for formula in FORMULAS}
     computed = str(torch.float32 if variant.float32 else dtype).removeprefix("torch.")
     return results.Step(workload.name, variant.name, variant.compares, computed, workload.tokens, flops, workload.shape)
@@ -239,7 +238,7 @@ def _row(variant: Variant, workload: Workload, dtype: torch.dtype) -> results.St
 
 @contextmanager
 def _loader(workload: Workload, device: torch.device) -> Iterator[Loader]:
-    """Of random tokens in files, as a run reads its own; so many that no batch repeats within a measurement."""
+    """A loader of random tokens from files, as in a run. There are so many that no batch comes twice."""
     config, rng = workload.config, np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         for split, count in (("train", 2**21), ("val", 2**14)):

@@ -1,4 +1,4 @@
-"""Tables of numbers: what the terminal, the page and the Markdown show of results."""
+"""Tables of results, for the terminal, the page and the Markdown."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -26,16 +26,16 @@ class Table:
 
     @property
     def numbers(self) -> list[str]:
-        """Headings of the columns that are set to the right."""
+        """Headings of the columns that are aligned to the right."""
         return [heading for heading in self.headings if ", " in heading or heading in ("rate", "samples")]
 
     def text(self) -> str:
-        """For a terminal, without the rows that have no numbers."""
+        """The table for a terminal, without rows that have no numbers."""
         return aligned([self.headings, *(list(cells.values()) for kind, cells in self.rows if kind != "missing")])
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """Columns, the first to the left, the others to the right; a rule under the first row."""
+    """Columns, the first aligned to the left, the others to the right; a rule under the first row."""
     columns = [list(column) for column in zip(*rows, strict=True)]
     for i, column in enumerate(columns):
         width = max(map(len, column))
@@ -45,28 +45,28 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def number(value: float) -> str:
-    """Four digits, or as many as there are before the point."""
+    """The number with four digits, or more if there are more before the point."""
     size = abs(value)
     places = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
     return f"{value:,.{places}f}"
 
 
 def shown(value: float | None, times: float = 1, form: str = "") -> str:
-    """A cell with the value times `times`: in that format, or to four digits; a dash where there is none."""
+    """A cell with the value times `times`, in format `form`, or with four digits; a dash for None."""
     if value is None:
         return NONE
     return format(times * value, form) if form else number(times * value)
 
 
 def rate(row: KernelRow) -> str:
-    """TFLOP/s of what a matmul bounds, GB/s of what a copy bounds."""
+    """TFLOP/s if a matmul bounds the kernel, GB/s if a copy does."""
     if not row.bounded:
         return NONE
     return f"{number(row.rate / 1e12)} TFLOP/s" if row.bounded == "matmul" else f"{number(row.rate / 1e9)} GB/s"
 
 
 def steps(found: Steps) -> Table:
-    """One workload of one run, variant by variant."""
+    """One workload of one run, a row for each variant."""
     kinds = ["missing" if not row.seconds else "ours" if row is found.best else "" for row in found.rows]
     rows = list(zip(kinds, map(_step_cells, found.rows), strict=True))
     caption = f"Speed-up is over {found.baseline.step.variant}. " if found.baseline else ""
@@ -113,7 +113,7 @@ def mfu_cells(row: StepRow) -> Cells:
 
 
 def kernels(run: Run) -> Table | None:
-    """Every kernel's row that has samples; None where there is none."""
+    """Every kernel's row that has samples; None if there is none."""
     rows = [("ours" if row.kernel.variant == "fused" else "", _kernel_cells(row)) for row in run.kernels]
     caption = (
         "Share is of the ceiling that the operation meets first, copy or matmul, as measured in the same run. "
@@ -140,7 +140,7 @@ def _kernel_cells(row: KernelRow) -> Cells:
 
 
 def missing(run: Run) -> list[str]:
-    """What a run lacks, a line each: parts that failed, tests that failed, rows that were skipped."""
+    """What a run lacks, one line each: failed parts, failed tests, skipped rows."""
     results, tests = run.results, run.results.tests
     lines = [] if results.complete else ["The run is partial: it was stopped, ran out of time, or a part failed."]
     lines += failed(results)
@@ -163,7 +163,7 @@ def failed(results: Results) -> list[str]:
 
 
 def skipped(run: Run) -> list[str]:
-    """Rows without samples, and why: a line a step; a line for the kernels' rows of one variant and reason."""
+    """Rows without samples, and why: one line for each step; kernels with the same variant and reason share a line."""
     steps = [f"{w.name}, {row.step.variant}: {row.missing}" for w in run.steps for row in w.rows if not row.seconds]
     late = Counter(
         ("" if k.skipped == NO_TIME else f" of {k.variant}", k.skipped or "no reason given")
@@ -174,7 +174,7 @@ def skipped(run: Run) -> list[str]:
 
 
 def summary(results: Results) -> str:
-    """For a terminal: everything that was measured, and what was not."""
+    """Everything that was measured, and what was not, for a terminal."""
     run = Run(Path(), results)
     lines = [f"{run.device}, torch {results.software.torch}, commit {run.commit}"]
     lines.append(f"peak {number(results.peak.flops / 1e12)} TFLOP/s: {results.peak.source}")

@@ -1,9 +1,9 @@
-"""What makes a measurement honest: time that is kept, and torch.compile that compiles what is called compiled.
+"""Honest measurements: a time budget, and a torch.compile that never falls back to Python silently.
 
-Samples themselves are taken by `kernels/timing.py` (kernels) and `bench/steps.py` (training steps).
+`kernels/timing.py` takes the samples of kernels, `bench/steps.py` those of training steps.
 
-torch counts compilations by code object, not by model, and all variants of a step share one. After eight it compiles
-no more, warns once, and runs Python. And what it meets in a second shape it compiles for all shapes.
+torch counts compilations by code object, not by model, and all variants of a step share one. After eight compilations
+it only warns once, and runs Python. At a second shape it compiles code for all shapes.
 """
 
 import math
@@ -16,14 +16,14 @@ import torch
 
 NO_TIME = "no time was left"  # why a row has no samples
 RECOMPILED = "it was compiled again while it was timed"
-LIMIT = 10_000  # compilations of one code object; a variant makes two: without dropout, and as it is timed
+LIMIT = 10_000  # compilations of one code object; a variant needs two: without dropout, and as it is timed
 
 
 class Budget:
-    """Seconds for a row of tasks: what would not end within them is not begun.
+    """Seconds for several tasks. A task that would not end in time is not started.
 
-    A task is expected to take as long as the slowest of its kind so far; the first of its kind, as long as the slowest
-    of any.
+    A task is expected to take as long as the slowest one of its kind so far. The first of its kind is expected to take
+    as long as the slowest of all kinds.
     """
 
     def __init__(self, seconds: float = math.inf) -> None:
@@ -32,11 +32,11 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds left."""
         return max(0.0, self._deadline - time.perf_counter())
 
     def part(self, seconds: float) -> Self:
-        """So many of the seconds that are left, with what is known of the tasks."""
+        """A budget of at most `seconds` of the time left. It shares the tasks' times."""
         part = type(self)(min(seconds, self.left))
         part._slowest = self._slowest
         return part
@@ -57,7 +57,7 @@ class Budget:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Inside, torch.compile's limits are out of reach, and to reach one is an error. Every shape is compiled alone."""
+    """Inside, torch.compile's limits are very high, and reaching one is an error. Every shape is compiled alone."""
     import torch._dynamo.config  # only here: it takes a second
 
     with torch._dynamo.config.patch(
@@ -78,13 +78,13 @@ def compilations() -> int:
 
 
 def only_compiled(function: Callable[..., Any], compile: Callable[[Callable], Callable] | None = None) -> Callable:
-    """`function`, or a model, compiled; a call that would run it as Python after all raises a RuntimeError.
+    """Compile `function`, or a model. A call that would still run it as Python raises RuntimeError.
 
-    compile: what calls torch.compile; None for itself.
+    compile: a function that calls torch.compile; None: torch.compile itself.
     """
 
     def compiled(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():  # compiled code has nothing of this
+        if not torch.compiler.is_compiling():  # compiled code does not contain this
             raise RuntimeError("torch.compile left it as Python")
         return function(*args, **kwargs)
 
@@ -92,7 +92,7 @@ def only_compiled(function: Callable[..., Any], compile: Callable[[Callable], Ca
 
 
 class Clock:
-    """A clock that shows what it is told. pytest-benchmark times samples by it that were taken by turns before."""
+    """A clock that is moved by hand. It gives pytest-benchmark samples that were taken before, by turns."""
 
     __name__ = "Clock"  # what pytest-benchmark calls it in its files
 
@@ -103,7 +103,7 @@ class Clock:
         return self._now
 
     def restart(self) -> None:
-        """Back to 0, from where no sum is rounded."""
+        """Set the clock to 0. Then adding a sample rounds nothing."""
         self._now = 0.0
 
     def let_pass(self, seconds: float) -> None:

@@ -1,6 +1,6 @@
-"""The ways to make a training step: as nanoGPT does, in this tree or in its own checkout, and ours, mode by mode.
+"""The variants of a training step: nanoGPT's way, from this tree or from nanoGPT's checkout, and ours in each mode.
 
-A variant's `build` makes a step over given weights; a step takes a batch and returns its mean loss, on the device.
+A variant's `build` makes a step with given weights. A step takes a batch and returns its mean loss, on the device.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ Trained = tuple[nn.Module, torch.optim.Optimizer]
 
 
 class Setting(NamedTuple):
-    """What every variant of a comparison shares."""
+    """The values that all variants of a comparison share."""
 
     workload: Workload
     weights: dict[str, Tensor]
@@ -48,10 +48,10 @@ class Setting(NamedTuple):
 class Variant(NamedTuple):
     name: str
     build: Callable[[Setting], Step]
-    compares: bool = True  # False: a rung of the ladder between the reference's step and ours
-    float32: bool = False  # it multiplies in float32 whatever the dtype of the comparison
+    compares: bool = True  # False: a rung, a step between the reference's and ours
+    float32: bool = False  # its matmuls are in float32, whichever dtype the others use
     compiled: bool = False  # by torch.compile
-    graphed: bool = False  # its launches are captured
+    graphed: bool = False  # its launches are captured in a CUDA graph
     ours: bool = False  # it runs our code
     ops: Ops | None = REFERENCE  # None: the device's own choice
 
@@ -64,9 +64,9 @@ def reference(
     compares: bool = True,
     make: Callable[[Setting], Trained] | None = None,
 ) -> Variant:
-    """Plain torch, as nanoGPT trains: autocast unless `float32`, gradients clipped and dropped.
+    """Plain torch, as nanoGPT trains: autocast unless `float32`, gradients clipped, then freed after the update.
 
-    make: model and optimizer; None: this tree's reference, with torch's fused AdamW.
+    make: makes model and optimizer; None: this tree's reference, with torch's fused AdamW.
     """
 
     def build(setting: Setting) -> Step:
@@ -101,13 +101,13 @@ def _plain(setting: Setting) -> Trained:
 
 
 def nanogpt(folder: str, *, compile: bool, float32: bool) -> Variant:
-    """A nanoGPT checkout's model and optimizer, its files untouched. UserError where `folder` is none."""
+    """A nanoGPT checkout's model and optimizer. Its files are not changed. UserError if `folder` has no model.py."""
     path = Path(folder, "model.py")
     if not path.is_file():
         raise UserError(f"nanogpt_dir: got {folder!r}, expected a nanoGPT checkout, with its model.py")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     theirs = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = theirs  # its dataclass looks its module up
+    sys.modules["nanogpt_model"] = theirs  # its dataclass looks for its module there
     spec.loader.exec_module(theirs)
 
     def make(setting: Setting) -> Trained:
@@ -159,7 +159,7 @@ def ours(
 
 
 def variants(device: torch.device, dtype: torch.dtype, nanogpt_dir: str = "") -> list[Variant]:
-    """In the order of the ladder: the reference's modes, rung by rung to ours."""
+    """All variants, in the order from the reference's modes to ours."""
     on_cpu = device.type != "cuda"
     float32 = on_cpu or dtype == torch.float32  # nanoGPT has no autocast on a CPU
     every = []
@@ -167,7 +167,7 @@ def variants(device: torch.device, dtype: torch.dtype, nanogpt_dir: str = "") ->
         every += [nanogpt(nanogpt_dir, compile=compile, float32=float32)] if nanogpt_dir else []
         every.append(reference(compile=compile, float32=float32))
     if on_cpu and dtype != torch.float32:
-        # what nanoGPT does not do on a CPU, and plain torch could: without it, all of ours would seem to be our doing
+        # nanoGPT has no autocast on a CPU, but plain torch has: this shows how much of our gain is only bfloat16
         rung = {"float32": False, "name": "reference autocast", "compares": False}
         every += [reference(compile=compile, **rung) for compile in (False, True)]
     every.append(ours("ours eager"))

@@ -1,4 +1,4 @@
-"""What is timed: shapes of training steps."""
+"""The training steps that are timed, by their shapes."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """An iteration's."""
+        """Tokens of an iteration."""
         return self.accumulation * self.batch_size * self.config.block_size
 
     @property
     def shape(self) -> Shape:
-        """As the results file holds it."""
+        """The shape as a results file stores it."""
         sizes = {
             name: getattr(self.config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
         }
@@ -39,7 +39,7 @@ WORKLOADS = {
         Workload("cpu", GPTConfig(**_CPU), 12),  # what a machine without a GPU runs by default
         Workload("shakespeare_char", GPTConfig(**_CHAR, dropout=0.2), 64),  # many small launches
         _gpt2("gpt2", 32),
-        _gpt2("gpt2-batch-1", 1),  # where the host's overhead shows
+        _gpt2("gpt2-batch-1", 1),  # shows the host's overhead
         _gpt2("gpt2-batch-4", 4),
         _gpt2("gpt2-medium", 16, n_layer=24, n_head=16, n_embd=1024),
         _gpt2("gpt2-large", 8, n_layer=36, n_head=20, n_embd=1280),

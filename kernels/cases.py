@@ -155,7 +155,7 @@ def _mlp(approximate: str, *, tiles: int) -> Case:
             (16, 32, 32),  # one whole tile
             (1, 16, 64),  # one row
             (37, 37, 53),  # nothing fills its tile; three tiles for each program
-            (130, 16, 40),  # more rows of tiles than are taken together
+            (130, 16, 48),  # more rows of tiles than are taken together
         ),
         gpt_shapes=(
             (32 * 1024, 768, 4 * 768),

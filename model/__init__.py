@@ -1,4 +1,4 @@
-"""GPT-2: the model, its attention, its FLOP counts, sampling, and weights in and out.
+"""GPT-2: the model, its attention, its FLOP counts, sampling, and reading and writing weights.
 
 from model import GPT, GPTConfig
 model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384))

@@ -1,7 +1,7 @@
-"""Causal self-attention by one of several kernels, and the cache of keys and values that makes sampling linear in the
-tokens drawn.
+"""Causal self-attention with one of several backends, and the cache of keys and values for sampling.
 
-c_attn writes qkv (B, T, 3C), packed as (B, T, 3, H, Q). What becomes of it, with what is copied in elements a token:
+c_attn writes qkv (B, T, 3C), packed as (B, T, 3, H, Q). This table shows how each backend uses it. Copies are given in
+elements a token:
 
 | backend               | the kernel reads             | and writes y           | and its gradient                |
 |-----------------------|------------------------------|------------------------|---------------------------------|
@@ -14,14 +14,13 @@ c_attn writes qkv (B, T, 3C), packed as (B, T, 3, H, Q). What becomes of it, wit
 | all, with a cache     | q: a view of qkv; k, v:      | as above               | none                            |
 |                       | written to the cache: 2C     |                        |                                 |
 
-c_proj reads y as (B, T, C), a view wherever its memory is (B, T, H, Q). The stacking is autograd's, which makes one
-gradient of those of three views; as they are cut at the 3, what it writes has dqkv's own order, and is written once.
-The cache holds (L, B, H, S, Q), S = block_size.
+c_proj reads y as (B, T, C). That is a view if y's memory is (B, T, H, Q). "Stacked" means that autograd writes dq, dk
+and dv once more, into one dqkv, in dqkv's own order. The cache holds (L, B, H, S, Q), S = block_size.
 
-The first four are torch's (`scaled_dot_product_attention`); `auto` leaves the choice among them to torch, but computes
-by itself on a CPU with dropout or in bfloat16, where none of them is fast: `_by_matmuls`. The others are packages,
-imported when they are asked for: flash_attn 2, its version for Hopper (`flash_attn_interface`) and the one for Hopper
-and Blackwell (`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
+The first four are torch's (`scaled_dot_product_attention`), and `auto` lets torch choose among them. On a CPU none of
+them is fast with dropout or in bfloat16; there `auto` uses `_by_matmuls`. The others are packages, imported when they
+are used: flash_attn 2, its version for Hopper (`flash_attn_interface`) and the one for Hopper and Blackwell
+(`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
 """
 
 import math
@@ -44,13 +43,13 @@ SDPA = {
 
 
 def attention_dtype(device: torch.device, compute_dtype: torch.dtype) -> torch.dtype:
-    """What SDPA computes in, and a cache holds: `compute_dtype`, but float32 for bfloat16 on a CPU, where torch is slow
-    in it: at 12 sequences of 64 tokens its bfloat16 backward pass took four times as long, at 256 tokens as long."""
+    """The dtype of SDPA and of a cache: `compute_dtype`, but float32 instead of bfloat16 on a CPU. There bfloat16's
+    backward pass took four times as long as float32's at 12 sequences of 64 tokens, and equally long at 256 tokens."""
     return torch.float32 if device.type == "cpu" and compute_dtype == torch.bfloat16 else compute_dtype
 
 
 class KVCache:
-    """Keys and values of the `length` tokens seen so far, for every layer; room for block_size of them."""
+    """Keys and values of the `length` tokens so far, for every layer. It has room for block_size tokens."""
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> None:
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.head_size)
@@ -59,9 +58,9 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values (B, H, T, Q) after those held; returns all, (B, H, length + T, Q).
+        """Append a layer's new keys and values (B, H, T, Q); returns all, (B, H, length + T, Q).
 
-        `length` itself moves on in `GPT.forward`, once every layer has written.
+        `GPT.forward` updates `length` after every layer has written.
         """
         end = self.length + k.size(2)
         assert end <= self.k.size(3), f"cache of {self.k.size(3)} tokens asked to hold {end}"
@@ -75,10 +74,10 @@ def causal_attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(Q) + causal mask) v, with dropout `p` on the weights: qkv (B, T, 3C) -> y (B, T, C).
 
-    With a cache, its `length` earlier tokens are attended to as well; then T must be 1, or the cache empty. There, and
-    for a single token, where some backends give up, `backend` is `auto`. Raises ValueError for an unknown backend and
-    for dropout that a backend has not, ImportError where its package is missing, RuntimeError where it does not take
-    the device, dtype or head size.
+    With a cache, tokens also attend to its `length` earlier tokens; then T must be 1, or the cache empty. With a cache,
+    and for T = 1, which some backends do not support, `backend` counts as `auto`. Raises ValueError for an unknown
+    backend and for dropout that the backend lacks, ImportError if its package is missing, RuntimeError if it does not
+    support the device, dtype or head size.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention: got {backend!r}, expected {' | '.join(BACKENDS)}")
@@ -98,7 +97,7 @@ def causal_attention(
 
 
 def _sdpa(packed: Tensor, p: float, backend: str, cache: KVCache | None, layer: int) -> Tensor:
-    """torch's: packed (B, T, 3, H, Q) -> (B, T, H, Q)."""
+    """torch's SDPA: packed (B, T, 3, H, Q) -> (B, T, H, Q)."""
     packed = packed.to(attention_dtype(packed.device, packed.dtype))
     q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
     causal = True
@@ -115,24 +114,24 @@ def _sdpa(packed: Tensor, p: float, backend: str, cache: KVCache | None, layer: 
 
 
 def why_not_dropout(backend: str, p: float) -> str:
-    """Why `backend` cannot drop weights with probability `p`; empty where it can, on some device."""
+    """Why `backend` cannot drop weights with probability `p`; empty if it can, on some device."""
     if backend in ("fa3", "fa4") and p > 0:
         return f"{backend} has no dropout"
-    if backend == "cudnn" and (16 * p) % 1 != 0:  # in some versions, silently: pytorch #174245
+    if backend == "cudnn" and (16 * p) % 1 != 0:  # some versions round silently: pytorch #174245
         return "cudnn may round dropout to sixteenths"
     return ""
 
 
 def _kernels(backend: str, p: float) -> AbstractContextManager[None]:
-    """Where SDPA takes none but the kernels of `backend`; of `auto`, all that have this dropout."""
+    """A context in which SDPA uses only the kernels of `backend`; for `auto`, all kernels that have this dropout."""
     if backend == "auto" and why_not_dropout("cudnn", p):
         return sdpa_kernel([kernel for name, kernel in SDPA.items() if name != "cudnn"])
     return sdpa_kernel(SDPA[backend]) if backend in SDPA else nullcontext()
 
 
 def _on_shapes(q: Tensor, k: Tensor, v: Tensor, p: float, backend: str) -> Tensor:
-    """What a GPU's kernel would return, for tensors that have shapes only (`train/dryrun.py`). `auto` is cuDNN's, or
-    flash attention's where cuDNN has not this dropout."""
+    """What a GPU's kernel would return, for tensors that have only shapes (`train/dryrun.py`). `auto` means cuDNN, or
+    flash attention if cuDNN lacks this dropout."""
     aten, keeps = torch.ops.aten, torch.is_grad_enabled() and q.requires_grad
     if backend == "math":
         return aten._scaled_dot_product_attention_math(q, k, v, None, p, True)[0]
@@ -144,19 +143,19 @@ def _on_shapes(q: Tensor, k: Tensor, v: Tensor, p: float, backend: str) -> Tenso
 
 
 def slow_in_sdpa(device: torch.device, dtype: torch.dtype, tokens: int, p: float) -> bool:
-    """Where `_by_matmuls` is faster, and the (B, H, T, T) that it keeps are few or SDPA would keep them too. Not in
-    float16, whose range its products would leave."""
+    """Whether to use `_by_matmuls`: it is faster, and the (B, H, T, T) that it keeps are small, or SDPA keeps them too.
+    Never in float16: its matmuls would overflow."""
     if device.type != "cpu" or dtype == torch.float16:
         return False
     return p > 0 or (dtype == torch.bfloat16 and tokens <= 256)
 
 
 def _by_matmuls(packed: Tensor, p: float) -> Tensor:
-    """The formula, all T x T of it, packed (B, T, 3, H, Q) -> (B, T, H, Q); the softmax sums in float32.
+    """The plain formula, with all T x T weights: packed (B, T, 3, H, Q) -> (B, T, H, Q); the softmax sums in float32.
 
-    For a CPU that multiplies bfloat16: there these matmuls are faster than SDPA's float32 (0.4 of its time at 16
-    sequences of 256 tokens, 6 heads of 64, one thread, forward and backward), and still more so where dropout leaves
-    SDPA its `math` (0.5), which also draws a random float for every weight. 16 random bits do.
+    It is for a CPU that multiplies bfloat16. There it takes 0.4 of the time of SDPA in float32 (16 sequences of 256
+    tokens, 6 heads of 64, one thread, forward and backward). With dropout SDPA has only its `math`, which also draws a
+    random float for every weight; 16 random bits are enough. There it takes 0.5 of SDPA's time.
     """
     B, T, _, H, Q = packed.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in packed.unbind(2))  # (BH, T, Q)
@@ -171,26 +170,26 @@ def _by_matmuls(packed: Tensor, p: float) -> Tensor:
 
 
 def _flash_attn(packed: Tensor, p: float) -> Tensor:
-    """flash_attn 2: packed (B, T, 3, H, Q) -> (B, T, H, Q). Its kernels are registered as torch's operations, so that
-    torch.compile takes them into its graph."""
+    """flash_attn 2: packed (B, T, 3, H, Q) -> (B, T, H, Q). Its kernels are registered as torch operations, so
+    torch.compile can put them into its graph."""
     from flash_attn import flash_attn_qkvpacked_func
 
     return flash_attn_qkvpacked_func(packed, dropout_p=p, causal=True)
 
 
 def _fa3(packed: Tensor, p: float) -> Tensor:
-    """flash_attn 3, registered as torch's operations too."""
+    """flash_attn 3. Its kernels are torch operations too."""
     from flash_attn_interface import flash_attn_qkvpacked_func
 
     return flash_attn_qkvpacked_func(packed, causal=True)
 
 
-@torch.compiler.disable  # its kernels are no operations that torch knows: the graph is cut here
+@torch.compiler.disable  # its kernels are not torch operations: torch.compile's graph breaks here
 def _fa4(packed: Tensor, p: float) -> Tensor:
     """flash_attn 4. It has no packed function."""
     from flash_attn.cute import flash_attn_func
 
-    y, _ = flash_attn_func(*packed.unbind(2), causal=True)  # with the logarithms of the softmax's sums
+    y, _ = flash_attn_func(*packed.unbind(2), causal=True)  # the second result is the log of the softmax's sums
     return y
 
 

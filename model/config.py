@@ -1,4 +1,4 @@
-"""The shape of a GPT."""
+"""The sizes and options of a GPT."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ GPT2_SIZES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """nanoGPT's GPTConfig, and which GELU. Raises ValueError for a shape that cannot be built."""
+    """nanoGPT's GPTConfig, and the kind of GELU. Raises ValueError for values that no model can have."""
 
     block_size: int = 1024  # longest sequence, in tokens
     vocab_size: int = 50304  # GPT-2's 50257 padded to a multiple of 64: aligned rows for the head's matmul
@@ -21,7 +21,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in the linear layers and LayerNorms, as GPT-2; False: a bit better and faster
+    bias: bool = True  # in the linear layers and LayerNorms, as in GPT-2; False: a bit better and faster
     gelu: str = "erf"  # "erf", as nanoGPT trains; "tanh", as OpenAI trained GPT-2
 
     def __post_init__(self) -> None:

@@ -1,13 +1,12 @@
 """How many parameters a GPT has, and how many FLOPs a token costs: arithmetic on the config, no torch.
 
-A matmul of one token's activation with a weight of n elements costs 2n FLOPs, a multiply and an add each.
-Its backward costs twice that: the activation's gradient and the weight's. So a token costs 6N FLOPs for N
-weights. The head's matmul counts although its weight is the token embedding's, which N holds once: looking a
-row up is free.
+A matmul of one token's activation with a weight of n elements costs 2n FLOPs: n multiplies and n adds. The backward
+pass costs twice that, for the activation's gradient and the weight's. So a token costs 6N FLOPs for N weights. The head
+shares its weight with the token embedding, and N counts it once: its matmul costs FLOPs, an embedding lookup none.
 
-Attention also has matmuls without weights. QK^T and (softmax)V are Q*T multiply-adds each for a head and
-token, 12*L*H*Q*T FLOPs with the backward (L layers, H heads of size Q, T tokens of context). By nanoGPT's
-convention, and PaLM's before it, the causal half that need not be computed is not taken off.
+Attention also has matmuls without weights. QK^T and (softmax)V have Q*T multiply-adds each, for one head and token.
+With the backward pass that is 12*L*H*Q*T FLOPs (L layers, H heads of size Q, T tokens of context). The causal mask
+makes half of them unnecessary. They count anyway, as in nanoGPT and in PaLM.
 """
 
 from model.config import GPTConfig
@@ -16,9 +15,9 @@ FORMULAS = ("nanogpt", "6n")
 
 
 def num_params(config: GPTConfig, non_embedding: bool = True) -> int:
-    """Parameters of GPT(config), the tied head counted once.
+    """Parameters of GPT(config), with the tied head counted once.
 
-    non_embedding leaves out the position embeddings, and only those.
+    non_embedding leaves out the position embeddings, and only these.
     """
     c, bias = config.n_embd, int(config.bias)
     norm = c + bias * c
@@ -32,8 +31,8 @@ def num_params(config: GPTConfig, non_embedding: bool = True) -> int:
 def flops_per_token(config: GPTConfig, formula: str = "nanogpt") -> int:
     """FLOPs of training on one token, forward and backward, at full block size.
 
-    "nanogpt" is 6N + 12*L*H*Q*T, "6n" is 6N alone; in both N is num_params(config), without position
-    embeddings. Raises ValueError for another formula.
+    "nanogpt" is 6N + 12*L*H*Q*T, "6n" is only 6N. N is num_params(config), without position embeddings. Raises
+    ValueError for another formula.
     """
     if formula not in FORMULAS:
         raise ValueError(f"mfu_formula: got {formula!r}, expected one of: {', '.join(FORMULAS)}")

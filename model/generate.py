@@ -1,9 +1,9 @@
-"""Sampling: a loop that streams tokens, computing each only once, and the draw of one token from its logits.
+"""Sampling: a loop that yields tokens one after the other, and the draw of one token from its logits.
 
-One token costs one row through the model as long as the context fits block_size: the keys and values of
-earlier tokens do not depend on later ones, so they are computed once and kept. Past block_size the window
-slides, every token in it gets another (learned, absolute) position, and nothing kept is valid any more: from
-there on each step runs the whole window, which is what nanoGPT computes at every step.
+While the context fits into block_size, each token goes through the model only once. Keys and values of earlier tokens
+do not depend on later ones, so a cache keeps them. Past block_size the window slides. Then every token in it gets
+another (learned, absolute) position, and the cache is not valid any more. From there on each step computes the whole
+window, as nanoGPT does at every step.
 """
 
 import math
@@ -27,18 +27,17 @@ def generate(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
-    """Continue idx by a GPT; yields the next token of each row, (B,) int64, as it is drawn.
+    """Continue idx with a GPT. Yields the next token of each row, (B,) int64, as it is drawn.
 
-    idx: (B, T) int64, neither of them 0, on the model's device; past block_size, the last tokens count.
-    temperature divides the logits; 0 is greedy. top_k keeps the k most likely tokens (any k over the
-    vocabulary keeps all), then top_p the fewest most likely ones whose probabilities reach top_p. Ids from
-    `n_vocab` on, the padding of a vocabulary, are never drawn. `generator` lives on the model's device; with
-    one, the global random state is untouched.
+    idx: (B, T) int64 on the model's device, not empty; only the last block_size tokens count. temperature divides the
+    logits; 0 is greedy. top_k keeps the k most likely tokens; a k above the vocabulary size keeps all. Then top_p keeps
+    the fewest most likely tokens whose probabilities sum to top_p or more. Ids from `n_vocab` on are the padding of a
+    vocabulary, and are never drawn. `generator` is on the model's device; with one, the global random state does not
+    change.
 
-    The model is in eval mode from the first token until the iterator ends or is closed, then in the mode it
-    was in. After the call, which checks idx, nothing here waits for the device: reading a token does. Without
-    `use_cache` every step runs the whole window, for the same tokens up to rounding. Raises ValueError at the
-    call.
+    The model is in eval mode from the first token until the iterator ends or is closed. Then it gets its old mode back.
+    The call checks its arguments and raises ValueError. After the call, only reading a token waits for the device.
+    Without `use_cache` every step computes the whole window; the tokens are the same up to rounding.
     """
     vocab_size = model.config.vocab_size
     n_vocab = vocab_size if n_vocab is None else n_vocab
@@ -83,22 +82,22 @@ def _stream(
     try:
         for end in range(length, length + max_new_tokens):
             if cache is not None and end <= block_size:
-                logits, _ = model(tokens[:, cache.length : end], cache=cache)  # the prompt once, then (B, 1)
+                logits, _ = model(tokens[:, cache.length : end], cache=cache)  # first the prompt, then (B, 1)
             else:
-                cache = None  # frees it: the window slides from here on
+                cache = None  # frees it, since the window slides from here on
                 logits, _ = model(tokens[:, max(0, end - block_size) : end])
             tokens[:, end] = draw(logits[:, -1])
-            yield tokens[:, end].clone()  # the caller's own
+            yield tokens[:, end].clone()  # a copy, which the caller may change
     finally:
         model.train(was_training)
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """softmax(logits / temperature) of (B, V) float32 logits, zero outside top_k, then top_p.
+    """softmax(logits / temperature) of (B, V) float32 logits. top_k, then top_p, set the other tokens to 0.
 
-    Rows sum to 1. Tokens that tie with the k-th are kept, as nanoGPT keeps them.
+    Rows sum to 1. Tokens as likely as the k-th are kept, as in nanoGPT.
     """
-    # the difference to the largest cannot overflow at any temperature
+    # without the subtraction, a low temperature could make the largest logit infinite
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -106,7 +105,7 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, 
     probs = logits.softmax(dim=-1)
     if top_p is not None and top_p < 1:
         ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-        before = ranked.cumsum(dim=-1) - ranked  # probability of all that is likelier; 0 for the first
+        before = ranked.cumsum(dim=-1) - ranked  # sum over all likelier tokens; 0 for the first
         probs = probs.scatter(-1, order, ranked.masked_fill(before >= top_p, 0.0))
         probs = probs / probs.sum(dim=-1, keepdim=True)
     return probs
@@ -115,9 +114,10 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, 
 def sample(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw an index from each row of probs (B, V): (B,) int64.
 
-    Which of V independent exponential clocks of these rates rings first: index i with probability probs[i].
-    torch.multinomial draws the same from the same seed, but checks its input first, a wait for the device.
+    Each index gets an exponential random time, with its probability as the rate. The index with the earliest time is i
+    with probability probs[i]. torch.multinomial draws the same from the same seed, but it first checks its input, and
+    that waits for the device.
     """
-    clocks = torch.empty_like(probs).exponential_(generator=generator)
-    tiny = torch.finfo(probs.dtype).tiny  # 0 / 0 would win the argmax
-    return (probs / clocks.clamp_min_(tiny)).argmax(dim=-1)
+    times = torch.empty_like(probs).exponential_(generator=generator)
+    tiny = torch.finfo(probs.dtype).tiny  # 0 / 0 is NaN, which argmax would choose
+    return (probs / times.clamp_min_(tiny)).argmax(dim=-1)

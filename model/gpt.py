@@ -1,25 +1,25 @@
 """GPT-2 (Radford et al. 2019), with nanoGPT's parameter names, initialisation and forward signature.
 
-The residual stream is handed from block to block together with the last sub-layer's output that has not been added to
-it yet, so that every residual addition meets the LayerNorm after it in one operation, `ops.add_layer_norm`:
+A block returns two tensors: the residual stream, and the last sub-layer's output (`branch`), which is not yet added to
+it. So every residual addition and the LayerNorm after it are one operation, `ops.add_layer_norm`:
 
     x, branch = embedding(idx), None
     for each block:   x, h = add_layer_norm(branch, x);  branch = attention(h)
                       x, h = add_layer_norm(branch, x);  branch = mlp(h)
     x, h = add_layer_norm(branch, x);  logits = h @ wte.T
 
-Precision. Parameters, LayerNorm statistics and the loss are float32. A `Precision`, given to the constructor, says the
-rest: matmuls and attention run in its `compute` dtype, and LayerNorm writes its output in it; the residual stream has
-its `stream` dtype. The weights of a matmul come from one of two places:
+Precision. Parameters, LayerNorm statistics and the loss are float32. The constructor's `Precision` sets the rest.
+Matmuls and attention run in its `compute` dtype, and LayerNorm writes its output in it. The residual stream has its
+`stream` dtype. A matmul has one of two kinds of weights:
 
-- A model by itself casts each weight to the compute dtype where it is used, and gradients arrive in float32: what
-  nanoGPT's autocast computes, said explicitly, because fused ops have no autocast rule.
-- In training, the optimizer keeps copies of all parameters in the compute dtype beside the float32 ones, and writes
-  them as it updates: `read_copies`. Then nothing is cast, and the copies are what is differentiated.
+- A model by itself casts each weight to the compute dtype where it is used. Gradients arrive in float32. nanoGPT's
+  autocast computes the same. Here the casts are explicit, because fused ops have no autocast rule.
+- In training, the optimizer keeps copies of all parameters in the compute dtype beside the float32 ones, and updates
+  both. The model computes with the copies (`read_copies`). Then nothing is cast, and gradients are the copies'.
 
 With float32 nothing is cast, and there are no copies.
 
-Memory. `recompute` says what the backward pass finds kept and what it computes again: `model/recompute.py`.
+Memory. `recompute` chooses what is kept for the backward pass and what is computed again: `model/recompute.py`.
 """
 
 import dataclasses
@@ -40,20 +40,20 @@ from model.recompute import recompute_block, recompute_mlp
 
 @dataclass(frozen=True)
 class Precision:
-    """dtypes of what a model computes; its parameters are float32."""
+    """The dtypes that a model computes in. Its parameters are float32."""
 
     compute: torch.dtype = torch.float32  # of matmuls and attention
     stream: torch.dtype = torch.float32  # of the residual stream
 
 
 class Weights(nn.Module):
-    """A layer with a weight, perhaps a bias, and perhaps copies of them to compute with (`GPT.read_copies`)."""
+    """A layer with a weight, perhaps a bias, and perhaps the optimizer's copies of them (`GPT.read_copies`)."""
 
     weight_copy: Tensor | None = None
     bias_copy: Tensor | None = None
 
     def weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias) to compute with: the copies, or the parameters, cast to `dtype`."""
+        """(weight, bias) to compute with: the copies, or else the parameters, cast to `dtype`."""
         if self.weight_copy is not None:
             return self.weight_copy, self.bias_copy
         bias = getattr(self, "bias", None)  # an embedding has none
@@ -73,7 +73,7 @@ class Embedding(Weights, nn.Embedding):
 
 
 class LayerNorm(Weights):
-    """LayerNorm with an optional bias, taking in the sub-layer output that waits to be added to the stream."""
+    """LayerNorm with an optional bias. It first adds the last sub-layer's output to the stream."""
 
     def __init__(self, config: GPTConfig, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class LayerNorm(Weights):
         self.ops, self.dropout, self.dtype = ops, config.dropout, dtype
 
     def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(x + dropout(branch), its LayerNorm in `dtype`)."""
+        """x, branch (B, T, C) -> (x + dropout(branch), its LayerNorm in `dtype`); branch None adds nothing."""
         if branch is None:
             return x, self.ops.layer_norm(x, *self.weights(), self.dtype)
         p = self.dropout if self.training else 0.0
@@ -166,7 +166,7 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # what adds to the stream, twice a layer (GPT-2, section 2.3)
+            if name.endswith("c_proj.weight"):  # two a layer, their outputs add to the stream (GPT-2, section 2.3)
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
     @staticmethod
@@ -181,9 +181,9 @@ class GPT(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """(logits, loss) of idx (B, T) int64.
 
-        With targets (B, T) int64, -1 where a position does not count: logits (B, T, V), or None where the loss is
-        fused with the head, and the mean loss, a float32 scalar. Without: the logits of the last position, (B, 1, V),
-        and None. With a cache, idx continues the tokens it holds. ValueError where idx is longer than block_size.
+        With targets (B, T) int64, -1 for positions that do not count: logits (B, T, V), or None if the loss is fused
+        with the head; and the mean loss, a float32 scalar. Without targets: the logits of the last position, (B, 1, V),
+        and None. With a cache, idx continues the tokens in it. ValueError if there are more than block_size tokens.
         """
         T, start = idx.size(1), 0 if cache is None else cache.length
         if start + T > self.config.block_size:
@@ -204,14 +204,15 @@ class GPT(nn.Module):
         return logits, loss
 
     def read_copies(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
-        """Compute with these copies of the parameters, in the compute dtype, from here on. Whoever changes a parameter
-        changes its copy too. They are no part of the state_dict."""
+        """From now on, compute with these copies of the parameters, in the compute dtype. Code that changes a parameter
+        must change its copy too. The copies are not in the state_dict."""
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, f"{name}_copy", copies[parameter])
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters, by default without the position embeddings; the token embeddings are the head's."""
+        """Number of parameters, by default without the position embeddings. The head's weight, also the token
+        embedding, counts once."""
         n = sum(parameter.numel() for parameter in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
@@ -224,6 +225,6 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-        """idx (B, T) int64, followed by `max_new_tokens` drawn from the model; `model/generate.py` can stream them."""
+        """idx (B, T) int64, followed by `max_new_tokens` drawn from the model. `model/generate.py` can stream them."""
         tokens = generate(self, idx, max_new_tokens, temperature, top_k)
         return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)

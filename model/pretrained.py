@@ -1,17 +1,17 @@
-"""Weights from elsewhere, and weights for elsewhere: Hugging Face's GPT-2 files and nanoGPT's checkpoints.
+"""Weights of other programs: Hugging Face's GPT-2 files, read and written, and nanoGPT's checkpoints, read.
 
-GPT-2 is read and written as Hugging Face keeps it, `config.json` beside `model.safetensors`. Against our
+GPT-2 is read and written in Hugging Face's layout: `config.json` beside `model.safetensors`. It differs from our
 state_dict:
 
-| there                                   | here                                                         |
+| Hugging Face                            | here                                                         |
 |-----------------------------------------|--------------------------------------------------------------|
 | `h.0.…`, or `transformer.h.0.…`         | `transformer.h.0.…`                                          |
 | c_attn, c_proj, c_fc weights (in, out)  | (out, in): OpenAI's "Conv1D" is a Linear, stored transposed  |
-| `lm_head.weight`, absent where tied     | always tied to `transformer.wte.weight`                      |
+| `lm_head.weight`, absent if tied        | always tied to `transformer.wte.weight`                      |
 | `attn.bias`, `attn.masked_bias`         | none: the causal mask, not a parameter                       |
 
-`transformers` is not imported: it would look for another package named `kernels`. Models are built on the meta
-device and then get the tensors: the weights are in memory once, and nothing is initialised twice.
+`transformers` is not imported, because it expects another package named `kernels`. Models are built on the meta device
+and then get the tensors. So the weights are in memory once, and nothing is initialised twice.
 """
 
 import dataclasses
@@ -56,31 +56,30 @@ def load_gpt2(
 ) -> GPT:
     """A GPT with the weights of `source`, float32 on the CPU.
 
-    source: a `model.safetensors` file, a folder that holds one, or a name of GPT2_SIZES, which
-    `huggingface_hub` downloads once and keeps. The shape comes from the `config.json` beside the file;
-    without one, from the tensors, if the width is that of one of OpenAI's models (no tensor tells the number
-    of heads). gelu: None is what config.json says, else "tanh". options: `GPT`'s precision, attention, recompute.
+    source: a `model.safetensors` file, a folder that holds one, or a name of GPT2_SIZES, which `huggingface_hub`
+    downloads once and keeps. The shape comes from the `config.json` beside the file. Without one it comes from the
+    tensors. Then the width must be that of one of OpenAI's models, because the tensors do not give the number of heads.
+    gelu: None takes config.json's, or "tanh" without one. options: `GPT`'s precision, attention, recompute.
 
-    Raises FileNotFoundError (nothing there, or no network), ImportError (a package is missing), ValueError
-    (not the tensors of a GPT-2, or one whose config.json asks for what our GPT does not compute).
+    Raises FileNotFoundError (no file, or no network), ImportError (a package is missing), ValueError (not the tensors
+    of a GPT-2, or a config.json that our GPT does not support).
     """
-    with _opened(source, dropout, gelu) as (file, path, names, config):
+    with _open(source, dropout, gelu) as (file, path, names, config):
         state = {name: _read_tensor(file, key, name) for key, name in names.items()}
     return _assemble(config, state, path, ops, options)
 
 
 def gpt2_shape(source: str | os.PathLike[str], *, dropout: float = 0.0, gelu: str | None = None) -> GPTConfig:
-    """The shape of what `load_gpt2` would load; no weight is read. Raises as it does."""
-    with _opened(source, dropout, gelu) as (*_, config):
+    """The shape of the model that `load_gpt2` would load. It reads no weights, and raises the same errors."""
+    with _open(source, dropout, gelu) as (*_, config):
         return config
 
 
 @contextmanager
-def _opened(
+def _open(
     source: str | os.PathLike[str], dropout: float, gelu: str | None
 ) -> Iterator[tuple[Any, Path, dict[str, str], GPTConfig]]:
-    """(the open file, its path, its tensors' names here by those there, the model's shape). ValueError where reading
-    fails."""
+    """(the open file, its path, our name of each of its tensors, the model's shape). ValueError if reading fails."""
     safetensors = _safetensors()
     path, config_path = _locate(source)
     try:
@@ -91,7 +90,7 @@ def _opened(
             if gelu is not None:
                 settings["gelu"] = gelu
             config = GPTConfig(**settings, dropout=dropout)
-            _check(shapes, {name: _flip(name, shape) for name, shape in _shapes(config).items()}, path)
+            _check(shapes, {name: _transposed(name, shape) for name, shape in _shapes(config).items()}, path)
             yield file, path, names, config
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
@@ -100,10 +99,10 @@ def _opened(
 def from_checkpoint(
     checkpoint: Mapping[str, Any], ops: Ops = REFERENCE, *, dropout: float | None = None, **options: Any
 ) -> GPT:
-    """The GPT of a checkpoint as `train.checkpoint.load` returns it, ours or nanoGPT's; memory is shared.
+    """The GPT of a checkpoint from `train.checkpoint.load`, ours or nanoGPT's. It shares the checkpoint's memory.
 
-    Reads `model_args`, `model` and, where there, `nanofuse["gelu"]`. dropout: None is the checkpoint's. options: as for
-    `load_gpt2`. Raises ValueError where shape and tensors do not agree.
+    Reads `model_args`, `model` and, if present, `nanofuse["gelu"]`. dropout: None takes the checkpoint's. options: as
+    for `load_gpt2`. Raises ValueError if shape and tensors do not agree.
     """
     config = GPTConfig(**checkpoint["model_args"], gelu=checkpoint.get("nanofuse", {}).get("gelu", "erf"))
     if dropout is not None:
@@ -114,9 +113,8 @@ def from_checkpoint(
 def export_gpt2(model: GPT, folder: str | os.PathLike[str]) -> Path:
     """Write `model` into `folder` for `transformers`' GPT2LMHeadModel.from_pretrained; returns `folder`.
 
-    Weights are float32. Biases that the model lacks are written as zeros: the layout always has them. A
-    padded vocabulary keeps its size. Each file is replaced in one step, the weights first: no instant leaves
-    half a file.
+    Weights are float32. Biases that the model lacks are written as zeros, because the layout always has them. A padded
+    vocabulary keeps its size. Each file is replaced in one step, the weights first, so no file is ever half written.
     """
     folder, config, save_file = Path(folder), model.config, _safetensors().torch.save_file
     tensors = {name: tensor.to("cpu", torch.float32) for name, tensor in model.state_dict().items() if name != HEAD}
@@ -147,7 +145,7 @@ def export_gpt2(model: GPT, folder: str | os.PathLike[str]) -> Path:
 
 
 def _locate(source: str | os.PathLike[str]) -> tuple[Path, Path | None]:
-    """The safetensors file that `source` names, downloaded if need be; the config.json beside it, if any."""
+    """The safetensors file that `source` names, downloaded if necessary, and the config.json beside it, if any."""
     path = Path(source)
     if path.is_dir():
         path = path / WEIGHTS
@@ -188,7 +186,7 @@ def _safetensors() -> Any:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """GPTConfig's fields from a Hugging Face config.json. Models that ours cannot be are refused."""
+    """GPTConfig's fields from a Hugging Face config.json. ValueError for a model that ours does not support."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         shape = {ours: int(found[theirs]) for ours, theirs in SHAPE.items()}
@@ -211,7 +209,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _infer_config(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
-    """GPTConfig's fields from the tensors of one of OpenAI's models, cut in depth or length perhaps."""
+    """GPTConfig's fields from the tensors of one of OpenAI's models, perhaps with fewer layers or positions."""
     try:
         (vocab_size, n_embd), (block_size, _) = shapes[EMBEDDING], shapes["transformer.wpe.weight"]
     except (KeyError, ValueError):
@@ -231,7 +229,7 @@ def _our_name(key: str) -> str:
     return key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
 
 
-def _flip(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _transposed(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[::-1] if name.endswith(CONV1D) else shape
 
 
@@ -254,15 +252,15 @@ def _assemble(
     _check({name: tuple(tensor.shape) for name, tensor in state.items()}, _shapes(config), where)
     if HEAD in state and not torch.equal(state[HEAD], state[EMBEDDING]):
         raise ValueError(f"{where}: {HEAD} differs from {EMBEDDING}, expected a head tied to the embedding")
-    with torch.device("meta"):  # no memory, no initialisation, no draw from the random state
+    with torch.device("meta"):  # no memory, no initialisation, no random numbers
         model = GPT(config, ops, **options)
     model.load_state_dict({**state, HEAD: state[EMBEDDING]}, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight  # one parameter again, not two over one memory
+    model.lm_head.weight = model.transformer.wte.weight  # one parameter again, not two that share memory
     return model
 
 
 def _check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object) -> None:
-    """Raise ValueError, naming the first few, unless names and shapes agree. The tied head may be absent."""
+    """ValueError, with the first three differences, unless names and shapes agree. The tied head may be absent."""
     wrong = [f"{name} is missing" for name in expected if name not in found and name != HEAD]
     wrong += [f"{name} is unknown" for name in found if name not in expected]
     wrong += [
@@ -276,7 +274,7 @@ def _check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[in
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`; once its bytes are on the disk, give it the name `path`."""
+    """Let `write` make a file beside `path`. When its bytes are on the disk, rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)

@@ -1,10 +1,10 @@
 """Activation checkpointing: parts of a block are not kept for the backward pass; it computes them again (Chen et al.
 2016, "Training deep nets with sublinear memory cost", arXiv:1604.06174).
 
-| mode    | computed again                                                    |
-|---------|-------------------------------------------------------------------|
-| "none"  | nothing                                                           |
-| "mlp"   | the MLP, more than half of what a block keeps                     |
+| mode    | computed again                                                     |
+|---------|--------------------------------------------------------------------|
+| "none"  | nothing                                                            |
+| "mlp"   | the MLP, more than half of what a block keeps                      |
 | "block" | all of a block except attention and operations that draw at random |
 
 `train/dryrun.py` finds how much memory each mode takes. A fused MLP is one operation, so all of it is computed again,
@@ -33,24 +33,24 @@ MODES = ("none", "mlp", "block")
 
 
 def recompute_mlp(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), of which the backward pass finds nothing but the arguments. It must draw no random numbers."""
+    """function(*args). Only the arguments are kept for the backward pass. `function` must draw no random numbers."""
     return _checkpointed(function, *args)
 
 
 def recompute_block(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), of which the backward pass finds the arguments, attention's results and what was drawn at
-    random: dropout's masks, or the seeds that they are made of."""
+    """function(*args). Only the arguments, attention's results and random results are kept for the backward pass.
+    Random results are dropout's masks, or their seeds."""
     return _checkpointed(function, *args, context_fn=_contexts)
 
 
 def _checkpointed(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    if not torch.is_grad_enabled():  # torch 2.11 would do more than call it
+    if not torch.is_grad_enabled():  # torch 2.11's `checkpoint` would do more than this call
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def _keep_random(context: Any, op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    attention = op.namespace.startswith("flash_attn")  # that package's operations, which are not tagged
+    attention = op.namespace.startswith("flash_attn")  # this package's operations have no tag
     kept = attention or torch.Tag.nondeterministic_seeded in op.tags
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 

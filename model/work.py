@@ -1,18 +1,17 @@
-"""What a training step must do at least, part by part: FLOPs, and bytes between memory and registers. Arithmetic only.
+"""The least work of a training step, part by part: FLOPs, and bytes between memory and registers. Arithmetic only.
 
-Where `flops.py` counts a token's FLOPs by convention, to compare runs, this counts what no implementation can leave
-out, to see how far one is from the best:
+`flops.py` counts a token's FLOPs by convention, to compare runs. This file counts the work that no implementation can
+avoid. It shows how far an implementation is from the best:
 
-- Matmuls: 2 FLOPs a multiply-add, forward once and backward twice; of each product both operands are read and the
-  result is written.
-- Attention: only the causal half is computed. Forward has two products, backward five: the scores are made again
-  rather than kept. q, k, v and the output are read and written, the scores stay on the chip.
-- Everything else moves bytes and computes next to nothing: each input is read once, each output written once
+- Matmuls: 2 FLOPs a multiply-add, one matmul forward and two backward. Each reads both operands and writes its result.
+- Attention: only the causal half is computed. Forward has two matmuls, backward five, because it computes the scores
+  again. q, k, v and the output are read and written; the scores stay on the chip.
+- Everything else moves bytes and has almost no FLOPs. Each input is read once, each output written once
   (`kernels/traffic.py`).
 
 A part takes at least as long as its FLOPs take at the device's peak, and as long as its bytes take at its bandwidth:
-`floor`. That is a bound, not a promise: no attention kernel reaches a large matmul's FLOP/s at heads of 64. And where
-the caches hold what one part hands to the next, a part can be faster than its bytes say.
+`floor`. Kernels may not reach this bound: no attention kernel with heads of 64 reaches a large matmul's FLOP/s. A part
+can be faster than its bytes allow if the caches still hold the results of the part before.
 """
 
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ class Work:
 
 
 def floor(work: Work, peak_flops: float, bandwidth: float) -> float:
-    """Seconds that `work` takes at least, at so many FLOP/s and bytes/s."""
+    """Least seconds of `work`. peak_flops: FLOP/s; bandwidth: bytes/s."""
     return max(work.flops / peak_flops, work.bytes / bandwidth)
 
 
@@ -52,19 +51,18 @@ def step_work(
     shards: int = 1,
     fused_gelu: bool = False,
 ) -> dict[str, Work]:
-    """A step's parts and what each must do: `accumulation` micro-steps of batch_size x block_size tokens, an update.
+    """A step's parts and their work: `accumulation` micro-steps of batch_size x block_size tokens, and an update.
 
     compute, stream, gradients: bytes of an element of the compute dtype, of the residual stream, and of the gradients
-    that the optimizer reads; weights that are not computed with in float32 are copies (`train/flat.py`). shards: into
-    how many the update is shared out, of which this is one; communication is no part. fused_gelu: GELU and its
-    derivative lie in the epilogues of matmuls; what is left of them is that the MLP's pre-activations are written and
-    read.
+    that the optimizer reads. If compute is not float32, the weights are copies (`train/flat.py`). shards: number of
+    devices that share the update; communication is not counted. fused_gelu: GELU and its derivative run inside matmuls;
+    only the MLP's pre-activations are written and read.
     """
     B, T, L, C, V = batch_size, config.block_size, config.n_layer, config.n_embd, config.vocab_size
     M, b, s = B * T, compute, stream
     n = -(-num_params(config, non_embedding=False) // shards)
     qkv, y, lse = 3 * M * C * b, M * C * b, 4 * M * config.n_head  # each row's log-sum-exp is kept for backward
-    plain, added = ({"bias": config.bias, "add": add} for add in (False, True))  # nothing is added before the first
+    plain, added = ({"bias": config.bias, "add": add} for add in (False, True))  # the first LayerNorm adds nothing
     pre = M * 4 * C * b
     micro_step = {
         "qkv": _linear(M, C, 3 * C, b) * L,
@@ -81,13 +79,13 @@ def step_work(
         "GELU forward": Work(bytes=pre if fused_gelu else traffic.gelu_forward(M, 4 * C, b)) * L,
         "GELU backward": Work(bytes=pre if fused_gelu else traffic.gelu_backward(M, 4 * C, b)) * L,
         "cross-entropy": Work(bytes=traffic.cross_entropy_forward(M, V, b, counted=M, gradient=True)),
-        # how many tokens differ is the text's affair: their rows are left out
+        # the rows that are read are left out: their number depends on the text
         "embedding forward": Work(bytes=traffic.embedding_forward(M, T, C, b, s, distinct=0)),
         "embedding backward": Work(bytes=traffic.embedding_backward(M, T, C, V, b, s)),
     }
     update = {
-        "accumulation": Work(bytes=n * (b + 2 * gradients)) * (accumulation - 1),  # the first could be the sum's start
-        # the norm is there before the first element is updated: the gradient is read twice
+        "accumulation": Work(bytes=n * (b + 2 * gradients)) * (accumulation - 1),  # the first gradient starts the sum
+        # the gradient is read twice: for its norm, then for the update
         "optimizer": Work(bytes=n * gradients + traffic.adamw(n, gradients, copy=b if b != 4 else 0)),
         "clearing": Work(bytes=n * gradients),
     }
@@ -95,5 +93,5 @@ def step_work(
 
 
 def _linear(M: int, K: int, N: int, b: int) -> Work:
-    """x (M, K) @ w (K, N), and both gradients: three products of the same three sizes."""
+    """x (M, K) @ w (K, N), and both gradients: three matmuls of the same three sizes."""
     return Work(2 * M * K * N, (M * K + K * N + M * N) * b) * 3

@@ -8,7 +8,7 @@ from pathlib import Path
 from train.config import TrainConfig, choose_base, compose, parse
 from train.errors import UserError, ending, run
 
-if __name__ == "__main__":  # --help, and a setting that is wrong, before torch is imported: that takes seconds
+if __name__ == "__main__":  # --help and wrong settings end here: importing torch takes seconds
     with ending():
         parse(sys.argv[1:])
 
@@ -33,21 +33,21 @@ from train.step import Evaluation, TrainStep
 
 def main() -> int:
     parsed = parse(sys.argv[1:])
-    absent = bool(parsed.settings.get("rehearse"))  # the device is not there: everything is checked, nothing trained
+    absent = bool(parsed.settings.get("rehearse"))  # a rehearsal: all is checked, nothing is trained
     device = None if absent else resolve_device(str(parsed.settings.get("device", TrainConfig.device)))
     checkpoint = stored = None
     if parsed.settings.get("init_from") == "resume":
         out_dir = str(parsed.settings.get("out_dir", TrainConfig.out_dir))
         checkpoint = checkpoints.load(Path(out_dir) / "ckpt.pt")
         stored = {**checkpoint["config"], "out_dir": out_dir}
-        if not checkpoint["nanofuse"]:  # nanoGPT's: it has no auto, and wrote down what its own machine had
+        if not checkpoint["nanofuse"]:  # nanoGPT's: it holds values for the machine that wrote it
             for name in ("device", "dtype", "backend"):
                 stored.pop(name, None)
     base = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
     config = compose(parsed, base.settings)
     world = world_from_environment()
     if absent:
-        from train.rehearse import rehearse  # only here: no run needs it
+        from train.rehearse import rehearse  # imported here: only a rehearsal needs it
 
         say = print if world.master else lambda text: None
         why = " over ".join([*reversed(parsed.sources), base.why])
@@ -56,11 +56,11 @@ def main() -> int:
     with process_group(world, config.backend, device):
         plan = decide(config, set(parsed.settings), base.why, checkpoint, world, device)
         state, resumed = make_state(plan, checkpoint), checkpoint is not None
-        del checkpoint, stored  # its tensors are as large as the model's and the optimizer's together
+        del checkpoint, stored  # frees as much memory as the model and the optimizer take
         status = train(state, resumed=resumed)
     if world.size > 1:
-        # Past the interpreter's own end: threads of torch's communication that still ask for the GIL during it abort
-        # the process ("terminate called without an active exception"), and torchrun takes the run for failed.
+        # Skip the interpreter's shutdown. Threads of torch's communication may ask for the GIL during it. Then the
+        # process aborts ("terminate called without an active exception"), and torchrun reports a failed run.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -68,10 +68,10 @@ def main() -> int:
 
 
 def train(state: TrainState, *, resumed: bool) -> int:
-    """One rank's run, from its state to its end; the exit status. resumed: whether it goes on with an earlier run's."""
+    """Train on one rank to the end of the run; returns the exit status. resumed: the state is an earlier run's."""
     plan, config, world = state.plan, state.plan.config, state.plan.world
     log = None
-    if world.master:  # from here on there is an out_dir
+    if world.master:  # makes out_dir
         facts = {"device": device_name(plan.device), "parameters": num_params(plan.shape)}
         log = RunLog(config, **facts, resume_iter=state.progress.iter_num if resumed else None)
     say = log.message if log is not None else lambda line: None
@@ -104,7 +104,7 @@ def train(state: TrainState, *, resumed: bool) -> int:
 def make_step(
     state: TrainState, say: Callable[[str], None]
 ) -> tuple[TrainStep | GraphedStep | ProfiledStep, Evaluation | GraphedEvaluation]:
-    """A step, and an evaluation of the model that it trains: compiled, captured and profiled as the settings want."""
+    """A step, and an evaluation of the same model: compiled, captured and profiled as the settings say."""
     plan, config = state.plan, state.plan.config
     model = model_to_train(state.model, config, plan.device, say, by_block=plan.sharded)
     state.optimizer.clear()
@@ -138,7 +138,7 @@ def make_loader(plan: Plan) -> Loader:
 
 
 def farewell(state: TrainState, loop: Loop, say: Callable[[str], None]) -> None:
-    """The end of a run: its losses, what the model writes, and where everything lies."""
+    """Print the final losses, a sample of text, and the paths of the run's files."""
     plan, losses, best = state.plan, loop.losses, state.progress.best_val_loss
     say(f"final losses: train {losses.train:.4f}, val {losses.val:.4f} (best {best:.4f})")
     try:
@@ -150,7 +150,7 @@ def farewell(state: TrainState, loop: Loop, say: Callable[[str], None]) -> None:
         drawn = SampleConfig(start=start, max_new_tokens=300)
         text = "".join(sample_text(state.model, tokenizer, drawn, generator))
         say(f"a sample:\n{text}\n---------------")
-    except UserError as error:  # GPT-2's ranks need a download once
+    except UserError as error:  # GPT-2's tokenizer must be downloaded once
         say(f"no sample of text: {error}")
     out_dir = Path(plan.config.out_dir)
     checkpoint = out_dir / "ckpt.pt"

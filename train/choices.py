@@ -1,8 +1,8 @@
-"""What a run computes its attention and its MLPs with: what was named, if it can run here, or the fastest, measured.
+"""How a run computes its attention and its MLPs: the way that a setting names, if it runs here, or the fastest.
 
-On CUDA each candidate is timed on one layer of the run's own shape, as training makes it: a replayed graph, caches
-cold. Rank 0 measures for all. The times are kept on disk, by device, versions and shape. The next run starts sooner and
-takes the same, so that it computes the same bits. Elsewhere nothing is measured.
+On CUDA each candidate is timed on one layer of the run's own shape, in a replayed graph, with cold caches. Rank 0
+measures for all. The times are kept on disk, by device, versions and shape. So the next run starts sooner, makes the
+same choice and computes the same bits. Elsewhere nothing is measured.
 """
 
 import json
@@ -29,8 +29,8 @@ from train.errors import UserError, first_line
 from train.files import replacing
 from train.hardware import device_name, synchronize
 
-MEASURED = tuple(name for name in BACKENDS if name not in ("auto", "math"))  # math: never first, and holds (B, H, T, T)
-CHECKED = 4096  # rows of the MLP that are held to float64: enough for a program to take several tiles
+MEASURED = tuple(name for name in BACKENDS if name not in ("auto", "math"))  # not math: slow, holds (B, H, T, T)
+CHECKED = 4096  # rows of the MLP that are compared with float64: enough for a program to take several tiles
 
 Clock = Callable[[Timeable, torch.device], float]  # milliseconds that the work takes
 MLP = Callable[..., Tensor]
@@ -40,7 +40,7 @@ MLP = Callable[..., Tensor]
 
 
 class AttentionShape(NamedTuple):
-    """What one layer's attention is given, a micro-step at a time."""
+    """The input of one layer's attention in a micro-step."""
 
     batch: int
     length: int
@@ -52,21 +52,21 @@ class AttentionShape(NamedTuple):
 
     @classmethod
     def of(cls, c: GPTConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> Self:
-        """Of a model in training."""
+        """The shape when this model is trained."""
         return cls(batch_size, c.block_size, c.n_head, c.head_size, c.dropout, dtype, device)
 
 
 def choose_attention(name: str, shape: AttentionShape, world: World, clock: Clock | None = None) -> tuple[str, str]:
-    """(backend of every rank, what to say of it or nothing). `name` is one of BACKENDS.
+    """(backend of every rank; a message about it, may be empty). `name` is one of BACKENDS.
 
-    `auto` is, on CUDA, what rank 0 measures to be the fastest, forward and backward; elsewhere it stays `auto`, the
-    same in every run. clock: in place of CUDA's. Any other name is tried, and a UserError where it cannot
-    run. Random state is afterwards as it was before.
+    `auto` on CUDA is the backend that rank 0 measures as the fastest, forward and backward. Elsewhere it stays `auto`,
+    the same in every run. Any other name is tried: UserError if it cannot run. clock: replaces CUDA's. The random state
+    does not change.
     """
     devices = [shape.device] if shape.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         if name != "auto":
-            _insist(name, shape)
+            _require(name, shape)
             return name, f"{name}, as set"
         if clock is None and not devices:
             return name, ""
@@ -82,7 +82,7 @@ def choose_attention(name: str, shape: AttentionShape, world: World, clock: Cloc
 
 
 def layer_pass(backend: str, shape: AttentionShape) -> Callable[[], None]:
-    """Forward and backward of one layer's attention, from a packed qkv to its gradient, random inputs."""
+    """A function that runs one layer's attention forward and backward, from a random packed qkv to its gradient."""
     width = shape.n_head * shape.head_size
     options = {"dtype": shape.dtype, "device": shape.device}
     qkv = torch.randn(shape.batch, shape.length, 3 * width, **options, requires_grad=True)
@@ -96,15 +96,13 @@ def layer_pass(backend: str, shape: AttentionShape) -> Callable[[], None]:
 
 
 def why_not(backend: str, shape: AttentionShape) -> str:
-    """Why a layer of this shape cannot be computed so, in one line; empty where it can."""
-    with warnings.catch_warnings(record=True) as warned:  # what torch says of its own backends
+    """Why this backend cannot compute a layer of this shape, in one line; empty if it can."""
+    with warnings.catch_warnings(record=True) as warned:  # torch warns why a backend of its own cannot run
         warnings.simplefilter("always")
         try:
             layer_pass(backend, shape)()
             synchronize(shape.device)
-        except (
-            Exception
-        ) as error:  # from torch, a package that is missing, broken or built for another device: all kinds
+        except Exception as error:  # of any type: from torch, or from a package that is missing or broken
             said = [str(w.message).split(" (Triggered internally")[0] for w in warned]
             reasons = [text for text in said if "not used because" not in text and "runtime disabled" not in text]
             text = reasons[0] if reasons else str(error) or type(error).__name__
@@ -112,7 +110,7 @@ def why_not(backend: str, shape: AttentionShape) -> str:
     return ""
 
 
-def _insist(name: str, shape: AttentionShape) -> None:
+def _require(name: str, shape: AttentionShape) -> None:
     small = shape._replace(batch=1)
     if reason := why_not(name, small):
         here = ["auto", *(other for other in BACKENDS[1:] if not why_not(other, small))]
@@ -123,7 +121,7 @@ def _insist(name: str, shape: AttentionShape) -> None:
 
 
 class MLPShape(NamedTuple):
-    """What one layer's MLP is given, a micro-step at a time."""
+    """The input of one layer's MLP in a micro-step."""
 
     rows: int
     width: int
@@ -134,26 +132,26 @@ class MLPShape(NamedTuple):
 
     @classmethod
     def of(cls, c: GPTConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> Self:
-        """Of a model in training."""
+        """The shape when this model is trained."""
         return cls(batch_size * c.block_size, c.n_embd, c.bias, c.gelu, dtype, device)
 
 
 def has_fused_matmul(ops: Ops, width: int, dtype: torch.dtype) -> bool:
-    """Whether an MLP has more than one way to go: in 2-byte elements, with rows that begin at multiples of 16 bytes."""
-    return ops.name == "fused" and dtype.itemsize == 2 and width % 8 == 0
+    """Whether the fused matmul can be used: it needs 2-byte elements and rows that begin at multiples of 16 of them."""
+    return ops.name == "fused" and dtype.itemsize == 2 and width % 16 == 0
 
 
 def choose_mlp(ops: Ops, shape: MLPShape, world: World, clock: Clock | None = None) -> tuple[Ops, str]:
-    """(the bundle, whose MLP takes for its matmuls what is fastest here; what to say of it or nothing).
+    """(the bundle, its MLP with the fastest matmuls; a message about them, may be empty).
 
-    On CUDA cuBLAS and each of the fused matmul's tiles are timed, forward and backward apart. What is further from
-    float64 than the kernels' tests allow is not timed, and said. clock: in place of CUDA's. Random state is afterwards
-    as it was before.
+    On CUDA cuBLAS and each of the fused matmul's tiles are timed, forward and backward separately. A candidate that
+    differs from float64 more than the kernels' tests allow is not timed; the message names it. clock: replaces CUDA's.
+    The random state does not change.
     """
     devices = [shape.device] if shape.device.type == "cuda" else []
     if not has_fused_matmul(ops, shape.width, shape.dtype) or (clock is None and not devices):
         return ops, ""
-    from kernels.fused.mlp import ways  # only here: where fused kernels were chosen, Triton is there
+    from kernels.fused.mlp import ways  # imported here: fused kernels were chosen, so Triton is installed
 
     taken, said = {}, []
     with torch.random.fork_rng(devices):
@@ -167,7 +165,7 @@ def choose_mlp(ops: Ops, shape: MLPShape, world: World, clock: Clock | None = No
 
 
 def _fastest_mlp(by_name: Mapping[str, MLP], direction: str, shape: MLPShape, clock: Clock | None) -> tuple[str, str]:
-    """The fastest of those that are right, the first of which is the measure; what to say of it."""
+    """(the fastest of those that are correct; a message about it). The first one is not checked."""
     wrong = {name: reason for name in list(by_name)[1:] if (reason := what_is_wrong(by_name[name], shape))}
     right = [name for name in by_name if name not in wrong]
 
@@ -181,7 +179,7 @@ def _fastest_mlp(by_name: Mapping[str, MLP], direction: str, shape: MLPShape, cl
 
 
 def mlp_inputs(shape: MLPShape, rows: int) -> dict[str, Any]:
-    """Random arguments of `mlp`, which all want a gradient."""
+    """Random arguments of `mlp`. All tensors require gradients."""
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*size, device=shape.device)).to(shape.dtype).requires_grad_()
@@ -198,7 +196,7 @@ def mlp_inputs(shape: MLPShape, rows: int) -> dict[str, Any]:
 
 
 def mlp_pass(mlp: MLP, direction: str, shape: MLPShape) -> Timeable:
-    """One layer's forward pass, or the backward pass through it, random inputs."""
+    """One layer's forward pass, or the backward pass through it, with random inputs."""
     inputs = mlp_inputs(shape, shape.rows)
     leaves = [x for x in inputs.values() if isinstance(x, Tensor)]
     dy = torch.randn_like(inputs["x"])
@@ -208,14 +206,14 @@ def mlp_pass(mlp: MLP, direction: str, shape: MLPShape) -> Timeable:
 
 
 def what_is_wrong(mlp: MLP, shape: MLPShape) -> str:
-    """What is wrong with an MLP's first rows, or their gradients, in one line; empty where nothing is.
+    """What is wrong with an MLP's first CHECKED rows, or their gradients, in one line; empty if nothing is.
 
     The criterion is that of the kernels' tests.
     """
     inputs = mlp_inputs(shape, min(shape.rows, CHECKED))
     try:
         return fault(mlp, reference.mlp, inputs)
-    except Exception as error:  # from Triton's compiler, its launcher, CUDA: all kinds
+    except Exception as error:  # of any type: from Triton's compiler, its launcher, CUDA
         return first_line(error)
 
 
@@ -225,14 +223,14 @@ def what_is_wrong(mlp: MLP, shape: MLPShape) -> str:
 def _times(
     kind: str, shape: AttentionShape | MLPShape, names: Sequence[str], time: Callable[[str], float]
 ) -> tuple[dict[str, float], str]:
-    """(milliseconds by name, the fastest first; when that was): an earlier run's of the same names, or `time`'s."""
+    """(milliseconds by name, the fastest first; a note if they are an earlier run's). Times what is not stored yet."""
     path = cache_file()
     key = ", ".join([kind, device_name(shape.device), _versions(), *map(str, shape[:-1])])
     known = read_times(path)
     times, when = known.get(key, {}), ", as an earlier run measured"
     if times.keys() != set(names):
         times, when = {name: time(name) for name in names}, ""
-        with suppress(OSError):  # where nothing can be kept, the next run measures again
+        with suppress(OSError):  # if nothing can be stored, the next run measures again
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 file.write(json.dumps(known | {key: times}, indent=1).encode())
@@ -244,7 +242,7 @@ def _listed(times: Mapping[str, float], digits: int = 2) -> str:
 
 
 def _versions() -> str:
-    """What times depend on beside the device."""
+    """The versions that times depend on."""
     try:
         import triton
     except ImportError:
@@ -255,7 +253,7 @@ def _versions() -> str:
 
 
 def cache_file() -> Path:
-    """Where times are kept."""
+    """The file that stores the times."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.path.isabs(folder):  # a user without a home
         folder = os.devnull
@@ -263,7 +261,7 @@ def cache_file() -> Path:
 
 
 def read_times(path: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds by device, versions and shape, then by name. A file that is damaged counts as not there."""
+    """Milliseconds by device, versions and shape, then by name. A damaged file counts as missing."""
     try:
         found = json.loads(path.read_bytes())
         return {key: {name: float(ms) for name, ms in times.items()} for key, times in found.items()}

@@ -1,4 +1,4 @@
-"""torch.compile, for a model with our operations in it."""
+"""torch.compile for a model that uses our operations."""
 
 import time
 from collections.abc import Callable
@@ -16,19 +16,19 @@ from train.step import Evaluation
 
 
 def compile_module(function: Callable) -> Callable:
-    """torch.compile for a model, or a part of one, with our operations in it."""
+    """torch.compile for a model, or a part of one, that uses our operations."""
     register_fallbacks()
     return torch.compile(function)
 
 
 def register_fallbacks() -> None:
-    """Tell Inductor, before it meets our operations, that they are to be called as they are.
+    """Tell Inductor, before the first graph, to call our operations as they are.
 
-    It would find out by itself, but too late for the first graph. Of a sum that two of them read it would make two
-    copies. And before torch 2.13 it writes out the arguments of an operation that it does not know, as deep as the
-    graph goes: five times the text for every layer, so that 12 layers never end (pytorch #185937).
+    It would register them by itself, but too late for the first graph: if two of them read a sum, it would make two
+    copies of it. Before torch 2.13 it also writes out the arguments of an unknown operation, to the full depth of the
+    graph. Each layer makes this text five times longer, so 12 layers never finish (pytorch #185937).
     """
-    # only here: they take a second
+    # imported here: they take a second
     from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
     from torch._library.utils import get_layout_constraint_tag
 
@@ -42,12 +42,12 @@ def register_fallbacks() -> None:
 def model_to_train(
     model: GPT, config: TrainConfig, device: torch.device, say: Callable[[str], None], *, by_block: bool = False
 ) -> nn.Module:
-    """`model` as the step runs it: compiled if wanted and possible. by_block: in place and block by block, because a
-    sharded block's parameters are gathered between blocks.
+    """`model` as the step runs it: compiled if the settings ask for it and it is possible. by_block: each block in
+    place, because a sharded block's parameters are gathered between blocks.
 
     torch.compile works at the first call. That call is made here, on zeros, as a step and as an evaluation make it. If
-    it fails, the run goes on without. It leaves gradients behind, which the caller clears, and no loss: no loss may be
-    alive when graphs are captured (see `GraphedStep`). A run that only evaluates ends before compiling would pay.
+    it fails, the run goes on without. It leaves gradients, which the caller clears, but no loss: no loss may be alive
+    when graphs are captured (see `GraphedStep`). A run that only evaluates is too short to gain from compiling.
     """
     if not config.compile or config.eval_only:
         return model
@@ -57,7 +57,7 @@ def model_to_train(
     for block in model.transformer.h if by_block else ():
         block.forward = compile_module(block.forward)
     shape = config.batch_size, config.block_size
-    # two tensors: one in both places would be compiled for that case alone
+    # two tensors: with one in both places, the compiled code would serve only that case
     idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
     try:
         compiled(idx, targets)[1].backward()
@@ -66,9 +66,9 @@ def model_to_train(
         say(f"compiled in {time.perf_counter() - begin:.1f} s, kept for the next run in {cache_dir()}")
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # from Dynamo, Inductor, a C++ compiler that is not there, Triton, a driver: all kinds
+    except Exception as error:  # of any type: from Dynamo, Inductor, Triton, a driver, a missing C++ compiler
         say(f"compile: not possible on this machine, going on without it: {first_line(error)}")
         compiled = model
         for block in model.transformer.h if by_block else ():
-            del block.forward  # what the class has shows again
+            del block.forward  # the class's own method is used again
     return compiled

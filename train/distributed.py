@@ -1,4 +1,4 @@
-"""Ranks: what torchrun starts, and the few things that they tell each other besides gradients."""
+"""Ranks, which torchrun starts, and what they exchange."""
 
 import os
 from collections.abc import Iterator
@@ -15,26 +15,26 @@ from train.flat import FlatState
 
 @dataclass
 class World:
-    """This process's place among the ranks; a lone process is rank 0 of 1 and every exchange is free."""
+    """This process's place among the ranks. A single process is rank 0 of 1, and its exchanges do nothing."""
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
-    _asked: tuple[dist.Work, Tensor] | None = field(default=None, repr=False)
+    _exchange: tuple[dist.Work, Tensor] | None = field(default=None, repr=False)
 
     @property
     def master(self) -> bool:
-        """Whether this rank talks to the console and writes files."""
+        """Whether this rank prints and writes files."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over ranks of a tensor of the same shape on each, in place; waits for the others."""
+        """Sum a tensor over the ranks, in place. It has the same shape on each. Waits for the others."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def from_master(self, value: int) -> int:
-        """Rank 0's value, on every rank; waits for it."""
+        """Rank 0's value, on every rank. Waits for rank 0."""
         return int(self.sum(torch.tensor(value if self.master else 0)))
 
     def barrier(self) -> None:
@@ -43,41 +43,41 @@ class World:
             self.sum(torch.zeros(1))
 
     def agree(self, value: int) -> int:
-        """Tell the others `value`; returns the largest that any rank told in the *previous* call (0 in the first).
+        """Send `value` to the others. Returns the largest value sent in the *previous* call, 0 in the first.
 
-        Every rank gets the same answer in the same iteration, so that all stop together. One call late, so that the
-        exchange runs during a whole training step and no rank waits for it.
+        Every rank gets the same answer in the same iteration, so all stop together. The answer comes one call late:
+        the exchange runs during a training step, and no rank waits for it. A single process gets `value` at once.
         """
         if self.size == 1:
             return value
-        answer = self._answer()
-        told = torch.tensor(value)
-        self._asked = dist.all_reduce(told, dist.ReduceOp.MAX, async_op=True), told
+        answer = self._finish_exchange()
+        sent = torch.tensor(value)
+        self._exchange = dist.all_reduce(sent, dist.ReduceOp.MAX, async_op=True), sent
         return answer
 
     def part(self) -> None:
-        """Finish the last exchange and wait for the others: nothing is under way when the ranks end."""
-        self._answer()
+        """Finish the last exchange and wait for the others. Then no exchange is open when the ranks end."""
+        self._finish_exchange()
         self.barrier()
 
-    def _answer(self) -> int:
-        if self._asked is None:
+    def _finish_exchange(self) -> int:
+        if self._exchange is None:
             return 0
-        (work, told), self._asked = self._asked, None
+        (work, largest), self._exchange = self._exchange, None
         work.wait()
-        return int(told.item())
+        return int(largest.item())
 
 
 class Reducer:
-    """Sums flat gradients over the ranks, in few large pieces, while the backward pass still makes the others.
+    """Sums flat gradients over the ranks, in a few large pieces, while the backward pass still computes the others.
 
-    `start_with_backward` before the last micro-step of a step, `finish` after it. Then each piece is gathered here, as
-    it is sent. Without the first, as where micro-steps are captured, they have gathered all themselves, and all is
-    summed in `finish`. Every rank's backward pass goes the same way, so all sum the same piece at the same time.
+    Call `start_with_backward` before the last micro-step of a step, and `finish` after it. Each piece is then gathered
+    here, just before it is sent. Captured micro-steps gather all gradients themselves: without `start_with_backward`,
+    `finish` sums everything. Every rank's backward pass has the same order, so all ranks sum the same piece at a time.
     """
 
     def __init__(self, world: World, flat: FlatState, piece: int = 2**23) -> None:
-        """piece: elements, at least, of one exchange."""
+        """piece: the least number of elements in one exchange."""
         self.world, self.flat = world, flat
         self._pieces, self._piece_of = [], {}
         begin, members = 0, []
@@ -89,7 +89,7 @@ class Reducer:
             self._cut(begin, len(flat.total), members)
         for leaf in flat.leaves:
             leaf.register_post_accumulate_grad_hook(self._arrived)
-        self._missing: list[int] | None = None  # by piece: gradients still to come; None: not watching
+        self._missing: list[int] | None = None  # gradients still to come, by piece; None: `finish` sends all
         self._sent: dict[int, dist.Work] = {}
 
     def _cut(self, begin: int, end: int, members: list[Tensor]) -> int:
@@ -100,16 +100,16 @@ class Reducer:
 
     @property
     def sizes(self) -> list[int]:
-        """Elements of each exchange. The backward pass completes the last one's gradients first."""
+        """Elements of each exchange. The backward pass completes the last piece first."""
         return [part.stop - part.start for part, _ in self._pieces]
 
     @property
     def overlapping(self) -> bool:
-        """Whether pieces are sent, and gathered, as they come."""
+        """Whether pieces are gathered and sent during the backward pass."""
         return self._missing is not None
 
     def start_with_backward(self) -> None:
-        """Send each piece as soon as its gradients are there."""
+        """Send each piece as soon as its gradients are complete."""
         self._missing = [count for _, count in self._pieces]
 
     def _arrived(self, leaf: Tensor) -> None:
@@ -125,7 +125,7 @@ class Reducer:
         self._sent[piece] = dist.all_reduce(total, async_op=True)
 
     def finish(self) -> None:
-        """Send what is left and wait for all."""
+        """Send the remaining pieces and wait for all."""
         for piece in range(len(self._pieces)):
             if piece not in self._sent:
                 self._send(piece)
@@ -136,7 +136,7 @@ class Reducer:
 
 
 def world_from_environment() -> World:
-    """The place that torchrun gave this process by RANK, LOCAL_RANK and WORLD_SIZE; alone without them."""
+    """The place that torchrun sets in RANK, LOCAL_RANK and WORLD_SIZE. Without them, a single process."""
     if "RANK" not in os.environ:
         return World()
     try:
@@ -148,7 +148,7 @@ def world_from_environment() -> World:
 
 
 def local_device(device: torch.device, world: World) -> torch.device:
-    """The device of this rank: ranks on a machine take its GPUs in order. UserError for more ranks than GPUs."""
+    """The device of this rank. The ranks of a machine take its GPUs in order. UserError for more ranks than GPUs."""
     if world.size == 1 or device.type != "cuda":
         return device
     if world.local_rank >= torch.cuda.device_count():
@@ -161,9 +161,9 @@ def local_device(device: torch.device, world: World) -> torch.device:
 
 @contextmanager
 def process_group(world: World, backend: str, device: torch.device) -> Iterator[None]:
-    """Join the ranks, and part again. Gradients on GPUs travel by NCCL, all else by gloo.
+    """Join the ranks; at the end, leave them. NCCL sends gradients between GPUs, gloo everything else.
 
-    A rank that fails does not wait for the others, which may never come: it ends, and torchrun ends them.
+    A rank that fails does not wait for the others: they may never reach the barrier. It exits, and torchrun stops them.
     """
     if world.size == 1:
         yield

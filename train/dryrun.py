@@ -1,12 +1,12 @@
 """A training step without its device: what it would launch, read, write and hold, found by running it on shapes.
 
-`dry_run` builds the model, its optimizer and its step from the project's own code, but with tensors that have shapes
-and no contents, and runs a micro-step, an update and an evaluation under a `Recorder`. Nothing is computed and no
-memory is taken, so a model of any size takes a fraction of a second. For a GPU the tensors are torch's meta tensors and
-the fused kernels only plan (`kernels.launch.recording`). For a CPU they are fake CPU tensors, because torch runs other
-operations there.
+`dry_run` builds the model, its optimizer and its step with the project's own code, but with tensors that have shapes
+and no contents. It runs a micro-step, an update and an evaluation under a `Recorder`. Nothing is computed and no memory
+is taken, so a model of any size takes a fraction of a second. For a GPU the tensors are torch's meta tensors, and the
+fused kernels only plan their launches (`kernels.launch.recording`). For a CPU they are fake CPU tensors, because torch
+runs other operations there.
 
-What the recorder sees is eager execution. A compiled step makes other launches; it holds about as much.
+The recorder sees eager execution. A compiled step makes other launches, but holds about as much.
 """
 
 import dataclasses
@@ -31,36 +31,36 @@ from train.step import Evaluation, TrainStep
 if TYPE_CHECKING:
     from kernels.launch import Device, Launch
 
-VIEWS = frozenset(["_unsafe_view", "lift_fresh", "_reshape_alias"])  # which torch does not call views
+VIEWS = frozenset(["_unsafe_view", "lift_fresh", "_reshape_alias"])  # views that torch does not mark as views
 ALLOCATIONS = frozenset(["empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"])
-FILLS = frozenset(["zero_", "fill_", "zeros", "zeros_like", "ones_like", "full", "full_like"])  # they only write
+FILLS = frozenset(["zero_", "fill_", "zeros", "zeros_like", "ones_like", "full", "full_like"])  # these only write
 SYNCS = frozenset(["_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_unique2", "masked_select"])
 MATMULS = frozenset(["mm", "addmm", "addmm_", "bmm", "baddbmm"])
-CUBLAS = 2 * 2**25  # bytes of its workspace: 32 MiB on recent GPUs, for each of two streams
-GRANULE = 512  # bytes: torch's allocator for CUDA rounds every tensor up to a multiple
+CUBLAS = 2 * 2**25  # bytes of its workspaces: 32 MiB on recent GPUs, for each of two streams
+GRANULE = 512  # bytes: torch's allocator for CUDA rounds the size of every tensor up to a multiple
 
 
 @dataclass(frozen=True)
 class Call:
-    """One launch on the device: a kernel of ours, or one of torch's operations, which is counted as one kernel."""
+    """One launch on the device: a kernel of ours, or an operation of torch, counted as one kernel."""
 
     name: str  # "mm", or "triton:gelu_fwd_kernel"
-    op: str  # the fused operation that made it; "" where torch did
-    bytes: int  # read and written, if every tensor that it is given is touched once
-    flops: int  # of a matmul or of attention, whose causal half is computed; else 0
+    op: str  # the fused operation that made it, "" for torch
+    bytes: int  # read and written, if each of its tensors is touched once
+    flops: int  # of a matmul or of attention (only the causal half), else 0
 
 
 class Recorder(TorchDispatchMode):
-    """Sees every operation below autograd and writes down what a device would be asked to do.
+    """Sees every operation below autograd and records what a device would have to do.
 
-    calls, launches: everything, in order, and of it the Triton launches. peak: the most bytes alive at a time since
-    `restart`, and `parts`: whose they were then, by `label`. syncs: operations that make the host wait for the device.
-    mixed: operations whose tensors lie on different devices. mismatches: ops whose fake disagrees with their body.
+    calls: all launches, in order. launches: only those of Triton kernels. peak: the most bytes alive at a time since
+    `restart`. parts: these bytes by label. syncs: operations that make the host wait for the device. mixed: operations
+    whose tensors lie on different devices. mismatches: operations whose fake disagrees with their body.
     """
 
     def __init__(self, device: "Device | None", on: str, vocab_size: int = 0) -> None:
-        """device: what fused kernels plan for. on: the type of the tensors that stand for its own, "meta", "cuda" or
-        "cpu". vocab_size: matrices of so many columns are logits."""
+        """device: the one that fused kernels plan for. on: the type of the tensors that replace its own, "meta", "cuda"
+        or "cpu". vocab_size: a tensor with this many columns counts as logits."""
         super().__init__()
         self.device, self.on = device, on
         self.granule = 1 if on == "cpu" else GRANULE
@@ -77,7 +77,7 @@ class Recorder(TorchDispatchMode):
         self.restart("state")
 
     def restart(self, label: str) -> None:
-        """From now on new tensors get this label, and the peak is counted from zero."""
+        """From now on new tensors get this label. The peak starts at the bytes that are alive now."""
         self.label, self.parts = label, Counter(self.alive)
 
     @property
@@ -96,24 +96,24 @@ class Recorder(TorchDispatchMode):
         name = func.overloadpacket.__name__
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if name == "addmm" and kwargs.get("out") is not None:
-            result = kwargs["out"]  # torch 2.11 cannot run this one, with another dtype for the result, on shapes
+            result = kwargs["out"]  # torch 2.11 cannot run it on shapes if the result has another dtype
         elif name == "_fused_adamw_":
-            result = None  # no torch can; it writes in place
+            result = None  # no torch can run it on shapes; it writes in place
         else:
             result = func(*args, **kwargs)
-        self._question(func, name, inputs, kwargs)
+        self._note_faults(func, name, inputs, kwargs)
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         self._track(outputs)
-        if func.is_view or name in VIEWS or name in ALLOCATIONS or not any(map(self._counts, inputs + outputs)):
+        if func.is_view or name in VIEWS or name in ALLOCATIONS or not any(map(self._on_device, inputs + outputs)):
             return result
         written = [x for x in outputs if x is not kwargs.get("out")]
         moved = written if name in FILLS else inputs + ([] if name == "copy_" else written)
-        total = sum(x.nbytes for x in moved if self._counts(x))
+        total = sum(x.nbytes for x in moved if self._on_device(x))
         self.calls.append(Call(name, self._op, total, _flops(name, [x for x in args if isinstance(x, Tensor)])))
         return result
 
     def _fused(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """One of our operations: its body, planned for the device."""
+        """Run the body of one of our operations, planned for the device."""
         from kernels.launch import BODIES, recording
 
         fake = func(*args, **kwargs)
@@ -131,8 +131,8 @@ class Recorder(TorchDispatchMode):
         self._track(tree_leaves(result))
         return result
 
-    def _question(self, func: Any, name: str, inputs: list[Tensor], kwargs: dict[str, Any]) -> None:
-        """Write down what a captured step must not do."""
+    def _note_faults(self, func: Any, name: str, inputs: list[Tensor], kwargs: dict[str, Any]) -> None:
+        """Record what a captured step must not do."""
         devices = {x.device for x in inputs}
         copied = name in ("_to_copy", "copy_")
         target = kwargs.get("device")
@@ -146,7 +146,7 @@ class Recorder(TorchDispatchMode):
 
     def _track(self, made: list[Any]) -> None:
         for x in made:
-            if not isinstance(x, Tensor) or not self._counts(x):
+            if not isinstance(x, Tensor) or not self._on_device(x):
                 continue
             storage = x.untyped_storage()
             if (key := storage._cdata) in self._sizes:
@@ -159,25 +159,24 @@ class Recorder(TorchDispatchMode):
             self.alive[label] += size
             if self.alive.total() > self.peak:
                 self.parts = Counter(self.alive)
-            weakref.finalize(storage, self._gone, key).atexit = False
+            weakref.finalize(storage, self._free, key).atexit = False
 
-    def _counts(self, x: Tensor) -> bool:
-        """Whether x lies on the device."""
+    def _on_device(self, x: Tensor) -> bool:
         return x.device.type == self.on
 
-    def _gone(self, key: int) -> None:
+    def _free(self, key: int) -> None:
         size, label = self._sizes.pop(key)
         self.alive[label] -= size
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """The tensor behind a kernel's argument: a tensor itself, or what a tensor descriptor describes."""
+    """The tensor behind a kernel's argument: the argument itself, or a tensor descriptor's base. Else None."""
     value = getattr(value, "base", value)
     return value if isinstance(value, Tensor) else None
 
 
 def _shapes_of(args: dict[str, Any]) -> dict[str, Any]:
-    """A kernel's arguments with twins of their tensors: a launch that is kept must keep nothing of the step alive."""
+    """A kernel's arguments, with meta tensors of the same layout: a stored launch keeps no tensor alive."""
     twins = {}
     for name, value in args.items():
         x = _tensor(value)
@@ -206,7 +205,7 @@ def _flops(name: str, args: list[Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """What decides what one device's part in a training step launches and holds."""
+    """One device's part in a training step: everything that decides what it launches and holds."""
 
     shape: GPTConfig
     batch_size: int  # sequences in a micro-step
@@ -218,25 +217,23 @@ class Job:
     loss_chunk: int = 0  # rows of logits at a time, fused; 0: all
     recompute: str = "none"  # one of model.recompute.MODES
     attention: str = "auto"  # one of model.attention.BACKENDS
-    resumed: bool = False  # from a checkpoint, whose tensors are there twice while they are loaded
+    resumed: bool = False  # from a checkpoint, whose tensors exist twice while they are loaded
     shards: int = 1  # ranks that share weights, moments and gradients
-    on: str = (
-        "meta"  # "cpu": a CPU; "meta": a GPU, as capability and multiprocessors say; "cuda": in tests, fake tensors
-    )
-    capability: int = 90
+    on: str = "meta"  # "cpu": a CPU; "meta": a GPU; "cuda": in tests, a GPU with fake tensors
+    capability: int = 90  # of the GPU: 10 * major + minor
     multiprocessors: int = 132
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a step does: its launches by part, and the most that it holds, in bytes by what they are."""
+    """What a step does: its launches by part, and the most bytes that it holds, by their use."""
 
     micro_step: list[Call]
     update: list[Call]
     evaluation: list[Call]
-    launches: "list[Launch]"  # of all three: Triton's
+    launches: "list[Launch]"  # Triton's, of all three parts
     memory: dict[str, int]
-    faults: list[str]  # what no captured step may do: wait for the device, mix devices, be planned from a wrong fake
+    faults: list[str]  # what no captured step may do: syncs, mixed devices, wrong fakes
 
     @property
     def total(self) -> int:
@@ -251,7 +248,7 @@ def dry_run(job: Job) -> DryRun:
     with FakeTensorMode() if job.on != "meta" else nullcontext(), recorder:
         step = build(job)
         x, y = (torch.zeros(job.batch_size, job.shape.block_size, dtype=torch.int64, device=job.on) for _ in range(2))
-        step.micro_step(x, y, job.accumulation)  # what the first step makes once is not a step's
+        step.micro_step(x, y, job.accumulation)  # not counted: the first one makes things that later ones reuse
         for name, work in {
             "micro_step": lambda: step.micro_step(x, y, job.accumulation),
             "update": step.update,
@@ -298,7 +295,7 @@ def evaluate(model: GPT, x: Tensor, y: Tensor) -> None:
 
 
 def _memory(job: Job, step: TrainStep, state: int, peaks: dict[str, Counter[str]]) -> dict[str, int]:
-    """Bytes by what they hold, where the step has most. CUDA graphs change nothing: they share one pool."""
+    """Bytes by their use, at the step's peak. CUDA graphs change nothing: they share one pool."""
     flat, M = step.optimizer.flat, job.batch_size * job.shape.block_size
     weights, copies = flat.param.nbytes, 0 if flat.compute is None else flat.compute.nbytes
     gradients = flat.grad.nbytes + (0 if flat.total is flat.grad else flat.total.nbytes)
@@ -308,17 +305,17 @@ def _memory(job: Job, step: TrainStep, state: int, peaks: dict[str, Counter[str]
     fixed = sum({"weights": weights, "copies": copies, "moments": 2 * weights, "gradients": gradients}.values())
     most = max(peaks.values(), key=Counter.total)
     beyond = {name: most[name] for name in ("activations", "logits", "workspace")}
-    loading = weights * (2 if job.resumed and job.on != "cpu" else 1) // job.shards  # there twice until it is in place
+    loading = weights * (2 if job.resumed and job.on != "cpu" else 1) // job.shards  # copies, until all is in place
     beyond["workspace"] += max(0, loading - sum(beyond.values()))
     beyond["workspace"] += 0 if job.on == "cpu" else CUBLAS
-    data = 2 * 16 * job.accumulation * M + max(0, state - fixed)  # two steps' tokens and targets, and odds and ends
+    data = 2 * 16 * job.accumulation * M + max(0, state - fixed)  # two steps' tokens and targets, and small tensors
     return parts | beyond | {"data": data}
 
 
 def _shard(job: Job, n: int) -> dict[str, int]:
-    """Bytes of the state of one of several ranks that share n parameters (`train/shard.py`), which FSDP2 keeps and
-    which no dry run sees: its share in float32; whole, in the compute dtype, the embeddings and two blocks, one of them
-    on its way; for a moment the largest gradient in float32."""
+    """Bytes of the state of one of several ranks that share n parameters (`train/shard.py`). FSDP2 keeps it, and no dry
+    run sees it: the rank's share in float32; in the compute dtype, the whole embeddings and two whole blocks, one of
+    them on its way; for a moment the largest gradient in float32."""
     c = job.shape
     embeddings = (c.vocab_size + c.block_size) * c.n_embd
     block = (n - embeddings) // c.n_layer

@@ -1,12 +1,12 @@
-"""A model's state in flat buffers: parameters, what matmuls read of them, gradients, moments.
+"""A model's state in flat buffers: parameters, their copies in the compute dtype, gradients, moments.
 
-Each buffer has the same layout: first the tensors that decay (2 or more dimensions), in named_parameters' order, then
-the others. Each tensor starts at a multiple of ALIGN elements; the gaps are zeros, and stay so. So an update is one
-launch, zeroing is one memset, and ranks sum their gradients in few large calls.
+All buffers have the same layout: first the tensors that decay (2 or more dimensions), in named_parameters' order, then
+the others. Each tensor starts at a multiple of ALIGN elements. The gaps always hold zeros. So an update is one launch,
+zeroing is one memset, and ranks sum their gradients in a few large calls.
 
-With bfloat16 or float16 the model reads copies of its parameters in that dtype, which the optimizer writes as it
-updates: no casts in the forward pass. The copies are what is differentiated; their gradients are summed in float32
-where there are several to sum, over micro-steps or ranks.
+With bfloat16 or float16 the model reads copies of its parameters in that dtype. The optimizer writes the copies as it
+updates, so the forward pass has no casts. Gradients are those of the copies. They are summed in float32 if there are
+several to sum, over micro-steps or ranks.
 """
 
 import torch
@@ -18,17 +18,17 @@ ALIGN = 64  # elements: 128 bytes of a 2-byte type, a cache line
 
 
 class FlatState:
-    """Flat buffers of n elements, of which [0, n_decay) decay; the model's parameters become views of `param`.
+    """Flat buffers of n elements; [0, n_decay) decay. The model's parameters become views of `param`.
 
-    model: on its device, in float32; its precision says which copies it gets. in_float32: sum gradients of copies
-    in float32.
+    model: on its device, in float32; `model.precision` says which copies it gets. in_float32: sum the gradients of
+    copies in float32.
     """
 
     def __init__(self, model: GPT, *, in_float32: bool = False) -> None:
         parameters = list(model.parameters())
-        kept = parameters[0].dtype  # float32; float64 where a test wants the truth
+        kept = parameters[0].dtype  # float32; float64 in tests that need exact values
         assert all(p.dtype == kept and p.requires_grad for p in parameters)
-        order = sorted(parameters, key=lambda p: p.dim() < 2)  # stable: decayed ones first, each kind in its order
+        order = sorted(parameters, key=lambda p: p.dim() < 2)  # stable: tensors that decay first, else in order
         self.places: dict[nn.Parameter, slice] = {}
         end = 0
         for p in order:
@@ -52,7 +52,7 @@ class FlatState:
             self.sync()
 
     def view(self, buffer: Tensor, p: nn.Parameter) -> Tensor:
-        """p's part of a buffer, in p's shape."""
+        """p's part of a buffer, with p's shape."""
         return buffer[self.places[p]].view(p.shape)
 
     def sync(self) -> None:
@@ -61,13 +61,13 @@ class FlatState:
             self.compute.copy_(self.param)
 
     def gather(self, part: slice = slice(None)) -> Tensor:
-        """Add what autograd wrote to the total, and clear it for the next micro-step. Returns (part of) the total."""
+        """Add autograd's gradients to the total and clear them for the next micro-step. Returns (part of) the total."""
         if self.total is not self.grad:
             self.total[part].add_(self.grad[part])
             self.grad[part].zero_()
         return self.total[part]
 
     def clear(self) -> None:
-        """No gradients."""
+        """Clear the gradients."""
         self.grad.zero_()
         self.total.zero_()

@@ -1,13 +1,13 @@
-"""The step and the evaluation captured in CUDA graphs: launched by a few calls, with no host in the way.
+"""The step and the evaluation, captured in CUDA graphs. A few calls launch them, so the host does not slow them down.
 
-One graph holds a micro-step, forward and backward into the accumulated gradients; one the update; one the forward pass
-of an evaluation. So accumulation of any length costs no more memory. A captured launch reads its inputs where they lay
-and its numbers as they were: what changes lies in device memory (batch, rate, step count, loss scale) or in torch's
-generators, which a graph asks again at every replay. Between micro-steps and update, ranks sum their gradients.
+There are three graphs: a micro-step (forward and backward into the accumulated gradients), the update, and the forward
+pass of an evaluation. So more micro-steps need no more memory. A replay reads the same addresses and uses the same
+numbers as the captured run. What changes must lie in device memory (batch, rate, step count, loss scale) or come from
+torch's generators, which a graph reads at every replay. Ranks sum their gradients between micro-steps and update.
 
-The graphs share one pool of memory, which is as large as the largest of them needs. This is safe because nothing in the
-pool is read after the replay that wrote it: each graph leaves its results in tensors that were made before the capture,
-and replays follow each other on one stream.
+The graphs share one pool of memory, as large as the largest of them needs. This is safe because nothing in the pool is
+read after the replay that wrote it. Each graph writes its results to tensors that were made before the capture, and
+replays follow each other on one stream.
 """
 
 import gc
@@ -24,30 +24,30 @@ from train.errors import UserError, first_line
 from train.step import Evaluation, StepResult, TrainStep
 
 Work = Callable[[], None]
-WARM_UP = 3  # runs before a capture: kernels compile, libraries choose and allocate
+WARM_UP = 3  # runs before a capture, in which kernels compile and libraries allocate memory
 
 
 class Task(NamedTuple):
-    """What one graph holds."""
+    """The work of one graph."""
 
     run: Work
-    prepare: Work = lambda: None  # comes before every run, outside the graph
+    prepare: Work = lambda: None  # called before every run, outside the graph
 
 
-# Runs each task as it likes, every one before the first is captured; returns what repeats each.
+# Captures tasks. It may run them too, but only before the first capture. Returns a replay for each.
 Capture = Callable[[list[Task]], list[Work]]
 
 
 def cuda_graphs(tasks: list[Task]) -> list[Work]:
-    """Capture each task in a graph, after warm-ups; returns the graphs' replays.
+    """Capture each task in a graph, after warm-ups. Returns the graphs' replays.
 
-    All warm-ups come first: a capture takes memory for good, and a warm-up after it would need its own beside that.
-    Warm-ups and captures share one side stream. So cuBLAS allocates its workspace for that stream before the captures
-    and outside the pool, and no node of autograd remembers another stream.
+    All warm-ups come first: a capture keeps its memory, and a later warm-up would need more memory beside it. Warm-ups
+    and captures share one side stream. So cuBLAS allocates its workspace for that stream before the captures and
+    outside the pool, and no autograd node remembers another stream.
     """
     side, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     side.wait_stream(torch.cuda.current_stream())
-    # entered here too, because a capture that fails leaves its stream the current one
+    # entered here too, because a capture that fails does not restore the current stream
     with torch.cuda.stream(side):
         for task in tasks:
             for _ in range(WARM_UP):
@@ -59,13 +59,13 @@ def cuda_graphs(tasks: list[Task]) -> list[Work]:
 
 
 class Inputs:
-    """Where graphs find a micro-batch: x, y of `shape` (batch_size, block_size), int64."""
+    """The micro-batch that graphs read: x, y of `shape` (batch_size, block_size), int64."""
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self.x, self.y = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
 
     def put(self, x: Tensor, y: Tensor) -> None:
-        """ValueError for other shapes or dtypes, naming the one."""
+        """Copy a micro-batch in. ValueError, with the name, for another shape or dtype."""
         for name, there, value in (("x", self.x, x), ("y", self.y, y)):
             if value.shape != there.shape or value.dtype != there.dtype:
                 got, expected = ((x.dtype, tuple(x.shape)) for x in (value, there))
@@ -74,10 +74,10 @@ class Inputs:
 
 
 class GraphedEvaluation:
-    """An `Evaluation`, captured: the same call, the same results."""
+    """A captured `Evaluation`, with the same call and the same results."""
 
     def __init__(self, replay: Work, inputs: Inputs, loss: Tensor) -> None:
-        """replay: leaves the loss of what is in `inputs` in `loss`."""
+        """replay: computes the loss of the batch in `inputs` and writes it to `loss`."""
         self._replay, self._inputs, self._loss = replay, inputs, loss
 
     def __call__(self, batches: Iterable[Batch]) -> Tensor:
@@ -85,20 +85,20 @@ class GraphedEvaluation:
         for batch in batches:
             self._inputs.put(batch.x[0], batch.y[0])
             self._replay()
-            losses.append(self._loss.clone())  # the next replay writes in the same place
+            losses.append(self._loss.clone())  # the next replay overwrites it
         return torch.stack(losses)
 
 
 class GraphedStep:
-    """`step`, captured: the same call, the same results. Inputs keep their shapes, or a ValueError names the one.
+    """A captured `step`, with the same call and the same results. ValueError for inputs of another shape.
 
-    shape: (accumulation, batch_size, block_size) of the batches to come. To be made between two steps, when there are
-    no gradients. Capturing runs the parts of a step a few times, and `step` is afterwards as it was: parameters,
-    moments, step count, loss scale, random state. So it is where capturing fails, with a UserError. `capture` is
-    `cuda_graphs` wherever there is CUDA; tests pass a tape.
+    shape: (accumulation, batch_size, block_size) of all batches. Make it between two steps, when there are no
+    gradients. Capturing runs the parts of a step a few times. Afterwards `step` is as before: parameters, moments, step
+    count, loss scale, random state. This also holds if capturing fails, with a UserError. `capture` is `cuda_graphs`
+    on CUDA; tests pass a tape.
 
-    evaluation: of the same model, to be captured too, for batches of the same size: then the attribute `evaluation` is
-    that. Both are captured at once, so that all warm-ups are over before a capture takes memory.
+    evaluation: of the same model, captured too, for batches of the same size; the result is the attribute `evaluation`.
+    Both are captured together, so that all warm-ups end before a capture takes memory.
     """
 
     def __init__(
@@ -123,17 +123,16 @@ class GraphedStep:
                     loss.copy_(evaluation.loss(inputs.x, inputs.y))
 
             tasks.append(Task(evaluate))
-        # An AccumulateGrad node remembers the stream it was made on, and lives as long as any loss that leads to it.
-        # Met in a capture, one from another stream makes the capture fail (torch 2.13) or wait for that stream (2.11).
-        # Nobody here keeps a loss: `micro_step` drops its own. One that a cycle of dropped objects holds, a traceback
-        # say, goes now.
+        # An AccumulateGrad node remembers the stream that it was made on. It lives as long as a loss computed from it.
+        # A node of another stream makes the capture fail (torch 2.13) or wait for that stream (2.11). `micro_step`
+        # keeps no loss, but a cycle of unused objects may, for example a traceback. The collector frees it.
         gc.collect()
         try:
             with unchanged(step):
                 self._micro_step, self._update, *more = capture(tasks)
-        except torch.OutOfMemoryError:  # which says what to do itself, and graphs are not to blame
+        except torch.OutOfMemoryError:  # its message says what to do, and graphs are not the cause
             raise
-        except Exception as error:  # from CUDA, Triton, a library that does what no capture may: all kinds
+        except Exception as error:  # of any type: from CUDA, Triton, or a library that cannot be captured
             raise UserError(
                 f"cuda_graphs: got True, but the step could not be captured: {first_line(error)}; "
                 f"--no-cuda_graphs goes on without"
@@ -156,10 +155,10 @@ class GraphedStep:
 
 @contextmanager
 def unchanged(step: TrainStep) -> Iterator[None]:
-    """Micro-steps and skipped updates may run inside; the step's state and torch's generators are then as before.
+    """Micro-steps and skipped updates may run inside. Afterwards the step's state and torch's generators are as before.
 
     Micro-steps write gradients and the loss. Skipped updates clear gradients and write the norm and the loss scale. So
-    gradients are cleared and the few scalars put back; nothing as large as the model is ever copied.
+    it is enough to clear the gradients and restore a few scalars. Nothing as large as the model is copied.
     """
     scaler = step.scaler
     scalars = [step.loss, step.grad_norm, scaler.scale, scaler.growth_tracker]

@@ -1,7 +1,7 @@
-"""The loop: when to evaluate, save, log and stop. How a step is computed is `step.py`'s business.
+"""The loop: when to evaluate, save, log and stop. `step.py` computes the steps.
 
-Iterations are counted from 0. Before iteration n, if n is a multiple of eval_interval, the model as n updates left it
-is evaluated and, where the settings say so, saved. After max_iters updates comes a last evaluation, and the end.
+Iterations are counted from 0. If n is a multiple of eval_interval, the model is evaluated before iteration n, after n
+updates, and saved if the settings say so. After max_iters updates the run ends with a last evaluation.
 """
 
 import signal
@@ -24,7 +24,7 @@ from train.schedule import learning_rate
 from train.state import TrainState
 from train.step import Evaluation, StepResult, TrainStep
 
-GO_ON, OUT_OF_TIME, INTERRUPTED = range(3)  # what ranks tell each other after a step; the largest wins
+GO_ON, OUT_OF_TIME, INTERRUPTED = range(3)  # each rank sends one of these after a step; the largest wins
 
 
 class Losses(NamedTuple):
@@ -33,7 +33,7 @@ class Losses(NamedTuple):
 
 
 class Signals:
-    """In its context SIGINT and SIGTERM only set `caught`, so that a step can finish; a second SIGINT interrupts."""
+    """In this context SIGINT and SIGTERM only set `caught`, so that a step can finish. A second SIGINT interrupts."""
 
     def __init__(self) -> None:
         self.caught = 0
@@ -54,10 +54,10 @@ class Signals:
 
 @dataclass
 class Loop:
-    """A run from where its state stands to its end.
+    """A run, from its current state to its end.
 
-    step: trains the state's model. evaluation: of that model; batches in, the loss of each out. log: None on all ranks
-    but the master. flops: FLOPs an iteration, over all ranks. peak_flops: of all devices used, together.
+    step: trains the state's model. evaluation: takes batches, returns that model's loss for each. log: None on all
+    ranks but the master. flops: FLOPs of an iteration, all ranks together. peak_flops: FLOP/s, all devices together.
     """
 
     state: TrainState
@@ -70,7 +70,7 @@ class Loop:
     peak_flops: float
     timer: StepTimer = field(default_factory=StepTimer)
     losses: Losses | None = None  # of the last evaluation
-    ended: str = ""  # why the run ended, for people
+    ended: str = ""  # why the run ended, a message
     _unread: list[StepResult] = field(default_factory=list)  # results since the host last waited for the device
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class Loop:
                             self._save()
                     self.timer.start()
                     if last or config.eval_only or 0 < config.patience <= progress.stale_evals:
-                        self.ended = self.ended or self._why_now()
+                        self.ended = self.ended or self._reason_to_end()
                         return 0
                 self._iterate()
                 mine = INTERRUPTED if signals.caught else OUT_OF_TIME if time.monotonic() > deadline else GO_ON
@@ -107,7 +107,7 @@ class Loop:
                     self.ended = f"max_minutes={config.max_minutes:g} have passed"
                 last = stop == OUT_OF_TIME or progress.iter_num >= config.max_iters
 
-    def _why_now(self) -> str:
+    def _reason_to_end(self) -> str:
         if self.config.eval_only:
             return "eval_only: one evaluation, no training"
         if self.progress.iter_num >= self.config.max_iters:
@@ -136,7 +136,7 @@ class Loop:
                 )
 
     def _read_results(self) -> tuple[float, float]:
-        """Wait for the device; (loss, gradient norm) of the last iteration. RunError for the first not finite."""
+        """Wait for the device. Returns (loss, gradient norm) of the last iteration. RunError if any is not finite."""
         synchronize(self.device)
         if not self._unread:
             return float("nan"), float("nan")
@@ -144,7 +144,7 @@ class Loop:
         table = torch.stack([torch.stack(result) for result in self._unread]).cpu()  # (iterations, 2)
         self._unread.clear()
         self.world.sum(table).div_(self.world.size)
-        # float16's scaler skips an update whose gradients overflowed; for it they are no failure
+        # float16's scaler skips an update whose gradients overflowed: an infinite norm is no failure
         checked = table[:, :1] if self.step.scaler.enabled else table
         for row, values in enumerate(checked.tolist()):
             self._check_finite(first + row, dict(zip(("loss", "gradient norm"), values, strict=False)))
@@ -160,7 +160,7 @@ class Loop:
                 )
 
     def _evaluate(self) -> Losses:
-        """Report the mean loss of eval_iters batches of each split; the timer stands afterwards."""
+        """Log the mean loss of eval_iters batches of each split. The timer is paused afterwards."""
         self._read_results()
         self.timer.pause()
         begin, config, progress = time.perf_counter(), self.config, self.progress
@@ -173,7 +173,7 @@ class Loop:
         return losses
 
     def _judge(self, losses: Losses) -> bool:
-        """Whether the evaluated state is worth a checkpoint."""
+        """Update the best loss and the counters. Returns whether to save the evaluated state."""
         progress = self.progress
         better = losses.val < progress.best_val_loss
         progress.best_val_loss = min(losses.val, progress.best_val_loss)
@@ -182,9 +182,9 @@ class Loop:
         return better or self.config.always_save_checkpoint
 
     def _sum_of_losses(self, split: Split) -> Tensor:
-        """Over this rank's share of the split's evaluation batches; in float64, so that the order hardly matters.
+        """Sum over this rank's share of the split's evaluation batches, in float64, so that the order hardly matters.
 
-        All ranks evaluate equally often, as a sharded model must be; what is too much does not count.
+        All ranks evaluate equally many batches: a sharded model needs every rank. Extra batches are not counted.
         """
         count = self.config.eval_iters
         mine = range(self.world.rank, self.world.rank + count, self.world.size)

@@ -1,9 +1,8 @@
-"""Whether a training step fits into its device's memory: asked before memory is taken, not an hour later.
+"""Whether a training step fits into its device's memory. The check runs before memory is taken, not an hour later.
 
-How much a step holds is found by running it on shapes (`train/dryrun.py`): what torch and our kernels would ask an
-allocator for, eager. What is not counted: gaps between an allocator's blocks, the code of kernels, and the CUDA
-context, which is there before free memory is asked for. Compiled, steps of 6 or 8 blocks took from 2 % less to 15 %
-more on a CPU.
+A run on shapes (`train/dryrun.py`) counts what torch and our kernels would ask an allocator for, without torch.compile.
+Three things are not counted: gaps between an allocator's blocks, the kernels' code, and the CUDA context, which exists
+before free memory is read. On a CPU, compiled steps of 6 or 8 blocks took from 2 % less to 15 % more.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from train.distributed import World
 from train.dryrun import Job, dry_run
 from train.errors import UserError
 
-LOSS_CHUNK = 4096  # rows of logits, where not all are held: enough for the matmuls to stay large
+LOSS_CHUNK = 4096  # rows of logits in a chunk: enough to keep the matmuls large
 
 
 def job_of(
@@ -36,8 +35,8 @@ def job_of(
     resumed: bool,
     **device: Any,
 ) -> Job:
-    """One rank's part in a training step. chunk: rows of logits at a time, 0 for all. device: `Job`'s on, capability,
-    multiprocessors."""
+    """One rank's part in a training step. chunk: rows of logits at a time, 0 for all. device: `Job`'s fields on,
+    capability and multiprocessors."""
     return Job(
         shape,
         config.batch_size,
@@ -58,8 +57,8 @@ def job_of(
 def rows_at_a_time(
     config: TrainConfig, ops: Ops, dtype: torch.dtype, vocab_size: int, block_size: int, room: float, why: str = ""
 ) -> int:
-    """How many rows of logits the loss holds at a time, 0 for all: as set, or in chunks where all of them would fill a
-    quarter of `room`, the device's bytes. UserError for chunks of the reference kernels; why: what explains these."""
+    """How many rows of logits the loss holds at a time, 0 for all: as set, or LOSS_CHUNK if all would take more than a
+    quarter of `room`, the device's bytes. UserError for chunks with the reference kernels; why: a reason to add."""
     chunk = config.loss_chunk
     if ops.name == "reference":
         if chunk > 0:
@@ -70,7 +69,7 @@ def rows_at_a_time(
 
 
 def as_planned_for(device: torch.device) -> dict[str, Any]:
-    """What a `Job` says of a device that is there."""
+    """The fields of a `Job` that describe `device`."""
     if device.type != "cuda":
         return {"on": "cpu" if device.type == "cpu" else "meta"}
     properties = torch.cuda.get_device_properties(device)
@@ -81,14 +80,14 @@ def as_planned_for(device: torch.device) -> dict[str, Any]:
 def check_memory(job: Job, where: str, free: int | None, ranks: int) -> str:
     """A line for the log: what this rank's step will hold, and what its device, called `where`, has free.
 
-    free: bytes, None where the system does not say. UserError, naming settings that would fit, only if the step needs
-    more than that: a run that would fit is never refused.
+    free: bytes, None where the system does not say. UserError only if the step needs more than that; it names settings
+    that would fit.
     """
     memory = dry_run(job).memory
     total = sum(memory.values())
     if free is None:
         return f"memory: {amount(total)} estimated: {listed(memory)}"
-    loaded = job.on == "cpu" and job.resumed  # then the checkpoint's weights are where they are to be
+    loaded = job.on == "cpu" and job.resumed  # the checkpoint's weights already lie in this memory
     room = free + memory["weights"] if loaded else free
     if total > room:
         raise UserError(
@@ -99,7 +98,7 @@ def check_memory(job: Job, where: str, free: int | None, ranks: int) -> str:
 
 
 def free_memory(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Free bytes on the device, None where the system does not say. Ranks on one host all see the same."""
+    """Free bytes on the device, None where the system does not say. On a CPU all ranks see the same number."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and meminfo.exists():
@@ -109,9 +108,9 @@ def free_memory(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> 
 
 
 def advice(job: Job, room: int, ranks: int) -> str:
-    """Which settings to change so that the step fits, the first of `changes` that does; what to say where none does."""
+    """A message: the first of `changes` with which the step fits, or that none fits."""
     for settings in changes(job, ranks):
-        times = job.batch_size // settings.get("batch_size", job.batch_size)  # so that a step keeps its tokens
+        times = job.batch_size // settings.get("batch_size", job.batch_size)  # a step keeps its number of tokens
         accumulation = times * job.accumulation
         fields = {name: value for name, value in settings.items() if name != "shard"}
         if "shard" in settings:
@@ -127,8 +126,8 @@ def advice(job: Job, room: int, ranks: int) -> str:
 
 
 def changes(job: Job, ranks: int) -> Iterator[dict[str, Any]]:
-    """Settings to try, in this order: the loss in chunks; what is computed again; both; smaller micro-batches; these
-    and all of the former; the same on shards of the state."""
+    """Settings to try, in this order: the loss in chunks; recomputation; both; smaller micro-batches; all of these
+    together; the same with a sharded state."""
     tokens = job.batch_size * job.shape.block_size
     fused = job.ops.name == "fused"
     chunk = [{"loss_chunk": LOSS_CHUNK}] if fused and not job.loss_chunk and tokens > LOSS_CHUNK else []
@@ -147,7 +146,7 @@ def amount(size: int) -> str:
 
 
 def listed(memory: dict[str, int]) -> str:
-    """Each part that is worth mentioning, in the unit of the whole."""
+    """Each part of at least 1 %, in the unit of the sum."""
     whole = sum(memory.values())
     unit = 1e9 if whole >= 1e9 else 1e6
     return ", ".join(f"{name} {size / unit:.1f}" for name, size in memory.items() if size >= whole / 100)

@@ -1,4 +1,4 @@
-"""AdamW over a GPT's flat state, in parameter groups and with a state_dict as nanoGPT has them."""
+"""AdamW over a GPT's flat state. Parameter groups and state_dict are the same as nanoGPT's."""
 
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from train.flat import FlatState
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: tensors of 2 or more dimensions (matmul weights, embeddings) decay; biases and LayerNorms do not.
 
-    Their order is named_parameters', which is what makes optimizer states of nanoGPT's checkpoints fit.
+    Each group has the order of named_parameters, so that optimizer states of nanoGPT's checkpoints fit.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -23,48 +23,48 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class Optimizer(Protocol):
-    """What a step, a checkpoint and the loop ask of an optimizer."""
+    """The interface that a step, a checkpoint and the loop use."""
 
     def scalar(self) -> Tensor:
-        """A new zero of the parameters' dtype, where they are."""
+        """A new zero, with the parameters' dtype and device."""
 
     def set_lr(self, lr: float) -> None:
-        """The rate of updates from here on."""
+        """Set the learning rate of the next updates."""
 
     def gather(self) -> None:
-        """Take in the gradients that a micro-step's backward pass left."""
+        """Collect the gradients that a micro-step's backward pass wrote."""
 
     def update(self, max_norm: float = 0.0, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Clip, update, clear the gradients: (gradient norm, found_inf), float32 scalars on the device.
+        """Clip, update, clear the gradients. Returns (gradient norm, found_inf), float32 scalars on the device.
 
-        max_norm: 0 for no clipping. inv_scale: what gradients are multiplied by first. found_inf: 1 where one was not
-        finite; then nothing else has changed.
+        max_norm: 0 for no clipping. inv_scale: gradients are multiplied by it first. found_inf: 1 if a gradient is not
+        finite; then gradients are cleared and nothing else changes.
         """
 
     def clear(self) -> None:
-        """No gradients."""
+        """Clear the gradients."""
 
     def state_dict(self) -> dict:
-        """torch's AdamW's, as nanoGPT's checkpoints hold it."""
+        """The state of torch's AdamW, as in nanoGPT's checkpoints."""
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As `state_dict` returns it, or without moments."""
+        """Load what `state_dict` returned, with or without moments."""
 
 
 class CapturedOptimizer(Optimizer, Protocol):
-    """One whose `update` can be captured in a CUDA graph: all that it reads or changes lies on the device."""
+    """An optimizer whose `update` a CUDA graph can capture: all that it reads or changes lies on the device."""
 
     def skip_next_update(self) -> None:
-        """Make the next update clear the gradients and do nothing else: a capture is warmed up so."""
+        """Make the next update clear the gradients and do nothing else. For a capture's warm-ups."""
 
     def state_tensors(self) -> list[Tensor]:
-        """All that a capture must leave as it was."""
+        """All tensors that a capture must leave unchanged."""
 
 
 class FlatAdamW(torch.optim.AdamW):
-    """torch's AdamW in what it means, holds and saves; its update is one call of `ops.adamw` over flat buffers.
+    """torch's AdamW, with the same rule and state_dict. Its update is one call of `ops.adamw` over flat buffers.
 
-    lr (), steps (): float32 on the device, so that a captured update reads what they are at its replay.
+    lr (), steps (): float32 on the device, so that a captured update reads their values at its replay.
     """
 
     def __init__(
@@ -77,50 +77,50 @@ class FlatAdamW(torch.optim.AdamW):
         weight_decay: float,
         in_float32: bool = False,
     ) -> None:
-        """model, in_float32: as for FlatState, which takes over the model's parameters here."""
+        """model, in_float32: as for FlatState, which moves the model's parameters to flat buffers."""
         self.flat, self._adamw = FlatState(model, in_float32=in_float32), ops.adamw
         super().__init__(param_groups(model, weight_decay), lr=learning_rate, betas=betas)
         device = self.flat.param.device
         self.lr, self.steps = (torch.full((), value, device=device) for value in (learning_rate, 0.0))
-        self._own_state()
+        self._make_state_views()
 
-    def _own_state(self) -> None:
-        """Every tensor's moments are views of the flat ones; all have taken the same steps."""
+    def _make_state_views(self) -> None:
+        """Every tensor's moments become views of the flat ones. All tensors share one step count."""
         for p in self.flat.places:
             moments = {name: self.flat.view(getattr(self.flat, name), p) for name in ("exp_avg", "exp_avg_sq")}
             self.state[p] = {"step": self.steps, **moments}
 
     def scalar(self) -> Tensor:
-        """A zero of the parameters' dtype, where they are."""
+        """A new zero, with the parameters' dtype and device."""
         return self.flat.param.new_zeros(())
 
     def gather(self) -> None:
-        """Take in what a micro-step's backward pass wrote."""
+        """Collect the gradients that a micro-step's backward pass wrote."""
         self.flat.gather()
 
     def clear(self) -> None:
-        """No gradients."""
+        """Clear the gradients."""
         self.flat.clear()
 
     def state_tensors(self) -> list[Tensor]:
-        """All that a capture must leave as it was."""
+        """All tensors that a capture must leave unchanged."""
         flat = self.flat
         buffers = [flat.param, flat.compute, flat.grad, flat.total, flat.exp_avg, flat.exp_avg_sq]
         return [*(x for x in buffers if x is not None), self.lr, self.steps]
 
     def skip_next_update(self) -> None:
-        """Make the next update clear the gradients and do nothing else: it is skipped where one is not finite."""
+        """Make one gradient NaN: then the next update clears the gradients and does nothing else."""
         self.flat.total[:1].fill_(float("nan"))
 
     def set_lr(self, lr: float) -> None:
-        """The rate of updates from here on, also of those captured."""
+        """Set the learning rate of the next updates, also of captured ones."""
         self.lr.fill_(lr)
         for group in self.param_groups:
             group["lr"] = lr
 
     @torch.no_grad()
     def update(self, max_norm: float = 0.0, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Clip, update, write the copies, clear the gradients: (gradient norm, found_inf) as `ops.adamw` says."""
+        """Clip, update, write the copies, clear the gradients. Returns (gradient norm, found_inf) of `ops.adamw`."""
         flat, group = self.flat, self.param_groups[0]
         results = self._adamw(
             flat.param,
@@ -144,14 +144,14 @@ class FlatAdamW(torch.optim.AdamW):
         raise NotImplementedError("FlatAdamW.update is what makes a step")
 
     def state_dict(self) -> dict:
-        """As torch's: moments by parameter, and a step count for each of its own: torch counts each one up."""
+        """As torch's: the moments of each parameter, and a step count for each, because torch increments each one."""
         state = super().state_dict()
         taken = {i: {**entry, "step": entry["step"].clone()} for i, entry in state["state"].items()}
         return {**state, "state": taken}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """From torch's AdamW or ours; without moments, they start at zero."""
+        """Load the state of torch's AdamW or ours. Without moments, they start at zero."""
         super().load_state_dict(state_dict)
         loaded = dict(self.state)
         for buffer in (self.flat.exp_avg, self.flat.exp_avg_sq, self.steps):
@@ -161,14 +161,14 @@ class FlatAdamW(torch.optim.AdamW):
             self.flat.view(self.flat.exp_avg_sq, p).copy_(entry["exp_avg_sq"])
         if loaded:
             self.steps.copy_(max(entry["step"] for entry in loaded.values()))
-        self._own_state()
+        self._make_state_views()
 
 
 class LossScale:
-    """float16's loss scale, by torch.amp.GradScaler's rule and with its state, all of it on the device.
+    """float16's loss scale, with torch.amp.GradScaler's rule and state, on the device.
 
-    The loss is multiplied by `scale`; an update whose gradients overflowed is skipped and halves it, 2000 updates in a
-    row without one double it. `enabled` False: no scale at all.
+    The loss is multiplied by `scale`. An update whose gradients overflowed is skipped and halves `scale`. 2000 updates
+    in a row without overflow double it. `enabled` False: no scale.
     """
 
     GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
@@ -179,14 +179,14 @@ class LossScale:
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
 
     def update(self, found_inf: Tensor) -> None:
-        """Adapt to whether the update was skipped."""
+        """Change the scale. found_inf: float32 scalar, 1 if the update was skipped."""
         if self.enabled:
             torch._amp_update_scale_(
                 self.scale, self.growth_tracker, found_inf, self.GROWTH, self.BACKOFF, self.INTERVAL
             )
 
     def state_dict(self) -> dict:
-        """GradScaler's; {} where not enabled."""
+        """GradScaler's state; {} if not enabled."""
         if not self.enabled:
             return {}
         return {

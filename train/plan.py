@@ -1,7 +1,7 @@
-"""What a run will be made of, decided and checked from its settings, its data and shapes alone.
+"""All decisions of a run, made and checked from its settings, its data and its shapes.
 
-Nothing is built here, and nothing is written. A run (`__main__.py`) and a rehearsal (`rehearse.py`) ask the same
-questions, the one of a device that is there, the other of one that is not.
+Nothing is built here, and nothing is written. A run (`__main__.py`) and a rehearsal (`rehearse.py`) share these
+checks. Only the run has its device.
 """
 
 import dataclasses
@@ -31,16 +31,16 @@ from train.memory import as_planned_for, check_memory, free_memory, job_of, rows
 from train.prepare import ensure_docs
 from train.text import GPT2_TOKENS
 
-# CUPTI gives a replayed graph's kernels to the wrong launch. Its notes call that mended in 13.1 Update 1.
+# In these versions CUPTI assigns a replayed graph's kernels to the wrong launch. Its notes name a fix in 13.1 Update 1.
 GRAPHS_MISREAD = ("13.0", "13.1")
-SHAPE = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # what weights fix once and for all
+SHAPE = ("n_layer", "n_head", "n_embd", "bias", "gelu")  # settings that loaded weights determine
 
 
 @dataclass(frozen=True)
 class Plan:
     """All decisions of a run."""
 
-    config: TrainConfig  # with the shape that given weights have
+    config: TrainConfig  # its shape settings are those of `shape`
     dataset: Dataset
     device: torch.device  # of this rank
     world: World
@@ -49,21 +49,21 @@ class Plan:
     precision: Precision
     attention: str  # one of model.attention.BACKENDS
     peak: Peak  # of one device
-    lines: list[str]  # what to tell the user
+    lines: list[str]  # messages for the user
 
     @property
     def sharded(self) -> bool:
-        """Whether the ranks share out weights, moments and gradients."""
+        """Whether weights, moments and gradients are split over the ranks."""
         return self.config.shard and self.world.size > 1
 
     @property
     def accumulation(self) -> int:
-        """Micro-steps of this rank in a step."""
+        """Micro-steps of this rank in one step."""
         return self.config.gradient_accumulation_steps // self.world.size
 
     @property
     def tokens(self) -> int:
-        """Of all ranks in a step."""
+        """Tokens of all ranks in one step."""
         return self.config.gradient_accumulation_steps * self.config.batch_size * self.config.block_size
 
 
@@ -71,7 +71,7 @@ def decide(
     config: TrainConfig, named: set[str], why: str, checkpoint: dict | None, world: World, device: torch.device
 ) -> Plan:
     """The plan of one rank. named: the settings that the user wrote. why: where the others come from. checkpoint: the
-    one to go on from. UserError for everything that would not run."""
+    one to resume from. UserError if the run is not possible."""
     dtype = resolve_dtype(config.dtype, device)
     check_together(config, world, device.type, dtype)
     check_sinks(config)
@@ -81,7 +81,7 @@ def decide(
     check_vocabulary(config, dataset, shape)
     dataset.check(shape.block_size, shape.vocab_size)
     config = dataclasses.replace(config, **{name: getattr(shape, name) for name in (*SHAPE, "block_size")})
-    free = free_memory(device)  # before attention is measured, whose blocks torch's allocator keeps
+    free = free_memory(device)  # first: torch's allocator keeps the memory that measuring attention takes
     layer = shape, config.batch_size, dtype, device
     backend, attention = choose_attention(config.attention, AttentionShape.of(*layer), world)
     memory = ""
@@ -112,7 +112,7 @@ def decide(
 
 
 def check_together(config: TrainConfig, world: World, device: str, dtype: torch.dtype) -> None:
-    """UserError for settings that this many processes, this device or this dtype cannot do."""
+    """UserError for settings that do not work with this number of processes, this device or this dtype."""
     if config.gradient_accumulation_steps % world.size:
         raise UserError(
             f"gradient_accumulation_steps: got {config.gradient_accumulation_steps}, expected a multiple of the "
@@ -130,10 +130,10 @@ def check_together(config: TrainConfig, world: World, device: str, dtype: torch.
 
 
 def open_dataset(name: str, world: World) -> Dataset:
-    """data/<name>, or the folder of an absolute path. The corpus `docs`, which needs no network, is made if missing."""
+    """The dataset in data/<name> or in an absolute path. `docs` is made if it is missing; this needs no network."""
     folder = Path("data") / name
     if name == "docs":
-        if world.local_rank == 0:  # one a machine
+        if world.local_rank == 0:  # one process per machine
             ensure_docs(folder)
         world.barrier()
     return Dataset(folder)
@@ -146,10 +146,10 @@ def choose_ops(
     vocab_size: int,
     lacks: Callable[[torch.device], str] = missing,
 ) -> tuple[Ops, int, str]:
-    """The run's kernels; how many rows of logits their loss holds at a time, 0 for all; what to say of the choice or
-    nothing. UserError for kernels that cannot run. lacks: as for `kernels.select`.
+    """(the run's kernels; how many rows of logits their loss holds at a time, 0 for all; a message about the choice,
+    may be empty). UserError for kernels that cannot run. lacks: as for `kernels.select`.
     """
-    lacks = functools.cache(lacks)  # it compiles and launches a kernel
+    lacks = functools.cache(lacks)  # a call compiles and launches a kernel
     try:
         ops = select(config.kernels, device, lacks)
     except ValueError as error:
@@ -169,10 +169,11 @@ def choose_ops(
 def model_shape(
     config: TrainConfig, named: set[str], checkpoint: dict | None, vocab_size: int, *, download: bool = True
 ) -> GPTConfig:
-    """The model's shape: of the settings, of the checkpoint, or of the weights that init_from names. `named`: the
-    settings that the user wrote. vocab_size: the data's. download: OpenAI's weights; without them their shape is known.
+    """The model's shape: from the settings, from the checkpoint, or from the weights that init_from names. named: the
+    settings that the user wrote. vocab_size: the data's. download: False does not fetch OpenAI's weights; their shape
+    is known without them.
 
-    UserError where one of `named` contradicts weights, and where these cannot be had.
+    UserError where a setting in `named` contradicts the weights, and where the weights cannot be loaded.
     """
     gelu = None if config.gelu == "auto" else config.gelu
     own = {name: getattr(config, name) for name in MODEL_ARGS if name != "vocab_size"}
@@ -191,7 +192,7 @@ def model_shape(
 
 
 def check_vocabulary(config: TrainConfig, dataset: Dataset, shape: GPTConfig) -> None:
-    """UserError where the data has more tokens than given weights know."""
+    """UserError where the data has more different tokens than the model."""
     if dataset.n_vocab > shape.vocab_size:
         raise UserError(
             f"dataset={config.dataset}: it has {dataset.n_vocab} different tokens, the model {shape.vocab_size}"
@@ -199,7 +200,7 @@ def check_vocabulary(config: TrainConfig, dataset: Dataset, shape: GPTConfig) ->
 
 
 def check_shape(config: TrainConfig, named: set[str], shape: GPTConfig) -> None:
-    """UserError where a setting that the user wrote contradicts the shape that given weights have."""
+    """UserError where a setting in `named` contradicts the shape of the loaded weights."""
     for name in SHAPE:
         came, fixed = getattr(config, name), getattr(shape, name)
         if name in named and came not in (fixed, "auto"):
@@ -215,7 +216,7 @@ def check_shape(config: TrainConfig, named: set[str], shape: GPTConfig) -> None:
 
 @contextmanager
 def weights_wanted(config: TrainConfig) -> Iterator[None]:
-    """What says that there are no such weights becomes a UserError."""
+    """Inside, an error from loading weights becomes a UserError."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
@@ -225,9 +226,9 @@ def weights_wanted(config: TrainConfig) -> Iterator[None]:
 def choose_graphs(
     config: TrainConfig, device: torch.device, *, sharded: bool, cuda: str | None = torch.version.cuda
 ) -> tuple[bool, str]:
-    """Whether the step is captured in CUDA graphs, the same on every rank, and what to say of it or nothing.
+    """(whether the step is captured in CUDA graphs, the same on every rank; a message about it, may be empty).
 
-    cuda: the version of CUDA that torch was built for, as torch.version has it.
+    cuda: the version of CUDA that torch was built for, as in torch.version.
     """
     graphs = config.cuda_graphs and device.type == "cuda" and not sharded and not config.eval_only
     if graphs and config.profile and cuda in GRAPHS_MISREAD:

@@ -1,10 +1,10 @@
-"""`python -m train ... --rehearse=CARD`: all that a run would do before its first step, on a GPU that is not there.
+"""`python -m train ... --rehearse=CARD`: all that a run would do before its first step, for a GPU that is not there.
 
-The settings, the data and the output folder are checked as for the run. The step is run on shapes (`train/dryrun.py`),
-which tells its launches, its bytes and its memory. The kernels that it would launch are compiled for the card by
-Triton, which needs no GPU for that. What torch.compile would make of the step is not seen: Inductor asks the device.
-Nothing is trained, and nothing is written but Triton's own cache. The exit status is 0 if the run would start, else 2,
-and the last line names the setting to change.
+The settings, the data and the output folder are checked as for a run. The step runs on shapes (`train/dryrun.py`),
+which shows its launches, bytes and memory. Triton compiles the step's kernels for the card; this needs no GPU. The
+effect of torch.compile is not counted, because Inductor needs the device. Nothing is trained, and nothing is written
+except Triton's own cache. The exit status is 0 if the run would start. Else it is 2, and the last line names the
+setting to change.
 """
 
 from collections import Counter
@@ -30,8 +30,8 @@ from train.metrics import mfu
 from train.plan import check_together, check_vocabulary, model_shape
 from train.text import GPT2_TOKENS, padded_vocab_size
 
-# Shares of the card's peaks that good and poor kernels reach, and what the host or the graph adds to each launch. They
-# are estimates: published figures of others on H100s and A100s, nothing measured here.
+# Shares of the card's peaks that good and poor kernels reach, and seconds that the host or the graph adds to each
+# launch. They are estimates from published figures for H100s and A100s; nothing was measured here.
 FAST = {"matmul": 0.80, "attention": 0.55, "bandwidth": 0.92, "graphed": 1e-6, "eager": 8e-6}
 SLOW = {"matmul": 0.60, "attention": 0.30, "bandwidth": 0.70, "graphed": 3e-6, "eager": 25e-6}
 
@@ -39,9 +39,9 @@ SLOW = {"matmul": 0.60, "attention": 0.30, "bandwidth": 0.70, "graphed": 3e-6, "
 def rehearse(
     config: TrainConfig, named: set[str], why: str, checkpoint: dict | None, world: World, say: Callable[[str], None]
 ) -> int:
-    """Say what the run would find and do on the card that `config.rehearse` names; 0. UserError where it would not run.
+    """Report what the run would do on the card `config.rehearse`. Returns 0. UserError if it would not run.
 
-    named, why, checkpoint: as for `train`. world: the ranks that the run would have.
+    named, why, checkpoint: as for `decide`. world: the ranks that the run would have.
     """
     target = card(config.rehearse)
     dtype = torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype]
@@ -55,7 +55,7 @@ def rehearse(
         check_vocabulary(config, dataset, shape)
         dataset.check(shape.block_size, shape.vocab_size)
     ops, without = _ops(config.kernels)
-    chunk = 0  # without Triton the reference is counted, which holds all logits
+    chunk = 0  # without Triton the reference is counted: it holds all logits
     if ops.name == config.kernels or ops.name == "fused":
         chunk = rows_at_a_time(config, ops, dtype, shape.vocab_size, shape.block_size, target.memory)
     at = {"capability": target.capability, "multiprocessors": target.multiprocessors}
@@ -82,7 +82,7 @@ def rehearse(
 
 
 def _data(config: TrainConfig, say: Callable[[str], None]) -> tuple[Dataset | None, int]:
-    """The dataset if it is prepared, and a new model's vocabulary: of it, or what is known of one that is not."""
+    """(the dataset, None if it is not prepared; a new model's vocabulary size, without a dataset an assumption)."""
     folder = Path("data") / config.dataset
     if (folder / "train.bin").is_file():
         dataset = Dataset(folder)
@@ -100,7 +100,7 @@ def _data(config: TrainConfig, say: Callable[[str], None]) -> tuple[Dataset | No
 
 
 def _ops(kernels: str) -> tuple[Ops, str]:
-    """The kernels that the run would take, and why those cannot be compiled here; "" where they can."""
+    """The kernels that the run would use, and why they cannot be compiled here, "" if they can."""
     if kernels == "reference":
         return REFERENCE, "the reference has none of its own"
     try:
@@ -126,7 +126,7 @@ def _bytes(calls: list[Call]) -> int:
 
 
 def _times(run: DryRun, job: Job, config: TrainConfig, target: Card, world: World) -> Iterator[str]:
-    """The least that a step can take, and what to expect, where the card's data sheet is known."""
+    """The least time of a step and the expected time, if the card's data sheet is known."""
     row = lookup(target.name)
     peak = getattr(row, COLUMNS[job.dtype]) if row else None
     if not peak:
@@ -159,20 +159,20 @@ def _times(run: DryRun, job: Job, config: TrainConfig, target: Card, world: Worl
 def expected(
     run: DryRun, accumulation: int, peak: float, bandwidth: float, share: Mapping[str, float], launch: str
 ) -> float:
-    """Seconds of a step, an estimate: each launch takes its FLOPs' or its bytes' time, and what comes between two."""
+    """Seconds of a step, an estimate. A launch takes its FLOPs' or its bytes' time, plus the gap to the next."""
 
     def seconds(calls: list[Call]) -> float:
         total = 0.0
         for call in calls:
             rate = share["attention" if "attention" in call.name else "matmul"] * peak
             total += max(call.flops / rate, call.bytes / (share["bandwidth"] * bandwidth)) + share["graphed"]
-        return max(total, len(calls) * share[launch])  # eager, the host may be the slower one
+        return max(total, len(calls) * share[launch])  # without graphs the host may be slower
 
     return accumulation * seconds(run.micro_step) + seconds(run.update)
 
 
 def compiled(run: DryRun, capability: int) -> Iterator[str]:
-    """A line for each kernel of the step, as Triton compiles it for the card. UserError where one cannot run there."""
+    """A line for each kernel of the step, compiled by Triton for the card. UserError if one cannot run there."""
     import triton
 
     from kernels.launch import specialised
@@ -185,7 +185,7 @@ def compiled(run: DryRun, capability: int) -> Iterator[str]:
         name = launch.kernel.fn.__name__
         try:
             it = compile_launch(launch, capability)
-        except Exception as error:  # the compiler's, of many kinds
+        except Exception as error:  # the compiler raises many types
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"kernels: {name} does not compile for sm_{capability}: {reason}; --kernels=reference runs"

@@ -1,11 +1,11 @@
-"""Models whose state outgrows one device: `--shard` gives each rank its share of every tensor, by torch's FSDP2.
+"""Models whose state is too large for one device. `--shard` gives each rank a share of every tensor, by torch's FSDP2.
 
-A block's parameters are gathered, in the compute dtype, for its forward pass and again for its backward pass; its
-gradients are summed over the ranks in float32 and each keeps its share. So a rank holds 1/size of parameters, gradients
-and moments, and one block whole. (Zhao et al. 2023, "PyTorch FSDP"; `torch.distributed.fsdp.fully_shard`.)
+A block's parameters are gathered, in the compute dtype, for its forward pass and again for its backward pass. Its
+gradients are summed over the ranks in float32, and each rank keeps its share. So a rank holds 1/size of parameters,
+gradients and moments, and one whole block. (Zhao et al. 2023, "PyTorch FSDP"; `torch.distributed.fsdp.fully_shard`.)
 
-It is the library's road, beside the project's own (`flat.py`, `graph.py`): torch's AdamW over the shares, and no CUDA
-graphs. Checkpoints hold whole tensors, as any other run's, and load on any number of ranks.
+This path uses the library instead of `flat.py` and `graph.py`: torch's AdamW over the shares, and no CUDA graphs.
+Checkpoints hold whole tensors, as in any other run, and load on any number of ranks.
 """
 
 import warnings
@@ -25,18 +25,18 @@ from train.optim import param_groups
 
 
 def share_out(model: GPT, world: World, device: torch.device) -> None:
-    """Share out `model`, whole on every rank's host and the same on each, over the ranks' devices, in place.
+    """Split `model` over the ranks' devices, in place. Before, every rank has the same whole model on its host.
 
-    A rank's device holds at most one block whole at a time, also while this runs. The compute dtype is what the
-    parameters are gathered as.
+    A rank's device holds at most one whole block at a time, also during this call. Parameters are gathered in the
+    compute dtype.
     """
-    # Nothing here writes into a block's output in place, which is what torch warns of, once a rank.
+    # torch warns each rank not to write into a block's output in place. Nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     compute = model.precision.compute
     low = None if compute == torch.float32 else compute
     settings: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (world.size,)),
-        # the stream that goes from block to block keeps its own dtype
+        # the residual stream between blocks keeps its own dtype
         "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
     for block in model.transformer.h:
@@ -45,10 +45,9 @@ def share_out(model: GPT, world: World, device: torch.device) -> None:
 
 
 class ShardedAdamW(torch.optim.AdamW):
-    """torch's AdamW over a sharded model, called as `FlatAdamW` is.
+    """torch's AdamW over a sharded model, with the interface of `FlatAdamW`.
 
-    Every method must be called on all ranks. Gradients arrive as means over the ranks. float16's loss scale is not
-    served.
+    Every method must be called on all ranks. Gradients are means over the ranks. There is no loss scale for float16.
     """
 
     def __init__(self, model: GPT, *, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> None:
@@ -57,7 +56,7 @@ class ShardedAdamW(torch.optim.AdamW):
         assert all(isinstance(p, DTensor) for p in self._params)
 
     def scalar(self) -> Tensor:
-        """A zero, float32, where the parameters are."""
+        """A new float32 zero on the parameters' device."""
         return torch.zeros((), device=self._params[0].device)
 
     def set_lr(self, lr: float) -> None:
@@ -65,14 +64,14 @@ class ShardedAdamW(torch.optim.AdamW):
             group["lr"] = lr
 
     def gather(self) -> None:
-        """FSDP adds up micro-steps' gradients itself."""
+        """Nothing to do: FSDP accumulates the gradients itself."""
 
     def clear(self) -> None:
         self.zero_grad()
 
     @torch.no_grad()
     def update(self, max_norm: float = 0.0, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Clip, update, clear the gradients: (gradient norm, 0), float32 scalars on the device."""
+        """Clip, update, clear the gradients. Returns (gradient norm, 0), float32 scalars on the device."""
         assert inv_scale is None
         norm = get_total_norm([p.grad for p in self._params]).full_tensor()
         if max_norm > 0:
@@ -83,7 +82,7 @@ class ShardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """From whole tensors, the same on every rank, as in a checkpoint."""
+        """Load whole tensors, as in a checkpoint. Every rank passes the same ones."""
         state = {}
         for index, entry in state_dict["state"].items():
             moments = {name: share(entry[name], self._params[index]) for name in MOMENTS}
@@ -92,14 +91,14 @@ class ShardedAdamW(torch.optim.AdamW):
 
 
 def share(whole: Tensor, like: DTensor) -> DTensor:
-    """This rank's share of a tensor that every rank has whole, laid out as `like`."""
+    """This rank's share of a tensor that every rank has whole, with the layout of `like`."""
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole(tree: Any, *, keep: bool) -> Any:
-    """`tree` of dicts, lists and plain values, its tensors whole and on the CPU; None for them where not `keep`.
+    """A copy of `tree` (dicts, lists, plain values) with whole tensors on the CPU, or None for tensors if not `keep`.
 
-    Every rank must call it, with the same tree: tensors are put together one after the other.
+    Every rank must call it with the same tree, because the ranks gather one tensor after the other.
     """
     if isinstance(tree, Tensor):
         put_together = tree.full_tensor() if isinstance(tree, DTensor) else tree
@@ -110,7 +109,7 @@ def whole(tree: Any, *, keep: bool) -> Any:
 
 
 def whole_model(model: GPT, *, keep: bool) -> dict[str, Tensor]:
-    """A sharded model's state_dict, whole and on the CPU where `keep`; called on every rank. Tied weights stay one."""
+    """A sharded model's state_dict, by `whole`. Every rank must call it. Tied weights stay one tensor."""
     parameters = whole({name: p.detach() for name, p in model.named_parameters()}, keep=keep)
     names = {p: name for name, p in model.named_parameters()}
     return {name: parameters[names[p]] for name, p in model.named_parameters(remove_duplicate=False)}

@@ -1,4 +1,4 @@
-"""What training changes and a checkpoint holds: the model, its optimizer, the loss scale, and where the run stands."""
+"""The state of a run: model, optimizer, loss scale and progress. Training changes it; a checkpoint holds it."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,26 +16,26 @@ from train.plan import Plan, weights_wanted
 
 @dataclass
 class Progress:
-    """Where a run stands: what a checkpoint must hold besides weights and moments."""
+    """How far a run has come. A checkpoint holds this besides weights and moments."""
 
     iter_num: int = 0  # updates done
     best_val_loss: float = 1e9
     stale_evals: int = 0  # evaluations since the best one
-    judged_at: int = -1  # iteration of the last evaluation that counted: a resumed run repeats it, for show
+    judged_at: int = -1  # iteration of the last evaluation that counted: a resumed run only shows it again
 
 
 @dataclass
 class TrainState:
-    """The state of a run; `step.py` and `loop.py` change it, `save` writes it."""
+    """The state of a run. `step.py` and `loop.py` change it, `save` writes it."""
 
     plan: Plan
-    model: GPT  # its parameters are on the device; where sharded, this rank's share of them
+    model: GPT  # its parameters are on the device; if sharded, only this rank's share
     optimizer: Optimizer
     scaler: LossScale
     progress: Progress
 
     def save(self) -> None:
-        """Write a checkpoint of the present state. Every rank must call it; the master writes."""
+        """Write a checkpoint of the current state. Every rank must call it; the master writes."""
         plan, progress = self.plan, self.progress
         if not (plan.sharded or plan.world.master):
             return
@@ -59,7 +59,7 @@ class TrainState:
             checkpoints.save(Path(plan.config.out_dir), state, plan.config.keep_checkpoints)
 
     def _whole(self) -> tuple[dict, dict]:
-        """The state_dicts of model and optimizer; a sharded model's are put together, for the master alone."""
+        """The state_dicts of model and optimizer. If sharded, the master gets whole tensors, the others None."""
         if not self.plan.sharded:
             return self.model.state_dict(), self.optimizer.state_dict()
         from train import shard
@@ -69,7 +69,7 @@ class TrainState:
 
 
 def make_state(plan: Plan, checkpoint: dict | None) -> TrainState:
-    """A new run's state, or the one that the checkpoint holds. UserError where weights or moments cannot be had."""
+    """A new run's state, or the checkpoint's. UserError where weights or moments cannot be loaded."""
     model = build_model(plan, checkpoint)
     state = TrainState(
         plan,
@@ -83,14 +83,14 @@ def make_state(plan: Plan, checkpoint: dict | None) -> TrainState:
         ours, iter_num = checkpoint["nanofuse"], checkpoint["iter_num"]
         if state.scaler.enabled and ours.get("scaler"):
             state.scaler.load_state_dict(ours["scaler"])
-        # nanoGPT saves right after an evaluation, and does not count those without improvement
+        # nanoGPT saves right after an evaluation. It does not count evaluations without improvement.
         stale_evals, judged_at = ours.get("stale_evals", 0), ours.get("judged_at", iter_num)
         state.progress = Progress(iter_num, checkpoint["best_val_loss"], stale_evals, judged_at)
     return state
 
 
 def build_model(plan: Plan, checkpoint: dict | None) -> GPT:
-    """A new model, OpenAI's, or the checkpoint's, on the host in float32. UserError where weights cannot be had."""
+    """A new model, OpenAI's or the checkpoint's, on the host, in float32. UserError where weights cannot be loaded."""
     config, shape = plan.config, plan.shape
     options = {"precision": plan.precision, "attention": plan.attention, "recompute": config.recompute}
     if config.init_from == "scratch":
@@ -107,7 +107,7 @@ def build_model(plan: Plan, checkpoint: dict | None) -> GPT:
 
 
 def place(plan: Plan, model: GPT) -> Optimizer:
-    """Put `model`, still on the host, on the device, or this rank's share of it; its optimizer."""
+    """Move `model`, or this rank's share of it, from the host to the device. Returns its optimizer."""
     config = plan.config
     settings = {
         "learning_rate": config.learning_rate,
@@ -115,7 +115,7 @@ def place(plan: Plan, model: GPT) -> Optimizer:
         "weight_decay": config.weight_decay,
     }
     if plan.sharded:
-        from train import shard  # only here: torch takes a second to import what it needs
+        from train import shard  # imported here: its imports take a second
 
         shard.share_out(model, plan.world, plan.device)
         return shard.ShardedAdamW(model, **settings)
@@ -124,7 +124,7 @@ def place(plan: Plan, model: GPT) -> Optimizer:
 
 
 def optimizer_state(checkpoint: dict, model: GPT) -> dict:
-    """The checkpoint's AdamW state; where `model` was cropped, with the moments of its position embeddings cut too."""
+    """The checkpoint's AdamW state. If `model` was cropped, the moments of its position embeddings are cut too."""
     state, kept = checkpoint["optimizer"], model.config.block_size
     matrices = [p for p in model.parameters() if p.dim() >= 2]  # in the optimizer's order
     index = next(i for i, p in enumerate(matrices) if p is model.transformer.wpe.weight)

@@ -1,7 +1,7 @@
-"""One optimizer step: micro-steps, accumulation, clipping, update; and an evaluation. The loop around them: `loop.py`.
+"""One optimizer step (micro-steps, accumulation, clipping, update), and an evaluation. `loop.py` calls both.
 
-Everything that changes from step to step lies in device memory, and nothing here waits for the device or branches on
-what it computed: so `graph.py` can capture `micro_step` and `update` and replay them.
+Everything that changes from step to step lies in device memory. Nothing here waits for the device or branches on its
+results. So `graph.py` can capture `micro_step` and `update` and replay them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,18 +17,18 @@ from train.optim import LossScale, Optimizer
 
 
 class StepResult(NamedTuple):
-    """Device tensors: reading one waits for the device, so the step itself never does."""
+    """Tensors on the device. Reading one waits for the device, so the step never reads them."""
 
     loss: Tensor  # float32 scalar, the mean over this rank's micro-steps
     grad_norm: Tensor  # float32 scalar, of all ranks' mean gradient, before clipping
 
 
 class TrainStep:
-    """step(batch, lr) -> StepResult, leaving the parameters one AdamW update further and no gradients behind.
+    """step(batch, lr) -> StepResult. Makes one AdamW update and clears the gradients.
 
     `model` maps (idx, targets) to (logits, loss) and may be compiled. `grad_clip` is the largest global gradient norm,
-    0 for no clipping. `scaler` scales float16's losses so that small gradients survive; updates whose gradients
-    overflowed are skipped. `reducer` sums gradients over ranks; a sharded model sums its own.
+    0 for no clipping. `scaler` scales float16's losses, so that small gradients do not vanish; updates whose gradients
+    overflowed are skipped. `reducer` sums gradients over ranks; None for a sharded model, which does it itself.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class TrainStep:
         return self.result()
 
     def begin(self, lr: float) -> None:
-        """A new step, at this rate."""
+        """Start a step with this learning rate."""
         self.optimizer.set_lr(lr)
         self.loss.zero_()
 
     @staticmethod
     def seed(seed: int) -> None:
-        """Dropout draws from torch's generators. Seeding them for every micro-step makes the masks, like the data, a
-        function of (seed, step): nothing to save, nothing that an evaluation could disturb."""
+        """Seed torch's generators, from which dropout draws. With a seed for every micro-step the masks, like the data,
+        depend only on (seed, step). A checkpoint needs no random state, and an evaluation changes no mask."""
         torch.manual_seed(seed)
 
     def micro_step(self, x: Tensor, y: Tensor, accumulation: int) -> None:
-        """Forward and backward of one of `accumulation`: adds to the gradients and to the mean loss."""
-        loss = self.model(x, y)[1]  # the logits are not held
+        """Forward and backward of one of `accumulation` micro-steps. Adds to the gradients and to the mean loss."""
+        loss = self.model(x, y)[1]  # does not keep the logits
         mean = loss / accumulation
         (mean * self.scaler.scale if self.scaler.enabled else mean).backward()
         if self.reducer is None or not self.reducer.overlapping:
@@ -83,7 +83,7 @@ class TrainStep:
             self.reducer.finish()
 
     def update(self) -> None:
-        """Norm, clipping, AdamW, and the gradients cleared."""
+        """Compute the gradient norm, clip, make the AdamW update, clear the gradients."""
         size = 1 if self.reducer is None else self.reducer.world.size
         inv_scale = None
         if self.scaler.enabled:
@@ -95,15 +95,15 @@ class TrainStep:
         self.grad_norm.copy_(norm)
 
     def result(self) -> StepResult:
-        """Of the step just made; copies, since the next one writes in the same places."""
+        """Results of the step just made. They are copies, because the next step overwrites the originals."""
         return StepResult(self.loss.clone(), self.grad_norm.clone())
 
 
 class Evaluation:
     """evaluation(batches) -> the loss of each, (n,) float32 on the device: without dropout, gradients or a host sync.
 
-    `model` maps (idx, targets) to (logits, loss) and may be compiled; outside of an evaluation it trains. A batch is
-    one micro-step.
+    `model` maps (idx, targets) to (logits, loss) and may be compiled. Outside of an evaluation it is in training mode.
+    A batch holds one micro-step.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -115,7 +115,7 @@ class Evaluation:
 
     @contextmanager
     def mode(self) -> Iterator[None]:
-        """What `loss` is to be called in."""
+        """The context in which `loss` must be called."""
         self.model.eval()
         try:
             with torch.no_grad():
@@ -124,5 +124,5 @@ class Evaluation:
             self.model.train()
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Of one micro-batch."""
+        """Loss of one micro-batch, float32 scalar."""
         return self.model(x, y)[1]

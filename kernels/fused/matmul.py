@@ -250,15 +250,15 @@ def tiles_for(table: dict[int, tuple[Tiles, ...]], device: Device, dtype: torch.
 def check_rows(N: int, *operands: Tensor) -> None:
     """ValueError for operands, or an output N wide, with which a fused matmul could not keep its sums in registers.
 
-    By pointers to rows that do not begin at multiples of 16 bytes, Triton reads 2-byte elements one by one and keeps an
-    address for each: on every target from sm_80 to sm_90 hundreds to thousands of instructions spill.
+    Triton knows that an address is aligned only if the row's stride is a multiple of 16 elements. For other rows of
+    2-byte elements it keeps an address for each: on every target from sm_80 to sm_90, 132 to thousands of instructions
+    spill.
     """
-    size = operands[0].element_size()
-    if device_of(operands[0]).capability == 0 or size == 4:
+    if device_of(operands[0]).capability == 0 or operands[0].element_size() == 4:
         return
-    if N * size % 16 or any(address(x) % 16 or x.stride(0) * size % 16 for x in operands):
+    if N % 16 or any(address(x) % 16 or x.stride(0) % 16 for x in operands):
         raise ValueError(
-            "tiles: got rows that do not begin at multiples of 16 bytes, which only cuBLAS multiplies: the fused "
+            "tiles: got rows that do not begin at multiples of 16 elements, which only cuBLAS multiplies: the fused "
             "matmul would spill"
         )
 

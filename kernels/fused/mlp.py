@@ -166,7 +166,7 @@ def mlp(
     x (..., K), fc_weight (N, K), fc_bias (N,) or None, proj_weight (C, N), proj_bias (C,) or None: float32, bfloat16 or
     float16, of one dtype; approximate: "erf" or "tanh". forward_tiles, backward_tiles: 0 for cuBLAS, n for the fused
     matmul with the n-th of its tiles, as `ways` names them. Returns (..., C). ValueError for what cannot be served: on
-    a GPU the fused matmul takes 2-byte elements only where every row begins at a multiple of 16 bytes.
+    a GPU the fused matmul takes 2-byte elements only where every row begins at a multiple of 16 elements.
     """
     check_form(approximate)
     check("x", x)

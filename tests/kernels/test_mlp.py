@@ -105,8 +105,8 @@ DESCRIPTORS = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("M", "K", "N"),
     [
-        (37, 40, 72),  # nothing fills its tile
-        (150, 24, 40),  # more rows of tiles than are taken together
+        (37, 48, 80),  # nothing fills its tile
+        (150, 16, 48),  # more rows of tiles than are taken together
     ],
 )
 @pytest.mark.parametrize("tiles", [SMALL, Tiles(16, 32, 16, 4, 2, 2)] if INTERPRETED else FORWARD_TILES[90], ids=str)
@@ -191,7 +191,9 @@ def launched(
 ) -> list[Launch]:
     """What an MLP launches on a GPU that is not there, forward and backward. first: columns before the weights."""
     x, fc_weight, proj_weight = (
-        torch.empty(rows, columns + 8, dtype=torch.bfloat16, device="meta")[:, begin : begin + columns].requires_grad_()
+        torch.empty(rows, columns + 16, dtype=torch.bfloat16, device="meta")[
+            :, begin : begin + columns
+        ].requires_grad_()
         for rows, columns, begin in ((4, K, 0), (N, K, first), (K, N, first))
     )
     with dryrun.Recorder(Device(capability, 132), "meta") as recorder:
@@ -223,12 +225,12 @@ def test_the_ways_are_named_in_the_order_of_their_numbers() -> None:
                 assert len(set(names)) == len(names) == 3
 
 
-@pytest.mark.parametrize(("K", "N", "first"), [(37, 128, 0), (64, 37, 0), (64, 128, 1)])
+@pytest.mark.parametrize(("K", "N", "first"), [(37, 128, 0), (64, 37, 0), (64, 40, 0), (64, 128, 1)])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_rows_that_are_not_aligned_are_cublass(K: int, N: int, first: int, capability: int) -> None:
     """Through pointers to them the fused kernel would spill, on a GPU."""
     launched(0, 0, K, N, capability, first)
     launched(1, 1, 64, 128, capability, first=0)
     for tiles in ((1, 0), (0, 1)):
-        with pytest.raises(ValueError, match="tiles: got rows that do not begin at multiples of 16 bytes"):
+        with pytest.raises(ValueError, match="tiles: got rows that do not begin at multiples of 16 elements"):
             launched(*tiles, K, N, capability, first)

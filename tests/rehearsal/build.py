@@ -1,4 +1,4 @@
-"""The device guard, compiled once for a version of torch and kept in the temporary folder."""
+"""Compiles the device guard, once for each version of torch, into the temporary folder."""
 
 import fcntl
 import getpass
@@ -20,8 +20,8 @@ class CannotBuild(Exception):
 
 
 def environment() -> dict[str, str]:
-    """What a process needs in its environment to hold the guard: its path, and for a CUDA build of torch what is loaded
-    before it. Builds what is missing; CannotBuild where that is not possible."""
+    """The environment variables of a process with the guard: its path, and for a CUDA build of torch the library to
+    load first. Builds what is missing; CannotBuild if that is not possible."""
     if not sys.platform.startswith("linux"):
         raise CannotBuild(f"the device guard is for Linux, this is {sys.platform}")
     compiler = shutil.which(os.environ.get("CXX", "g++"))
@@ -53,7 +53,7 @@ def _torch_flags(cpu_build: bool) -> list[str]:
 
 
 def _library(compiler: str, name: str, flags: list[str]) -> Path:
-    """`name`.cpp as a shared library. Every worker of pytest-xdist asks for it; one of them compiles."""
+    """`name`.cpp as a shared library. All workers of pytest-xdist need it, and one of them compiles it."""
     source = HERE / f"{name}.cpp"
     command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", str(source), *flags]
     key = hashlib.sha256("\0".join([torch.__version__, source.read_text(), *command]).encode()).hexdigest()[:16]

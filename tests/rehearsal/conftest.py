@@ -1,8 +1,8 @@
-"""A rehearsal: CUDA's path on a device that is not there.
+"""Rehearsals: the code path for CUDA, on a device that is not there.
 
-Every test in this folder runs in a process of its own, which holds the device guard (guard.cpp) and where Triton's
-interpreter is off. Test files need not know: they ask for the fixture `gpu`, in device.py, and are run as all others
-are. server.py forks those processes. Where there is no C++ compiler the tests are skipped.
+Every test in this folder runs in its own process, with the device guard (guard.cpp) loaded and Triton's interpreter
+off. A test file only asks for the fixture `gpu` of device.py; it runs like all others. server.py forks the processes.
+The tests are skipped if there is no C++ compiler.
 """
 
 import json
@@ -33,7 +33,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in _reports(server, item):
         item.ihook.pytest_runtest_logreport(report=report)
-    item.session._setupstate.teardown_exact(nextitem)  # what an earlier test left for this one
+    item.session._setupstate.teardown_exact(nextitem)  # tears down what an earlier test set up
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
 
@@ -51,7 +51,7 @@ def _server(config: pytest.Config) -> subprocess.Popen:
             cwd=config.rootpath,
         )
         config.stash[SERVER] = server
-        config.add_cleanup(lambda: server.communicate(timeout=60))  # its input ends, and so does it
+        config.add_cleanup(lambda: server.communicate(timeout=60))  # the server ends when its input ends
     return config.stash[SERVER]
 
 

@@ -1,9 +1,9 @@
 """An H100 that is not there: the fixture `gpu`.
 
-torch's questions about CUDA get an H100's answers. Tensors on `gpu.device` are fake: they have shape, dtype, strides
-and device, and no memory; operations on them compute nothing. The autograd engine and its threads are the real ones.
-Streams, events and captures made through torch.cuda are stand-ins with the same names; every wait of one stream for
-another is written down, whether Python asked for it or autograd.
+torch's queries about CUDA return an H100's answers. Tensors on `gpu.device` are fake: they have shape, dtype, strides
+and device, but no memory, and operations on them compute nothing. The autograd engine and its threads are real.
+torch.cuda's streams, events and captures are replaced by stand-ins. Every wait of one stream for another is recorded,
+whether Python or autograd made it.
 """
 
 import ctypes
@@ -39,28 +39,28 @@ H100 = types.SimpleNamespace(
     is_multi_gpu_board=0,
     uuid="00000000-0000-0000-0000-000000000000",
 )
-TAKEN = 2**29  # bytes of its memory that are not free at the start
+TAKEN = 2**29  # bytes of its memory that are in use at the start
 
 Wait = tuple[int, int]  # (waiting stream, stream waited for); 0 is the default stream
 
 
 @dataclass
 class Capture:
-    """A CUDA graph that was recorded, on this stream."""
+    """A recorded CUDA graph, and the stream of its recording."""
 
     stream: int
     waits: list[Wait] = field(default_factory=list)  # while it was recorded
-    failed: bool = False  # an exception ended it
+    failed: bool = False  # ended by an exception
     replays: int = 0
 
     @property
     def strays(self) -> list[Wait]:
-        """Waits between the capture's stream and others: on a device they break the capture, or join it."""
+        """Waits between the capture's stream and others. A device would fail, or capture the other stream too."""
         return [wait for wait in self.waits if wait != (self.stream, self.stream)]
 
 
 class Gpu:
-    """What a test may ask: the device, the waits, the captures in the order they were made."""
+    """What a test can use: the device, the waits, and the captures in their order."""
 
     device = DEVICE
     properties = H100
@@ -74,7 +74,7 @@ class Gpu:
         self.captures: list[Capture] = []
 
     def waits(self) -> list[Wait]:
-        """Since the last call."""
+        """The waits since the last call."""
         pair, waits = (ctypes.c_int64 * 2)(), []
         while self._guard.guard_take_wait(pair):
             waits.append((pair[0], pair[1]))
@@ -82,12 +82,12 @@ class Gpu:
 
     @property
     def stream(self) -> int:
-        """The current stream of this thread: autograd's threads have their own."""
+        """The current stream of this thread. Autograd's threads have their own."""
         return self._guard.guard_stream()
 
     @contextmanager
     def on(self, stream: int) -> Iterator[None]:
-        """The current stream, in this thread."""
+        """Make `stream` the current stream of this thread."""
         before, self._stream = self._stream, stream
         self._guard.guard_set_stream(ctypes.c_int64(stream))
         try:
@@ -98,7 +98,7 @@ class Gpu:
 
     @contextmanager
     def capturing(self, graph: "Graph", stream: int) -> Iterator[None]:
-        """`torch.cuda.graph`: what is launched here is recorded in the graph."""
+        """Like `torch.cuda.graph`: launches inside are recorded in the graph."""
         self.waits()
         graph.capture = Capture(stream, failed=True)
         self.captures.append(graph.capture)
@@ -114,7 +114,7 @@ class Gpu:
             graph.capture.waits = self.waits()
 
     def stand_ins(self) -> dict[str, object]:
-        """torch.cuda's names, and what stands there while the fixture is used."""
+        """Names in torch.cuda, and what replaces them while the fixture is used."""
         gpu = self
 
         class Stream:
@@ -157,7 +157,7 @@ class Gpu:
         def current(device: object = None) -> Stream:
             return Stream(stream_id=gpu._stream)
 
-        side: list[Stream] = []  # of all captures, as torch has it
+        side: list[Stream] = []  # one for all captures, as in torch
 
         def capture(graph: Graph, pool: object = None, stream: Stream | None = None, **kwargs: object) -> object:
             if stream is None:
@@ -179,7 +179,7 @@ class Gpu:
 
 
 class Graph:
-    """torch.cuda.CUDAGraph."""
+    """Replaces torch.cuda.CUDAGraph."""
 
     capture: Capture
 
@@ -193,10 +193,10 @@ class Graph:
 
 
 def nothing(*args: object, **kwargs: object) -> None:
-    """For what need not happen."""
+    """Does nothing."""
 
 
-ANSWERS: dict[str, object] = {  # of torch.cuda
+ANSWERS: dict[str, object] = {  # replace functions of torch.cuda
     "is_available": lambda: True,
     "is_initialized": lambda: True,
     "is_bf16_supported": lambda *args, **kwargs: True,
@@ -219,7 +219,7 @@ ANSWERS: dict[str, object] = {  # of torch.cuda
 
 @torch.compiler.assume_constant_result
 def attention_kernel() -> str:
-    """Of those that are enabled (torch.nn.attention.sdpa_kernel), the one that torch's CUDA library likes best."""
+    """The kernel that torch's CUDA library would choose among the enabled ones (torch.nn.attention.sdpa_kernel)."""
     cuda = torch.backends.cuda
     if cuda.cudnn_sdp_enabled():
         return "cudnn"
@@ -231,7 +231,7 @@ def attention_kernel() -> str:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, dropout_p: float = 0.0, is_causal: bool = False
 ) -> Tensor:
-    """F.scaled_dot_product_attention, which chooses among CUDA's kernels only in a CUDA build with a driver."""
+    """Replaces F.scaled_dot_product_attention, which uses CUDA's kernels only in a CUDA build with a driver."""
     aten, kernel = torch.ops.aten, attention_kernel()
     if kernel == "cudnn":
         grad = torch.is_grad_enabled() and q.requires_grad
@@ -246,12 +246,12 @@ def attention(
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    """The device that is not there, in a fake tensor mode: every tensor made in the test is fake."""
+    """The device that is not there. Every tensor made in the test is fake."""
     device = Gpu()
     for name, answer in {**ANSWERS, **device.stand_ins()}.items():
         monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(FakeTensor, "data_ptr", lambda self: 0)  # plans ask how it is aligned
+    monkeypatch.setattr(FakeTensor, "data_ptr", lambda self: 0)  # launch plans check its alignment
     if hasattr(fake_tensor, "init_gpu_context"):  # torch 2.13
         monkeypatch.setattr(fake_tensor, "init_gpu_context", nothing)
     with FakeTensorMode():
@@ -259,6 +259,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 
 
 def on_device(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """The module that `make` builds, on the device: `Module.to` would tear tied weights of fake tensors apart."""
+    """The module that `make` builds, on the device. `Module.to` would untie the weights of fake tensors."""
     with DEVICE:
         return make()

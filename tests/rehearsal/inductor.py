@@ -1,7 +1,7 @@
 """torch.compile for the device that is not there: the fixture `inductor`.
 
-Inductor makes its code for an H100, and Triton compiles the kernels in it for sm_90. The code runs on fake tensors:
-its launches are written down instead of made. What calls torch.compile is the project.
+Inductor writes its code for an H100, and Triton compiles the code's kernels for sm_90. The code runs on fake tensors,
+and its launches are recorded instead of made. The project's own code calls torch.compile.
 """
 
 import functools
@@ -31,34 +31,34 @@ from tests.rehearsal.device import DEVICE, H100, Gpu, nothing
 
 @dataclass
 class Kernel:
-    """One of Inductor's own, in one of the configurations that it would choose from on the device."""
+    """A kernel of Inductor, in one of the configurations that it would time on the device."""
 
     name: str
-    registers: int  # a thread
+    registers: int  # per thread
     spills: int
 
 
 class Inductor:
-    """What it made, in order."""
+    """What Inductor made, in order."""
 
     def __init__(self) -> None:
-        self.codes: list[str] = []  # a Python module a graph: forward, backward, evaluation
+        self.codes: list[str] = []  # a Python module for each graph: forward, backward, evaluation
         self.kernels: list[Kernel] = []
-        self.unknown: list[torch._ops.OpOverload] = []  # operations that it knew no lowering of, as it met their graph
+        self.unknown: list[torch._ops.OpOverload] = []  # our operations without a lowering when their graph came
         self.launches: list[int] = []  # bytes of each launch of those kernels, if every tensor is touched once
 
     def compile(self, graph: torch.fx.GraphModule, inputs: list, **options: object) -> Callable:
-        """In the place of `compile_fx_inner`."""
+        """Replaces `compile_fx_inner`."""
         called = {node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
         self.unknown += [op for op in called if op not in lowering.lowerings and op.namespace == "nanofuse"]
         return compile_fx.compile_fx_inner(graph, inputs, **options)
 
     def run(self, autotuner: CachingAutotuner, args: tuple) -> None:
-        """In the place of `CachingAutotuner.run`: the launch."""
+        """Replaces `CachingAutotuner.run`, which launches."""
         self.launches.append(sum(x.nbytes for x in args if isinstance(x, torch.Tensor)))
 
     def precompile(self, autotuner: CachingAutotuner) -> None:
-        """In the place of `CachingAutotuner.precompile`, which would load the kernels and time them."""
+        """Replaces `CachingAutotuner.precompile`, which would load and time the kernels."""
         autotuner._precompile_worker()
         for result in autotuner.compile_results:
             cubin = result.kernel.asm["cubin"]
@@ -67,7 +67,7 @@ class Inductor:
 
 
 class Driver:
-    """What Triton and Inductor ask a driver before they compile."""
+    """Replaces the driver that Triton and Inductor query before they compile."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 10 * H100.major + H100.minor, H100.warp_size)
@@ -95,17 +95,17 @@ class Driver:
 
 
 def empty(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """What Inductor's code makes its buffers with: a function of torch's in C++, which no fake tensor mode sees."""
+    """Makes buffers for Inductor's code. It replaces a C++ function of torch that no fake tensor mode sees."""
     return torch.empty_strided(size, stride, dtype=dtype, device=DEVICE)
 
 
 @pytest.fixture
 def inductor(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Inductor]:
-    """For `torch.compile` on `gpu`. Nothing is read from a cache."""
+    """Makes `torch.compile` work on `gpu`. It reads no cache."""
     made = Inductor()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    with unset_fake_temporarily():  # patterns are traced with real tensors: a CPU's
+    with unset_fake_temporarily():  # patterns are traced with real tensors on the CPU
         for passes in (joint_graph, post_grad, pre_grad):
             lazy_init = functools.partial(passes.lazy_init, torch.device("cpu"))
             lazy_init()
@@ -114,7 +114,7 @@ def inductor(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(made.codes.append))
     monkeypatch.setattr(CachingAutotuner, "precompile", lambda self, *args, **kwargs: made.precompile(self))
     monkeypatch.setattr(CachingAutotuner, "run", lambda self, *args, **kwargs: made.run(self, args))
-    for name in ("_exchange_device", "_maybe_exchange_device"):  # what the code's device guard calls
+    for name in ("_exchange_device", "_maybe_exchange_device"):  # the code's device guard calls these
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
     guards = torch._C._dynamo.guards
     monkeypatch.setattr(guards, "_empty_strided_cuda", empty)
@@ -129,7 +129,7 @@ def inductor(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     triton.runtime.driver.set_active(Driver())
     settings = {
         "fx_graph_cache": False,
-        "joint_graph_constant_folding": False,  # it would compute
+        "joint_graph_constant_folding": False,  # it would compute values
         "use_static_cuda_launcher": False,
     }
     with inductor_config.patch(settings), functorch_config.patch(enable_autograd_cache=False):

@@ -1,7 +1,7 @@
-"""A process that holds the device guard and has imported what tests need; for every test it forks one that runs it.
+"""A process with the device guard and the tests' imports loaded. It forks a process for every test.
 
-`python -m tests.rehearsal.server` reads a pytest node id a line, and answers each with a line of JSON: {"reports":
-[...], "output": what the test's process wrote}. conftest.py starts it, with the environment that build.py makes.
+`python -m tests.rehearsal.server` reads one pytest node id per line. It answers each with a line of JSON: {"reports":
+[...], "output": the text that the test's process wrote}. conftest.py starts it, with the environment of build.py.
 """
 
 import ctypes
@@ -13,24 +13,24 @@ import tempfile
 
 import pytest
 
-if os.environ["NANOFUSE_TORCH"] == "cuda":  # the last guard counts: after the one of a CUDA build
+if os.environ["NANOFUSE_TORCH"] == "cuda":  # the last guard counts: a CUDA build must load its own first
     importlib.import_module("torch")
-GUARD = ctypes.CDLL(os.environ["NANOFUSE_GUARD"])  # before a CPU build, which looks for its CUDA library once
+GUARD = ctypes.CDLL(os.environ["NANOFUSE_GUARD"])  # before a CPU build, which looks for its CUDA library only once
 
 for name in (
     "torch._dynamo",
     "kernels.cases",
     "train.compile",
     "train.graph",
-):  # once, for all tests; the cases: kernels
+):  # once, for all tests; kernels.cases imports all kernels
     importlib.import_module(name)
 
-# no logging: pytest would print every line that torch.compile traces for tools
+# no logging: pytest would print every line that torch.compile logs for tools
 OPTIONS = ["-q", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:logging"]
 
 
 class Reports:
-    """A pytest plugin: what a run reports, as plain data."""
+    """A pytest plugin that collects a run's reports as plain data."""
 
     def __init__(self) -> None:
         self.made: list[dict] = []
@@ -56,7 +56,7 @@ def run(nodeid: str) -> dict:
             finally:
                 for stream in (reports, sys.stdout, sys.stderr):
                     stream.flush()
-                os._exit(0)  # nothing of the parent's is cleaned up here
+                os._exit(0)  # without the parent's clean-up
         os.waitpid(pid, 0)
         reports.seek(0)
         output.seek(0)

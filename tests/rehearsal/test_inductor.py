@@ -1,4 +1,4 @@
-"""torch.compile for CUDA on a machine without it: that it ends, what it makes, and that it is made once."""
+"""torch.compile for CUDA on a machine without it: it ends, its launches are pinned, it happens once."""
 
 import signal
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ SLOWEST = 60  # seconds, for the 12 layers of GPT-2
 
 @contextmanager
 def limit(seconds: int) -> Iterator[None]:
-    """TimeoutError after so long, by the processor's clock: before Inductor, which is Python, has eaten all memory."""
+    """TimeoutError after this much processor time, before Inductor (in Python) has used up all memory."""
 
     def ring(*args: object) -> None:
         raise TimeoutError(f"not done within {seconds} s")
@@ -38,7 +38,7 @@ def limit(seconds: int) -> Iterator[None]:
 
 
 class Counting(dryrun.Recorder):
-    """A recorder under which compiled code runs as it is."""
+    """A recorder that lets compiled code run unchanged."""
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -46,7 +46,7 @@ class Counting(dryrun.Recorder):
 
 
 def compiled(gpu: Gpu, workload: str, n_layer: int) -> TrainStep:
-    """The workload's step, with its model compiled as a run compiles it."""
+    """The workload's step, with its model compiled as in a run."""
     shapes = job(workload, layers=n_layer, on="cuda")
     step = dryrun.build(shapes)
     settings = TrainConfig(batch_size=shapes.batch_size, block_size=shapes.shape.block_size, compile=True)
@@ -57,7 +57,7 @@ def compiled(gpu: Gpu, workload: str, n_layer: int) -> TrainStep:
     return step
 
 
-# launches of a compiled micro-step, and GB that they move; test_step.py has those of the eager one
+# launches of a compiled micro-step, and GB that they move; for the eager one see test_step.py
 PINNED = {
     ("gpt2", 2): (103, 30.20),
     ("shakespeare_char", 2): (109, 3.25),
@@ -84,7 +84,7 @@ def test_one_graph_to_train_and_one_to_evaluate(
 ) -> None:
     with limit(SLOWEST):
         step = compiled(gpu, workload, n_layer)
-    assert len(inductor.codes) == 3  # forward, backward, evaluation: all before step 0
+    assert len(inductor.codes) == 3  # forward, backward, evaluation, all before step 0
     assert f"_scaled_dot_product_{attention}_attention_backward" in inductor.codes[1]
     assert inductor.kernels
     assert [kernel for kernel in inductor.kernels if kernel.spills] == []
@@ -116,7 +116,7 @@ def test_registered_fallbacks_are_inductors_own(
     inductor: Inductor,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The code is what Inductor makes by itself once it has met our operations, as one layer lets every torch do."""
+    """The code is the same as Inductor's own after it has seen our operations. One layer is enough in every torch."""
     monkeypatch.setattr(CachingAutotuner, "precompile", nothing)
 
     def compile_again() -> list[list[str]]:
@@ -130,7 +130,7 @@ def test_registered_fallbacks_are_inductors_own(
         compile_again()
         assert inductor.unknown
         by_itself = compile_again()
-    for table in (lowering.lowerings, lowering._maybe_layout_constraints):  # what it noted of them
+    for table in (lowering.lowerings, lowering._maybe_layout_constraints):  # forget our operations
         for op in [op for op in table if "nanofuse" in str(op)]:
             del table[op]
     for names in (lowering.needs_realized_inputs, lowering.fallbacks):
@@ -142,5 +142,5 @@ def test_registered_fallbacks_are_inductors_own(
 
 
 def statements(code: str) -> list[str]:
-    """Its lines without comments, which count graphs and name temporary files."""
+    """Its lines without comments, because comments hold graph numbers and temporary paths."""
     return [line for line in code.splitlines() if not line.lstrip().startswith("#")]

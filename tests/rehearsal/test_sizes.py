@@ -1,4 +1,4 @@
-"""Every kernel compiles for sm_90, without spills, at the sizes that Triton specialises: 1, ragged, each dtype."""
+"""Every kernel compiles for sm_90 without spills, at sizes that Triton specialises: 1, ragged, each dtype."""
 
 import pytest
 import torch
@@ -12,17 +12,17 @@ H100 = Device(capability=90, multiprocessors=132)
 
 
 def sizes(case: Case) -> list[Shape]:
-    """The case's own, which are ragged and one row, and nothing but ones."""
+    """All ones, and the case's own shapes, some ragged, some with one row."""
     return [(1,) * len(case.shapes[0]), *case.shapes]
 
 
 def faults(case: Case, shape: Shape, dtype: torch.dtype) -> list[str]:
-    """A line for every kernel of the case that does not compile, spills or does not fit."""
+    """A line for each kernel of the case that does not compile, that spills, or that does not fit."""
     found = []
     try:
         planned = launches(case, shape, dtype, H100)
     except ValueError as error:
-        if "multiples of 16 bytes" not in str(error):  # the fused matmul's refusal, which test_mlp.py tests
+        if "multiples of 16 elements" not in str(error):  # the fused matmul's refusal, which test_mlp.py tests
             raise
         return []
     for launch in planned:

@@ -1,4 +1,4 @@
-"""The harness itself: a step's forward and backward passes on the device that is not there, and its capture."""
+"""The test harness itself: a forward and a backward pass on the device that is not there, and a capture."""
 
 import contextlib
 
@@ -52,7 +52,7 @@ def test_capture_and_replay(gpu: Gpu) -> None:
 
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 def test_a_loss_that_is_held_is_seen(gpu: Gpu) -> None:
-    """Its AccumulateGrad nodes remember the default stream. torch 2.13 refuses; before, the capture waits for it."""
+    """Its AccumulateGrad nodes remember the default stream. torch 2.13 refuses; earlier, the capture waits for it."""
     step = make_step()
     held = step.model(tokens(gpu, *SHAPE), tokens(gpu, *SHAPE))[1]
     held.backward()

@@ -1,4 +1,4 @@
-"""A whole step on the device that is not there: what it launches, waits for and allocates, and its capture."""
+"""A whole step on the device that is not there: its launches, waits and allocations, and its capture."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ from train.errors import UserError
 from train.graph import GraphedStep
 from train.step import Evaluation
 
-# launches of a micro-step and of an update, and GB that they move: a change to the step changes this table on purpose
+# Launches of a micro-step, GB that they move, the same of an update. Change this table only on purpose.
 PINNED = {
     ("gpt2", "none"): (454, 88.72, 4, 2.49),
     ("gpt2", "mlp"): (490, 99.70, 4, 2.49),
@@ -60,8 +60,8 @@ def test_launches_and_bytes_are_pinned(workload: str, recompute: str) -> None:
     ],
 )
 def test_a_step_waits_for_nothing(gpu: Gpu, workload: str, dropout: float, recompute: str) -> None:
-    """No host sync, no mixed devices, every fake as its body; and with the real autograd engine, its threads and the
-    device's tensors, the launches and the memory that shapes alone tell."""
+    """No host sync, no mixed devices, no fake that differs from its body. Launches and memory with the real autograd
+    engine, its threads and the device's tensors are the same as on shapes alone."""
     several = recompute == "mlp"
     shapes = job(workload, recompute, layers=2, dropout=dropout, several=several, accumulation=3 if several else 1)
     run = dry_run(dataclasses.replace(shapes, on="cuda"))
@@ -80,7 +80,7 @@ def test_twelve_layers_hold_what_is_estimated(gpu: Gpu, recompute: str) -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """On which stream memory was first taken, for every tensor that is made while the gpu captures."""
+    """Records the stream and the thread of every tensor that is made during a capture."""
 
     def __init__(self, gpu: Gpu) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def test_a_capture_is_on_one_stream(gpu: Gpu, workload: str, dropout: float, rec
     shapes = dataclasses.replace(shapes, batch_size=2)
     step = build(shapes)
     x = torch.zeros(2, shapes.shape.block_size, dtype=torch.int64, device=gpu.device)
-    if compiled:  # Dynamo and autograd as with Inductor, whose code cannot run without a device
+    if compiled:  # Dynamo and autograd as with Inductor, but its code cannot run without a device
         step.model = torch.compile(step.model, backend="aot_eager")
         step.model(x, x.clone())[1].backward()  # as model_to_train does, on the default stream
     allocations = Allocations(gpu)
@@ -119,7 +119,7 @@ def test_a_capture_is_on_one_stream(gpu: Gpu, workload: str, dropout: float, rec
     assert allocations.streams == {capture.stream for capture in gpu.captures}
     assert len(allocations.streams) == 1
     assert 0 not in allocations.streams
-    assert len(allocations.threads) == 2  # the host's and autograd's
+    assert len(allocations.threads) == 2  # one of the host, one of autograd
     assert [capture.strays for capture in gpu.captures] == [[]] * len(gpu.captures)
     before = [capture.replays for capture in gpu.captures]
     both = torch.stack([x, x])

@@ -1,4 +1,4 @@
-"""Timing on the device that is not there: how work is captured that goes backward through what it prepared."""
+"""Timing on the device that is not there: work that goes backward through prepared values is captured right."""
 
 import gc
 
@@ -27,8 +27,8 @@ def test_preparation_and_work_are_two_graphs_on_one_stream(gpu: Gpu) -> None:
     def backward(y: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, (x, residual, weight), dy)
 
-    gc.disable()  # not by chance; the process is this test's own
-    dropped = [forward()]  # on the default stream, as a check makes it; only the garbage collector ends it
+    gc.disable()  # so that a collection by chance cannot help; the process runs only this test
+    dropped = [forward()]  # on the default stream, as in a check; only the garbage collector frees it
     dropped.append(dropped)
     del dropped
     work = Staged(forward, backward)
@@ -53,7 +53,7 @@ def test_a_capture_that_fails_is_timed_as_it_is(gpu: Gpu) -> None:
 
     with pytest.raises(RuntimeError, match="not permitted"):
         Timed(gpu.device).capture(Staged(lambda: None, lambda nothing: uncapturable()))
-    assert [capture.failed for capture in gpu.captures] == [False, True, False]  # the last one ends torch's own state
+    assert [capture.failed for capture in gpu.captures] == [False, True, False]  # the last one resets torch's state
     calls.clear()
     samples = by_turns({"": uncapturable}, gpu.device, seconds=0, least=3)
     assert len(samples[""]) == 3

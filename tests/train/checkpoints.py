@@ -1,4 +1,4 @@
-"""Small checkpoints for the tests, ours and as nanoGPT writes them."""
+"""Small checkpoints for the tests, in our format and in nanoGPT's."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ MODEL_ARGS = dict(n_layer=1, n_head=2, n_embd=8, block_size=16, bias=True, vocab
 
 
 def make_model(seed: int = 0, width: int = 8) -> torch.nn.Module:
-    """Named and tied like nanoGPT's GPT, with the fewest layers that have both kinds of parameter."""
+    """Names and tied weights as in nanoGPT's GPT, with the fewest layers that have both kinds of parameter."""
     torch.manual_seed(seed)
     linear = torch.nn.Linear(width, 32, bias=False)
     embedding = torch.nn.Embedding(32, width)
@@ -41,7 +41,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.AdamW, steps: int, seed
 
 
 def make_checkpoint(iteration: int = 3, **changes) -> dict:
-    """One whose every weight equals its iteration, so that a mix of two would show."""
+    """A checkpoint in which every weight equals its iteration, so that a mix of two would show."""
     model = make_model()
     for p in model.parameters():
         torch.nn.init.constant_(p, iteration)
@@ -62,7 +62,7 @@ def make_checkpoint(iteration: int = 3, **changes) -> dict:
 
 
 def make_nanogpt(iteration: int = 3, prefix: str = "", **changes) -> dict:
-    """As nanoGPT's train.py saves it."""
+    """A checkpoint as nanoGPT's train.py saves it."""
     model = make_model()
     optimizer = make_adamw(model)
     train(model, optimizer, iteration)

@@ -1,4 +1,4 @@
-"""Shared by the tests of runs."""
+"""Fixtures for the tests of runs."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.train.jobs import make_data
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """The current folder, with data/letters in it."""
+    """The current folder, which holds data/letters."""
     make_data(tmp_path / "data" / "letters")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("train.__main__.plot_run", lambda out_dir: None)

@@ -1,4 +1,4 @@
-"""A training job of a moment, for tests of the command: its data and its settings."""
+"""A very short training job for tests of the command: its data and its settings."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ JOB = dict(
 
 
 def make_data(folder: Path, *, train: int = 3000, val: int = 500, chars: str = CHARS) -> Path:
-    """A prepared dataset, of letters that are not all as frequent."""
+    """A prepared dataset of letters with different frequencies."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name, length in (("train", train), ("val", val)):
@@ -36,5 +36,5 @@ def make_data(folder: Path, *, train: int = 3000, val: int = 500, chars: str = C
 
 
 def arguments(**settings) -> list[str]:
-    """JOB with some changes, as command line arguments."""
+    """JOB with changes, as command line arguments."""
     return [f"--{name}={value}" for name, value in (JOB | settings).items()]

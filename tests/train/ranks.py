@@ -1,4 +1,4 @@
-"""Runs of several processes, by torchrun on the CPU, beside the same run of one."""
+"""Runs of several processes, by torchrun on the CPU, to compare with the same run of one."""
 
 import os
 import signal
@@ -16,13 +16,13 @@ RUN = dict(
     gradient_accumulation_steps=4,
     max_iters=6,
     eval_interval=3,
-    eval_iters=5,  # that no number of processes divides
+    eval_iters=5,  # not divisible by any number of processes here
     log_interval=1,
 )
 
 
 def start(processes: int, *command: str) -> subprocess.Popen:
-    """torchrun, in the current folder; a session of its own, so that nothing of it outlives the test unseen."""
+    """Start torchrun in the current folder, in its own session, so that the test can end all its processes."""
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -34,7 +34,7 @@ def start(processes: int, *command: str) -> subprocess.Popen:
 
 
 def finish(torchrun: subprocess.Popen, timeout: float = 300) -> tuple[str, str]:
-    """(stdout, stderr) of torchrun, once it has ended; it is killed, and the test fails, if it hangs."""
+    """Wait for torchrun. Returns (stdout, stderr). If it hangs, it is killed and the test fails."""
     try:
         return torchrun.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Small runs of the train command, in this process, and what they leave behind."""
+"""Small runs of the train command, in this process, and the files that they leave."""
 
 import os
 import sys
@@ -18,19 +18,19 @@ from train.errors import UserError
 from train.log import read_metrics
 from train.step import StepResult, TrainStep
 
-CONSTANT = dict(learning_rate=0.0, decay_lr=False)  # so no evaluation after the first is better
+CONSTANT = dict(learning_rate=0.0, decay_lr=False)  # no evaluation after the first is better
 
 Happenings = dict[int, Callable[[TrainStep], None]]
 
 
 class Stop(Exception):
-    """Ends a run as a crash would."""
+    """Ends a run like a crash."""
 
 
 def run(out_dir: Path, at: Happenings | None = None, **settings) -> int:
-    """`python -m train` on a small job; its exit status. A setting None is not named.
+    """`python -m train` on a small job; returns the exit status. A setting that is None is left out.
 
-    at: step -> what happens in the middle of it. Steps are counted from the start of this process.
+    at: step -> a function that is called when it begins. Steps are counted from the start of this run.
     """
     data = out_dir.parent / "data"
     if not data.exists():
@@ -45,24 +45,24 @@ def run(out_dir: Path, at: Happenings | None = None, **settings) -> int:
 
     named = KILLED_JOB | {"out_dir": out_dir, "dataset": data, "max_iters": 6} | settings
     argv = ["train", *(f"--{key}={value}" for key, value in named.items() if value is not None)]
-    torch.seed()  # a process of its own would not find the generator as the last run left it
+    torch.seed()  # a new process would not have the last run's generator state
     with (
         mock.patch.object(sys, "argv", argv),
         mock.patch.object(command, "TrainStep", Step),
-        mock.patch.object(command, "plot_run", return_value=None),  # dearer than all the rest
+        mock.patch.object(command, "plot_run", return_value=None),  # it takes longer than all the rest
     ):
         return command.main()
 
 
 def resume(out_dir: Path, at: Happenings | None = None, **settings) -> int:
-    """Go on with the run in out_dir, naming nothing but `settings`."""
+    """Resume the run in out_dir, with only `settings` on the command line."""
     return run(
         out_dir, at, **(dict.fromkeys([*KILLED_JOB, "dataset", "max_iters"]) | {"init_from": "resume"} | settings)
     )
 
 
 def send(*numbers: int) -> Callable[[TrainStep], None]:
-    """The process gets these signals."""
+    """Send these signals to this process."""
 
     def happens(step: TrainStep) -> None:
         for number in numbers:
@@ -72,7 +72,7 @@ def send(*numbers: int) -> Callable[[TrainStep], None]:
 
 
 def poison(step: TrainStep) -> None:
-    """A weight is lost, so the loss of this very step is not finite."""
+    """Make a weight NaN, so that the loss of this step is not finite."""
     step.optimizer.flat.param.fill_(float("nan"))
 
 
@@ -81,7 +81,7 @@ def crash(step: TrainStep) -> None:
 
 
 def refusal(go: Callable[..., int], *args, status: int = 2, **settings) -> str:
-    """The one line of a run that must fail."""
+    """The error line of a run that must fail."""
     with pytest.raises(UserError) as caught:
         go(*args, **settings)
     assert caught.value.status == status
@@ -90,7 +90,7 @@ def refusal(go: Callable[..., int], *args, status: int = 2, **settings) -> str:
 
 
 def logged(out_dir: Path, kind: str = "iter") -> dict[int, dict]:
-    """iteration -> its record, without what a clock decides."""
+    """iteration -> its record, without times."""
     clocks = ("seconds", "mfu", "tokens_per_second")
     return {
         record["iter"]: {key: value for key, value in record.items() if key not in clocks}
@@ -100,7 +100,7 @@ def logged(out_dir: Path, kind: str = "iter") -> dict[int, dict]:
 
 
 def iterations(out_dir: Path, kind: str) -> list[int]:
-    """Where records of that kind were written, by every run in order."""
+    """The iterations of all records of this kind, in order, of all runs."""
     return [record["iter"] for record in records(out_dir) if record["kind"] == kind]
 
 

@@ -1,11 +1,11 @@
-"""What a CUDA graph does to a step, on a CPU: its tensor operations are recorded once and replayed without the host.
+"""Does on a CPU what a CUDA graph does to a step: records its tensor operations once and replays them without the host.
 
-Recorded at dispatch level are the operations, with the very tensors and the very numbers that they were called with.
-Replayed, each writes its results where it wrote them first. So whatever leans on the host is frozen, as in a graph: a
-Python number, a tensor made outside, a branch. Random operations ask the generator anew, as a graph's do.
+The operations are recorded at dispatch level, with the same tensors and numbers that they were called with. In a replay
+each writes its results to the same place. So everything that comes from the host is frozen, as in a graph: a Python
+number, a tensor made outside, a branch. Random operations use the generator again, as in a graph.
 
-Graphs share their memory: what one leaves there, the next overwrites. So a tape spoils all tensors that it made itself
-as soon as it has played.
+Graphs share their memory: one overwrites the results of another. So after each replay a tape overwrites all tensors
+that it made itself with NaN.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
         inputs = {storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        # a view, or what was written in place, is where it was: nothing to put back
+        # views and results written in place need no copying back
         fresh = [
             (i, x)
             for i, x in enumerate(tree_leaves(results))
@@ -47,7 +47,7 @@ class Tape(TorchDispatchMode):
 
     @torch.no_grad()
     def spoil(self) -> None:
-        """What lies in the graphs' common memory is lost."""
+        """Overwrite the tape's own tensors with NaN: another graph would use their memory."""
         for *_, fresh in self.calls:
             for _, there in fresh:
                 if there.is_floating_point():
@@ -59,7 +59,7 @@ def storage(x: Tensor) -> int:
 
 
 def tape(tasks: list[Task]) -> list[Work]:
-    """A `Capture`: runs each task once as a warm-up, and once to record it."""
+    """A `Capture`. Runs each task once as a warm-up and once to record it."""
     for task in tasks:
         task.prepare()
         task.run()

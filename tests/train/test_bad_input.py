@@ -1,4 +1,4 @@
-"""Bad input gets one line, exit status 2, and nothing written."""
+"""Bad input gives one line and exit status 2, and writes nothing."""
 
 import os
 import re
@@ -21,7 +21,7 @@ SHORT = dict(max_iters=2, eval_interval=2, eval_iters=1)
 
 
 def tree(folder: Path) -> dict[str, tuple]:
-    """Every name below `folder` with what would change if it were written, replaced or touched."""
+    """Every name below `folder`, with data that change if it is written, replaced or touched."""
     found = {}
     for path in sorted(folder.rglob("*")):
         stat = path.lstat()
@@ -31,10 +31,10 @@ def tree(folder: Path) -> dict[str, tuple]:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """The current folder, with data/letters in it."""
+    """The current folder, which holds data/letters."""
     make_data(tmp_path / "data" / "letters", train=2000, val=200)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("train.__main__.plot_run", lambda out_dir: None)  # dearer than all the rest
+    monkeypatch.setattr("train.__main__.plot_run", lambda out_dir: None)  # slower than all the rest
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
@@ -42,7 +42,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def start(here, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """`python -m train` with a short job and some changes: (exit status, stdout, stderr)."""
+    """Run `python -m train` on a short job with changes. Returns (exit status, stdout, stderr)."""
 
     def start(*argv: str, **settings) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["train", *argv, *arguments(**SHORT | settings)])
@@ -55,7 +55,7 @@ def start(here, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 
 @pytest.fixture
 def refusal(here, start) -> Callable[..., str]:
-    """The one line by which a command is refused, without a trace on the disk or the console."""
+    """The error line of a refused command. Nothing else may be printed, and nothing written."""
 
     def refusal(*argv: str, **settings) -> str:
         before = tree(here)
@@ -120,7 +120,7 @@ def test_a_setting_that_cannot_be(refusal, monkeypatch, changes, words):
 
 
 def settings_of(text: str) -> dict[str, str]:
-    """{"a": "1"} of "--a=1": put over the short job, where the test's own must come last."""
+    """{"a": "1"} for "--a=1". These replace the short job's settings."""
     return {
         name.removeprefix("--"): value if equals else "True"
         for name, equals, value in (word.partition("=") for word in text.split())
@@ -153,7 +153,7 @@ def test_a_token_outside_the_vocabulary(refusal, here):
 
 @pytest.fixture
 def trained(here, start) -> Path:
-    """out/, with a checkpoint of 2 iterations."""
+    """out/, with a checkpoint after 2 iterations."""
     status, _, _ = start()
     assert status == 0
     return here / "out"

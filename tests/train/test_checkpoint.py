@@ -1,4 +1,4 @@
-"""Saves: whole after a kill at any instant and on a full disk, with the previous ones kept beside."""
+"""Saves: complete after a kill at any time and on a full disk; earlier checkpoints are kept."""
 
 import errno
 import math
@@ -52,13 +52,13 @@ def test_removes_its_own_stale_files_and_no_others(tmp_path):
 
 
 class Killed(BaseException):
-    """Not an Exception, as a kill is not."""
+    """Not an Exception, so that no handler catches it: a kill cannot be caught."""
 
 
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, after, links):
-    """Die just before or just after the k-th call that touches the disk, for every k, then save once more."""
+    """Die just before or just after the k-th call that changes the disk, for every k. Then save once more."""
     calls = {name: getattr(os, name) for name in ("fsync", "replace", "link", "unlink")}
     countdown = math.inf
 
@@ -67,7 +67,7 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
             nonlocal countdown
             countdown -= 1
             if countdown < 0 or (countdown == 0 and not after):
-                raise Killed  # and so do the clean-ups that follow: the dead clean up nothing
+                raise Killed  # later clean-ups raise too, because a dead process cleans up nothing
             if name == "link" and not links:
                 raise OSError(errno.ENOTSUP, "no links here")
             result = calls[name](*args, **kwargs)
@@ -92,7 +92,7 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
             killed = False
         countdown = math.inf
         assert (out_dir / "ckpt.pt").is_file()
-        kept = saved_iterations(out_dir)  # every one of them loads
+        kept = saved_iterations(out_dir)  # loads every one of them
         survivor = kept[0]
         assert survivor in (4, 5)
         assert {2, 3} <= set(kept) or survivor == 5
@@ -101,18 +101,18 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
         kept = saved_iterations(out_dir)
         if links:
             assert kept == ([6, 5, 4, 3] if survivor == 5 else [6, 4, 3, 2])
-        else:  # a copy is not seen to be one, so the kill may cost the oldest
+        else:  # a copy is not recognised as one, so the oldest may be lost
             assert kept in ([6, 5, 4, 3], [6, 4, 3, 2], [6, 4, 4, 3])
         if not killed:
             break
-    assert k > 7  # fsync, replace, replace, link, replace, replace, fsync: it was killed in each of them
+    assert k > 7  # fsync, replace, replace, link, replace, replace, fsync: a kill in each of them
 
 
 # A full disk
 
 
 def test_full_disk(tmp_path):
-    """A limit on the size of files stands for it, in a process of its own."""
+    """Simulated by a limit on file sizes, in a separate process."""
     script = """
         import resource, signal, sys
         from pathlib import Path

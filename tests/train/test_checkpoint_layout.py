@@ -1,4 +1,4 @@
-"""What is in a checkpoint: nanoGPT's layout, both ways, and an optimizer that goes on where it was."""
+"""What a checkpoint holds: nanoGPT's layout, to load and to save, and the optimizer's whole state."""
 
 import numpy
 import pytest
@@ -34,11 +34,11 @@ def test_nanogpts_causal_masks_are_dropped(tmp_path):
 
 
 def test_nanogpt_loads_ours(tmp_path):
-    """What its train.py and sample.py do with a checkpoint, word for word."""
+    """With the same statements as in its train.py and sample.py."""
     model = make_model()
     optimizer = make_adamw(model, fused=True)
     train(model, optimizer, 3)
-    # a run under CUDA graphs: its rate in a tensor, its AdamW capturable
+    # a run with CUDA graphs has its rate in a tensor and a capturable AdamW
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group |= {"lr": torch.tensor(1e-3), "capturable": True}
@@ -71,7 +71,7 @@ def test_pack_refuses_what_load_would():
 
 @pytest.mark.parametrize(("source", "target"), [(True, False), (None, True), (False, None)])
 def test_optimizer_goes_on_where_it_was(tmp_path, source, target):
-    """Whichever implementation of AdamW it was and is now: same moments, same count, this one's flags."""
+    """For every pair of AdamW implementations: moments and count are loaded, flags are not."""
     model, twin = make_model(), make_model(seed=9)
     before = make_adamw(model, fused=source)
     train(model, before, 3)
@@ -87,7 +87,7 @@ def test_optimizer_goes_on_where_it_was(tmp_path, source, target):
 
     for group, expected in zip(after.param_groups, flags, strict=True):
         assert {k: v for k, v in group.items() if k != "params"} == expected
-        assert group["lr"] is rate  # a step captured in a graph reads this very tensor
+        assert group["lr"] is rate  # a captured step reads this tensor
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert_same(before.state[p], after.state[q])
 

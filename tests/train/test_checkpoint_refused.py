@@ -1,4 +1,4 @@
-"""Loads: what is cut short, damaged or foreign is refused by name, and the previous checkpoint offered."""
+"""Loads: a short, damaged or foreign file is refused with its name, and the message offers the previous checkpoint."""
 
 import pickle
 import subprocess
@@ -41,7 +41,7 @@ def test_truncated_at_many_lengths(tmp_path, whole):
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_flipped_bit_is_refused_or_harmless(tmp_path, whole, data):
-    """Harmless: in the padding, or in a field of the zip that means nothing here (a date, a permission)."""
+    """Harmless are the padding and the zip fields that are not used here (a date, a permission)."""
     position, bit = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 7))
     flipped = bytearray(whole)
     flipped[position] ^= 1 << bit
@@ -67,7 +67,7 @@ def test_every_flip_within_a_tensor_is_refused_though_torch_takes_it(tmp_path, w
         flipped = bytearray(whole)
         flipped[member.header_offset + header + offset] ^= 0x40
         path.write_bytes(flipped)
-        torch.load(path, weights_only=True)  # why load checks the CRCs itself
+        torch.load(path, weights_only=True)  # torch does not check CRCs, so load must
         assert f"is damaged: its member {member.filename}" in refusal(path)
 
 

@@ -1,5 +1,4 @@
-"""Which attention and which MLP a run takes: the fastest that runs here and is right, or the one that was named, or one
-line that says why not."""
+"""The attention and the MLP of a run: the fastest that runs here and is correct, or the named one, or an error."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def clock(*milliseconds: float):
-    """A clock that runs the work and says these times, one after the other."""
+    """A clock that runs the work and returns these times, one after the other."""
     times: Iterator[float] = iter(milliseconds)
 
     def clock(work: Timeable, device: torch.device) -> float:
@@ -116,7 +115,7 @@ _, FIRST, SECOND = BOTH[0]
 
 
 def spied(seen: list[dict[str, Any]], spoil: Callable[[Tensor, dict[str, Any]], Tensor] = lambda y, given: y) -> Ops:
-    """The fused bundle, whose MLP notes its arguments and may be spoilt."""
+    """The fused bundle, with an MLP that records its arguments. `spoil` can change its result."""
 
     def mlp(**given: Any) -> Tensor:
         seen.append(given)
@@ -130,7 +129,7 @@ def way(given: dict[str, Any]) -> tuple[int, int]:
 
 
 def taken(ops: Ops, seen: list[dict[str, Any]]) -> tuple[int, int]:
-    """What the bundle's MLP computes by."""
+    """The tiles that the bundle's MLP uses, forward and backward."""
     inputs = choices.mlp_inputs(MLP, 3)
     ops.mlp(**inputs)
     return way(seen[-1])
@@ -171,7 +170,7 @@ def test_the_backward_pass_is_timed_apart() -> None:
     def clock(work: Timeable, device: torch.device) -> float:
         if isinstance(work, choices.Staged):
             made = work.prepare()
-            assert isinstance(made, Tensor)  # the forward pass is before the clock starts
+            assert isinstance(made, Tensor)  # the forward pass runs before the clock starts
             assert len(work.work(made)) == 5  # gradients of x and of the parameters
             return 2.0
         assert isinstance(work(), Tensor)
@@ -214,7 +213,7 @@ def raises(y: Tensor, given: dict[str, Any]) -> Tensor:
     ],
 )
 def test_what_is_wrong_is_neither_timed_nor_taken(spoil: Callable, direction: str, reason: str) -> None:
-    """Though it would be the fastest."""
+    """Even if it would be the fastest."""
     seen: list[dict[str, Any]] = []
     timed = []
 
@@ -245,7 +244,7 @@ def test_the_first_rows_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (REFERENCE, MLP),
         (FUSED, MLP._replace(dtype=torch.float32)),
-        (FUSED, MLP._replace(width=20)),  # rows that do not begin at multiples of 16 bytes
+        (FUSED, MLP._replace(width=24)),  # rows that do not begin at multiples of 16 elements
     ],
 )
 def test_where_there_is_one_way_nothing_is_measured(ops: Ops, shape: MLPShape) -> None:
@@ -315,7 +314,7 @@ def test_the_next_run_takes_the_same_without_measuring() -> None:
     ops, later = choose_mlp(spied(seen), MLP, World(), clock())
     assert taken(ops, seen) == (1, 0)
     assert later == said.replace(" a layer", " a layer, as an earlier run measured")
-    assert choose_attention("auto", SHAPE, World(), clock()) == again  # each beside the other
+    assert choose_attention("auto", SHAPE, World(), clock()) == again  # neither overwrites the other
 
 
 @pytest.mark.parametrize("change", ["shape", "device", "torch", "candidates"])
@@ -428,7 +427,7 @@ def test_a_run_by_each_learns_the_same(tmp_path: Path, capsys: pytest.CaptureFix
         assert last(tmp_path / name)["config"]["attention"] == name
         for iteration, record in logged(tmp_path / "auto").items():
             assert logged(tmp_path / name)[iteration]["loss"] == pytest.approx(record["loss"], rel=1e-4)
-    assert {x.size(0) for x in flash_packages.got} > {1}  # of the trial
+    assert {x.size(0) for x in flash_packages.got} > {1}  # the trial uses another batch size
 
 
 def test_a_refused_run_writes_nothing(tmp_path: Path) -> None:

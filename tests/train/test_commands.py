@@ -1,4 +1,4 @@
-"""The command `nanofuse`, as its console script runs it, in a folder like nanoGPT's."""
+"""The command `nanofuse`, run as by its console script, in a folder like nanoGPT's."""
 
 import importlib
 import os
@@ -19,7 +19,7 @@ def test_without_a_command_it_lists_them(monkeypatch, capsys):
     assert [line.split()[0] for line in said if line.startswith("  ")] == list(COMMANDS)
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # as no process of its own would have it
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # a new process would not warn
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_its_help(monkeypatch, capsys, command):
     monkeypatch.setattr(sys, "argv", ["nanofuse", command, "--help"])

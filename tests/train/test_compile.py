@@ -1,4 +1,4 @@
-"""What a run is made of: compilation that cannot work on a machine must not end the run."""
+"""Compiling the model. If a machine cannot compile, the run goes on without it."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def small_model() -> GPT:
 
 @pytest.mark.slow
 def test_without_a_compiler_the_run_goes_on_in_eager_mode() -> None:
-    torch._dynamo.reset()  # what other tests compiled
+    torch._dynamo.reset()  # forgets what other tests compiled
     model, lines = small_model(), []
     with fresh_cache(), inductor_config.patch({"cpp.cxx": (None, "/no/such/compiler")}):
         chosen = model_to_train(model, CONFIG, CPU, lines.append)
@@ -47,7 +47,7 @@ def test_compiled_is_compiled() -> None:
     assert not any("not possible" in line for line in lines)
     assert "kept for the next run in /" in lines[-1]
     idx, targets = torch.randint(11, (2, 8)), torch.randint(11, (2, 8))
-    # a training step and an evaluation find their graphs made
+    # the graphs of a training step and of an evaluation exist
     with torch._dynamo.config.patch(error_on_recompile=True):
         loss = chosen(idx, targets)[1]
         loss.backward()
@@ -58,7 +58,7 @@ def test_compiled_is_compiled() -> None:
 
 
 def test_the_first_call_leaves_no_node_of_autograd_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made on another stream than a capture's, it would spoil that: see `GraphedStep`."""
+    """A node from another stream would break a capture: see `GraphedStep`."""
     monkeypatch.setattr(torch, "compile", lambda model: model)
     model = small_model()
     parameters, made = list(model.parameters()), []
@@ -73,7 +73,7 @@ def test_the_first_call_leaves_no_node_of_autograd_behind(monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_nothing_is_compiled_again_after_the_warm_up(tmp_path: Path, accumulation: int) -> None:
-    """One graph to train and one to evaluate, made by the first iteration; then come evaluations and saves."""
+    """The warm-up makes one graph for training and one for evaluation. Later evaluations and saves make none."""
     torch._dynamo.reset()
     counters.clear()
     seen = []
@@ -101,14 +101,14 @@ def test_memory_that_runs_out_is_not_taken_for_a_missing_compiler() -> None:
 def test_what_compiling_leaves_behind_is_no_gradient_of_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", lambda model: model)  # its first call, on zeros, is made all the same
+    monkeypatch.setattr(torch, "compile", lambda model: model)  # the first call, on zeros, is still made
     for compile in (False, True):
         run(tmp_path / str(compile), compile=compile, max_iters=1, dropout=0.0)
     assert logged(tmp_path / "True")[0] == logged(tmp_path / "False")[0]
 
 
 def test_residual_dtype(tmp_path: Path) -> None:
-    """From the command line to the stream between the blocks, and losses that are rounded, not wrong."""
+    """The setting reaches the stream between the blocks. Losses are rounded, not wrong."""
     for name in ("float32", "bfloat16"):
         dtypes = set()
 

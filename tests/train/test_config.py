@@ -1,4 +1,4 @@
-"""TrainConfig: its defaults, its validation, and what a run's settings are composed of."""
+"""TrainConfig: its defaults, its validation, and how a run's settings are put together."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from train.config import TrainConfig, choose_base, compose, parse, preset, valid
 from train.errors import UserError
 from train.settings import Parsed
 
-# What nanoGPT's train.py starts from. Ours differs in gradient_accumulation_steps, backend, device, dtype.
+# The defaults of nanoGPT's train.py. Ours differ in gradient_accumulation_steps, backend, device, dtype.
 NANOGPT = {
     "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False,
     "always_save_checkpoint": True, "init_from": "scratch", "wandb_log": False, "wandb_project": "owt",

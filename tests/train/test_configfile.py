@@ -1,4 +1,4 @@
-"""Config files: what they may hold, that nothing in them runs, and the presets that ship."""
+"""Config files: their allowed content, none of which is executed, and the presets."""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +13,7 @@ from train.settings import PRESETS, Parsed, load_config_file, preset_summary, se
 
 FIELDS = settings_of(TrainConfig)
 
-# The statements of nanoGPT's seven config files, without their comments.
+# The statements of nanoGPT's seven config files, without comments.
 NANOGPT_CONFIGS = {
     "train_gpt2": "wandb_log = True\nwandb_project = 'owt'\nwandb_run_name='gpt2-124M'\nbatch_size = 12\n"
     "block_size = 1024\ngradient_accumulation_steps = 5 * 8\nmax_iters = 600000\nlr_decay_iters = 600000\n"
@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def load(folder):
-    """Load a config file of the given text."""
+    """Load a config file with the given text."""
 
     def load(text: str | bytes) -> dict:
         path = folder / "mine.py"
@@ -59,7 +59,7 @@ def test_nanogpts_own_files_load(name, load):
     text = NANOGPT_CONFIGS[name]
     got = load(text)
     expected = {}
-    exec(text, expected)  # as nanoGPT reads them
+    exec(text, expected)  # as nanoGPT does
     expected = {key: value for key, value in expected.items() if key in FIELDS}
     if name == "finetune_shakespeare":
         assert got["wandb_run_name"].startswith("ft-1")
@@ -129,7 +129,7 @@ def test_a_config_file_is_refused_with_its_line(line, reason, load, folder):
     message = str(caught.value)
     assert reason in message
     assert "\n" not in message
-    if reason == "deep":  # the parser gives up without a line
+    if reason == "deep":  # the parser names no line
         return
     assert message.startswith(f"{folder / 'mine.py'}:3: ")
     assert line.strip()[:20] in message.replace("\\'", "'").replace("\\\\", "\\")
@@ -235,7 +235,7 @@ def test_presets_are_nanogpts():
         theirs = {}
         exec(text, theirs)
         theirs = {key: value for key, value in theirs.items() if key in FIELDS}
-        theirs |= {"wandb_log": False}  # logging to a service is for the user to switch on
+        theirs |= {"wandb_log": False}  # only the user switches on logging to a service
         if name == "finetune_shakespeare":
             theirs |= {"wandb_run_name": "ft-gpt2-xl"}
         assert compose(parse([name.removeprefix("train_")]), {}) == dataclasses.replace(TrainConfig(), **theirs)

@@ -1,4 +1,4 @@
-"""The corpora by name. No network is used: downloads come from files, OpenWebText from a stand-in."""
+"""The corpora by name, without a network: downloads come from files, OpenWebText is replaced."""
 
 import hashlib
 import sys
@@ -49,7 +49,7 @@ PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 20
 
 @pytest.fixture
 def play(tmp_path, monkeypatch):
-    """TinyShakespeare is PLAY, and is downloaded from a file."""
+    """TinyShakespeare is the text PLAY, downloaded from a file."""
     source = tmp_path / "source.txt"
     source.write_text(PLAY)
     monkeypatch.setattr(corpora, "SHAKESPEARE_URL", source.as_uri())
@@ -96,7 +96,7 @@ def test_no_network_leaves_nothing_and_says_where_to_put_the_file(tmp_path, play
 
 
 class Documents(list):
-    """What is used of a `datasets.Dataset`."""
+    """The part of `datasets.Dataset` that is used."""
 
     def train_test_split(self, test_size: float, seed: int, shuffle: bool) -> dict[str, "Documents"]:
         assert (test_size, seed, shuffle) == (0.0005, 2357, True)

@@ -1,4 +1,4 @@
-"""Token files, and the batches drawn from them."""
+"""Token files, and batches from them."""
 
 import json
 import os
@@ -16,7 +16,7 @@ CHARS = [chr(ord("A") + i) for i in range(50)]
 
 
 def make(folder: Path, train=4000, val=300, *, meta: dict | None = None, dtype="<u2") -> Path:
-    """A dataset whose token at position i is i % 50, so that a sample tells where it came from modulo 50."""
+    """A dataset with token i % 50 at position i, so that a sample shows its offset modulo 50."""
     folder.mkdir(exist_ok=True)
     for name, length in (("train", train), ("val", val)):
         (np.arange(length) % 50).astype(dtype).tofile(folder / f"{name}.bin")
@@ -26,7 +26,7 @@ def make(folder: Path, train=4000, val=300, *, meta: dict | None = None, dtype="
 
 
 def unique(folder: Path, length: int = 5000) -> Dataset:
-    """A dataset whose training tokens are 0, 1, 2, ...: the first token of a sample is its offset."""
+    """A dataset with training tokens 0, 1, 2, ...: the first token of a sample is its offset."""
     make(folder, meta={"vocab_size": 65536, "tokenizer": "byte"})
     np.arange(length, dtype="<u2").tofile(folder / "train.bin")
     return Dataset(folder)
@@ -140,10 +140,10 @@ def test_targets_are_the_next_tokens(tmp_path):
 
 
 def test_every_window_is_drawn_and_no_other(tmp_path):
-    dataset = unique(tmp_path, length=20)  # offsets 0 ... 11, as torch.randint(20 - 8) gives
+    dataset = unique(tmp_path, length=20)  # offsets 0 ... 11, the range of torch.randint(20 - 8)
     with loader(dataset, batch_size=12, accumulation=1) as batches:
         assert sorted(batches.train(3).x[0, :, 0].tolist()) == list(range(12))
-    with loader(dataset, batch_size=40, accumulation=1) as batches:  # more than there are: with replacement
+    with loader(dataset, batch_size=40, accumulation=1) as batches:  # more than there are, so with replacement
         assert set(batches.train(0).x[0, :, 0].tolist()) <= set(range(12))
 
 
@@ -196,9 +196,9 @@ def test_drawing_from_nine_billion_tokens_makes_no_table_of_them(tmp_path):
     length = 9_000_000_000
     dataset = unique(tmp_path)
     with open(tmp_path / "train.bin", "wb") as file:
-        file.truncate(2 * length)  # a hole: no block of it is on the disk
+        file.truncate(2 * length)  # a hole, which takes no disk space
     dataset = Dataset(tmp_path)
-    dataset.check(8)  # too large to be read for it
+    dataset.check(8)  # too large to be read for the check
     with loader(dataset, batch_size=480) as batches:
         assert batches.train(0).x.sum() == 0
         offsets = batches._draw("train", np.random.default_rng(0), 4800)
@@ -227,7 +227,7 @@ def test_cuda_batches_are_those_of_the_cpu(tmp_path):
     work = torch.randn(4096, 4096, device="cuda")
     with loader(dataset) as cpu, loader(dataset, device="cuda") as cuda:
         got = []
-        for step in range(200):  # the device falls behind: a buffer reused too early would show
+        for step in range(200):  # the device falls behind, so a buffer that is reused too early would show
             work = torch.tanh(work @ work)
             got.append(cuda.train(step))
         for step, batch in enumerate(got):

@@ -1,4 +1,4 @@
-"""The default job, from an empty folder and without a network, as a newcomer meets it."""
+"""The default job in an empty folder, without a network: the first run of a new user."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from train.sample import main as sample_main
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("--max_iters=20", "--eval_interval=10", "--eval_iters=2")
-# Imported by every Python before anything else: whoever opens a connection to another machine ends.
+# Every Python process imports this first. A connection to another machine ends the process.
 NO_NETWORK = """
 import socket
 def refuse(*args, **kwargs):
@@ -27,7 +27,7 @@ socket.socket.connect = refuse
 
 
 def newcomer(folder: Path) -> str:
-    """The output of `python -m train` in `folder`, cut off from the network."""
+    """The output of `python -m train` in `folder`, without a network."""
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(NO_NETWORK)
     path = os.pathsep.join([str(folder / "site"), str(ROOT)])
@@ -45,28 +45,28 @@ def newcomer(folder: Path) -> str:
 @pytest.mark.slow
 def test_from_nothing_to_a_sample(tmp_path, monkeypatch, capsys):
     first = newcomer(tmp_path)
-    # 1. what was chosen and why, on which text
+    # 1. the choices, the reasons, the text
     assert "preset docs_cpu: no preset was named, and the device is a CPU" in first
     meta = json.loads((tmp_path / "data" / "docs" / "meta.json").read_text())
     assert re.search(rf"docs: [\d,]+ characters of Python's own documentation, sha256 {meta['sha256']}\n", first)
     assert "number of parameters: 0.8" in first
-    # 2. the lines, and the last losses again
+    # 2. the log lines, and the final losses
     losses = {n: r"train loss (\S+), val loss (\S+)" for n in (0, 10, 20)}
     found = {n: re.search(f"^step {n}: {pattern}$", first, re.M) for n, pattern in losses.items()}
     assert all(found.values())
     assert float(found[20][2]) < float(found[0][2])
     assert f"final losses: train {found[20][1]}, val {found[20][2]} (best" in first
-    # 3. text
+    # 3. a sample
     sample = first.partition("a sample:\n")[2].partition("\n---------------\n")[0]
     assert len(sample) >= 250
-    # 4. where everything lies
+    # 4. where the files are
     for name, path in {"checkpoint": "ckpt.pt", "metrics": "metrics.jsonl", "loss curve": "loss.png"}.items():
         said = re.search(rf"^{name}: +(.*)$", first, re.M)[1]
         assert Path(said) == Path("out", path)
         assert (tmp_path / said).stat().st_size > 0
     assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 20
 
-    # The other commands find it without being told where.
+    # The other commands find the run without a path.
     monkeypatch.chdir(tmp_path)
     before = Path("out", "ckpt.pt").read_bytes()
     sample_main(["--num_samples=1", "--max_new_tokens=50", "--start=import", "--device=cpu"])
@@ -74,7 +74,7 @@ def test_from_nothing_to_a_sample(tmp_path, monkeypatch, capsys):
     plot_main([])
     assert "loss curve: out/loss." in capsys.readouterr().out
 
-    # Once more: the corpus is there, the model is drawn by the same seed, and nothing is overwritten.
+    # Again: the corpus is there, the seed is the same, and nothing is overwritten.
     monkeypatch.setattr(sys, "argv", ["train", *SHORT, "--device=cpu"])
     assert command.main() == 0
     second = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Several processes: the same run as one, shared out; and its ends, good and bad. By torchrun, on the CPU."""
+"""Several processes train as one, and end well or with an error. By torchrun, on the CPU."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_ranks_take_the_gpus_in_order(monkeypatch):
 
 @pytest.mark.parametrize(("command", "work"), [(train_command, "decide"), (bench_command, "variants")])
 def test_the_device_of_a_run_is_the_current_one(here, monkeypatch, command, work):
-    """Streams and captures belong to the current device: set before there is any work."""
+    """Streams and captures belong to the current device, so it must be set before any work."""
     current = []
 
     def begun(*args: object) -> NoReturn:
@@ -98,7 +98,7 @@ def test_ranks_that_cannot_meet(here, monkeypatch):
 
 
 def test_what_ranks_cannot_share_is_refused(here, monkeypatch):
-    monkeypatch.setattr(plan, "resolve_dtype", lambda name, device: torch.float16)  # a CPU has it not
+    monkeypatch.setattr(plan, "resolve_dtype", lambda name, device: torch.float16)  # a CPU does not offer it
     for world, settings, message in (
         (World(0, 0, 3), {}, "gradient_accumulation_steps: got 4, expected a multiple of the 3 processes"),
         (World(1, 1, 2), {"shard": True}, "dtype: got float16, expected bfloat16 or float32 with shard=True"),
@@ -113,7 +113,7 @@ def test_what_ranks_cannot_share_is_refused(here, monkeypatch):
 
 
 class Gathered(TorchDispatchMode):
-    """Counts elements that are added to this buffer, by whatever way."""
+    """Counts the elements that are added to this buffer, by any operation on it."""
 
     def __init__(self, total: torch.Tensor) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Gathered(TorchDispatchMode):
 def test_a_micro_steps_gradients_are_gathered_once(
     graphed: bool, accumulation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They cost 12 bytes a parameter each time, and where a graph gathers them nobody else must."""
+    """Each time costs 12 bytes per parameter. If a graph gathers them, the reducer must not."""
     sent = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda piece, **how: sent.append(piece) or mock.Mock())
     step, alone = (graphs.make(accumulation=2, dtype=torch.bfloat16) for _ in range(2))
@@ -139,12 +139,12 @@ def test_a_micro_steps_gradients_are_gathered_once(
     call = GraphedStep(step, (accumulation, graphs.B, graphs.T), capture=tape) if graphed else step
     with Gathered(flat.total) as gathered:
         losses = graphs.train(call, accumulation, 1)
-    size = len(flat.total)  # the last tensor's padding need not be sent
+    size = len(flat.total)  # the padding of the last tensor may be left out
     assert accumulation * size - ALIGN < gathered.elements <= accumulation * size
     assert size - ALIGN < sum(piece.numel() for piece in sent) <= size
     assert len(sent) > 1
     (loss, norm), (expected, twice) = losses[0], graphs.train(alone, accumulation, 1)[0]
-    assert (loss, norm) == (expected, twice / 2)  # the mean over two ranks, of which one sent zeros
+    assert (loss, norm) == (expected, twice / 2)  # the mean over two ranks, one of which sent zeros
 
 
 # One driver, three ranks
@@ -172,7 +172,7 @@ def test_what_ranks_tell_each_other(here):
     assert torchrun.returncode == 0, err
     found = [json.loads((here / f"rank{rank}.json").read_text()) for rank in range(3)]
     for rank, answers in enumerate(found):
-        # every answer is the largest of the previous call's, the same on all
+        # every answer is the largest value of the previous call, the same on all ranks
         assert answers == [rank, 3, rank == 0, [0, 0, 2, 0, 2], [[3.0, 3.0]], 7]
 
 
@@ -181,7 +181,7 @@ def test_what_ranks_tell_each_other(here):
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(here, monkeypatch):
-    """The same losses, the same weights; and each goes on where the other stopped."""
+    """Losses and weights are the same. Then one rank resumes the run of two, and two ranks the run of one."""
     changes = dict(dropout=0.2)
     train_alone(monkeypatch, out_dir="one", **changes)
     out = train_together(2, out_dir="two", **changes)
@@ -202,7 +202,7 @@ def test_two_ranks_train_as_one(here, monkeypatch):
             assert record["mfu"] * record["seconds"] * JOB["peak_flops"] * processes == pytest.approx(flops, rel=1e-9)
             assert record["tokens_per_second"] * record["seconds"] == pytest.approx(tokens, rel=1e-9)
 
-    # two ranks go on with what one saved, one with what two saved
+    # two ranks resume the run of one, one rank the run of two
     shutil.copytree("one", "then-two")
     shutil.copytree("two", "then-one")
     train_together(2, out_dir="then-two", init_from="resume", max_iters=10, **changes)

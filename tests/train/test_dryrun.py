@@ -1,4 +1,4 @@
-"""A step run on shapes against the same step run: what it holds, and what it launches."""
+"""A step on shapes, compared with the real step: memory and launches."""
 
 from collections import Counter
 
@@ -15,12 +15,12 @@ from train.dryrun import DryRun, Job, build, dry_run
 
 BFLOAT16 = torch.bfloat16
 GPT2 = GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=False, dropout=0.0)
-SCRATCH = 160 * 1024  # bytes that a CPU's bfloat16 matmuls take for a moment inside an operation, where nobody sees it
+SCRATCH = 160 * 1024  # bytes that a CPU's bfloat16 matmuls take for a moment inside an operation, unseen by a recorder
 on_a_cpu = pytest.mark.skipif(not INTERPRETED, reason="a GPU's memory is measured in tests/train/test_gpu.py")
 
 
 def peak(job: Job) -> int:
-    """Bytes that the CPU's allocator gave out during a real step of the job, beyond its state."""
+    """Peak bytes of the CPU's allocator during a real step of the job, without its state."""
     torch.manual_seed(0)
     step = build(job)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def beyond_state(run: DryRun) -> int:
 
 @on_a_cpu
 @pytest.mark.parametrize(
-    ("ops", "dtype", "vocab_size", "dropout"),  # 512: where the head has most; 64: where the last block has
+    ("ops", "dtype", "vocab_size", "dropout"),  # 512: the peak is in the head; 64: in the last block
     [
         (REFERENCE, torch.float32, 512, 0.0),
         (REFERENCE, BFLOAT16, 64, 0.2),
@@ -52,7 +52,7 @@ def test_what_a_step_holds(recompute: str, ops: Ops, dtype: torch.dtype, vocab_s
     job = Job(shape, 4, ops, dtype=dtype, recompute=recompute, on="cpu")
     held = peak(job)
     unseen = held - beyond_state(dry_run(job))
-    if ops is FUSED:  # Triton's interpreter copies what it is given
+    if ops is FUSED:  # Triton's interpreter copies its arguments
         assert abs(unseen) < 0.04 * held
     else:
         assert -8192 <= unseen <= (SCRATCH if dtype == BFLOAT16 else 8192)
@@ -60,8 +60,8 @@ def test_what_a_step_holds(recompute: str, ops: Ops, dtype: torch.dtype, vocab_s
 
 @on_a_cpu
 def test_the_state() -> None:
-    """Widths that are multiples of 64, so that nothing is padded: 4 bytes a weight, 2 a copy, 8 of moments, 2 + 4 of
-    gradients where several are summed."""
+    """Bytes per parameter: weight 4, copy 2, moments 8, gradient 2, and 4 more if several are summed. All widths are
+    multiples of 64, so there is no padding."""
     shape = GPTConfig(block_size=64, vocab_size=512, n_layer=3, n_head=4, n_embd=64, bias=False, dropout=0.0)
     n = 512 * 64 + 64 * 64 + 3 * (12 * 64 * 64 + 2 * 64) + 64
     once, summed = (dry_run(Job(shape, 1, REFERENCE, several=several, on="cpu")).memory for several in (False, True))
@@ -70,7 +70,7 @@ def test_the_state() -> None:
 
 
 def test_gpt2_on_a_gpu_by_hand() -> None:
-    """36 bytes a channel, token and block are kept: 2 streams of 4, 14 of 2; 16 a token: statistics; 4 a head: sums."""
+    """Kept per block and token: 36 bytes per channel (2 streams of 4, 14 of 2), 16 of statistics, 4 per head."""
     M, C = 32 * 1024, 768
     kept = 12 * (36 * M * C + 16 * M + 4 * M * 12) + (4 + 2) * M * C + 8 * M
     run = dry_run(Job(GPT2, 32, FUSED))
@@ -92,7 +92,7 @@ def test_a_dry_run_draws_no_random_numbers_and_takes_no_memory() -> None:
 
 
 def test_every_matmul_is_seen() -> None:
-    """6 FLOPs a weight and token, but for embeddings that are looked up; attention by its causal half."""
+    """6 FLOPs per weight and token, except for embeddings that are looked up. Attention counts its causal half."""
     M, C, L, V, T = 32 * 1024, 768, 12, 50304, 1024
     linear = 6 * M * (12 * C * C * L + V * C)
     run = dry_run(Job(GPT2, 32, FUSED))

@@ -14,7 +14,7 @@ from train.export import main
 
 @pytest.fixture
 def model(tmp_path, monkeypatch) -> GPT:
-    """A model, whose checkpoint is in out/ of the current directory."""
+    """A model. Its checkpoint is in out/ of the current folder."""
     monkeypatch.chdir(tmp_path)
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=12, gelu="tanh"))
     args = {name: getattr(model.config, name) for name in MODEL_ARGS}

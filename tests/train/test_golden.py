@@ -1,11 +1,11 @@
-"""Training traces computed with nanoGPT's own model (`tests/golden/training_traces.json`), rebuilt with ours.
+"""Training traces computed with nanoGPT's own model (`tests/golden/training_traces.json`), repeated with ours.
 
-The losses agree to 2e-5, every one of them. The gradient norms and the final weights are chaotic: some gradients
-are zero but for rounding (the keys' biases), and AdamW blows rounding up to full steps. Run in float64 from weights
-moved by half a unit in float32's last place, the trace `bias` ends 3 % away in gradient norm. So norms are held to
-2e-5 before chaos sets in; over the whole trace the distance to float64 is held to three times the larger of what
-such a nudge makes and what the recorded trace itself has. (Eager, tensor by tensor and with as many threads as it
-was recorded with, the trace comes back bit for bit.)
+All losses agree to 2e-5. The gradient norms and the final weights are chaotic: the keys' biases have gradients of
+rounding errors only, and AdamW turns these into full steps. In float64, from weights moved by up to half a unit in
+float32's last place, the trace `bias` ends 3 % away in gradient norm. So the first norms, before chaos starts, must
+agree to 2e-5. Over the whole trace the distance to float64 may be three times the larger of two distances: that of
+such moved weights, and that of the recorded trace. (Eager, with an update tensor by tensor and the recording's number
+of threads, the trace is the same to the bit.)
 """
 
 import json
@@ -25,8 +25,8 @@ from train.optim import FlatAdamW
 from train.step import TrainStep
 
 TRACES = json.loads((Path(__file__).parents[1] / "golden" / "training_traces.json").read_text())["cases"]
-CALM = 2  # steps before rounding is visibly amplified: the first gradient, and the one after an update; of a compiled
-# step, which rounds in other places, only the first
+CALM = 2  # steps before rounding errors grow: the first gradient, and the one after an update. A compiled step rounds
+# differently, so only its first gradient counts.
 
 
 class Trace(NamedTuple):
@@ -41,7 +41,7 @@ def recorded(case: dict) -> Trace:
 
 
 def golden_model(case: dict, dtype: torch.dtype = torch.float32, nudge: int = 0, ops: Ops = REFERENCE) -> GPT:
-    """With a `nudge`, a seed, the weights are off by up to half a unit in float32's last place."""
+    """nudge: a seed, with which weights are moved by up to half a unit in float32's last place; 0 for none."""
     model = GPT(GPTConfig(**case["config"]), ops, precision=Precision(dtype, dtype)).to(dtype)
     parameters = dict(model.named_parameters())
     assert sorted(parameters) == case["parameters"]
@@ -128,7 +128,7 @@ def assert_recorded(name: str, *modes: dict[str, bool], calm: int = CALM) -> Non
 
 @pytest.mark.parametrize("name", TRACES)
 def test_the_recorded_trace(name: str) -> None:
-    """Eager, and graphed: the graph is a tape, as it is no GPU."""
+    """Eager, and graphed. Without a GPU, a tape replaces the graph."""
     assert_recorded(name, {}, {"graphed": True})
 
 
@@ -143,7 +143,7 @@ def test_the_recorded_trace_compiled(name: str) -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="fused kernels run on a CPU only in Triton's interpreter")
 @pytest.mark.parametrize("name", TRACES)
 def test_the_recorded_trace_with_fused_kernels(name: str) -> None:
-    """Its beginning: the interpreter takes a second a step."""
+    """Only its beginning, because the interpreter takes a second per step."""
     case = TRACES[name]
     steps = 2 if case["gradient_accumulation_steps"] > 1 else 4
     golden, got = recorded(case), train(case, ops=FUSED, steps=steps)

@@ -1,4 +1,4 @@
-"""On a CUDA device: the run that the CPU tests prove, once more where it matters. `pytest -m gpu`"""
+"""The tests that need a CUDA device: what the CPU tests check, where the device could differ. `pytest -m gpu`"""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ def test_the_recorded_losses(name: str, compile: bool) -> None:
     for i in range(len(case["loss"])):
         batch = golden_batch(case, i)
         losses.append(step(Batch(batch.x.cuda(), batch.y.cuda(), batch.seeds), case["learning_rate"]).loss.item())
-    assert relative(torch.tensor(losses, dtype=torch.float64), recorded(case).loss) < 1e-4  # other orders of summation
+    assert relative(torch.tensor(losses, dtype=torch.float64), recorded(case).loss) < 1e-4  # sums in another order
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -56,7 +56,7 @@ def test_a_run_learns_what_the_cpu_learns(tmp_path: Path, dtype: str, compile: b
     run(tmp_path / "cpu", **settings)
     run(tmp_path / "gpu", **settings, device="cuda", dtype=dtype, compile=compile)
     expected, got = logged(tmp_path / "cpu", "eval"), logged(tmp_path / "gpu", "eval")
-    tolerance = 1e-3 if dtype == "float32" else 2e-2  # TF32, and two orders of magnitude more in half precision
+    tolerance = 1e-3 if dtype == "float32" else 2e-2  # TF32; half precision: more rounding
     for iteration, record in expected.items():
         assert got[iteration]["val_loss"] == pytest.approx(record["val_loss"], rel=tolerance)
 
@@ -69,7 +69,7 @@ def test_resume_goes_on_where_the_run_was(tmp_path: Path, compile: bool) -> None
     resume(tmp_path / "halves", max_iters=12)
     assert last(tmp_path / "halves")["iter_num"] == 12
     expected, got = logged(tmp_path / "whole"), logged(tmp_path / "halves")
-    for iteration, record in expected.items():  # the embedding's gradient is summed in no fixed order
+    for iteration, record in expected.items():  # the embedding's gradient has no fixed order of summation
         assert got[iteration]["loss"] == pytest.approx(record["loss"], rel=2e-3)
 
 
@@ -79,7 +79,7 @@ def test_resume_goes_on_where_the_run_was(tmp_path: Path, compile: bool) -> None
 def test_a_replayed_step_is_the_eager_step(
     kernels: str, dtype: torch.dtype, accumulation: int, dropout: float, compile: bool
 ) -> None:
-    """With real graphs; dropout draws from the same seeds, and the compiled step is captured as it is."""
+    """With real graphs. Dropout uses the same seeds. The compiled step is captured too."""
     ops: Ops = select(kernels, CUDA) if kernels == "fused" else REFERENCE
     settings = dict(accumulation=accumulation, dropout=dropout, dtype=dtype, device=CUDA)
     eager, captured = graphs.make(ops, **settings), graphs.make(ops, **settings)
@@ -95,7 +95,7 @@ def test_a_replayed_step_is_the_eager_step(
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
 def test_what_a_graph_computes_again_finds_the_masks_of_its_replay(kernels: str, recompute: str) -> None:
-    """Nothing is computed again in another way than the first time, so losses differ by no more than two runs do."""
+    """Recomputation uses the same masks and operations, so losses differ no more than between two runs."""
     settings = dict(accumulation=2, dropout=0.2, dtype=torch.bfloat16, device=CUDA)
     ops = select(kernels, CUDA)
     eager, captured = graphs.make(ops, **settings), graphs.make(ops, **settings, recompute=recompute)
@@ -119,7 +119,7 @@ def test_a_batch_of_one(kernels: str) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("recompute", MODES)
 def test_the_memory_that_a_step_takes_is_the_estimate(recompute: str, dropout: float, kernels: str, chunk: int) -> None:
-    """Large enough that what is estimated outweighs what is not: an allocator's rounding, a library's workspace."""
+    """The step is large, so that an allocator's rounding and a library's workspace matter little."""
     torch.cuda.synchronize()
     gc.collect()
     torch.cuda.empty_cache()
@@ -184,7 +184,7 @@ def test_a_capture_that_fails_is_one_line_and_the_step_goes_on(monkeypatch: pyte
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices on this machine")
 def test_a_run_on_the_second_device(tmp_path: Path) -> None:
-    """Its graphs are captured there: an empty one would leave the losses at 0."""
+    """Its graphs are captured on that device. Empty graphs would leave the losses at 0."""
     before = torch.cuda.current_device()
     try:
         run(tmp_path / "second", device="cuda:1", dropout=0.0)
@@ -208,7 +208,7 @@ def test_auto_measures_and_says_what_it_took(tmp_path: Path, monkeypatch: pytest
     assert said.startswith(f"{backend}, fastest of {backend} ")
     for name in MEASURED:
         assert (f" {name} " in said) == (not why_not(name, shape)), why_not(name, shape)
-    assert " flash " in said  # what every device that has bfloat16 can do
+    assert " flash " in said  # every device with bfloat16 can do this
     assert all(
         torch.equal(x, y) for x, y in zip(before, (torch.get_rng_state(), torch.cuda.get_rng_state()), strict=True)
     )
@@ -237,7 +237,7 @@ def test_all_tiles_of_the_mlp_are_right_and_timed(tmp_path: Path, dtype: torch.d
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("backend", [*SDPA, "flash_attn", "fa3", "fa4"])
 def test_every_attention_is_captured(backend: str, compile: bool, dropout: float) -> None:
-    shape = AttentionShape(graphs.B, graphs.T, 2, 8, dropout, torch.bfloat16, CUDA)  # as graphs.make makes it
+    shape = AttentionShape(graphs.B, graphs.T, 2, 8, dropout, torch.bfloat16, CUDA)  # the shape of graphs.make
     if reason := why_not(backend, shape):
         pytest.skip(f"{backend} does not run here: {reason}")
     options = dict(dropout=dropout, dtype=torch.bfloat16, device=CUDA, attention=backend)
@@ -259,7 +259,7 @@ def test_every_attention_is_captured(backend: str, compile: bool, dropout: float
 def test_a_profile_sees_the_kernels(
     tmp_path: Path, capsys: pytest.CaptureFixture, cuda_graphs: bool, compile: bool
 ) -> None:
-    """Those of replayed graphs too; every instant of the steps is somebody's, and next to none of an unknown kernel."""
+    """Also those of replayed graphs. Every instant belongs to a row, and almost none to unknown kernels."""
     settings = dict(device="cuda", dtype="bfloat16", compile=compile, cuda_graphs=cuda_graphs, max_iters=12)
     run(tmp_path / "out", profile=True, eval_interval=50, **settings)
     output = capsys.readouterr().out

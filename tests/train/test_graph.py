@@ -1,4 +1,4 @@
-"""GraphedStep, its capture played by a tape: the same losses and weights as the eager step, to the bit."""
+"""GraphedStep, with a tape as its capture: the losses and weights are the eager step's, to the bit."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -93,7 +93,7 @@ def test_with_fused_kernels(accumulation: int, recompute: str) -> None:
 
 
 def test_a_replayed_evaluation_is_the_eager_evaluation() -> None:
-    """At whatever point of training; and training does not notice it."""
+    """At several points of training. Training is not changed by it."""
     step, twin = (make(dropout=0.2, dtype=torch.bfloat16) for _ in range(2))
     eager = Evaluation(step.model)
     graphed = GraphedStep(step, (1, B, T), eager, capture=tape)
@@ -110,7 +110,7 @@ def test_a_replayed_evaluation_is_the_eager_evaluation() -> None:
 
 
 def test_a_rate_that_is_a_python_number_is_frozen_and_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test of the test: an optimizer that takes its rate from the host trains on with the first one."""
+    """A test of these tests: an optimizer that reads its rate on the host keeps the first rate."""
 
     eager, captured = make(), make()
     update = captured.optimizer._adamw
@@ -124,7 +124,7 @@ def test_a_rate_that_is_a_python_number_is_frozen_and_seen(monkeypatch: pytest.M
 
 
 def everything(step: TrainStep) -> list[torch.Tensor]:
-    """All that a capture must leave as it was."""
+    """All tensors that a capture must leave unchanged."""
     tensors = [
         *step.optimizer.state_tensors(),
         step.scaler.scale,
@@ -146,7 +146,7 @@ def everything(step: TrainStep) -> list[torch.Tensor]:
 )
 def test_capturing_leaves_everything_as_it_was(dtype: torch.dtype, accumulation: int, ops: Ops) -> None:
     step = make(ops, dropout=0.2, dtype=dtype, accumulation=accumulation)
-    train(step, accumulation, 2)  # so that there are moments, and steps taken
+    train(step, accumulation, 2)  # so that moments and step count are not 0
     before = everything(step)
     GraphedStep(step, (accumulation, B, T), Evaluation(step.model), capture=tape)
     assert all(torch.equal(x, y) for x, y in zip(everything(step), before, strict=True))
@@ -163,7 +163,7 @@ def test_a_resumed_run_is_captured_as_it_stands() -> None:
 
 
 def test_a_failed_capture_is_one_line_and_leaves_no_trace() -> None:
-    """After a micro-step's warm-up and some of the update's, as a real one might."""
+    """It fails after the warm-ups, as a real capture could."""
     step, twin = (make(dropout=0.2, dtype=torch.float16) for _ in range(2))
     train(step, 1, 2), train(twin, 1, 2)
     before = everything(step)
@@ -201,7 +201,7 @@ class Allocations(TorchDispatchMode):
 
 
 def test_what_a_capture_keeps_aside_does_not_grow_with_the_model() -> None:
-    """Beside what the step itself allocates: here it runs not at all."""
+    """Not counting the step's own allocations: the step does not run here."""
     counted = []
     for width in (16, 64):
         step = make(n_embd=width)
@@ -212,8 +212,8 @@ def test_what_a_capture_keeps_aside_does_not_grow_with_the_model() -> None:
 
 
 def marked(leaves: Iterable[torch.Tensor], *, mark: bool = False) -> list[bool]:
-    """Whether each leaf's AccumulateGrad node is one that was marked before: then it was never dropped."""
-    with torch.enable_grad():  # hooks run without
+    """Whether each leaf's AccumulateGrad node was marked before. Then it was never freed."""
+    with torch.enable_grad():  # hooks run without grad mode
         nodes = [leaf.view_as(leaf).grad_fn.next_functions[0][0] for leaf in leaves]
     found = ["mark" in node.metadata for node in nodes]
     for node in nodes if mark else ():
@@ -222,7 +222,7 @@ def marked(leaves: Iterable[torch.Tensor], *, mark: bool = False) -> list[bool]:
 
 
 def test_a_capture_meets_no_node_of_autograd_from_before() -> None:
-    """Such a node remembers another stream. Here a cycle of dropped objects holds the loss that leads to them."""
+    """Such a node remembers another stream. Here a cycle of unused objects holds the loss that keeps the nodes."""
     step = make()
     leaves = list(step.optimizer.flat.leaves)
     dropped = [step.model(*(part[0] for part in batch(0, 1)[:2]))[1]]
@@ -253,7 +253,7 @@ def test_another_shape_is_refused() -> None:
 
 
 class Cuda:
-    """What `cuda_graphs` asks of torch.cuda, written down."""
+    """Replaces what `cuda_graphs` uses of torch.cuda, and records the calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, ends_badly: bool = False) -> None:
         self.log: list[str] = []
@@ -279,9 +279,9 @@ class Cuda:
 
     @contextmanager
     def capture(self, graph: mock.Mock, *, pool: tuple[int, int], stream: mock.Mock, **how: str) -> Iterator[None]:
-        """As torch's: where ending it fails, it leaves its stream the current one."""
+        """Like torch's: if its end fails, the current stream is not restored."""
         assert how == {"capture_error_mode": "thread_local"}
-        assert self.stream is stream  # that of the warm-ups
+        assert self.stream is stream  # the stream of the warm-ups
         self.pools.append(pool)
         self.log.append("capture")
         try:

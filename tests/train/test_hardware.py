@@ -1,4 +1,4 @@
-"""Device names to peaks, devices and dtypes by name, on machines with any or no accelerator."""
+"""Peaks by device name, devices and dtypes by name, on machines with and without an accelerator."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from train.hardware import (
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
-REAL_NAMES = {  # as torch.cuda.get_device_name() gives them: dense bf16 TFLOP/s (V100, T4: fp16)
+REAL_NAMES = {  # names from torch.cuda.get_device_name(): dense bf16 TFLOP/s (V100, T4: fp16)
     "Tesla V100-SXM2-16GB": 125,
     "Tesla T4": 65,
     "NVIDIA A100-SXM4-80GB": 312,
@@ -38,7 +38,7 @@ REAL_NAMES = {  # as torch.cuda.get_device_name() gives them: dense bf16 TFLOP/s
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Pretend that torch sees one CUDA device of the given name and compute capability."""
+    """Make torch see one CUDA device with this name and compute capability."""
 
     def pretend(name="NVIDIA H100 80GB HBM3", capability=(9, 0), count=1):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -52,7 +52,7 @@ def cuda(monkeypatch):
 
 @pytest.fixture
 def tf32():
-    """Switch TF32 for float32 matmuls, and back at the end."""
+    """Switch TF32 for float32 matmuls, and restore it at the end."""
     before = torch.get_float32_matmul_precision()
     yield lambda on: torch.set_float32_matmul_precision("high" if on else "highest")
     torch.set_float32_matmul_precision(before)
@@ -75,7 +75,7 @@ def test_known_devices(name, tflops):
     [
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
-        "NVIDIA H100",  # SXM or PCIe: cannot tell
+        "NVIDIA H100",  # SXM or PCIe: the name does not say
         "",
     ],
 )
@@ -85,14 +85,14 @@ def test_devices_that_only_resemble_known_ones(name):
 
 @pytest.mark.parametrize("row", DEVICES, ids=lambda row: row.name)
 def test_a_row_is_plausible(row):
-    """Catches sparse figures, slipped columns and digits: tensor cores double their rate at half the bits."""
+    """Finds sparse figures, wrong columns and wrong digits. Tensor cores double their rate at half the bits."""
     assert row.source
     assert 200 < row.bandwidth < 10_000
     assert row.bf16 in (None, row.fp16)
     assert (row.bf16 is None) == ("V100" in row.name or row.name == "T4")
     assert row.tf32 is None or 1.9 < row.bf16 / row.tf32 < 2.1
     assert row.fp32 <= (row.tf32 or row.fp16)
-    assert 20 < row.fp16 * 1000 / row.bandwidth < 450  # FLOPs a byte
+    assert 20 < row.fp16 * 1000 / row.bandwidth < 450  # FLOPs per byte
 
 
 def test_peak_of_a_known_device(cuda, tf32):
@@ -133,7 +133,7 @@ def test_ceilings_are_what_computers_have():
 
 
 def test_a_copy_counts_what_is_read_and_what_is_written(monkeypatch):
-    """By a clock on which every copy takes two seconds."""
+    """With a clock on which every copy takes two seconds."""
     seconds = iter(range(0, 10**6, 2))
     monkeypatch.setattr("train.hardware.time.perf_counter", lambda: next(seconds))
     assert measure_bandwidth(CPU, budget=20, size=4096) == 2 * 4096 / 2

@@ -1,4 +1,4 @@
-"""`--kernels` and `--loss_chunk`: a run does not differ but in speed."""
+"""`--kernels` and `--loss_chunk` change only the speed of a run."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ FUSED = dict(
 
 @pytest.fixture
 def no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter 300 tokens of text at the end of a run take longer than the run."""
+    """In the interpreter, the 300 tokens of text at the end take longer than the run."""
     monkeypatch.setattr(command, "sample_text", lambda *args, **kwargs: iter(()))
 
 
@@ -70,7 +70,7 @@ BROKEN = "Failed to find C compiler."
 def test_auto_goes_on_without_and_says_why(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rest of the run is a CPU's."""
+    """The rest of the run is the CPU's."""
 
     def as_on_cuda(config: TrainConfig, device: torch.device, dtype: torch.dtype, vocab_size: int) -> tuple:
         return choose_ops(config, CUDA, dtype, vocab_size, lambda device: BROKEN)

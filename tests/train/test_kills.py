@@ -1,6 +1,6 @@
-"""Kills from end to end: `python -m train` dies by SIGKILL again and again, and ends as if it never had.
+"""Kills of the whole command: SIGKILL ends `python -m train` many times, and the result is the same as without.
 
-NANOFUSE_KILLS=50 makes it 50 kills instead of 12, NANOFUSE_SEED=n others.
+NANOFUSE_KILLS=50 makes 50 kills instead of 12. NANOFUSE_SEED=n makes other kills.
 """
 
 import json
@@ -21,7 +21,7 @@ from train import checkpoint
 from train.__main__ import main
 from train.log import read_metrics
 
-# Dropout and accumulation, whose random state must survive too; a save every other iteration.
+# With dropout and accumulation, so that random state must survive too. A save every other iteration.
 KILLED_JOB = JOB | dict(
     dropout=0.1,
     gradient_accumulation_steps=2,
@@ -37,7 +37,7 @@ KILLED_JOB = JOB | dict(
 def test_kills_at_random_instants_and_inside_saves(tmp_path):
     kills = int(os.environ.get("NANOFUSE_KILLS", "12"))
     seed = int(os.environ.get("NANOFUSE_SEED", "1"))
-    # A process of its own: to import torch once and fork a child a run, it must not have made threads yet.
+    # A separate process. It imports torch once and forks a child for every run, so it must have no threads yet.
     driver = subprocess.run(
         [sys.executable, __file__, str(tmp_path), str(kills), str(seed)],
         cwd=tmp_path,
@@ -58,12 +58,12 @@ def test_kills_at_random_instants_and_inside_saves(tmp_path):
     for key in ("iter_num", "best_val_loss"):
         assert ends[0][key] == ends[1][key]
 
-    # All that any of the runs wrote down, what it did in vain and the next repeated included: bit for bit.
+    # All records of all runs, to the bit, also those that a later run repeated.
     expected = losses(records(reference))
     written = records(interrupted)
     for key, values in losses(written).items():
         assert values <= expected[key], key
-    assert len([r for r in written if r["kind"] == "run"]) > kills / 2  # most children lived long enough to start
+    assert len([r for r in written if r["kind"] == "run"]) > kills / 2  # most runs got far enough to start
     assert losses(read_metrics(interrupted / "metrics.jsonl")) == expected
 
 
@@ -78,7 +78,7 @@ def losses(lines: list[dict]) -> dict[tuple[str, int], set]:
 
 
 def records(out_dir: Path) -> list[dict]:
-    """Every whole line of metrics.jsonl; a kill may have cut the last one of each run."""
+    """Every whole line of metrics.jsonl. A kill may cut the last line of a run."""
     found = []
     path = out_dir / "metrics.jsonl"
     for line in path.read_bytes().splitlines() if path.exists() else []:
@@ -89,19 +89,19 @@ def records(out_dir: Path) -> list[dict]:
     return found
 
 
-# The driver's side
+# The driver
 
 
 def drive(folder: Path, kills: int, seed: int) -> None:
     print(f"seed {seed}, {kills} kills")
-    import torch._dynamo  # noqa: F401  AdamW's first step does it: once here, not in every child
+    import torch._dynamo  # noqa: F401  AdamW's first step imports it: once here, not in every child
 
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
     rng = random.Random(seed)
     make_data(folder / "data")
     out_dir = folder / "interrupted"
     completed = inside = resumed = 0
-    life = 0.0  # seconds of a run's life, as long as this machine takes to some saves
+    life = 0.0  # seconds that a run needed to make some saves on this machine
     for kill in range(kills):
         resume, stale = (out_dir / "ckpt.pt").exists(), set(out_dir.glob(".staging-*"))
         child, begin = start(out_dir, resume, max_iters=10**6), time.monotonic()
@@ -125,7 +125,7 @@ def drive(folder: Path, kills: int, seed: int) -> None:
             checkpoint.load(path)
     assert inside >= kills // 2
     assert resumed >= kills // 2
-    # Four iterations more, undisturbed; then the same job in one go.
+    # Four more iterations without a kill; then the same job in one run.
     last = completed + 4
     finish(start(out_dir, True, last), out_dir)
     finish(start(folder / "reference", False, last), folder / "reference")
@@ -133,7 +133,7 @@ def drive(folder: Path, kills: int, seed: int) -> None:
 
 
 def start(out_dir: Path, resume: bool, max_iters: int) -> int:
-    """Fork a child that is `python -m train`, and return its process id."""
+    """Fork a child that runs `python -m train`. Returns its process id."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -171,7 +171,7 @@ def await_saves(child: int, out_dir: Path, completed: int, count: int) -> None:
 
 
 def kill_inside_a_save(child: int, out_dir: Path) -> None:
-    """Stop it when a save has begun; kill it unless the save ended in between."""
+    """Stop the child when a save begins. Kill it, unless the save ended in between."""
     while True:
         if not any(out_dir.glob(".staging-*")):
             assert_alive(child, out_dir)

@@ -1,4 +1,4 @@
-"""The two console lines, metrics.jsonl through kills and resumes, and the optional sinks, played by fakes."""
+"""The two console lines, metrics.jsonl after kills and resumes, and the optional sinks, replaced by fakes."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from train.log import METRICS, RunLog, check_sinks, read_metrics
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a RunLog in tmp_path/out; its console lines gather in `start.lines`."""
+    """Start a RunLog in tmp_path/out. Its console lines are collected in `start.lines`."""
 
     def start(resume_iter=None, **settings):
         config = TrainConfig(out_dir=str(tmp_path / "out"), **settings)
@@ -89,7 +89,7 @@ def test_resuming_forgets_what_was_past_the_checkpoint(start):
     log = start()
     for i in range(6):
         log_iteration(log, i, loss=float(i))
-    log = start(resume_iter=3)  # killed after 5, checkpoint at 3, and now every second iteration is logged
+    log = start(resume_iter=3)  # killed after 5, checkpoint at 3; now every second iteration is logged
     for i in (4, 6):
         log_iteration(log, i, loss=10.0 + i)
     records = read_metrics(start.path)

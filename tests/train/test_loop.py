@@ -1,4 +1,4 @@
-"""The loop: what is said, evaluated, saved and timed."""
+"""The loop: what it logs, evaluates, saves and times."""
 
 import dataclasses
 import re
@@ -28,7 +28,7 @@ from train.optim import FlatAdamW
 from train.state import Progress, TrainState
 from train.step import Evaluation, TrainStep
 
-# What is said
+# What is logged
 
 
 def test_the_exact_lines(tmp_path, capsys):
@@ -51,7 +51,7 @@ def test_the_exact_lines(tmp_path, capsys):
 def test_what_is_logged_evaluated_and_saved(tmp_path, max_iters, eval_interval, log_interval):
     settings = dict(max_iters=max_iters, eval_interval=eval_interval, log_interval=log_interval)
     assert run(tmp_path / "out", **settings) == 0
-    evaluations = [*range(0, max_iters, eval_interval), max_iters]  # the last one comes whatever the interval
+    evaluations = [*range(0, max_iters, eval_interval), max_iters]  # the last one does not depend on the interval
     assert iterations(tmp_path / "out", "iter") == list(range(0, max_iters, log_interval))
     assert iterations(tmp_path / "out", "eval") == evaluations
     assert iterations(tmp_path / "out", "save") == evaluations[1:]
@@ -65,7 +65,7 @@ def test_the_rate_logged_is_the_iterations_own(tmp_path):
 def test_an_evaluation_is_the_mean_of_its_batches_without_dropout(tmp_path):
     run(tmp_path / "out", max_iters=2, dropout=0.5, eval_iters=3, **CONSTANT)
     evaluations = logged(tmp_path / "out", "eval")
-    assert evaluations[0] == evaluations[2] | {"iter": 0}  # the same weights, the same batches, no masks
+    assert evaluations[0] == evaluations[2] | {"iter": 0}  # the same weights and batches, no dropout masks
     model = from_checkpoint(last(tmp_path / "out")).eval()
     with Loader(Dataset(tmp_path / "data"), batch_size=2, block_size=16) as loader:
         for split in ("train", "val"):
@@ -74,12 +74,12 @@ def test_an_evaluation_is_the_mean_of_its_batches_without_dropout(tmp_path):
             assert evaluations[2][f"{split}_loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
 
 
-# The loop on its own, with a clock that only moves when told to
+# The loop alone, with a clock that moves only by command
 
 
 @dataclasses.dataclass
 class Parts:
-    """A Loop on a small GPT. A step takes a second of the clock, an evaluation batch 100, a save 10,000."""
+    """A Loop on a small GPT. On the clock a step takes 1 s, an evaluation batch 100 s, a save 10,000 s."""
 
     folder: Path
     settings: dict
@@ -131,7 +131,7 @@ class Parts:
 
 
 class Evaluated(nn.Module):
-    """Looks at how it is evaluated, and takes its time."""
+    """Checks how it is evaluated, and moves the clock."""
 
     def __init__(self, model: GPT, clock: Clock) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Evaluated(nn.Module):
 
 
 class Scripted(nn.Module):
-    """Has these validation losses, one an evaluation."""
+    """Returns these validation losses, one for each evaluation."""
 
     def __init__(self, *losses: float) -> None:
         super().__init__()

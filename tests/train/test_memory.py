@@ -1,4 +1,4 @@
-"""A run that does not fit into its device's memory is refused before it takes any, with settings that would fit."""
+"""A run that does not fit into memory is refused before it takes any. The message names settings that fit."""
 
 import dataclasses
 import re
@@ -17,7 +17,7 @@ from train.errors import UserError
 from train.memory import advice, check_memory, free_memory
 
 WIDE = Job(GPTConfig(1024, 320, n_layer=2, n_head=2, n_embd=128), 8, FUSED, accumulation=5, several=True)
-LARGE = Job(GPTConfig(64, 320, n_layer=2, n_head=8, n_embd=512), 4, FUSED, several=True)  # its state has most
+LARGE = Job(GPTConfig(64, 320, n_layer=2, n_head=8, n_embd=512), 4, FUSED, several=True)  # a large state
 JOB = dict(batch_size=8, block_size=64, n_embd=64)
 
 
@@ -39,7 +39,7 @@ def test_what_is_free(tmp_path: Path) -> None:
     ("job", "changes", "ranks", "text"),
     [
         (WIDE, dict(loss_chunk=4096), 1, "--loss_chunk=4096 fits"),
-        (WIDE, dict(recompute="mlp"), 8, "--recompute=mlp fits"),  # the state is not the matter
+        (WIDE, dict(recompute="mlp"), 8, "--recompute=mlp fits"),  # the state is not the problem
         (WIDE, dict(recompute="block"), 1, "--recompute=block fits"),
         (WIDE, dict(batch_size=4, accumulation=10), 2, "--batch_size=4 --gradient_accumulation_steps=20 fits"),
         (LARGE, dict(shards=8), 8, "--shard=True fits"),
@@ -48,7 +48,7 @@ def test_what_is_free(tmp_path: Path) -> None:
     ],
 )
 def test_the_cheapest_change_that_fits(job: Job, changes: dict, ranks: int, text: str) -> None:
-    """In as much room as the step takes with these changes. Accumulation is of all ranks."""
+    """The room is what the step takes with these changes. The message gives the accumulation of all ranks."""
     assert advice(job, dry_run(dataclasses.replace(job, **changes)).total, ranks) == text
 
 
@@ -84,7 +84,7 @@ def test_on_a_cpu_the_weights_of_a_checkpoint_are_there_already() -> None:
 
 
 def test_resumed_with_another_mode(tmp_path: Path) -> None:
-    """Memory is no part of what was trained: a run that came to need more room goes on in less."""
+    """Recomputation may change on resume, so that a run which needs too much memory can go on with less."""
     modes = []
     run(
         tmp_path / "out",

@@ -1,4 +1,4 @@
-"""The step timer against a clock that only moves when told."""
+"""The step timer, with a clock that moves only by command."""
 
 import pytest
 from hypothesis import given
@@ -9,7 +9,7 @@ from train.metrics import StepTimer, mfu, tokens_per_second
 
 class Clock:
     def __init__(self) -> None:
-        self.now = 1000.0  # a clock's zero means nothing
+        self.now = 1000.0  # a clock may start anywhere
 
     def __call__(self) -> float:
         return self.now
@@ -28,7 +28,7 @@ def test_reference_log_line():
     eval_ticks=st.integers(0, 1000),
 )
 def test_laps_are_the_means_of_their_own_iterations(durations, log_interval, eval_interval, eval_ticks):
-    """As the loop uses it: pauses never show in any log line, and no iteration is lost or counted twice."""
+    """As in the loop: pauses appear in no log line, and no iteration is lost or counted twice."""
     clock = Clock()
     timer = StepTimer(clock)
     timer.start()

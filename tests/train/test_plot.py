@@ -1,4 +1,4 @@
-"""The loss curves: what is in them, which format is chosen, and that a run's end never fails on them."""
+"""The loss curves: their content and format. They never make the end of a run fail."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def words(picture):
 
 
 def curves(picture, colour):
-    """The points of every line of that colour, in drawing order."""
+    """The points of every line of this colour, in drawing order."""
     paths = [path for path in picture.iter(f"{SVG}path") if f"stroke: {colour}" in path.get("style", "")]
     found = [re.findall(r"[ML] (\S+) (\S+)", path.get("d")) for path in paths if path.get("clip-path")]
     return [[(float(x), float(y)) for x, y in points] for points in found]
@@ -67,7 +67,7 @@ def test_a_run_alone(tmp_path):
     (raw, smooth), (val,) = curves(picture, COLOURS[0]), curves(picture, COLOURS[1])
     assert (len(smooth), len(val)) == (100, 4)
     assert raw[0] == smooth[0]
-    heights = [y for _, y in val]  # down the page, as SVG counts
+    heights = [y for _, y in val]  # SVG counts downwards
     assert sorted(range(4), key=heights.__getitem__) == [0, 1, 3, 2]
     assert val[1][0] - val[0][0] == pytest.approx(2 * (val[2][0] - val[1][0]))  # iterations 0, 50, 75
     places = {(float(dot.get("x")), float(dot.get("y"))) for dot in picture.iter(f"{SVG}use")}
@@ -121,9 +121,9 @@ def test_the_command(make_run, tmp_path, capsys, monkeypatch):
     main([str(first), str(second), f"--out={picture}"])
     assert capsys.readouterr().out == f"loss curve: {picture}\n"
     legend = [text for text in words(ElementTree.parse(picture).getroot()) if "best" in text]
-    assert [text.split(",")[0] for text in legend] == [str(first), str(second)]  # both are called out
+    assert [text.split(",")[0] for text in legend] == [str(first), str(second)]  # both folders are in the legend
     monkeypatch.chdir(tmp_path / "a")
-    main([])  # the folder called out
+    main([])  # the folder "out"
     assert (first / "loss.png").exists()
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -1,4 +1,4 @@
-"""Text files into token files, as a command and piece by piece."""
+"""Text files to token files, by the command and in pieces."""
 
 import io
 import os
@@ -29,7 +29,7 @@ def run(monkeypatch, *arguments: str) -> None:
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    handler = SimpleNamespace(SIGTERM=None, signal=lambda *_: None)  # the command's own is not for the tests
+    handler = SimpleNamespace(SIGTERM=None, signal=lambda *_: None)  # no handler of the command in the tests
     monkeypatch.setattr(prepare, "signal", handler)
     return tmp_path
 
@@ -199,7 +199,7 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
     for stream in (terminal, log):
         monkeypatch.setattr(sys, "stderr", stream)
         with prepare.progress(100, "B") as bar:
-            bar.start_t -= 40  # begun long ago: every look is due
+            bar.start_t -= 40  # it began long ago, so every update is printed
             bar.last_print_t -= 40
             bar.update(50)
     assert "\r 50%|" in terminal.getvalue()

@@ -1,4 +1,4 @@
-"""--profile: a run that shows where its time goes, and is the same run all the same."""
+"""--profile: a run that shows where its time goes, with the same results as without."""
 
 import json
 import signal
@@ -30,7 +30,7 @@ PROFILED = dict(profile=True, eval_interval=50, max_iters=12)
 
 @pytest.fixture(autouse=True, scope="module")
 def ceilings() -> Iterator[None]:
-    """They take a second to measure."""
+    """Fixed ceilings, because measuring takes a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.profile.measure_ceilings", lambda device, dtype: CEILINGS)
         yield
@@ -50,7 +50,7 @@ def annotations(out_dir: Path) -> list[str]:
 
 
 def table(output: str) -> dict[str, list[float]]:
-    """row -> its numbers, as printed."""
+    """row -> its printed numbers."""
     lines = output.partition("reached\n")[2].splitlines()
     rows = {}
     for line in lines[: 1 + next(i for i, line in enumerate(lines) if line.startswith("total"))]:
@@ -65,10 +65,10 @@ def table(output: str) -> dict[str, list[float]]:
     ("arguments", "expected"),
     [
         ((37, 100, 2000, 1), range(42, 47)),  # after a warm-up
-        ((0, 100, 7, 1), range(8, 13)),  # without an evaluation among them
+        ((0, 100, 7, 1), range(8, 13)),  # no evaluation among them
         ((0, 100, 5, 1), range(6, 10)),
-        ((0, 7, 2000, 1), range(5, 7)),  # fewer of a short run
-        ((0, 100, 2000, 20), range(5, 7)),  # and of long steps
+        ((0, 7, 2000, 1), range(5, 7)),  # fewer in a short run
+        ((0, 100, 2000, 20), range(5, 7)),  # fewer if steps are long
     ],
 )
 def test_which_iterations(arguments: tuple[int, int, int, int], expected: range) -> None:
@@ -88,7 +88,7 @@ def test_they_lie_in_the_run_between_two_evaluations(first: int, max_iters: int,
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A profiled run with an evaluation every four iterations: its folder, and what it said."""
+    """A profiled run with an evaluation every four iterations: its folder and its output."""
     out_dir = tmp_path_factory.mktemp("profiled") / "out"
     out_dir.mkdir()
     (out_dir / "trace.json").write_text("{}")
@@ -119,7 +119,7 @@ def test_a_run_prints_where_its_time_goes(done: tuple[Path, str]) -> None:
 def test_the_trace_holds_these_steps_and_no_evaluation(done: tuple[Path, str]) -> None:
     out_dir, _ = done
     assert annotations(out_dir) == [WINDOW, "iteration 5", "iteration 6", "iteration 7"]
-    assert events(out_dir, "aten::_fused_adamw_") == 3 * 2  # what decays, and what does not
+    assert events(out_dir, "aten::_fused_adamw_") == 3 * 2  # once for the decaying group, once for the other
     assert events(out_dir, "aten::nll_loss_forward") == 3 * 2  # micro-steps
     names = {name for _, name in read(trace(out_dir), cuda=False).names}
     assert {"aten::mm", "aten::native_layer_norm", "aten::gelu_backward", "aten::_fused_adamw_"} <= names
@@ -138,7 +138,7 @@ def test_a_run_that_is_stopped_amidst_them(tmp_path: Path, capsys: pytest.Captur
     assert run(tmp_path / "out", at={7: send(signal.SIGTERM)}, **PROFILED) == 128 + signal.SIGTERM
     assert "profile: none; the run ended before iterations 5 to 9 were done" in capsys.readouterr().out
     assert not (tmp_path / "out" / "trace.json").exists()
-    # Resumed with the setting of before: after a warm-up of its own, as many as the run still has.
+    # Resumed with the same setting: after its own warm-up, as many as the run still has.
     resume(tmp_path / "out", max_iters=15)
     output = capsys.readouterr().out
     assert "profile: iterations 13 to 14 run" in output
@@ -147,7 +147,7 @@ def test_a_run_that_is_stopped_amidst_them(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_run_that_fails_amidst_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A process that exits while the profiler runs dies of a segmentation fault."""
+    """A process that exits while the profiler runs ends with a segmentation fault."""
     assert "loss: got nan" in refusal(run, tmp_path / "out", {7: poison}, status=1, **PROFILED)
     assert "profile: none; the run ended before iterations 5 to 9 were done" in capsys.readouterr().out
     assert not torch.autograd.profiler._is_profiler_enabled

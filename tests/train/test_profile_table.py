@@ -1,4 +1,4 @@
-"""A profile's table: which row an operation belongs to, whose time each instant is, and floors beside the times."""
+"""A profile's table: the row of each operation, the row of each instant, and the floors beside the times."""
 
 import importlib
 import pkgutil
@@ -32,9 +32,9 @@ from train.profile import (
     row_of,
 )
 
-# Names, as profilers show them on several GPUs and on a CPU
+# Names that profilers show on several GPUs and on a CPU
 
-NAMES = {  # one of each kind that a row knows
+NAMES = {  # one of each kind in a row
     "matmuls": [
         "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT",
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment_k_off_kernel__5x_cublas",
@@ -131,7 +131,7 @@ def event(name: str, ts: float, dur: float, cat: str = "kernel", tid: int = 7) -
 
 
 def trace(*events: dict) -> dict:
-    """From 100 to 200 counts, on thread 1."""
+    """A trace whose window is 100 to 200, on thread 1."""
     window = event(WINDOW, 100, 100, cat="user_annotation", tid=1)
     return {"traceEvents": [{"ph": "M", "name": "process_name"}, window, *events]}
 
@@ -143,7 +143,7 @@ def test_kernels_copies_and_memsets_one_after_another() -> None:
             event("Memset (Device)", 140, 5, cat="gpu_memset"),
             event("Memcpy DtoD (Device -> Device)", 145, 5, cat="gpu_memcpy"),
             event("nvjet_tst_256x128_64x4", 160, 10),
-            # none of the device's own time
+            # these take no time of the device
             event("aten::mm", 100, 90, cat="cpu_op", tid=1),
             event("cudaLaunchKernel", 105, 3, cat="cuda_runtime", tid=1),
             event(WINDOW, 110, 60, cat="gpu_user_annotation"),
@@ -166,11 +166,11 @@ def test_on_a_cpu_each_operation_has_its_own_time() -> None:
     timeline = read(
         trace(
             event("aten::native_layer_norm", 110, 50, cat="cpu_op", tid=1),
-            event("aten::empty", 120, 10, cat="cpu_op", tid=1),  # a part of it
-            event("aten::mm", 140, 10, cat="cpu_op", tid=1),  # says itself what it is
+            event("aten::empty", 120, 10, cat="cpu_op", tid=1),  # inside native_layer_norm: counts with it
+            event("aten::mm", 140, 10, cat="cpu_op", tid=1),  # inside too, but has its own row
             event("aten::zeros", 170, 10, cat="cpu_op", tid=1),
             event("some::op", 172, 2, cat="cpu_op", tid=1),
-            event("aten::mm", 100, 100, cat="cpu_op", tid=2),  # another thread's
+            event("aten::mm", 100, 100, cat="cpu_op", tid=2),  # on another thread
         ),
         cuda=False,
     )
@@ -192,7 +192,7 @@ SPANS = st.lists(
 
 @given(SPANS)
 def test_every_instant_is_somebodys(drawn: list[tuple[str, int, int]]) -> None:
-    """Against the rule, asked at every instant."""
+    """Compared with the rule, applied at every instant."""
     spans = [Span(f"{row} {i}", row, min(ends), max(ends)) for i, (row, *ends) in enumerate(drawn)]
     timeline = attribute(spans, 5, 35)
     assert sum(timeline.rows.values()) == timeline.wall == 30
@@ -204,7 +204,7 @@ def test_every_instant_is_somebodys(drawn: list[tuple[str, int, int]]) -> None:
 
 
 def _owner(running: list[Span]) -> str:
-    """The one that began last; of several the one that ends first, or stands last. All are cut off at 5 and at 35."""
+    """The row of the span that began last. On a tie, the first to end, then the last in order. Cut to 5 ... 35."""
     if not running:
         return IDLE
     computing = [span for span in running if span.row != "communication"] or running
@@ -234,7 +234,7 @@ def seconds(*parts: str) -> float:
 
 
 def timeline(*rows: str, idle: float = 0) -> Timeline:
-    """Ten milliseconds of each row, in one operation."""
+    """A timeline with one operation of ten milliseconds in each row."""
     times = Counter(dict.fromkeys(rows, 10_000.0)) + Counter({IDLE: idle})
     return Timeline(times.total(), times, Counter({(row, f"{row}'s"): 10_000.0 for row in rows}))
 
@@ -261,7 +261,7 @@ def test_no_floor_is_lost_where_a_row_was_not_seen(seen: tuple[str, ...], elsewh
 
 
 def test_gelu_in_the_epilogue_of_its_matmul() -> None:
-    """The kernel's floor is its product's, or that of the bytes of both; the other two products stay with the rest."""
+    """The fused kernel's floor is that of its matmul, or of the bytes of both. The other two matmuls keep their row."""
     seen = [row for row in EVERY_ROW if not row.startswith("GELU")]
     floors = {row.name: row.floor for row in breakdown(timeline(*seen, GELU_FORWARD, GELU_BACKWARD), 1, FLOORS)}
     up, down = seconds("mlp up"), seconds("mlp down")

@@ -1,4 +1,4 @@
-"""`--rehearse`: what a run would do on a GPU that is not there, said and judged."""
+"""`--rehearse`: what it prints and decides about a run on a GPU that is not there."""
 
 import os
 import re
@@ -19,7 +19,7 @@ SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=64", "--block_size=64", "--batch
 
 @pytest.fixture
 def rehearse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Runs `python -m train ARGV` in a folder with data/mine, which it must leave as it is; what it printed."""
+    """Runs `python -m train ARGV` in a folder with data/mine, which must not change. Returns what it printed."""
     monkeypatch.chdir(tmp_path)
     make_data(tmp_path / "data" / "mine")
 
@@ -120,7 +120,7 @@ def test_what_the_card_would_measure_is_said(rehearse) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("triton", [True, False])
 def test_kernels_are_compiled_without_spills_where_triton_is(tmp_path: Path, triton: bool) -> None:
-    """In a process of its own, without the interpreter."""
+    """In a separate process, without the interpreter."""
     make_data(tmp_path / "data" / "mine")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {['train', *SMALL, '--rehearse=h100']}; "

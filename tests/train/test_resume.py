@@ -1,4 +1,4 @@
-"""Resume is exact: a run in two pieces and the same run in one leave the same bits."""
+"""Resume is exact: a run in two pieces and the same run in one piece give the same bits."""
 
 import signal
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from tests.train.checkpoints import assert_same
 from tests.train.runs import CONSTANT, Stop, crash, iterations, last, logged, refusal, resume, run, send
 from train import errors
 
-N = 7  # no multiple of the intervals
+N = 7  # not a multiple of the intervals
 STATE = ("model", "optimizer", "iter_num", "best_val_loss")
 
 
@@ -21,7 +21,7 @@ def assert_same_end(a: Path, b: Path, keys: tuple[str, ...] = STATE) -> None:
 
 @pytest.mark.parametrize(("dtype", "log_interval"), [("float32", 3), ("bfloat16", 1)])
 def test_two_halves_are_the_whole(tmp_path, dtype, log_interval):
-    """With the dropout and the accumulation of KILLED_JOB, and evaluations at other iterations in every run."""
+    """With the dropout and accumulation of KILLED_JOB. Every run evaluates at other iterations."""
     settings = dict(dtype=dtype, log_interval=log_interval)
     run(tmp_path / "whole", max_iters=2 * N, eval_interval=5, **settings)
     run(tmp_path / "halves", max_iters=N, eval_interval=3, eval_iters=1, **settings)
@@ -47,7 +47,7 @@ def test_nanogpts_run_goes_on_with_its_settings_but_on_this_machine(tmp_path):
 
 
 def test_the_loss_scale_is_resumed(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.plan.resolve_dtype", lambda name, device: torch.float16)  # which a CPU can, slowly
+    monkeypatch.setattr("train.plan.resolve_dtype", lambda name, device: torch.float16)  # slow, but a CPU can do it
     run(tmp_path / "whole", max_iters=4, eval_interval=4)
     run(tmp_path / "halves", max_iters=2)
     resume(tmp_path / "halves", max_iters=4)
@@ -58,7 +58,7 @@ def test_the_loss_scale_is_resumed(tmp_path, monkeypatch):
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Inductor adds up an embedding's gradient with atomics, in whatever order its threads come."""
+    """Inductor sums an embedding's gradient with atomics, so several threads give no fixed order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -80,7 +80,7 @@ def test_two_halves_are_the_whole_when_compiled(tmp_path):
 def test_a_signal_finishes_the_step_saves_and_loses_nothing(tmp_path, capsys, number, always):
     settings = dict(max_iters=100, eval_interval=2, always_save_checkpoint=always, learning_rate=0.1, warmup_iters=2)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    # Both end by a signal, which saves the very end, the best or not.
+    # Both end by a signal. It saves the last state, even if it is not the best.
     assert run(tmp_path / "whole", at={2 * N - 1: send(number)}, **settings) == 128 + number
     assert run(tmp_path / "halves", at={N - 1: send(number)}, **settings) == 128 + number
     assert last(tmp_path / "halves")["iter_num"] == N
@@ -102,7 +102,7 @@ def test_the_best_loss_decides_over_a_resume_what_is_saved(tmp_path):
     run(tmp_path / "out", max_iters=4, learning_rate=0.01, **settings)
     best = last(tmp_path / "out")
     assert best["iter_num"] == 4
-    # It diverges slowly from here on: nothing is better than what the first run had.
+    # From here the run slowly diverges: no loss is better than in the first run.
     resume(tmp_path / "out", max_iters=8, learning_rate=0.5, decay_lr=False)
     assert all(
         record["val_loss"] > best["best_val_loss"] for n, record in logged(tmp_path / "out", "eval").items() if n > 4
@@ -113,7 +113,7 @@ def test_the_best_loss_decides_over_a_resume_what_is_saved(tmp_path):
 def test_patience_is_counted_over_a_signal(tmp_path):
     settings = dict(CONSTANT, eval_interval=2, patience=3, max_iters=100)
     run(tmp_path / "out", at={4: send(signal.SIGTERM)}, **settings)
-    assert last(tmp_path / "out")["nanofuse"]["stale_evals"] == 2  # 2 and 4
+    assert last(tmp_path / "out")["nanofuse"]["stale_evals"] == 2  # the evaluations at 2 and 4
     assert resume(tmp_path / "out") == 0
     assert iterations(tmp_path / "out", "eval") == [0, 2, 4, 6]
     assert iterations(tmp_path / "out", "iter") == [0, 1, 2, 3, 4, 5]
@@ -172,5 +172,5 @@ def test_a_shorter_block_size_crops_weights_and_moments(tmp_path):
     moments = [state["optimizer"]["state"][index]["exp_avg_sq"] for state in (before, after)]
     assert [m.shape for m in moments] == [(16, 32), (8, 32)]
     assert after["optimizer"]["state"][index]["step"] == 6
-    assert (moments[1] > 0.9 * moments[0][:8]).all()  # two steps with beta2 0.95 after what was there
+    assert (moments[1] > 0.9 * moments[0][:8]).all()  # two steps with beta2 0.95 after the loaded moments
     assert resume(tmp_path / "out", max_iters=8) == 0

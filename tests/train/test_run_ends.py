@@ -31,7 +31,7 @@ def test_max_minutes_evaluates_and_saves(tmp_path, capsys):
     assert iterations(tmp_path / "out", "eval") == [0, 1]
     assert last(tmp_path / "out")["iter_num"] == 1
     assert "max_minutes=1e-09 have passed" in capsys.readouterr().out
-    assert resume(tmp_path / "out", max_minutes=60.0, max_iters=3) == 0  # minutes are a run's, not the whole training's
+    assert resume(tmp_path / "out", max_minutes=60.0, max_iters=3) == 0  # max_minutes is for each run, not in total
     assert iterations(tmp_path / "out", "iter") == [0, 1, 2]
 
 
@@ -51,7 +51,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
 
 @pytest.mark.parametrize(("end", "log_interval"), [("logged", 1), ("evaluated", 100), ("signal", 100)])
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, log_interval, end):
-    """However long nobody looked at the loss, the iteration named is the one that had it."""
+    """The message names the iteration of this loss, even if losses are read much later."""
     at = {4: poison} | ({5: send(signal.SIGTERM)} if end == "signal" else {})
     settings = dict(eval_interval=3, max_iters=5 if end == "evaluated" else 100, log_interval=log_interval)
     message = refusal(run, tmp_path / "out", at, status=1, **settings)

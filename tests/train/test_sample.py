@@ -1,4 +1,4 @@
-"""The command that samples: nanoGPT's output, whose checkpoints load too, and one line for each mistake."""
+"""The command that samples: it prints like nanoGPT, loads its checkpoints, and gives one line for each mistake."""
 
 import pickle
 from pathlib import Path
@@ -33,7 +33,7 @@ def write_checkpoint(out_dir: Path, model: GPT, **extra) -> None:
 
 
 def write_nanogpt(out_dir: Path, model: GPT, dataset: str) -> None:
-    """ckpt.pt as nanoGPT writes it: a compiled model's keys, a mask, a tensor as loss, nothing of ours."""
+    """ckpt.pt as in nanoGPT: a compiled model's keys, a mask, a tensor as loss, and none of our fields."""
     state = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
     state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(16, 16).tril()[None, None]
     checkpoint = {
@@ -50,7 +50,7 @@ def write_nanogpt(out_dir: Path, model: GPT, dataset: str) -> None:
 
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch) -> Path:
-    """The current directory, with a checkpoint in out/."""
+    """The current folder, with a checkpoint in out/."""
     monkeypatch.chdir(tmp_path)
     write_checkpoint(Path("out"), make_model(), gelu="tanh", tokenizer=TOKENIZER.meta())
     return tmp_path
@@ -66,10 +66,10 @@ def samples(capsys, *argv: str) -> list[str]:
 
 def test_output(run_dir, capsys):
     found = samples(capsys, "--start=to be ")
-    assert [len(text) for text in found] == [6 + 20] * 2  # ids from 28 on, padding, would not decode
+    assert [len(text) for text in found] == [6 + 20] * 2  # ids from 28 on are padding and would not decode
     assert all(text.startswith("to be ") for text in found)
     assert found[0] != found[1]
-    assert load_model(SampleConfig(), torch.float32)[0].config.gelu == "tanh"  # the checkpoint's
+    assert load_model(SampleConfig(), torch.float32)[0].config.gelu == "tanh"  # from the checkpoint
     assert samples(capsys, "--start=to be ") == found
     assert samples(capsys, "--start=to be ", "--seed=1") != found
 
@@ -104,7 +104,7 @@ def test_nanogpts_checkpoint(tmp_path, monkeypatch, capsys):
 
 
 class Parrot(torch.nn.Module):
-    """Stands in for a GPT: whatever the prompt, it says `script`, one byte a token."""
+    """Replaces a GPT. It answers any prompt with `script`, one byte per token."""
 
     def __init__(self, script: bytes) -> None:
         super().__init__()

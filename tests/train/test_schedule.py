@@ -1,4 +1,4 @@
-"""The schedule against nanoGPT's, as its train.py defines it, and at its corners."""
+"""The schedule, compared with that of nanoGPT's train.py, and at its corners."""
 
 import math
 
@@ -15,7 +15,7 @@ def config(warmup: int, decay: int, high: float = 1e-3, low: float = 1e-4, **cha
 
 
 def expected(n: int, warmup: int, decay: int, high: float, low: float) -> float:
-    """A ramp of warmup + 1 equal stairs up to `high`, then down by the half-angle form of the cosine."""
+    """Up to `high` in warmup + 1 equal steps, then down by the half-angle form of the cosine."""
     if n < warmup:
         return high - high * (warmup - n) / (warmup + 1)
     if n > decay or warmup == decay:

@@ -1,4 +1,4 @@
-"""The command line: every spelling of a setting, argv order, refusals, help."""
+"""The command line: every spelling of a setting, the order of arguments, refusals, help."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ FIELDS = settings_of(TrainConfig)
 
 
 def refused(argv: list[str]) -> str:
-    """The one line that `argv` is refused with."""
+    """The error line for `argv`."""
     with pytest.raises(UserError) as caught:
         compose(parse(argv), {})
     assert "\n" not in str(caught.value)
@@ -27,7 +27,7 @@ def refused(argv: list[str]) -> str:
 
 
 def values(field: dataclasses.Field) -> st.SearchStrategy:
-    """Values of a setting's type that a command line can carry."""
+    """Values of a setting's type that a command line can hold."""
     if field.metadata["choices"]:
         return st.sampled_from(field.metadata["choices"])
     kinds = {
@@ -41,7 +41,7 @@ def values(field: dataclasses.Field) -> st.SearchStrategy:
 
 @st.composite
 def spelled(draw) -> tuple[dict, list[str]]:
-    """Settings and one way to write them on a command line."""
+    """Settings, and one way to write them on a command line."""
     wanted = draw(st.fixed_dictionaries({}, optional={name: values(field) for name, field in FIELDS.items()}))
     argv = []
     for name in draw(st.permutations(sorted(wanted))):
@@ -55,7 +55,7 @@ def spelled(draw) -> tuple[dict, list[str]]:
             )
             continue
         if isinstance(value, str) and value[:1] in ("'", '"'):
-            text = repr(value)  # text that begins with a quote needs quotes around it
+            text = repr(value)  # text that begins with a quote must be quoted
         pair = (
             [f"--{key}={text}"]
             if text.startswith("--") or FIELDS[name].metadata["bare"]
@@ -195,7 +195,7 @@ def test_a_setting_may_stand_alone(argv, value, files):
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_lists_every_setting_and_preset_on_a_line_of_its_own(flag, capsys):
     with pytest.raises(SystemExit) as ended:
-        parse(["--batch_size=3", flag, "--no-such"])  # what follows is not read
+        parse(["--batch_size=3", flag, "--no-such"])  # the rest is not read
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     for name, field in FIELDS.items():
@@ -216,7 +216,7 @@ def test_help_lists_every_setting_and_preset_on_a_line_of_its_own(flag, capsys):
     ],
 )
 def test_help_and_refusals_come_before_torch_is_imported(argument, status, said, tmp_path):
-    """Importing torch takes seconds. Here a module of its name, found first, ends whoever imports it."""
+    """Importing torch takes seconds. Here another module named torch comes first, and its import ends the process."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""--shard: the same run with the state shared out, and checkpoints that load on any number of ranks."""
+"""--shard: the same run with a sharded state, and checkpoints that load on any number of ranks."""
 
 import json
 import shutil
@@ -11,12 +11,12 @@ import torch
 from tests.train.ranks import assert_same_losses, finish, records, start, train_alone, train_together
 from train import checkpoint
 
-pytestmark = pytest.mark.slow  # processes
+pytestmark = pytest.mark.slow  # starts processes
 SHARD = dict(shard=True, n_layer=2, bias=True)
 
 
 def assert_same_state(a: str, b: str) -> None:
-    """Weights and moments, as far as sums in another order let them be the same."""
+    """Weights and moments are equal, except for sums in another order."""
     one, two = (checkpoint.load(Path(name) / "ckpt.pt") for name in (a, b))
     assert list(one["model"]) == list(two["model"])
     for name, tensor in one["model"].items():
@@ -31,7 +31,7 @@ def assert_same_state(a: str, b: str) -> None:
 
 
 def test_two_and_four_ranks_train_as_one_and_go_on_as_any_number(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sharded over one process: nothing to share out. n_embd=34 rows are shared out unevenly by 4."""
+    """With one process nothing is sharded. n_embd=34: 4 ranks get unequal shares."""
     changes = SHARD | dict(dropout=0.2, n_embd=34)
     train_alone(monkeypatch, out_dir="one", **changes)
     assert "2 processes" in train_together(2, out_dir="two", **changes)
@@ -74,7 +74,7 @@ def test_compiled_in_bfloat16(here: Path, monkeypatch: pytest.MonkeyPatch, compi
 
 
 def test_each_rank_holds_its_share(here: Path) -> None:
-    """Half of all parameters, gradients and moments; one block whole at a time, in bfloat16."""
+    """Half of all parameters, gradients and moments, and one whole block at a time, in bfloat16."""
     script = """
         import json, os
         import torch

@@ -1,4 +1,4 @@
-"""One optimizer step: what it computes, by hand and by torch's own parts."""
+"""One optimizer step, compared with the same step by hand and with torch's parts."""
 
 import copy
 
@@ -26,7 +26,7 @@ def small_model(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> GPT
 
 
 def optimizer(model: nn.Module, learning_rate: float = 1.0, weight_decay: float = 0.1) -> FlatAdamW:
-    """Its own rate is not the step's: that has to come with the call."""
+    """Its own rate differs from the step's, which must come with the call."""
     return FlatAdamW(model, REFERENCE, learning_rate=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
 
 
@@ -53,7 +53,7 @@ def test_micro_steps_are_one_large_batch(grad_clip):
         torch.testing.assert_close(a.loss, b.loss, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-10, atol=1e-12)
     for name, value in models[0].state_dict().items():
-        # Some gradients, as the keys' biases', are 0 but for rounding, of which Adam makes full steps.
+        # The keys' biases have gradients of rounding errors only, and Adam turns these into full steps.
         if not name.endswith("c_attn.bias"):
             torch.testing.assert_close(value, models[1].state_dict()[name], rtol=1e-7, atol=1e-7)
 
@@ -75,13 +75,13 @@ def test_clipping_by_hand(grad_clip):
         assert result.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)  # before clipping
         assert norm > 0.05
     results = weights(ours), weights(theirs)
-    for result in results:  # the keys' biases have gradients of nothing but rounding; see above
+    for result in results:  # the keys' biases: see above
         result["transformer.h.0.attn.c_attn.bias"][16:32] = 0
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
 def test_the_clipped_gradient_is_the_one_used():
-    """Adam's first step hides the scale of a gradient; its moments do not."""
+    """Adam's first step does not depend on the scale of a gradient. Its moments do."""
     moments = []
     for grad_clip in (0.0, 0.05):
         model = small_model()
@@ -92,7 +92,7 @@ def test_the_clipped_gradient_is_the_one_used():
 
 
 def test_every_tensor_has_a_saved_step_count_of_its_own():
-    """torch's AdamW, which may load them, counts each one up in place."""
+    """torch's AdamW may load them. It increments each one in place."""
     adam = optimizer(small_model())
     steps = [entry["step"] for entry in adam.state_dict()["state"].values()]
     assert len({step.untyped_storage().data_ptr() for step in steps}) == len(steps) > 1
@@ -101,16 +101,16 @@ def test_every_tensor_has_a_saved_step_count_of_its_own():
 def test_dropout_is_a_function_of_the_seeds():
     def loss(seeds: tuple[int, ...], state: int) -> tuple[float, float]:
         model = small_model(dropout=0.5)
-        torch.manual_seed(state)  # what the generator was doing before is of no account
+        torch.manual_seed(state)  # the generator's state before must not matter
         result = TrainStep(model, optimizer(model), grad_clip=1.0)(make_batch(2, seeds=seeds), LR)
         return result.loss.item(), result.grad_norm.item()
 
     assert loss((1, 2), state=0) == loss((1, 2), state=99)
-    assert len({loss(seeds, 0) for seeds in [(1, 2), (3, 4), (1, 4), (3, 2)]}) == 4  # every micro-step has its own
+    assert len({loss(seeds, 0) for seeds in [(1, 2), (3, 4), (1, 4), (3, 2)]}) == 4  # every micro-step has its own seed
 
 
 class Ignoring(nn.Module):
-    """A loss of exactly zero gradient, so that an update is decay and nothing else."""
+    """A loss with a gradient of exactly zero, so that an update is only decay."""
 
     precision = Precision()
 
@@ -143,7 +143,7 @@ def test_float16_skips_the_update_that_overflowed_and_goes_on(grad_clip):
     before = weights(model)
     skipped = step(make_batch(2), LR)
     assert not skipped.grad_norm.isfinite()
-    assert skipped.loss.isfinite()  # reported unscaled
+    assert skipped.loss.isfinite()  # reported without the scale
     torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
     assert all(state["step"] == 0 and not state["exp_avg"].any() for state in adam.state.values())
     assert scaler.scale == 2.0**39
@@ -155,7 +155,7 @@ def test_float16_skips_the_update_that_overflowed_and_goes_on(grad_clip):
 
 
 def test_a_scale_changes_neither_loss_nor_norm_nor_update():
-    """With float32 and a power of two, not by a bit."""
+    """In float32, with a power of two, every bit is the same."""
     results, models = [], []
     for scaler in (None, LossScale(torch.device("cpu"), enabled=True, scale=2.0**12)):
         model = small_model()

@@ -1,4 +1,4 @@
-"""Text read in pieces, to ids and back; where GPT-2's ranks come from."""
+"""Text read in pieces, to ids and back, and where GPT-2's ranks come from."""
 
 import shutil
 
