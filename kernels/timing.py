@@ -19,9 +19,8 @@ from typing import Any, Protocol
 
 import torch
 
-from kernels.capture import capture_graph
+from kernels.capture import capture_graphs
 
-WARM_UP = 3  # calls before a capture: kernels compile, libraries choose and allocate
 MOST = 200  # rounds of samples
 FLUSHES = 64  # of the caches before a sample, at most: about 13 ms of an H100
 
@@ -128,28 +127,17 @@ class Gpu:
         captures but by these graphs, so it is still there.
         """
         gc.collect()  # a node of autograd that a dropped cycle holds remembers its stream, and breaks a capture
-        with torch.cuda.device(self._device):
-            self._side.wait_stream(torch.cuda.current_stream())
+        given: list[Any] = []
+        runs = [lambda: given.append(work.prepare()), lambda: work.work(given.pop())]
+        with torch.cuda.device(self._device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # of a preparation that launches nothing
             try:
-                # entered here too, because a capture that fails leaves its stream the current one; warm-ups as well, so
-                # that no node of autograd remembers another stream
-                with torch.cuda.stream(self._side):
-                    for _ in range(WARM_UP):
-                        work()
-                    given: list[Any] = []
-                    prepare = self._graph(lambda: given.append(work.prepare()))
-                    replay = self._graph(lambda: work.work(given.pop()))
+                prepare, replay = capture_graphs([work], runs, self._side, self._pool)
             except Exception:
-                self._graph(lambda: None)  # a capture that failed leaves torch's generator in it, until one ends well
+                # a capture that failed leaves torch's generator in it, until one ends well
+                capture_graphs([], [lambda: None], self._side, self._pool)
                 raise
-            finally:
-                torch.cuda.current_stream().wait_stream(self._side)
         return Staged(prepare, lambda nothing: replay())
-
-    def _graph(self, run: Callable[[], object]) -> Callable[[], None]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a preparation that launches nothing makes an empty graph
-            return capture_graph(run, self._side, self._pool)
 
 
 class CudaMeter:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bench.timing import Clock
-from kernels.timing import WARM_UP, CudaMeter, Staged, by_turns, milliseconds
+from kernels.capture import WARM_UP
+from kernels.timing import CudaMeter, Staged, by_turns, milliseconds
 
 CPU = torch.device("cpu")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kernels import FUSED, REFERENCE, Ops, select
+from kernels.capture import WARM_UP
 from kernels.fused.mlp import ways
 from model import GPT, GPTConfig, Precision
 from model.attention import SDPA
@@ -23,7 +24,7 @@ from train.data import Batch
 from train.distributed import World
 from train.dryrun import Job, dry_run
 from train.errors import UserError
-from train.graph import WARM_UP, GraphedStep
+from train.graph import GraphedStep
 from train.optim import FlatAdamW
 from train.profile import OTHER, read
 from train.step import Evaluation, TrainStep

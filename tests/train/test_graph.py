@@ -11,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels import FUSED, REFERENCE, Ops
+from kernels.capture import WARM_UP
 from kernels.launch import INTERPRETED
 from model import GPT, GPTConfig, Precision
 from tests.train.tape import storage, tape
 from train.data import Batch
 from train.errors import UserError
-from train.graph import WARM_UP, GraphedStep, Task, Work, cuda_graphs
+from train.graph import GraphedStep, Task, Work, cuda_graphs
 from train.optim import FlatAdamW, LossScale
 from train.step import Evaluation, TrainStep
 
