@@ -1,10 +1,10 @@
-"""Work recorded in CUDA graphs: what it takes, and to say why it could not be recorded."""
+"""Work captured in CUDA graphs: what a capture needs, and why one fails."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 
-WARM_UP = 3  # calls before a capture: kernels compile, libraries choose and allocate
+WARM_UP = 3  # calls before a capture, in which kernels compile and libraries allocate memory
 
 
 def capture_graphs(
@@ -13,23 +13,22 @@ def capture_graphs(
     stream: torch.cuda.Stream,
     pool: tuple[int, int],
 ) -> list[Callable[[], None]]:
-    """Record what each of `runs` launches in a graph, its memory out of `pool`; returns the graphs' replays.
+    """Capture what each of `runs` launches in a graph, its memory out of `pool`. Returns the graphs' replays.
 
-    Every warm-up is called WARM_UP times before the first capture: a capture takes memory for good, and a warm-up after
-    it would need its own beside that. Warm-ups and captures share `stream`, a side stream. So cuBLAS allocates its
-    workspace for that stream before the captures and outside the pool, and no node of autograd remembers another
-    stream. Raises what warm-ups and runs raise.
+    Every warm-up is called WARM_UP times, before the first capture: a capture keeps its memory, and a later warm-up
+    would need more memory beside it. Warm-ups and captures share `stream`, a side stream. So cuBLAS allocates its
+    workspace for that stream before the captures and outside the pool, and no autograd node remembers another stream.
+    Raises what warm-ups and runs raise.
     """
     stream.wait_stream(torch.cuda.current_stream())
-    try:
-        # entered here too, because a capture that fails leaves its stream the current one
-        with torch.cuda.stream(stream):
-            for warm_up in warm_ups:
-                for _ in range(WARM_UP):
-                    warm_up()
-            return [_captured(run, stream, pool) for run in runs]
-    finally:
-        torch.cuda.current_stream().wait_stream(stream)
+    # entered here too, because a capture that fails does not restore the current stream
+    with torch.cuda.stream(stream):
+        for warm_up in warm_ups:
+            for _ in range(WARM_UP):
+                warm_up()
+        replays = [_captured(run, stream, pool) for run in runs]
+    torch.cuda.current_stream().wait_stream(stream)
+    return replays
 
 
 def _captured(run: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[int, int]) -> Callable[[], None]:

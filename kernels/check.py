@@ -44,7 +44,7 @@ def fault(
 ) -> str:
     """What is wrong with `fused`'s results and gradients, in one line; empty where nothing is. `disagreement` judges.
 
-    `fused` goes first, on new values, so that memory holds no right answer where it stores none.
+    `fused` runs before the reference, on new values. So if it misses a store, memory holds no right answer by chance.
     """
     got, plain = (outputs_and_gradients(function, inputs) for function in (fused, reference))
     return disagreement(got, plain, outputs_and_gradients(reference, in_float64(inputs)), summands=summands)

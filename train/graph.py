@@ -18,13 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.capture import capture_graph
+from kernels.capture import capture_graphs
 from train.data import Batch
 from train.errors import UserError, first_line
 from train.step import Evaluation, StepResult, TrainStep
 
 Work = Callable[[], None]
-WARM_UP = 3  # runs before a capture, in which kernels compile and libraries allocate memory
 
 
 class Task(NamedTuple):
@@ -33,29 +32,19 @@ class Task(NamedTuple):
     run: Work
     prepare: Work = lambda: None  # called before every run, outside the graph
 
+    def warm_up(self) -> None:
+        self.prepare()
+        self.run()
+
 
 # Captures tasks. It may run them too, but only before the first capture. Returns a replay for each.
 Capture = Callable[[list[Task]], list[Work]]
 
 
 def cuda_graphs(tasks: list[Task]) -> list[Work]:
-    """Capture each task in a graph, after warm-ups. Returns the graphs' replays.
-
-    All warm-ups come first: a capture keeps its memory, and a later warm-up would need more memory beside it. Warm-ups
-    and captures share one side stream. So cuBLAS allocates its workspace for that stream before the captures and
-    outside the pool, and no autograd node remembers another stream.
-    """
+    """Capture each task in a graph, after the warm-ups of all. Returns the graphs' replays."""
     side, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-    side.wait_stream(torch.cuda.current_stream())
-    # entered here too, because a capture that fails does not restore the current stream
-    with torch.cuda.stream(side):
-        for task in tasks:
-            for _ in range(WARM_UP):
-                task.prepare()
-                task.run()
-        replays = [capture_graph(task.run, side, pool) for task in tasks]
-    torch.cuda.current_stream().wait_stream(side)
-    return replays
+    return capture_graphs([task.warm_up for task in tasks], [task.run for task in tasks], side, pool)
 
 
 class Inputs:
