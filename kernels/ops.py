@@ -25,12 +25,13 @@ class Ops:
     adamw: Callable[..., tuple[Tensor, Tensor]]
 
 
-REFERENCE = Ops(
-    name="reference",
-    embedding=reference.embedding,
-    layer_norm=reference.layer_norm,
-    add_layer_norm=reference.add_layer_norm,
-    mlp=reference.mlp,
-    linear_cross_entropy=reference.linear_cross_entropy,
-    adamw=reference.adamw,
-)
+# each operation, and the file in kernels/fused/ that holds its Triton kernels
+FILES = {
+    "embedding": "embedding",
+    "layer_norm": "layer_norm",
+    "add_layer_norm": "layer_norm",
+    "mlp": "mlp",
+    "linear_cross_entropy": "cross_entropy",
+    "adamw": "adamw",
+}
+REFERENCE = Ops("reference", **{operation: getattr(reference, operation) for operation in FILES})
