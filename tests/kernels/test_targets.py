@@ -28,7 +28,7 @@ CODE = """
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_every_kernel_keeps_its_budget_on_every_target(tmp_path: Path) -> None:
     """Without the interpreter that the tests run kernels in."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
