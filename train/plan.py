@@ -1,7 +1,7 @@
 """All decisions of a run, made and checked from its settings, its data and its shapes.
 
-Nothing is built here, and nothing is written. A run (`__main__.py`) and a rehearsal (`rehearse.py`) share these
-checks. Only the run has its device.
+Nothing is built here. All that is written is the corpus `docs`, if it is missing, and measured times (`choices.py`). A
+run (`__main__.py`) and a rehearsal (`rehearse.py`) share these checks. Only the run has its device.
 """
 
 import dataclasses
