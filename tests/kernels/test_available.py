@@ -59,6 +59,13 @@ def test_the_first_line_of_any_failure_is_the_reason(device: torch.device) -> No
     assert why_no_launch(device, Kernel(lambda p_x: None)) == "a kernel of Triton's that stores 1.0 stored 0.0"
 
 
+def test_what_the_trial_says_is_missing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("kernels.launch.why_no_launch", lambda device: "no compiler")
+    assert missing(device) == "no compiler"
+    assert select("auto", CUDA).name == "reference"
+
+
 @pytest.mark.slow
 def test_a_real_launch_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:
     """On a GPU machine Triton's own launcher, without a compiler; elsewhere its driver is missing."""

@@ -1,6 +1,7 @@
 """The loop: what it logs, evaluates, saves and times."""
 
 import dataclasses
+import functools
 import re
 import signal
 import types
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import train.__main__ as command
 from kernels import REFERENCE
 from model import GPT, GPTConfig
 from model.pretrained import from_checkpoint
@@ -20,7 +22,7 @@ from tests.train.test_metrics import Clock
 from train.config import TrainConfig
 from train.data import Dataset, Loader
 from train.distributed import World
-from train.graph import GraphedStep
+from train.graph import GraphedEvaluation, GraphedStep
 from train.log import RunLog
 from train.loop import Loop
 from train.metrics import StepTimer
@@ -224,3 +226,23 @@ def test_a_signal_in_an_evaluation_lets_it_finish_and_saves_after_the_next_step(
     assert parts.run(Interrupted(3.0)) == signal.SIGTERM
     assert parts.loop.losses.val == 3.0
     assert [progress.iter_num for progress in parts.saved] == [1]
+
+
+def test_a_run_captures_its_step_and_its_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tape in the place of CUDA's graphs."""
+    used = {}
+
+    class Watched(Loop):
+        def __init__(self, *args, **parts) -> None:
+            used.update(parts)
+            super().__init__(*args, **parts)
+
+    monkeypatch.setattr(command, "Loop", Watched)
+    run(tmp_path / "eager")
+    monkeypatch.setattr(command, "choose_graphs", lambda *args, **options: (True, ""))
+    monkeypatch.setattr(command, "GraphedStep", functools.partial(GraphedStep, capture=tape))
+    run(tmp_path / "captured")
+    assert isinstance(used["step"], GraphedStep)
+    assert isinstance(used["evaluation"], GraphedEvaluation)
+    for kind in ("iter", "eval"):
+        assert logged(tmp_path / "captured", kind) == logged(tmp_path / "eager", kind)
