@@ -115,7 +115,7 @@ class Shape(Strict):
         return GPTConfig(**sizes, bias=bool(self.bias))
 
     def __post_init__(self) -> None:
-        assert self.config
+        _ = self.config  # ValueError for a shape that cannot be built
 
 
 class Step(Strict):

@@ -33,7 +33,7 @@ from typing import Any
 from kernels.available import missing, select
 from kernels.ops import REFERENCE, Ops
 
-# Where that is which needs Triton: imported when it is asked for
+# These need Triton. Each is imported from its file at its first use.
 _TRITON = {
     "FUSED": "kernels.fused",
     "layer_norm": "kernels.fused.layer_norm",
