@@ -164,7 +164,7 @@ def traffic(job: Job) -> Traffic:
     with torch.device("meta"):
         compute = torch.float32 if job.compute == FLOAT32 else torch.bfloat16
         model = GPT(job.config, precision=Precision(compute))
-    pieces = [FLOAT32 * count for count in Reducer(World(), FlatState(model, in_float32=True)).sizes]
+    pieces = [FLOAT32 * count for count in Reducer(World(), FlatState(model, several=True)).sizes]
     block = sum(p.numel() for p in model.transformer.h[0].parameters())
     return pieces, block, num_params(job.config, non_embedding=False) - job.config.n_layer * block
 

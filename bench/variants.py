@@ -147,7 +147,7 @@ def ours(
             learning_rate=setting.learning_rate,
             betas=setting.betas,
             weight_decay=setting.weight_decay,
-            in_float32=workload.accumulation > 1,
+            several=workload.accumulation > 1,
         )
         module = only_compiled(model, compile_module) if compile else model
         step = TrainStep(module, optimizer, grad_clip=setting.grad_clip)

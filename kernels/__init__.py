@@ -32,6 +32,7 @@ from typing import Any
 
 from kernels.available import missing, select
 from kernels.ops import REFERENCE, Ops
+from kernels.reference import Grads
 
 # These need Triton. Each is imported from its file at its first use.
 _TRITON = {
@@ -43,7 +44,7 @@ _TRITON = {
     "linear_cross_entropy": "kernels.fused.cross_entropy",
 }
 
-__all__ = ["REFERENCE", "Ops", "missing", "select", *_TRITON]
+__all__ = ["REFERENCE", "Grads", "Ops", "missing", "select", *_TRITON]
 
 
 def __getattr__(name: str) -> Any:

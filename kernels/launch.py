@@ -43,11 +43,12 @@ def _cuda_device(index: int | None) -> Device:
     return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-def device_of(x: Tensor) -> Device:
+def device_of(x: Tensor | torch.device) -> Device:
     """The device that a launch on x runs on."""
     if (record := _RECORD.get()) is not None:
         return record.device
-    return INTERPRETER if INTERPRETED else _cuda_device(x.device.index)
+    device = x if isinstance(x, torch.device) else x.device
+    return INTERPRETER if INTERPRETED else _cuda_device(device.index)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ A model's parameters and state_dict are the same whichever bundle it holds, so a
 another, and a parity test is two constructors. `REFERENCE` is here, `FUSED` in `kernels/fused`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kernels import reference
@@ -20,9 +21,16 @@ class Ops:
     embedding: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    linear: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor | None]]
     adamw: Callable[..., tuple[Tensor, Tensor]]
+    # (n, device) -> seeds for n calls of operations with dropout, from one draw
+    seeds: Callable[[int, torch.device], Sequence[Tensor | None]]
+    # How the gradients of LayerNorms' weights, whose partial sums operations put in place, are finished; see
+    # `kernels/fused/layer_norm.py`. None: the operations put no gradients in place, they are all autograd's.
+    partial_rows: Callable[[int, torch.device], int] | None = None
+    sum_partials: Callable[..., None] | None = None
 
 
 # each operation, and the file in kernels/fused/ that holds its Triton kernels
@@ -30,8 +38,13 @@ FILES = {
     "embedding": "embedding",
     "layer_norm": "layer_norm",
     "add_layer_norm": "layer_norm",
+    "linear": "linear",
     "mlp": "mlp",
     "linear_cross_entropy": "cross_entropy",
     "adamw": "adamw",
 }
-REFERENCE = Ops("reference", **{operation: getattr(reference, operation) for operation in FILES})
+REFERENCE = Ops(
+    "reference",
+    **{operation: getattr(reference, operation) for operation in FILES},
+    seeds=lambda n, device: (None,) * n,
+)

@@ -4,7 +4,13 @@ Shapes: B sequences of T tokens, C channels, V vocabulary entries; `M` is any nu
 computed in float32 whatever the inputs' dtype (float64 stays, as a test's yardstick). `p` is a dropout probability; 0
 outside training. Weights come cast to the dtype of the activations they multiply: the caller casts, so that fused ops
 need no autocast rule.
+
+Some arguments matter to a fused implementation only, and are ignored here. `seed`: what its dropout masks are drawn
+from; torch draws its own. `grads`: where it puts the gradients of weights; here they are autograd's. `dloss`: the
+gradient of the loss, known in advance; autograd brings it.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +19,18 @@ from torch.optim.adamw import adamw as torch_adamw
 
 LAYER_NORM_EPS = 1e-5  # GPT-2's; nanoGPT's too
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
+
+
+class Grads(NamedTuple):
+    """Where an operation's backward pass puts the gradients of a layer's weights, instead of giving them to autograd.
+
+    Each has the shape that the operation asks for, and shares memory with no other tensor that autograd saves: views
+    of one buffer are `.data`, whose version counters are their own.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    accumulate: bool  # add to what is there; else it is overwritten
 
 
 def widened(x: Tensor) -> Tensor:
@@ -29,16 +47,27 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return torch.native_dropout(x, p, True)[0] if p > 0 else x
 
 
-def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, p: float = 0.0) -> Tensor:
+def embedding(
+    idx: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    dtype: torch.dtype,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    grads: tuple[Grads, Grads] | None = None,
+) -> Tensor:
     """Token plus position embedding, then dropout: the start of the residual stream.
 
-    idx (B, T) int64, wte (V, C), wpe (T, C), the rows of idx's positions. Returns (B, T, C) in `dtype`.
+    idx (B, T) int64, wte (V, C), wpe (T, C), the rows of idx's positions. Returns (B, T, C) in `dtype`. grads: those of
+    wte and of wpe.
     """
     x = widened(F.embedding(idx, wte)) + widened(wpe)
     return dropout(x.to(dtype), p)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, grads: Grads | None = None
+) -> Tensor:
     """LayerNorm over the last dimension: (x - mean) * rstd * weight + bias (Ba et al. 2016, arXiv:1607.06450).
 
     x (..., C), weight and bias (C,) of any float dtype. Returns y (..., C) in `dtype`; statistics in float32.
@@ -48,7 +77,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, p: float = 0.0
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    grads: Grads | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The residual connection and the LayerNorm after it: residual' = residual + dropout(x), y = LayerNorm(residual').
 
@@ -64,6 +100,11 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     return F.gelu(x, approximate="none" if approximate == "erf" else approximate)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, grads: Grads | None = None) -> Tensor:
+    """x @ weight.T + bias: x (..., K), weight (N, K), bias (N,) or None, of one dtype. Returns (..., N)."""
+    return F.linear(x, weight, bias)
+
+
 def mlp(
     x: Tensor,
     fc_weight: Tensor,
@@ -71,6 +112,8 @@ def mlp(
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     approximate: str,
+    fc_grads: Grads | None = None,
+    proj_grads: Grads | None = None,
 ) -> Tensor:
     """A transformer block's feed-forward half: GELU(x @ fc_weight.T + fc_bias) @ proj_weight.T + proj_bias.
 
@@ -88,7 +131,14 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, *, chunk_rows: int = 0
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -1,
+    *,
+    chunk_rows: int = 0,
+    dloss: Tensor | None = None,
+    grads: Grads | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The head and the loss: cross_entropy(x @ weight.T, targets).
 

@@ -19,19 +19,21 @@ Matmuls and attention run in its `compute` dtype, and LayerNorm writes its outpu
 
 With float32 nothing is cast, and there are no copies.
 
+Gradients. They are autograd's, unless the optimizer says where they belong (`put_gradients`). Then the fused operations
+write them there, or add to what is there, and autograd never sees them.
+
 Memory. `recompute` chooses what is kept for the backward pass and what is computed again: `model/recompute.py`.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import REFERENCE, Ops
+from kernels import REFERENCE, Grads, Ops
 from model.attention import KVCache, causal_attention
 from model.config import GPTConfig
 from model.generate import generate
@@ -47,10 +49,12 @@ class Precision:
 
 
 class Weights(nn.Module):
-    """A layer with a weight, perhaps a bias, and perhaps the optimizer's copies of them (`GPT.read_copies`)."""
+    """A layer with a weight, perhaps a bias, and perhaps the optimizer's copies of them (`GPT.read_copies`) and the
+    places of their gradients (`GPT.put_gradients`)."""
 
     weight_copy: Tensor | None = None
     bias_copy: Tensor | None = None
+    grads: Grads | None = None
 
     def weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) to compute with: the copies, or else the parameters, cast to `dtype`."""
@@ -63,9 +67,13 @@ class Weights(nn.Module):
 
 
 class Linear(Weights, nn.Linear):
+    def __init__(self, n_in: int, n_out: int, bias: bool, ops: Ops) -> None:
+        super().__init__(n_in, n_out, bias=bias)
+        self.ops = ops
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), computed in x's dtype."""
-        return F.linear(x, *self.weights(x.dtype))
+        return self.ops.linear(x, *self.weights(x.dtype), self.grads)
 
 
 class Embedding(Weights, nn.Embedding):
@@ -81,19 +89,20 @@ class LayerNorm(Weights):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
         self.ops, self.dropout, self.dtype = ops, config.dropout, dtype
 
-    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x, branch (B, T, C) -> (x + dropout(branch), its LayerNorm in `dtype`); branch None adds nothing."""
+    def forward(self, x: Tensor, branch: Tensor | None, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, branch (B, T, C) -> (x + dropout(branch), its LayerNorm in `dtype`); branch None adds nothing. seed: of
+        the dropout, from `ops.seeds`."""
         if branch is None:
-            return x, self.ops.layer_norm(x, *self.weights(), self.dtype)
+            return x, self.ops.layer_norm(x, *self.weights(), self.dtype, self.grads)
         p = self.dropout if self.training else 0.0
-        return self.ops.add_layer_norm(branch, x, *self.weights(), self.dtype, p)
+        return self.ops.add_layer_norm(branch, x, *self.weights(), self.dtype, p, seed, self.grads)
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int, backend: str) -> None:
+    def __init__(self, config: GPTConfig, ops: Ops, layer: int, backend: str) -> None:
         super().__init__()
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias, ops)
+        self.c_proj = Linear(config.n_embd, config.n_embd, config.bias, ops)
         self.n_head, self.dropout, self.layer, self.backend = config.n_head, config.dropout, layer, backend
 
     def forward(self, h: Tensor, cache: KVCache | None) -> Tensor:
@@ -104,12 +113,13 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig, ops: Ops) -> None:
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config.bias, ops)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, config.bias, ops)
         self.ops, self.gelu = ops, config.gelu
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.ops.mlp(h, *self.c_fc.weights(h.dtype), *self.c_proj.weights(h.dtype), self.gelu)
+        weights = *self.c_fc.weights(h.dtype), *self.c_proj.weights(h.dtype)
+        return self.ops.mlp(h, *weights, self.gelu, self.c_fc.grads, self.c_proj.grads)
 
 
 class Block(nn.Module):
@@ -118,15 +128,17 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config, ops, dtype)
-        self.attn = CausalSelfAttention(config, layer, attention)
+        self.attn = CausalSelfAttention(config, ops, layer, attention)
         self.ln_2 = LayerNorm(config, ops, dtype)
         self.mlp = MLP(config, ops)
         self.recompute = recompute
 
-    def forward(self, x: Tensor, branch: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, branch: Tensor | None, cache: KVCache | None, seeds: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
         def compute(x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-            x, h = self.ln_1(x, branch)
-            x, h = self.ln_2(x, self.attn(h, cache))
+            x, h = self.ln_1(x, branch, seeds[0])
+            x, h = self.ln_2(x, self.attn(h, cache), seeds[1])
             return x, recompute_mlp(self.mlp, h) if self.recompute == "mlp" else self.mlp(h)
 
         return recompute_block(compute, x, branch) if self.recompute == "block" else compute(x, branch)
@@ -162,7 +174,7 @@ class GPT(nn.Module):
                 "ln_f": LayerNorm(config, ops, compute),
             }
         )
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, False, ops)
         self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():
@@ -177,13 +189,19 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        dloss: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(logits, loss) of idx (B, T) int64.
 
         With targets (B, T) int64, -1 for positions that do not count: logits (B, T, V), or None if the loss is fused
         with the head; and the mean loss, a float32 scalar. Without targets: the logits of the last position, (B, 1, V),
-        and None. With a cache, idx continues the tokens in it. ValueError if there are more than block_size tokens.
+        and None. With a cache, idx continues the tokens in it. dloss: () float32, the gradient that the backward pass
+        will be given, if it is known (`kernels/fused/cross_entropy.py`). ValueError if there are more than block_size
+        tokens.
         """
         T, start = idx.size(1), 0 if cache is None else cache.length
         if start + T > self.config.block_size:
@@ -191,16 +209,24 @@ class GPT(nn.Module):
         p = self.config.dropout if self.training else 0.0
         tr = self.transformer
         (wte, _), (wpe, _) = tr.wte.weights(), tr.wpe.weights()
-        x, branch = self.ops.embedding(idx, wte, wpe[start : start + T], self.precision.stream, p), None
-        for block in tr.h:
-            x, branch = block(x, branch, cache)
+        n = 2 * len(tr.h) + 1
+        seeds = self.ops.seeds(n, idx.device) if p > 0 else (None,) * n
+        grads = None if tr.wte.grads is None else (tr.wte.grads, tr.wpe.grads)
+        x, branch = (
+            self.ops.embedding(idx, wte, wpe[start : start + T], self.precision.stream, p, seeds[0], grads),
+            None,
+        )
+        for i, block in enumerate(tr.h):  # the first LayerNorm drops nothing: its seed is the embedding's
+            x, branch = block(x, branch, cache, seeds[2 * i : 2 * i + 2])
         if cache is not None:
             cache.length += T
         if targets is None:
             _, h = tr.ln_f(x[:, -1:], branch[:, -1:])
             return self.lm_head(h), None
-        _, h = tr.ln_f(x, branch)
-        loss, logits = self.ops.linear_cross_entropy(h, self.lm_head.weights(h.dtype)[0], targets)
+        _, h = tr.ln_f(x, branch, seeds[-1])
+        del branch  # nothing reads it again, and the logits need room
+        weight, _ = self.lm_head.weights(h.dtype)
+        loss, logits = self.ops.linear_cross_entropy(h, weight, targets, dloss=dloss, grads=self.lm_head.grads)
         return logits, loss
 
     def read_copies(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
@@ -209,6 +235,14 @@ class GPT(nn.Module):
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, f"{name}_copy", copies[parameter])
+
+    def put_gradients(self, places: Mapping[nn.Parameter, Tensor], accumulate: bool) -> None:
+        """From now on, backward passes write the parameters' gradients to these places, or add to them if `accumulate`.
+        A LayerNorm's place holds the partial sums of `ops.sum_partials`. Only for operations that can do so."""
+        for module in self.modules():
+            if isinstance(module, Weights):
+                weight, bias = module.weight, getattr(module, "bias", None)
+                module.grads = Grads(places[weight].data, None if bias is None else places[bias].data, accumulate)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, by default without the position embeddings. The head's weight, also the token

@@ -18,7 +18,7 @@ from model.flops import flops_per_token, num_params
 from train import checkpoint as checkpoints
 from train.compile import model_to_train
 from train.data import Loader
-from train.distributed import Reducer, local_device, process_group, world_from_environment
+from train.distributed import local_device, process_group, world_from_environment
 from train.graph import GraphedEvaluation, GraphedStep
 from train.hardware import device_name, resolve_device, use_device
 from train.log import RunLog
@@ -108,8 +108,8 @@ def make_step(
     plan, config = state.plan, state.plan.config
     model = model_to_train(state.model, config, plan.device, say, by_block=plan.sharded)
     state.optimizer.clear()
-    reducer = Reducer(plan.world, state.optimizer.flat) if plan.world.size > 1 and not plan.sharded else None
-    step = TrainStep(model, state.optimizer, grad_clip=config.grad_clip, scaler=state.scaler, reducer=reducer)
+    world = None if plan.sharded else plan.world
+    step = TrainStep(model, state.optimizer, grad_clip=config.grad_clip, scaler=state.scaler, world=world)
     evaluation = Evaluation(model)
     graphs, without = choose_graphs(config, plan.device, sharded=plan.sharded)
     if without:

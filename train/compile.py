@@ -60,7 +60,8 @@ def model_to_train(
     # two tensors: with one in both places, the compiled code would serve only that case
     idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
     try:
-        compiled(idx, targets)[1].backward()
+        dloss = torch.ones((), device=device)
+        compiled(idx, targets, dloss=dloss)[1].backward(dloss)
         Evaluation(compiled)([Batch(idx[None], targets[None], (0,))])
         synchronize(device)
         say(f"compiled in {time.perf_counter() - begin:.1f} s, kept for the next run in {cache_dir()}")

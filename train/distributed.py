@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.errors import UserError
-from train.flat import FlatState
 
 
 @dataclass
@@ -66,73 +65,6 @@ class World:
         (work, largest), self._exchange = self._exchange, None
         work.wait()
         return int(largest.item())
-
-
-class Reducer:
-    """Sums flat gradients over the ranks, in a few large pieces, while the backward pass still computes the others.
-
-    Call `start_with_backward` before the last micro-step of a step, and `finish` after it. Each piece is then gathered
-    here, just before it is sent. Captured micro-steps gather all gradients themselves: without `start_with_backward`,
-    `finish` sums everything. Every rank's backward pass has the same order, so all ranks sum the same piece at a time.
-    """
-
-    def __init__(self, world: World, flat: FlatState, piece: int = 2**23) -> None:
-        """piece: the least number of elements in one exchange."""
-        self.world, self.flat = world, flat
-        self._pieces, self._piece_of = [], {}
-        begin, members = 0, []
-        for leaf, place in flat.leaves.items():
-            members.append(leaf)
-            if place.stop - begin >= piece:
-                begin = self._cut(begin, place.stop, members)
-        if members:
-            self._cut(begin, len(flat.total), members)
-        for leaf in flat.leaves:
-            leaf.register_post_accumulate_grad_hook(self._arrived)
-        self._missing: list[int] | None = None  # gradients still to come, by piece; None: `finish` sends all
-        self._sent: dict[int, dist.Work] = {}
-
-    def _cut(self, begin: int, end: int, members: list[Tensor]) -> int:
-        self._piece_of |= dict.fromkeys(members, len(self._pieces))
-        self._pieces.append((slice(begin, end), len(members)))
-        members.clear()
-        return end
-
-    @property
-    def sizes(self) -> list[int]:
-        """Elements of each exchange. The backward pass completes the last piece first."""
-        return [part.stop - part.start for part, _ in self._pieces]
-
-    @property
-    def overlapping(self) -> bool:
-        """Whether pieces are gathered and sent during the backward pass."""
-        return self._missing is not None
-
-    def start_with_backward(self) -> None:
-        """Send each piece as soon as its gradients are complete."""
-        self._missing = [count for _, count in self._pieces]
-
-    def _arrived(self, leaf: Tensor) -> None:
-        if self._missing is not None:
-            piece = self._piece_of[leaf]
-            self._missing[piece] -= 1
-            if self._missing[piece] == 0:
-                self._send(piece)
-
-    def _send(self, piece: int) -> None:
-        part, _ = self._pieces[piece]
-        total = self.flat.gather(part) if self.overlapping else self.flat.total[part]
-        self._sent[piece] = dist.all_reduce(total, async_op=True)
-
-    def finish(self) -> None:
-        """Send the remaining pieces and wait for all."""
-        for piece in range(len(self._pieces)):
-            if piece not in self._sent:
-                self._send(piece)
-        for work in self._sent.values():
-            work.wait()
-        self._sent.clear()
-        self._missing = None
 
 
 def world_from_environment() -> World:

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import weakref
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -273,6 +273,16 @@ def _plans_for(job: Job) -> "Device | None":
     return INTERPRETER if job.on == "cpu" else Device(job.capability, job.multiprocessors)
 
 
+def _planned_for(job: Job) -> AbstractContextManager[object]:
+    """A context in which fused operations plan for the job's device."""
+    device = _plans_for(job)
+    if device is None:
+        return nullcontext()
+    from kernels.launch import recording
+
+    return recording(device)
+
+
 def build(job: Job) -> TrainStep:
     """The step of a job, on tensors without contents."""
     ops = job.ops
@@ -282,7 +292,8 @@ def build(job: Job) -> TrainStep:
     with torch.device(job.on):
         precision = Precision(job.dtype, job.stream_dtype)
         model = GPT(job.shape, ops, precision=precision, attention=job.attention, recompute=job.recompute)
-    optimizer = FlatAdamW(model, ops, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.1, in_float32=job.several)
+    with _planned_for(job):  # the device decides how many partial sums there are
+        optimizer = FlatAdamW(model, ops, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.1, several=job.several)
     scaler = LossScale(torch.device(job.on), enabled=job.dtype == torch.float16)
     return TrainStep(model, optimizer, grad_clip=1.0, scaler=scaler)
 
@@ -298,7 +309,7 @@ def _memory(job: Job, step: TrainStep, state: int, peaks: dict[str, Counter[str]
     """Bytes by their use, at the step's peak. CUDA graphs change nothing: they share one pool."""
     flat, M = step.optimizer.flat, job.batch_size * job.shape.block_size
     weights, copies = flat.param.nbytes, 0 if flat.compute is None else flat.compute.nbytes
-    gradients = flat.grad.nbytes + (0 if flat.total is flat.grad else flat.total.nbytes)
+    gradients = flat.grad.nbytes + (0 if flat.partials is None else flat.partials.nbytes)
     parts = {"weights": weights, "copies": copies, "moments": 2 * weights, "gradients": gradients}
     if job.shards > 1:
         parts = _shard(job, flat.param.numel())

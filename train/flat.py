@@ -7,12 +7,19 @@ zeroing is one memset, and ranks sum their gradients in a few large calls.
 With bfloat16 or float16 the model reads copies of its parameters in that dtype. The optimizer writes the copies as it
 updates, so the forward pass has no casts. Gradients are those of the copies. They are summed in float32 if there are
 several to sum, over micro-steps or ranks.
+
+Fused operations write each gradient straight into the buffer, or add to it if there are several. So nothing is
+gathered, and a gradient that stands alone is overwritten, never cleared. A LayerNorm's gradients are the exception: its
+operation leaves partial sums, and one launch after the backward pass finishes those of all layers. Other operations
+leave their gradients to autograd, which hands them over; they are copied, or added, in one call.
 """
 
 import torch
 from torch import Tensor, nn
 
+from kernels import Ops
 from model import GPT
+from model.gpt import LayerNorm
 
 ALIGN = 64  # elements: 128 bytes of a 2-byte type, a cache line
 
@@ -20,11 +27,12 @@ ALIGN = 64  # elements: 128 bytes of a 2-byte type, a cache line
 class FlatState:
     """Flat buffers of n elements; [0, n_decay) decay. The model's parameters become views of `param`.
 
-    model: on its device, in float32; `model.precision` says which copies it gets. in_float32: sum the gradients of
-    copies in float32.
+    model: on its device, in float32; `model.precision` says which copies it gets. ops: its operations. several: whether
+    an update takes the sum of several gradients, of micro-steps or ranks. Then `grad` is in float32 and must be cleared
+    after the update.
     """
 
-    def __init__(self, model: GPT, *, in_float32: bool = False) -> None:
+    def __init__(self, model: GPT, ops: Ops, *, several: bool = False) -> None:
         parameters = list(model.parameters())
         kept = parameters[0].dtype  # float32; float64 in tests that need exact values
         assert all(p.dtype == kept and p.requires_grad for p in parameters)
@@ -36,20 +44,32 @@ class FlatState:
             end += -(-p.numel() // ALIGN) * ALIGN
         self.n_decay = next((place.start for p, place in self.places.items() if p.dim() < 2), end)
         device, dtype = order[0].device, model.precision.compute
+        self.several = several
         self.param, self.exp_avg, self.exp_avg_sq = (torch.zeros(end, device=device, dtype=kept) for _ in range(3))
-        self.grad = torch.zeros(end, device=device, dtype=dtype)  # where autograd writes
+        self.grad = torch.zeros(end, device=device, dtype=kept if several else dtype)
         self.compute = None if dtype == kept else torch.zeros(end, device=device, dtype=dtype)
-        self.total = torch.zeros(end, device=device) if in_float32 and self.compute is not None else self.grad
-        leaves = {}
         for p in order:
             self.view(self.param, p).copy_(p.data)
             p.data = self.view(self.param, p)
-            leaves[p] = p if self.compute is None else self.view(self.compute, p).detach().requires_grad_()
-            leaves[p].grad = self.view(self.grad, p)
-        self.leaves: dict[Tensor, slice] = {leaves[p]: self.places[p] for p in order}  # in the buffers' order
+        leaves = {p: p if self.compute is None else self.view(self.compute, p).detach() for p in order}
+        self.leaves = [leaf.requires_grad_() for leaf in leaves.values()]
+        self._gradients = [self.view(self.grad, p) for p in order]
         if self.compute is not None:
             model.read_copies(leaves)
             self.sync()
+        self.partials: Tensor | None = None
+        if ops.sum_partials is not None:
+            self._sum_partials = ops.sum_partials
+            self._put_gradients(model, ops)
+
+    def _put_gradients(self, model: GPT, ops: Ops) -> None:
+        """Have the model's operations write to `grad` and, for LayerNorms, to `partials` (L, P, C)."""
+        vectors = [p for norm in model.modules() if isinstance(norm, LayerNorm) for p in norm.parameters()]
+        C, device = model.config.n_embd, self.grad.device
+        self.partials = torch.zeros(len(vectors), ops.partial_rows(C, device), C, device=device)
+        self._offsets = torch.tensor([self.places[p].start - self.n_decay for p in vectors], device=device)
+        places = {p: self.view(self.grad, p) for p in self.places}
+        model.put_gradients(places | dict(zip(vectors, self.partials, strict=True)), self.several)
 
     def view(self, buffer: Tensor, p: nn.Parameter) -> Tensor:
         """p's part of a buffer, with p's shape."""
@@ -60,14 +80,21 @@ class FlatState:
         if self.compute is not None:
             self.compute.copy_(self.param)
 
-    def gather(self, part: slice = slice(None)) -> Tensor:
-        """Add autograd's gradients to the total and clear them for the next micro-step. Returns (part of) the total."""
-        if self.total is not self.grad:
-            self.total[part].add_(self.grad[part])
-            self.grad[part].zero_()
-        return self.total[part]
+    def gather(self) -> None:
+        """Finish what a micro-step's backward pass left."""
+        if self.partials is not None:
+            self._sum_partials(self.partials, self._offsets, self.grad[self.n_decay :], self.several)
+            return
+        gradients = [leaf.grad for leaf in self.leaves]
+        if self.several:
+            torch._foreach_add_(self._gradients, gradients)
+        else:
+            torch._foreach_copy_(self._gradients, gradients)
+        for leaf in self.leaves:
+            leaf.grad = None  # so that autograd hands over the next one, and adds nothing
 
     def clear(self) -> None:
         """Clear the gradients."""
         self.grad.zero_()
-        self.total.zero_()
+        for leaf in self.leaves:
+            leaf.grad = None

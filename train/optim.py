@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kernels import Ops
 from model import GPT
+from train.distributed import World
 from train.flat import FlatState
 
 
@@ -23,7 +24,10 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class Optimizer(Protocol):
-    """The interface that a step, a checkpoint and the loop use."""
+    """The interface that a step, a checkpoint and the loop use. several: whether an update takes the sum of several
+    gradients, of micro-steps or ranks; otherwise a micro-step's gradient replaces the one before."""
+
+    several: bool
 
     def scalar(self) -> Tensor:
         """A new zero, with the parameters' dtype and device."""
@@ -32,7 +36,10 @@ class Optimizer(Protocol):
         """Set the learning rate of the next updates."""
 
     def gather(self) -> None:
-        """Collect the gradients that a micro-step's backward pass wrote."""
+        """Finish the gradients of a micro-step, after its backward pass."""
+
+    def reduce(self, world: World) -> None:
+        """Sum the gradients over the ranks."""
 
     def update(self, max_norm: float = 0.0, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Clip, update, clear the gradients. Returns (gradient norm, found_inf), float32 scalars on the device.
@@ -75,12 +82,12 @@ class FlatAdamW(torch.optim.AdamW):
         learning_rate: float,
         betas: tuple[float, float],
         weight_decay: float,
-        in_float32: bool = False,
+        several: bool = False,
     ) -> None:
-        """model, in_float32: as for FlatState, which moves the model's parameters to flat buffers."""
-        self.flat, self._adamw = FlatState(model, in_float32=in_float32), ops.adamw
+        """model, ops, several: as for FlatState, which moves the model's parameters to flat buffers."""
+        self.flat, self._adamw = FlatState(model, ops, several=several), ops.adamw
         super().__init__(param_groups(model, weight_decay), lr=learning_rate, betas=betas)
-        device = self.flat.param.device
+        self.several, device = several, self.flat.param.device
         self.lr, self.steps = (torch.full((), value, device=device) for value in (learning_rate, 0.0))
         self._make_state_views()
 
@@ -95,22 +102,26 @@ class FlatAdamW(torch.optim.AdamW):
         return self.flat.param.new_zeros(())
 
     def gather(self) -> None:
-        """Collect the gradients that a micro-step's backward pass wrote."""
+        """Finish the gradients of a micro-step, after its backward pass."""
         self.flat.gather()
+
+    def reduce(self, world: World) -> None:
+        """Sum the gradients over the ranks, all in one exchange."""
+        world.sum(self.flat.grad)
 
     def clear(self) -> None:
         """Clear the gradients."""
         self.flat.clear()
 
     def state_tensors(self) -> list[Tensor]:
-        """All tensors that a capture must leave unchanged."""
+        """All tensors that a capture must leave unchanged. A gradient that the next one replaces is none of them."""
         flat = self.flat
-        buffers = [flat.param, flat.compute, flat.grad, flat.total, flat.exp_avg, flat.exp_avg_sq]
+        buffers = [flat.param, flat.compute, flat.grad if flat.several else None, flat.exp_avg, flat.exp_avg_sq]
         return [*(x for x in buffers if x is not None), self.lr, self.steps]
 
     def skip_next_update(self) -> None:
         """Make one gradient NaN: then the next update clears the gradients and does nothing else."""
-        self.flat.total[:1].fill_(float("nan"))
+        self.flat.grad[:1].fill_(float("nan"))
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next updates, also of captured ones."""
@@ -124,7 +135,7 @@ class FlatAdamW(torch.optim.AdamW):
         flat, group = self.flat, self.param_groups[0]
         results = self._adamw(
             flat.param,
-            flat.total,
+            flat.grad,
             flat.exp_avg,
             flat.exp_avg_sq,
             self.lr,
@@ -137,7 +148,8 @@ class FlatAdamW(torch.optim.AdamW):
             inv_scale=inv_scale,
             compute=flat.compute,
         )
-        flat.total.zero_()
+        if flat.several:
+            flat.grad.zero_()
         return results
 
     def step(self, closure: None = None) -> None:

@@ -50,6 +50,8 @@ class ShardedAdamW(torch.optim.AdamW):
     Every method must be called on all ranks. Gradients are means over the ranks. There is no loss scale for float16.
     """
 
+    several = True  # FSDP adds
+
     def __init__(self, model: GPT, *, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> None:
         super().__init__(param_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
         self._params = [p for group in self.param_groups for p in group["params"]]
@@ -65,6 +67,9 @@ class ShardedAdamW(torch.optim.AdamW):
 
     def gather(self) -> None:
         """Nothing to do: FSDP accumulates the gradients itself."""
+
+    def reduce(self, world: World) -> None:
+        """Nothing to do: FSDP sums them itself."""
 
     def clear(self) -> None:
         self.zero_grad()

@@ -120,7 +120,7 @@ def place(plan: Plan, model: GPT) -> Optimizer:
         shard.share_out(model, plan.world, plan.device)
         return shard.ShardedAdamW(model, **settings)
     model.to(plan.device)
-    return FlatAdamW(model, plan.ops, **settings, in_float32=config.gradient_accumulation_steps > 1)
+    return FlatAdamW(model, plan.ops, **settings, several=config.gradient_accumulation_steps > 1)
 
 
 def optimizer_state(checkpoint: dict, model: GPT) -> dict:

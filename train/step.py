@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from train.data import Batch
-from train.distributed import Reducer
+from train.distributed import World
 from train.optim import LossScale, Optimizer
 
 
@@ -28,7 +28,7 @@ class TrainStep:
 
     `model` maps (idx, targets) to (logits, loss) and may be compiled. `grad_clip` is the largest global gradient norm,
     0 for no clipping. `scaler` scales float16's losses, so that small gradients do not vanish; updates whose gradients
-    overflowed are skipped. `reducer` sums gradients over ranks; None for a sharded model, which does it itself.
+    overflowed are skipped. `world`: the ranks to sum gradients over; None for a sharded model, which does it itself.
     """
 
     def __init__(
@@ -38,20 +38,19 @@ class TrainStep:
         *,
         grad_clip: float,
         scaler: LossScale | None = None,
-        reducer: Reducer | None = None,
+        world: World | None = None,
     ) -> None:
         self.model, self.optimizer, self.grad_clip = model, optimizer, grad_clip
         self.loss, self.grad_norm = optimizer.scalar(), optimizer.scalar()
         self.scaler = scaler or LossScale(self.loss.device, enabled=False)
-        self.reducer = reducer
+        self.world = world or World()
+        self._shares: dict[int, Tensor] = {}  # 1 / accumulation, on the device
 
     def __call__(self, batch: Batch, lr: float) -> StepResult:
         self.begin(lr)
         accumulation = len(batch.seeds)
         for micro, seed in enumerate(batch.seeds):
             self.seed(seed)
-            if self.reducer is not None and micro == accumulation - 1:
-                self.reducer.start_with_backward()
             self.micro_step(batch.x[micro], batch.y[micro], accumulation)
         self.reduce()
         self.update()
@@ -70,21 +69,30 @@ class TrainStep:
 
     def micro_step(self, x: Tensor, y: Tensor, accumulation: int) -> None:
         """Forward and backward of one of `accumulation` micro-steps. Adds to the gradients and to the mean loss."""
-        loss = self.model(x, y)[1]  # does not keep the logits
-        mean = loss / accumulation
-        (mean * self.scaler.scale if self.scaler.enabled else mean).backward()
-        if self.reducer is None or not self.reducer.overlapping:
-            self.optimizer.gather()
-        self.loss += mean.detach()
+        assert self.optimizer.several or accumulation == self.world.size == 1, "gradients would be lost"
+        dloss = self.dloss(accumulation)
+        loss = self.model(x, y, dloss=dloss)[1]  # does not keep the logits
+        loss.backward(dloss)
+        self.optimizer.gather()
+        loss = loss.detach()
+        self.loss += loss if accumulation == 1 else loss / accumulation
+
+    def dloss(self, accumulation: int) -> Tensor:
+        """The gradient of a micro-step's loss: its share of the mean, times the loss scale. () on the device."""
+        if self.scaler.enabled:
+            return self.scaler.scale / accumulation
+        if accumulation not in self._shares:
+            self._shares[accumulation] = torch.full_like(self.loss, 1 / accumulation)
+        return self._shares[accumulation]
 
     def reduce(self) -> None:
         """Sum the gradients over the ranks."""
-        if self.reducer is not None:
-            self.reducer.finish()
+        if self.world.size > 1:
+            self.optimizer.reduce(self.world)
 
     def update(self) -> None:
         """Compute the gradient norm, clip, make the AdamW update, clear the gradients."""
-        size = 1 if self.reducer is None else self.reducer.world.size
+        size = self.world.size
         inv_scale = None
         if self.scaler.enabled:
             inv_scale = 1 / (self.scaler.scale * size)

@@ -24,6 +24,8 @@ s = dloss / (rows that count), known in the backward pass,
 so that a loss that is scaled, by accumulation or a GradScaler, costs M x C elements twice, never a pass over M x V. For
 dweight, s goes into x: the sum over rows of unscaled terms could leave float16's range, and weight has more elements
 than x. A power of two, as 1 / 32768 is, rounds nothing; any other s costs x one more rounding. s is applied in float32.
+Where the caller knows dloss in advance, as a training step does, g is scaled by s while it is written, for nothing.
+Float16 has its loss scale then.
 
 In chunks of rows, only one chunk's logits exist. Both products are taken in the forward pass, dweight summed over
 chunks in float32, and the backward pass scales. Saved for it: M x C in x's dtype and 4 V C bytes, instead of M x V. It
@@ -38,7 +40,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.fused.linear import put, put_product
 from kernels.launch import Launch, address, check, custom_op, rows, run
+from kernels.reference import Grads
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -98,11 +102,12 @@ def _write_gradient(
 def cross_entropy_fwd_kernel(
     logits_ptr,  # (M, columns)
     targets_ptr,  # (M,) int64
-    losses_ptr,  # out (2, M) float32: the row's loss, 0 where ignored; 1 where it counts
+    count_ptr,  # () float32: the rows that count
+    dloss_ptr,  # () float32: the gradient of the mean loss; or None: that of every row's loss is taken to be 1
+    losses_ptr,  # out (M,) float32: the row's part of the mean loss, 0 where ignored
     stats_ptr,  # out (2, M) float32: top and log2_total; or None
     dlogits_ptr,  # out (M, columns): the gradient of the row's loss; or None. May be logits_ptr
     logits_stride,
-    losses_stride,
     dlogits_stride,
     M,
     V,
@@ -136,17 +141,30 @@ def cross_entropy_fwd_kernel(
     top = tl.max(lane_top, axis=1)
     log2_total = tl.log2(tl.sum(lane_total * tl.exp2((lane_top - top[:, None]) * LOG2E), axis=1))
     loss = (top - x_target) + LN2 * log2_total
-    tl.store(losses_ptr + o_row, tl.where(counted, loss, 0.0), mask=m_row)
-    tl.store(losses_ptr + losses_stride + o_row, counted.to(tl.float32), mask=m_row)
+    count = tl.load(count_ptr)
+    tl.store(losses_ptr + o_row, tl.where(counted, loss, 0.0) / count, mask=m_row)  # 0 / 0 where nothing counts
     if stats_ptr is not None:
         tl.store(stats_ptr + o_row, top, mask=m_row)
         tl.store(stats_ptr + M + o_row, log2_total, mask=m_row)
     if dlogits_ptr is not None:
+        upstream = 1.0
+        if dloss_ptr is not None:
+            upstream = tl.load(dloss_ptr) / tl.maximum(count, 1.0)
         tl.debug_barrier()  # the gradient may overwrite the target's logit: first, every warp has read it
         _write_gradient(
-            logits_ptr, dlogits_ptr, logits_stride, dlogits_stride, o_row, target, top, log2_total, 1.0,
+            logits_ptr, dlogits_ptr, logits_stride, dlogits_stride, o_row, target, top, log2_total, upstream,
             M, V, columns, ignore_index, LANES, WIDTH, PADDED,
         )  # fmt: skip
+
+
+@triton.jit
+def count_kernel(targets_ptr, count_ptr, M, ignore_index, BLOCK: tl.constexpr):
+    """count () float32: the targets (M,) int64 that are not ignore_index. One program."""
+    count = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, M, BLOCK):
+        o_row = start + tl.arange(0, BLOCK)
+        count += (tl.load(targets_ptr + o_row, mask=o_row < M, other=ignore_index) != ignore_index).to(tl.int32)
+    tl.store(count_ptr, tl.sum(count, axis=0).to(tl.float32))
 
 
 @triton.jit
@@ -206,24 +224,35 @@ def tile(logits: Tensor) -> tuple[int, int, int, int]:
     return ROWS, columns // WIDTH, WIDTH, ROWS * columns // (32 * thread)
 
 
+def counted(targets: Tensor, ignore_index: int) -> Tensor:
+    """How many of targets (M,) count, () float32."""
+    count = targets.new_empty((), dtype=torch.float32)
+    args = dict(targets_ptr=targets, count_ptr=count, M=len(targets), ignore_index=ignore_index)
+    run(targets, Launch(count_kernel, (1,), args, dict(BLOCK=4096), num_warps=8))
+    return count
+
+
 def row_losses(
     logits: Tensor,
     V: int,
     targets: Tensor,
     ignore_index: int,
+    count: Tensor,
     losses: Tensor,
     *,
+    dloss: Tensor | None = None,
     stats: Tensor | None = None,
     dlogits: Tensor | None = None,
 ) -> None:
-    """Write what the forward kernel can: `losses` (2, M), whose rows may lie apart; where wanted, stats (2, M) or the
-    gradient dlogits, perhaps over the logits. logits, dlogits (M, V and padding) with unit last stride; targets (M,).
+    """Write what the forward kernel can: `losses` (M,), whose sum is the mean loss over `count` rows; where wanted,
+    stats (2, M) or the gradient dlogits, perhaps over the logits: that of the loss times dloss (), or without dloss
+    that of each row's loss. logits, dlogits (M, V and padding) with unit last stride; targets (M,).
     """
     M, columns = logits.shape
     ROWS, LANES, WIDTH, num_warps = tile(logits)
     args = dict(
-        logits_ptr=logits, targets_ptr=targets, losses_ptr=losses, stats_ptr=stats, dlogits_ptr=dlogits,
-        logits_stride=logits.stride(0), losses_stride=losses.stride(0),
+        logits_ptr=logits, targets_ptr=targets, count_ptr=count, dloss_ptr=dloss, losses_ptr=losses,
+        stats_ptr=stats, dlogits_ptr=dlogits, logits_stride=logits.stride(0),
         dlogits_stride=0 if dlogits is None else dlogits.stride(0),
         M=M, V=V, columns=columns, ignore_index=ignore_index,
     )  # fmt: skip
@@ -231,13 +260,9 @@ def row_losses(
     run(logits, Launch(cross_entropy_fwd_kernel, (triton.cdiv(M, ROWS),), args, constants, num_warps))
 
 
-def mean_of(losses: Tensor) -> tuple[Tensor, Tensor]:
-    """losses (2, M), as the kernel writes them -> (loss, what its gradient is divided by for that of a row's loss).
-
-    Both () float32. The mean of nothing is NaN, yet its gradient is 0, as torch has it: the divisor is at least 1.
-    """
-    total, count = losses.sum(1)
-    return total / count, count.clamp_min(1.0)
+def room_for_losses(logits: Tensor, M: int) -> Tensor:
+    """(M,) float32, or one NaN: the mean loss of no rows."""
+    return logits.new_empty(M, dtype=torch.float32) if M else logits.new_full((1,), float("nan"), dtype=torch.float32)
 
 
 def scaled(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
@@ -256,21 +281,24 @@ def scaled(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
 
 @custom_op("nanofuse::cross_entropy")
 def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, divisor, stats)"""
-    losses, stats = (logits.new_empty(2, logits.shape[0], dtype=torch.float32) for _ in range(2))
-    row_losses(logits, logits.shape[1], targets, ignore_index, losses, stats=stats)
-    return *mean_of(losses), stats
+    """(loss, how many rows count, stats)"""
+    M, V = logits.shape
+    count, losses = counted(targets, ignore_index), room_for_losses(logits, M)
+    stats = logits.new_empty(2, M, dtype=torch.float32)
+    row_losses(logits, V, targets, ignore_index, count, losses, stats=stats)
+    return losses.sum(), count, stats
 
 
 @custom_op("nanofuse::cross_entropy_backward")
 def _cross_entropy_backward(
-    dloss: Tensor, logits: Tensor, targets: Tensor, divisor: Tensor, stats: Tensor, ignore_index: int
+    dloss: Tensor, logits: Tensor, targets: Tensor, count: Tensor, stats: Tensor, ignore_index: int
 ) -> Tensor:
     dlogits = logits.new_empty(logits.shape)
     (M, V), (ROWS, LANES, WIDTH, num_warps) = logits.shape, tile(logits)
     args = dict(
-        dloss_ptr=dloss / divisor, logits_ptr=logits, targets_ptr=targets, stats_ptr=stats, dlogits_ptr=dlogits,
-        logits_stride=logits.stride(0), dlogits_stride=dlogits.stride(0), M=M, V=V, ignore_index=ignore_index,
+        dloss_ptr=dloss / count.clamp_min(1.0), logits_ptr=logits, targets_ptr=targets, stats_ptr=stats,
+        dlogits_ptr=dlogits, logits_stride=logits.stride(0), dlogits_stride=dlogits.stride(0),
+        M=M, V=V, ignore_index=ignore_index,
     )  # fmt: skip
     constants = dict(ROWS=ROWS, LANES=LANES, WIDTH=WIDTH)
     run(logits, Launch(cross_entropy_bwd_kernel, (triton.cdiv(M, ROWS),), args, constants, num_warps))
@@ -336,16 +364,20 @@ def _linear_cross_entropy(
     chunk_rows: int,
     need_dx: bool,
     need_dweight: bool,
+    dloss: Tensor | None,
+    into: Tensor | None,
+    accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, divisor, and of the gradients of the summed row losses what the backward pass scales).
+    """(loss, how many rows count, and of the gradients what the backward pass finishes).
 
     That is, of all rows at once, dlogits (M, padded(V)); in chunks, dx and a float32 dweight. The others are empty, as
-    is what is not needed.
+    is what is not needed. They are gradients of dloss * loss, or without dloss of the summed row losses. into,
+    accumulate: only for the backward pass.
     """
     M, V = x.shape[0], weight.shape[0]
     wanted, chunked = need_dx or need_dweight, chunk_rows > 0
     size = min(chunk_rows, M) if chunked else M
-    logits, losses = x.new_empty(size, padded(V)), x.new_empty(2, M, dtype=torch.float32)
+    logits, losses, count = x.new_empty(size, padded(V)), room_for_losses(x, M), counted(targets, ignore_index)
     dx, dweight = _gradients(x, weight, torch.float32, need_dx and chunked, need_dweight and chunked)
     if chunked:
         dweight.zero_()
@@ -353,35 +385,28 @@ def _linear_cross_entropy(
         chunk = slice(start, start + size)
         part = logits[: M - start]
         torch.mm(x[chunk], weight.t(), out=part[:, :V])
-        row_losses(part, V, targets[chunk], ignore_index, losses[:, chunk], dlogits=part if wanted else None)
+        dlogits = part if wanted else None
+        row_losses(part, V, targets[chunk], ignore_index, count, losses[chunk], dloss=dloss, dlogits=dlogits)
         if need_dx and chunked:
             torch.mm(part[:, :V], weight, out=dx[chunk])
         if need_dweight and chunked:
-            _add_product(dweight, part[:, :V].t(), x[chunk])
+            put_product(dweight, part[:, :V], x[chunk], True)
     dlogits = logits if wanted and not chunked else x.new_empty(0, padded(V))
-    return *mean_of(losses), dlogits, dx, dweight
+    return losses.sum(), count, dlogits, dx, dweight
 
 
-@_linear_cross_entropy.register_fake  # torch 2.11 does not have the product in `_add_product` on shapes
-def _(x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight):
-    loss, divisor = (x.new_empty((), dtype=torch.float32) for _ in range(2))
+@_linear_cross_entropy.register_fake
+def _(x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight, dloss, into, accumulate):
+    loss, count = (x.new_empty((), dtype=torch.float32) for _ in range(2))
     wanted, chunked = need_dx or need_dweight, chunk_rows > 0
     dlogits = x.new_empty(x.shape[0] if wanted and not chunked else 0, padded(weight.shape[0]))
-    return loss, divisor, dlogits, *_gradients(x, weight, torch.float32, need_dx and chunked, need_dweight and chunked)
+    return loss, count, dlogits, *_gradients(x, weight, torch.float32, need_dx and chunked, need_dweight and chunked)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in float32 whatever the factors' dtype."""
-    if a.device.type != "cpu" and a.dtype != torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:  # the CPU has no such product
-        total.addmm_(a.float(), b.float())
-
-
-@custom_op("nanofuse::linear_cross_entropy_backward")
+@custom_op("nanofuse::linear_cross_entropy_backward", mutates_args=("into",))
 def _linear_cross_entropy_backward(
-    dloss: Tensor,
-    divisor: Tensor,
+    dloss: Tensor | None,
+    count: Tensor,
     dlogits: Tensor,
     dx: Tensor,
     dweight: Tensor,
@@ -389,40 +414,64 @@ def _linear_cross_entropy_backward(
     weight: Tensor | None,
     need_dx: bool,
     need_dweight: bool,
+    into: Tensor | None,
+    accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dweight), in x's dtype, each empty unless needed. x and weight are None where dx and dweight are there."""
-    scale = dloss / divisor
-    if x is None:
-        return tuple(scaled(gradient, scale, dx.new_empty(gradient.shape)) for gradient in (dx, dweight))
+    """(dx, dweight), in x's dtype, each empty unless needed; dweight also where it is put into `into`.
+
+    x and weight are None where dx and dweight are there, to be scaled only. dloss: None where the gradients hold it.
+    """
+    scale = None if dloss is None else dloss / count.clamp_min(1.0)
+    if x is None or weight is None:
+        return tuple(scaled(gradient, scale, dlogits.new_empty(gradient.shape)) for gradient in (dx, dweight))
     dlogits = dlogits[:, : weight.shape[0]]
-    dx, dweight = _gradients(x, weight, weight.dtype, need_dx, need_dweight)
+    dx, dweight = _gradients(x, weight, weight.dtype, need_dx, need_dweight and into is None)
     if need_dx:
         torch.mm(dlogits, weight, out=dx)
-        scaled(dx, scale, dx)
+        if scale is not None:
+            scaled(dx, scale, dx)
     if need_dweight:
-        torch.mm(dlogits.t(), scaled(x, scale, x.new_empty(x.shape)), out=dweight)
+        if scale is not None:
+            x = scaled(x, scale, x.new_empty(x.shape))
+        put_product(dweight if into is None else into, dlogits, x, into is not None and accumulate)
     return dx, dweight
 
 
 def _save_linear_cross_entropy(ctx, inputs, output):
-    x, weight, _, _, chunk_rows, _, _ = inputs
+    x, weight, _, _, chunk_rows, _, _, dloss, into, ctx.accumulate = inputs
     _only_the_loss_is_differentiable(ctx, output)
-    ctx.save_for_backward(*output[1:], *((None, None) if chunk_rows else (x, weight)))
+    ctx.known = dloss is not None
+    ctx.save_for_backward(*output[1:], *((None, None) if chunk_rows else (x, weight)), into)
 
 
 def _differentiate_linear_cross_entropy(ctx, dloss, *_):
     if dloss is None:
-        return (None,) * 7
+        return (None,) * 10
+    *saved, into = ctx.saved_tensors
+    _, dlogits, dx, dweight, x, _ = saved
     need_dx, need_dweight = ctx.needs_input_grad[:2]
-    dx, dweight = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, need_dx, need_dweight)
-    return dx if need_dx else None, dweight if need_dweight else None, *(None,) * 5
+    if x is not None or not ctx.known:
+        dx, dweight = _linear_cross_entropy_backward(
+            None if ctx.known else dloss, *saved, need_dx, need_dweight, into if x is not None else None, ctx.accumulate
+        )
+    if x is None and into is not None:
+        put(into, dweight, ctx.accumulate)
+    dweight = dweight.to(dlogits.dtype) if need_dweight and into is None else None
+    return dx if need_dx else None, dweight, *(None,) * 8
 
 
 _linear_cross_entropy.register_autograd(_differentiate_linear_cross_entropy, setup_context=_save_linear_cross_entropy)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, *, chunk_rows: int = 0
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -1,
+    *,
+    chunk_rows: int = 0,
+    dloss: Tensor | None = None,
+    grads: Grads | None = None,
 ) -> tuple[Tensor, None]:
     """The mean loss of x @ weight.T against targets; the meaning of `reference.linear_cross_entropy`.
 
@@ -430,6 +479,10 @@ def linear_cross_entropy(
     rows' logits exist at a time, 0 for all of them; 4096 or more keep the matmuls fast. Returns a float32 scalar, and
     None for the logits. Where nothing is to be differentiated, no gradient is computed. Targets outside the vocabulary
     as in `cross_entropy`. ValueError for what cannot be served.
+
+    dloss: () float32, the gradient of the loss that the backward pass will be given (`loss.backward(dloss)`), if it is
+    known already: it is taken into the gradient while that is written, and the one that comes later is not read. grads:
+    where weight's gradient is put, as in `linear`.
     """
     check("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
@@ -442,5 +495,8 @@ def linear_cross_entropy(
         raise ValueError(f"chunk_rows: got {chunk_rows}, expected 0 (all) or more")
     need_dx, need_dweight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight))
     x, targets = rows(x), targets.reshape(-1).contiguous()  # a view of targets may have any stride
-    loss, *_ = _linear_cross_entropy(x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight)
+    into, accumulate = (None, False) if grads is None else (grads.weight, grads.accumulate)
+    loss, *_ = _linear_cross_entropy(
+        x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight, dloss, into, accumulate
+    )
     return loss, None

@@ -24,14 +24,22 @@ def keep_mask(seed, o_row, threshold, BLOCK_N: tl.constexpr):
     return (words.reshape(o_row.shape[0], BLOCK_N) >> 8).to(tl.int32) >= threshold
 
 
-def new_seed(x: Tensor, p: float) -> Tensor | None:
-    """A seed (1,) int64 on x's device, from torch's generator, for one call of an op; None where nothing is dropped.
+def seeds(n: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Seeds for n calls of operations, from one draw of torch's generator. Each begins at a multiple of 16 bytes, so
+    that Triton compiles its kernels once."""
+    return torch.randint(2**62, (n, 2), device=device).unbind()
+
+
+def seed_for(x: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
+    """The seed of one call of an op on x: the given one, or a new one; None where nothing is dropped.
 
     ValueError unless 0 <= p < 1.
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p: got {p}, expected 0 or more and less than 1")
-    return torch.randint(2**62, (1,), device=x.device) if p > 0 else None
+    if p == 0:
+        return None
+    return seeds(1, x.device)[0] if seed is None else seed
 
 
 def dropout_args(seed: Tensor | None, p: float) -> dict[str, Any]:

@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.dropout import dropout_args, keep_mask, new_seed
+from kernels.fused.dropout import dropout_args, keep_mask, seed_for
 from kernels.launch import Launch, check, check_dtype, custom_op, rows, run
+from kernels.reference import Grads
 
 MAX_WIDTH = 8192  # a row is held in one block's registers
 PIECE = 32  # sorted rows that are summed in advance where they hold one token
@@ -34,7 +35,7 @@ def embedding_fwd_kernel(
     idx_ptr,  # (M,) int64 or int32
     wte_ptr,  # (V, C)
     wpe_ptr,  # (T, C)
-    seed_ptr,  # (1,) int64, or None: nothing is dropped
+    seed_ptr,  # int64, or None: nothing is dropped
     x_ptr,  # out (M, C)
     wte_stride,
     wpe_stride,
@@ -114,7 +115,7 @@ def embedding_bwd_pieces_kernel(
     dx_ptr,  # (M, C)
     tokens_ptr,  # (M,), sorted
     order_ptr,  # (M,) int64: the row that each came from
-    seed_ptr,  # (1,) int64, or None
+    seed_ptr,  # int64, or None
     pieces_ptr,  # out (M // PIECE, C) float32: the sum of every piece of one token; the others stay unwritten
     dx_stride,
     C,
@@ -137,43 +138,59 @@ def embedding_bwd_pieces_kernel(
 @triton.jit
 def embedding_bwd_wte_kernel(
     dx_ptr,  # (M, C)
-    starts_ptr,  # (V + 1,) int32: where each token's segment begins in the sorted order
+    tokens_ptr,  # (M,), sorted
     order_ptr,  # (M,) int64
-    seed_ptr,  # (1,) int64, or None
+    seed_ptr,  # int64, or None
     pieces_ptr,  # (M // PIECE, C) float32
-    dwte_ptr,  # out (V, C)
+    dwte_ptr,  # in and out (V, C): the rows of the tokens that occur are added to
     dx_stride,
+    M,
+    V,
     C,
     threshold,
     scale,
     PIECE: tl.constexpr,
+    SCAN: tl.constexpr,  # pieces that are looked at together
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    first, end = tl.load(starts_ptr + token), tl.load(starts_ptr + token + 1)
-    first_piece = (first + PIECE - 1) // PIECE
-    end_piece = tl.maximum(end // PIECE, first_piece)
-    gap = (end_piece - first_piece) * PIECE  # rows summed already
-    total = _sum_sorted(
-        dx_ptr, order_ptr, seed_ptr, first, end - first - gap, first_piece * PIECE - first, gap,
-        dx_stride, C, threshold, scale, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    o_col = tl.arange(0, BLOCK_N)
-    while first_piece < end_piece:
-        o_piece = first_piece + tl.arange(0, BLOCK_M)
-        mask = (o_piece < end_piece)[:, None] & (o_col < C)[None, :]
-        total += tl.load(pieces_ptr + o_piece.to(tl.int64)[:, None] * C + o_col[None, :], mask=mask, other=0.0)
-        first_piece += BLOCK_M
-    dwte = tl.sum(total, axis=0).to(dwte_ptr.dtype.element_ty)
-    tl.store(dwte_ptr + token * C + o_col, dwte, mask=o_col < C)
+    first = tl.program_id(0)
+    token = tl.load(tokens_ptr + first).to(tl.int64)
+    before = tl.load(tokens_ptr + first - 1, mask=first > 0, other=-1).to(tl.int64)
+    if (token != before) & (token >= 0) & (token < V):  # a segment begins here
+        first_piece = (first + PIECE - 1) // PIECE
+        end_piece = first_piece
+        found = SCAN
+        while found == SCAN:  # pieces of this token only: their last rows tell
+            o_piece = end_piece + tl.arange(0, SCAN)
+            last = tl.load(tokens_ptr + o_piece * PIECE + PIECE - 1, mask=o_piece < M // PIECE, other=-1)
+            found = tl.sum((last.to(tl.int64) == token).to(tl.int32), axis=0)
+            end_piece += found
+        gap = (end_piece - first_piece) * PIECE  # rows summed already
+        o_near = tl.arange(0, 2 * PIECE)
+        o_sorted = first + o_near + tl.where(o_near < first_piece * PIECE - first, 0, gap)
+        near = tl.load(tokens_ptr + o_sorted, mask=o_sorted < M, other=-1).to(tl.int64) == token
+        count = tl.sum(near.to(tl.int32), axis=0)  # the rest of the segment: less than a piece at either end
+        total = _sum_sorted(
+            dx_ptr, order_ptr, seed_ptr, first, count, first_piece * PIECE - first, gap,
+            dx_stride, C, threshold, scale, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        o_col = tl.arange(0, BLOCK_N)
+        while first_piece < end_piece:
+            o_piece = first_piece + tl.arange(0, BLOCK_M)
+            mask = (o_piece < end_piece)[:, None] & (o_col < C)[None, :]
+            total += tl.load(pieces_ptr + o_piece.to(tl.int64)[:, None] * C + o_col[None, :], mask=mask, other=0.0)
+            first_piece += BLOCK_M
+        out = dwte_ptr + token * C + o_col
+        dwte = tl.sum(total, axis=0) + tl.load(out, mask=o_col < C, other=0.0).to(tl.float32)
+        tl.store(out, dwte.to(dwte_ptr.dtype.element_ty), mask=o_col < C)
 
 
 @triton.jit
 def embedding_bwd_wpe_kernel(
     dx_ptr,  # (M, C)
-    seed_ptr,  # (1,) int64, or None
-    dwpe_ptr,  # out (T, C)
+    seed_ptr,  # int64, or None
+    dwpe_ptr,  # out (T or more, C), the rows after T are 0
     dx_stride,
     B,
     T,
@@ -181,6 +198,7 @@ def embedding_bwd_wpe_kernel(
     threshold,
     scale,
     tiles,
+    ACCUMULATE: tl.constexpr,  # add to dwpe
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -189,10 +207,14 @@ def embedding_bwd_wpe_kernel(
     for i in range(tiles):
         o_sequence = i * BLOCK_M + tl.arange(0, BLOCK_M)
         o_row = o_sequence * T + position
-        total += _gradient(dx_ptr, seed_ptr, o_row, o_sequence < B, dx_stride, C, threshold, scale, BLOCK_N)
+        m_row = (o_sequence < B) & (position < T)
+        total += _gradient(dx_ptr, seed_ptr, o_row, m_row, dx_stride, C, threshold, scale, BLOCK_N)
     o_col = tl.arange(0, BLOCK_N)
-    dwpe = tl.sum(total, axis=0).to(dwpe_ptr.dtype.element_ty)
-    tl.store(dwpe_ptr + position.to(tl.int64) * C + o_col, dwpe, mask=o_col < C)
+    dwpe = tl.sum(total, axis=0)
+    out = dwpe_ptr + position.to(tl.int64) * C + o_col
+    if ACCUMULATE:
+        dwpe += tl.load(out, mask=o_col < C, other=0.0).to(tl.float32)
+    tl.store(out, dwpe.to(dwpe_ptr.dtype.element_ty), mask=o_col < C)
 
 
 def _block(C: int, elements: int) -> tuple[int, int, int]:
@@ -207,17 +229,25 @@ def _block(C: int, elements: int) -> tuple[int, int, int]:
     return max(1, elements * 32 * num_warps // BLOCK_N), BLOCK_N, num_warps
 
 
-def sort_by_token(idx: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor]:
-    """idx (M,) sorted, the rows that its elements came from, and where each token's segment starts, (V + 1,)."""
+def sort_by_token(idx: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """idx (M,) sorted, and the rows that its elements came from."""
     narrow = torch.int16 if V < 2**15 else torch.int32  # a radix sort passes over the keys once a byte
-    tokens, order = torch.sort(idx.to(narrow), stable=True)
-    starts = torch.searchsorted(tokens, torch.arange(V + 1, dtype=narrow, device=idx.device), out_int32=True)
-    return tokens, order, starts
+    return torch.sort(idx.to(narrow), stable=True)
 
 
 @custom_op("nanofuse::embedding")
-def _embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, seed: Tensor | None, p: float) -> Tensor:
-    """x (M, C) of idx (M,); wte (V, C) and wpe (T, C) with unit last stride."""
+def _embedding(
+    idx: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    dtype: torch.dtype,
+    seed: Tensor | None,
+    p: float,
+    dwte: Tensor | None,
+    dwpe: Tensor | None,
+    accumulate: bool,
+) -> Tensor:
+    """x (M, C) of idx (M,); wte (V, C) and wpe (T, C) with unit last stride. The last three: for the backward pass."""
     x = wte.new_empty(len(idx), wte.shape[1], dtype=dtype)
     M, C = x.shape
     BLOCK_M, BLOCK_N, num_warps = _block(C, 16)
@@ -230,61 +260,82 @@ def _embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, seed: 
     return x
 
 
-@custom_op("nanofuse::embedding_backward")
+@custom_op("nanofuse::embedding_backward", mutates_args=("dwte", "dwpe"))
 def _embedding_backward(
     dx: Tensor,
     idx: Tensor,
     seed: Tensor | None,
     p: float,
-    V: int,
     T: int,
-    dtype: torch.dtype,
-    need_dwte: bool,
-    need_dwpe: bool,
-) -> tuple[Tensor, Tensor]:
-    """(dwte (V, C), dwpe (T, C)) of dx (M, C) with unit last stride and idx (M,); each empty unless needed."""
+    dwte: Tensor | None,
+    dwpe: Tensor | None,
+    accumulate: bool,
+) -> None:
+    """Of dx (M, C) with unit last stride and idx (M,): add the gradient of wte to dwte (V, C), packed; put that of wpe
+    into the first T rows of dwpe, packed, and zeros into its other rows, or add to it. None: not needed."""
     M, C = dx.shape
-    dwte, dwpe = (dx.new_empty(n if needed else 0, C, dtype=dtype) for n, needed in ((V, need_dwte), (T, need_dwpe)))
     BLOCK_M, BLOCK_N, num_warps = _block(C, 32)
     args = dict(dx_ptr=dx, dx_stride=dx.stride(0), C=C, **dropout_args(seed, p))
     constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-    if need_dwte:
-        tokens, order, starts = sort_by_token(idx, V)
+    if dwte is not None:
+        V = len(dwte)
+        tokens, order = sort_by_token(idx, V)
         pieces = dx.new_empty(M // PIECE, C, dtype=torch.float32)
-        sums, sorts = args | dict(order_ptr=order, pieces_ptr=pieces), constants | dict(PIECE=PIECE)
+        sums = args | dict(tokens_ptr=tokens, order_ptr=order, pieces_ptr=pieces)
+        sorts = constants | dict(PIECE=PIECE)
         run(
             dx,
-            Launch(embedding_bwd_pieces_kernel, (len(pieces),), sums | dict(tokens_ptr=tokens), sorts, num_warps),
-            Launch(embedding_bwd_wte_kernel, (V,), sums | dict(starts_ptr=starts, dwte_ptr=dwte), sorts, num_warps),
+            Launch(embedding_bwd_pieces_kernel, (len(pieces),), sums, sorts, num_warps),
+            Launch(
+                embedding_bwd_wte_kernel, (M,), sums | dict(M=M, V=V, dwte_ptr=dwte), sorts | dict(SCAN=128), num_warps
+            ),
         )
-    if need_dwpe:
+    if dwpe is not None:
         B = M // max(T, 1)
         args |= dict(dwpe_ptr=dwpe, B=B, T=T, tiles=triton.cdiv(B, BLOCK_M))
-        run(dx, Launch(embedding_bwd_wpe_kernel, (T,), args, constants, num_warps))
-    return dwte, dwpe
+        constants |= dict(ACCUMULATE=accumulate)
+        run(dx, Launch(embedding_bwd_wpe_kernel, (len(dwpe),), args, constants, num_warps))
 
 
 def _save_embedding(ctx, inputs, output):
-    idx, wte, wpe, _, seed, p = inputs
-    ctx.save_for_backward(idx, seed)
-    ctx.numbers = p, len(wte), len(wpe), wte.dtype
+    idx, wte, wpe, _, seed, ctx.p, dwte, dwpe, ctx.accumulate = inputs
+    ctx.save_for_backward(idx, seed, dwte, dwpe)
+    ctx.tables = wte.shape, wpe.shape, wte.dtype
 
 
 def _differentiate_embedding(ctx, dx):
+    idx, seed, dwte, dwpe = ctx.saved_tensors
+    wte_shape, wpe_shape, dtype = ctx.tables
     _, need_dwte, need_dwpe, *_ = ctx.needs_input_grad
-    dwte, dwpe = _embedding_backward(rows(dx), *ctx.saved_tensors, *ctx.numbers, need_dwte, need_dwpe)
-    return None, dwte if need_dwte else None, dwpe if need_dwpe else None, None, None, None
+    if dwte is not None:
+        _embedding_backward(rows(dx), idx, seed, ctx.p, wpe_shape[0], dwte, dwpe, ctx.accumulate)
+        return (None,) * 9
+    dwte = dx.new_zeros(wte_shape, dtype=dtype) if need_dwte else None
+    dwpe = dx.new_empty(wpe_shape, dtype=dtype) if need_dwpe else None
+    _embedding_backward(rows(dx), idx, seed, ctx.p, wpe_shape[0], dwte, dwpe, False)
+    return None, dwte, dwpe, *(None,) * 6
 
 
 _embedding.register_autograd(_differentiate_embedding, setup_context=_save_embedding)
 
 
-def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, p: float = 0.0) -> Tensor:
+def embedding(
+    idx: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    dtype: torch.dtype,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    grads: tuple[Grads, Grads] | None = None,
+) -> Tensor:
     """Token plus position embedding, then dropout; the meaning of `reference.embedding`.
 
     idx (B, T) int64 or int32, wte (V, C), wpe (T, C), both float32, bfloat16 or float16, C up to 8192; 0 <= p < 1.
-    Returns (B, T, C) in `dtype`, NaN where idx is not one of 0 … V - 1. The mask's seed is drawn from torch's
-    generator of wte's device. ValueError for what cannot be served.
+    Returns (B, T, C) in `dtype`, NaN where idx is not one of 0 … V - 1. seed: as in `add_layer_norm`. ValueError for
+    what cannot be served.
+
+    grads: where the gradients are put, wte's (V, C) and wpe's (T or more rows, C). The head shares wte's, and its
+    backward pass, which comes first, has written there: wte's is always added to.
     """
     check("wte", wte, shape=(None, None))
     check("idx", idx, shape=(None, None), dtypes=(torch.int64, torch.int32), device=wte.device)
@@ -293,5 +344,6 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, p: floa
         raise ValueError(f"wte: got {C} channels, expected 1 to {MAX_WIDTH}")
     check("wpe", wpe, shape=(T, C), dtypes=(wte.dtype,), device=wte.device)
     check_dtype("dtype", dtype)
-    x = _embedding(idx.reshape(-1), rows(wte), rows(wpe), dtype, new_seed(wte, p), p)
+    into = (None, None, False) if grads is None else (grads[0].weight, grads[1].weight, grads[1].accumulate)
+    x = _embedding(idx.reshape(-1), rows(wte), rows(wpe), dtype, seed_for(wte, p, seed), p, *into)
     return x.view(B, T, C)

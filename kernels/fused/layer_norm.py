@@ -16,7 +16,9 @@ out of the cache. Both kernels are bound by memory: the forward one is planned f
 backward one, which keeps its sums over rows in registers, for 12.
 
 Those sums are made by a fixed number of programs, each taking every P-th tile of rows, then over the P partial rows: no
-atomics, the same bits every run.
+atomics, the same bits every run. The second sum is over in microseconds, and there are 25 LayerNorms in GPT-2. So a
+caller who keeps the partial rows of all of them in one buffer (`partial_rows` says how many) has it made by one launch
+for all (`sum_partials`).
 """
 
 import torch
@@ -24,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.dropout import dropout_args, keep_mask, new_seed
+from kernels.fused.dropout import dropout_args, keep_mask, seed_for
 from kernels.launch import Launch, check, check_dtype, custom_op, device_of, packed, rows, run
-from kernels.reference import LAYER_NORM_EPS
+from kernels.reference import LAYER_NORM_EPS, Grads
 
 MAX_WIDTH = 4096  # a row is held in one block's registers
 
@@ -37,7 +39,7 @@ def add_layer_norm_fwd_kernel(
     residual_ptr,  # (M, C)
     weight_ptr,  # (C,)
     bias_ptr,  # (C,) or None
-    seed_ptr,  # (1,) int64, or None: nothing is dropped
+    seed_ptr,  # int64, or None: nothing is dropped
     stream_ptr,  # out: residual' (M, C); None with x_ptr
     y_ptr,  # out (M, C)
     mean_ptr,  # out (M,)
@@ -86,7 +88,7 @@ def add_layer_norm_bwd_kernel(
     weight_ptr,  # (C,)
     mean_ptr,  # (M,)
     rstd_ptr,  # (M,)
-    seed_ptr,  # (1,) int64, or None
+    seed_ptr,  # int64, or None
     dresidual_ptr,  # out (M, C)
     dx_ptr,  # out (M, C); None where it equals dresidual
     dweight_ptr,  # out (P, C) float32: each program's sum over its rows
@@ -141,12 +143,46 @@ def add_layer_norm_bwd_kernel(
         tl.store(dbias_ptr + pid * C + o_col, tl.sum(dbias, axis=0), mask=m_col)
 
 
+@triton.jit
+def sum_partials_kernel(
+    partials_ptr,  # (L, P, C) float32
+    offsets_ptr,  # (L,) int64: where in out each sum begins
+    out_ptr,
+    P,
+    C,
+    column_tiles,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    layer = (tl.program_id(0) // column_tiles).to(tl.int64)
+    o_col = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_col = o_col < C
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, P, BLOCK_M):
+        o_row = start + tl.arange(0, BLOCK_M)
+        mask = (o_row < P)[:, None] & m_col[None, :]
+        total += tl.load(partials_ptr + (layer * P + o_row)[:, None] * C + o_col[None, :], mask=mask, other=0.0)
+    gradient = tl.sum(total, axis=0)
+    out = out_ptr + tl.load(offsets_ptr + layer) + o_col
+    if ACCUMULATE:
+        gradient += tl.load(out, mask=m_col, other=0.0).to(tl.float32)
+    tl.store(out, gradient.to(out_ptr.dtype.element_ty), mask=m_col)
+
+
 def _block(C: int) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, num_warps): 16 elements a thread up to 1024 wide, so that 128-bit accesses of 2-byte elements
     stay whole; wider rows get more warps, then more elements a thread."""
     BLOCK_N = max(16, triton.next_power_of_2(C))
     num_warps = min(8, max(4, BLOCK_N // 512))
     return max(1, 16 * 32 * num_warps // BLOCK_N), BLOCK_N, num_warps
+
+
+def partial_rows(C: int, device: torch.device) -> int:
+    """As many programs of the backward kernel as run at once, so that none is left over for a second round: registers
+    decide how many fit. Each writes one partial row of dweight, C wide."""
+    _, BLOCK_N, _ = _block(C)
+    return (4 if BLOCK_N < 2048 else 3 if BLOCK_N == 2048 else 1) * device_of(device).multiprocessors
 
 
 @custom_op("nanofuse::add_layer_norm")
@@ -158,8 +194,13 @@ def _add_layer_norm(
     seed: Tensor | None,
     p: float,
     dtype: torch.dtype,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(residual', y, mean, rstd) of x, residual (M, C) with unit last stride. Without x, residual' is empty."""
+    """(residual', y, mean, rstd) of x, residual (M, C) with unit last stride. Without x, residual' is empty.
+
+    dweight, dbias: only for the backward pass.
+    """
     M, C = residual.shape
     stream, y = residual.new_empty(0 if x is None else M, C), residual.new_empty(M, C, dtype=dtype)
     mean, rstd = (residual.new_empty(M, dtype=torch.float32) for _ in range(2))
@@ -175,7 +216,7 @@ def _add_layer_norm(
     return stream, y, mean, rstd
 
 
-@custom_op("nanofuse::add_layer_norm_backward")
+@custom_op("nanofuse::add_layer_norm_backward", mutates_args=("dweight", "dbias"))
 def _add_layer_norm_backward(
     dy: Tensor,
     dstream: Tensor | None,
@@ -187,49 +228,57 @@ def _add_layer_norm_backward(
     p: float,
     dx_dtype: torch.dtype | None,
     has_bias: bool,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dresidual, dx, dweight, dbias) of dy, dstream, stream (M, C) with unit last stride.
 
-    dx is empty where dx_dtype is None, dbias where there is no bias.
+    dx is empty where dx_dtype is None. dweight, dbias (P, C) float32: what gets the partial rows of all P programs;
+    then both results are empty. Without them as many programs run as have work and fit, and the rows are summed. dbias
+    is empty where there is no bias.
     """
     M, C = dy.shape
     BLOCK_M, BLOCK_N, num_warps = _block(C)
-    # As many programs as run at once, so that none is left over for a second round: registers decide how many fit.
-    resident = 4 if BLOCK_N < 2048 else 3 if BLOCK_N == 2048 else 1
-    P = min(triton.cdiv(M, BLOCK_M), resident * device_of(dy).multiprocessors)
+    tiles = triton.cdiv(M, BLOCK_M)
+    partials = [dweight, dbias]
+    if dweight is None:
+        P = min(tiles, partial_rows(C, dy.device))
+        partials = [dy.new_empty(P, C, dtype=torch.float32) if wanted else None for wanted in (True, has_bias)]
+    P = len(partials[0])
     dresidual, dx = stream.new_empty(M, C), dy.new_empty(M if dx_dtype else 0, C, dtype=dx_dtype)
-    dweight, dbias = (dy.new_empty(P if wanted else 0, C, dtype=torch.float32) for wanted in (True, has_bias))
     args = dict(
         dy_ptr=dy, dstream_ptr=dstream, stream_ptr=stream, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
         **dropout_args(seed, p), dresidual_ptr=dresidual, dx_ptr=dx if dx_dtype else None,
-        dweight_ptr=dweight, dbias_ptr=dbias if has_bias else None,
+        dweight_ptr=partials[0], dbias_ptr=partials[1],
         dy_stride=dy.stride(0), dstream_stride=0 if dstream is None else dstream.stride(0),
-        stream_stride=stream.stride(0), M=M, C=C, inv_C=1 / C,
-        tiles_per_program=triton.cdiv(triton.cdiv(M, BLOCK_M), max(P, 1)),
+        stream_stride=stream.stride(0), M=M, C=C, inv_C=1 / C, tiles_per_program=triton.cdiv(tiles, max(P, 1)),
     )  # fmt: skip
     run(dy, Launch(add_layer_norm_bwd_kernel, (P,), args, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N), num_warps))
-    return dresidual, dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
+    sums = [None if x is None or dweight is not None else x.sum(0).to(weight.dtype) for x in partials]
+    return dresidual, dx, *(weight.new_empty(0) if x is None else x for x in sums)
 
 
 def _save_add_layer_norm(ctx, inputs, output):
-    x, residual, weight, bias, seed, p, _ = inputs
+    x, residual, weight, bias, seed, p, _, dweight, dbias = inputs
     stream, _, mean, rstd = output
     ctx.set_materialize_grads(False)  # the last residual' is used by nobody: no zeros are made up for it, nor read
-    ctx.save_for_backward(residual if x is None else stream, weight, mean, rstd, seed)
+    ctx.save_for_backward(residual if x is None else stream, weight, mean, rstd, seed, dweight, dbias)
     ctx.p, ctx.x_dtype, ctx.has_bias = p, None if x is None else x.dtype, bias is not None
 
 
 def _differentiate_add_layer_norm(ctx, dstream, dy, dmean, drstd):
-    stream, weight, mean, rstd, seed = ctx.saved_tensors
+    stream, weight, mean, rstd, seed, *partials = ctx.saved_tensors
     dy = torch.zeros_like(stream) if dy is None else rows(dy)
     dstream = None if dstream is None or ctx.x_dtype is None else rows(dstream)  # without x, residual' is empty
     same = ctx.x_dtype == stream.dtype and seed is None  # then dx is dresidual: written once
     dx_dtype = None if same else ctx.x_dtype
     dresidual, dx, dweight, dbias = _add_layer_norm_backward(
-        dy, dstream, stream, weight, mean, rstd, seed, ctx.p, dx_dtype, ctx.has_bias
+        dy, dstream, stream, weight, mean, rstd, seed, ctx.p, dx_dtype, ctx.has_bias, *partials
     )
     dx = None if ctx.x_dtype is None else dresidual if same else dx
-    return dx, dresidual, dweight, dbias if ctx.has_bias else None, None, None, None
+    if partials[0] is not None:
+        dweight = dbias = None
+    return dx, dresidual, dweight, dbias if ctx.has_bias else None, *(None,) * 5
 
 
 _add_layer_norm.register_autograd(_differentiate_add_layer_norm, setup_context=_save_add_layer_norm)
@@ -248,27 +297,57 @@ def _check(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **streams: T
     check_dtype("dtype", dtype)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+@custom_op("nanofuse::sum_partials", mutates_args=("out",))
+def sum_partials(partials: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
+    """out[offsets[i] : offsets[i] + C] = sum of partials[i]'s rows, or += it, for every i, in one launch.
+
+    partials (L, P, C) float32, offsets (L,) int64, out (n,) float32, bfloat16 or float16.
+    """
+    L, P, C = partials.shape
+    BLOCK_M, BLOCK_N = 32, 64
+    column_tiles = triton.cdiv(C, BLOCK_N)
+    args = dict(partials_ptr=partials, offsets_ptr=offsets, out_ptr=out, P=P, C=C, column_tiles=column_tiles)
+    constants = dict(ACCUMULATE=accumulate, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+    run(out, Launch(sum_partials_kernel, (L * column_tiles,), args, constants))
+
+
+def _partials(grads: Grads | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if grads is None else grads[:2]
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, grads: Grads | None = None
+) -> Tensor:
     """LayerNorm over the last dimension; the meaning of `reference.layer_norm`.
 
-    x (..., C), C up to 4096, weight and bias (C,): float32, bfloat16 or float16. Returns y (..., C) in `dtype`.
-    ValueError for what cannot be served.
+    x (..., C), C up to 4096, weight and bias (C,): float32, bfloat16 or float16. Returns y (..., C) in `dtype`. grads:
+    as in `add_layer_norm`. ValueError for what cannot be served.
     """
     _check(weight, bias, dtype, x=x)
-    _, y, _, _ = _add_layer_norm(None, rows(x), weight.contiguous(), packed(bias), None, 0.0, dtype)
+    _, y, _, _ = _add_layer_norm(None, rows(x), weight.contiguous(), packed(bias), None, 0.0, dtype, *_partials(grads))
     return y.view(x.shape)
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, p: float = 0.0
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    grads: Grads | None = None,
 ) -> tuple[Tensor, Tensor]:
     """residual' = residual + dropout(x) and y = LayerNorm(residual'); the meaning of `reference.add_layer_norm`.
 
     x and residual (..., C), C up to 4096, weight and bias (C,): float32, bfloat16 or float16; 0 <= p < 1. Returns
-    residual' in residual's dtype and y in `dtype`. The mask's seed is drawn from torch's generator of x's device.
-    ValueError for what cannot be served.
+    residual' in residual's dtype and y in `dtype`. seed: one of `seeds`, for the mask; None: drawn here, from torch's
+    generator of x's device. grads: what gets the partial rows of dweight and dbias, (P, C) float32 each, for
+    `sum_partials`; None: the gradients are autograd's. ValueError for what cannot be served.
     """
     _check(weight, bias, dtype, x=x, residual=residual)
-    seed = new_seed(x, p)
-    stream, y, _, _ = _add_layer_norm(rows(x), rows(residual), weight.contiguous(), packed(bias), seed, p, dtype)
+    seed = seed_for(x, p, seed)
+    stream, y, _, _ = _add_layer_norm(
+        rows(x), rows(residual), weight.contiguous(), packed(bias), seed, p, dtype, *_partials(grads)
+    )
     return stream.view(x.shape), y.view(x.shape)

@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.fused.gelu import check_form, gelu_backward, gelu_forward
+from kernels.fused.linear import put_product, put_row_sum, store
 from kernels.fused.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, linear_gelu, linear_gelu_backward, tiles_for
 from kernels.launch import check, custom_op, device_of, rows
+from kernels.reference import Grads
 
 CUBLAS = 0  # in the place of the number of the fused matmul's tiles
 
@@ -86,8 +88,13 @@ def _mlp(
     keep: bool,
     forward_tiles: int,
     backward_tiles: int,
+    dfc_weight: Tensor | None,
+    dfc_bias: Tensor | None,
+    dproj_weight: Tensor | None,
+    dproj_bias: Tensor | None,
+    accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, act, pre); act and pre are empty unless they are kept for backward."""
+    """(y, act, pre); act and pre are empty unless they are kept for backward. The last five are only for that."""
     tiles = _tiles("forward_tiles", forward_tiles, FORWARD_TILES, x)
     act, pre = forward(x, fc_weight, fc_bias, approximate, keep, tiles)
     y = F.linear(act, proj_weight, proj_bias)
@@ -95,47 +102,62 @@ def _mlp(
 
 
 @_mlp.register_fake
-def _(x, fc_weight, fc_bias, proj_weight, proj_bias, approximate, keep, forward_tiles, backward_tiles):
+def _(x, fc_weight, fc_bias, proj_weight, proj_bias, approximate, keep, *_):
     size = (x.shape[0], fc_weight.shape[0]) if keep else (0,)
     return x.new_empty(x.shape[0], proj_weight.shape[0]), x.new_empty(size), x.new_empty(size)
 
 
-@custom_op("nanofuse::mlp_dpre")
+@custom_op("nanofuse::mlp_dpre", mutates_args=("dfc_bias",))
 def _mlp_dpre(
-    dy: Tensor, proj_weight: Tensor, pre: Tensor, approximate: str, wants_dbias: bool, backward_tiles: int
+    dy: Tensor,
+    proj_weight: Tensor,
+    pre: Tensor,
+    approximate: str,
+    wants_dbias: bool,
+    backward_tiles: int,
+    dfc_bias: Tensor | None,
+    accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dpre, dfc_bias); dfc_bias is empty unless wanted."""
+    """(dpre, gradient of fc_bias); the latter is empty unless wanted, and where it is put into dfc_bias."""
     tiles = _tiles("backward_tiles", backward_tiles, BACKWARD_TILES, dy)
     dpre, dbias = backward(dy, proj_weight, pre, approximate, wants_dbias, tiles)
+    if dfc_bias is not None and dbias is not None:
+        store(dfc_bias, dbias, accumulate)
+        dbias = None
     return dpre, _or_empty(dbias, dpre)
 
 
 @_mlp_dpre.register_fake
-def _(dy, proj_weight, pre, approximate, wants_dbias, backward_tiles):
-    return torch.empty_like(pre), pre.new_empty(pre.shape[1] if wants_dbias else 0)
+def _(dy, proj_weight, pre, approximate, wants_dbias, backward_tiles, dfc_bias, accumulate):
+    return torch.empty_like(pre), pre.new_empty(pre.shape[1] if wants_dbias and dfc_bias is None else 0)
 
 
 def _save_mlp(ctx, inputs, output):
-    x, fc_weight, _, proj_weight, _, ctx.approximate, _, _, ctx.tiles = inputs
+    x, fc_weight, _, proj_weight, _, ctx.approximate, _, _, ctx.tiles, *gradients, ctx.accumulate = inputs
     ctx.set_materialize_grads(False)  # act and pre have no gradients of their own
-    ctx.save_for_backward(x, fc_weight, proj_weight, *output[1:])
+    ctx.save_for_backward(x, fc_weight, proj_weight, *output[1:], *gradients)
 
 
 def _differentiate_mlp(ctx, dy, _dact, _dpre):
-    x, fc_weight, proj_weight, act, pre = ctx.saved_tensors
+    x, fc_weight, proj_weight, act, pre, dfc_weight, dfc_bias, dproj_weight, dproj_bias = ctx.saved_tensors
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = ctx.needs_input_grad[:5]
     if need_x or need_fc_weight or need_fc_bias:
-        dpre, dfc_bias = _mlp_dpre(dy, proj_weight, pre, ctx.approximate, need_fc_bias, ctx.tiles)
+        dpre, fc_bias_gradient = _mlp_dpre(
+            dy, proj_weight, pre, ctx.approximate, need_fc_bias, ctx.tiles, dfc_bias, ctx.accumulate
+        )
+    if dfc_weight is not None:
+        put_product(dfc_weight, dpre, x, ctx.accumulate)
+        put_product(dproj_weight, dy, act, ctx.accumulate)
+        if dproj_bias is not None:
+            put_row_sum(dproj_bias, dy, ctx.accumulate)
+        return dpre @ fc_weight if need_x else None, *(None,) * 13
     return (
         dpre @ fc_weight if need_x else None,
         dpre.t() @ x if need_fc_weight else None,
-        dfc_bias if need_fc_bias else None,
+        fc_bias_gradient if need_fc_bias else None,
         dy.t() @ act if need_proj_weight else None,
         dy.sum(0) if need_proj_bias else None,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 9,
     )
 
 
@@ -158,13 +180,16 @@ def mlp(
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     approximate: str,
+    fc_grads: Grads | None = None,
+    proj_grads: Grads | None = None,
     forward_tiles: int = CUBLAS,
     backward_tiles: int = CUBLAS,
 ) -> Tensor:
     """GELU(x @ fc_weight.T + fc_bias) @ proj_weight.T + proj_bias; the meaning of `reference.mlp`.
 
     x (..., K), fc_weight (N, K), fc_bias (N,) or None, proj_weight (C, N), proj_bias (C,) or None: float32, bfloat16 or
-    float16, of one dtype; approximate: "erf" or "tanh". forward_tiles, backward_tiles: 0 for cuBLAS, n for the fused
+    float16, of one dtype; approximate: "erf" or "tanh". fc_grads, proj_grads, both or neither: where the gradients of
+    the layers' weights and biases are put, as in `linear`. forward_tiles, backward_tiles: 0 for cuBLAS, n for the fused
     matmul with the n-th of its tiles, as `ways` names them. Returns (..., C). ValueError for what cannot be served: on
     a GPU the fused matmul takes 2-byte elements only where every row begins at a multiple of 16 elements.
     """
@@ -177,5 +202,9 @@ def mlp(
     kept_for = (x, fc_weight, fc_bias, proj_weight)  # proj_bias's gradient takes neither act nor pre
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in kept_for)
     weights = fc_weight, fc_bias, proj_weight, proj_bias
-    y, _, _ = _mlp(x.reshape(-1, x.shape[-1]), *weights, approximate, keep, forward_tiles, backward_tiles)
+    gradients, accumulate = (None,) * 4, False
+    if fc_grads is not None and proj_grads is not None:
+        gradients, accumulate = (*fc_grads[:2], *proj_grads[:2]), fc_grads.accumulate
+    rows_of_x = x.reshape(-1, x.shape[-1])
+    y, _, _ = _mlp(rows_of_x, *weights, approximate, keep, forward_tiles, backward_tiles, *gradients, accumulate)
     return y.view(*x.shape[:-1], proj_weight.shape[0])

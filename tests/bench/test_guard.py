@@ -35,7 +35,7 @@ def test_operations_of_a_step(dtype: torch.dtype, dropout: float, n_layer: int, 
     layer, micro_step, update = OPERATIONS[dtype, dropout]
     config = GPTConfig(block_size=T, vocab_size=V, n_layer=n_layer, n_head=2, n_embd=C, dropout=dropout, bias=True)
     model = GPT(config, REFERENCE, precision=Precision(dtype))
-    adamw = {"learning_rate": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "in_float32": accumulation > 1}
+    adamw = {"learning_rate": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "several": accumulation > 1}
     step = TrainStep(model, FlatAdamW(model, REFERENCE, **adamw), grad_clip=1.0)
     tokens = torch.randint(V, (2, accumulation, B, T))
     with Tape() as tape:

@@ -10,11 +10,9 @@ import textwrap
 import time
 from pathlib import Path
 from typing import NoReturn
-from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench.__main__ as bench_command
 import train.__main__ as train_command
@@ -23,12 +21,11 @@ from model.flops import flops_per_token
 from tests.train import test_graph as graphs
 from tests.train.jobs import CHARS, JOB, arguments
 from tests.train.ranks import RUN, assert_same_losses, finish, records, start, train_alone, train_together
-from tests.train.tape import storage, tape
+from tests.train.tape import tape
 from train import checkpoint, plan
 from train.config import TrainConfig
-from train.distributed import Reducer, World, local_device, process_group, world_from_environment
+from train.distributed import World, local_device, process_group, world_from_environment
 from train.errors import UserError
-from train.flat import ALIGN
 from train.graph import GraphedStep
 
 # A place among the ranks
@@ -112,37 +109,17 @@ def test_what_ranks_cannot_share_is_refused(here, monkeypatch):
 # Gradients
 
 
-class Gathered(TorchDispatchMode):
-    """Counts the elements that are added to this buffer, by any operation on it."""
-
-    def __init__(self, total: torch.Tensor) -> None:
-        super().__init__()
-        self.total, self.elements = storage(total), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket is torch.ops.aten.add_ and storage(args[0]) == self.total:
-            self.elements += args[0].numel()
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("graphed", "accumulation"), [(False, 1), (False, 3), (True, 3)])
-def test_a_micro_steps_gradients_are_gathered_once(
-    graphed: bool, accumulation: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each time costs 12 bytes per parameter. If a graph gathers them, the reducer must not."""
+def test_gradients_are_exchanged_once_a_step(graphed: bool, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda piece, **how: sent.append(piece) or mock.Mock())
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: sent.append(x))
     step, alone = (graphs.make(accumulation=2, dtype=torch.bfloat16) for _ in range(2))
-    flat = step.optimizer.flat
-    step.reducer = Reducer(World(0, 0, 2), flat, piece=100)
-    assert flat.total is not flat.grad
+    step.world = World(0, 0, 2)
     call = GraphedStep(step, (accumulation, graphs.B, graphs.T), capture=tape) if graphed else step
-    with Gathered(flat.total) as gathered:
-        losses = graphs.train(call, accumulation, 1)
-    size = len(flat.total)  # the padding of the last tensor may be left out
-    assert accumulation * size - ALIGN < gathered.elements <= accumulation * size
-    assert size - ALIGN < sum(piece.numel() for piece in sent) <= size
-    assert len(sent) > 1
+    losses = graphs.train(call, accumulation, 1)
+    assert [x.data_ptr() for x in sent] == [step.optimizer.flat.grad.data_ptr()]
+    assert sent[0].dtype == torch.float32
+    assert sent[0].numel() == len(step.optimizer.flat.grad)
     (loss, norm), (expected, twice) = losses[0], graphs.train(alone, accumulation, 1)[0]
     assert (loss, norm) == (expected, twice / 2)  # the mean over two ranks, one of which sent zeros
 

@@ -72,6 +72,7 @@ def our_adamw(model: GPT, case: dict, ops: Ops = REFERENCE) -> FlatAdamW:
         learning_rate=case["learning_rate"],
         betas=tuple(case["betas"]),
         weight_decay=case["weight_decay"],
+        several=case["gradient_accumulation_steps"] > 1,
     )
 
 

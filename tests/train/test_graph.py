@@ -40,9 +40,7 @@ def make(
     torch.manual_seed(0)
     shape = GPTConfig(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=n_embd, dropout=dropout, bias=True)
     model = GPT(shape, ops, precision=Precision(dtype), attention=attention, recompute=recompute).to(device)
-    optimizer = FlatAdamW(
-        model, ops, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.1, in_float32=accumulation > 1
-    )
+    optimizer = FlatAdamW(model, ops, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.1, several=accumulation > 1)
     scaler = LossScale(device, enabled=dtype == torch.float16)
     return TrainStep(model, optimizer, grad_clip=0.5, scaler=scaler)
 
@@ -225,7 +223,7 @@ def marked(leaves: Iterable[torch.Tensor], *, mark: bool = False) -> list[bool]:
 def test_a_capture_meets_no_node_of_autograd_from_before() -> None:
     """Such a node remembers another stream. Here a cycle of unused objects holds the loss that keeps the nodes."""
     step = make()
-    leaves = list(step.optimizer.flat.leaves)
+    leaves = step.optimizer.flat.leaves
     dropped = [step.model(*(part[0] for part in batch(0, 1)[:2]))[1]]
     marked(leaves, mark=True)
     assert all(marked(leaves))

@@ -25,9 +25,18 @@ def small_model(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> GPT
     return model
 
 
-def optimizer(model: nn.Module, learning_rate: float = 1.0, weight_decay: float = 0.1) -> FlatAdamW:
+def optimizer(
+    model: nn.Module, learning_rate: float = 1.0, weight_decay: float = 0.1, several: bool = False
+) -> FlatAdamW:
     """Its own rate differs from the step's, which must come with the call."""
-    return FlatAdamW(model, REFERENCE, learning_rate=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+    return FlatAdamW(
+        model,
+        REFERENCE,
+        learning_rate=learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=weight_decay,
+        several=several,
+    )
 
 
 def make_batch(accumulation: int = 1, rows: int = 4, seeds: tuple[int, ...] | None = None) -> Batch:
@@ -46,7 +55,7 @@ def test_micro_steps_are_one_large_batch(grad_clip):
     models, results = [], []
     for one in (batch, together):
         model = small_model(dtype=torch.float64)
-        step = TrainStep(model, optimizer(model), grad_clip=grad_clip)
+        step = TrainStep(model, optimizer(model, several=one is batch), grad_clip=grad_clip)
         results.append([step(one, LR) for _ in range(3)])
         models.append(model)
     for a, b in zip(*results, strict=True):
@@ -91,6 +100,12 @@ def test_the_clipped_gradient_is_the_one_used():
     torch.testing.assert_close(moments[1], moments[0] * (0.05 / norm), rtol=1e-4, atol=1e-9)
 
 
+def test_gradients_that_would_overwrite_each_other_are_refused():
+    model = small_model()
+    with pytest.raises(AssertionError, match="would be lost"):
+        TrainStep(model, optimizer(model), grad_clip=0.0)(make_batch(2), LR)
+
+
 def test_every_tensor_has_a_saved_step_count_of_its_own():
     """torch's AdamW may load them. It increments each one in place."""
     adam = optimizer(small_model())
@@ -102,7 +117,8 @@ def test_dropout_is_a_function_of_the_seeds():
     def loss(seeds: tuple[int, ...], state: int) -> tuple[float, float]:
         model = small_model(dropout=0.5)
         torch.manual_seed(state)  # the generator's state before must not matter
-        result = TrainStep(model, optimizer(model), grad_clip=1.0)(make_batch(2, seeds=seeds), LR)
+        step = TrainStep(model, optimizer(model, several=True), grad_clip=1.0)
+        result = step(make_batch(2, seeds=seeds), LR)
         return result.loss.item(), result.grad_norm.item()
 
     assert loss((1, 2), state=0) == loss((1, 2), state=99)
@@ -121,7 +137,7 @@ class Ignoring(nn.Module):
         self.vector = nn.Parameter(torch.ones(5))
         self.number = nn.Parameter(torch.ones(()))
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[None, torch.Tensor]:
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor, dloss: torch.Tensor) -> tuple[None, torch.Tensor]:
         return None, 0.0 * sum(parameter.sum() for parameter in self.parameters())
 
 
@@ -137,7 +153,7 @@ def test_only_matrices_decay():
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
 def test_float16_skips_the_update_that_overflowed_and_goes_on(grad_clip):
     model = small_model(dtype=torch.float16)
-    adam = optimizer(model)
+    adam = optimizer(model, several=True)
     scaler = LossScale(torch.device("cpu"), enabled=True, scale=2.0**40)
     step = TrainStep(model, adam, grad_clip=grad_clip, scaler=scaler)
     before = weights(model)
@@ -159,7 +175,7 @@ def test_a_scale_changes_neither_loss_nor_norm_nor_update():
     results, models = [], []
     for scaler in (None, LossScale(torch.device("cpu"), enabled=True, scale=2.0**12)):
         model = small_model()
-        step = TrainStep(model, optimizer(model), grad_clip=0.1, scaler=scaler)
+        step = TrainStep(model, optimizer(model, several=True), grad_clip=0.1, scaler=scaler)
         results.append([step(make_batch(2), LR) for _ in range(3)])
         models.append(weights(model))
     assert results[0] == results[1]
