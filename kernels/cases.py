@@ -94,6 +94,45 @@ def _layer_norm(name: str, *, bias: bool, add: bool, stream: torch.dtype | None 
     )
 
 
+# The partial sums of L LayerNorms' gradients, P rows each: (L, P, C) --------------------------------------------------
+
+
+def _sum_partials(*, accumulate: bool) -> Case:
+    def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        (L, P, C), randn = shape, draw(device)
+        offsets = torch.arange(L, device=device) * (C + 64)  # gaps between them, as in the flat gradients
+        out = randn(L * (C + 64), dtype=dtype, grad=False)
+        return {"partials": randn(L, P, C, dtype=torch.float32, grad=False), "offsets": offsets, "out": out}
+
+    def fused(partials: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
+        out = out.clone()
+        FUSED.sum_partials(partials, offsets, out, accumulate)
+        return out
+
+    def plain(partials: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
+        place = offsets[:, None] + torch.arange(partials.shape[-1], device=out.device)
+        sums = partials.sum(1) + (out[place] if accumulate else 0)
+        return out.index_put((place,), sums.to(out.dtype))
+
+    def forward_bytes(shape: Shape, dtype: torch.dtype) -> int:
+        L, P, C = shape
+        return L * (4 * P * C + 8 + (1 + accumulate) * C * dtype.itemsize)
+
+    return Case(
+        name="sum_partials, added" if accumulate else "sum_partials",
+        fused=fused,
+        reference=plain,
+        make_inputs=make_inputs,
+        shapes=(
+            (1, 1, 64),  # one row, one tile of columns
+            (3, 37, 37),  # neither rows nor columns fill a tile
+            (2, 64, 130),  # several tiles of columns and of rows
+        ),
+        gpt_shapes=((25, 528, 768), (13, 528, 384)),
+        forward_bytes=forward_bytes,
+    )
+
+
 # GELU: (M, N) ---------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +259,7 @@ def _cross_entropy(name: str, *, ignored: bool = False) -> Case:
         cpu_shapes=() if ignored else ((4096, 512),),
         forward_bytes=forward_bytes,
         backward_bytes=backward_bytes,
+        again=1.4 if ignored else 1.0,  # the targets are counted first
     )
 
 
@@ -367,6 +407,8 @@ CASES: list[Case] = [
     _layer_norm("add_layer_norm", bias=True, add=True),
     _layer_norm("add_layer_norm, float32 stream", bias=True, add=True, stream=torch.float32),
     _layer_norm("add_layer_norm without bias, float32 stream", bias=False, add=True, stream=torch.float32),
+    _sum_partials(accumulate=False),
+    _sum_partials(accumulate=True),
     _gelu("erf"),
     _gelu("tanh"),
     _mlp("erf", tiles=1),
@@ -407,10 +449,12 @@ class Budget:
 BUDGETS: dict[str, Budget] = {
     "add_layer_norm_fwd_kernel": Budget(warps=32, spills=2),  # one register, once, of bfloat16 alone on sm_90
     "add_layer_norm_bwd_kernel": Budget(warps=12, one_wave=True),
+    "sum_partials_kernel": Budget(warps=32),
     "gelu_fwd_kernel": Budget(warps=32),
     "gelu_bwd_kernel": Budget(warps=32),
     "linear_gelu_fwd_kernel": Budget(warps=8, one_wave=True, mma=True),
     "linear_gelu_bwd_kernel": Budget(warps=8, one_wave=True, mma=True),
+    "count_kernel": Budget(warps=8),
     "cross_entropy_fwd_kernel": Budget(warps=24, wide=0.4),
     "cross_entropy_bwd_kernel": Budget(warps=24, wide=0.7),
     "scale_kernel": Budget(warps=32),

@@ -47,6 +47,11 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return torch.native_dropout(x, p, True)[0] if p > 0 else x
 
 
+def seeds(n: int, device: torch.device) -> tuple[Tensor | None, ...]:
+    """Seeds for n calls of operations with dropout: none, torch draws the masks."""
+    return (None,) * n
+
+
 def embedding(
     idx: Tensor,
     wte: Tensor,

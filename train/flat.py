@@ -11,7 +11,7 @@ several to sum, over micro-steps or ranks.
 Fused operations write each gradient straight into the buffer, or add to it if there are several. So nothing is
 gathered, and a gradient that stands alone is overwritten, never cleared. A LayerNorm's gradients are the exception: its
 operation leaves partial sums, and one launch after the backward pass finishes those of all layers. Other operations
-leave their gradients to autograd, which hands them over; they are copied, or added, in one call.
+leave their gradients to autograd, which adds them to views of a buffer that was cleared.
 """
 
 import torch
@@ -28,8 +28,7 @@ class FlatState:
     """Flat buffers of n elements; [0, n_decay) decay. The model's parameters become views of `param`.
 
     model: on its device, in float32; `model.precision` says which copies it gets. ops: its operations. several: whether
-    an update takes the sum of several gradients, of micro-steps or ranks. Then `grad` is in float32 and must be cleared
-    after the update.
+    an update takes the sum of several gradients, of micro-steps or ranks. Then `grad` is in float32.
     """
 
     def __init__(self, model: GPT, ops: Ops, *, several: bool = False) -> None:
@@ -53,14 +52,19 @@ class FlatState:
             p.data = self.view(self.param, p)
         leaves = {p: p if self.compute is None else self.view(self.compute, p).detach() for p in order}
         self.leaves = [leaf.requires_grad_() for leaf in leaves.values()]
-        self._gradients = [self.view(self.grad, p) for p in order]
         if self.compute is not None:
             model.read_copies(leaves)
             self.sync()
         self.partials: Tensor | None = None
+        self.added = self.grad  # where autograd adds
         if ops.sum_partials is not None:
             self._sum_partials = ops.sum_partials
             self._put_gradients(model, ops)
+            return
+        if self.grad.dtype != dtype:
+            self.added = torch.zeros(end, device=device, dtype=dtype)
+        for p in order:
+            leaves[p].grad = self.view(self.added, p)
 
     def _put_gradients(self, model: GPT, ops: Ops) -> None:
         """Have the model's operations write to `grad` and, for LayerNorms, to `partials` (L, P, C)."""
@@ -80,21 +84,20 @@ class FlatState:
         if self.compute is not None:
             self.compute.copy_(self.param)
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether a micro-step's gradient replaces what is there. Otherwise it must be cleared after the update."""
+        return self.partials is not None and not self.several
+
     def gather(self) -> None:
         """Finish what a micro-step's backward pass left."""
         if self.partials is not None:
             self._sum_partials(self.partials, self._offsets, self.grad[self.n_decay :], self.several)
-            return
-        gradients = [leaf.grad for leaf in self.leaves]
-        if self.several:
-            torch._foreach_add_(self._gradients, gradients)
-        else:
-            torch._foreach_copy_(self._gradients, gradients)
-        for leaf in self.leaves:
-            leaf.grad = None  # so that autograd hands over the next one, and adds nothing
+        elif self.added is not self.grad:
+            self.grad.add_(self.added)
+            self.added.zero_()
 
     def clear(self) -> None:
         """Clear the gradients."""
         self.grad.zero_()
-        for leaf in self.leaves:
-            leaf.grad = None
+        self.added.zero_()

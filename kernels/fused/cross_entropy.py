@@ -364,9 +364,9 @@ def _linear_cross_entropy(
     chunk_rows: int,
     need_dx: bool,
     need_dweight: bool,
-    dloss: Tensor | None,
-    into: Tensor | None,
-    accumulate: bool,
+    dloss: Tensor | None = None,
+    into: Tensor | None = None,
+    accumulate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, how many rows count, and of the gradients what the backward pass finishes).
 
@@ -396,7 +396,7 @@ def _linear_cross_entropy(
 
 
 @_linear_cross_entropy.register_fake
-def _(x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight, dloss, into, accumulate):
+def _(x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight, *_):
     loss, count = (x.new_empty((), dtype=torch.float32) for _ in range(2))
     wanted, chunked = need_dx or need_dweight, chunk_rows > 0
     dlogits = x.new_empty(x.shape[0] if wanted and not chunked else 0, padded(weight.shape[0]))
@@ -414,8 +414,8 @@ def _linear_cross_entropy_backward(
     weight: Tensor | None,
     need_dx: bool,
     need_dweight: bool,
-    into: Tensor | None,
-    accumulate: bool,
+    into: Tensor | None = None,
+    accumulate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dweight), in x's dtype, each empty unless needed; dweight also where it is put into `into`.
 

@@ -243,9 +243,9 @@ def _embedding(
     dtype: torch.dtype,
     seed: Tensor | None,
     p: float,
-    dwte: Tensor | None,
-    dwpe: Tensor | None,
-    accumulate: bool,
+    dwte: Tensor | None = None,
+    dwpe: Tensor | None = None,
+    accumulate: bool = False,
 ) -> Tensor:
     """x (M, C) of idx (M,); wte (V, C) and wpe (T, C) with unit last stride. The last three: for the backward pass."""
     x = wte.new_empty(len(idx), wte.shape[1], dtype=dtype)

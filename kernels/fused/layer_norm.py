@@ -194,8 +194,8 @@ def _add_layer_norm(
     seed: Tensor | None,
     p: float,
     dtype: torch.dtype,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(residual', y, mean, rstd) of x, residual (M, C) with unit last stride. Without x, residual' is empty.
 
@@ -228,8 +228,8 @@ def _add_layer_norm_backward(
     p: float,
     dx_dtype: torch.dtype | None,
     has_bias: bool,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dresidual, dx, dweight, dbias) of dy, dstream, stream (M, C) with unit last stride.
 

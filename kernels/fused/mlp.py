@@ -88,11 +88,11 @@ def _mlp(
     keep: bool,
     forward_tiles: int,
     backward_tiles: int,
-    dfc_weight: Tensor | None,
-    dfc_bias: Tensor | None,
-    dproj_weight: Tensor | None,
-    dproj_bias: Tensor | None,
-    accumulate: bool,
+    dfc_weight: Tensor | None = None,
+    dfc_bias: Tensor | None = None,
+    dproj_weight: Tensor | None = None,
+    dproj_bias: Tensor | None = None,
+    accumulate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, act, pre); act and pre are empty unless they are kept for backward. The last five are only for that."""
     tiles = _tiles("forward_tiles", forward_tiles, FORWARD_TILES, x)
@@ -115,8 +115,8 @@ def _mlp_dpre(
     approximate: str,
     wants_dbias: bool,
     backward_tiles: int,
-    dfc_bias: Tensor | None,
-    accumulate: bool,
+    dfc_bias: Tensor | None = None,
+    accumulate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(dpre, gradient of fc_bias); the latter is empty unless wanted, and where it is put into dfc_bias."""
     tiles = _tiles("backward_tiles", backward_tiles, BACKWARD_TILES, dy)
@@ -128,7 +128,7 @@ def _mlp_dpre(
 
 
 @_mlp_dpre.register_fake
-def _(dy, proj_weight, pre, approximate, wants_dbias, backward_tiles, dfc_bias, accumulate):
+def _(dy, proj_weight, pre, approximate, wants_dbias, backward_tiles, dfc_bias=None, accumulate=False):
     return torch.empty_like(pre), pre.new_empty(pre.shape[1] if wants_dbias and dfc_bias is None else 0)
 
 

@@ -21,10 +21,10 @@ B, T, V, C = 2, 16, 53, 64
 # Operations that make or change a tensor, forward and backward: (a layer, a micro-step besides, an update). A view is
 # none.
 OPERATIONS = {
-    (torch.float32, 0.0): (41, 23, 30),
-    (torch.float32, 0.2): (67, 25, 30),  # attention spelt out, as on a CPU where it drops weights
-    (torch.bfloat16, 0.0): (73, 38, 32),  # its LayerNorm and its loss widen; attention spelt out, on a CPU
-    (torch.bfloat16, 0.2): (83, 40, 32),
+    (torch.float32, 0.0): (41, 20, 31),
+    (torch.float32, 0.2): (67, 22, 31),  # attention spelt out, as on a CPU where it drops weights
+    (torch.bfloat16, 0.0): (73, 35, 33),  # its LayerNorm and its loss widen; attention spelt out, on a CPU
+    (torch.bfloat16, 0.2): (83, 37, 33),
 }
 
 
@@ -41,4 +41,5 @@ def test_operations_of_a_step(dtype: torch.dtype, dropout: float, n_layer: int, 
     with Tape() as tape:
         step(Batch(*tokens, tuple(range(accumulation))), 1e-3)
     made = [str(func) for func, _, _, fresh in tape.calls if fresh or func._schema.is_mutable]
-    assert len(made) == accumulation * (n_layer * layer + micro_step) + update, Counter(made)
+    share = accumulation > 1  # the loss's share of the mean
+    assert len(made) == accumulation * (n_layer * layer + micro_step + share) + update, Counter(made)

@@ -51,9 +51,10 @@ def true_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) 
 
 
 def test_the_bundle_is_frozen_and_whole():
-    for field in dataclasses.fields(Ops):
-        assert getattr(REFERENCE, field.name)
     for field in dataclasses.fields(Ops)[1:]:
+        if field.default is None:  # only fused operations have it
+            assert getattr(REFERENCE, field.name) is None
+            continue
         assert getattr(REFERENCE, field.name) is getattr(reference, field.name)
     with pytest.raises(dataclasses.FrozenInstanceError):
         REFERENCE.layer_norm = None

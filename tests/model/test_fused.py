@@ -43,6 +43,8 @@ def loss_and_gradients(model: GPT) -> dict[str, torch.Tensor]:
 def test_the_bundles_have_the_same_signatures() -> None:
     for field in fields(Ops)[1:]:
         fused, plain = getattr(FUSED, field.name), getattr(REFERENCE, field.name)
+        if plain is None:
+            continue
         assert inspect.signature(fused).parameters.keys() >= inspect.signature(plain).parameters.keys(), field.name
         for name, parameter in inspect.signature(plain).parameters.items():
             assert inspect.signature(fused).parameters[name] == parameter, (field.name, name)

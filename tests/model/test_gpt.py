@@ -128,7 +128,7 @@ def test_dropout_acts_wherever_nanogpt_has_it(place):
         if place in ("embedding", "mlp.c_proj"):
             block.attn.c_proj.weight.zero_()
     if place != "embedding":  # the embedding's own dropout is made one that drops nothing
-        plain = lambda idx, wte, wpe, dtype, p: REFERENCE.embedding(idx, wte, wpe, dtype, 0.0)  # noqa: E731
+        plain = lambda idx, wte, wpe, dtype, *_: REFERENCE.embedding(idx, wte, wpe, dtype, 0.0)  # noqa: E731
         model.ops = dataclasses.replace(REFERENCE, embedding=plain)
     if place == "attention":
         block.ln_2.dropout = 0.0

@@ -37,7 +37,7 @@ def test_every_part_by_hand() -> None:
         "LayerNorm backward": Work(bytes=5 * (8 * M + 12 * C) + M * C * (2 + 4 + 4) + 4 * M * C * (2 + 4 + 4 + 4 + 2)),
         "GELU forward": Work(bytes=2 * 2 * 2 * M * 24),
         "GELU backward": Work(bytes=2 * 3 * 2 * M * 24),
-        "cross-entropy": Work(bytes=2 * 2 * M * V + 16 * M),
+        "cross-entropy": Work(bytes=2 * 2 * M * V + 12 * M),
         "embedding forward": Work(bytes=8 * M + 4 * C * 2 + M * C * 4),
         "embedding backward": Work(bytes=M * C * 4 + (V + 4) * C * 2),
         "accumulation": Work(),
