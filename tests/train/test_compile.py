@@ -20,9 +20,9 @@ CONFIG = TrainConfig(batch_size=2, block_size=8, n_layer=1, n_head=2, n_embd=16,
 CPU = torch.device("cpu")
 
 
-def small_model() -> GPT:
+def small_model(dropout: float = 0.0) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16))
+    return GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, dropout=dropout))
 
 
 @pytest.mark.slow
@@ -39,27 +39,29 @@ def test_without_a_compiler_the_run_goes_on_in_eager_mode() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-def test_compiled_is_compiled() -> None:
+def test_compiled_is_compiled_with_the_same_dropout() -> None:
     torch._dynamo.reset()
-    model, lines = small_model(), []
+    model, lines = small_model(dropout=0.5), []
     chosen = model_to_train(model, CONFIG, CPU, lines.append)
     assert chosen is not model
     assert not any("not possible" in line for line in lines)
     assert "kept for the next run in /" in lines[-1]
-    idx, targets = torch.randint(11, (2, 8)), torch.randint(11, (2, 8))
+    idx, targets, dloss = torch.randint(11, (2, 8)), torch.randint(11, (2, 8)), torch.tensor(0.5)
+    losses = {}
     # the graphs of a training step and of an evaluation exist
     with torch._dynamo.config.patch(error_on_recompile=True):
-        loss = chosen(idx, targets)[1]
-        loss.backward()
+        for step in (chosen, model):
+            torch.manual_seed(1)
+            losses[step] = step(idx, targets, dloss=dloss)[1]
+            losses[step].backward(dloss)
         evaluated = Evaluation(chosen)([Batch(idx[None], targets[None], (0,))])
-    expected = model(idx, targets)[1]
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(evaluated, expected[None])
+    torch.testing.assert_close(losses[chosen], losses[model])
+    torch.testing.assert_close(evaluated, model.eval()(idx, targets)[1][None])
 
 
 def test_the_first_call_leaves_no_node_of_autograd_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node from another stream would break a capture: see `GraphedStep`."""
-    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     model = small_model()
     parameters, made = list(model.parameters()), []
     for parameter in parameters:
@@ -90,7 +92,7 @@ def test_nothing_is_compiled_again_after_the_warm_up(tmp_path: Path, accumulatio
 
 def test_memory_that_runs_out_is_not_taken_for_a_missing_compiler() -> None:
     class Hungry(torch.nn.Module):
-        def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> None:
+        def forward(self, idx: torch.Tensor, targets: torch.Tensor, dloss: torch.Tensor) -> None:
             raise torch.OutOfMemoryError("no memory left")
 
     torch._dynamo.reset()
@@ -101,7 +103,7 @@ def test_memory_that_runs_out_is_not_taken_for_a_missing_compiler() -> None:
 def test_what_compiling_leaves_behind_is_no_gradient_of_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", lambda model: model)  # the first call, on zeros, is still made
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)  # the first call, on zeros, is still made
     for compile in (False, True):
         run(tmp_path / str(compile), compile=compile, max_iters=1, dropout=0.0)
     assert logged(tmp_path / "True")[0] == logged(tmp_path / "False")[0]
