@@ -71,7 +71,8 @@ class FlatState:
         vectors = [p for norm in model.modules() if isinstance(norm, LayerNorm) for p in norm.parameters()]
         C, device = model.config.n_embd, self.grad.device
         self.partials = torch.zeros(len(vectors), ops.partial_rows(C, device), C, device=device)
-        self._offsets = torch.tensor([self.places[p].start - self.n_decay for p in vectors], device=device)
+        starts = [self.places[p].start - self.n_decay for p in vectors]
+        self._offsets = torch.stack([torch.full((), n, dtype=torch.int64, device=device) for n in starts])
         places = {p: self.view(self.grad, p) for p in self.places}
         model.put_gradients(places | dict(zip(vectors, self.partials, strict=True)), self.several)
 
