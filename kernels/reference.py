@@ -24,8 +24,8 @@ CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 class Grads(NamedTuple):
     """Where an operation's backward pass puts the gradients of a layer's weights, instead of giving them to autograd.
 
-    Each has the shape that the operation asks for, and shares memory with no other tensor that autograd saves: views
-    of one buffer are `.data`, whose version counters are their own.
+    Each has the shape that the operation asks for. Views of one buffer are `.data`, whose version counters are their
+    own: autograd refuses what was changed since it was saved.
     """
 
     weight: Tensor

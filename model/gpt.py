@@ -236,13 +236,17 @@ class GPT(nn.Module):
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, f"{name}_copy", copies[parameter])
 
-    def put_gradients(self, places: Mapping[nn.Parameter, Tensor], accumulate: bool) -> None:
-        """From now on, backward passes write the parameters' gradients to these places, or add to them if `accumulate`.
-        A LayerNorm's place holds the partial sums of `ops.sum_partials`. Only for operations that can do so."""
+    def put_gradients(
+        self, places: Mapping[nn.Parameter, Tensor], partials: Mapping[nn.Module, Tensor], accumulate: bool
+    ) -> None:
+        """From now on, backward passes write the parameters' gradients to these places, or add to them if `accumulate`;
+        of LayerNorms, the partial sums of `ops.sum_partials`. Only for operations that can do so."""
+        own = {p: place.data for p, place in places.items()}  # each with a version counter of its own
         for module in self.modules():
-            if isinstance(module, Weights):
-                weight, bias = module.weight, getattr(module, "bias", None)
-                module.grads = Grads(places[weight].data, None if bias is None else places[bias].data, accumulate)
+            if isinstance(module, LayerNorm):
+                module.grads = Grads(partials[module].data, None, accumulate)
+            elif isinstance(module, Weights):
+                module.grads = Grads(own[module.weight], own.get(getattr(module, "bias", None)), accumulate)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, by default without the position embeddings. The head's weight, also the token

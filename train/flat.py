@@ -68,13 +68,15 @@ class FlatState:
 
     def _put_gradients(self, model: GPT, ops: Ops) -> None:
         """Have the model's operations write to `grad` and, for LayerNorms, to `partials` (L, P, C)."""
-        vectors = [p for norm in model.modules() if isinstance(norm, LayerNorm) for p in norm.parameters()]
+        norms = [module for module in model.modules() if isinstance(module, LayerNorm)]
+        vectors = [p for norm in norms for p in norm.parameters()]
         C, device = model.config.n_embd, self.grad.device
         self.partials = torch.zeros(len(vectors), ops.partial_rows(C, device), C, device=device)
         starts = [self.places[p].start - self.n_decay for p in vectors]
         self._offsets = torch.stack([torch.full((), n, dtype=torch.int64, device=device) for n in starts])
         places = {p: self.view(self.grad, p) for p in self.places}
-        model.put_gradients(places | dict(zip(vectors, self.partials, strict=True)), self.several)
+        partials = self.partials.view(len(norms), -1, *self.partials.shape[1:])  # a weight and perhaps a bias each
+        model.put_gradients(places, dict(zip(norms, partials, strict=True)), self.several)
 
     def view(self, buffer: Tensor, p: nn.Parameter) -> Tensor:
         """p's part of a buffer, with p's shape."""

@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.linear import put, put_product
+from kernels.fused.linear import put_product, store
 from kernels.launch import Launch, address, check, custom_op, rows, run
 from kernels.reference import Grads
 
@@ -405,7 +405,8 @@ def _(x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight, *_):
 
 @custom_op("nanofuse::linear_cross_entropy_backward", mutates_args=("into",))
 def _linear_cross_entropy_backward(
-    dloss: Tensor | None,
+    dloss: Tensor,
+    known: bool,
     count: Tensor,
     dlogits: Tensor,
     dx: Tensor,
@@ -419,11 +420,19 @@ def _linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx, dweight), in x's dtype, each empty unless needed; dweight also where it is put into `into`.
 
-    x and weight are None where dx and dweight are there, to be scaled only. dloss: None where the gradients hold it.
+    x and weight are None where dx and dweight are there, to be scaled only. known: the gradients are scaled already,
+    and dloss is not read. It is an argument all the same: where nothing in a backward pass depends on the loss's
+    gradient, torch.compile computes all of it in the forward pass.
     """
-    scale = None if dloss is None else dloss / count.clamp_min(1.0)
+    scale = None if known else dloss / count.clamp_min(1.0)
     if x is None or weight is None:
-        return tuple(scaled(gradient, scale, dlogits.new_empty(gradient.shape)) for gradient in (dx, dweight))
+        if into is not None:
+            store(into, dweight if scale is None else dweight * scale, accumulate)
+            dweight = dweight[:0]
+        room = [dlogits.new_empty(gradient.shape) for gradient in (dx, dweight)]
+        if scale is None:
+            return tuple(out.copy_(gradient) for out, gradient in zip(room, (dx, dweight), strict=True))
+        return tuple(scaled(gradient, scale, out) for out, gradient in zip(room, (dx, dweight), strict=True))
     dlogits = dlogits[:, : weight.shape[0]]
     dx, dweight = _gradients(x, weight, weight.dtype, need_dx, need_dweight and into is None)
     if need_dx:
@@ -448,16 +457,9 @@ def _differentiate_linear_cross_entropy(ctx, dloss, *_):
     if dloss is None:
         return (None,) * 10
     *saved, into = ctx.saved_tensors
-    _, dlogits, dx, dweight, x, _ = saved
     need_dx, need_dweight = ctx.needs_input_grad[:2]
-    if x is not None or not ctx.known:
-        dx, dweight = _linear_cross_entropy_backward(
-            None if ctx.known else dloss, *saved, need_dx, need_dweight, into if x is not None else None, ctx.accumulate
-        )
-    if x is None and into is not None:
-        put(into, dweight, ctx.accumulate)
-    dweight = dweight.to(dlogits.dtype) if need_dweight and into is None else None
-    return dx if need_dx else None, dweight, *(None,) * 8
+    dx, dweight = _linear_cross_entropy_backward(dloss, ctx.known, *saved, need_dx, need_dweight, into, ctx.accumulate)
+    return dx if need_dx else None, dweight if need_dweight and into is None else None, *(None,) * 8
 
 
 _linear_cross_entropy.register_autograd(_differentiate_linear_cross_entropy, setup_context=_save_linear_cross_entropy)

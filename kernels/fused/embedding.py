@@ -260,60 +260,64 @@ def _embedding(
     return x
 
 
-@custom_op("nanofuse::embedding_backward", mutates_args=("dwte", "dwpe"))
-def _embedding_backward(
-    dx: Tensor,
-    idx: Tensor,
-    seed: Tensor | None,
-    p: float,
-    T: int,
-    dwte: Tensor | None,
-    dwpe: Tensor | None,
-    accumulate: bool,
-) -> None:
-    """Of dx (M, C) with unit last stride and idx (M,): add the gradient of wte to dwte (V, C), packed; put that of wpe
-    into the first T rows of dwpe, packed, and zeros into its other rows, or add to it. None: not needed."""
+# One operation for each table: torch.compile copies both gradients where one operation changes two views of a buffer.
+
+
+@custom_op("nanofuse::embedding_dwte", mutates_args=("dwte",))
+def _add_dwte(dx: Tensor, idx: Tensor, seed: Tensor | None, p: float, dwte: Tensor) -> None:
+    """Add the gradient of wte to dwte (V, C), packed, of dx (M, C) with unit last stride and idx (M,)."""
+    (M, C), V = dx.shape, len(dwte)
+    BLOCK_M, BLOCK_N, num_warps = _block(C, 32)
+    tokens, order = sort_by_token(idx, V)
+    pieces = dx.new_empty(M // PIECE, C, dtype=torch.float32)
+    args = dict(
+        dx_ptr=dx, tokens_ptr=tokens, order_ptr=order, pieces_ptr=pieces, dx_stride=dx.stride(0), C=C,
+        **dropout_args(seed, p),
+    )  # fmt: skip
+    constants = dict(PIECE=PIECE, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+    run(
+        dx,
+        Launch(embedding_bwd_pieces_kernel, (len(pieces),), args, constants, num_warps),
+        Launch(
+            embedding_bwd_wte_kernel, (M,), args | dict(M=M, V=V, dwte_ptr=dwte), constants | dict(SCAN=128), num_warps
+        ),
+    )
+
+
+@custom_op("nanofuse::embedding_dwpe", mutates_args=("dwpe",))
+def _put_dwpe(dx: Tensor, seed: Tensor | None, p: float, T: int, dwpe: Tensor, accumulate: bool) -> None:
+    """Put the gradient of wpe into the first T rows of dwpe, packed, and zeros into its other rows; or add it.
+    dx (M, C) with unit last stride."""
     M, C = dx.shape
     BLOCK_M, BLOCK_N, num_warps = _block(C, 32)
-    args = dict(dx_ptr=dx, dx_stride=dx.stride(0), C=C, **dropout_args(seed, p))
-    constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-    if dwte is not None:
-        V = len(dwte)
-        tokens, order = sort_by_token(idx, V)
-        pieces = dx.new_empty(M // PIECE, C, dtype=torch.float32)
-        sums = args | dict(tokens_ptr=tokens, order_ptr=order, pieces_ptr=pieces)
-        sorts = constants | dict(PIECE=PIECE)
-        run(
-            dx,
-            Launch(embedding_bwd_pieces_kernel, (len(pieces),), sums, sorts, num_warps),
-            Launch(
-                embedding_bwd_wte_kernel, (M,), sums | dict(M=M, V=V, dwte_ptr=dwte), sorts | dict(SCAN=128), num_warps
-            ),
-        )
-    if dwpe is not None:
-        B = M // max(T, 1)
-        args |= dict(dwpe_ptr=dwpe, B=B, T=T, tiles=triton.cdiv(B, BLOCK_M))
-        constants |= dict(ACCUMULATE=accumulate)
-        run(dx, Launch(embedding_bwd_wpe_kernel, (len(dwpe),), args, constants, num_warps))
+    B = M // max(T, 1)
+    args = dict(
+        dx_ptr=dx, dwpe_ptr=dwpe, dx_stride=dx.stride(0), C=C, B=B, T=T, tiles=triton.cdiv(B, BLOCK_M),
+        **dropout_args(seed, p),
+    )  # fmt: skip
+    constants = dict(ACCUMULATE=accumulate, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+    run(dx, Launch(embedding_bwd_wpe_kernel, (len(dwpe),), args, constants, num_warps))
 
 
 def _save_embedding(ctx, inputs, output):
-    idx, wte, wpe, _, seed, ctx.p, dwte, dwpe, ctx.accumulate = inputs
-    ctx.save_for_backward(idx, seed, dwte, dwpe)
+    idx, wte, wpe, _, seed, ctx.p, ctx.dwte, dwpe, ctx.accumulate = inputs
+    # dwte is not saved as the others are: the head's backward pass writes there first, as it must
+    ctx.save_for_backward(idx, seed, dwpe)
     ctx.tables = wte.shape, wpe.shape, wte.dtype
 
 
 def _differentiate_embedding(ctx, dx):
-    idx, seed, dwte, dwpe = ctx.saved_tensors
+    idx, seed, dwpe = ctx.saved_tensors
     wte_shape, wpe_shape, dtype = ctx.tables
     _, need_dwte, need_dwpe, *_ = ctx.needs_input_grad
-    if dwte is not None:
-        _embedding_backward(rows(dx), idx, seed, ctx.p, wpe_shape[0], dwte, dwpe, ctx.accumulate)
-        return (None,) * 9
-    dwte = dx.new_zeros(wte_shape, dtype=dtype) if need_dwte else None
-    dwpe = dx.new_empty(wpe_shape, dtype=dtype) if need_dwpe else None
-    _embedding_backward(rows(dx), idx, seed, ctx.p, wpe_shape[0], dwte, dwpe, False)
-    return None, dwte, dwpe, *(None,) * 6
+    dx, T, put = rows(dx), wpe_shape[0], dwpe is not None
+    dwte = ctx.dwte if put else dx.new_zeros(wte_shape, dtype=dtype)
+    dwpe = dwpe if put else dx.new_empty(wpe_shape, dtype=dtype)
+    if need_dwte:
+        _add_dwte(dx, idx, seed, ctx.p, dwte)
+    if need_dwpe:
+        _put_dwpe(dx, seed, ctx.p, T, dwpe, ctx.accumulate)
+    return None, dwte if need_dwte and not put else None, dwpe if need_dwpe and not put else None, *(None,) * 6
 
 
 _embedding.register_autograd(_differentiate_embedding, setup_context=_save_embedding)

@@ -194,12 +194,11 @@ def _add_layer_norm(
     seed: Tensor | None,
     p: float,
     dtype: torch.dtype,
-    dweight: Tensor | None = None,
-    dbias: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(residual', y, mean, rstd) of x, residual (M, C) with unit last stride. Without x, residual' is empty.
 
-    dweight, dbias: only for the backward pass.
+    partials: only for the backward pass.
     """
     M, C = residual.shape
     stream, y = residual.new_empty(0 if x is None else M, C), residual.new_empty(M, C, dtype=dtype)
@@ -216,7 +215,7 @@ def _add_layer_norm(
     return stream, y, mean, rstd
 
 
-@custom_op("nanofuse::add_layer_norm_backward", mutates_args=("dweight", "dbias"))
+@custom_op("nanofuse::add_layer_norm_backward", mutates_args=("partials",))
 def _add_layer_norm_backward(
     dy: Tensor,
     dstream: Tensor | None,
@@ -228,57 +227,56 @@ def _add_layer_norm_backward(
     p: float,
     dx_dtype: torch.dtype | None,
     has_bias: bool,
-    dweight: Tensor | None = None,
-    dbias: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dresidual, dx, dweight, dbias) of dy, dstream, stream (M, C) with unit last stride.
 
-    dx is empty where dx_dtype is None. dweight, dbias (P, C) float32: what gets the partial rows of all P programs;
-    then both results are empty. Without them as many programs run as have work and fit, and the rows are summed. dbias
-    is empty where there is no bias.
+    dx is empty where dx_dtype is None. partials (1 or with a bias 2, P, C) float32: what gets the partial rows of all P
+    programs; then dweight and dbias are empty. Without it as many programs run as have work and fit, and the rows are
+    summed. dbias is empty where there is no bias.
     """
     M, C = dy.shape
     BLOCK_M, BLOCK_N, num_warps = _block(C)
     tiles = triton.cdiv(M, BLOCK_M)
-    partials = [dweight, dbias]
-    if dweight is None:
+    if partials is None:
         P = min(tiles, partial_rows(C, dy.device))
-        partials = [dy.new_empty(P, C, dtype=torch.float32) if wanted else None for wanted in (True, has_bias)]
-    P = len(partials[0])
+        dweight, *dbias = dy.new_empty(1 + has_bias, P, C, dtype=torch.float32)
+    else:
+        (_, P, _), (dweight, *dbias) = partials.shape, partials
     dresidual, dx = stream.new_empty(M, C), dy.new_empty(M if dx_dtype else 0, C, dtype=dx_dtype)
     args = dict(
         dy_ptr=dy, dstream_ptr=dstream, stream_ptr=stream, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
         **dropout_args(seed, p), dresidual_ptr=dresidual, dx_ptr=dx if dx_dtype else None,
-        dweight_ptr=partials[0], dbias_ptr=partials[1],
+        dweight_ptr=dweight, dbias_ptr=dbias[0] if has_bias else None,
         dy_stride=dy.stride(0), dstream_stride=0 if dstream is None else dstream.stride(0),
         stream_stride=stream.stride(0), M=M, C=C, inv_C=1 / C, tiles_per_program=triton.cdiv(tiles, max(P, 1)),
     )  # fmt: skip
     run(dy, Launch(add_layer_norm_bwd_kernel, (P,), args, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N), num_warps))
-    sums = [None if x is None or dweight is not None else x.sum(0).to(weight.dtype) for x in partials]
-    return dresidual, dx, *(weight.new_empty(0) if x is None else x for x in sums)
+    sums = [x.sum(0).to(weight.dtype) for x in (dweight, *dbias)] if partials is None else []
+    return dresidual, dx, *(sums + [weight.new_empty(0) for _ in range(2 - len(sums))])
 
 
 def _save_add_layer_norm(ctx, inputs, output):
-    x, residual, weight, bias, seed, p, _, dweight, dbias = inputs
+    x, residual, weight, bias, seed, p, _, partials = inputs
     stream, _, mean, rstd = output
     ctx.set_materialize_grads(False)  # the last residual' is used by nobody: no zeros are made up for it, nor read
-    ctx.save_for_backward(residual if x is None else stream, weight, mean, rstd, seed, dweight, dbias)
+    ctx.save_for_backward(residual if x is None else stream, weight, mean, rstd, seed, partials)
     ctx.p, ctx.x_dtype, ctx.has_bias = p, None if x is None else x.dtype, bias is not None
 
 
 def _differentiate_add_layer_norm(ctx, dstream, dy, dmean, drstd):
-    stream, weight, mean, rstd, seed, *partials = ctx.saved_tensors
+    stream, weight, mean, rstd, seed, partials = ctx.saved_tensors
     dy = torch.zeros_like(stream) if dy is None else rows(dy)
     dstream = None if dstream is None or ctx.x_dtype is None else rows(dstream)  # without x, residual' is empty
     same = ctx.x_dtype == stream.dtype and seed is None  # then dx is dresidual: written once
     dx_dtype = None if same else ctx.x_dtype
     dresidual, dx, dweight, dbias = _add_layer_norm_backward(
-        dy, dstream, stream, weight, mean, rstd, seed, ctx.p, dx_dtype, ctx.has_bias, *partials
+        dy, dstream, stream, weight, mean, rstd, seed, ctx.p, dx_dtype, ctx.has_bias, partials
     )
     dx = None if ctx.x_dtype is None else dresidual if same else dx
-    if partials[0] is not None:
-        dweight = dbias = None
-    return dx, dresidual, dweight, dbias if ctx.has_bias else None, *(None,) * 5
+    if partials is not None:
+        return dx, dresidual, *(None,) * 6
+    return dx, dresidual, dweight, dbias if ctx.has_bias else None, *(None,) * 4
 
 
 _add_layer_norm.register_autograd(_differentiate_add_layer_norm, setup_context=_save_add_layer_norm)
@@ -311,8 +309,8 @@ def sum_partials(partials: Tensor, offsets: Tensor, out: Tensor, accumulate: boo
     run(out, Launch(sum_partials_kernel, (L * column_tiles,), args, constants))
 
 
-def _partials(grads: Grads | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if grads is None else grads[:2]
+def _partials(grads: Grads | None) -> Tensor | None:
+    return None if grads is None else grads.weight
 
 
 def layer_norm(
@@ -324,7 +322,7 @@ def layer_norm(
     as in `add_layer_norm`. ValueError for what cannot be served.
     """
     _check(weight, bias, dtype, x=x)
-    _, y, _, _ = _add_layer_norm(None, rows(x), weight.contiguous(), packed(bias), None, 0.0, dtype, *_partials(grads))
+    _, y, _, _ = _add_layer_norm(None, rows(x), weight.contiguous(), packed(bias), None, 0.0, dtype, _partials(grads))
     return y.view(x.shape)
 
 
@@ -342,12 +340,12 @@ def add_layer_norm(
 
     x and residual (..., C), C up to 4096, weight and bias (C,): float32, bfloat16 or float16; 0 <= p < 1. Returns
     residual' in residual's dtype and y in `dtype`. seed: one of `seeds`, for the mask; None: drawn here, from torch's
-    generator of x's device. grads: what gets the partial rows of dweight and dbias, (P, C) float32 each, for
-    `sum_partials`; None: the gradients are autograd's. ValueError for what cannot be served.
+    generator of x's device. grads: its weight, (1 or with a bias 2, P, C) float32, gets the partial rows of dweight and
+    dbias, for `sum_partials`; None: the gradients are autograd's. ValueError for what cannot be served.
     """
     _check(weight, bias, dtype, x=x, residual=residual)
     seed = seed_for(x, p, seed)
     stream, y, _, _ = _add_layer_norm(
-        rows(x), rows(residual), weight.contiguous(), packed(bias), seed, p, dtype, *_partials(grads)
+        rows(x), rows(residual), weight.contiguous(), packed(bias), seed, p, dtype, _partials(grads)
     )
     return stream.view(x.shape), y.view(x.shape)

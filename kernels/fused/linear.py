@@ -43,12 +43,6 @@ def put_row_sum(out: Tensor, x: Tensor, accumulate: bool) -> None:
     store(out, x.sum(0, dtype=out.dtype), accumulate)
 
 
-@custom_op("nanofuse::put", mutates_args=("out",))
-def put(out: Tensor, x: Tensor, accumulate: bool) -> None:
-    """out = x, or out += x, of one shape and any two dtypes."""
-    store(out, x, accumulate)
-
-
 def store(out: Tensor, x: Tensor, accumulate: bool) -> None:
     """out = x, or out += x."""
     if accumulate:

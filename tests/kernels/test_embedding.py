@@ -156,5 +156,5 @@ def test_opcheck(device: torch.device) -> None:
     ops, dx = torch.ops.nanofuse, torch.ones(6, 24, device=device)
     torch.library.opcheck(ops.embedding.default, (idx, *weights.values(), torch.bfloat16, seed, p))
     dwte, dwpe = torch.zeros(5, 24, device=device), torch.zeros(4, 24, device=device)
-    for tables_needed in ((dwte, dwpe), (None, dwpe), (dwte, None)):
-        torch.library.opcheck(ops.embedding_backward.default, (dx, idx, seed, p, 3, *tables_needed, True))
+    torch.library.opcheck(ops.embedding_dwte.default, (dx, idx, seed, p, dwte))
+    torch.library.opcheck(ops.embedding_dwpe.default, (dx, seed, p, 3, dwpe, True))
