@@ -21,7 +21,7 @@ from msgspec.structs import asdict
 
 from bench.digest import Run
 from bench.results import Shape
-from bench.tables import aligned, number
+from bench.tables import aligned, shown
 from train.errors import UserError
 
 LEVEL = 0.95
@@ -191,7 +191,7 @@ def _table(title: str, a: Sequence[Rows], b: Sequence[Rows], within: float, *, p
     many = sum(min(map(len, (*quiet[0], *quiet[1]))) >= LEAST for _, quiet in found.values())
     cells = [[title, "A, ms", "B, ms", "quiet rounds", "B/A", f"{100 * LEVEL:.0f} % interval", "verdict"]]
     for names, (own, quiet) in found.items():
-        times = [number(1e3 * np.exp(np.median(np.concatenate([x.ravel() for x in side])))) for side in own]
+        times = [shown(np.exp(np.median(np.concatenate([x.ravel() for x in side]))), 1e3) for side in own]
         counts = [sum(map(len, side)) for side in (*quiet, *own)]
         judged = verdict(*quiet, many)
         rest = ["–", "–", f"too few quiet rounds, expected {LEAST} in each run"]

@@ -8,22 +8,28 @@ For `backward`, each sample has its own graph, made before the clock starts. `bo
 pass. Cotangents are random, or 1 for a scalar, as in training.
 """
 
+import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.entrants import ATTENTION, COMPILED, TIMED, Entrant, Function, entrants
 from bench.results import WRONG, Kernel
-from bench.timing import NO_TIME, RECOMPILED, Budget, compilations, compiling
-from kernels.cases import Case, Shape
+from bench.rules import NO_TIME, RECOMPILED, Budget, compilations, compiling, only_compiled
+from kernels import reference, select
+from kernels.cases import CASES, Case, Shape, draw
 from kernels.check import disagreement, in_float64, outputs_and_gradients
+from kernels.launch import INTERPRETED
 from kernels.timing import Staged, Timeable, by_turns
+from model.attention import BACKENDS, causal_attention
 from train.errors import first_line
 from train.hardware import resolve_dtype
 
+Function = Callable[..., Any]
 Inputs = dict[str, Any]
 Graph = tuple[list[Tensor], list[Tensor]]  # outputs, and the inputs that get gradients
 
@@ -31,6 +37,99 @@ OTHERS_TIMES = 16.0  # others' largest error, as a multiple of plain torch's
 CHECKED_FLOPS = 1e12  # of a forward pass; with more, fewer rows are checked: most GPUs are slow in float64
 LEAST_SECONDS = 0.02  # of timing, even if less time is left
 CASE = "case"  # the budget's task of compiling and checking a case's variants
+COMPILED = "compiled"  # the entrant that is the reference under torch.compile
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One variant of a case. `make()` returns a function of the case's inputs, or raises if it cannot run here.
+
+    `ours`: it must meet the tests' own criterion; if it does not, the run fails. `own_inputs`: it may overwrite its
+    inputs, so every call gets copies.
+    """
+
+    name: str
+    make: Callable[[], Function]
+    ours: bool = False
+    own_inputs: bool = False
+
+
+def entrants(case: Case, device: torch.device) -> list[Entrant]:
+    """The variants of a case, also those that cannot run here."""
+    fused, plain = case.in_place or (case.fused, case.reference)
+    compiled = Entrant(COMPILED, lambda: only_compiled(plain))
+    if case.name == ATTENTION.name:
+        others = [Entrant(name, partial(partial, plain, backend=name)) for name in BACKENDS if name != "auto"]
+        return [Entrant("reference", lambda: plain), compiled, *others]
+
+    def ours() -> Function:
+        if reason := why_not_fused(device):
+            raise ValueError(reason)
+        return fused
+
+    found = [Entrant("fused", ours, ours=True), Entrant("reference", lambda: plain), compiled]
+    if case.name in LIGER:
+        found.append(Entrant("liger", partial(liger, case.name), own_inputs=True))
+    return found
+
+
+def why_not_fused(device: torch.device) -> str:
+    """Why our kernels are not timed on this device; empty if they are."""
+    if INTERPRETED or device.type != "cuda":
+        return "Triton's kernels need a CUDA device; its interpreter is no benchmark"
+    try:
+        select("fused", device)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+# Liger-Kernel (https://github.com/linkedin/Liger-Kernel): how its module is called for each case that it has too.
+LIGER: dict[str, Function] = {
+    "layer_norm": lambda liger, x, weight, bias, dtype: liger.liger_layer_norm(
+        x, weight, bias, reference.LAYER_NORM_EPS
+    ).to(dtype),
+    "cross_entropy": lambda liger, logits, targets: liger.liger_cross_entropy(logits, targets, ignore_index=-1).float(),
+    "linear_cross_entropy": lambda liger, x, weight, targets, chunk_rows: liger.liger_fused_linear_cross_entropy(
+        x, weight, targets, ignore_index=-1
+    ).float(),
+}
+LIGER["linear_cross_entropy in chunks"] = LIGER["linear_cross_entropy"]  # it chooses its own chunks
+
+
+def liger(case: str) -> Function:
+    """Liger-Kernel's function for a case. ImportError if it is not installed."""
+    return partial(LIGER[case], importlib.import_module("liger_kernel.transformers.functional"))
+
+
+def _qkv(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    B, T, H, Q = shape
+    return {"qkv": draw(device)(B, T, 3 * H * Q, dtype=dtype), "n_head": H}
+
+
+def _attention_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes of qkv and y, or of their gradients."""
+    B, T, H, Q = shape
+    return 4 * B * T * H * Q * dtype.itemsize
+
+
+ATTENTION = Case(  # no kernel of ours: its entrants are the backends of model/attention.py
+    name="attention",
+    fused=causal_attention,
+    reference=causal_attention,
+    make_inputs=_qkv,
+    shapes=((2, 64, 2, 32),),
+    gpt_shapes=((32, 1024, 12, 64), (64, 256, 6, 64), (8, 1024, 25, 64)),
+    cpu_shapes=((4, 256, 6, 64),),
+    forward_bytes=_attention_bytes,
+    backward_bytes=_attention_bytes,
+    flops=lambda shape: 2 * shape[0] * shape[1] ** 2 * shape[2] * shape[3],  # two matmuls, half of each masked
+)
+
+TIMED: tuple[Case, ...] = (*CASES, ATTENTION)
+
+
+# What is measured of a case
 
 
 def directions(case: Case) -> tuple[str, ...]:

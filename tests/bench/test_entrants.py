@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.entrants import LIGER, TIMED
-from bench.kernels import Contest, directions
+from bench.kernels import LIGER, TIMED, Contest, directions
 from kernels.cases import CASES, Case
 from tests.bench.toys import CPU, FP32, measured
 

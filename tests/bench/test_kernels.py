@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from bench import kernels
-from bench.entrants import TIMED
-from bench.kernels import Contest, rows, work_of
-from bench.timing import NO_TIME, Clock
+from bench.kernels import TIMED, Contest, rows, work_of
+from bench.rules import NO_TIME, Clock
 from kernels import reference
 from kernels.cases import CASES
 from tests.bench.toys import CPU, FP32, SHAPE, TOY, inputs_of, measured, scaled

@@ -14,8 +14,8 @@ from msgspec.structs import replace
 from bench import report, results
 from bench.digest import Run, in_order, kernel_row
 from bench.results import Commit, Kernel, Results
+from bench.rules import NO_TIME
 from bench.tables import summary
-from bench.timing import NO_TIME
 from tests.bench.made import all_devices, cpu, h100
 from train.errors import UserError
 from train.plot import LIGHT
