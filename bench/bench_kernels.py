@@ -67,11 +67,11 @@ def test_kernel(
     shape: Shape,
     direction: str,
     variant: str,
-    measured: Any,
+    measured: Callable[..., list[Kernel]],
     session: Any,
     benchmark: Any,
-    show: Any,
-    request: Any,
+    show: Callable[..., None],
+    request: pytest.FixtureRequest,
 ) -> None:
     seconds = 0.0 if benchmark.disabled else float(request.config.getoption("benchmark_max_time"))
     rows = measured(case, shape, direction, seconds)

@@ -83,11 +83,11 @@ class Picture:
                     labels[y] = printable(line.label)
                 self._draw(axes, line, words, y)
                 if self.joined and last and line.value is not None:
-                    axes.vlines(last[0], last[1] + BAR / ROW / 2, y - BAR / ROW / 2, LIGHT["quiet"], linewidth=0.8)
+                    _rule(axes, (last[0],) * 2, (last[1] + BAR / ROW / 2, y - BAR / ROW / 2), "quiet", 0.8)
                 last = (line.value, y) if line.value is not None else last
                 y += 1 - 0.3 * (narrow and line.value is None and not line.dots)
             if group.floor is not None:
-                axes.vlines(group.floor, top, y - 0.5, LIGHT["floor"])
+                _rule(axes, (group.floor,) * 2, (top, y - 0.5), "floor", 1.5)
         axes.set(xlim=(0, self.most), ylim=(y - 0.4, -0.6))
         axes.set_yticks(list(labels), labels.values(), parse_math=False)
         axes.tick_params(length=0, labelsize=13, labelcolor=LIGHT["ink"])
@@ -123,7 +123,7 @@ class Picture:
     def _draw(self, axes: "Axes", line: Line, words: str, y: float) -> None:
         """Draw a bar or dots at row y, and the words beside them."""
         if line.dots:
-            axes.hlines(y, 0, self.most, LIGHT["grid"], linewidth=1, zorder=1)
+            _rule(axes, (0, self.most), (y, y), "grid", 1.0)
             for variant in self.marks:  # ours comes last, on top
                 if variant in line.dots:
                     axes.plot(line.dots[variant], y, clip_on=False, zorder=3, **self._mark(variant))
@@ -142,6 +142,10 @@ class Picture:
         marker, role, filled = self.marks[variant]
         face = LIGHT[role] if filled else "none"
         return {"marker": marker, "color": LIGHT[role], "markersize": 8, "markerfacecolor": face, "linestyle": ""}
+
+
+def _rule(axes: "Axes", x: tuple[float, float], y: tuple[float, float], role: str, width: float) -> None:
+    axes.plot(x, y, color=LIGHT[role], linewidth=width, clip_on=False, zorder=1.5)
 
 
 def _write(axes: "Axes", x: float, y: float, words: str, role: str, x_is: str = "data", **style: str) -> None:

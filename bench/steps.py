@@ -9,13 +9,12 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +23,10 @@ from msgspec import structs
 from bench import results
 from bench.results import WRONG
 from bench.rules import NO_TIME, RECOMPILED, Budget, compilations, compiling
-from bench.variants import Setting, Step, Variant, Workload
-from kernels import REFERENCE, Ops, select
-from model import GPT, GPTConfig
-from model.flops import FORMULAS, flops_per_token, num_params
+from bench.variants import Footprint, Setting, Step, Variant, Workload, footprint, free, groups
+from model import GPT
+from model.flops import FORMULAS, flops_per_token
 from train.data import Dataset, Loader
-from train.dryrun import Job, dry_run
 from train.errors import first_line
 from train.hardware import synchronize
 
@@ -37,16 +34,8 @@ CHECKED = 5  # steps whose losses must agree before the clock runs
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative tolerance of losses, by dtype
 TURN = 0.25  # seconds of a turn, about
 LEAST = 3  # least turns of each variant
-USED = 0.9  # of free memory: allocators leave gaps, kernels have code, and a compiled step may take more
 
 Turn = tuple[list[float], list[float]]  # for each iteration: seconds, and the host's seconds in the call
-
-
-class Footprint(NamedTuple):
-    """Bytes on the device."""
-
-    held: int  # as long as the variant lives
-    beside: int  # more, during its turn
 
 
 @dataclass
@@ -86,7 +75,7 @@ def measure(
     budget: Budget | None = None,
     tell: Callable[[str], None] = lambda text: None,
     into: list[results.Step] | None = None,
-    footprint: Callable[[Variant, Setting], Footprint] | None = None,
+    footprint: Callable[[Variant, Setting], Footprint] = footprint,
     room: int | None = None,
 ) -> list[results.Step]:
     """Rows of all variants, in order; about `seconds` of samples, after building and checking.
@@ -105,7 +94,10 @@ def measure(
     with _loader(workload, device) as loader:
         expected, rows = None, [] if into is None else into
         try:
-            rounds, plan = 0, groups(variants, partial(footprint or footprint_of, setting=setting), room or _free(device))
+            rounds, plan = (
+                0,
+                groups(variants, partial(footprint, setting=setting), room or free(device)),
+            )
             for n, group in enumerate(plan):
                 members = [each for each in timed if each.variant in group]
                 share = len(group) / sum(map(len, plan[n:]))
@@ -257,66 +249,3 @@ def _loader(workload: Workload, device: torch.device) -> Iterator[Loader]:
         sizes = {"batch_size": workload.batch_size, "block_size": config.block_size}
         with Loader(Dataset(Path(folder)), **sizes, accumulation=workload.accumulation, device=device) as loader:
             yield loader
-
-
-# Which variants fit into memory together
-
-
-def groups(
-    variants: Sequence[Variant], footprint: Callable[[Variant], Footprint], room: int | None
-) -> list[list[Variant]]:
-    """The variants, in groups that fit into `room` bytes; None: all in one group.
-
-    Every group has all references. If some variant does not fit beside all of them, every group has only the last one.
-    A variant that is still too large gets a group too: the run shows whether it fits.
-    """
-
-    def fits(group: Sequence[Variant]) -> bool:
-        sizes = [footprint(variant) for variant in group]
-        return sum(size.held for size in sizes) + max(size.beside for size in sizes) <= room
-
-    if room is None or fits(variants):
-        return [list(variants)]
-    references = [variant for variant in variants if variant.compares and not variant.ours]
-    others = [variant for variant in variants if variant not in references]
-    kept = references if all(fits([*references, other]) for other in others) else references[-1:]
-    found: list[list[Variant]] = []
-    # rungs come last: if time runs out, only rungs are left out
-    for variant in sorted((v for v in variants if v not in kept), key=lambda v: not v.compares):
-        group = next((group for group in found if fits([*group, variant])), None)
-        if group is None:
-            found.append([*kept, variant])
-        else:
-            group.append(variant)
-    return found
-
-
-def footprint_of(variant: Variant, setting: Setting) -> Footprint:
-    """A variant's memory, from a dry run on shapes."""
-    workload, device = setting.workload, setting.device
-    dtype = torch.float32 if variant.float32 else setting.dtype
-    ops = variant.ops or select("auto", device)
-    if ops.name != "fused":  # a rung with some of the fused operations takes no more than one without
-        ops = REFERENCE
-    memory = _memory(workload.config, workload.batch_size, workload.accumulation, ops, dtype)
-    held = sum(memory[name] for name in ("weights", "copies", "moments", "gradients"))
-    beside = sum(memory.values()) - held
-    if not variant.ours:
-        held = 16 * num_params(workload.config, non_embedding=False)  # float32: weights, gradients, two moments
-    return Footprint(held + beside, 0) if variant.graphed else Footprint(held, beside)
-
-
-@lru_cache
-def _memory(config: GPTConfig, batch_size: int, accumulation: int, ops: Ops, dtype: torch.dtype) -> dict[str, int]:
-    return dry_run(
-        Job(config, batch_size, ops, accumulation=accumulation, several=accumulation > 1, dtype=dtype)
-    ).memory
-
-
-def _free(device: torch.device) -> int | None:
-    """Bytes for all variants of a group; None unless the device is a CUDA device."""
-    if device.type != "cuda":
-        return None
-    gc.collect()
-    torch.cuda.empty_cache()
-    return int(USED * torch.cuda.mem_get_info(device)[0])

@@ -11,8 +11,7 @@ from msgspec.structs import replace
 from bench import steps
 from bench.digest import Run
 from bench.results import Step
-from bench.steps import Footprint, groups
-from bench.variants import WORKLOADS, Setting, Variant, Workload, ours, reference
+from bench.variants import WORKLOADS, Footprint, Setting, Variant, Workload, footprint, groups, ours, reference
 from kernels import FUSED, REFERENCE
 from model import GPTConfig
 from tests.bench.made import h100
@@ -73,7 +72,7 @@ def test_gpt2_does_not_fit_an_h100_at_once() -> None:
         ours("ours compiled", ops=FUSED, compile=True),
         ours("ours compiled + graphed", ops=FUSED, compile=True, graphed=True),
     ]
-    sizes = {variant.name: footprint_of(variant, setting) for variant in every}
+    sizes = {variant.name: footprint(variant, setting) for variant in every}
     state = 16 * 124e6
     assert sizes["reference eager"].held == pytest.approx(state, rel=0.01)
     assert sizes["reference eager"].beside > 25e9
