@@ -5,6 +5,7 @@ variants, by turns. `--nanogpt_dir=DIR` adds a nanoGPT checkout.
 """
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -39,13 +40,13 @@ def test_step(workload: str, variant: str, session: Any, benchmark: Any, show: A
         seconds = 0.0 if benchmark.disabled else SECONDS.get(session.device.type, SECONDS["cpu"])
         options = (every(request.config), session.device, session.dtype)
         session.add(steps=[*found, *steps.measure(WORKLOADS[workload], *options, seconds=seconds)])
-    rows = next(each for each in Run(Path(), session.results).steps if each.name == workload).rows
-    row = next(row for row in rows if row.name == variant)
+    steps_of = next(each for each in Run(Path(), session.results).steps if each.name == workload)
+    row = next(row for row in steps_of.rows if row.variant == variant)
     facts = {
-        "dtype": row.step.dtype,
-        "tokens_per_second": row.seconds and row.step.tokens / row.seconds,
-        **{f"mfu_{formula}": row.mfu(formula) for formula in row.step.flops},
-        "peak_memory": row.step.peak_memory,
-        "host_share": row.host_share,
+        "dtype": row.dtype,
+        "tokens_per_second": row.median and row.tokens / row.median,
+        **{f"mfu_{formula}": steps_of.mfu(row, formula) for formula in row.flops},
+        "peak_memory": row.peak_memory,
+        "host_seconds": median(row.host_seconds) if row.host_seconds else None,
     }
-    show(row.step, f"{workload} step", facts)
+    show(row, f"{workload} step", facts)

@@ -155,11 +155,11 @@ def _steps(run: Run) -> Rows:
             {
                 (other.variant, other.dtype): rounds(other, seconds)
                 for other in measured
-                if other.workload == row.workload and other.is_reference and (seconds := other.beside(row))
+                if other.workload == row.workload and not other.ours and (seconds := other.beside(row))
             },
         )
         for row in measured
-        if not row.is_reference
+        if row.ours
     }
 
 

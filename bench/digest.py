@@ -87,67 +87,38 @@ def estimates(runs: Iterable["Run"]) -> list[Estimate]:
 
 
 @dataclass(frozen=True)
-class StepRow:
-    """A step of one run. Properties are None if it has no samples, or no baseline to compare with."""
-
-    step: Step
-    peak: float  # FLOP/s
-    baseline: float | None  # seconds of the fastest reference, in the same rounds
-
-    @property
-    def name(self) -> str:
-        return self.step.variant
-
-    @property
-    def seconds(self) -> float | None:
-        """The median."""
-        return median(self.step.seconds) if self.step.seconds else None
-
-    def mfu(self, formula: str = "nanogpt", seconds: float | None = None) -> float | None:
-        """From 0 to 1. seconds: a time to use instead of the step's own."""
-        seconds = seconds or self.seconds
-        return mfu(self.step.flops[formula], seconds, self.peak) if seconds else None
-
-    @property
-    def speedup(self) -> float | None:
-        return self.baseline / self.seconds if self.baseline and self.seconds else None
-
-    @property
-    def host_share(self) -> float | None:
-        """The part of the step's time that the host spent in the call, 0 to 1."""
-        return median(self.step.host_seconds) / self.seconds if self.step.host_seconds and self.seconds else None
-
-    @property
-    def ours(self) -> bool:
-        return not self.step.is_reference
-
-    @property
-    def missing(self) -> str:
-        return f"not measured: {self.step.skipped or 'no reason given'}"
-
-
-@dataclass(frozen=True)
 class Steps:
     """The steps of one workload in one run, in the file's order."""
 
     name: str
     run: "Run"
-    rows: list[StepRow]
+    rows: list[Step]
 
     @property
-    def baseline(self) -> StepRow | None:
+    def baseline(self) -> Step | None:
         """The fastest reference."""
-        return _fastest(row for row in self.rows if row.step.compares and not row.ours)
+        return _fastest(row for row in self.rows if row.compares and not row.ours)
 
     @property
-    def compared(self) -> list[StepRow]:
+    def compared(self) -> list[Step]:
         """All steps except our rungs, the steps between the reference's and ours."""
-        return [row for row in self.rows if row.step.compares or not row.ours]
+        return [row for row in self.rows if row.compares or not row.ours]
 
     @property
-    def best(self) -> StepRow | None:
+    def best(self) -> Step | None:
         """Our fastest step."""
         return _fastest(row for row in self.compared if row.ours)
+
+    def mfu(self, row: Step, formula: str = "nanogpt", seconds: float | None = None) -> float | None:
+        """From 0 to 1; None without samples. seconds: a time to use instead of the step's own."""
+        seconds = seconds or row.median
+        return mfu(row.flops[formula], seconds, self.run.results.peak.flops) if seconds else None
+
+    def speedup(self, row: Step) -> float | None:
+        """Over the fastest reference in the same rounds; None without one, or without samples."""
+        references = [other for other in self.rows if other.compares and not other.ours]
+        times = [median(samples) for other in references if (samples := other.beside(row))]
+        return min(times) / row.median if times and row.median else None
 
     @cached_property
     def floor(self) -> float | None:
@@ -158,18 +129,17 @@ class Steps:
         """
         results = self.run.results
         rates = results.ceiling("matmul"), results.ceiling("copy") if results.device.type == "cuda" else inf
-        size = 4 if all(row.step.dtype == "float32" for row in self.rows) else 2
-        return roofline(self.rows[0].step.shape, size, *rates) if all(rates) else None
+        size = 4 if all(row.dtype == "float32" for row in self.rows) else 2
+        return roofline(self.rows[0].shape, size, *rates) if all(rates) else None
 
     @property
-    def ladder(self) -> list[StepRow]:
+    def ladder(self) -> list[Step]:
         """From the reference's step to ours: all modes of the first row, the rungs, and the last row, after the rows
         that it extends. "ours compiled + graphed" extends "ours compiled".
         """
-        first, last = self.rows[0].name.partition(" ")[0] + " ", self.rows[-1].name
-        return [
-            row for row in self.rows if not row.step.compares or row.name.startswith(first) or last.startswith(row.name)
-        ]
+        first, last = self.rows[0].variant.partition(" ")[0] + " ", self.rows[-1].variant
+        rows = [(row, row.variant) for row in self.rows]
+        return [row for row, name in rows if not row.compares or name.startswith(first) or last.startswith(name)]
 
 
 @dataclass(frozen=True)
@@ -231,17 +201,10 @@ class Run:
 
     @cached_property
     def steps(self) -> list[Steps]:
-        return [self._steps(name) for name in dict.fromkeys(step.workload for step in self.results.steps)]
-
-    def _steps(self, name: str) -> Steps:
-        steps = [step for step in self.results.steps if step.workload == name]
-        references = [step for step in steps if step.compares and step.is_reference]
-
-        def baseline(row: Step) -> float | None:
-            times = [samples for reference in references if (samples := reference.beside(row))]
-            return min(map(median, times), default=None)
-
-        return Steps(name, self, [StepRow(step, self.results.peak.flops, baseline(step)) for step in steps])
+        found: dict[str, list[Step]] = {}
+        for step in self.results.steps:
+            found.setdefault(step.workload, []).append(step)
+        return [Steps(name, self, rows) for name, rows in found.items()]
 
     @cached_property
     def kernels(self) -> list[KernelRow]:
@@ -252,8 +215,8 @@ class Run:
         ]
 
 
-def _fastest(rows: Iterable[StepRow]) -> StepRow | None:
-    return min((row for row in rows if row.seconds), key=lambda row: row.seconds, default=None)
+def _fastest(rows: Iterable[Step]) -> Step | None:
+    return min((row for row in rows if row.seconds), key=lambda row: row.median, default=None)
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bench.digest import ATTAINED, Estimate, KernelRow, Run, StepRow, Steps, slug
+from bench.digest import ATTAINED, Estimate, KernelRow, Run, Steps, slug
+from bench.results import Step
 from bench.tables import rate, shown, sources
 from train.plot import LIGHT, new_figure, printable
 
@@ -167,8 +168,8 @@ def mfu(name: str, found: Sequence[Steps], guesses: Sequence[Estimate]) -> Pictu
     """MFU, time and memory of all compared steps, on every device that ran the workload; then the estimates."""
     groups = []
     for steps in found:
-        floor = 100 * steps.rows[0].mfu(seconds=steps.floor) if steps.floor else None
-        groups.append(Group(steps.run.label, list(map(_bar, steps.compared)), floor))
+        floor = 100 * steps.mfu(steps.rows[0], seconds=steps.floor) if steps.floor else None
+        groups.append(Group(steps.run.label, [_bar(steps, row) for row in steps.compared], floor))
     caption = (
         "nanoGPT's MFU: (6N + 12LHQT) FLOPs a token over the device's dense peak. Beside it the median time of an "
     )
@@ -182,12 +183,13 @@ def mfu(name: str, found: Sequence[Steps], guesses: Sequence[Estimate]) -> Pictu
     return Picture(slug(f"mfu-{name}"), f"MFU, {name}", caption.strip(), groups, unit="%")
 
 
-def _bar(row: StepRow) -> Line:
-    if row.seconds is None:
-        return Line(row.name, row.missing)
-    words = f"{100 * row.mfu():.1f} %, {shown(row.seconds, 1e3)} ms"
-    words += f", {row.step.peak_memory / 1e9:.2f} GB" if row.step.peak_memory else ""
-    return Line(row.name, words, 100 * row.mfu(), role="ours" if row.ours else "reference")
+def _bar(steps: Steps, row: Step) -> Line:
+    if not row.seconds:
+        return Line(row.variant, row.missing)
+    share = 100 * steps.mfu(row)
+    words = f"{share:.1f} %, {shown(row.median, 1e3)} ms"
+    words += f", {row.peak_memory / 1e9:.2f} GB" if row.peak_memory else ""
+    return Line(row.variant, words, share, role="ours" if row.ours else "reference")
 
 
 def _guess(guess: Estimate) -> Line:
@@ -198,19 +200,20 @@ def _guess(guess: Estimate) -> Line:
 
 def waterfall(steps: Steps) -> Picture | None:
     """From the reference's step to ours, rung by rung. None with fewer than two measured steps."""
-    ladder, bars, last = steps.ladder, [], None
-    if sum(row.seconds is not None for row in ladder) < 2:
+    bars, last = [], None
+    measured = [row for row in steps.ladder if row.seconds]
+    if len(measured) < 2:
         return None
-    for i, row in enumerate(ladder):
-        if row.seconds is None:
-            bars.append(Line(row.name, row.missing))
+    for row in steps.ladder:
+        now = 1e3 * row.median if row.seconds else None
+        if now is None:
+            bars.append(Line(row.variant, row.missing))
             continue
-        now = 1e3 * row.seconds
         if last is not None:
             sign, role = ("−", "better") if now <= last else ("+", "worse")
-            bars.append(Line(f"+ {row.name}", f"{sign}{shown(abs(now - last))} ms", now, start=last, role=role))
-        if last is None or i == len(ladder) - 1:
-            total = row.name if last is None else f"{row.name}, in all"
+            bars.append(Line(f"+ {row.variant}", f"{sign}{shown(abs(now - last))} ms", now, start=last, role=role))
+        if row in (measured[0], measured[-1]):
+            total = row.variant if last is None else f"{row.variant}, in all"
             bars.append(Line(total, f"{shown(now)} ms", now, role="ours" if row.ours else "reference"))
         last = now
     title = f"From the reference's step to ours, {steps.name} on {steps.run.label}"

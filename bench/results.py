@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Literal
 
 import msgspec
@@ -134,9 +135,18 @@ class Step(Struct, frozen=True):
             raise ValueError(f"turn: got {self.turn}, expected a divisor of the {len(self.seconds)} samples")
 
     @property
-    def is_reference(self) -> bool:
-        """Whether it runs none of our code."""
-        return self.variant.startswith(("reference ", "nanoGPT "))
+    def ours(self) -> bool:
+        """Whether it runs our code."""
+        return not self.variant.startswith(("reference ", "nanoGPT "))
+
+    @property
+    def median(self) -> float | None:
+        return median(self.seconds) if self.seconds else None
+
+    @property
+    def missing(self) -> str:
+        """Why there are no samples."""
+        return f"not measured: {self.skipped or 'no reason given'}"
 
     def beside(self, row: "Step") -> list[float]:
         """Its samples of the rounds in which `row` took part. `row` is compared with these."""

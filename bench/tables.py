@@ -4,9 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
-from bench.digest import ATTAINED, SHEET, Estimate, KernelRow, Run, StepRow, Steps
-from bench.results import Results, quantile
+from bench.digest import ATTAINED, SHEET, Estimate, KernelRow, Run, Steps
+from bench.results import Results, Step, quantile
 from bench.rules import NO_TIME
 
 NONE = "–"
@@ -72,13 +73,13 @@ def devices(found: Sequence[Steps], guesses: Sequence[Estimate]) -> Table | None
         cells = {
             "workload": steps.name,
             "device": steps.run.label,
-            "our best step": best.name,
-            "median, ms": shown(best.seconds, 1e3),
-            **_mfu_cells(best),
+            "our best step": best.variant,
+            "median, ms": shown(best.median, 1e3),
+            **_mfu_cells(steps, best),
             "floor, ms": shown(steps.floor, 1e3),
-            "floor's MFU, %": shown(steps.floor and best.mfu(seconds=steps.floor), 100, ".1f"),
-            "reference, ms": shown(reference and reference.seconds, 1e3),
-            "speed-up, ×": shown(best.speedup, form=".2f"),
+            "floor's MFU, %": shown(steps.floor and steps.mfu(best, seconds=steps.floor), 100, ".1f"),
+            "reference, ms": shown(reference and reference.median, 1e3),
+            "speed-up, ×": shown(steps.speedup(best), form=".2f"),
         }
         rows.append(("", cells))
     for guess in guesses:
@@ -96,7 +97,7 @@ def devices(found: Sequence[Steps], guesses: Sequence[Estimate]) -> Table | None
         }
         rows.append(("computed", cells))
     caption = "MFU counts (6N + 12LHQT) FLOPs a token, MFU 6N counts 6N, over the device's dense peak. "
-    if references := dict.fromkeys(s.baseline.name for s in found if s.best and s.baseline):
+    if references := dict.fromkeys(s.baseline.variant for s in found if s.best and s.baseline):
         caption += f"The reference is the fastest of its modes ({', '.join(references)}). "
     caption += "The floor is computed, at the rates that the run measured. "
     if guesses:
@@ -114,17 +115,17 @@ def devices(found: Sequence[Steps], guesses: Sequence[Estimate]) -> Table | None
 def steps(found: Steps) -> Table:
     """One workload of one run, a row for each variant."""
     kinds = ["missing" if not row.seconds else "ours" if row is found.best else "" for row in found.rows]
-    rows = list(zip(kinds, map(_step_cells, found.rows), strict=True))
-    caption = f"Speed-up is over {found.baseline.name}. " if found.baseline else ""
+    rows = [(kind, _step_cells(found, row)) for kind, row in zip(kinds, found.rows, strict=True)]
+    caption = f"Speed-up is over {found.baseline.variant}. " if found.baseline else ""
     if found.floor:
         first = found.rows[0]
         cells = dict.fromkeys(rows[0][1], NONE) | {
             "step": "floor",
             "median, ms": shown(found.floor, 1e3),
-            "tokens, 1/s": shown(first.step.tokens / found.floor),
-            "MFU, %": shown(first.mfu(seconds=found.floor), 100, ".1f"),
-            "MFU 6N, %": shown(first.mfu("6n", found.floor), 100, ".1f"),
-            "speed-up, ×": shown(found.baseline and found.baseline.seconds / found.floor, form=".2f"),
+            "tokens, 1/s": shown(first.tokens / found.floor),
+            "MFU, %": shown(found.mfu(first, seconds=found.floor), 100, ".1f"),
+            "MFU 6N, %": shown(found.mfu(first, "6n", found.floor), 100, ".1f"),
+            "speed-up, ×": shown(found.baseline and found.baseline.median / found.floor, form=".2f"),
             "note": "computed, not measured",
         }
         rows.append(("computed", cells))
@@ -136,27 +137,28 @@ def steps(found: Steps) -> Table:
     return Table(f"{found.name} on {found.run.label}", f"{caption} From {found.run.source}.", rows)
 
 
-def _step_cells(row: StepRow) -> Cells:
-    step = row.step
-    low, high = (quantile(step.seconds, share) if row.seconds else None for share in (0.1, 0.9))
+def _step_cells(steps: Steps, row: Step) -> Cells:
+    low, high = (quantile(row.seconds, share) if row.seconds else None for share in (0.1, 0.9))
+    host = median(row.host_seconds) / row.median if row.host_seconds and row.seconds else None
     return {
-        "step": step.variant,
-        "dtype": step.dtype,
-        "median, ms": shown(row.seconds, 1e3),
+        "step": row.variant,
+        "dtype": row.dtype,
+        "median, ms": shown(row.median, 1e3),
         "p10, ms": shown(low, 1e3),
         "p90, ms": shown(high, 1e3),
-        "tokens, 1/s": shown(row.seconds and step.tokens / row.seconds),
-        **_mfu_cells(row),
-        "speed-up, ×": shown(row.speedup, form=".2f"),
-        "memory, GB": shown(step.peak_memory if row.seconds else None, 1e-9, ".2f"),
-        "host, %": shown(row.host_share, 100, ".1f"),
-        "samples": str(len(step.seconds)),
-        "note": row.missing if not row.seconds else "" if step.compares else "rung",
+        "tokens, 1/s": shown(row.median and row.tokens / row.median),
+        **_mfu_cells(steps, row),
+        "speed-up, ×": shown(steps.speedup(row), form=".2f"),
+        "memory, GB": shown(row.peak_memory if row.seconds else None, 1e-9, ".2f"),
+        "host, %": shown(host, 100, ".1f"),
+        "samples": str(len(row.seconds)),
+        "note": row.missing if not row.seconds else "" if row.compares else "rung",
     }
 
 
-def _mfu_cells(row: StepRow) -> Cells:
-    return {"MFU, %": shown(row.mfu(), 100, ".1f"), "MFU 6N, %": shown(row.mfu("6n"), 100, ".1f")}
+def _mfu_cells(steps: Steps, row: Step) -> Cells:
+    headings = {"nanogpt": "MFU, %", "6n": "MFU 6N, %"}
+    return {heading: shown(steps.mfu(row, formula), 100, ".1f") for formula, heading in headings.items()}
 
 
 def kernels(run: Run) -> Table | None:
@@ -231,7 +233,7 @@ def missing(run: Run) -> list[str]:
 def skipped(run: Run) -> list[str]:
     """Failed parts, and rows without samples, and why. Kernels with the same variant and reason share a line."""
     failed = [f"{failure.part} failed: {failure.error}" for failure in run.results.failures]
-    steps = [f"{w.name}, {row.name}: {row.missing}" for w in run.steps for row in w.rows if not row.seconds]
+    steps = [f"{w.name}, {row.variant}: {row.missing}" for w in run.steps for row in w.rows if not row.seconds]
     late = Counter(
         ("" if k.skipped == NO_TIME else f" of {k.variant}", k.skipped or "no reason given")
         for k in run.results.kernels
