@@ -9,7 +9,6 @@ pass. Cotangents are random, or 1 for a scalar, as in training.
 """
 
 import importlib
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -188,12 +187,9 @@ class Contest:
         self._cotangents: list[Tensor] = []
 
     @compiling()
-    def measure(self, direction: str, seconds: float, least: int = 5, budget: Budget | None = None) -> list[Kernel]:
-        """A row of every variant, in order; about `seconds` of samples, at least `least` of each variant.
-
-        budget: if `least` of each do not fit into its remaining time, no sample is taken. None: no limit.
-        """
-        skipped, works, begin = dict(self.skipped), {}, time.perf_counter()
+    def measure(self, direction: str, seconds: float, least: int = 5) -> list[Kernel]:
+        """A row of every variant, in order; about `seconds` of samples, at least `least` of each variant."""
+        skipped, works = dict(self.skipped), {}
         for entrant in self.entrants:
             if entrant.name in self._functions:
                 work = self._work(entrant, direction)
@@ -205,9 +201,6 @@ class Contest:
                     skipped[entrant.name] = reason
                 else:
                     works[entrant.name] = work
-        once = time.perf_counter() - begin
-        if budget and not budget.fits(more=(least + 1) * once):
-            skipped, works = skipped | dict.fromkeys(works, NO_TIME), {}
         samples: dict[str, list[float]] = {}
         before = compilations()
         try:
@@ -350,12 +343,12 @@ def rows(device: torch.device, seconds: float, cases: tuple[Case, ...] = TIMED) 
             with budget.task(CASE):
                 contest = Contest(case, shape, dtype, device)
         for nth, direction in enumerate(directions(case)):
-            if contest is None:
+            if contest is None or not budget.left:
                 every = entrants(case, device)
                 yield from _rows(case, shape, dtype, direction, every, {}, {one.name: NO_TIME for one in every})
             else:
                 share = of_case.left / (len(directions(case)) - nth)
-                yield from contest.measure(direction, max(share, LEAST_SECONDS), budget=budget)
+                yield from contest.measure(direction, max(share, LEAST_SECONDS))
 
 
 def _rows(

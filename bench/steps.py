@@ -197,7 +197,7 @@ class Race:
         return found if compilations() == before else each.give_up(WRONG + RECOMPILED)
 
     def _time(self, step: Step, first: int, count: int) -> Turn:
-        """Time `count` iterations. On CUDA events give the times, and the host does not wait in between, as in a run."""
+        """Time `count` iterations. On CUDA events give the times, and the host does not wait in between."""
         synchronize(self.device)
         host, marks = [], [self._now()]
         for i in range(first, first + count):
