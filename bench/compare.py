@@ -112,13 +112,14 @@ def report(runs: Sequence[Run]) -> str:
     if differing := ", ".join(name for name in versions[0] if len({version[name] for version in versions}) > 1):
         lines.append(f"They differ in {differing}. So do their references, and these do not show the machine's pace.")
     within = 0.1 if runs[0].results.device.type == "cpu" else 0.5  # other programs on a CPU only add time
-    tables = []
+    found = 0
     for title, rows_of in (("Steps", _steps), ("Kernels", _kernels)):
         rows_a, rows_b = ([rows_of(run) for run in side] for side in (a, b))
-        tables += _table(title, rows_a, rows_b, within, paced=not differing)
-    if not tables:
+        count, table = _table(title, rows_a, rows_b, within, paced=not differing)
+        found, lines = found + count, lines + table
+    if not found:
         raise UserError("compare: got nothing of ours that both have measured, expected a workload or a kernel")
-    return "\n".join([*lines, *tables, "", LEGEND])
+    return "\n".join([*lines, "", LEGEND])
 
 
 def sides(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
@@ -176,8 +177,8 @@ def _kernels(run: Run) -> Rows:
     }
 
 
-def _table(title: str, a: Sequence[Rows], b: Sequence[Rows], within: float, *, paced: bool) -> list[str]:
-    """Lines: a table of the rows that both sides have, and the names of the others. paced: references show the pace."""
+def _table(title: str, a: Sequence[Rows], b: Sequence[Rows], within: float, *, paced: bool) -> tuple[int, list[str]]:
+    """(how many rows both sides have, a table of them and the names of the others). paced: references show the pace."""
     names_a, names_b = (dict.fromkeys(names for rows in side for names in rows) for side in (a, b))
     found: dict[Names, list[tuple[list[np.ndarray], Rounds]]] = {}  # for A and B: all samples, and quiet rounds
     for names in (names for names in names_a if names in names_b):
@@ -198,6 +199,6 @@ def _table(title: str, a: Sequence[Rows], b: Sequence[Rows], within: float, *, p
         cells.append([" ".join(names), *times, "{} and {} of {} and {}".format(*counts), *rest])
     lines = ["", aligned(cells)] if found else []
     for side, here, there in (("A", names_a, names_b), ("B", names_b, names_a)):
-        if found and (alone := [" ".join(names) for names in here if names not in there]):
+        if alone := [" ".join(names) for names in here if names not in there]:
             lines += ["", f"{title} only in {side}: {'; '.join(alone)}"]
-    return lines
+    return len(found), lines

@@ -43,14 +43,12 @@ COMPILED = "compiled"  # the entrant that is the reference under torch.compile
 class Entrant:
     """One variant of a case. `make()` returns a function of the case's inputs, or raises if it cannot run here.
 
-    `ours`: it must meet the tests' own criterion; if it does not, the run fails. `own_inputs`: it may overwrite its
-    inputs, so every call gets copies.
+    `ours`: it must meet the tests' own criterion; if it does not, the run fails.
     """
 
     name: str
     make: Callable[[], Function]
     ours: bool = False
-    own_inputs: bool = False
 
 
 def entrants(case: Case, device: torch.device) -> list[Entrant]:
@@ -68,7 +66,7 @@ def entrants(case: Case, device: torch.device) -> list[Entrant]:
 
     found = [Entrant("fused", ours, ours=True), Entrant("reference", lambda: plain), compiled]
     if case.name in LIGER:
-        found.append(Entrant("liger", partial(liger, case.name), own_inputs=True))
+        found.append(Entrant("liger", partial(liger, case.name)))
     return found
 
 
@@ -253,35 +251,27 @@ class Contest:
         self, entrant: Entrant, inputs: Inputs, plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
     ) -> str:
         """What is wrong with an entrant's results; empty if nothing is."""
-
-        def outcome() -> dict[str, Tensor]:
-            given = copied(inputs) if entrant.own_inputs else inputs
-            return self._tensors_of(self._functions[entrant.name], given)
-
-        got = outcome()
+        function = self._functions[entrant.name]
+        got = self._tensors_of(function, inputs)
         if not entrant.ours:
             return disagreement(got, plain, exact, times=OTHERS_TIMES)
         if reason := disagreement(got, plain, exact):
             return reason
-        again = outcome()
+        again = self._tensors_of(function, inputs)
         others = [name for name, x in got.items() if not torch.equal(x.nan_to_num(), again[name].nan_to_num())]
         return f"{others[0]}: other bits the second time" if others else ""
 
     def _tensors_of(self, function: Function, inputs: Inputs) -> dict[str, Tensor]:
         """The tensors to compare: results, gradients and, if the function works in place, its changed inputs."""
-        if not self.case.in_place:
-            return outputs_and_gradients(function, inputs)
         inputs = copied(inputs)
         results = outputs_and_gradients(function, inputs)
-        return results | {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+        return results | {name: x for name, x in inputs.items() if self.case.in_place and isinstance(x, Tensor)}
 
     def _work(self, entrant: Entrant, direction: str) -> Timeable:
-        function, inputs = self._functions[entrant.name], self._inputs
-        if self.case.in_place:
-            inputs = copied(inputs)  # each variant keeps changing its own
+        function = self._functions[entrant.name]
 
         def given() -> Inputs:
-            return copied(inputs) if entrant.own_inputs else inputs
+            return copied(self._inputs)  # some write over their inputs
 
         def forward(given: Inputs) -> Graph:
             returned = function(**given)

@@ -145,22 +145,15 @@ def test_where_float64_does_not_fit_fewer_rows_are_checked() -> None:
     assert wrong["fused"].skipped.startswith("wrong: ")
 
 
-def test_what_works_in_place_is_checked_by_what_it_leaves_and_timed_without_copies() -> None:
+def test_what_works_in_place_is_checked_by_what_it_leaves() -> None:
     case = next(case for case in CASES if case.name == "adamw")
     assert case.in_place is not None
     case = replace(case, cpu_shapes=((1000, 601),), in_place=(reference.adamw, reference.adamw))
-    storages = set()
-
-    def spied(**inputs: Any) -> tuple[Tensor, Tensor]:
-        storages.add(inputs["param"].data_ptr())
-        return reference.adamw(**inputs)
-
-    contest = Contest(replace(case, in_place=(spied, reference.adamw)), (1000, 601), FP32, CPU)
-    storages.clear()
+    contest = Contest(case, (1000, 601), FP32, CPU)
+    before = contest._inputs["param"].clone()
     found = contest.measure("forward", seconds=0, least=5)
     assert [row.variant for row in found if row.seconds] == ["fused", "reference", "compiled"]
-    assert len(storages) == 1
-    assert contest._inputs["param"].data_ptr() not in storages  # each variant has its own
+    assert torch.equal(contest._inputs["param"], before)  # each sample has its own
 
     def forgets(**inputs: Any) -> tuple[Tensor, Tensor]:
         return reference.adamw(**inputs | {"exp_avg": inputs["exp_avg"].clone()})
