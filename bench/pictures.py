@@ -63,7 +63,7 @@ class Picture:
         y, last = 0.0, None  # rows from the top
         for group in self.groups:
             if group.heading:
-                heading = textwrap.fill(printable(group.heading), 42 if narrow else 100)
+                heading = textwrap.fill(group.heading, 42 if narrow else 100)
                 y += 0.7 * heading.count("\n") + 0.6 * (y > 0)
                 _write(axes, left, y + 0.3, heading, "ink", x_is=x_is, weight="bold", va="bottom")
                 y += 1
@@ -130,14 +130,14 @@ class Picture:
                     axes.plot(line.dots[variant], y, clip_on=False, zorder=3, **self._mark(variant))
             _write(axes, 1.01, y, words, "ink", x_is="axes")
         elif line.value is None:
-            _write(axes, 0, y, f"  {textwrap.shorten(words, 90)}" if words else "", "quiet")
+            _write(axes, 0, y, textwrap.shorten(words, 90), "quiet", gap=6)
         else:
             start, length = min(line.start, line.value), abs(line.value - line.start)
             paint = {"color": LIGHT[line.role], "linewidth": 0}
             if line.estimate:
                 paint = {"facecolor": "none", "edgecolor": LIGHT[line.role], "linestyle": (0, (4, 2)), "hatch": "///"}
             axes.barh(y, max(length, 0.001 * self.most), BAR / ROW, start, clip_on=False, **paint)
-            _write(axes, start + length, y, f"  {words}", "ink")
+            _write(axes, start + length, y, words, "ink", gap=6)
 
     def _mark(self, variant: str) -> dict:
         marker, role, filled = self.marks[variant]
@@ -149,15 +149,20 @@ def _rule(axes: "Axes", x: tuple[float, float], y: tuple[float, float], role: st
     axes.plot(x, y, color=LIGHT[role], linewidth=width, clip_on=False, zorder=1.5)
 
 
-def _write(axes: "Axes", x: float, y: float, words: str, role: str, x_is: str = "data", **style: str) -> None:
-    """Write words at row y. x: in the axis's unit, or as a share of the axes or of the figure, from 0 to 1."""
-    from matplotlib.transforms import blended_transform_factory
+def _write(
+    axes: "Axes", x: float, y: float, words: str, role: str, x_is: str = "data", gap: float = 0, **style: str
+) -> None:
+    """Write words at row y. x: in the axis's unit, or as a share of the axes or of the figure, from 0 to 1. gap: points
+    between x and the words."""
+    from matplotlib.transforms import blended_transform_factory, offset_copy
 
     across = {"data": axes.transData, "axes": axes.transAxes, "figure": axes.figure.transFigure}[x_is]
     behind = {"facecolor": LIGHT["paper"], "linewidth": 0, "pad": 0.5}  # keeps words readable on rules
     style = {"size": 13, "va": "center_baseline", "color": LIGHT[role], "parse_math": False, "bbox": behind} | style
-    text = axes.text(x, y, printable(words) if "\n" not in words else words, **style)
-    text.set_transform(blended_transform_factory(across, axes.transData))
+    text = axes.text(x, y, "\n".join(map(printable, words.splitlines())), **style)
+    text.set_transform(
+        offset_copy(blended_transform_factory(across, axes.transData), axes.figure, x=gap, units="points")
+    )
     text.set_in_layout(x_is == "data" or x > 1)  # the other words lie within the picture
 
 
@@ -171,9 +176,9 @@ def mfu(name: str, found: Sequence[Steps], guesses: Sequence[Estimate]) -> Pictu
         floor = 100 * steps.mfu(steps.rows[0], seconds=steps.floor) if steps.floor else None
         groups.append(Group(steps.run.label, [_bar(steps, row) for row in steps.compared], floor))
     caption = (
-        "nanoGPT's MFU: (6N + 12LHQT) FLOPs a token over the device's dense peak. Beside it the median time of an "
+        "nanoGPT's MFU: (6N + 12LHQT) FLOPs a token over the device's dense peak. Beside it are the median time of "
     )
-    caption += "iteration, and the peak memory where the device tells it. "
+    caption += "an iteration and, on a GPU, the step's peak memory. "
     if any(group.floor and group.floor > 100 for group in groups):
         caption += "MFU counts attention whole, but a step computes half of it. So the floor can pass 100 %. "
     caption += f"From {sources(found)}. " if found else "No results file measured this workload. "

@@ -82,7 +82,7 @@ def close(cell: str, value: float) -> bool:
 
 def words(path: Path) -> list[str]:
     """Of a picture: the axis, names of bars from the top down, then the words beside them from the top down."""
-    return [text.text.strip() for text in ElementTree.parse(path).getroot().iter(f"{SVG}text")]
+    return [text.text for text in ElementTree.parse(path).getroot().iter(f"{SVG}text")]
 
 
 def grid(path: Path) -> list[float]:
