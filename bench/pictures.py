@@ -63,7 +63,7 @@ class Picture:
         y, last = 0.0, None  # rows from the top
         for group in self.groups:
             if group.heading:
-                heading = textwrap.fill(group.heading, 42 if narrow else 100)
+                heading = textwrap.fill(group.heading, 36 if narrow else 100)
                 y += 0.7 * heading.count("\n") + 0.6 * (y > 0)
                 _write(axes, left, y + 0.3, heading, "ink", x_is=x_is, weight="bold", va="bottom")
                 y += 1
@@ -175,10 +175,8 @@ def mfu(name: str, found: Sequence[Steps], guesses: Sequence[Estimate]) -> Pictu
     for steps in found:
         floor = 100 * steps.mfu(steps.rows[0], seconds=steps.floor) if steps.floor else None
         groups.append(Group(steps.run.label, [_bar(steps, row) for row in steps.compared], floor))
-    caption = (
-        "nanoGPT's MFU: (6N + 12LHQT) FLOPs a token over the device's dense peak. Beside it are the median time of "
-    )
-    caption += "an iteration and, on a GPU, the step's peak memory. "
+    caption = "nanoGPT's MFU: (6N + 12LHQT) FLOPs a token over the device's dense peak. Beside it are the median time "
+    caption += "of an iteration and, on a GPU, the step's peak memory. "
     if any(group.floor and group.floor > 100 for group in groups):
         caption += "MFU counts attention whole, but a step computes half of it. So the floor can pass 100 %. "
     caption += f"From {sources(found)}. " if found else "No results file measured this workload. "
