@@ -63,7 +63,7 @@ class Picture:
         y, last = 0.0, None  # rows from the top
         for group in self.groups:
             if group.heading:
-                heading = textwrap.fill(group.heading, 36 if narrow else 100)
+                heading = textwrap.fill(group.heading, 38 if narrow else 100)
                 y += 0.7 * heading.count("\n") + 0.6 * (y > 0)
                 _write(axes, left, y + 0.3, heading, "ink", x_is=x_is, weight="bold", va="bottom")
                 y += 1
