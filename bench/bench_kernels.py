@@ -79,6 +79,6 @@ def test_kernel(
     facts = {"shape": row.shape, "dtype": row.dtype, "bytes": row.bytes, "flops": row.flops}
     for found in Run(Path(), replace(session.results, kernels=rows)).kernels:
         if found.kernel == row:
-            facts |= {"bound_by": found.bounded, "rate": found.rate, "share_of_ceiling": found.share}
-            facts |= {"times_faster_than_compiled": found.speedup}
+            rates = {f"{what}_per_second": facts[what] and facts[what] / found.seconds for what in ("bytes", "flops")}
+            facts |= {**rates, "share_of_ceiling": found.share, "times_faster_than_compiled": found.speedup}
     show(row, " ".join([case.name, "x".join(map(str, shape)), row.dtype, direction]), facts)
