@@ -204,6 +204,7 @@ def test_the_time_is_kept_by_leaving_out_cases(clock: Clock) -> None:
     assert timed == {"toy 0", "toy 1", "toy 2", "toy 3"}
     assert {row.skipped for row in found if row.case not in timed} == {NO_TIME}
     assert len({row.case for row in found}) == 9
+    assert {row.skipped for row in rows(CPU, 5.0, (toy,))} == {NO_TIME}  # its check took all of it
 
 
 def test_work() -> None:
