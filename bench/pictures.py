@@ -58,37 +58,10 @@ class Picture:
         figure, narrow = new_figure(width, width), width < 600
         figure.set_layout_engine("constrained", h_pad=0.2 if alone else 0.08, w_pad=0.2 if alone else 0.02)
         axes = figure.add_subplot(facecolor="none")
-        labels: dict[float, str] = {}
-        left, x_is = 0.02 * alone, "axes" if narrow else "figure"
-        y, last = 0.0, None  # rows from the top
+        labels: dict[float, str] = {}  # by row
+        y = 0.0  # rows from the top
         for group in self.groups:
-            if group.heading:
-                heading = textwrap.fill(group.heading, 38 if narrow else 100)
-                y += 0.7 * heading.count("\n") + 0.6 * (y > 0)
-                _write(axes, left, y + 0.3, heading, "ink", x_is=x_is, weight="bold", va="bottom")
-                y += 1
-            if group.floor is not None:
-                side = "right" if group.floor > 0.3 * self.most else "left"
-                _write(axes, group.floor, y, f"floor {group.floor:.1f} {self.unit}, computed", "floor", ha=side)
-                y += 1
-            top = y - 0.6
-            for line in group.lines:
-                words = line.words
-                if narrow:
-                    for text in (line.label, words) if len(words) > 12 else (line.label,):
-                        role = "ink" if text is line.label else "quiet"
-                        _write(axes, 0, y, textwrap.shorten(text, 44), role, x_is="axes")
-                        y += 0.75
-                    words = words if len(words) <= 12 else ""
-                else:
-                    labels[y] = printable(line.label)
-                self._draw(axes, line, words, y)
-                if self.joined and last and line.value is not None:
-                    _rule(axes, (last[0],) * 2, (last[1] + BAR / ROW / 2, y - BAR / ROW / 2), "quiet", 0.8)
-                last = (line.value, y) if line.value is not None else last
-                y += 1 - 0.3 * (narrow and line.value is None and not line.dots)
-            if group.floor is not None:
-                _rule(axes, (group.floor,) * 2, (top, y - 0.5), "floor", 1.5)
+            y = self._group(axes, group, y, None if narrow else labels, 0.02 * alone)
         axes.set(xlim=(0, self.most), ylim=(y - 0.4, -0.6))
         axes.set_yticks(list(labels), labels.values(), parse_math=False)
         axes.tick_params(length=0, labelsize=13, labelcolor=LIGHT["ink"])
@@ -107,12 +80,44 @@ class Picture:
             height += 22 * -(-len(handles) // columns)
         if alone:
             title, caption = textwrap.wrap(printable(self.title), 90), textwrap.wrap(printable(self.caption), 140)
-            at = {"x": left, "ha": "left", "parse_math": False}
+            at = {"x": 0.02, "ha": "left", "parse_math": False}
             figure.suptitle("\n".join(title), size=16, weight="bold", color=LIGHT["ink"], **at)
             figure.supxlabel("\n".join(caption), size=12, color=LIGHT["quiet"], **at)
             height += 22 * len(title) + 17 * len(caption) + 24
         figure.set_size_inches(width / 72, height / 72)
         return figure
+
+    def _group(self, axes: "Axes", group: Group, y: float, labels: dict[float, str] | None, left: float) -> float:
+        """Draw a group from row y on; returns the row below it. labels: gets the names of lines by row; None: they and
+        long words are drawn above the lines. left: where the heading begins, as a share of the figure."""
+        narrow, last = labels is None, None
+        if group.heading:
+            heading = textwrap.fill(group.heading, 38 if narrow else 100)
+            y += 0.7 * heading.count("\n") + 0.6 * (y > 0)
+            _write(axes, left, y + 0.3, heading, "ink", "axes" if narrow else "figure", weight="bold", va="bottom")
+            y += 1
+        if group.floor is not None:
+            side = "right" if group.floor > 0.3 * self.most else "left"
+            _write(axes, group.floor, y, f"floor {group.floor:.1f} {self.unit}, computed", "floor", ha=side)
+            y += 1
+        top = y - 0.6
+        for line in group.lines:
+            beside = "" if narrow and len(line.words) > 12 else line.words
+            if narrow:
+                for words, role in ((line.label, "ink"), (line.words if not beside else "", "quiet")):
+                    if words:
+                        _write(axes, 0, y, textwrap.shorten(words, 44), role, "axes")
+                        y += 0.75
+            else:
+                labels[y] = printable(line.label)
+            self._line(axes, line, beside, y)
+            if self.joined and last and line.value is not None:
+                _rule(axes, (last[0],) * 2, (last[1] + BAR / ROW / 2, y - BAR / ROW / 2), "quiet", 0.8)
+            last = (line.value, y) if line.value is not None else last
+            y += 1 - 0.3 * (narrow and line.value is None and not line.dots)
+        if group.floor is not None:
+            _rule(axes, (group.floor,) * 2, (top, y - 0.5), "floor", 1.5)
+        return y
 
     @property
     def most(self) -> float:
@@ -121,7 +126,7 @@ class Picture:
         ends = [end for line in lines for end in (line.value or 0.0, *line.dots.values())]
         return max([*ends, *(group.floor or 0.0 for group in self.groups), 100.0 * bool(self.marks)]) or 1.0
 
-    def _draw(self, axes: "Axes", line: Line, words: str, y: float) -> None:
+    def _line(self, axes: "Axes", line: Line, words: str, y: float) -> None:
         """Draw a bar or dots at row y, and the words beside them."""
         if line.dots:
             _rule(axes, (0, self.most), (y, y), "grid", 1.0)
