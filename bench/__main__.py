@@ -5,7 +5,10 @@ The next part may use the time that is left. Work that does not fit is left out,
 written again after every part, so an error or Ctrl-C loses no measurement.
 """
 
+import subprocess
 import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +17,11 @@ import torch
 from msgspec.structs import replace
 from tqdm import tqdm
 
-from bench import kernels, provenance, results, smoke, steps
-from bench.results import WRONG, Failure, Results
+from bench import kernels, results, steps
+from bench.results import WRONG, Failure, Results, Tests
+from bench.rules import Budget
 from bench.tables import summary
-from bench.timing import Budget
-from bench.variants import variants
-from bench.workloads import DEFAULTS, WORKLOADS
+from bench.variants import DEFAULTS, WORKLOADS, variants
 from train.errors import UserError, first_line, run
 from train.hardware import resolve_device, resolve_dtype, use_device
 from train.settings import command_line, setting
@@ -27,6 +29,9 @@ from train.settings import command_line, setting
 PARTS = ("ceilings", "tests", "kernels", "steps")
 SHARES = {"ceilings": 0.05, "tests": 0.3, "kernels": 0.35, "steps": 1.0}  # of the time left when a part begins
 ABOUT = "Measure this machine: its ceilings, GPU tests, kernels and training steps, into one results file."
+ROOT = Path(__file__).parents[1]
+# there are hundreds of GPU tests, and compiling them takes too long for a measurement: `pytest -m gpu` runs all of them
+SMOKE = ("-m", "pytest", "-m", "gpu and smoke", "-q", "-p", "no:cacheprovider", "tests")
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Bench:
     def __init__(self, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         self.budget = Budget(60 * config.minutes)
-        self.results = provenance.started(device, dtype, provenance.command("bench", hidden=("nanogpt_dir", "out")))
+        self.results = results.started(device, dtype, results.command("bench", hidden=("nanogpt_dir", "out")))
         bar = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}{postfix}"
         self.bar = tqdm(total=60 * config.minutes, bar_format=bar, leave=False, disable=None)  # on a terminal only
 
@@ -63,13 +68,13 @@ class Bench:
         self.bar.set_postfix_str(what)
 
     def ceilings(self, seconds: float) -> None:
-        self.results = provenance.with_ceilings(self.results, self.device, self.dtype, seconds)
+        self.results = results.with_ceilings(self.results, self.device, self.dtype, seconds)
 
     def tests(self, seconds: float) -> None:
         if self.device.type != "cuda":
             self.tell("tests: they need a CUDA device; the CPU's are `pytest`")
             return
-        self.add(tests=smoke.run(seconds))
+        self.add(tests=run_tests(seconds))
         if self.results.tests.failed:
             raise RuntimeError(f"{self.results.tests.failed} GPU tests failed: {self.results.tests.failures[0]}, …")
 
@@ -105,6 +110,25 @@ def chosen(setting: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
+def run_tests(seconds: float, command: tuple[str, ...] = SMOKE) -> Tests:
+    """Run the smoke set of GPU tests in its own process, for at most `seconds`. RuntimeError if it has no result."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        line = [sys.executable, *command, f"--junitxml={report}"]
+        try:
+            ran = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"the tests did not end within {seconds:.0f} s") from error
+        if not report.exists():
+            last = ((ran.stdout + ran.stderr).strip().splitlines() or ["nothing was printed"])[-1]
+            raise RuntimeError(f"pytest ended with status {ran.returncode}: {last}")
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    failed = [case for case in cases if {child.tag for child in case} & {"failure", "error"}]
+    skipped = sum(case not in failed and case.find("skipped") is not None for case in cases)
+    names = [f"{case.get('classname')}::{case.get('name')}" for case in failed]
+    return Tests(len(cases) - len(failed) - skipped, len(failed), skipped, names)
+
+
 def measure(bench: Bench, parts: Iterable[str], write: Callable[[Results], None]) -> int:
     """Run the parts in order; returns the exit status. A part that fails is recorded, and the others go on."""
     status = 0
@@ -124,7 +148,7 @@ def measure(bench: Bench, parts: Iterable[str], write: Callable[[Results], None]
         write(bench.results)
     wrong = [row for row in (*bench.results.kernels, *bench.results.steps) if row.skipped.startswith(WRONG)]
     status = status or int(bool(wrong))
-    bench.add(clocks_after=provenance.clocks(bench.device), complete=status == 0)
+    bench.add(clocks_after=results.clocks(bench.device), complete=status == 0)
     write(bench.results)
     return status
 

@@ -15,8 +15,7 @@ from msgspec.structs import replace
 pytest.importorskip("triton", reason="the cases are of Triton's kernels, and Triton is not installed")
 
 from bench.digest import Run
-from bench.entrants import TIMED, entrants
-from bench.kernels import Contest, directions, shapes
+from bench.kernels import TIMED, Contest, directions, entrants, shapes
 from bench.results import Kernel
 from kernels.cases import Case, Shape
 from train.hardware import resolve_device
@@ -24,14 +23,18 @@ from train.hardware import resolve_device
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = resolve_device("auto")
+    groups = [
+        (case, shape, direction)
+        for case in TIMED
+        for shape in shapes(case, device)
+        for direction in directions(case)
+    ]  # fmt: skip
     metafunc.parametrize(
         ("case", "shape", "direction", "variant"),
         [
-            pytest.param(case, shape, direction, entrant.name, id=named(case, shape, direction, entrant.name))
-            for case in TIMED
-            for shape in shapes(case, device)
-            for direction in directions(case)
-            for entrant in entrants(case, device)
+            pytest.param(*group, entrant.name, id=named(*group, entrant.name))
+            for group in groups
+            for entrant in entrants(group[0], device)
         ],
     )
 
@@ -73,7 +76,7 @@ def test_kernel(
     seconds = 0.0 if benchmark.disabled else float(request.config.getoption("benchmark_max_time"))
     rows = measured(case, shape, direction, seconds)
     row = next(row for row in rows if row.variant == variant)
-    facts = {name: getattr(row, name) for name in ("shape", "dtype", "bytes", "flops")}
+    facts = {"shape": row.shape, "dtype": row.dtype, "bytes": row.bytes, "flops": row.flops}
     for found in Run(Path(), replace(session.results, kernels=rows)).kernels:
         if found.kernel == row:
             rates = {f"{what}_per_second": facts[what] and facts[what] / found.seconds for what in ("bytes", "flops")}

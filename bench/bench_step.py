@@ -4,7 +4,6 @@ Each variant is a test. Each workload is a group of pytest-benchmark. The first 
 variants, by turns. `--nanogpt_dir=DIR` adds a nanoGPT checkout.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,8 +12,7 @@ import pytest
 
 from bench import steps
 from bench.digest import Run
-from bench.variants import Variant, variants
-from bench.workloads import DEFAULTS, WORKLOADS
+from bench.variants import DEFAULTS, WORKLOADS, Variant, variants
 from train.hardware import resolve_device, resolve_dtype
 
 SECONDS = {"cuda": 40.0, "cpu": 30.0}  # of samples, for a workload
@@ -36,26 +34,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     )
 
 
-def test_step(
-    workload: str,
-    variant: str,
-    session: Any,
-    benchmark: Any,
-    show: Callable[..., None],
-    request: pytest.FixtureRequest,
-) -> None:
+def test_step(workload: str, variant: str, session: Any, benchmark: Any, show: Any, request: Any) -> None:
     found = session.results.steps
     if not any(row.workload == workload for row in found):
         seconds = 0.0 if benchmark.disabled else SECONDS.get(session.device.type, SECONDS["cpu"])
         options = (every(request.config), session.device, session.dtype)
         session.add(steps=[*found, *steps.measure(WORKLOADS[workload], *options, seconds=seconds)])
-    rows = next(each for each in Run(Path(), session.results).steps if each.name == workload).rows
-    row = next(row for row in rows if row.step.variant == variant)
+    steps_of = next(each for each in Run(Path(), session.results).steps if each.name == workload)
+    row = next(row for row in steps_of.rows if row.variant == variant)
     facts = {
-        "dtype": row.step.dtype,
-        "tokens_per_second": row.tokens_per_second,
-        **{f"mfu_{formula}": row.mfu(formula) for formula in row.step.flops},
-        "peak_memory": row.step.peak_memory,
-        "host_seconds": median(row.step.host_seconds) if row.step.host_seconds else None,
+        "dtype": row.dtype,
+        "tokens_per_second": row.median and row.tokens / row.median,
+        **{f"mfu_{formula}": steps_of.mfu(row, formula) for formula in row.flops},
+        "peak_memory": row.peak_memory,
+        "host_seconds": median(row.host_seconds) if row.host_seconds else None,
     }
-    show(row.step, f"{workload} step", facts)
+    show(row, f"{workload} step", facts)

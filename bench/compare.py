@@ -13,15 +13,15 @@ With 95 % confidence all intervals of a table hold at once (Bonferroni). So equa
 a long table.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from msgspec.structs import asdict
 
 from bench.digest import Run
-from bench.results import Shape
-from bench.tables import aligned, number
+from bench.results import Shape, Step
+from bench.tables import aligned, shown
 from train.errors import UserError
 
 LEVEL = 0.95
@@ -43,16 +43,10 @@ Rounds = list[np.ndarray]  # for each run: log(our time / the references' time) 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of one run. seconds: logarithms of its samples in seconds, (rounds, samples of a turn)."""
+    """A row of ours of one run: logarithms of seconds, (rounds, samples of a turn)."""
 
-    group: Hashable  # rows of one group took turns
-    ours: bool
-    seconds: np.ndarray
-    first: int = 0  # its first round, counted over its group's rounds
-
-    def beside(self, other: "Row") -> np.ndarray:
-        """Its samples of the rounds in which `other` took part too."""
-        return self.seconds[other.first - self.first :][: len(other.seconds) * (other.first >= self.first)]
+    own: np.ndarray
+    references: dict[Names, np.ndarray]  # in the same rounds
 
 
 Rows = dict[Names, Row]  # of one run
@@ -118,15 +112,12 @@ def report(runs: Sequence[Run]) -> str:
     if differing := ", ".join(name for name in versions[0] if len({version[name] for version in versions}) > 1):
         lines.append(f"They differ in {differing}. So do their references, and these do not show the machine's pace.")
     within = 0.1 if runs[0].results.device.type == "cpu" else 0.5  # other programs on a CPU only add time
-    tables = []
+    found = 0
     for title, rows_of in (("Steps", _steps), ("Kernels", _kernels)):
         rows_a, rows_b = ([rows_of(run) for run in side] for side in (a, b))
-        tables.append(_table(title, rows_a, rows_b, within, paced=not differing))
-        lines += tables[-1]
-        for name, here, there in (("A", rows_a, rows_b), ("B", rows_b, rows_a)):
-            if alone := [" ".join(names) for names in _names(here) if names not in _names(there)]:
-                lines += ["", f"{title} only in {name}: {'; '.join(alone)}"]
-    if not any(tables):
+        count, table = _table(title, rows_a, rows_b, within, paced=not differing)
+        found, lines = found + count, lines + table
+    if not found:
         raise UserError("compare: got nothing of ours that both have measured, expected a workload or a kernel")
     return "\n".join([*lines, "", LEGEND])
 
@@ -155,51 +146,59 @@ def sides(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 
 
 def _steps(run: Run) -> Rows:
+    def rounds(row: Step, seconds: list[float]) -> np.ndarray:
+        return np.log(seconds).reshape(-1, row.turn)
+
+    measured = [step for step in run.results.steps if step.seconds]
     return {
-        (step.workload, step.variant, step.dtype): Row(
-            step.workload, not step.is_reference, np.log(step.seconds).reshape(-1, step.turn), step.first_round
+        (row.workload, row.variant, row.dtype): Row(
+            rounds(row, row.seconds),
+            {
+                (other.variant, other.dtype): rounds(other, seconds)
+                for other in measured
+                if other.workload == row.workload and not other.ours and (seconds := other.beside(row))
+            },
         )
-        for step in run.results.steps
-        if step.seconds
+        for row in measured
+        if row.ours
     }
 
 
 def _kernels(run: Run) -> Rows:
+    measured = [kernel for kernel in run.results.kernels if kernel.seconds]
+    rounds = {(*row.group, row.variant): np.log(row.seconds)[:, None] for row in measured}
     return {
-        (k.case, "×".join(map(str, k.shape)), k.dtype, k.direction, k.variant): Row(
-            k.group, k.variant == "fused", np.log(k.seconds)[:, None]
+        (row.case, "×".join(map(str, row.shape)), row.dtype, row.direction, row.variant): Row(
+            rounds[(*row.group, "fused")],
+            {(other,): own for (*group, other), own in rounds.items() if (*group,) == row.group and other != "fused"},
         )
-        for k in run.results.kernels
-        if k.seconds
+        for row in measured
+        if row.variant == "fused"
     }
 
 
-def _table(title: str, a: Sequence[Rows], b: Sequence[Rows], within: float, *, paced: bool) -> list[str]:
-    """A line for each row of ours that both sides have. paced: the references show the pace."""
-    found: dict[Names, tuple[list[Rounds], list[Rounds]]] = {}  # by row: (all samples, quiet rounds), each as [A, B]
-    for names in (names for names in _names(a) if names in _names(b)):
-        runs = [rows for rows in (*a, *b) if names in rows]
-        first, count = runs[0][names], sum(names in rows for rows in a)
-        if first.ours:
-            same = [name for name, row in runs[0].items() if paced and row.group == first.group and not row.ours]
-            controls = [
-                name for name in same if all(name in rows and len(rows[name].beside(rows[names])) for rows in runs)
-            ]
-            own = [rows[names].seconds for rows in runs]
-            quiet = quiet_rounds(own, [[rows[name].beside(rows[names]) for name in controls] for rows in runs], within)
-            found[names] = ([own[:count], own[count:]], [quiet[:count], quiet[count:]])
-    many = sum(min(map(len, (*quiet[0], *quiet[1]))) >= LEAST for _, quiet in found.values())
+def _table(title: str, a: Sequence[Rows], b: Sequence[Rows], within: float, *, paced: bool) -> tuple[int, list[str]]:
+    """(how many rows both sides have, a table of them and the names of the others). paced: references show the pace."""
+    names_a, names_b = (dict.fromkeys(names for rows in side for names in rows) for side in (a, b))
+    found: dict[Names, list[tuple[list[np.ndarray], Rounds]]] = {}  # for A and B: all samples, and quiet rounds
+    for names in (names for names in names_a if names in names_b):
+        count, runs = sum(names in rows for rows in a), [rows[names] for rows in (*a, *b) if names in rows]
+        common = set.intersection(*(set(row.references) for row in runs)) if paced else set()
+        references = [[each for name, each in row.references.items() if name in common] for row in runs]
+        own = [row.own for row in runs]
+        quiet = quiet_rounds(own, references, within)
+        found[names] = [(own[:count], quiet[:count]), (own[count:], quiet[count:])]
+    many = sum(min(len(rounds) for _, quiet in both for rounds in quiet) >= LEAST for both in found.values())
     cells = [[title, "A, ms", "B, ms", "quiet rounds", "B/A", f"{100 * LEVEL:.0f} % interval", "verdict"]]
-    for names, (own, quiet) in found.items():
-        times = [number(1e3 * np.exp(np.median(np.concatenate([x.ravel() for x in side])))) for side in own]
-        counts = [sum(map(len, side)) for side in (*quiet, *own)]
-        judged = verdict(*quiet, many)
+    for names, ((own_a, quiet_a), (own_b, quiet_b)) in found.items():
+        times = [shown(np.exp(np.median(np.concatenate([x.ravel() for x in own]))), 1e3) for own in (own_a, own_b)]
+        counts = [sum(map(len, side)) for side in (quiet_a, quiet_b, own_a, own_b)]
         rest = ["–", "–", f"too few quiet rounds, expected {LEAST} in each run"]
-        if judged:
+        if judged := verdict(quiet_a, quiet_b, many):
             rest = [f"{judged.ratio:.3f}", f"{judged.low:.3f}–{judged.high:.3f}", judged.words]
         cells.append([" ".join(names), *times, "{} and {} of {} and {}".format(*counts), *rest])
-    return ["", aligned(cells)] if found else []
-
-
-def _names(side: Sequence[Rows]) -> dict[Names, None]:
-    return dict.fromkeys(names for rows in side for names in rows)
+    lines = ["", aligned(cells)] if found else []
+    for side, here, there in (("A", names_a, names_b), ("B", names_b, names_a)):
+        if alone := [" ".join(names) for names in here if names not in there]:
+            lines += ["", f"{title} only in {side}: {'; '.join(alone)}"]
+    return len(found), lines

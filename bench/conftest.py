@@ -9,10 +9,9 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from bench import provenance
-from bench.results import WRONG, Kernel, Results, Step
+from bench.results import WRONG, Kernel, Results, Step, started, with_ceilings
+from bench.rules import Clock
 from bench.tables import summary
-from bench.timing import Clock
 from train.hardware import resolve_device, resolve_dtype, use_device
 
 
@@ -47,9 +46,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def session(request: pytest.FixtureRequest) -> Session:
     device = use_device(resolve_device("auto"))
     dtype = resolve_dtype("auto", device)
-    results = provenance.started(device, dtype, "pytest bench/")
-    session = Session(device, dtype, provenance.with_ceilings(results, device, dtype, seconds=3.0))
-    request.config.stash[SESSION] = session
+    results = with_ceilings(started(device, dtype, "pytest bench/"), device, dtype, seconds=3.0)
+    request.config.stash[SESSION] = session = Session(device, dtype, results)
     return session
 
 

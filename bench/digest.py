@@ -2,26 +2,24 @@
 
 A step's parts (`model/work.py`) have two rooflines. The floor uses full rates: those that a run measured, or those of a
 data sheet. No step is faster than its floor, unless a cache keeps data from one part to the next. The attainable time
-uses ATTAINED, the shares of a data sheet's rates that good kernels reached on an H100. It is an
-assumption that kernels reach the same shares on other devices.
+uses ATTAINED, the shares of a data sheet's rates that good kernels reached on an H100. It is an assumption that kernels
+reach the same shares on other devices.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import cached_property
-from itertools import count
 from math import inf
 from pathlib import Path
 from statistics import median
 
-from bench.results import Kernel, Results, Shape, Step, quantile
-from bench.workloads import WORKLOADS, Workload
+from bench.results import Kernel, Results, Shape, Step
+from bench.variants import WORKLOADS, Workload
 from model.flops import flops_per_token
 from model.work import floor, step_work
 from train.hardware import CARDS, lookup
-from train.metrics import mfu, tokens_per_second
+from train.metrics import mfu
 
 ESTIMATED = ("gpt2", "shakespeare_char")  # workloads
 ESTIMATED_ON = ("a100", "h100", "h200", "b200", "l4", "4090")  # of CARDS
@@ -89,70 +87,38 @@ def estimates(runs: Iterable["Run"]) -> list[Estimate]:
 
 
 @dataclass(frozen=True)
-class StepRow:
-    """A step of one run. Properties are None if it has no samples, or no baseline to compare with."""
-
-    step: Step
-    peak: float  # FLOP/s
-    baseline: float | None  # seconds of the fastest reference, in the same rounds
-
-    @property
-    def seconds(self) -> float | None:
-        """The median."""
-        return median(self.step.seconds) if self.step.seconds else None
-
-    def quantile(self, share: float) -> float | None:
-        return quantile(self.step.seconds, share) if self.step.seconds else None
-
-    def mfu(self, formula: str = "nanogpt", seconds: float | None = None) -> float | None:
-        """From 0 to 1. seconds: a time to use instead of the step's own."""
-        seconds = seconds or self.seconds
-        return mfu(self.step.flops[formula], seconds, self.peak) if seconds else None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        return tokens_per_second(self.step.tokens, self.seconds) if self.seconds else None
-
-    @property
-    def speedup(self) -> float | None:
-        return self.baseline / self.seconds if self.baseline and self.seconds else None
-
-    @property
-    def host_share(self) -> float | None:
-        """The part of the step's time that the host spent in the call, 0 to 1."""
-        return median(self.step.host_seconds) / self.seconds if self.step.host_seconds and self.seconds else None
-
-    @property
-    def ours(self) -> bool:
-        return not self.step.is_reference
-
-    @property
-    def missing(self) -> str:
-        return f"not measured: {self.step.skipped or 'no reason given'}"
-
-
-@dataclass(frozen=True)
 class Steps:
     """The steps of one workload in one run, in the file's order."""
 
     name: str
     run: "Run"
-    rows: list[StepRow]
+    rows: list[Step]
 
     @property
-    def baseline(self) -> StepRow | None:
+    def baseline(self) -> Step | None:
         """The fastest reference."""
-        return _fastest(row for row in self.rows if row.step.compares and not row.ours)
+        return _fastest(row for row in self.rows if row.compares and not row.ours)
 
     @property
-    def compared(self) -> list[StepRow]:
+    def compared(self) -> list[Step]:
         """All steps except our rungs, the steps between the reference's and ours."""
-        return [row for row in self.rows if row.step.compares or not row.ours]
+        return [row for row in self.rows if row.compares or not row.ours]
 
     @property
-    def best(self) -> StepRow | None:
+    def best(self) -> Step | None:
         """Our fastest step."""
         return _fastest(row for row in self.compared if row.ours)
+
+    def mfu(self, row: Step, formula: str = "nanogpt", seconds: float | None = None) -> float | None:
+        """From 0 to 1; None without samples. seconds: a time to use instead of the step's own."""
+        seconds = seconds or row.median
+        return mfu(row.flops[formula], seconds, self.run.results.peak.flops) if seconds else None
+
+    def speedup(self, row: Step) -> float | None:
+        """Over the fastest reference in the same rounds; None without one, or without samples."""
+        references = [other for other in self.rows if other.compares and not other.ours]
+        times = [median(samples) for other in references if (samples := other.beside(row))]
+        return min(times) / row.median if times and row.median else None
 
     @cached_property
     def floor(self) -> float | None:
@@ -163,17 +129,17 @@ class Steps:
         """
         results = self.run.results
         rates = results.ceiling("matmul"), results.ceiling("copy") if results.device.type == "cuda" else inf
-        size = 4 if all(row.step.dtype == "float32" for row in self.rows) else 2
-        return roofline(self.rows[0].step.shape, size, *rates) if all(rates) else None
+        size = 4 if all(row.dtype == "float32" for row in self.rows) else 2
+        return roofline(self.rows[0].shape, size, *rates) if all(rates) else None
 
     @property
-    def ladder(self) -> list[StepRow]:
+    def ladder(self) -> list[Step]:
         """From the reference's step to ours: all modes of the first row, the rungs, and the last row, after the rows
         that it extends. "ours compiled + graphed" extends "ours compiled".
         """
-        first, last = self.rows[0].step.variant.partition(" ")[0] + " ", self.rows[-1].step.variant
-        steps = [(row, row.step.variant) for row in self.rows]
-        return [row for row, name in steps if not row.step.compares or name.startswith(first) or last.startswith(name)]
+        first, last = self.rows[0].variant.partition(" ")[0] + " ", self.rows[-1].variant
+        rows = [(row, row.variant) for row in self.rows]
+        return [row for row, name in rows if not row.compares or name.startswith(first) or last.startswith(name)]
 
 
 @dataclass(frozen=True)
@@ -211,7 +177,7 @@ def kernel_row(kernel: Kernel, matmul: float | None, copy: float | None, compile
 class Run:
     path: Path
     results: Results
-    label: str = ""  # its device; if other runs have that device, also how they differ
+    label: str = ""  # its device; if other runs have that device, also its file
     suffix: str = ""  # for names of files; unique
 
     @property
@@ -225,10 +191,7 @@ class Run:
 
     @property
     def day(self) -> str:
-        try:
-            return datetime.fromisoformat(self.results.date).date().isoformat()
-        except ValueError:
-            return self.results.date
+        return self.results.date[:10]
 
     @property
     def source(self) -> str:
@@ -238,57 +201,37 @@ class Run:
 
     @cached_property
     def steps(self) -> list[Steps]:
-        return [self._steps(name) for name in dict.fromkeys(step.workload for step in self.results.steps)]
-
-    def _steps(self, name: str) -> Steps:
-        steps = [step for step in self.results.steps if step.workload == name]
-        references = [step for step in steps if step.compares and step.is_reference]
-
-        def baseline(row: Step) -> float | None:
-            times = [samples for reference in references if (samples := reference.beside(row))]
-            return min(map(median, times), default=None)
-
-        return Steps(name, self, [StepRow(step, self.results.peak.flops, baseline(step)) for step in steps])
+        found: dict[str, list[Step]] = {}
+        for step in self.results.steps:
+            found.setdefault(step.workload, []).append(step)
+        return [Steps(name, self, rows) for name, rows in found.items()]
 
     @cached_property
     def kernels(self) -> list[KernelRow]:
         rows, copy = [kernel for kernel in self.results.kernels if kernel.seconds], self.results.ceiling("copy")
         compiled = {row.group: median(row.seconds) for row in rows if row.variant == "compiled"}
-        matmul: dict[str, float] = {}  # FLOP/s by dtype; the copy rate is the same for all
-        for ceiling in self.results.ceilings:
-            if ceiling.what == "matmul":
-                matmul[ceiling.dtype] = max(ceiling.rate, matmul.get(ceiling.dtype, 0.0))
-        return [kernel_row(row, matmul.get(row.dtype), copy, compiled.get(row.group)) for row in rows]
+        return [
+            kernel_row(row, self.results.ceiling("matmul", row.dtype), copy, compiled.get(row.group)) for row in rows
+        ]
 
 
-def _fastest(rows: Iterable[StepRow]) -> StepRow | None:
-    return min((row for row in rows if row.seconds), key=lambda row: row.seconds, default=None)
+def _fastest(rows: Iterable[Step]) -> Step | None:
+    return min((row for row in rows if row.seconds), key=lambda row: row.median, default=None)
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
     """Each file once, GPUs before CPUs, then by device, date and file name. Labels and suffixes are filled in."""
     once = {run.path.resolve(): run for run in runs}.values()
     ordered = sorted(once, key=lambda r: (r.results.device.type != "cuda", r.device, r.results.date, r.path.name))
-    found, taken = [], set()
-    for run in ordered:
-        names = (slug(run.path.stem) + f"-{i}" * (i > 1) for i in count(1))
-        suffix = next(name for name in names if name not in taken)
-        taken.add(suffix)
-        found.append(replace(run, label=_label(run, ordered), suffix=suffix))
+    devices, names = [run.device for run in ordered], [slug(run.path.stem) for run in ordered]
+    unique, found = len(set(names)) == len(names), []
+    for i, (run, name) in enumerate(zip(ordered, names, strict=True)):
+        file = run.path.name if unique else run.path
+        label = run.device if devices.count(run.device) == 1 else f"{run.device}, {file}"
+        found.append(replace(run, label=label, suffix=name if unique else f"{i}-{name}"))
     return found
 
 
 def slug(text: str) -> str:
     """The text as a part of a file's name. Names in a results file can have any characters."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
-
-
-def _label(run: Run, runs: list[Run]) -> str:
-    """Its device. If several runs have that device, also the first that differs of day, commit, file name and path."""
-    same = [other for other in runs if other.device == run.device]
-    if len(same) == 1:
-        return run.device
-    for name in (lambda r: r.day, lambda r: r.commit, lambda r: r.path.name):
-        if len(set(map(name, same))) == len(same):
-            return f"{run.device}, {name(run)}"
-    return f"{run.device}, {run.path}"

@@ -8,22 +8,27 @@ For `backward`, each sample has its own graph, made before the clock starts. `bo
 pass. Cotangents are random, or 1 for a scalar, as in training.
 """
 
-import time
+import importlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.entrants import ATTENTION, COMPILED, TIMED, Entrant, Function, entrants
 from bench.results import WRONG, Kernel
-from bench.timing import NO_TIME, RECOMPILED, Budget, compilations, compiling
-from kernels.cases import Case, Shape
+from bench.rules import NO_TIME, RECOMPILED, Budget, compilations, compiling, only_compiled
+from kernels import reference, select
+from kernels.cases import CASES, Case, Shape, draw
 from kernels.check import disagreement, in_float64, outputs_and_gradients
+from kernels.launch import INTERPRETED
 from kernels.timing import Staged, Timeable, by_turns
+from model.attention import BACKENDS, causal_attention
 from train.errors import first_line
 from train.hardware import resolve_dtype
 
+Function = Callable[..., Any]
 Inputs = dict[str, Any]
 Graph = tuple[list[Tensor], list[Tensor]]  # outputs, and the inputs that get gradients
 
@@ -31,6 +36,97 @@ OTHERS_TIMES = 16.0  # others' largest error, as a multiple of plain torch's
 CHECKED_FLOPS = 1e12  # of a forward pass; with more, fewer rows are checked: most GPUs are slow in float64
 LEAST_SECONDS = 0.02  # of timing, even if less time is left
 CASE = "case"  # the budget's task of compiling and checking a case's variants
+COMPILED = "compiled"  # the entrant that is the reference under torch.compile
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One variant of a case. `make()` returns a function of the case's inputs, or raises if it cannot run here.
+
+    `ours`: it must meet the tests' own criterion; if it does not, the run fails.
+    """
+
+    name: str
+    make: Callable[[], Function]
+    ours: bool = False
+
+
+def entrants(case: Case, device: torch.device) -> list[Entrant]:
+    """The variants of a case, also those that cannot run here."""
+    fused, plain = case.in_place or (case.fused, case.reference)
+    compiled = Entrant(COMPILED, lambda: only_compiled(plain))
+    if case.name == ATTENTION.name:
+        others = [Entrant(name, partial(partial, plain, backend=name)) for name in BACKENDS if name != "auto"]
+        return [Entrant("reference", lambda: plain), compiled, *others]
+
+    def ours() -> Function:
+        if reason := why_not_fused(device):
+            raise ValueError(reason)
+        return fused
+
+    found = [Entrant("fused", ours, ours=True), Entrant("reference", lambda: plain), compiled]
+    if case.name in LIGER:
+        found.append(Entrant("liger", partial(liger, case.name)))
+    return found
+
+
+def why_not_fused(device: torch.device) -> str:
+    """Why our kernels are not timed on this device; empty if they are."""
+    if INTERPRETED or device.type != "cuda":
+        return "Triton's kernels need a CUDA device; its interpreter is no benchmark"
+    try:
+        select("fused", device)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+# Liger-Kernel (https://github.com/linkedin/Liger-Kernel): how its module is called for each case that it has too.
+LIGER: dict[str, Function] = {
+    "layer_norm": lambda liger, x, weight, bias, dtype: liger.liger_layer_norm(
+        x, weight, bias, reference.LAYER_NORM_EPS
+    ).to(dtype),
+    "cross_entropy": lambda liger, logits, targets: liger.liger_cross_entropy(logits, targets, ignore_index=-1).float(),
+    "linear_cross_entropy": lambda liger, x, weight, targets, chunk_rows: liger.liger_fused_linear_cross_entropy(
+        x, weight, targets, ignore_index=-1
+    ).float(),
+}
+LIGER["linear_cross_entropy in chunks"] = LIGER["linear_cross_entropy"]  # it chooses its own chunks
+
+
+def liger(case: str) -> Function:
+    """Liger-Kernel's function for a case. ImportError if it is not installed."""
+    return partial(LIGER[case], importlib.import_module("liger_kernel.transformers.functional"))
+
+
+def _qkv(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    B, T, H, Q = shape
+    return {"qkv": draw(device)(B, T, 3 * H * Q, dtype=dtype), "n_head": H}
+
+
+def _attention_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes of qkv and y, or of their gradients."""
+    B, T, H, Q = shape
+    return 4 * B * T * H * Q * dtype.itemsize
+
+
+ATTENTION = Case(  # no kernel of ours: its entrants are the backends of model/attention.py
+    name="attention",
+    fused=causal_attention,
+    reference=causal_attention,
+    make_inputs=_qkv,
+    shapes=((2, 64, 2, 32),),
+    gpt_shapes=((32, 1024, 12, 64), (64, 256, 6, 64), (8, 1024, 25, 64)),
+    cpu_shapes=((4, 256, 6, 64),),
+    forward_bytes=_attention_bytes,
+    backward_bytes=_attention_bytes,
+    flops=lambda shape: 2 * shape[0] * shape[1] ** 2 * shape[2] * shape[3],  # two matmuls, half of each masked
+)
+
+TIMED: tuple[Case, ...] = (*CASES, ATTENTION)
+
+
+# What is measured of a case
 
 
 def directions(case: Case) -> tuple[str, ...]:
@@ -89,12 +185,9 @@ class Contest:
         self._cotangents: list[Tensor] = []
 
     @compiling()
-    def measure(self, direction: str, seconds: float, least: int = 5, budget: Budget | None = None) -> list[Kernel]:
-        """A row of every variant, in order; about `seconds` of samples, at least `least` of each variant.
-
-        budget: if `least` of each do not fit into its remaining time, no sample is taken. None: no limit.
-        """
-        skipped, works, begin = dict(self.skipped), {}, time.perf_counter()
+    def measure(self, direction: str, seconds: float, least: int = 5) -> list[Kernel]:
+        """A row of every variant, in order; about `seconds` of samples, at least `least` of each variant."""
+        skipped, works = dict(self.skipped), {}
         for entrant in self.entrants:
             if entrant.name in self._functions:
                 work = self._work(entrant, direction)
@@ -106,9 +199,6 @@ class Contest:
                     skipped[entrant.name] = reason
                 else:
                     works[entrant.name] = work
-        once = time.perf_counter() - begin
-        if budget and not budget.fits(more=(least + 1) * once):
-            skipped, works = skipped | dict.fromkeys(works, NO_TIME), {}
         samples: dict[str, list[float]] = {}
         before = compilations()
         try:
@@ -161,35 +251,27 @@ class Contest:
         self, entrant: Entrant, inputs: Inputs, plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
     ) -> str:
         """What is wrong with an entrant's results; empty if nothing is."""
-
-        def outcome() -> dict[str, Tensor]:
-            given = copied(inputs) if entrant.own_inputs else inputs
-            return self._tensors_of(self._functions[entrant.name], given)
-
-        got = outcome()
+        function = self._functions[entrant.name]
+        got = self._tensors_of(function, inputs)
         if not entrant.ours:
             return disagreement(got, plain, exact, times=OTHERS_TIMES)
         if reason := disagreement(got, plain, exact):
             return reason
-        again = outcome()
+        again = self._tensors_of(function, inputs)
         others = [name for name, x in got.items() if not torch.equal(x.nan_to_num(), again[name].nan_to_num())]
         return f"{others[0]}: other bits the second time" if others else ""
 
     def _tensors_of(self, function: Function, inputs: Inputs) -> dict[str, Tensor]:
         """The tensors to compare: results, gradients and, if the function works in place, its changed inputs."""
-        if not self.case.in_place:
-            return outputs_and_gradients(function, inputs)
         inputs = copied(inputs)
         results = outputs_and_gradients(function, inputs)
-        return results | {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+        return results | {name: x for name, x in inputs.items() if self.case.in_place and isinstance(x, Tensor)}
 
     def _work(self, entrant: Entrant, direction: str) -> Timeable:
-        function, inputs = self._functions[entrant.name], self._inputs
-        if self.case.in_place:
-            inputs = copied(inputs)  # each variant keeps changing its own
+        function = self._functions[entrant.name]
 
         def given() -> Inputs:
-            return copied(inputs) if entrant.own_inputs else inputs
+            return copied(self._inputs)  # some write over their inputs
 
         def forward(given: Inputs) -> Graph:
             returned = function(**given)
@@ -251,12 +333,12 @@ def rows(device: torch.device, seconds: float, cases: tuple[Case, ...] = TIMED) 
             with budget.task(CASE):
                 contest = Contest(case, shape, dtype, device)
         for nth, direction in enumerate(directions(case)):
-            if contest is None:
+            if contest is None or not budget.left:
                 every = entrants(case, device)
                 yield from _rows(case, shape, dtype, direction, every, {}, {one.name: NO_TIME for one in every})
             else:
                 share = of_case.left / (len(directions(case)) - nth)
-                yield from contest.measure(direction, max(share, LEAST_SECONDS), budget=budget)
+                yield from contest.measure(direction, max(share, LEAST_SECONDS))
 
 
 def _rows(

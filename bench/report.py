@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import compare, pictures, results, tables
-from bench.digest import ATTAINED, SHEET, Estimate, Run, Steps, estimates, in_order
-from bench.pictures import WIDE, Picture, sources
-from bench.tables import NONE, Table, mfu_cells, shown
+from bench.digest import Estimate, Run, Steps, estimates, in_order
+from bench.pictures import NARROW, WIDE, Picture
+from bench.tables import NONE, Table
 from train import errors
 from train.errors import UserError
 from train.files import making_folder, replacing
@@ -35,7 +35,6 @@ class ReportConfig:
 @dataclass(frozen=True)
 class Section:
     title: str
-    text: str = ""
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
     lists: Sequence[tuple[str, list[str]]] = ()  # heading, items
@@ -47,21 +46,14 @@ def sections(runs: Sequence[Run], guesses: Sequence[Estimate]) -> list[Section]:
     for each in (each for run in runs for each in run.steps):
         found.setdefault(each.name, []).append(each)
     measured = [each for same in found.values() for each in same]
-    names = dict.fromkeys([*found, *(one.workload.name for one in guesses)])
-    shares = "The share of a device's dense peak that a training step turns into the model's own FLOPs."
+    names = dict.fromkeys([*found, *(guess.workload.name for guess in guesses)])
     made = [
-        Section("In short", tables=_present([best(measured)])),
-        Section("MFU", shares, [pictures.mfu(name, found.get(name, []), guesses) for name in names]),
-        Section(
-            "Training steps",
-            pictures=list(map(pictures.time, found.values())),
-            tables=list(map(tables.steps, measured)),
-        ),
-        Section("From the reference's step to ours", pictures=_present(map(pictures.waterfall, measured))),
-        Section("Memory", pictures=_present(map(pictures.memory, found.values()))),
-        Section("Kernels", pictures=_present(map(pictures.kernels, runs)), tables=_present(map(tables.kernels, runs))),
-        Section("Estimates", tables=[estimated(guesses)] if guesses else []),
-        Section("Where the numbers come from", tables=[files(runs)]),
+        Section("In short", tables=_present([tables.devices(measured, guesses)])),
+        Section("MFU", [pictures.mfu(name, found.get(name, []), guesses) for name in names]),
+        Section("From the reference's step to ours", _present(map(pictures.waterfall, measured))),
+        Section("Training steps", tables=list(map(tables.steps, measured))),
+        Section("Kernels", _present(map(pictures.kernels, runs)), _present(map(tables.kernels, runs))),
+        Section("Where the numbers come from", tables=[tables.files(runs)]),
         Section("What is missing", lists=[(r.path.name, lines) for r in runs if (lines := tables.missing(r))]),
     ]
     return [section for section in made if section.pictures or section.tables or section.lists]
@@ -71,88 +63,8 @@ def summary(runs: Sequence[Run], guesses: Sequence[Estimate]) -> str:
     partial = sum(not run.results.complete for run in runs)
     line = f"{_count(len(runs), 'results file')} of {_count(len({run.device for run in runs}), 'device')}"
     line += f", {partial} of them partial." if partial else "."
-    unmeasured = ", ".join(dict.fromkeys(one.device for one in guesses))
+    unmeasured = ", ".join(dict.fromkeys(guess.device for guess in guesses))
     return f"{line} What nobody measured is an estimate and marked as one: {unmeasured}." if unmeasured else line
-
-
-def best(found: Sequence[Steps]) -> Table | None:
-    """Our fastest step of every workload of every run, beside the reference's and the floor."""
-    rows, references = [], []
-    for steps in found:
-        ours, baseline = steps.best, steps.baseline
-        if ours is None:
-            continue
-        references += [baseline.step.variant] if baseline else []
-        cells = {
-            "workload": steps.name,
-            "device": steps.run.label,
-            "our best step": ours.step.variant,
-            "median, ms": shown(ours.seconds, 1e3),
-            **mfu_cells(ours),
-            "floor's MFU, %": shown(steps.floor and ours.mfu(seconds=steps.floor), 100, ".1f"),
-            "reference, ms": shown(baseline and baseline.seconds, 1e3),
-            "speed-up, ×": shown(ours.speedup, form=".2f"),
-            "file": steps.run.path.name + " (partial)" * (not steps.run.results.complete),
-        }
-        rows.append(("", cells))
-    caption = "MFU counts (6N + 12LHQT) FLOPs a token, MFU 6N counts 6N, over the device's dense peak. "
-    if references:
-        caption += f"The reference is the fastest of its modes ({', '.join(dict.fromkeys(references))}). "
-    caption += f"The floor is computed. From {sources(found)}."
-    return Table("Our best step on each device", caption, rows) if rows else None
-
-
-def estimated(guesses: Sequence[Estimate]) -> Table:
-    rows = [
-        {
-            "workload": one.workload.name,
-            "device": one.device,
-            "peak, TFLOP/s": shown(one.peak, 1e-12),
-            "memory, GB/s": shown(one.bandwidth, 1e-9),
-            "floor, ms": shown(one.seconds(SHEET), 1e3),
-            "MFU at the floor, %": shown(one.mfu(SHEET), 100, ".1f"),
-            "attainable, ms": shown(one.seconds(ATTAINED), 1e3),
-            "tokens, 1/s": shown(one.workload.tokens / one.seconds(ATTAINED)),
-            "MFU, %": shown(one.mfu(ATTAINED), 100, ".1f"),
-            "MFU 6N, %": shown(one.mfu(ATTAINED, "6n"), 100, ".1f"),
-            "what it is": "estimate",
-        }
-        for one in guesses
-    ]
-    caption = (
-        "Estimates, not measurements: nobody has run these. The floor takes each part of the step at its data sheet's "
-        "FLOP/s or bytes/s, whichever takes longer. Attainable assumes that every device reaches what good kernels "
-        f"reach on an H100: {100 * ATTAINED.matmul:.0f} % of the sheet's FLOP/s in matmuls, "
-        f"{100 * ATTAINED.attention:.0f} % in attention, {100 * ATTAINED.bandwidth:.0f} % of its bytes/s. "
-        "Whether the step fits into the memory is not checked. "
-        f"Data sheets: {'; '.join(dict.fromkeys(one.source for one in guesses))}."
-    )
-    return Table("Devices that nobody measured", caption, [("computed", cells) for cells in rows])
-
-
-def files(runs: Sequence[Run]) -> Table:
-    """A row for each file."""
-    rows = []
-    for run in runs:
-        found, software = run.results, run.results.software
-        cells = {
-            "file": run.path.name,
-            "device": run.device,
-            "commit": run.commit,
-            "date": run.day,
-            "torch": software.torch,
-            "Triton": software.triton or NONE,
-            "CUDA": software.cuda or NONE,
-            "driver": found.device.driver or NONE,
-            "peak, TFLOP/s": shown(found.peak.flops, 1e-12),
-            "matmul, TFLOP/s": shown(found.ceiling("matmul"), 1e-12),
-            "copy, GB/s": shown(found.ceiling("copy"), 1e-9),
-            "state": "complete" if found.complete else "partial",
-        }
-        rows.append(("" if found.complete else "missing", cells))
-    peaks = dict.fromkeys(f"{run.device}: {run.results.peak.source}" for run in runs)
-    caption = "Peak is what MFU is a share of. Matmul and copy are the best that the device did in the same run."
-    return Table("The files", f"{caption} Peaks: {'; '.join(peaks)}.", rows)
 
 
 def html(summary: str, sections: Sequence[Section]) -> str:
@@ -164,7 +76,7 @@ def html(summary: str, sections: Sequence[Section]) -> str:
     )  # fmt: skip
     template = environment.from_string(Path(__file__).with_name("page.html").read_text())
     known = {"title": TITLE, "font": FONT, "scheme": SCHEME, "NONE": NONE, "inline": _inline, "svg_style": svg_style()}
-    return template.render(summary=summary, sections=sections, **known)
+    return template.render(summary=summary, sections=sections, widths=(WIDE, NARROW), **known)
 
 
 def _inline(drawn: Picture, width: int) -> str:
@@ -179,7 +91,6 @@ def markdown(summary: str, sections: Sequence[Section]) -> str:
     blocks = [f"# {TITLE}", _escaped(summary)]
     for section in sections:
         blocks.append(f"## {_escaped(section.title)}")
-        blocks += [_escaped(section.text)] if section.text else []
         for each in section.pictures:
             title = _escaped(each.title)
             blocks += [f"### {title}", f"![{title}]({each.name}.svg)", _escaped(each.caption)]
@@ -212,18 +123,14 @@ def write(folder: Path, runs: Sequence[Run]) -> None:
     runs = in_order(runs)
     guesses = estimates(runs)
     about, parts = summary(runs, guesses), sections(runs, guesses)
+    contents = {"report.md": markdown(about, parts).encode(), "report.html": html(about, parts).encode()}
+    for each in (each for section in parts for each in section.pictures):
+        for suffix in (".svg", ".png"):
+            contents[each.name + suffix] = picture(each.draw(WIDE, alone=True), suffix, each.title)
     with making_folder(folder):
-        for each in (each for section in parts for each in section.pictures):
-            figure = each.draw(WIDE, alone=True)
-            for suffix in (".svg", ".png"):
-                _write_file(folder / f"{each.name}{suffix}", picture(figure, suffix, each.title))
-        _write_file(folder / "report.md", markdown(about, parts).encode())
-        _write_file(folder / "report.html", html(about, parts).encode())
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    with replacing(path) as file:
-        file.write(content)
+        for name, content in contents.items():
+            with replacing(folder / name) as file:
+                file.write(content)
 
 
 def main(argv: list[str] | None = None) -> int:

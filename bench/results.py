@@ -4,15 +4,24 @@ Every time is in seconds. Every sample is kept; readers compute the medians. A p
 with its reason if that is known. No value is made up. msgspec reads and writes the classes below.
 """
 
+import dataclasses
+import platform
+import subprocess
+import sys
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta
+import torch
+from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from model.config import GPTConfig
 from train.files import replacing
+from train.hardware import device_name, lookup, measure_bandwidth, measure_flops, peak_flops
 
 FORMAT, VERSION = "nanofuse-bench", 1
 WRONG = "wrong: "  # a row's `skipped` begins with this if its check failed
@@ -21,22 +30,16 @@ Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 
 
-class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of the file. A field that is unknown, missing or of another type is an error."""
+class Machine(Struct, frozen=True):
+    """The device that was measured."""
 
-
-class Device(Strict):
     name: str  # "NVIDIA H100 80GB HBM3", "AMD EPYC ..."
     type: str  # "cuda", "cpu"
-    memory: int | None = None  # bytes
-    capability: list[int] | None = None  # [9, 0]; this and the next three: CUDA only
-    multiprocessors: int | None = None
-    l2: int | None = None  # bytes
-    driver: str | None = None
+    driver: str | None = None  # CUDA only
     threads: int | None = None  # of torch, on a CPU
 
 
-class Software(Strict):
+class Software(Struct, frozen=True):
     python: str
     torch: str
     triton: str | None
@@ -44,23 +47,12 @@ class Software(Strict):
     cudnn: str | None
 
 
-class Commit(Strict):
+class Commit(Struct, frozen=True):
     id: str  # "unknown" outside a checkout
     clean: bool  # whether the tree had no changes
 
 
-class Clocks(Strict):
-    """State of a CUDA device at one moment, from nvidia-smi; None for values that it does not give."""
-
-    sm_mhz: float | None = None
-    memory_mhz: float | None = None
-    power_watts: float | None = None
-    power_limit_watts: float | None = None
-    temperature: float | None = None  # degrees Celsius
-    throttle: str | None = None  # what slows the clocks, in nvidia-smi's words
-
-
-class Ceiling(Strict):
+class Ceiling(Struct, frozen=True):
     """The device's best rates, measured."""
 
     what: Literal["matmul", "copy"]  # a large one
@@ -72,12 +64,12 @@ class Ceiling(Strict):
         return max(self.rates)
 
 
-class Peak(Strict):
+class Peak(Struct, frozen=True):
     flops: Positive  # FLOP/s, dense, in the dtype of the matmuls
     source: str  # data sheet, or measured
 
 
-class Kernel(Strict):
+class Kernel(Struct, frozen=True):
     """One case, shape and dtype, one direction, one variant: its samples, or why there are none."""
 
     case: str
@@ -96,7 +88,7 @@ class Kernel(Strict):
         return self.case, tuple(self.shape), self.dtype, self.direction
 
 
-class Shape(Strict):
+class Shape(Struct, frozen=True):
     """The shape of a training step."""
 
     n_layer: Count
@@ -118,7 +110,7 @@ class Shape(Strict):
         _ = self.config  # ValueError for a shape that cannot be built
 
 
-class Step(Strict):
+class Step(Struct, frozen=True):
     """A whole training step: one workload, one variant."""
 
     workload: str  # "gpt2", "shakespeare_char", "cpu", ...
@@ -143,9 +135,18 @@ class Step(Strict):
             raise ValueError(f"turn: got {self.turn}, expected a divisor of the {len(self.seconds)} samples")
 
     @property
-    def is_reference(self) -> bool:
-        """Whether it runs none of our code."""
-        return self.variant.startswith(("reference ", "nanoGPT "))
+    def ours(self) -> bool:
+        """Whether it runs our code."""
+        return not self.variant.startswith(("reference ", "nanoGPT "))
+
+    @property
+    def median(self) -> float | None:
+        return median(self.seconds) if self.seconds else None
+
+    @property
+    def missing(self) -> str:
+        """Why there are no samples."""
+        return f"not measured: {self.skipped or 'no reason given'}"
 
     def beside(self, row: "Step") -> list[float]:
         """Its samples of the rounds in which `row` took part. `row` is compared with these."""
@@ -153,29 +154,29 @@ class Step(Strict):
         return self.seconds[first:][: len(row.seconds) // row.turn * self.turn] if first >= 0 else []
 
 
-class Tests(Strict):
-    command: str
+class Tests(Struct, frozen=True):
+    """How many GPU tests passed, failed and were skipped."""
+
     passed: int
     failed: int
     skipped: int
-    seconds: float
     failures: list[str] = []  # names of tests
 
 
-class Failure(Strict):
+class Failure(Struct, frozen=True):
     part: str  # "tests", "ceilings", "kernels", "steps"
     error: str  # one line
 
 
-class Results(Strict):
-    device: Device
+class Results(Struct, frozen=True):
+    device: Machine
     software: Software
     commit: Commit
     date: str  # ISO 8601, UTC, at the start
     command: str
     peak: Peak
-    clocks_before: Clocks | None = None
-    clocks_after: Clocks | None = None
+    clocks_before: dict[str, str] | None = None  # clocks, power and temperature, from nvidia-smi; CUDA only
+    clocks_after: dict[str, str] | None = None
     tests: Tests | None = None
     ceilings: list[Ceiling] = []
     kernels: list[Kernel] = []
@@ -185,12 +186,13 @@ class Results(Strict):
     format: Literal[FORMAT] = FORMAT
     version: Literal[VERSION] = VERSION
 
-    def ceiling(self, what: str) -> float | None:
-        """The rate of the best ceiling of that kind, None if it was not measured."""
-        return max((ceiling.rate for ceiling in self.ceilings if ceiling.what == what), default=None)
+    def ceiling(self, what: str, dtype: str = "") -> float | None:
+        """The rate of the best ceiling of that kind, None if it was not measured. dtype: of a matmul; empty: of any."""
+        found = (each for each in self.ceilings if each.what == what)
+        return max((each.rate for each in found if what == "copy" or dtype in ("", each.dtype)), default=None)
 
 
-class Header(msgspec.Struct):
+class Header(Struct):
     """The fields that every version of the file has."""
 
     format: str = ""
@@ -224,3 +226,79 @@ def read(path: Path) -> Results:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # msgspec's errors are ValueErrors
         raise ValueError(f"{path}: is no results file of {FORMAT}, version {VERSION}: {error}") from error
+
+
+# Where the numbers come from
+
+
+def started(where: torch.device, dtype: torch.dtype, command: str) -> Results:
+    """Results without measurements. Only the peak is measured, if no data sheet gives it."""
+    on_cuda = where.type == "cuda"
+    driver, threads = (_nvidia_smi("driver_version", where), None) if on_cuda else (None, torch.get_num_threads())
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = None
+    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    versions = platform.python_version(), str(torch.__version__), triton, torch.version.cuda  # torch's is no plain str
+    return Results(
+        device=Machine(device_name(where), where.type, driver, threads),
+        software=Software(*versions, cudnn and str(cudnn)),
+        commit=_commit(),
+        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        command=command,
+        peak=Peak(**dataclasses.asdict(peak_flops(where, dtype))),
+        clocks_before=clocks(where),
+    )
+
+
+def with_ceilings(results: Results, where: torch.device, dtype: torch.dtype, seconds: float) -> Results:
+    """The results with the device's ceilings, measured in about `seconds`."""
+    each = max(0.1, min(0.5, seconds / 6))
+    matmuls = [measure_flops(where, dtype, each) for _ in range(3)]
+    copies = [measure_bandwidth(where, each) for _ in range(3)]
+    name = str(dtype).removeprefix("torch.")
+    peak = results.peak
+    if lookup(results.device.name) is None:  # no data sheet: its peak is the best matmul measured
+        peak = replace(peak, flops=max(peak.flops, *matmuls))
+    return replace(results, peak=peak, ceilings=[Ceiling("matmul", name, matmuls), Ceiling("copy", "float32", copies)])
+
+
+def clocks(where: torch.device) -> dict[str, str] | None:
+    """A CUDA device's clocks, power, temperature and what slows it, now; None for other devices."""
+    if where.type != "cuda":
+        return None
+    fields = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.active")
+    return {field: answer for field in fields if (answer := _nvidia_smi(field, where))}
+
+
+def command(module: str, hidden: tuple[str, ...] = ()) -> str:
+    """This process's command line, without the settings in `hidden`, which name the user's folders."""
+    shown = [a for a in sys.argv[1:] if a.partition("=")[0].lstrip("-") not in hidden]
+    return " ".join([f"python -m {module}", *shown])
+
+
+def _commit() -> Commit:
+    """The commit of this file's checkout, and whether the tree has no changes."""
+    git = ("git", "-C", str(Path(__file__).parents[1]))
+    try:
+        name = _output(*git, "rev-parse", "--short=12", "HEAD")
+        return Commit(name, clean=not _output(*git, "status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):
+        return Commit("unknown", clean=False)
+
+
+def _nvidia_smi(field: str, where: torch.device) -> str | None:
+    """A field of the device, with its unit, from nvidia-smi; None if there is no nvidia-smi, or it does not know the
+    field."""
+    # CUDA_VISIBLE_DEVICES changes torch's numbers of devices, but not their UUIDs
+    uuid = f"GPU-{torch.cuda.get_device_properties(where).uuid}"
+    try:
+        answer = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "-i", uuid)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return None if not answer or "not" in answer.lower() else answer
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

@@ -1,19 +1,16 @@
 """Predict a training step on several devices, and print every assumption: python -m bench.scale.
 
 One device: a step takes `slowness` times its roofline floor (`model/work.py`). A measured step gives the slowness.
-Without one it is 1, and the predicted time is a lower bound. Batches, micro-steps and sums in float32 that were not
-measured take their floors times the slowness.
+Without one it is 1, and the predicted time is a lower bound. Other batches, other numbers of micro-steps and sums in
+float32 take their own floors times the same slowness.
 
-Several devices: each computes its micro-steps, then the gradients are summed, then each updates. An exchange costs
-nothing while the backward pass hides it. The last exchange is never hidden: the gradients of the token embedding (also
-the head's weight) are complete only at the end. Sharded (`train/shard.py`), each micro-step gathers the parameters in
-the compute dtype: every block for the forward pass and again for the backward pass, the embeddings once. It scatters
-all gradients in float32.
+Several devices: each computes its micro-steps, then the gradients are summed in one exchange, then each updates. The
+exchange hides behind nothing.
 
-A ring of N devices reduces and scatters S bytes, or gathers them, in N - 1 hops (Patarasuk and Yuan 2009, "Bandwidth
-optimal all-reduce algorithms"). An all-reduce is both, in one call.
+A ring of N devices reduces and scatters S bytes, then gathers them, in N - 1 hops each (Patarasuk and Yuan 2009,
+"Bandwidth optimal all-reduce algorithms"):
 
-    (N - 1) / N * S / bandwidth + (N - 1) * hop
+    2 * ((N - 1) / N * S / bandwidth + (N - 1) * hop)
 
 With n nodes of g devices there are two levels. First the devices of each node exchange their data. Then each device
 exchanges its part S / g with one device of each other node, through its own network card. With many nodes the hops take
@@ -26,29 +23,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 
 from bench import results
 from bench.digest import short_name
 from bench.results import Results, Step
 from bench.tables import aligned
-from bench.workloads import WORKLOADS
-from model import GPT, GPTConfig, Precision
+from bench.variants import WORKLOADS
+from model import GPTConfig
 from model.flops import flops_per_token, num_params
 from model.work import floor, step_work
 from train import dryrun, errors
-from train.distributed import Reducer, World
 from train.errors import UserError
-from train.flat import FlatState
 from train.hardware import CARDS, DTYPES, lookup
 from train.metrics import mfu
 from train.settings import command_line, setting, shown
 
 Rates = tuple[float, float]  # FLOP/s of one device in the compute dtype, bytes/s of its memory
-Traffic = tuple[list[int], int, int]  # bytes of each exchange of gradients; parameters of a block, outside the blocks
 ABOUT = "Predict tokens/s and MFU of several devices, from one device's measured step and the links between them."
-FORWARD, BACKWARD = 1 / 3, 2 / 3  # shares of a micro-step: each matmul has one forward and two backward
 FLOAT32 = 4  # bytes
 NETWORK, CALL = 14.0, 8.4  # microseconds: a hop between nodes, the start of any exchange
 NCCL = "NCCL's own model, src/graph/tuning.cc"
@@ -60,12 +52,7 @@ class ScaleConfig:
     device: str = setting("H100", f"without a results file: {', '.join(CARDS)}, or torch's name of one")
     sizes: str = setting("gpt2,gpt2-medium,gpt2-large,gpt2-xl", f"of {', '.join(WORKLOADS)}")
     devices: str = setting("1,2,4,8,64,1024", "how many, separated by commas")
-    scaling: str = setting("strong", "share an iteration out, or give each device as much", choices=("strong", "weak"))
-    tokens: int = setting(491520, "strong: tokens of an iteration, of all devices (nanoGPT's)", low=1)
-    accumulation: int = setting(1, "weak: micro-steps of each device", low=1)
-    batch_size: int = setting(0, "sequences of a micro-step, at most; 0: as measured, or the workload's", low=0)
-    shard: bool = setting(False, "parameters, gradients and moments shared out, as python -m train --shard does")
-    overlap: str = setting("auto", "backward hides exchanges; auto: as the step does", choices=("auto", "yes", "no"))
+    tokens: int = setting(491520, "tokens of an iteration, shared out over all devices (nanoGPT's)", low=1)
     node: int = setting(8, "devices that one node has", group="links", low=1)
     intranode_gbyte: float = setting(0.0, "GB/s in one direction within a node; 0: by device", low=0.0)
     internode_gbit: float = setting(400.0, "Gbit/s of a device's network card", low=1e-3)
@@ -84,6 +71,10 @@ class Job:
     @property
     def tokens(self) -> int:
         return self.accumulation * self.batch_size * self.config.block_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.compute == FLOAT32 else torch.bfloat16
 
     def floors(self, rates: Rates, *, several: bool) -> tuple[float, float]:
         """Least seconds of a micro-step and of the update. several: gradients of micro-steps or ranks are summed."""
@@ -108,29 +99,18 @@ class Job:
         accumulation = math.ceil(sequences / self.batch_size)
         return replace(self, batch_size=math.ceil(sequences / accumulation), accumulation=accumulation)
 
-    def held(self, devices: int, *, shard: bool) -> int:
+    def held(self, devices: int) -> int:
         """Bytes on each device, with the fused kernels."""
         from kernels import FUSED  # it needs Triton
 
-        dtype = torch.float32 if self.compute == FLOAT32 else torch.bfloat16
-        options = {"several": devices * self.accumulation > 1, "dtype": dtype, "shards": devices if shard else 1}
-        job = dryrun.Job(self.config, self.batch_size, FUSED, accumulation=self.accumulation, **options)
-        return dryrun.dry_run(job).total
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """A step on several devices, in seconds. exposed: the communication that nothing hides."""
-
-    devices: int
-    job: Job
-    computing: float
-    communication: float
-    exposed: float
+        several = devices * self.accumulation > 1
+        options = {"accumulation": self.accumulation, "several": several, "dtype": self.dtype}
+        return dryrun.dry_run(dryrun.Job(self.config, self.batch_size, FUSED, **options)).total
 
     @property
-    def seconds(self) -> float:
-        return self.computing + self.exposed
+    def gradients(self) -> int:
+        """Bytes that the ranks exchange."""
+        return FLOAT32 * num_params(self.config, non_embedding=False)
 
 
 @dataclass(frozen=True)
@@ -144,51 +124,32 @@ class Fabric:
     hop_between: float = 0.0
     call: float = 0.0
 
-    def seconds(self, size: float, devices: int, *, all_reduce: bool = False) -> float:
-        """Seconds of one all-gather, reduce-scatter or all-reduce of `size` bytes in all; 0 for one device."""
+    def all_reduce(self, size: float, devices: int) -> float:
+        """Seconds of one all-reduce of `size` bytes; 0 for one device."""
         assert devices <= self.node or devices % self.node == 0, (devices, self.node)
         if devices == 1:
             return 0.0
         g = min(devices, self.node)
         n, part = devices // g, size / g
-        inside = (g - 1) / g * size / self.inside + (g - 1) * self.hop_inside
-        ring = (n - 1) / n * part / self.between + (n - 1) * self.hop_between
-        if not all_reduce:
-            return inside + ring + self.call
+        inside = 2 * ((g - 1) / g * size / self.inside + (g - 1) * self.hop_inside)
+        ring = 2 * ((n - 1) / n * part / self.between + (n - 1) * self.hop_between)
         tree = 2 * part / self.between + 2 * (n - 1).bit_length() * self.hop_between  # up the trees and down
-        return 2 * inside + min(2 * ring, tree) + self.call
+        return inside + min(ring, tree) + self.call
 
 
-def traffic(job: Job) -> Traffic:
-    """The exchanges, as `train/distributed.py` cuts the flat gradients. The first exchange's are complete last."""
-    with torch.device("meta"):
-        compute = torch.float32 if job.compute == FLOAT32 else torch.bfloat16
-        model = GPT(job.config, precision=Precision(compute))
-    pieces = [FLOAT32 * count for count in Reducer(World(), FlatState(model, several=True)).sizes]
-    block = sum(p.numel() for p in model.transformer.h[0].parameters())
-    return pieces, block, num_params(job.config, non_embedding=False) - job.config.n_layer * block
+@dataclass(frozen=True)
+class Predicted:
+    """A step on several devices, in seconds."""
+
+    seconds: float
+    communication: float
 
 
-def predict(
-    job: Job, rates: Rates, slow: float, sent: Traffic, fabric: Fabric, devices: int, *, overlap: bool, shard: bool
-) -> Predicted:
+def predict(job: Job, rates: Rates, slow: float, fabric: Fabric, devices: int) -> Predicted:
     """A step on `devices` devices. Each does `job`. slow: its slowness."""
     micro, update = (slow * part for part in job.floors(rates, several=devices * job.accumulation > 1))
-    # (communication, computing that can hide it, the part that is never hidden), once or in each micro-step
-    if shard and devices > 1:
-        block, rest = (fabric.seconds(job.compute * count, devices) for count in sent[1:])
-        block_back, rest_back = (fabric.seconds(FLOAT32 * count, devices) for count in sent[1:])
-        blocks = job.config.n_layer
-        forward = rest + blocks * block, FORWARD * micro, rest
-        backward = blocks * (block + block_back) + rest_back, BACKWARD * micro, rest_back
-        exchanges, times, update = (forward, backward), job.accumulation, update / devices
-    else:
-        each = [fabric.seconds(size, devices, all_reduce=True) for size in sent[0]]
-        exchanges, times = ((sum(each), BACKWARD * micro, each[0]),), 1
-    communication = times * sum(taken for taken, _, _ in exchanges)
-    exposed = times * sum(max(alone, taken - window) for taken, window, alone in exchanges)
-    computing = job.accumulation * micro + update
-    return Predicted(devices, job, computing, communication, exposed if overlap else communication)
+    communication = fabric.all_reduce(job.gradients, devices)
+    return Predicted(job.accumulation * micro + update + communication, communication)
 
 
 @dataclass(frozen=True)
@@ -196,10 +157,9 @@ class Base:
     """One device's step of one model, measured or estimated."""
 
     job: Job
-    slow: dict[int, float]  # slowness, by sequences of a micro-step
-    overlaps: bool  # the backward pass hides exchanges
+    slow: float  # its slowness
     said: str
-    measured: bool = True
+    mark: str = ""
 
 
 def counts(text: str, node: int) -> list[int]:
@@ -260,33 +220,25 @@ def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
     return Fabric(config.node, *rates, hop / 1e6, NETWORK / 1e6, CALL / 1e6), said
 
 
-def base_of(name: str, config: ScaleConfig, found: Results | None, rates: Rates) -> Base:
+def base_of(name: str, found: Results | None, rates: Rates) -> Base:
     """Our fastest step of that model in the file; without one, its floor."""
     workload = WORKLOADS[name]
-    rows = [row for row in found.steps if row.seconds and _fits(row, name, config)] if found else []
+    rows = [row for row in found.steps if row.seconds and _ours(row, workload.config)] if found else []
     if not rows:
         said = f"ESTIMATE    {name}: the roofline floor, faster than any device will be"
-        batch_size = config.batch_size or workload.batch_size
-        return Base(Job(workload.config, batch_size), {batch_size: 1.0}, False, said, measured=False)
-    slow = {}
-    for row in sorted(rows, key=lambda row: row.tokens / median(row.seconds)):  # of each batch, the fastest comes last
-        sizes = row.shape.batch_size, row.shape.accumulation, DTYPES[row.dtype].itemsize
-        job = Job(workload.config, *sizes)
-        slow[job.batch_size] = job.slowness(median(row.seconds), rates)
-    slow = dict(sorted(slow.items()))
+        return Base(Job(workload.config, workload.batch_size), 1.0, said, " (ESTIMATE from the floor)")
+    row = max(rows, key=lambda row: row.tokens / median(row.seconds))
+    job = Job(workload.config, row.shape.batch_size, row.shape.accumulation, DTYPES[row.dtype].itemsize)
+    slow = job.slowness(median(row.seconds), rates)
     said = (
         f"measured    {name}: {1e3 * median(row.seconds):.2f} ms for {row.tokens:,} tokens, {row.variant}, {row.dtype}"
-        f", median of {len(row.seconds)}\n            times its floor, by batch: "
+        f", median of {len(row.seconds)}: {slow:.2f} times its floor"
     )
-    said += ", ".join(f"{batch}: {times:.2f}" for batch, times in slow.items())
-    overlaps = not any(word in row.variant for word in ("compiled", "graphed"))
-    return Base(replace(job, batch_size=config.batch_size or job.batch_size), slow, overlaps, said)
+    return Base(job, slow, said)
 
 
-def _fits(row: Step, name: str, config: ScaleConfig) -> bool:
-    """Whether the row is our step of that model, and can run as configured."""
-    same = row.shape.config == replace(WORKLOADS[name].config, dropout=0.0)
-    return same and row.variant.startswith("ours") and not (config.shard and "graphed" in row.variant)
+def _ours(row: Step, config: GPTConfig) -> bool:
+    return row.shape.config == replace(config, dropout=0.0) and row.variant.startswith("ours")
 
 
 def report(config: ScaleConfig) -> str:
@@ -300,71 +252,42 @@ def report(config: ScaleConfig) -> str:
         raise UserError(f"results: {error}") from error
     device, rates, peak, said = rates_of(config, found)
     fabric, links = fabric_of(config, device)
-    bases = {name: base_of(name, config, found, rates) for name in names}
-    overlaps = {name: base.overlaps or config.shard for name, base in bases.items()}
-    if config.overlap != "auto":
-        overlaps = dict.fromkeys(names, config.overlap == "yes")
-    head = f"Predicted, not measured: {short_name(device)}, {'sharded, ' * config.shard}{config.scaling} scaling"
-    said = [*(base.said for base in bases.values()), *said, *links, *_assumptions(config, overlaps)]
-    blocks = [head, "\n".join(said)]
-    for name, base in bases.items():
-        sent, predicted = traffic(base.job), []
-        for count in devices:
-            weak = replace(base.job, accumulation=config.accumulation)
-            job = weak if config.scaling == "weak" else base.job.share_out(config.tokens, count)
-            slow = float(np.interp(job.batch_size, list(base.slow), list(base.slow.values())))
-            each = predict(job, rates, slow, sent, fabric, count, overlap=overlaps[name], shard=config.shard)
-            predicted.append(each)
-        size = f"{sum(sent[0]) / 1e9:.3f} GB of gradients in {len(sent[0])} exchanges"
-        size = f"{base.job.config.n_layer} blocks and the embeddings, one by one" if config.shard else size
-        mark = "" if base.measured else " (ESTIMATE from the floor)"
-        blocks.append(f"{name}{mark}: {size}\n{table(predicted, peak, shard=config.shard)}")
-    return "\n\n".join(blocks)
-
-
-def _assumptions(config: ScaleConfig, overlaps: dict[str, bool]) -> list[str]:
-    """The lines about the step itself, before the tables."""
-    lines = [
+    bases = {name: base_of(name, found, rates) for name in names}
+    assumed = [
         "as built    gradients are summed over ranks in float32; several micro-steps' too",
-        "assumed     other batch sizes: times slower than the floor, interpolated between the measured ones",
-        "assumed     a backward pass is 2/3 of a micro-step; ranks never wait for one that is slower",
+        "assumed     other batch sizes: as many times slower than their own floor",
+        "as built    the exchange begins after the last micro-step, and hides behind nothing",
+        "assumed     ranks never wait for one that is slower",
         "estimated   GB that each device holds: train/dryrun.py, fused kernels, nothing computed again",
     ]
-    if config.shard:
-        lines += ["as built    each micro-step gathers the blocks twice and scatters gradients in float32; no graphs"]
-    auto = config.overlap == "auto"
-    source = "as built" if auto else "as set  "
-    if hidden := [name for name, overlap in overlaps.items() if overlap]:
-        lines.append(f"{source}    the backward pass hides exchanges: {', '.join(hidden)}")
-    if exposed := [name for name, overlap in overlaps.items() if not overlap]:
-        reason = ", since a graph or a compiled pass ends before they begin" if auto else ""
-        lines.append(f"{source}    nothing hides exchanges{reason}: {', '.join(exposed)}")
-    if config.scaling == "strong":
-        shares = "shared out; shares rounded up to whole sequences"
-        return [*lines, f"as set      {config.tokens:,} tokens an iteration, {shares}"]
-    return [*lines, f"as set      each device the same: {config.accumulation} micro-steps"]
-
-
-def table(predicted: list[Predicted], peak: float, *, shard: bool) -> str:
-    """A row for each number of devices. Efficiency is tokens/s a device, relative to the first row."""
-    head = ["devices", "batch", "tokens/iter", "ms/iter", "comm ms", "exposed", "tokens/s", "MFU", "MFU 6N", "effic."]
-    rows = [[*head, "GB each"]]
-    for each in predicted:
-        job, rate = each.job, each.job.tokens / each.seconds  # of one device
-        mfus = [mfu(flops_per_token(job.config, form) * job.tokens, each.seconds, peak) for form in ("nanogpt", "6n")]
-        rows.append(
-            [
-                f"{each.devices:,}",
-                f"{job.accumulation} x {job.batch_size}",
-                f"{each.devices * job.tokens:,}",
-                *(f"{1e3 * seconds:.2f}" for seconds in (each.seconds, each.communication, each.exposed)),
-                f"{each.devices * rate:,.0f}",
-                *(f"{share:.1%}" for share in mfus),
-                f"{rate / (predicted[0].job.tokens / predicted[0].seconds):.1%}",
-                f"{job.held(each.devices, shard=shard) / 1e9:.1f}",
-            ]
-        )
-    return aligned(rows)
+    assumed.append(
+        f"as set      {config.tokens:,} tokens an iteration, shared out; shares rounded up to whole sequences"
+    )
+    lines = [*(base.said for base in bases.values()), *said, *links, *assumed]
+    blocks = [f"Predicted, not measured: {short_name(device)}", "\n".join(lines)]
+    head = ["devices", "batch", "tokens/iter", "ms/iter", "comm ms", "tokens/s", "MFU", "effic.", "GB each"]
+    for name, base in bases.items():
+        rows, alone = [head], 0.0
+        for count in devices:
+            job = base.job.share_out(config.tokens, count)
+            each = predict(job, rates, base.slow, fabric, count)
+            rate = job.tokens / each.seconds  # of one device
+            alone = alone or rate
+            rows.append(
+                [
+                    f"{count:,}",
+                    f"{job.accumulation} x {job.batch_size}",
+                    f"{count * job.tokens:,}",
+                    *(f"{1e3 * seconds:.2f}" for seconds in (each.seconds, each.communication)),
+                    f"{count * rate:,.0f}",
+                    f"{mfu(flops_per_token(job.config) * job.tokens, each.seconds, peak):.1%}",
+                    f"{rate / alone:.1%}",  # relative to the first row
+                    f"{job.held(count) / 1e9:.1f}",
+                ]
+            )
+        sent = f"{base.job.gradients / 1e9:.3f} GB of gradients"
+        blocks.append(f"{name}{base.mark}: {sent} exchanged\n{aligned(rows)}")
+    return "\n\n".join(blocks)
 
 
 def main() -> int:

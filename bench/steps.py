@@ -21,11 +21,9 @@ import torch
 from msgspec import structs
 
 from bench import results
-from bench.groups import Footprint, footprint, free, groups
 from bench.results import WRONG
-from bench.timing import NO_TIME, RECOMPILED, Budget, compilations, compiling
-from bench.variants import Setting, Step, Variant
-from bench.workloads import Workload
+from bench.rules import NO_TIME, RECOMPILED, Budget, compilations, compiling
+from bench.variants import Footprint, Setting, Step, Variant, Workload, footprint, free, groups
 from model import GPT
 from model.flops import FORMULAS, flops_per_token
 from train.data import Dataset, Loader
@@ -91,12 +89,12 @@ def measure(
     torch.compiler.reset()  # else each call would first check the code compiled for other shapes
     torch.manual_seed(0)
     setting = Setting(workload, GPT(workload.config).state_dict(), device, dtype)
+    plan = groups(variants, partial(footprint, setting=setting), room or free(device))
     timed = [Timed(variant, _row(variant, workload, dtype)) for variant in variants]
-    budget = budget or Budget()
+    budget, rows = budget or Budget(), [] if into is None else into
     with _loader(workload, device) as loader:
-        expected, rows = None, [] if into is None else into
+        race = Race(setting, loader)
         try:
-            rounds, plan = 0, groups(variants, partial(footprint, setting=setting), room or free(device))
             for n, group in enumerate(plan):
                 members = [each for each in timed if each.variant in group]
                 share = len(group) / sum(map(len, plan[n:]))
@@ -106,8 +104,8 @@ def measure(
                         tell(f"{workload.name}: {each.variant.name}")
                         turns = [ready.turn_seconds for ready in members if ready.step]
                         least = LEAST * (sum(turns) + max(turns, default=0.0))  # of earlier variants, and of this one
-                        expected = _prepare(each, setting, loader, expected, of_group, least) or expected
-                rounds += _take_rounds(members, loader, device, share * seconds, of_group, rounds)
+                        race.prepare(each, of_group, least)
+                race.run(members, share * seconds, of_group)
                 seconds -= share * seconds
                 for each in members:
                     if not any(each.variant in later for later in plan[n + 1 :]):
@@ -117,116 +115,109 @@ def measure(
     return rows
 
 
-def _prepare(
-    each: Timed, setting: Setting, loader: Loader, expected: list[float] | None, budget: Budget, after: float
-) -> list[float]:
-    """Build the variant, check its first losses and return them. Sets `skipped` if that fails, or if the budget has no
-    time for it and `after` seconds more."""
-    device, before = setting.device, 0
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    first = "compiled" if each.variant.compiled else "eager"
-    second = first if setting.workload.config.dropout else "eager"  # without dropout it is already compiled
-    try:
-        if not budget.fits(first, second, more=after):
-            raise TimeoutError(NO_TIME)
-        with budget.task(first):
-            each.set(losses=_first_losses(each.variant, setting, loader))
-        if not budget.fits(second, more=after):
-            raise TimeoutError(NO_TIME)
-        with budget.task(second):
-            step = each.variant.build(setting)
-            for i in range(2):
-                step(loader.train(i))
-            synchronize(device)
-    except Exception as error:  # of torch, a compiler, a driver, or out of memory: the other variants go on
-        each.give_up(first_line(error))
-        return []
-    if device.type == "cuda":
-        each.set(peak_memory=torch.cuda.max_memory_allocated(device) - before)
-    tolerance = AGREE[torch.float32 if each.variant.float32 else setting.dtype]
-    losses = np.array([each.row.losses, expected or each.row.losses])
-    worst = np.max(np.abs(losses[0] - losses[1]) / np.abs(losses[1]))  # NaN if a loss is
-    if not worst < tolerance:
-        each.give_up(f"{WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most")
-        return []
-    each.step = step
-    if found := _take_turn(each, loader, 0, 2, device):
-        each.pace = found[0][-1]
-        each.set(turn=max(1, min(50, round(TURN / each.pace))))
-    return each.row.losses
+class Race:
+    """The measurement of one workload: what its variants share, and how far it is."""
 
+    def __init__(self, setting: Setting, loader: Loader) -> None:
+        self.setting, self.loader, self.device = setting, loader, setting.device
+        self.expected: list[float] = []  # the first losses of the first variant
+        self.rounds = 0  # counted over all groups
 
-def _first_losses(variant: Variant, setting: Setting, loader: Loader) -> list[float]:
-    """Losses of a step without dropout, because two implementations never draw the same masks."""
-    still = replace(setting.workload, config=replace(setting.workload.config, dropout=0.0))
-    step = variant.build(setting._replace(workload=still))
-    return [step(loader.train(i)).item() for i in range(CHECKED)]
+    def prepare(self, each: Timed, budget: Budget, after: float) -> None:
+        """Build the variant and check its first losses. Sets `skipped` if that fails, or if the budget has no time for
+        it and `after` seconds more."""
+        device, before = self.device, 0
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        first = "compiled" if each.variant.compiled else "eager"
+        second = first if self.setting.workload.config.dropout else "eager"  # without dropout it is already compiled
+        try:
+            if not budget.fits(first, second, more=after):
+                raise TimeoutError(NO_TIME)
+            with budget.task(first):
+                each.set(losses=self._first_losses(each.variant))
+            if not budget.fits(second, more=after):
+                raise TimeoutError(NO_TIME)
+            with budget.task(second):
+                step = each.variant.build(self.setting)
+                for i in range(2):
+                    step(self.loader.train(i))
+                synchronize(device)
+        except Exception as error:  # of torch, a compiler, a driver, or out of memory: the other variants go on
+            return each.give_up(first_line(error))
+        if device.type == "cuda":
+            each.set(peak_memory=torch.cuda.max_memory_allocated(device) - before)
+        tolerance = AGREE[torch.float32 if each.variant.float32 else self.setting.dtype]
+        losses, expected = np.array([each.row.losses, self.expected or each.row.losses])
+        worst = np.max(np.abs(losses - expected) / np.abs(expected))  # NaN if a loss is
+        if not worst < tolerance:
+            return each.give_up(f"{WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most")
+        self.expected, each.step = expected.tolist(), step
+        if found := self._turn(each, 0, 2):
+            each.pace = found[0][-1]
+            each.set(turn=max(1, min(50, round(TURN / each.pace))))
 
+    def _first_losses(self, variant: Variant) -> list[float]:
+        """Losses of a step without dropout, because two implementations never draw the same masks."""
+        workload = self.setting.workload
+        still = replace(workload, config=replace(workload.config, dropout=0.0))
+        step = variant.build(self.setting._replace(workload=still))
+        return [step(self.loader.train(i)).item() for i in range(CHECKED)]
 
-def _take_rounds(
-    timed: list[Timed], loader: Loader, device: torch.device, seconds: float, budget: Budget, first_round: int
-) -> int:
-    """Measure rounds of all variants that are ready; returns how many."""
-    deadline, rounds = time.perf_counter() + seconds, 0
-    expected = sum(each.turn_seconds for each in timed if each.step)  # seconds of a round
-    while ready := [each for each in timed if each.step]:
-        begin = time.perf_counter()
-        if (rounds >= LEAST and begin >= deadline) or budget.left < expected:
-            break
-        for each in ready:
-            if not each.row.seconds:
-                each.set(first_round=first_round + rounds)
-            if found := _take_turn(each, loader, rounds * each.row.turn, each.lead + each.row.turn, device):
-                taken, host = (every[each.lead :] for every in found)
-                each.set(seconds=each.row.seconds + taken, host_seconds=each.row.host_seconds + host)
-        rounds, expected = rounds + 1, time.perf_counter() - begin
-    for each in timed:
-        if each.step and not each.row.seconds:
-            each.give_up(NO_TIME)
-    return rounds
+    def run(self, timed: list[Timed], seconds: float, budget: Budget) -> None:
+        """Measure rounds of all variants that are ready."""
+        deadline, rounds = time.perf_counter() + seconds, 0
+        expected = sum(each.turn_seconds for each in timed if each.step)  # seconds of a round
+        while ready := [each for each in timed if each.step]:
+            begin = time.perf_counter()
+            if (rounds >= LEAST and begin >= deadline) or budget.left < expected:
+                break
+            for each in ready:
+                if not each.row.seconds:
+                    each.set(first_round=self.rounds + rounds)
+                if found := self._turn(each, rounds * each.row.turn, each.lead + each.row.turn):
+                    taken, host = (every[each.lead :] for every in found)
+                    each.set(seconds=each.row.seconds + taken, host_seconds=each.row.host_seconds + host)
+            rounds, expected = rounds + 1, time.perf_counter() - begin
+        for each in timed:
+            if each.step and not each.row.seconds:
+                each.give_up(NO_TIME)
+        self.rounds += rounds
 
+    def _turn(self, each: Timed, first: int, count: int) -> Turn | None:
+        """A turn of a variant. If it fails, or compiles anything again, the variant is given up; returns None."""
+        before = compilations()
+        try:
+            found = self._time(each.step, first, count)
+        except Exception as error:  # as in `prepare`
+            return each.give_up(first_line(error))
+        return found if compilations() == before else each.give_up(WRONG + RECOMPILED)
 
-def _take_turn(each: Timed, loader: Loader, first: int, count: int, device: torch.device) -> Turn | None:
-    """A turn of a variant. If it fails, or compiles anything again, the variant is given up; returns None."""
-    before = compilations()
-    try:
-        found = _time_turn(each.step, loader, first, count, device)
-    except Exception as error:  # as in `_prepare`
-        each.give_up(first_line(error))
-        return None
-    if compilations() == before:
-        return found
-    each.give_up(WRONG + RECOMPILED)
-    return None
+    def _time(self, step: Step, first: int, count: int) -> Turn:
+        """Time `count` iterations. On CUDA events give the times, and the host does not wait in between."""
+        synchronize(self.device)
+        host, marks = [], [self._now()]
+        for i in range(first, first + count):
+            begin = time.perf_counter()
+            step(self.loader.train(i))
+            host.append(time.perf_counter() - begin)
+            marks.append(self._now())
+        synchronize(self.device)
+        if self.device.type != "cuda":
+            return [b - a for a, b in pairwise(marks)], []
+        return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)], host
 
-
-def _time_turn(step: Step, loader: Loader, first: int, count: int, device: torch.device) -> Turn:
-    """Time `count` iterations. On CUDA events give the times, and the host does not wait in between, as in a run."""
-    synchronize(device)
-    host, marks = [], [_time_now(device)]
-    for i in range(first, first + count):
-        begin = time.perf_counter()
-        step(loader.train(i))
-        host.append(time.perf_counter() - begin)
-        marks.append(_time_now(device))
-    synchronize(device)
-    if device.type != "cuda":
-        return [b - a for a, b in pairwise(marks)], []
-    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)], host
-
-
-def _time_now(device: torch.device):
-    """The time now: an event on a CUDA device, seconds elsewhere."""
-    if device.type != "cuda":
-        synchronize(device)
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    def _now(self) -> float | torch.cuda.Event:
+        """The time now: an event on a CUDA device, seconds elsewhere."""
+        if self.device.type != "cuda":
+            synchronize(self.device)
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def _row(variant: Variant, workload: Workload, dtype: torch.dtype) -> results.Step:

@@ -1,13 +1,14 @@
-"""Tables of results, for the terminal, the page and the Markdown."""
+"""Tables of results. The terminal, the page and the Markdown show the same ones."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
-from bench.digest import KernelRow, Run, StepRow, Steps
-from bench.results import Results, quantile
-from bench.timing import NO_TIME
+from bench.digest import ATTAINED, SHEET, Estimate, KernelRow, Run, Steps
+from bench.results import Results, Step, quantile
+from bench.rules import NO_TIME
 
 NONE = "–"
 
@@ -44,41 +45,87 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def number(value: float) -> str:
-    """The number with four digits, or more if there are more before the point."""
-    size = abs(value)
-    places = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
-    return f"{value:,.{places}f}"
-
-
 def shown(value: float | None, times: float = 1, form: str = "") -> str:
-    """A cell with the value times `times`, in format `form`, or with four digits; a dash for None."""
+    """The value times `times`, in format `form`, or with four digits, or more before the point. A dash for None."""
     if value is None:
         return NONE
-    return format(times * value, form) if form else number(times * value)
+    size = abs(times * value)
+    places = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
+    return format(times * value, form or f",.{places}f")
 
 
 def rate(row: KernelRow) -> str:
     """TFLOP/s if a matmul bounds the kernel, GB/s if a copy does."""
     if not row.bounded:
         return NONE
-    return f"{number(row.rate / 1e12)} TFLOP/s" if row.bounded == "matmul" else f"{number(row.rate / 1e9)} GB/s"
+    return f"{shown(row.rate, 1e-12)} TFLOP/s" if row.bounded == "matmul" else f"{shown(row.rate, 1e-9)} GB/s"
+
+
+def sources(found: Sequence[Steps]) -> str:
+    return "; ".join(dict.fromkeys(steps.run.source for steps in found))
+
+
+def devices(found: Sequence[Steps], guesses: Sequence[Estimate]) -> Table | None:
+    """Our fastest step of each workload of each run; then the estimates. None if there is neither."""
+    rows = []
+    for steps in (steps for steps in found if steps.best):
+        best, reference = steps.best, steps.baseline
+        cells = {
+            "workload": steps.name,
+            "device": steps.run.label,
+            "our best step": best.variant,
+            "median, ms": shown(best.median, 1e3),
+            **_mfu_cells(steps, best),
+            "floor, ms": shown(steps.floor, 1e3),
+            "floor's MFU, %": shown(steps.floor and steps.mfu(best, seconds=steps.floor), 100, ".1f"),
+            "reference, ms": shown(reference and reference.median, 1e3),
+            "speed-up, ×": shown(steps.speedup(best), form=".2f"),
+        }
+        rows.append(("", cells))
+    for guess in guesses:
+        cells = {
+            "workload": guess.workload.name,
+            "device": guess.device,
+            "our best step": "an estimate",
+            "median, ms": shown(guess.seconds(ATTAINED), 1e3),
+            "MFU, %": shown(guess.mfu(ATTAINED), 100, ".1f"),
+            "MFU 6N, %": shown(guess.mfu(ATTAINED, "6n"), 100, ".1f"),
+            "floor, ms": shown(guess.seconds(SHEET), 1e3),
+            "floor's MFU, %": shown(guess.mfu(SHEET), 100, ".1f"),
+            "reference, ms": NONE,
+            "speed-up, ×": NONE,
+        }
+        rows.append(("computed", cells))
+    caption = "MFU counts (6N + 12LHQT) FLOPs a token, MFU 6N counts 6N, over the device's dense peak. "
+    if references := dict.fromkeys(s.baseline.variant for s in found if s.best and s.baseline):
+        caption += f"The reference is the fastest of its modes ({', '.join(references)}). "
+    caption += "The floor is computed, at the rates that the run measured. "
+    if guesses:
+        caption += (
+            "Estimates are not measurements: nobody has run these. Their floor takes each part of the step at its data "
+            "sheet's FLOP/s or bytes/s, whichever takes longer. Their time assumes that every device reaches what good "
+            f"kernels reach on an H100: {100 * ATTAINED.matmul:.0f} % of the sheet's FLOP/s in matmuls, "
+            f"{100 * ATTAINED.attention:.0f} % in attention, {100 * ATTAINED.bandwidth:.0f} % of its bytes/s. "
+            "Whether the step fits into the memory is not checked. "
+            f"Data sheets: {'; '.join(dict.fromkeys(guess.source for guess in guesses))}. "
+        )
+    return Table("Our best step on each device", f"{caption}From {sources(found)}.", rows) if rows else None
 
 
 def steps(found: Steps) -> Table:
     """One workload of one run, a row for each variant."""
     kinds = ["missing" if not row.seconds else "ours" if row is found.best else "" for row in found.rows]
-    rows = list(zip(kinds, map(_step_cells, found.rows), strict=True))
-    caption = f"Speed-up is over {found.baseline.step.variant}. " if found.baseline else ""
+    rows = [(kind, _step_cells(found, row)) for kind, row in zip(kinds, found.rows, strict=True)]
+    caption = f"Speed-up is over {found.baseline.variant}. " if found.baseline else ""
     if found.floor:
         first = found.rows[0]
         cells = dict.fromkeys(rows[0][1], NONE) | {
             "step": "floor",
             "median, ms": shown(found.floor, 1e3),
-            "tokens, 1/s": shown(first.step.tokens / found.floor),
-            "MFU, %": shown(first.mfu(seconds=found.floor), 100, ".1f"),
-            "MFU 6N, %": shown(first.mfu("6n", found.floor), 100, ".1f"),
-            "speed-up, ×": shown(found.baseline and found.baseline.seconds / found.floor, form=".2f"),
+            "tokens, 1/s": shown(first.tokens / found.floor),
+            "MFU, %": shown(found.mfu(first, seconds=found.floor), 100, ".1f"),
+            "MFU 6N, %": shown(found.mfu(first, "6n", found.floor), 100, ".1f"),
+            "speed-up, ×": shown(found.baseline and found.baseline.median / found.floor, form=".2f"),
             "note": "computed, not measured",
         }
         rows.append(("computed", cells))
@@ -90,31 +137,49 @@ def steps(found: Steps) -> Table:
     return Table(f"{found.name} on {found.run.label}", f"{caption} From {found.run.source}.", rows)
 
 
-def _step_cells(row: StepRow) -> Cells:
-    step = row.step
+def _step_cells(steps: Steps, row: Step) -> Cells:
+    low, high = (quantile(row.seconds, share) if row.seconds else None for share in (0.1, 0.9))
+    host = median(row.host_seconds) / row.median if row.host_seconds and row.seconds else None
     return {
-        "step": step.variant,
-        "dtype": step.dtype,
-        "median, ms": shown(row.seconds, 1e3),
-        "p10, ms": shown(row.quantile(0.1), 1e3),
-        "p90, ms": shown(row.quantile(0.9), 1e3),
-        "tokens, 1/s": shown(row.tokens_per_second),
-        **mfu_cells(row),
-        "speed-up, ×": shown(row.speedup, form=".2f"),
-        "memory, GB": shown(step.peak_memory if row.seconds else None, 1e-9, ".2f"),
-        "host, %": shown(row.host_share, 100, ".1f"),
-        "samples": str(len(step.seconds)),
-        "note": row.missing if not row.seconds else "" if step.compares else "rung",
+        "step": row.variant,
+        "dtype": row.dtype,
+        "median, ms": shown(row.median, 1e3),
+        "p10, ms": shown(low, 1e3),
+        "p90, ms": shown(high, 1e3),
+        "tokens, 1/s": shown(row.median and row.tokens / row.median),
+        **_mfu_cells(steps, row),
+        "speed-up, ×": shown(steps.speedup(row), form=".2f"),
+        "memory, GB": shown(row.peak_memory if row.seconds else None, 1e-9, ".2f"),
+        "host, %": shown(host, 100, ".1f"),
+        "samples": str(len(row.seconds)),
+        "note": row.missing if not row.seconds else "" if row.compares else "rung",
     }
 
 
-def mfu_cells(row: StepRow) -> Cells:
-    return {"MFU, %": shown(row.mfu(), 100, ".1f"), "MFU 6N, %": shown(row.mfu("6n"), 100, ".1f")}
+def _mfu_cells(steps: Steps, row: Step) -> Cells:
+    headings = {"nanogpt": "MFU, %", "6n": "MFU 6N, %"}
+    return {heading: shown(steps.mfu(row, formula), 100, ".1f") for formula, heading in headings.items()}
 
 
 def kernels(run: Run) -> Table | None:
     """Every kernel's row that has samples; None if there is none."""
-    rows = [("ours" if row.kernel.variant == "fused" else "", _kernel_cells(row)) for row in run.kernels]
+    rows = []
+    for row in run.kernels:
+        kernel = row.kernel
+        cells = {
+            "kernel": kernel.case,
+            "shape": row.shape,
+            "dtype": kernel.dtype,
+            "direction": kernel.direction,
+            "variant": kernel.variant,
+            "median, µs": shown(row.seconds, 1e6),
+            "p10, µs": shown(quantile(kernel.seconds, 0.1), 1e6),
+            "p90, µs": shown(quantile(kernel.seconds, 0.9), 1e6),
+            "rate": rate(row),
+            "share, %": shown(row.share, 100, ".1f"),
+            "speed-up, ×": shown(row.speedup, form=".2f"),
+        }
+        rows.append(("ours" if kernel.variant == "fused" else "", cells))
     caption = (
         "Share is of the ceiling that the operation meets first, copy or matmul, as measured in the same run. "
         f"Speed-up is over torch.compile of the reference. From {run.source}."
@@ -122,28 +187,35 @@ def kernels(run: Run) -> Table | None:
     return Table(f"Kernels on {run.label}", caption, rows) if rows else None
 
 
-def _kernel_cells(row: KernelRow) -> Cells:
-    kernel = row.kernel
-    return {
-        "kernel": kernel.case,
-        "shape": row.shape,
-        "dtype": kernel.dtype,
-        "direction": kernel.direction,
-        "variant": kernel.variant,
-        "median, µs": shown(row.seconds, 1e6),
-        "p10, µs": shown(quantile(kernel.seconds, 0.1), 1e6),
-        "p90, µs": shown(quantile(kernel.seconds, 0.9), 1e6),
-        "rate": rate(row),
-        "share, %": shown(row.share, 100, ".1f"),
-        "speed-up, ×": shown(row.speedup, form=".2f"),
-    }
+def files(runs: Sequence[Run]) -> Table:
+    """A row for each file."""
+    rows = []
+    for run in runs:
+        found, software = run.results, run.results.software
+        cells = {
+            "file": run.path.name,
+            "device": run.device,
+            "commit": run.commit,
+            "date": run.day,
+            "torch": software.torch,
+            "Triton": software.triton or NONE,
+            "CUDA": software.cuda or NONE,
+            "driver": found.device.driver or NONE,
+            "peak, TFLOP/s": shown(found.peak.flops, 1e-12),
+            "matmul, TFLOP/s": shown(found.ceiling("matmul"), 1e-12),
+            "copy, GB/s": shown(found.ceiling("copy"), 1e-9),
+            "state": "complete" if found.complete else "partial",
+        }
+        rows.append(("" if found.complete else "missing", cells))
+    peaks = dict.fromkeys(f"{run.device}: {run.results.peak.source}" for run in runs)
+    caption = "Peak is what MFU is a share of. Matmul and copy are the best that the device did in the same run."
+    return Table("The files", f"{caption} Peaks: {'; '.join(peaks)}.", rows)
 
 
 def missing(run: Run) -> list[str]:
     """What a run lacks, one line each: failed parts, failed tests, skipped rows."""
     results, tests = run.results, run.results.tests
     lines = [] if results.complete else ["The run is partial: it was stopped, ran out of time, or a part failed."]
-    lines += failed(results)
     if tests is None:
         lines.append("It ran no tests.")
     elif tests.failed:
@@ -155,37 +227,33 @@ def missing(run: Run) -> list[str]:
         "kernel row": results.kernels,
         "training step": results.steps,
     }
-    return lines + [f"There is no {what}." for what, value in present.items() if not value] + skipped(run)
-
-
-def failed(results: Results) -> list[str]:
-    return [f"{failure.part} failed: {failure.error}" for failure in results.failures]
+    return [*lines, *(f"There is no {what}." for what, value in present.items() if not value), *skipped(run)]
 
 
 def skipped(run: Run) -> list[str]:
-    """Rows without samples, and why: one line for each step; kernels with the same variant and reason share a line."""
-    steps = [f"{w.name}, {row.step.variant}: {row.missing}" for w in run.steps for row in w.rows if not row.seconds]
+    """Failed parts, and rows without samples, and why. Kernels with the same variant and reason share a line."""
+    failed = [f"{failure.part} failed: {failure.error}" for failure in run.results.failures]
+    steps = [f"{w.name}, {row.variant}: {row.missing}" for w in run.steps for row in w.rows if not row.seconds]
     late = Counter(
         ("" if k.skipped == NO_TIME else f" of {k.variant}", k.skipped or "no reason given")
         for k in run.results.kernels
         if not k.seconds
     )
-    return steps + [f"{count} kernel rows{of} not measured: {why}" for (of, why), count in late.items()]
+    return [*failed, *steps, *(f"{n} kernel rows{of} not measured: {why}" for (of, why), n in late.items())]
 
 
 def summary(results: Results) -> str:
     """Everything that was measured, and what was not, for a terminal."""
     run = Run(Path(), results)
     lines = [f"{run.device}, torch {results.software.torch}, commit {run.commit}"]
-    lines.append(f"peak {number(results.peak.flops / 1e12)} TFLOP/s: {results.peak.source}")
-    rates = {"matmul": (1e-12, "TFLOP/s"), "copy": (1e-9, "GB/s")}
+    lines.append(f"peak {shown(results.peak.flops, 1e-12)} TFLOP/s: {results.peak.source}")
     for each in results.ceilings:
-        times, unit = rates[each.what]
-        lines.append(f"measured ceiling of a {each.what}: {number(times * each.rate)} {unit} ({each.dtype})")
+        times, unit = (1e-12, "TFLOP/s") if each.what == "matmul" else (1e-9, "GB/s")
+        lines.append(f"measured ceiling of a {each.what}: {shown(each.rate, times)} {unit} ({each.dtype})")
     if results.tests:
         lines.append(f"GPU tests: {results.tests.passed} passed, {results.tests.failed} failed")
     blocks = ["\n".join(lines)]
     if found := kernels(run):
         blocks.append(found.text())
     blocks += [f"{each.name}\n{steps(each).text()}" for each in run.steps]
-    return "\n\n".join([*blocks, "\n".join([*skipped(run), *failed(results)])]).strip()
+    return "\n\n".join([*blocks, "\n".join(skipped(run))]).strip()

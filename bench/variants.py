@@ -5,28 +5,76 @@ A variant's `build` makes a step with given weights. A step takes a batch and re
 
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bench.timing import only_compiled
-from bench.workloads import Workload
+from bench.results import Shape
+from bench.rules import only_compiled
 from kernels import REFERENCE, Ops, select
-from model import GPT, Precision
+from model import GPT, GPTConfig, Precision
+from model.flops import num_params
 from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
 from train.compile import compile_module
 from train.data import Batch
 from train.distributed import World
+from train.dryrun import Job, dry_run
 from train.errors import UserError
 from train.graph import GraphedStep
 from train.optim import FlatAdamW, param_groups
 from train.step import TrainStep
+
+
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    config: GPTConfig
+    batch_size: int
+    accumulation: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an iteration."""
+        return self.accumulation * self.batch_size * self.config.block_size
+
+    @property
+    def shape(self) -> Shape:
+        """The shape as a results file stores it."""
+        sizes = {
+            name: getattr(self.config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        }
+        return Shape(**sizes, bias=int(self.config.bias), batch_size=self.batch_size, accumulation=self.accumulation)
+
+
+def _gpt2(name: str, batch_size: int, **shape: int) -> Workload:
+    return Workload(name, GPTConfig(bias=False, **shape), batch_size)
+
+
+_CHAR = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65, "bias": False}
+_CPU = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 96, "bias": False}
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("cpu", GPTConfig(**_CPU), 12),  # what a machine without a GPU runs by default
+        Workload("shakespeare_char", GPTConfig(**_CHAR, dropout=0.2), 64),  # many small launches
+        _gpt2("gpt2", 32),
+        _gpt2("gpt2-batch-1", 1),  # shows the host's overhead
+        _gpt2("gpt2-batch-4", 4),
+        _gpt2("gpt2-medium", 16, n_layer=24, n_head=16, n_embd=1024),
+        _gpt2("gpt2-large", 8, n_layer=36, n_head=20, n_embd=1280),
+        _gpt2("gpt2-xl", 4, n_layer=48, n_head=25, n_embd=1600),
+    )
+}
+DEFAULTS = {"cpu": ("cpu",), "cuda": ("gpt2", "shakespeare_char", "gpt2-batch-1")}
 
 Step = Callable[[Batch], Tensor]
 Trained = tuple[nn.Module, torch.optim.Optimizer]
@@ -190,3 +238,76 @@ def variants(device: torch.device, dtype: torch.dtype, nanogpt_dir: str = "") ->
             every.append(ours(name, ops=bundle, compile=True, compares=False))
     # the last one is what `python -m train --compile` runs on a GPU
     return [*every, ours("ours compiled", compile=True), ours("ours compiled + graphed", compile=True, graphed=True)]
+
+
+# Which variants are measured together: as many as the device's memory holds, always with a reference.
+
+USED = 0.9  # of free memory: allocators leave gaps, kernels have code, and a compiled step may take more
+
+
+class Footprint(NamedTuple):
+    """Bytes on the device. A variant with a CUDA graph holds the memory of a step as long as it lives, as a part of its
+    graph. Of the others, only the one whose turn it is needs the memory of a step."""
+
+    held: int  # as long as the variant lives
+    beside: int  # more, during its turn
+
+
+def groups(
+    variants: Sequence[Variant], footprint: Callable[[Variant], Footprint], room: int | None
+) -> list[list[Variant]]:
+    """The variants, in groups that fit into `room` bytes; None: all in one group.
+
+    Every group has all references. If some variant does not fit beside all of them, every group has only the last one.
+    A variant that is still too large gets a group too: the run shows whether it fits.
+    """
+
+    def fits(group: Sequence[Variant]) -> bool:
+        sizes = [footprint(variant) for variant in group]
+        return sum(size.held for size in sizes) + max(size.beside for size in sizes) <= room
+
+    if room is None or fits(variants):
+        return [list(variants)]
+    references = [variant for variant in variants if variant.compares and not variant.ours]
+    others = [variant for variant in variants if variant not in references]
+    kept = references if all(fits([*references, other]) for other in others) else references[-1:]
+    found: list[list[Variant]] = []
+    # rungs come last: if time runs out, only rungs are left out
+    for variant in sorted((v for v in variants if v not in kept), key=lambda v: not v.compares):
+        group = next((group for group in found if fits([*group, variant])), None)
+        if group is None:
+            found.append([*kept, variant])
+        else:
+            group.append(variant)
+    return found
+
+
+def footprint(variant: Variant, setting: Setting) -> Footprint:
+    """A variant's memory, from a dry run on shapes."""
+    workload, device = setting.workload, setting.device
+    dtype = torch.float32 if variant.float32 else setting.dtype
+    ops = variant.ops or select("auto", device)
+    if ops.name != "fused":  # a rung with some of the fused operations takes no more than one without
+        ops = REFERENCE
+    memory = _memory(workload.config, workload.batch_size, workload.accumulation, ops, dtype)
+    held = sum(memory[name] for name in ("weights", "copies", "moments", "gradients"))
+    beside = sum(memory.values()) - held
+    if not variant.ours:
+        held = 16 * num_params(workload.config, non_embedding=False)  # float32: weights, gradients, two moments
+    return Footprint(held + beside, 0) if variant.graphed else Footprint(held, beside)
+
+
+@lru_cache
+def _memory(config: GPTConfig, batch_size: int, accumulation: int, ops: Ops, dtype: torch.dtype) -> dict[str, int]:
+    return dry_run(
+        Job(config, batch_size, ops, accumulation=accumulation, several=accumulation > 1, dtype=dtype)
+    ).memory
+
+
+def free(device: torch.device) -> int | None:
+    """Bytes for all variants of a group; None unless the device is a CUDA device."""
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.empty_cache()
+    return int(USED * torch.cuda.mem_get_info(device)[0])

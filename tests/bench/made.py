@@ -4,8 +4,8 @@ import random
 
 from msgspec.structs import replace
 
-from bench.results import Ceiling, Commit, Device, Failure, Kernel, Peak, Results, Software, Step, Tests
-from bench.workloads import WORKLOADS
+from bench.results import Ceiling, Commit, Failure, Kernel, Machine, Peak, Results, Software, Step, Tests
+from bench.variants import WORKLOADS
 from model.flops import FORMULAS, flops_per_token
 
 LADDER = (  # variant, whether it compares, its time in reference times
@@ -68,13 +68,13 @@ def gpu(name: str, copy: float, peak: float, base: dict[str, float], seed: int =
         for variant, compares, times in LADDER
     ]
     return Results(
-        Device(name, "cuda", 80 * 2**30, [9, 0], 132, 50 * 2**20, "580.95"),
+        Machine(name, "cuda", "580.95"),
         Software("3.12.1", "2.11.0", "3.6.0", "13.0", "9.1"),
         Commit("0123456789abcdef", clean=True),
         "2026-11-22T10:00:00+00:00",
         "python -m bench --minutes=8",
         Peak(peak, f"{name} data sheet, dense bf16"),
-        tests=Tests("pytest -m gpu", 120, 0, 2, 61.0),
+        tests=Tests(120, 0, 2),
         ceilings=[
             Ceiling("matmul", "bfloat16", [0.74 * peak, 0.75 * peak, 0.745 * peak]),
             Ceiling("copy", "bfloat16", [copy, 0.99 * copy]),
@@ -102,7 +102,7 @@ def a100_partial() -> Results:
         whole,
         commit=Commit("fedcba9876543210", clean=False),
         date="2026-11-20T09:30:00+00:00",
-        tests=Tests("pytest -m gpu", 118, 2, 2, 64.0, ["tests/train/test_gpu.py::test_one", "<b>::test_two"]),
+        tests=Tests(118, 2, 2, ["tests/train/test_gpu.py::test_one", "<b>::test_two"]),
         kernels=[],
         steps=steps,
         failures=[Failure("kernels", "CUDA error: an illegal memory access was encountered")],
@@ -132,7 +132,7 @@ def cpu(seed: int = 2) -> Results:
         if one.variant != "liger"
     ]
     return Results(
-        Device("AMD EPYC 9B14", "cpu", threads=2),
+        Machine("AMD EPYC 9B14", "cpu", threads=2),
         Software("3.11.2", "2.13.0", None, None, None),
         Commit("0123456789abcdef", clean=True),
         "2026-11-22T12:00:00+00:00",

@@ -11,11 +11,10 @@ import torch
 from msgspec.structs import replace
 
 import bench.__main__ as command
-from bench import provenance, results, smoke, steps
+from bench import results, steps
 from bench.results import WRONG, Ceiling, Peak, Results
-from bench.timing import NO_TIME, Clock
-from bench.variants import Setting, Variant
-from bench.workloads import WORKLOADS, Workload
+from bench.rules import NO_TIME, Clock
+from bench.variants import WORKLOADS, Setting, Variant, Workload
 from kernels.cases import CASES
 from model import GPTConfig
 from tests.bench.made import cpu
@@ -36,7 +35,7 @@ def interrupt(seconds: float) -> None:
 
 @pytest.fixture
 def new_run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., command.Bench]:
-    monkeypatch.setattr(provenance, "peak_flops", lambda device, dtype: hardware.Peak(1.0, "made up"))
+    monkeypatch.setattr(results, "peak_flops", lambda device, dtype: hardware.Peak(1.0, "made up"))
     return lambda **settings: command.Bench(command.BenchConfig(**settings), CPU, torch.float32)
 
 
@@ -64,10 +63,10 @@ def test_the_file_is_written_after_every_part_and_complete_at_the_end(run: comma
 
 
 def test_a_measured_peak_is_the_best_matmul_that_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "measure_flops", lambda *given: 3.0)
-    monkeypatch.setattr(provenance, "measure_bandwidth", lambda *given: 2.0)
+    monkeypatch.setattr(results, "measure_flops", lambda *given: 3.0)
+    monkeypatch.setattr(results, "measure_bandwidth", lambda *given: 2.0)
     for before, after in ((1.0, 3.0), (1e18, 1e18)):
-        found = provenance.with_ceilings(replace(cpu(), peak=Peak(before, "")), CPU, torch.float32, 0.6)
+        found = results.with_ceilings(replace(cpu(), peak=Peak(before, "")), CPU, torch.float32, 0.6)
         assert (found.peak.flops, found.ceiling("matmul"), found.ceiling("copy")) == (after, 3.0, 2.0)
 
 
@@ -214,19 +213,19 @@ def test_gpu_tests_run_in_a_process_of_their_own(tmp_path: Path) -> None:
         'cases += \'<testcase classname="b" name="four"><error/></testcase>\'\n'
         "open(sys.argv[-1].partition('=')[2], 'w').write(f'<testsuites><testsuite>{cases}</testsuite></testsuites>')\n"
     )
-    found = smoke.run(60.0, (str(tmp_path / "run.py"),))
+    found = command.run_tests(60.0, (str(tmp_path / "run.py"),))
     assert (found.passed, found.failed, found.skipped, found.failures) == (1, 2, 1, ["a::three", "b::four"])
     with pytest.raises(RuntimeError, match=r"pytest ended with status 1: .*No module named nowhere"):
-        smoke.run(60.0, ("-m", "nowhere"))
+        command.run_tests(60.0, ("-m", "nowhere"))
     with pytest.raises(RuntimeError, match="did not end within 0 s"):
-        smoke.run(0.01, ("-c", "import time; time.sleep(60)"))
+        command.run_tests(0.01, ("-c", "import time; time.sleep(60)"))
 
 
 @pytest.mark.slow
 def test_the_smoke_set_is_small_and_whole() -> None:
     """Few enough to end, yet every kernel, a step and a resume."""
-    argv = [sys.executable, *smoke.COMMAND, "--collect-only", "-vv"]  # a line a test
-    done = subprocess.run(argv, cwd=smoke.ROOT, capture_output=True, text=True, timeout=120)
+    argv = [sys.executable, *command.SMOKE, "--collect-only", "-vv"]  # a line a test
+    done = subprocess.run(argv, cwd=command.ROOT, capture_output=True, text=True, timeout=120)
     ids = [line for line in done.stdout.splitlines() if "<Function" in line]
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(ids) < 40

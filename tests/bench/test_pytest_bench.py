@@ -14,12 +14,12 @@ BENCH = f"""
 from dataclasses import replace
 from functools import partial
 import torch
-from bench import bench_kernels, entrants
+from bench import bench_kernels, kernels
 from bench.bench_kernels import measured, test_kernel
 from bench.results import Kernel
 from tests.bench.toys import TOY, scaled
 
-entrants.why_not_fused = lambda device: ""
+kernels.why_not_fused = lambda device: ""
 torch.compile = partial(torch.compile, backend="eager")
 shapes = dict(cpu_shapes=((8, 16),), gpt_shapes=((8, 16),), backward_bytes=None)
 wrong = replace(TOY, name="off", fused=lambda x, weight: scaled(x, weight) * 1.5, **shapes)

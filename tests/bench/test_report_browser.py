@@ -35,9 +35,9 @@ addEventListener("load", () => {{
   found.figures = [...page.querySelectorAll("figure")].map(figure => {{
     const pictures = [...figure.querySelectorAll("svg")].filter(shown)
     for (const picture of pictures) for (const words of picture.querySelectorAll("text")) {{
-      const box = words.getBBox(), view = picture.viewBox.baseVal
-      if (box.x < view.x - 1 || box.x + box.width > view.x + view.width + 1 || box.y < view.y
-          || box.y + box.height > view.y + view.height) fault("cut in " + figure.id, words)
+      const box = words.getBoundingClientRect(), edge = picture.getBoundingClientRect()
+      if (box.left < edge.left - 1 || box.right > edge.right + 1 || box.top < edge.top - 1
+          || box.bottom > edge.bottom + 1) fault("cut in " + figure.id, words)
     }}
     const scale = pictures[0] ? pictures[0].getBoundingClientRect().width / pictures[0].viewBox.baseVal.width : 0
     const caption = shown(figure.querySelector("figcaption"))

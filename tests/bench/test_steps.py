@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import steps, timing
-from bench.variants import Setting, Variant, nanogpt, ours, reference, variants
-from bench.workloads import Workload
+from bench import rules, steps
+from bench.variants import Setting, Variant, Workload, nanogpt, ours, reference, variants
 from kernels import REFERENCE, Ops
 from model import GPTConfig
 from tests.bench.stand_in import make_checkout
@@ -254,7 +253,7 @@ def test_what_torch_leaves_as_python_is_not_timed_as_compiled(monkeypatch: pytes
 
 
 def test_what_reaches_a_limit_of_torch_fails(compiled: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "LIMIT", 2)
+    monkeypatch.setattr(rules, "LIMIT", 2)
     rows = measure(*(ours(f"rung {i}", ops=own_ops(f"mlp{i}"), compile=True) for i in range(3)))
     assert [bool(row.seconds) for row in rows] == [True, True, False]
     assert "limit" in rows[2].skipped

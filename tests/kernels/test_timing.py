@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from bench.timing import Clock
+from bench.rules import Clock
 from kernels.capture import WARM_UP
 from kernels.timing import CudaMeter, Staged, by_turns, milliseconds
 

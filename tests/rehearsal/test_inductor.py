@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import lowering
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-from bench.workloads import WORKLOADS
+from bench.variants import WORKLOADS
 from kernels.launch import Device
 from tests.rehearsal.device import Gpu, nothing
 from tests.rehearsal.inductor import Inductor, inductor  # noqa: F401

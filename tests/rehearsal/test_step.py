@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.workloads import WORKLOADS
+from bench.variants import WORKLOADS
 from kernels import FUSED
 from model.recompute import MODES
 from tests.rehearsal.device import Gpu

@@ -1,9 +1,9 @@
-"""Honest measurements: a time budget, and a torch.compile that never falls back to Python silently.
-
-`kernels/timing.py` takes the samples of kernels, `bench/steps.py` those of training steps.
+"""What every measurement keeps to: it ends in time, and what is called compiled is compiled.
 
 torch counts compilations by code object, not by model, and all variants of a step share one. After eight compilations
 it only warns once, and runs Python. At a second shape it compiles code for all shapes.
+
+`kernels/timing.py` takes the samples of kernels, `bench/steps.py` those of training steps.
 """
 
 import math
