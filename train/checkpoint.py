@@ -98,6 +98,27 @@ def load(path: Path) -> dict:
     raise UserError(problem + _offer(path))
 
 
+def named(init_from: str) -> Path | None:
+    """The checkpoint that `init_from` names by its path or its folder's; None where it names something else."""
+    path = Path(init_from)
+    if os.path.isfile(path / _NAME) and not os.path.isfile(path / "model.safetensors"):
+        return path / _NAME
+    return path if path.suffix == ".pt" and os.path.isfile(path) else None
+
+
+def for_new_run(path: Path) -> dict:
+    """The checkpoint at `path` as a new run begins from it: its weights, without moments and progress."""
+    checkpoint = load(path)
+    ours = {key: value for key, value in checkpoint["nanofuse"].items() if key in ("gelu", "tokenizer")}
+    return {
+        **checkpoint,
+        "optimizer": {**checkpoint["optimizer"], "state": {}},
+        "iter_num": 0,
+        "best_val_loss": 1e9,
+        "nanofuse": {**ours, "judged_at": -1},
+    }
+
+
 def set_aside(out_dir: Path) -> Path | None:
     """Move an earlier run's checkpoints, metrics and curve into a new folder `out_dir/earlier-<date>-<time>`.
 

@@ -11,8 +11,8 @@ from train.settings import command_line, setting
 
 @dataclass(frozen=True)
 class ExportConfig:
-    out_dir: str = setting("out", "folder of the checkpoint")
-    to: str = setting("", "folder to write config.json and model.safetensors into")
+    out_dir: str = setting("out", "folder of the checkpoint", path=True)
+    to: str = setting("", "folder to write config.json and model.safetensors into", path=True)
 
 
 def main(argv: list[str] | None = None) -> None:

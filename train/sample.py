@@ -31,9 +31,10 @@ class SampleConfig:
         "resume",
         "resume (the checkpoint in out_dir), gpt2*, or a path to model.safetensors or its folder",
         group="model",
+        path=True,
     )
-    out_dir: str = setting("out", "folder of the checkpoint")
-    bpe_dir: str = setting("", "folder of GPT-2's vocab.bpe and encoder.json, for a machine without network")
+    out_dir: str = setting("out", "folder of the checkpoint", path=True)
+    bpe_dir: str = setting("", "folder of GPT-2's encoder.json, for a machine without network", path=True)
 
     start: str = setting("\n", "the prompt, or FILE:prompt.txt", group="sampling")
     num_samples: int = setting(10, "samples to draw", low=1)
