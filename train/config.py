@@ -127,8 +127,8 @@ def notes(parsed: Parsed, config: TrainConfig) -> list[str]:
     lines = list(parsed.notes)
     if config.decay_lr and config.warmup_iters > config.lr_decay_iters:
         lines.append(
-            f"warmup_iters: {config.warmup_iters} is more than lr_decay_iters ({config.lr_decay_iters}): as in nanoGPT, "
-            f"the rate rises for {config.warmup_iters} steps, then it is min_lr; there is no cosine"
+            f"warmup_iters: {config.warmup_iters} is more than lr_decay_iters ({config.lr_decay_iters}): the rate "
+            f"rises for {config.warmup_iters} steps, then it is min_lr, without a cosine, as in nanoGPT"
         )
     return lines
 
