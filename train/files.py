@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,6 +54,28 @@ def check_output(path: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         found = errno.EACCES if os.path.isdir(folder) else errno.ENOENT
         raise OSError(found, os.strerror(found), str(folder))
+
+
+class Checksums:
+    """CRC-32 of every `size` bytes of what `add` is given, one piece after the other."""
+
+    def __init__(self, size: int = 1 << 24) -> None:
+        self.size, self._whole, self._last, self._length = size, [], 0, 0
+
+    def add(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        while len(view):
+            part = view[: self.size - self._length % self.size]
+            self._last = zlib.crc32(part, self._last)
+            self._length += len(part)
+            if self._length % self.size == 0:
+                self._whole.append(self._last)
+                self._last = 0
+            view = view[len(part) :]
+
+    @property
+    def values(self) -> list[int]:
+        return self._whole + [self._last] * (self._length % self.size > 0)
 
 
 @contextmanager

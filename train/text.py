@@ -177,13 +177,19 @@ def _texts_of_lines(path: Path, file: BinaryIO, see: See, between: str, last: bo
         yield separator
 
 
-def split_at(pieces: Iterable[Any], size: int) -> tuple[Iterator[Any], Iterator[Any]]:
-    """The first `size` characters or bytes of `pieces`, and the rest: to be read in that order."""
+def split_at(pieces: Iterable[Any], size: int, whole: str = "") -> tuple[Iterator[Any], Iterator[Any]]:
+    """The first `size` characters or bytes of `pieces`, and the rest: to be read in that order.
+
+    whole: a word that is not divided; no piece may begin or end in one. The first part then ends after it.
+    """
     pieces, rest = iter(pieces), []
 
     def first() -> Iterator[Any]:
         left = size
         for piece in pieces:
+            if whole and 0 < left < len(piece):
+                at = piece.rfind(whole, 0, left + len(whole) - 1)
+                left = max(left, at + len(whole) if at >= 0 else 0)
             yield piece[:left]
             rest[:] = [piece[left:]]  # nothing, but of the last
             left -= len(piece)
