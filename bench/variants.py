@@ -19,13 +19,14 @@ from bench.timing import only_compiled
 from bench.workloads import Workload
 from kernels import REFERENCE, Ops, select
 from model import GPT, Precision
+from model.groups import param_groups
 from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
 from train.compile import compile_module
 from train.data import Batch
 from train.distributed import World
 from train.errors import UserError
 from train.graph import GraphedStep
-from train.optim import FlatAdamW, param_groups
+from train.optim import FlatAdamW
 from train.step import TrainStep
 
 Step = Callable[[Batch], Tensor]

@@ -25,7 +25,7 @@ from typing import Any
 
 from train.checkpoint import set_aside
 from train.config import TrainConfig
-from train.errors import UserError
+from train.errors import UserError, shown
 
 METRICS = "metrics.jsonl"
 
@@ -141,10 +141,13 @@ def check_sinks(config: TrainConfig) -> None:
     """UserError where a RunLog would fail for want of a package or of a folder to write to. Writes nothing."""
     _import_sinks(config)
     out_dir = Path(config.out_dir)
-    folder = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    try:
+        folder = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long, a parent that may not be searched
+        raise UserError(f"out_dir: got {shown(config.out_dir)}: {error.strerror}") from None
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         what = "cannot be written" if folder.is_dir() else "is no folder"
-        raise UserError(f"out_dir: got {config.out_dir!r}, expected a folder that can be written; {folder} {what}")
+        raise UserError(f"out_dir: got {shown(config.out_dir)}, expected a folder that can be written; {folder} {what}")
 
 
 def read_metrics(path: str | os.PathLike) -> list[Record]:

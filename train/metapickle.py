@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-MAX_TUPLES = 20_000  # tuples in tuples: Python's hash of a deeper one overflows the stack
+MAX_TUPLES = 50_000  # in one pickle: were they one in another, Python's hash of more would overflow the stack
 DTYPE = re.compile(r"[<>=|]?([iufb]\d\d?|U\d{1,4})")
 DICTS = ("OrderedDict", "defaultdict", "Counter")
 
@@ -55,16 +55,21 @@ def _table(itos: Any, stoi: Any) -> tuple[list | None, str]:
     return [itos[i] for i in range(len(itos))], ""
 
 
-def _load(data: bytes) -> Any:
-    """The pickled value. ValueError for a pickle that is damaged, or that asks for more memory than it has bytes."""
+def check_pickle(data: bytes) -> None:
+    """ValueError for a pickle that is damaged, or whose reading could take all memory or overflow the stack."""
     tuples = 0
+    for opcode, argument, _ in pickletools.genops(data):
+        tuples += opcode.name.startswith("TUPLE")
+        if opcode.name.endswith("PUT") and int(argument) > len(data):
+            raise ValueError("a pickle that asks for more memory than it has bytes")
+    if tuples > MAX_TUPLES:
+        raise ValueError(f"a pickle of more than {MAX_TUPLES:,} tuples")
+
+
+def _load(data: bytes) -> Any:
+    """The pickled value. ValueError for a pickle that cannot be read."""
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            tuples += opcode.name.startswith("TUPLE")
-            if opcode.name.endswith("PUT") and int(argument) > len(data):
-                raise ValueError("a damaged pickle")
-        if tuples > MAX_TUPLES:
-            raise ValueError(f"a pickle of more than {MAX_TUPLES:,} tuples")
+        check_pickle(data)
         return _Unpickler(io.BytesIO(data), encoding="utf-8", errors="replace").load()
     except ValueError:
         raise
