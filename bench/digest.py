@@ -20,6 +20,7 @@ from bench.results import Kernel, Results, Shape, Step, quantile
 from bench.workloads import WORKLOADS, Workload
 from model.flops import flops_per_token
 from model.work import floor, step_work
+from train.errors import one_line
 from train.hardware import CARDS, lookup
 from train.metrics import mfu, tokens_per_second
 
@@ -215,6 +216,11 @@ class Run:
     suffix: str = ""  # for names of files; unique
 
     @property
+    def file(self) -> str:
+        """The name of the file, as a report may show it."""
+        return one_line(self.path.name)
+
+    @property
     def device(self) -> str:
         name, threads = short_name(self.results.device.name), self.results.device.threads
         return f"{name}, {threads} thread{'s' * (threads != 1)}" if threads else name
@@ -234,7 +240,7 @@ class Run:
     def source(self) -> str:
         """File, device, commit and day, for a caption."""
         state = "" if self.results.complete else ", a partial run"
-        return f"{self.path.name} ({self.device}, commit {self.commit}, {self.day}{state})"
+        return f"{self.file} ({self.device}, commit {self.commit}, {self.day}{state})"
 
     @cached_property
     def steps(self) -> list[Steps]:
@@ -268,7 +274,7 @@ def _fastest(rows: Iterable[StepRow]) -> StepRow | None:
 def in_order(runs: Iterable[Run]) -> list[Run]:
     """Each file once, GPUs before CPUs, then by device, date and file name. Labels and suffixes are filled in."""
     once = {run.path.resolve(): run for run in runs}.values()
-    ordered = sorted(once, key=lambda r: (r.results.device.type != "cuda", r.device, r.results.date, r.path.name))
+    ordered = sorted(once, key=lambda r: (r.results.device.type != "cuda", r.device, r.results.date, r.file))
     found, taken = [], set()
     for run in ordered:
         names = (slug(run.path.stem) + f"-{i}" * (i > 1) for i in count(1))
@@ -288,7 +294,7 @@ def _label(run: Run, runs: list[Run]) -> str:
     same = [other for other in runs if other.device == run.device]
     if len(same) == 1:
         return run.device
-    for name in (lambda r: r.day, lambda r: r.commit, lambda r: r.path.name):
+    for name in (lambda r: r.day, lambda r: r.commit, lambda r: r.file):
         if len(set(map(name, same))) == len(same):
             return f"{run.device}, {name(run)}"
-    return f"{run.device}, {run.path}"
+    return f"{run.device}, {one_line(run.path)}"

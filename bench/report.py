@@ -17,7 +17,7 @@ from bench.digest import ATTAINED, SHEET, Estimate, Run, Steps, estimates, in_or
 from bench.pictures import WIDE, Picture, sources
 from bench.tables import NONE, Table, mfu_cells, shown
 from train import errors
-from train.errors import UserError
+from train.errors import UserError, one_line
 from train.files import making_folder, replacing
 from train.plot import FONT, SCHEME, picture, printable, svg_style
 from train.settings import command_line, setting
@@ -28,7 +28,7 @@ TITLE = "Model FLOPs utilisation, device by device"
 
 @dataclass(frozen=True)
 class ReportConfig:
-    out: str = setting("report", "folder to write: report.md, report.html, and the pictures as SVG and PNG")
+    out: str = setting("report", "folder to write: report.md, report.html, and the pictures as SVG and PNG", path=True)
     compare: bool = setting(False, "compare two files, or the files of two commits, and print the verdicts instead")
 
 
@@ -62,7 +62,7 @@ def sections(runs: Sequence[Run], guesses: Sequence[Estimate]) -> list[Section]:
         Section("Kernels", pictures=_present(map(pictures.kernels, runs)), tables=_present(map(tables.kernels, runs))),
         Section("Estimates", tables=[estimated(guesses)] if guesses else []),
         Section("Where the numbers come from", tables=[files(runs)]),
-        Section("What is missing", lists=[(r.path.name, lines) for r in runs if (lines := tables.missing(r))]),
+        Section("What is missing", lists=[(r.file, lines) for r in runs if (lines := tables.missing(r))]),
     ]
     return [section for section in made if section.pictures or section.tables or section.lists]
 
@@ -92,7 +92,7 @@ def best(found: Sequence[Steps]) -> Table | None:
             "floor's MFU, %": shown(steps.floor and ours.mfu(seconds=steps.floor), 100, ".1f"),
             "reference, ms": shown(baseline and baseline.seconds, 1e3),
             "speed-up, ×": shown(ours.speedup, form=".2f"),
-            "file": steps.run.path.name + " (partial)" * (not steps.run.results.complete),
+            "file": steps.run.file + " (partial)" * (not steps.run.results.complete),
         }
         rows.append(("", cells))
     caption = "MFU counts (6N + 12LHQT) FLOPs a token, MFU 6N counts 6N, over the device's dense peak. "
@@ -136,7 +136,7 @@ def files(runs: Sequence[Run]) -> Table:
     for run in runs:
         found, software = run.results, run.results.software
         cells = {
-            "file": run.path.name,
+            "file": run.file,
             "device": run.device,
             "commit": run.commit,
             "date": run.day,
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         print(compare.report(runs))
         return bad
     write(Path(config.out), runs)
-    print(f"{_count(len(runs), 'results file')}: {Path(config.out, 'report.html')}, report.md beside it")
+    print(f"{_count(len(runs), 'results file')}: {one_line(Path(config.out, 'report.html'))}, report.md beside it")
     return bad
 
 
