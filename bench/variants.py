@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
 from train.compile import compile_module
 from train.data import Batch
 from train.distributed import World
-from train.errors import UserError
+from train.errors import UserError, shown
 from train.graph import GraphedStep
 from train.optim import FlatAdamW
 from train.step import TrainStep
@@ -104,8 +105,8 @@ def _plain(setting: Setting) -> Trained:
 def nanogpt(folder: str, *, compile: bool, float32: bool) -> Variant:
     """A nanoGPT checkout's model and optimizer. Its files are not changed. UserError if `folder` has no model.py."""
     path = Path(folder, "model.py")
-    if not path.is_file():
-        raise UserError(f"nanogpt_dir: got {folder!r}, expected a nanoGPT checkout, with its model.py")
+    if not os.path.isfile(path):
+        raise UserError(f"nanogpt_dir: got {shown(folder)}, expected a nanoGPT checkout, with its model.py")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     theirs = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = theirs  # its dataclass looks for its module there

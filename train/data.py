@@ -196,7 +196,7 @@ def _similar(folder: Path) -> str:
         there = [entry.name for entry in os.scandir(folder.parent) if entry.is_dir()]
     except OSError:
         there = []
-    return nearest(folder.name, [*there, *CORPORA])
+    return "" if folder.name in CORPORA else nearest(folder.name, [*there, *CORPORA])
 
 
 def _open_tokens(path: Path, dtype: np.dtype, expected: int | None) -> np.memmap:

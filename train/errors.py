@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -44,6 +45,12 @@ def shown(value: object) -> str:
 def printable(text: str) -> str:
     """`text` with what a terminal would act upon escaped: control characters, line ends, lone surrogates."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def safe(text: str) -> str:
+    """`text` of several lines as a terminal may show it: only line ends and tabs act, other control characters are
+    escaped."""
+    return "".join(printable(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 def one_line(message: object) -> str:

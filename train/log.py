@@ -25,7 +25,7 @@ from typing import Any
 
 from train.checkpoint import set_aside
 from train.config import TrainConfig
-from train.errors import UserError, shown
+from train.errors import UserError, safe, shown
 
 METRICS = "metrics.jsonl"
 
@@ -34,7 +34,7 @@ Record = dict[str, Any]
 
 def say(line: str) -> None:
     """Print one line, seen at once through a pipe too."""
-    print(line, flush=True)
+    print(safe(line), flush=True)
 
 
 class RunLog:

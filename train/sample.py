@@ -6,7 +6,6 @@ import itertools
 import os
 import shlex
 import sys
-import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from model.pretrained import END_OF_TEXT, from_checkpoint, load_gpt2
 from train.checkpoint import load
 from train.corpora import dataset_folder
 from train.data import Dataset
-from train.errors import UserError, first_line, printable, run, shown
+from train.errors import UserError, first_line, printable, run, safe, shown
 from train.hardware import device_name, resolve_device, resolve_dtype
 from train.settings import command_line, setting
 from train.text import CharTokenizer, GPT2Tokenizer, Tokenizer, from_meta, read_bytes, read_text
@@ -166,11 +165,6 @@ def sample_text(
         numbers = itertools.takewhile(lambda token: token != END_OF_TEXT, numbers)
     drawn = itertools.chain([ids], ([token] for token in numbers))
     return codecs.iterdecode(map(tokenizer.decode_bytes, drawn), "utf-8", "replace")  # holds half a character back
-
-
-def safe(text: str) -> str:
-    """`text` as a terminal may show it: only its line ends and tabs act, other control characters are escaped."""
-    return "".join(printable(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 def main(argv: list[str] | None = None) -> None:
