@@ -78,7 +78,6 @@ FUNCTIONS: dict[str, Callable] = {
             "cuda.is_available",
             "cuda.is_bf16_supported",
             "cuda.device_count",
-            "cuda.get_device_name",
             "backends.mps.is_available",
         )
     },
@@ -131,7 +130,9 @@ def evaluate(node: ast.expr, named: Callable[[ast.Name], Any], modules: Mapping[
         case ast.IfExp():
             result = value(node.body if value(node.test) else node.orelse)
         case ast.JoinedStr(values=parts):
-            result = "".join(_formatted(part, value) for part in parts)
+            result = ""
+            for part in parts:
+                result = (result + _formatted(part, value))[: MAX_TEXT + 1]  # of more, no more than is refused below
         case ast.Tuple() | ast.List():
             result = [_scalar(item, value(item)) for item in node.elts]
             result = tuple(result) if isinstance(node, ast.Tuple) else result
@@ -173,7 +174,7 @@ def _computed(node: ast.UnaryOp | ast.BinOp, *operands: Any) -> Any:
         texts = math.prod(len(x) if isinstance(x, str) else max(x, 0) for x in operands) <= MAX_TEXT
         if not texts:
             raise Refused(node, f"refused: text of more than {MAX_TEXT} characters")
-    if op is ast.Mod and kinds[0] is str:
+    if op is ast.Mod and kinds[0] is str and kinds[1] is not dict:
         texts = True
         _check_width(node, operands[0], r"%[^a-zA-Z%]*(\d{4}|\*)")
     if not texts and not set(kinds) <= {int, float}:

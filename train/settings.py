@@ -33,7 +33,7 @@ from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError, printable, shown
+from train.errors import UserError, one_line, printable, shown
 from train.expressions import MODULES, Refused, evaluate
 
 Value = int | float | bool | str
@@ -276,7 +276,7 @@ def load_config_file(
             found.read(statement)
         line = None
         if note := found.ended():
-            (notes if notes is not None else []).append(f"{path}: {note}")
+            (notes if notes is not None else []).append(one_line(f"{path}: {note}"))
         return found.settings
     except UserError as error:
         line, reason = getattr(error, "line", line), str(error)
@@ -305,9 +305,10 @@ class _ConfigFile:
         self._known = settings_of(cls)
         self._values: dict[str, Any] = {name: setting.default for name, setting in self._known.items()} | dict(above)
         self._modules = {name: name for name in MODULES}  # nanoGPT's train.py has imported most of them
-        self._helpers: dict[str, int] = {}  # names that are no settings: the line
+        self._helpers: dict[str, ast.expr] = {}  # names that are no settings: where they are first assigned
         self._unread: dict[str, str] = {}  # of those, the ones without a value: why
         self._used: set[str] = set()
+        self._of_torch: set[str] = set()  # names whose value torch's view of the machine decides
 
     def read(self, statement: ast.stmt) -> None:
         """Take in the next statement. UserError if it does anything but give names a value."""
@@ -336,9 +337,7 @@ class _ConfigFile:
         unused = [name for name in self._helpers if name not in self._used]
         for name in unused:
             if hint := nearest(name, self._known, MISSPELLED):
-                error = UserError(f"unknown setting {shown(name)}{hint}")
-                error.line = self._helpers[name]
-                raise error
+                raise Refused(self._helpers[name], f"unknown setting {shown(name)}{hint}")
         said = {"left out": unused, "only read by later lines": [name for name in self._helpers if name in self._used]}
         parts = [f"{what}: {', '.join(map(printable, names))}" for what, names in said.items() if names]
         return f"names that are no settings here, {'; '.join(parts)}" if parts else ""
@@ -348,13 +347,16 @@ class _ConfigFile:
             values = [self._evaluate(item) for item in value.elts]  # first all of them: `a, b = b, a`
             for item, result in zip(target.elts, values, strict=True):
                 self._give(item, result)
-        elif isinstance(target, ast.Name) and target.id not in self._known:
+            return
+        if isinstance(target, ast.Name) and self._asks_torch(value):
+            self._of_torch.add(target.id)
+        if isinstance(target, ast.Name) and target.id not in self._known:
             try:
                 self._give(target, self._evaluate(value))
             except UserError as error:
-                self._helpers.setdefault(target.id, target.lineno)
+                self._helpers.setdefault(target.id, target)
                 self._unread[target.id] = str(error)
-        elif isinstance(target, ast.Name) and target.id == "dtype" and _best_dtype(value):
+        elif isinstance(target, ast.Name) and target.id == "dtype" and self._is_best_dtype(value):
             self._give(target, "auto")
         else:
             self._give(target, self._evaluate(value))
@@ -366,7 +368,7 @@ class _ConfigFile:
         if name in self._known:
             value = self.settings[name] = typed(self._known[name], value)
         else:
-            self._helpers.setdefault(name, target.lineno)
+            self._helpers.setdefault(name, target)
             self._unread.pop(name, None)
         self._values[name] = value
 
@@ -377,7 +379,8 @@ class _ConfigFile:
         """The value of a name."""
         name = node.id
         if name in self._unread:
-            raise Refused(node, f"{printable(name)}, assigned in line {self._helpers[name]}: {self._unread[name]}")
+            line = self._helpers[name].lineno
+            raise Refused(node, f"{printable(name)}, assigned in line {line}: {self._unread[name]}")
         if name not in self._values:
             raise Refused(
                 node, f"{printable(name)} is not assigned further up in this file{nearest(name, self._values)}"
@@ -385,11 +388,15 @@ class _ConfigFile:
         self._used.add(name)
         return self._values[name]
 
+    def _asks_torch(self, node: ast.expr) -> bool:
+        """Whether an expression asks torch for the machine, itself or by a name assigned further up."""
+        names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+        return any(self._modules.get(name, "").startswith("torch") or name in self._of_torch for name in names)
 
-def _best_dtype(node: ast.expr) -> bool:
-    """Whether this is nanoGPT's own line, `'bfloat16' if torch.cuda... else 'float16'`. It means the best dtype that
-    the GPU has, as `auto` does. Without a GPU nanoGPT ignores it; `auto` is then the best that the CPU has."""
-    match node:
-        case ast.IfExp(body=ast.Constant(value="bfloat16"), orelse=ast.Constant(value="float16"), test=test):
-            return "torch.cuda." in ast.unparse(test)
-    return False
+    def _is_best_dtype(self, node: ast.expr) -> bool:
+        """Whether this is nanoGPT's own line, `'bfloat16' if torch.cuda... else 'float16'`. It means the best dtype of
+        the GPU, as `auto` does. Without a GPU nanoGPT ignores it; `auto` is then the best that the CPU has."""
+        match node:
+            case ast.IfExp(body=ast.Constant(value=one), orelse=ast.Constant(value=other), test=test):
+                return {one, other} == {"bfloat16", "float16"} and self._asks_torch(test)
+        return False

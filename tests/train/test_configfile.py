@@ -93,6 +93,7 @@ def test_nanogpts_own_files_load(name, load):
             "tokens = 2 ** 15\nblock_size = 256\nbatch_size = tokens // block_size",
             {"block_size": 256, "batch_size": 128},
         ),
+        ("n_layer, n_head = 8, 4\nn_layer, n_head = n_head, n_layer", {"n_layer": 4, "n_head": 8}),
         ("beta1, beta2 = 0.8, 0.9", {"beta1": 0.8, "beta2": 0.9}),
         ("batch_size = n_head = 4\nbatch_size *= 2", {"batch_size": 8, "n_head": 4}),
         (
@@ -142,6 +143,8 @@ def test_a_config_file_may_hold(text, expected, load):
         ("out_dir = f'{1:9999}'", "so large a width"),
         ("out_dir = '%99999d' % 1", "so large a width"),
         ("out_dir = '%*d' % (9, 1)", "so large a width"),
+        ("out_dir = '%((a)x)99999d' % {'(a)x': 1}", "refused"),
+        ("out_dir = f'{out_dir * 999}{out_dir * 999}' ; n_layer = 1", "4096 characters"),
         ("out_dir = '{:{}}'.format(1, 9)", "so large a width"),
         ("out_dir = '{0.__class__}'.format(1)", "plain fields"),
         ("out_dir = 'a' * 9999", "4096 characters"),
