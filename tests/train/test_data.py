@@ -14,6 +14,7 @@ import torch
 from train.corpora import dataset_folder
 from train.data import Dataset, Loader
 from train.errors import UserError
+from train.metapickle import check_pickle
 from train.prepare import PrepareConfig, prepare
 
 CHARS = [chr(ord("A") + i) for i in range(50)]
@@ -145,6 +146,11 @@ def test_refuses_other_pickles(tmp_path, monkeypatch, data):
         Dataset(tmp_path)
     assert "\n" not in str(caught.value)
     assert not Path("pickle-was-run").exists()
+
+
+def test_a_pickle_that_asks_for_all_memory_is_not_loaded():
+    with pytest.raises(ValueError, match="asks for more memory than it has bytes"):
+        check_pickle(b"\x80\x02}r\xff\xff\xff\x7f.")
 
 
 @pytest.mark.parametrize(
