@@ -9,7 +9,7 @@ import torch
 
 from tests.train.checkpoints import assert_same
 from tests.train.runs import CONSTANT, Stop, crash, iterations, last, logged, refusal, resume, run, send
-from train import errors
+from train import checkpoint, errors
 
 N = 7  # not a multiple of the intervals
 STATE = ("model", "optimizer", "iter_num", "best_val_loss")
@@ -46,6 +46,7 @@ def test_a_new_run_starts_from_ones_own_weights(tmp_path, monkeypatch, named):
     assert {float(entry["step"]) for entry in new["optimizer"]["state"].values()} == {2.0}
     assert iterations(tmp_path / "more", "eval")[0] == 0  # judged anew
     assert last(tmp_path / "out")["iter_num"] == N
+    assert checkpoint.for_new_run(tmp_path / "out" / "ckpt.pt")["best_val_loss"] == 1e9
 
 
 def test_nanogpts_run_goes_on_with_its_settings_but_on_this_machine(tmp_path):
