@@ -26,6 +26,7 @@ from typing import Any
 from train.checkpoint import set_aside
 from train.config import TrainConfig
 from train.errors import UserError, safe, shown
+from train.files import open_regular
 
 METRICS = "metrics.jsonl"
 
@@ -157,11 +158,13 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
     forgotten, and what it did twice counts the last time. Raises OSError when the file cannot be read.
     """
     records: dict[tuple[str, int], Record] = {}
-    for line in Path(path).read_bytes().splitlines():
+    with open_regular(Path(path)) as file:
+        lines = file.read().splitlines()
+    for line in lines:
         try:
             record = json.loads(line)
             key = str(record["kind"]), int(record["iter"])
-        except (ValueError, TypeError, KeyError, OverflowError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             continue
         if record["kind"] == "run":
             last = key[1] if record.get("resumed") else -1

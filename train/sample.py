@@ -117,7 +117,7 @@ def read_prompt(start: str, tokenizer: Tokenizer) -> str:
     """`start`, or with a `FILE:` in front the text of that file, read as a corpus is. Raises UserError."""
     if not start.startswith("FILE:"):
         return start
-    paths = [Path(start.removeprefix("FILE:")).expanduser()]
+    paths = [Path(os.path.expanduser(start.removeprefix("FILE:")))]
     try:
         if tokenizer.name == "byte":
             return b"".join(read_bytes(paths)).decode("utf-8", "surrogateescape")
