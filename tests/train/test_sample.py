@@ -120,7 +120,7 @@ def test_the_prompt_that_a_message_suggests_works(tmp_path, monkeypatch, capsys,
         samples(capsys, f"--start={start}")
     argument = str(caught.value)[str(caught.value).index("--start=") :]
     shell = subprocess.run(["bash", "-c", f"printf %s {argument}"], capture_output=True, check=True)
-    assert len(samples(capsys, shell.stdout.decode())) == 2
+    assert len(samples(capsys, shell.stdout.decode(), "--max_new_tokens=1", "--dtype=float32")) == 2
 
 
 def test_a_sample_does_nothing_to_the_terminal(tmp_path, monkeypatch, capsys):
