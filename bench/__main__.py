@@ -22,7 +22,8 @@ from bench.results import WRONG, Failure, Results, Tests
 from bench.rules import Budget
 from bench.tables import summary
 from bench.variants import DEFAULTS, WORKLOADS, variants
-from train.errors import UserError, first_line, run
+from train.errors import UserError, first_line, run, shown
+from train.files import check_output
 from train.hardware import resolve_device, resolve_dtype, use_device
 from train.settings import command_line, setting
 
@@ -39,10 +40,10 @@ class BenchConfig:
     minutes: float = setting(8.0, "how long all of it may take", low=0.1)
     parts: str = setting(",".join(PARTS), "which parts, separated by commas")
     workloads: str = setting("", f"which steps, separated by commas: {', '.join(WORKLOADS)}; empty: by device")
-    nanogpt_dir: str = setting("", "folder of a nanoGPT checkout (its model.py), to be measured beside ours")
+    nanogpt_dir: str = setting("", "folder of a nanoGPT checkout (its model.py), to be measured beside ours", path=True)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", "of our matmuls", choices=("auto", "float32", "bfloat16", "float16"))
-    out: str = setting("", "the results file; empty: bench/results/<device>-<date>.json")
+    out: str = setting("", "the results file; empty: bench/results/<device>-<date>.json", path=True)
 
 
 class Bench:
@@ -106,7 +107,7 @@ def chosen(setting: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
     """Split names at commas. UserError for an unknown name."""
     names = tuple(text.split(","))
     if unknown := [name for name in names if name not in known]:
-        raise UserError(f"{setting}: got {unknown[0]!r}, expected some of: {', '.join(known)}")
+        raise UserError(f"{setting}: got {shown(unknown[0])}, expected some of: {', '.join(known)}")
     return names
 
 
@@ -162,11 +163,40 @@ def main() -> int:
     bench = Bench(config, device, dtype)
     name = "-".join(bench.results.device.name.lower().split()).replace("/", "-")
     path = Path(config.out or Path("bench", "results", f"{name}-{bench.results.date[:10]}.json"))
-    status = measure(bench, parts, lambda found: results.write(path, found))
+    check_writable(path)
+    stored = True
+
+    def write(found: Results) -> None:
+        nonlocal stored
+        stored = store(path, found, bench.tell)
+
+    status = measure(bench, parts, write)
     bench.bar.close()
     print(summary(bench.results))
+    if not stored:  # nothing that was measured is lost
+        print(results.encoded(bench.results).decode())
+        return status or 1
     print(f"written to {path}" + ("" if bench.results.complete else ", which is not complete"))
     return status
+
+
+def check_writable(path: Path) -> None:
+    """UserError where results cannot be written to `path`. It makes the folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_output(path)
+    except OSError as error:
+        raise UserError(f"out: {path} cannot be written: {error.strerror}") from None
+
+
+def store(path: Path, found: Results, tell: Callable[[str], None]) -> bool:
+    """Write the results; whether that was possible. `tell` says why not."""
+    try:
+        results.write(path, found)
+    except OSError as error:
+        tell(f"out: {path} cannot be written: {error.strerror or error}")
+        return False
+    return True
 
 
 if __name__ == "__main__":

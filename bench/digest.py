@@ -18,6 +18,7 @@ from bench.results import Kernel, Results, Shape, Step
 from bench.variants import WORKLOADS, Workload
 from model.flops import flops_per_token
 from model.work import floor, step_work
+from train.errors import one_line
 from train.hardware import CARDS, lookup
 from train.metrics import mfu
 
@@ -181,6 +182,11 @@ class Run:
     suffix: str = ""  # for names of files; unique
 
     @property
+    def file(self) -> str:
+        """The name of the file, as a report may show it."""
+        return one_line(self.path.name)
+
+    @property
     def device(self) -> str:
         name, threads = short_name(self.results.device.name), self.results.device.threads
         return f"{name}, {threads} thread{'s' * (threads != 1)}" if threads else name
@@ -197,7 +203,7 @@ class Run:
     def source(self) -> str:
         """File, device, commit and day, for a caption."""
         state = "" if self.results.complete else ", a partial run"
-        return f"{self.path.name} ({self.device}, commit {self.commit}, {self.day}{state})"
+        return f"{self.file} ({self.device}, commit {self.commit}, {self.day}{state})"
 
     @cached_property
     def steps(self) -> list[Steps]:
@@ -222,11 +228,11 @@ def _fastest(rows: Iterable[Step]) -> Step | None:
 def in_order(runs: Iterable[Run]) -> list[Run]:
     """Each file once, GPUs before CPUs, then by device, date and file name. Labels and suffixes are filled in."""
     once = {run.path.resolve(): run for run in runs}.values()
-    ordered = sorted(once, key=lambda r: (r.results.device.type != "cuda", r.device, r.results.date, r.path.name))
+    ordered = sorted(once, key=lambda r: (r.results.device.type != "cuda", r.device, r.results.date, r.file))
     devices, names = [run.device for run in ordered], [slug(run.path.stem) for run in ordered]
     unique, found = len(set(names)) == len(names), []
     for i, (run, name) in enumerate(zip(ordered, names, strict=True)):
-        file = run.path.name if unique else run.path
+        file = run.file if unique else one_line(run.path)
         label = run.device if devices.count(run.device) == 1 else f"{run.device}, {file}"
         found.append(replace(run, label=label, suffix=name if unique else f"{i}-{name}"))
     return found

@@ -17,7 +17,7 @@ from bench.digest import Estimate, Run, Steps, estimates, in_order
 from bench.pictures import NARROW, WIDE, Picture
 from bench.tables import NONE, Table
 from train import errors
-from train.errors import UserError
+from train.errors import UserError, one_line
 from train.files import making_folder, replacing
 from train.plot import FONT, SCHEME, picture, printable, svg_style
 from train.settings import command_line, setting
@@ -28,7 +28,7 @@ TITLE = "Model FLOPs utilisation, device by device"
 
 @dataclass(frozen=True)
 class ReportConfig:
-    out: str = setting("report", "folder to write: report.md, report.html, and the pictures as SVG and PNG")
+    out: str = setting("report", "folder to write: report.md, report.html, and the pictures as SVG and PNG", path=True)
     compare: bool = setting(False, "compare two files, or the files of two commits, and print the verdicts instead")
 
 
@@ -54,7 +54,7 @@ def sections(runs: Sequence[Run], guesses: Sequence[Estimate]) -> list[Section]:
         Section("Training steps", tables=list(map(tables.steps, measured))),
         Section("Kernels", _present(map(pictures.kernels, runs)), _present(map(tables.kernels, runs))),
         Section("Where the numbers come from", tables=[tables.files(runs)]),
-        Section("What is missing", lists=[(r.path.name, lines) for r in runs if (lines := tables.missing(r))]),
+        Section("What is missing", lists=[(r.file, lines) for r in runs if (lines := tables.missing(r))]),
     ]
     return [section for section in made if section.pictures or section.tables or section.lists]
 
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         print(compare.report(runs))
         return bad
     write(Path(config.out), runs)
-    print(f"{_count(len(runs), 'results file')}: {Path(config.out, 'report.html')}, report.md beside it")
+    print(f"{_count(len(runs), 'results file')}: {one_line(Path(config.out, 'report.html'))}, report.md beside it")
     return bad
 
 

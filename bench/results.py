@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -20,14 +20,18 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from model.config import GPTConfig
-from train.files import replacing
+from train.errors import one_line
+from train.files import read_regular, replacing
 from train.hardware import device_name, lookup, measure_bandwidth, measure_flops, peak_flops
 
 FORMAT, VERSION = "nanofuse-bench", 1
+MAX_BYTES = 1 << 28  # of a results file
 WRONG = "wrong: "  # a row's `skipped` begins with this if its check failed
 
 Positive = Annotated[float, Meta(gt=0)]
-Count = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=1, le=1 << 40)]
+Layers = Annotated[int, Meta(ge=1, le=1 << 16)]  # work is summed over them
+Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Machine(Struct, frozen=True):
@@ -73,13 +77,13 @@ class Kernel(Struct, frozen=True):
     """One case, shape and dtype, one direction, one variant: its samples, or why there are none."""
 
     case: str
-    shape: list[int]
+    shape: list[Count]
     dtype: str
     direction: str  # "forward", "backward", "both"
     variant: str  # "fused", "reference", "compiled", "liger", "flash_attn"
     seconds: list[Positive] = []
-    bytes: int | None = None  # least bytes that the operation must move
-    flops: int | None = None
+    bytes: Natural | None = None  # least bytes that the operation must move
+    flops: Natural | None = None
     skipped: str = ""  # why there are no samples
 
     @property
@@ -91,7 +95,7 @@ class Kernel(Struct, frozen=True):
 class Shape(Struct, frozen=True):
     """The shape of a training step."""
 
-    n_layer: Count
+    n_layer: Layers
     n_head: Count
     n_embd: Count
     block_size: Count
@@ -124,9 +128,9 @@ class Step(Struct, frozen=True):
     turn: Count = 1  # samples of one turn, before the next variant's turn
     # the round of the first sample, counted over the workload's groups; variants that do not fit into memory together
     # are measured in groups, one after the other, each with the reference
-    first_round: int = 0
-    host_seconds: list[float] = []  # until the call returned; the device may still be working
-    peak_memory: int | None = None  # bytes on the device; CUDA only
+    first_round: Natural = 0
+    host_seconds: list[Annotated[float, Meta(ge=0)]] = []  # until the call returned; the device may still be working
+    peak_memory: Natural | None = None  # bytes on the device; CUDA only
     losses: list[float | None] = []  # of the first steps, for the check; None: not a finite number
     skipped: str = ""
 
@@ -157,9 +161,9 @@ class Step(Struct, frozen=True):
 class Tests(Struct, frozen=True):
     """How many GPU tests passed, failed and were skipped."""
 
-    passed: int
-    failed: int
-    skipped: int
+    passed: Natural
+    failed: Natural
+    skipped: Natural
     failures: list[str] = []  # names of tests
 
 
@@ -205,27 +209,44 @@ def quantile(samples: Iterable[float], share: float) -> float:
     return ordered[round(share * (len(ordered) - 1))]
 
 
-def write(path: Path, results: Results) -> None:
-    """Write the whole file or nothing. ValueError for results that `read` would refuse."""
+def encoded(results: Results) -> bytes:
+    """The contents of the file. ValueError for results that `read` would refuse."""
     text = msgspec.json.encode(results)
     msgspec.json.decode(text, type=Results)
+    return msgspec.json.format(text, indent=1)
+
+
+def write(path: Path, results: Results) -> None:
+    """Write the whole file or nothing. ValueError for results that `read` would refuse; OSError."""
+    text = encoded(results)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        file.write(msgspec.json.format(text, indent=1))
+        file.write(text)
 
 
 def read(path: Path) -> Results:
-    """The results in a file. If they cannot be read: ValueError, one line that names the file and the field."""
+    """The results in a file; control characters in its words are escaped. If they cannot be read: ValueError, one line
+    that names the file and the field."""
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path, MAX_BYTES)
         header = msgspec.json.decode(raw, type=Header)
         if (header.format, header.version) != (FORMAT, VERSION):
-            raise ValueError(f"got format {header.format!r}, version {header.version}")
-        return msgspec.json.decode(raw, type=Results)
+            raise ValueError(f"got format {header.format[:80]!r}, version {header.version}")
+        return msgspec.convert(_printable(msgspec.to_builtins(msgspec.json.decode(raw, type=Results))), Results)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # msgspec's errors are ValueErrors
-        raise ValueError(f"{path}: is no results file of {FORMAT}, version {VERSION}: {error}") from error
+        raise ValueError(one_line(f"{path}: cannot be read: {error.strerror}")) from error
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        message = f"{path}: is no results file of {FORMAT}, version {VERSION}: {error}"
+        raise ValueError(one_line(message)) from error
+
+
+def _printable(value: Any) -> Any:
+    """The same, with every text on one line that a terminal does not act upon."""
+    if isinstance(value, str):
+        return one_line(value)
+    if isinstance(value, dict):
+        return {key: _printable(each) for key, each in value.items()}
+    return [_printable(each) for each in value] if isinstance(value, list) else value
 
 
 # Where the numbers come from

@@ -193,7 +193,7 @@ def files(runs: Sequence[Run]) -> Table:
     for run in runs:
         found, software = run.results, run.results.software
         cells = {
-            "file": run.path.name,
+            "file": run.file,
             "device": run.device,
             "commit": run.commit,
             "date": run.day,

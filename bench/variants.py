@@ -8,10 +8,11 @@ import dataclasses
 import gc
 import importlib.util
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,14 +24,15 @@ from bench.rules import only_compiled
 from kernels import REFERENCE, Ops, select
 from model import GPT, GPTConfig, Precision
 from model.flops import num_params
+from model.groups import param_groups
 from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
 from train.compile import compile_module
 from train.data import Batch
 from train.distributed import World
 from train.dryrun import Job, dry_run
-from train.errors import UserError
+from train.errors import UserError, shown
 from train.graph import GraphedStep
-from train.optim import FlatAdamW, param_groups
+from train.optim import FlatAdamW
 from train.step import TrainStep
 
 
@@ -151,8 +153,8 @@ def _plain(setting: Setting) -> Trained:
 def nanogpt(folder: str, *, compile: bool, float32: bool) -> Variant:
     """A nanoGPT checkout's model and optimizer. Its files are not changed. UserError if `folder` has no model.py."""
     path = Path(folder, "model.py")
-    if not path.is_file():
-        raise UserError(f"nanogpt_dir: got {folder!r}, expected a nanoGPT checkout, with its model.py")
+    if not os.path.isfile(path):
+        raise UserError(f"nanogpt_dir: got {shown(folder)}, expected a nanoGPT checkout, with its model.py")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     theirs = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = theirs  # its dataclass looks for its module there
@@ -197,7 +199,7 @@ def ours(
             weight_decay=setting.weight_decay,
             several=workload.accumulation > 1,
         )
-        module = only_compiled(model, compile_module) if compile else model
+        module = only_compiled(model, partial(compile_module, device=device)) if compile else model
         step = TrainStep(module, optimizer, grad_clip=setting.grad_clip)
         if graphed:
             step = GraphedStep(step, (workload.accumulation, workload.batch_size, workload.config.block_size))

@@ -36,8 +36,12 @@ from torch import Tensor, nn
 from kernels import REFERENCE, Grads, Ops
 from model.attention import KVCache, causal_attention
 from model.config import GPTConfig
+from model.flops import flops_per_token
 from model.generate import generate
+from model.groups import param_groups
 from model.recompute import recompute_block, recompute_mlp
+
+A100_FLOPS = 312e12  # a second, bfloat16, of which nanoGPT estimates the MFU
 
 
 @dataclass(frozen=True)
@@ -260,6 +264,31 @@ class GPT(nn.Module):
             raise ValueError(f"block_size: got {block_size}, expected at most the model's {self.config.block_size}")
         self.config = dataclasses.replace(self.config, block_size=block_size)
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+
+    @classmethod
+    def from_pretrained(cls, model_type: str, override_args: dict[str, float] | None = None) -> "GPT":
+        """One of OpenAI's models by name, or a folder of `model.safetensors`; only `dropout` may be overridden, as in
+        nanoGPT. Raises as `model.pretrained.load_gpt2`, and ValueError for another override."""
+        from model.pretrained import load_gpt2  # imported here, because it imports this file
+
+        options = override_args or {}
+        if unknown := options.keys() - {"dropout"}:
+            raise ValueError(f"override_args: got {', '.join(sorted(unknown))}, expected dropout or nothing")
+        return load_gpt2(model_type, **options)
+
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> torch.optim.AdamW:
+        """torch's AdamW: tensors of two or more dimensions decay, the others do not. It is fused on "cuda". (`python -m
+        train` has its own, `train/optim.py`.)"""
+        groups = param_groups(self, weight_decay)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type == "cuda")
+
+    def estimate_mfu(self, fwdbwd_per_iter: int, dt: float) -> float:
+        """Model FLOPs utilisation, from 0 to 1, of an A100's 312 TFLOP/s in bfloat16, as in nanoGPT. fwdbwd_per_iter:
+        sequences in an iteration. dt: its seconds."""
+        flops = flops_per_token(self.config) * self.config.block_size * fwdbwd_per_iter
+        return flops / dt / A100_FLOPS
 
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:

@@ -17,7 +17,7 @@ and then get the tensors. So the weights are in memory once, and nothing is init
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 MASKS = (".attn.bias", ".attn.masked_bias")
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}  # Hugging Face's names -> ours
+FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' dtypes that are weights; people halve their files
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MAX_CONFIG = 1 << 20  # bytes of a config.json
+MAX_SIZE = 1 << 31  # of a dimension
 SHAPE = {  # our field -> config.json's
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
@@ -85,11 +89,19 @@ def _open(
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = {key: _our_name(key) for key in file.keys() if not key.endswith(MASKS)}  # noqa: SIM118
-            shapes = {name: tuple(file.get_slice(key).get_shape()) for key, name in names.items()}
+            shapes = {}
+            for key, name in names.items():
+                part = file.get_slice(key)
+                if part.get_dtype() not in FLOATS:
+                    raise ValueError(
+                        f"{path}: {name} is {part.get_dtype()}, expected one of {', '.join(sorted(FLOATS))}"
+                    )
+                shapes[name] = tuple(part.get_shape())
             settings = _read_config(config_path) if config_path else _infer_config(shapes, path)
             if gelu is not None:
                 settings["gelu"] = gelu
             config = GPTConfig(**settings, dropout=dropout)
+            _check_size(shapes, config, path)
             _check(shapes, {name: _transposed(name, shape) for name, shape in _shapes(config).items()}, path)
             yield file, path, names, config
     except safetensors.SafetensorError as error:
@@ -99,22 +111,25 @@ def _open(
 def from_checkpoint(
     checkpoint: Mapping[str, Any], ops: Ops = REFERENCE, *, dropout: float | None = None, **options: Any
 ) -> GPT:
-    """The GPT of a checkpoint from `train.checkpoint.load`, ours or nanoGPT's. It shares the checkpoint's memory.
+    """The GPT of a checkpoint from `train.checkpoint.load`, ours or nanoGPT's. It shares the memory of float32 weights;
+    weights of other floating dtypes are converted.
 
     Reads `model_args`, `model` and, if present, `nanofuse["gelu"]`. dropout: None takes the checkpoint's. options: as
-    for `load_gpt2`. Raises ValueError if shape and tensors do not agree.
+    for `load_gpt2`. Raises ValueError if shape and tensors do not agree, and for tensors that are no weights.
     """
     config = GPTConfig(**checkpoint["model_args"], gelu=checkpoint.get("nanofuse", {}).get("gelu", "erf"))
     if dropout is not None:
         config = dataclasses.replace(config, dropout=dropout)
-    return _assemble(config, checkpoint["model"], "model", ops, options)
+    state = checkpoint["model"]
+    _check_size({name: tuple(tensor.shape) for name, tensor in state.items()}, config, "model")
+    return _assemble(config, {name: _weights(tensor, name) for name, tensor in state.items()}, "model", ops, options)
 
 
 def export_gpt2(model: GPT, folder: str | os.PathLike[str]) -> Path:
     """Write `model` into `folder` for `transformers`' GPT2LMHeadModel.from_pretrained; returns `folder`.
 
     Weights are float32. Biases that the model lacks are written as zeros, because the layout always has them. A padded
-    vocabulary keeps its size. Each file is replaced in one step, the weights first, so no file is ever half written.
+    vocabulary keeps its size. `train.export` calls this on a temporary folder, so that no file is ever half written.
     """
     folder, config, save_file = Path(folder), model.config, _safetensors().torch.save_file
     tensors = {name: tensor.to("cpu", torch.float32) for name, tensor in model.state_dict().items() if name != HEAD}
@@ -136,29 +151,26 @@ def export_gpt2(model: GPT, folder: str | os.PathLike[str]) -> Path:
         "dtype": "float32",
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(
-        folder / CONFIG,
-        lambda path: path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8"),
-    )
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
 def _locate(source: str | os.PathLike[str]) -> tuple[Path, Path | None]:
     """The safetensors file that `source` names, downloaded if necessary, and the config.json beside it, if any."""
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / WEIGHTS
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise FileNotFoundError(f"{path.parent}: no {WEIGHTS} in this folder")
-    if not path.is_file():
+    if not os.path.isfile(path):
         if str(source) not in GPT2_SIZES:
             names = ", ".join(GPT2_SIZES)
             raise FileNotFoundError(f"{source}: no such file or folder, and not one of {names}")
         path = _download(str(source), WEIGHTS)
         return path, _download(str(source), CONFIG)
     config = path.with_name(CONFIG)
-    return path, config if config.is_file() else None
+    return path, config if os.path.lexists(config) else None
 
 
 def _download(name: str, file: str) -> Path:
@@ -187,11 +199,16 @@ def _safetensors() -> Any:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """GPTConfig's fields from a Hugging Face config.json. ValueError for a model that ours does not support."""
+    if not os.path.isfile(path) or path.stat().st_size > MAX_CONFIG:
+        raise ValueError(f"{path}: not the config.json of a GPT-2 (no regular file of at most {MAX_CONFIG:,} bytes)")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        shape = {ours: int(found[theirs]) for ours, theirs in SHAPE.items()}
-    except (ValueError, KeyError, TypeError) as error:
+        shape = {ours: found[theirs] for ours, theirs in SHAPE.items()}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not the config.json of a GPT-2 ({type(error).__name__}: {error})") from None
+    for ours, value in shape.items():
+        if type(value) is not int or not 1 <= value < MAX_SIZE:
+            raise ValueError(f"{path}: not the config.json of a GPT-2 ({SHAPE[ours]}: got {str(value)[:40]})")
     only = {
         "model_type": ("gpt2",),
         "activation_function": tuple(GELUS),
@@ -204,7 +221,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     }
     for key, allowed in only.items():
         if key in found and found[key] not in allowed:
-            raise ValueError(f"{path}: {key}: got {found[key]!r}, expected {' or '.join(map(repr, allowed))}")
+            raise ValueError(f"{path}: {key}: got {found[key]!r:.80}, expected {' or '.join(map(repr, allowed))}")
     return {**shape, "bias": True, "gelu": GELUS[found.get("activation_function", "gelu_new")]}
 
 
@@ -240,6 +257,32 @@ def _read_tensor(file: Any, key: str, name: str) -> Tensor:
     return tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
+def _weights(tensor: Tensor, name: str) -> Tensor:
+    """A tensor of a checkpoint in float32: itself, or converted. ValueError for one that holds no weights."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.dtype not in FLOAT_DTYPES:
+        what = "no values" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
+        raise ValueError(f"model: {name} has {what}, expected float32, float16, bfloat16 or float64")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"model: {name} has more elements than values")
+    return tensor.to(torch.float32)
+
+
+def _check_size(found: Mapping[str, tuple[int, ...]], config: GPTConfig, where: object) -> None:
+    """ValueError where `config` is larger than the tensors: before a model is built for it, even without memory."""
+    embeddings = {EMBEDDING: config.vocab_size, "transformer.wpe.weight": config.block_size}
+    _check(
+        {name: found[name] for name in embeddings if name in found},
+        {name: (rows, config.n_embd) for name, rows in embeddings.items()},
+        where,
+    )
+    blocks = len({name.split(".")[2] for name in found if name.startswith("transformer.h.")})
+    if config.n_layer > blocks:
+        raise ValueError(
+            f"{where}: transformer.h.{blocks} is missing: "
+            f"n_layer is {config.n_layer}, the tensors are of {blocks} blocks"
+        )
+
+
 def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
@@ -271,23 +314,3 @@ def _check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[in
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{where}: {'; '.join(wrong[:3])}{more}")
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`. When its bytes are on the disk, rename it to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from train.config import TrainConfig, choose_base, compose, parse
+from train.config import TrainConfig, choose_base, compose, notes, parse
 from train.errors import UserError, ending, run
 
 if __name__ == "__main__":  # --help and wrong settings end here: importing torch takes seconds
@@ -36,26 +36,31 @@ def main() -> int:
     absent = bool(parsed.settings.get("rehearse"))  # a rehearsal: all is checked, nothing is trained
     device = None if absent else resolve_device(str(parsed.settings.get("device", TrainConfig.device)))
     checkpoint = stored = None
-    if parsed.settings.get("init_from") == "resume":
+    init_from = str(parsed.settings.get("init_from", TrainConfig.init_from))
+    if init_from == "resume":
         out_dir = str(parsed.settings.get("out_dir", TrainConfig.out_dir))
         checkpoint = checkpoints.load(Path(out_dir) / "ckpt.pt")
         stored = {**checkpoint["config"], "out_dir": out_dir}
         if not checkpoint["nanofuse"]:  # nanoGPT's: it holds values for the machine that wrote it
             for name in ("device", "dtype", "backend"):
                 stored.pop(name, None)
+    elif path := checkpoints.named(init_from):
+        checkpoint = checkpoints.for_new_run(path)
     base = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
     config = compose(parsed, base.settings)
     world = world_from_environment()
+    say = print if world.master else lambda text: None
+    for note in notes(parsed, config):
+        say(note)
     if absent:
         from train.rehearse import rehearse  # imported here: only a rehearsal needs it
 
-        say = print if world.master else lambda text: None
         why = " over ".join([*reversed(parsed.sources), base.why])
         return rehearse(config, set(parsed.settings), why, checkpoint, world, say)
     device = use_device(local_device(resolve_device(config.device), world))
     with process_group(world, config.backend, device):
         plan = decide(config, set(parsed.settings), base.why, checkpoint, world, device)
-        state, resumed = make_state(plan, checkpoint), checkpoint is not None
+        state, resumed = make_state(plan, checkpoint), init_from == "resume"
         del checkpoint, stored  # frees as much memory as the model and the optimizer take
         status = train(state, resumed=resumed)
     if world.size > 1:

@@ -39,11 +39,13 @@ from typing import BinaryIO
 
 import torch
 
-from train.errors import UserError, first_line
-from train.files import staging_folder, sync, sync_folder
+from train.errors import UserError, first_line, shown
+from train.files import open_regular, staging_folder, sync, sync_folder
+from train.metapickle import check_pickle
 
 KEYS = ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "config")
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+OURS = {"gelu": str, "tokenizer": dict, "scaler": dict, "stale_evals": int, "judged_at": int}  # in "nanofuse"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter, beside its count of steps
 
 _WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module)\.)+")  # torch.compile's and DDP's
@@ -98,6 +100,27 @@ def load(path: Path) -> dict:
     raise UserError(problem + _offer(path))
 
 
+def named(init_from: str) -> Path | None:
+    """The checkpoint that `init_from` names by its path or its folder's; None where it names something else."""
+    path = Path(init_from)
+    if os.path.isfile(path / _NAME) and not os.path.isfile(path / "model.safetensors"):
+        return path / _NAME
+    return path if path.suffix == ".pt" and os.path.isfile(path) else None
+
+
+def for_new_run(path: Path) -> dict:
+    """The checkpoint at `path` as a new run begins from it: its weights, without moments and progress."""
+    checkpoint = load(path)
+    ours = {key: value for key, value in checkpoint["nanofuse"].items() if key in ("gelu", "tokenizer")}
+    return {
+        **checkpoint,
+        "optimizer": {**checkpoint["optimizer"], "state": {}},
+        "iter_num": 0,
+        "best_val_loss": 1e9,
+        "nanofuse": {**ours, "judged_at": -1},
+    }
+
+
 def set_aside(out_dir: Path) -> Path | None:
     """Move an earlier run's checkpoints, metrics and curve into a new folder `out_dir/earlier-<date>-<time>`.
 
@@ -125,9 +148,9 @@ def set_aside(out_dir: Path) -> Path | None:
 
 def _read(path: Path) -> dict:
     """The checkpoint at `path`. OSError where it cannot be opened, ValueError where it is not a whole one."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError("is a folder, not a checkpoint")
-    with path.open("rb") as file:  # once: a save may replace the name between the check and the load
+    with open_regular(path) as file:  # once: a save may replace the name between the check and the load
         _verify(file)
         file.seek(0)
         try:
@@ -154,7 +177,14 @@ def _verify(file: BinaryIO) -> None:
         raise ValueError(f"is not a checkpoint: {length} bytes, but not the zip archive that torch.save writes")
     try:
         with zipfile.ZipFile(file) as archive:
+            length = file.seek(0, os.SEEK_END)
+            for member in archive.infolist():
+                if member.compress_type != zipfile.ZIP_STORED or member.file_size > length:
+                    raise ValueError(f"its member {member.filename} is packed, which torch.save never does")
             damaged = archive.testzip()
+            for member in archive.infolist():
+                if damaged is None and member.filename.endswith("/data.pkl"):
+                    check_pickle(archive.read(member))
     except Exception as error:  # zipfile raises half a dozen kinds, depending on the field that is hit
         raise ValueError(f"is damaged ({first_line(error)})") from error
     if damaged is not None:
@@ -286,6 +316,9 @@ def unpack(raw: object) -> dict:
     ours = raw.get("nanofuse", {})
     if not isinstance(raw["config"], dict) or not isinstance(ours, dict):
         raise ValueError("its config or nanofuse is not a dict")
+    for key, kind in OURS.items():
+        if type(ours.get(key, kind())) is not kind:
+            raise ValueError(f"its {key} is {shown(ours[key])}, not a {kind.__name__}")
     return {
         "model": _model(raw["model"]),
         "optimizer": _optimizer(raw["optimizer"]),
@@ -370,7 +403,7 @@ def _model_args(raw: object) -> dict[str, int | float | bool]:
         if key == "dropout":
             fits = type(value) in (int, float) and 0 <= value <= 1
         if not fits:
-            raise ValueError(f"its {key} is {value!r}")
+            raise ValueError(f"its {key} is {shown(value)}")
     return {key: raw[key] for key in MODEL_ARGS}
 
 
@@ -379,8 +412,18 @@ def _moments(entry: object, param: torch.Tensor, index: int) -> dict[str, torch.
     if not isinstance(entry, dict) or not entry.keys() >= {"step", *MOMENTS}:
         raise UserError(f"{saved} no step, {' and '.join(MOMENTS)}: it is not an AdamW's")
     for key in MOMENTS:
-        if entry[key].shape != param.shape:
-            raise UserError(f"{saved} the shape {list(entry[key].shape)}, this model {list(param.shape)}")
+        moment = entry[key]
+        if not (isinstance(moment, torch.Tensor) and moment.is_floating_point() and moment.layout == torch.strided):
+            raise UserError(f"{saved} {shown(moment)} as {key}, expected a tensor of floats")
+        if moment.shape != param.shape:
+            raise UserError(f"{saved} the shape {list(moment.shape)}, this model {list(param.shape)}")
+        if moment.is_meta or moment.numel() * moment.element_size() > moment.untyped_storage().nbytes():
+            raise UserError(f"{saved} {key} without all its values")
     # A number or a tensor, as the AdamW of the file had it; load_state_dict moves it where this one wants it.
-    step = torch.tensor(float(entry["step"]), dtype=torch.float32)
+    step = entry["step"]
+    if isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_meta:
+        step = step.item()
+    if type(step) not in (int, float) or not 0 <= step < 1e15:
+        raise UserError(f"{saved} {shown(step)} as step, expected a count of steps")
+    step = torch.tensor(float(step), dtype=torch.float32)
     return {"step": step, **{key: entry[key] for key in MOMENTS}}

@@ -30,22 +30,24 @@ ABOUT = "Train a GPT. With nothing else: the default job, which needs no network
 class TrainConfig:
     """Primitive values only: a checkpoint stores them as a dict and loads them with `weights_only=True`."""
 
-    out_dir: str = setting("out", "folder of the checkpoint, metrics.jsonl and the loss curve", group="I/O")
+    out_dir: str = setting("out", "folder of the checkpoint, metrics.jsonl and the loss curve", group="I/O", path=True)
     eval_interval: int = setting(2000, "iterations between evaluations", low=1)
     log_interval: int = setting(1, "iterations between console lines", low=1)
     eval_iters: int = setting(200, "batches of each split in an evaluation", low=1)
     eval_only: bool = setting(False, "evaluate once and stop")
     always_save_checkpoint: bool = setting(True, "save after every evaluation, not only after the best so far")
     keep_checkpoints: int = setting(2, "checkpoints kept, the newest included", low=1)
-    init_from: str = setting("scratch", "scratch, resume, gpt2*, or a path to model.safetensors or its folder")
-    bpe_dir: str = setting("", "folder of GPT-2's vocab.bpe and encoder.json, for a machine without network")
+    init_from: str = setting(
+        "scratch", "scratch, resume, gpt2*, or a path to model.safetensors or ckpt.pt or the folder of one", path=True
+    )
+    bpe_dir: str = setting("", "folder of GPT-2's encoder.json, for a machine without network", path=True)
 
     wandb_log: bool = setting(False, "log to Weights & Biases", group="wandb, TensorBoard")
     wandb_project: str = setting("owt", "Weights & Biases project")
     wandb_run_name: str = setting("gpt2", "Weights & Biases run name")
     tensorboard_log: bool = setting(False, "log to TensorBoard, under out_dir")
 
-    dataset: str = setting("openwebtext", "folder under data/, or an absolute path", group="data")
+    dataset: str = setting("openwebtext", "folder under data/, or an absolute path", group="data", path=True)
     gradient_accumulation_steps: int = setting(1, "micro-batches in a step, over all ranks together", low=1)
     batch_size: int = setting(12, "sequences in a micro-batch", low=1)
     block_size: int = setting(1024, "tokens in a sequence", low=1)
@@ -107,21 +109,28 @@ class TrainConfig:
 def validate(config: TrainConfig) -> None:
     """UserError for a value that no machine and no data could make work.
 
-    min_lr above learning_rate is allowed, as in nanoGPT: the schedule is defined, it rises. So is
-    warmup_iters equal to lr_decay_iters: a schedule without a cosine.
+    min_lr above learning_rate is allowed, as in nanoGPT: the schedule is defined, it rises. So is warmup_iters of
+    lr_decay_iters or more: a schedule without a cosine.
     """
     check_values(config)
     if config.n_embd % config.n_head:
         raise UserError(f"n_embd: got {config.n_embd}, expected a multiple of n_head ({config.n_head})")
-    if config.decay_lr and config.warmup_iters > config.lr_decay_iters:
-        raise UserError(
-            f"warmup_iters: got {config.warmup_iters}, expected at most lr_decay_iters ({config.lr_decay_iters})"
-        )
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device, re.ASCII):
         raise UserError(f"device: got {shown(config.device)}, expected auto, cpu, cuda, cuda:N or mps")
     for name in ("out_dir", "dataset", "init_from"):
         if not getattr(config, name):
             raise UserError(f"{name}: got '', expected a name")
+
+
+def notes(parsed: Parsed, config: TrainConfig) -> list[str]:
+    """Lines for the user about settings that do less than they seem to."""
+    lines = list(parsed.notes)
+    if config.decay_lr and config.warmup_iters > config.lr_decay_iters:
+        lines.append(
+            f"warmup_iters: {config.warmup_iters} is more than lr_decay_iters ({config.lr_decay_iters}): the rate "
+            f"rises for {config.warmup_iters} steps, then it is min_lr, without a cosine, as in nanoGPT"
+        )
+    return lines
 
 
 def parse(argv: list[str]) -> Parsed:

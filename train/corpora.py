@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import itertools
 import os
+import shlex
 import sysconfig
 import urllib.error
 import urllib.request
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError, first_line
-from train.files import replacing
+from train.files import open_regular, replacing
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -109,9 +110,15 @@ def _parts(text: str, seen: set[str]) -> Iterator[str]:
 
 def fetch_shakespeare(path: Path) -> None:
     """Have TinyShakespeare at `path`: download it, unless it is there. UserError for another file in its place."""
-    if not path.exists():
+    if not os.path.lexists(path):
         download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
-    elif (digest := hashlib.sha256(path.read_bytes()).hexdigest()) != SHAKESPEARE_SHA256:
+        return
+    try:
+        with open_regular(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if digest != SHAKESPEARE_SHA256:
         raise UserError(f"{path}: sha256 is {digest}, expected {SHAKESPEARE_SHA256}; delete it to have it downloaded")
 
 
@@ -157,3 +164,20 @@ CORPORA = {
     "shakespeare": Corpus("gpt2", fetch_shakespeare),  # TinyShakespeare, by GPT-2's tokens
     "openwebtext": Corpus("gpt2", None),  # 8 million web pages, by GPT-2's tokens; 54 GB of cache
 }
+
+
+def dataset_folder(name: str) -> Path:
+    """The folder of a dataset: data/<name>. A name that begins with data/, or an absolute one, is the folder itself."""
+    path = Path(name)
+    named = path.is_absolute() or (path.parts[:1] == ("data",) and len(path.parts) > 1)
+    return path if named else Path("data") / path
+
+
+def how_to_make(folder: Path) -> str:
+    """The command that makes the dataset in `folder`. FILE ... stands for the user's text."""
+    name = folder.name if folder.parent == Path("data") else str(folder)
+    if name in CORPORA:
+        return f"python -m train.prepare {name}"
+    text = folder / "input.txt"
+    source = shlex.quote(str(text)) if os.path.isfile(text) else "FILE ..."
+    return f"python -m train.prepare {source} --dataset={shlex.quote(name)}"

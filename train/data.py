@@ -1,8 +1,8 @@
 """A prepared dataset, and the batches drawn from it.
 
-train.bin and val.bin are flat little-endian arrays of token ids; meta.json describes them. nanoGPT's folders are
-read as they are: with a meta.pkl, by an unpickler that admits only dicts, strings and ints; without any meta, as
-GPT-2 BPE in uint16.
+train.bin and val.bin are flat little-endian arrays of token ids; meta.json describes them, and has their checksums.
+nanoGPT's folders are read as they are: with a meta.pkl, by an unpickler that runs nothing (`metapickle.py`); without
+any meta, as GPT-2 BPE in uint16.
 
 A batch is a function of (seed, step, rank) and of nothing else: there is no position in the data to save, and
 a resumed run continues with the batches it would have had. The start offsets of a step are one draw without
@@ -16,8 +16,10 @@ call from a second thread would invalidate a graph capture that happens to be un
 import json
 import math
 import mmap
-import pickle
+import os
+import random
 import time
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +28,20 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import torch
 
-from train.errors import UserError
+from train.corpora import CORPORA, how_to_make
+from train.errors import UserError, shown
+from train.files import open_regular, read_regular
+from train.metapickle import read_meta_pickle
+from train.settings import nearest
 from train.text import GPT2_TOKENS, Tokenizer, from_meta, padded_vocab_size
 
 Split = Literal["train", "val"]
 
 FULL_SCAN_BYTES = 256 << 20  # files up to this size are checked whole before the first step
 SCAN_TOKENS = 4 << 20  # tokens looked at together in such a check
+CHECK_SECONDS = 0.5  # how long a run compares its files with their checksums
+MAX_META = 64 << 20  # bytes of a meta.json or meta.pkl
+MAX_VOCAB = 1 << 32  # ids are uint32 at most
 # Small steps are gathered many at a time: waking the thread costs more than filling 12 x 64 tokens.
 RUN_BYTES = 1 << 20
 MAX_RUN = 16
@@ -48,18 +57,20 @@ class Dataset:
         n_vocab: ids in the files are below this.
         vocab_size: what a new model should be given; n_vocab, or GPT-2's padded to a multiple of 64.
 
-    Raises UserError where a file is missing, empty, of a size that is no whole number of tokens, or where
-    meta is malformed.
+    Raises UserError where a file is missing, empty, of a size that is no whole number of tokens, of another length than
+    meta says, or where meta is malformed.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.meta = _read_meta(self.folder)
+        self._checksums = self.meta.pop("checksums", None)
+        self.meta.pop("sources", None)  # for `train.prepare`
         self.n_vocab: int = self.meta["vocab_size"]
         self.vocab_size = padded_vocab_size(self.n_vocab) if self.meta.get("tokenizer") == "gpt2" else self.n_vocab
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-        self.train = _open_tokens(self.folder / "train.bin", dtype)
-        self.val = _open_tokens(self.folder / "val.bin", dtype)
+        self.train = _open_tokens(self.folder / "train.bin", dtype, self.meta.get("train_tokens"))
+        self.val = _open_tokens(self.folder / "val.bin", dtype, self.meta.get("val_tokens"))
 
     def split(self, name: Split) -> np.memmap:
         return self.train if name == "train" else self.val
@@ -81,17 +92,45 @@ class Dataset:
                 )
 
     def check(self, block_size: int, vocab_size: int | None = None) -> None:
-        """Raise UserError where a split is too short for `block_size` or holds an id of `vocab_size` or more.
+        """Raise UserError where a split is too short for `block_size` or holds an id of `vocab_size` or more, or where
+        a file is not the one that its checksums are of, as far as half a second shows.
 
-        Files over 256 MB are not read for this: the loader checks every batch that it draws.
+        Files over 256 MB are not searched for such ids: the loader checks every batch that it draws.
         """
         self.check_length(block_size)
+        self.check_whole(vocab_size, FULL_SCAN_BYTES)
+        self.check_sums(CHECK_SECONDS)
+
+    def check_whole(self, vocab_size: int | None = None, most: int | None = None) -> None:
+        """Raise UserError where a split, of at most `most` bytes, holds an id of `vocab_size` or more."""
         limit = self.vocab_size if vocab_size is None else vocab_size
         for name in ("train", "val"):
             tokens = np.asarray(self.split(name))
-            if tokens.nbytes <= FULL_SCAN_BYTES:
+            if most is None or tokens.nbytes <= most:
                 for start in range(0, len(tokens), SCAN_TOKENS):
                     self.check_ids(name, tokens[start : start + SCAN_TOKENS], start, limit)
+
+    def check_sums(self, seconds: float = float("inf")) -> bool:
+        """Compare the files with their checksums, in any order, for so many seconds. Whether meta has checksums.
+
+        Raises UserError for a difference.
+        """
+        if self._checksums is None:
+            return False
+        size, end = self._checksums["bytes"], time.monotonic() + seconds
+        parts = [(name, i) for name in ("train", "val") for i in range(len(self._checksums[name]))]
+        random.Random().shuffle(parts)  # the next run sees other parts
+        for name, i in parts:
+            with open_regular(self.path(name)) as file:
+                file.seek(i * size)
+                if zlib.crc32(file.read(size)) != self._checksums[name][i]:
+                    raise UserError(
+                        f"{self.path(name)}: damaged, or another file: it has not the checksum that meta.json has of "
+                        f"bytes {i * size:,} to {(i + 1) * size:,}; make it anew with: {how_to_make(self.folder)}"
+                    )
+            if time.monotonic() > end:
+                break
+        return True
 
     def check_ids(self, split: Split, ids: np.ndarray, start: int, limit: int) -> None:
         """Raise UserError where one of `ids`, the split's from position `start` on, is `limit` or more."""
@@ -102,58 +141,82 @@ class Dataset:
             )
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Dicts, strings and ints need no class to be looked up by name; whatever does is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}; only dicts, strings and ints are read")
-
-
 def _read_meta(folder: Path) -> dict[str, Any]:
     """meta.json, else nanoGPT's meta.pkl, else GPT-2 BPE: completed and checked."""
-    if not (folder / "train.bin").is_file():
-        what = "no train.bin" if folder.is_dir() else "no such dataset"
-        raise UserError(f"{folder}: {what}; make it with: python -m train.prepare {folder.name}")
-    path = folder / "meta.json"
+    if not os.path.isfile(folder / "train.bin"):
+        what = "no train.bin" if os.path.isdir(folder) else f"no such dataset{_similar(folder)}"
+        raise UserError(f"{folder}: {what}; make it with: {how_to_make(folder)}")
     meta: Any = {"vocab_size": GPT2_TOKENS, "tokenizer": "gpt2"}
+    path = next((folder / name for name in ("meta.json", "meta.pkl") if os.path.lexists(folder / name)), folder)
     try:
-        if path.is_file():
-            meta = json.loads(path.read_text("utf-8"))
-        elif (path := folder / "meta.pkl").is_file():
-            with path.open("rb") as file:
-                meta = _from_pickle(_PlainUnpickler(file).load())
-        vocab_size = meta["vocab_size"]
-        if type(vocab_size) is not int or vocab_size < 1:
-            raise ValueError(f"vocab_size is {vocab_size!r}, expected a positive int")
-        dtype = meta.setdefault("dtype", "uint16" if vocab_size <= 1 << 16 else "uint32")
-        if dtype not in ("uint16", "uint32"):
-            raise ValueError(f"dtype is {dtype!r}, expected uint16 or uint32")
-    except KeyError as error:
-        raise UserError(f"{path}: no {error.args[0]!r} in it") from None
-    except Exception as error:  # an unpickler fed with garbage raises almost anything
+        if path.name == "meta.json":
+            meta = json.loads(read_regular(path, MAX_META))
+        elif path.name == "meta.pkl":
+            meta = read_meta_pickle(read_regular(path, MAX_META))
+        return _checked_meta(meta)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read: nested too deeply") from None
+    except (ValueError, UserError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def _checked_meta(meta: Any) -> dict[str, Any]:
+    """The meta of a dataset, with its dtype. ValueError or UserError where a field is not what it should be."""
+    if not isinstance(meta, dict):
+        raise ValueError(f"it is {shown(meta)}, expected an object with a vocab_size")
+    if "vocab_size" not in meta:
+        raise ValueError("no 'vocab_size' in it")
+    vocab_size = meta["vocab_size"]
+    if type(vocab_size) is not int or not 1 <= vocab_size <= MAX_VOCAB:
+        raise ValueError(f"vocab_size is {shown(vocab_size)}, expected a positive int of at most {MAX_VOCAB:,}")
+    dtype = meta.setdefault("dtype", "uint16" if vocab_size <= 1 << 16 else "uint32")
+    if dtype not in ("uint16", "uint32"):
+        raise ValueError(f"dtype is {shown(dtype)}, expected uint16 or uint32")
+    for name in ("train_tokens", "val_tokens"):
+        if name in meta and (type(meta[name]) is not int or meta[name] < 1):
+            raise ValueError(f"{name} is {shown(meta[name])}, expected a positive int")
+    sums = meta.get("checksums")
+    if sums is not None and not (
+        isinstance(sums, dict)
+        and type(sums.get("bytes")) is int
+        and 1 <= sums["bytes"] <= 1 << 30
+        and all(isinstance(sums.get(name), list) for name in ("train", "val"))
+    ):
+        raise ValueError(f"checksums is {shown(sums)}, expected those that train.prepare writes")
+    if meta.get("tokenizer") == "char":
+        from_meta(meta)
     return meta
 
 
-def _from_pickle(meta: Any) -> dict[str, Any]:
-    """nanoGPT's {vocab_size, itos, stoi} in the form of meta.json. nanoGPT writes uint16, nothing else."""
-    found = {"vocab_size": meta["vocab_size"], "dtype": "uint16"}
-    if "itos" in meta:
-        chars = [meta["itos"][i] for i in range(meta["vocab_size"])]
-        if not all(isinstance(char, str) for char in chars):
-            raise ValueError("expected strings in itos")
-        found |= {"tokenizer": "char", "chars": chars}
-    return found
-
-
-def _open_tokens(path: Path, dtype: np.dtype) -> np.memmap:
+def _similar(folder: Path) -> str:
+    """` (did you mean X?)` for a dataset of a similar name, or nothing."""
     try:
-        size = path.stat().st_size
-        if size == 0 or size % dtype.itemsize:
-            raise UserError(f"{path}: {size:,} bytes, expected a positive multiple of {dtype.itemsize} ({dtype.name})")
-        tokens = np.memmap(path, dtype=dtype, mode="r")
+        there = [entry.name for entry in os.scandir(folder.parent) if entry.is_dir()]
+    except OSError:
+        there = []
+    return "" if folder.name in CORPORA else nearest(folder.name, [*there, *CORPORA])
+
+
+def _open_tokens(path: Path, dtype: np.dtype, expected: int | None) -> np.memmap:
+    """The tokens of a file. expected: how many meta says that there are, None where it does not say."""
+    again = how_to_make(path.parent)
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0 or size % dtype.itemsize:
+                raise UserError(
+                    f"{path}: {size:,} bytes, expected a positive multiple of {dtype.itemsize} ({dtype.name})"
+                )
+            if expected is not None and size != expected * dtype.itemsize:
+                raise UserError(
+                    f"{path}: {size // dtype.itemsize:,} tokens, but meta.json says {expected:,}: it was cut short, or "
+                    f"is another file; make it anew with: {again}"
+                )
+            tokens = np.memmap(file, dtype=dtype, mode="r")
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; make it with: python -m train.prepare {path.parent.name}") from None
+        raise UserError(f"{path}: missing; make it with: {again}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if size > FULL_SCAN_BYTES and hasattr(mmap, "MADV_RANDOM"):

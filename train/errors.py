@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -13,6 +14,9 @@ class UserError(Exception):
 
     status = 2
 
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
 
 class RunError(UserError):
     """A run that cannot go on, though its input was good: a loss that is not finite."""
@@ -20,14 +24,50 @@ class RunError(UserError):
     status = 1
 
 
+MAX_SHOWN = 80  # characters of one value in a message
+MAX_LINE = 1000  # characters of a whole message
+
+
+def shown(value: object) -> str:
+    """repr for a one-line message: never long, and never the ValueError that a huge integer's repr raises."""
+    try:
+        text = value if isinstance(value, str) and len(value) > 4 * MAX_SHOWN else repr(value)
+    except ValueError:
+        assert isinstance(value, int)
+        return f"an integer of {value.bit_length()} bits"
+    except RecursionError:
+        return f"a {type(value).__name__}, nested too deeply to be shown"
+    if text is value:  # a long one is cut before it is escaped
+        text = repr(value[: 4 * MAX_SHOWN])
+    return printable(text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "...")
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal would act upon escaped: control characters, line ends, lone surrogates."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def safe(text: str) -> str:
+    """`text` of several lines as a terminal may show it: only line ends and tabs act, other control characters are
+    escaped."""
+    return "".join(printable(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
+def one_line(message: object) -> str:
+    """What is said to a user, whoever wrote the words in it: one line, escaped, the middle of a long one left out."""
+    text = printable(str(message).strip())
+    return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
+
+
 def first_line(error: object) -> str:
-    """The first line that `error` says, or the name of its type where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line that `error` says, escaped, or the name of its type where it says nothing."""
+    return one_line(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
 
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """What ends the body early, a UserError, Ctrl-C or a closed pipe, ends the program: one line, an exit status."""
+    """What ends the body early, an error of the user's or the system's, Ctrl-C or a closed pipe, ends the program: one
+    line, an exit status."""
     try:
         yield
     except KeyboardInterrupt:
@@ -35,11 +75,13 @@ def ending() -> Iterator[None]:
     except BrokenPipeError:  # `| head` has read enough; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a name too long, a folder that may not be searched, a full disk
+        named = isinstance(error, OSError) and error.filename
+        said = f"{error.filename}: {error.strerror}" if named else error
         # in one write: print's two, text and newline, mix when several ranks fail at once and stderr is unbuffered
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(said)}\n")
         sys.stderr.flush()
-        sys.exit(error.status)
+        sys.exit(error.status if isinstance(error, UserError) else UserError.status)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -1,10 +1,12 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files of others, read with care."""
 
 import errno
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,13 +17,74 @@ from train.errors import UserError
 _CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # what some network file systems say
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading. OSError for anything else: a pipe would wait for ever, a device has no end."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a regular file. OSError for anything else, and for more than `most` bytes."""
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
+    return data
+
+
+def check_output(path: Path) -> None:
+    """OSError unless `path` is a regular file or nothing, in a folder that can be written: it may be replaced."""
+    folder = path.parent
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if not stat.S_ISREG(mode):
+        what = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link"}.get(stat.S_IFMT(mode), "a device or a pipe")
+        raise OSError(errno.EINVAL, f"it is {what}, expected a regular file or nothing", str(path))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        found = errno.EACCES if os.path.isdir(folder) else errno.ENOENT
+        raise OSError(found, os.strerror(found), str(folder))
+
+
+class Checksums:
+    """CRC-32 of every `size` bytes of what `add` is given, one piece after the other."""
+
+    def __init__(self, size: int = 1 << 24) -> None:
+        self.size, self._whole, self._last, self._length = size, [], 0, 0
+
+    def add(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        while len(view):
+            part = view[: self.size - self._length % self.size]
+            self._last = zlib.crc32(part, self._last)
+            self._length += len(part)
+            if self._length % self.size == 0:
+                self._whole.append(self._last)
+                self._last = 0
+            view = view[len(part) :]
+
+    @property
+    def values(self) -> list[int]:
+        return self._whole + [self._last] * (self._length % self.size > 0)
+
+
 @contextmanager
 def making_folder(folder: Path) -> Iterator[None]:
     """Make `folder` and its parents; where the body fails, those that were made and are empty go again.
 
     An OSError, of making it or of the body, becomes a UserError: `folder` cannot be written.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
@@ -64,7 +127,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; synced to disk, it becomes `path` when the body ends, nothing where the body fails."""
+    """A file to write; synced to disk, it becomes `path` when the body ends, nothing where the body fails.
+
+    OSError where `path` is no regular file, or where it cannot be written."""
+    check_output(path)
     with staging_folder(path.parent) as staging:
         with open(staging / path.name, "wb") as file:
             yield file
@@ -76,8 +142,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def replace_together(staging: Path, folder: Path, names: tuple[str, ...]) -> None:
     """Move the files `names` from `staging` into `folder`; of those that staging lacks, folder's are deleted.
 
-    names[0] is gone first and there last: whoever looks for it finds the old files, none, or the new ones.
+    names[0] is gone first and there last: whoever looks for it finds the old files, none, or the new ones. OSError
+    before anything is moved where one of them is no regular file.
     """
+    for name in names:
+        check_output(folder / name)
     (folder / names[0]).unlink(missing_ok=True)
     for name in (*names[1:], names[0]):
         if (staging / name).exists():

@@ -25,7 +25,8 @@ from typing import Any
 
 from train.checkpoint import set_aside
 from train.config import TrainConfig
-from train.errors import UserError
+from train.errors import UserError, safe, shown
+from train.files import open_regular
 
 METRICS = "metrics.jsonl"
 
@@ -34,7 +35,7 @@ Record = dict[str, Any]
 
 def say(line: str) -> None:
     """Print one line, seen at once through a pipe too."""
-    print(line, flush=True)
+    print(safe(line), flush=True)
 
 
 class RunLog:
@@ -141,10 +142,13 @@ def check_sinks(config: TrainConfig) -> None:
     """UserError where a RunLog would fail for want of a package or of a folder to write to. Writes nothing."""
     _import_sinks(config)
     out_dir = Path(config.out_dir)
-    folder = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    try:
+        folder = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long, a parent that may not be searched
+        raise UserError(f"out_dir: got {shown(config.out_dir)}: {error.strerror}") from None
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         what = "cannot be written" if folder.is_dir() else "is no folder"
-        raise UserError(f"out_dir: got {config.out_dir!r}, expected a folder that can be written; {folder} {what}")
+        raise UserError(f"out_dir: got {shown(config.out_dir)}, expected a folder that can be written; {folder} {what}")
 
 
 def read_metrics(path: str | os.PathLike) -> list[Record]:
@@ -154,11 +158,13 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
     forgotten, and what it did twice counts the last time. Raises OSError when the file cannot be read.
     """
     records: dict[tuple[str, int], Record] = {}
-    for line in Path(path).read_bytes().splitlines():
+    with open_regular(Path(path)) as file:
+        lines = file.read().splitlines()
+    for line in lines:
         try:
             record = json.loads(line)
             key = str(record["kind"]), int(record["iter"])
-        except (ValueError, TypeError, KeyError, OverflowError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             continue
         if record["kind"] == "run":
             last = key[1] if record.get("resumed") else -1

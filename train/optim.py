@@ -3,24 +3,13 @@
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels import Ops
 from model import GPT
+from model.groups import param_groups
 from train.distributed import World
 from train.flat import FlatState
-
-
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: tensors of 2 or more dimensions (matmul weights, embeddings) decay; biases and LayerNorms do not.
-
-    Each group has the order of named_parameters, so that optimizer states of nanoGPT's checkpoints fit.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
 
 
 class Optimizer(Protocol):

@@ -22,6 +22,7 @@ from model.pretrained import from_checkpoint, gpt2_shape
 from train.checkpoint import MODEL_ARGS
 from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
 from train.config import TrainConfig
+from train.corpora import dataset_folder
 from train.data import Dataset
 from train.distributed import World
 from train.errors import UserError
@@ -131,8 +132,8 @@ def check_together(config: TrainConfig, world: World, device: str, dtype: torch.
 
 def open_dataset(name: str, world: World) -> Dataset:
     """The dataset in data/<name> or in an absolute path. `docs` is made if it is missing; this needs no network."""
-    folder = Path("data") / name
-    if name == "docs":
+    folder = dataset_folder(name)
+    if folder == Path("data", "docs"):
         if world.local_rank == 0:  # one process per machine
             ensure_docs(folder)
         world.barrier()

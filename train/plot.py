@@ -87,8 +87,8 @@ def picture(figure: "Figure", suffix: str, title: str) -> bytes:
 
 @dataclass(frozen=True)
 class PlotConfig:
-    out_dir: str = setting("out", "folder of the run, where none is named before the settings")
-    out: str = setting("", "picture to write; empty: loss.png beside the run")
+    out_dir: str = setting("out", "folder of the run, where none is named before the settings", path=True)
+    out: str = setting("", "picture to write; empty: loss.png beside the run", path=True)
 
 
 def plot_run(out_dir: str | os.PathLike) -> Path | None:

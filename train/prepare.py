@@ -2,13 +2,15 @@
 
 A corpus of any size passes through memory a megabyte at a time, twice. The first pass checks that it is UTF-8,
 counts its characters and collects the alphabet. The second one encodes it: characters by a table lookup in
-numpy, GPT-2's BPE on all cores.
+numpy, GPT-2's BPE on all cores. Between two documents GPT-2's tokenizer puts its end-of-text token; the others know
+none, and take the documents as one text.
 """
 
 import hashlib
 import json
 import os
 import pickle
+import shlex
 import signal
 import sys
 import time
@@ -21,11 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from train.corpora import CORPORA, openwebtext
-from train.errors import UserError, run
-from train.files import making_folder, replace_together, staging_folder, sync
-from train.settings import command_line, nearest, setting, shown
+from train.corpora import CORPORA, dataset_folder, openwebtext
+from train.errors import UserError, run, shown
+from train.files import Checksums, making_folder, read_regular, replace_together, staging_folder, sync
+from train.settings import command_line, nearest, setting
 from train.text import (
+    END_OF_TEXT,
     GPT2_TOKENS,
     NAMES,
     ByteTokenizer,
@@ -39,10 +42,12 @@ from train.text import (
 )
 
 ABOUT = f"""Writes data/DATASET/train.bin, val.bin and meta.json. NAME is one of {", ".join(CORPORA)};
-or name text files, to be taken one after the other. Then: python -m train --dataset=DATASET"""
+or name text files, .jsonl files, or folders of them, to be taken one after the other; they may be gzip's.
+Then: python -m train --dataset=DATASET"""
 
 FILES = ("train.bin", "val.bin", "meta.json", "meta.pkl")
 DOCUMENTS = 500  # encoded together
+DEFAULT_BLOCK_SIZE = 256  # the longest sequence of the default jobs, docs and docs_cpu
 LINE = "{percentage:3.0f}%, {rate_fmt}, {remaining} left\n"  # of progress, where there is no terminal
 
 
@@ -51,9 +56,12 @@ class PrepareConfig:
     """The settings of `python -m train.prepare`."""
 
     tokenizer: str = setting("auto", "auto: gpt2 for shakespeare and openwebtext, else char", choices=("auto", *NAMES))
-    dataset: str = setting("", "folder in data/, or an absolute path; if empty, the name of the corpus or first file")
+    dataset: str = setting(
+        "", "folder in data/, or an absolute path; if empty, the name of the corpus or first file", path=True
+    )
     val_fraction: float = setting(0.1, "the last part of the text, for validation", low=1e-9, below=1)
-    bpe_dir: str = setting("", "folder of GPT-2's encoder.json, for a machine without network")
+    bpe_dir: str = setting("", "folder of GPT-2's encoder.json, for a machine without network", path=True)
+    check: str = setting("", "read all of this dataset and compare it with its checksums; make nothing", path=True)
 
 
 def main() -> None:
@@ -61,23 +69,45 @@ def main() -> None:
     program, usage = "python -m train.prepare", "NAME | FILE ..."
     config, sources = command_line(PrepareConfig, None, program, ABOUT, positional=usage)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files go
+    if config.check:
+        if sources:
+            raise UserError(f"check: got {shown(sources[0])} too, expected nothing but the dataset to check")
+        print(check(config.check))
+        return
     start = time.monotonic()
     dataset, meta = prepare(sources, config)
     if sources == ["docs"]:
         print(docs_line(meta))
     for name in ("train", "val"):
-        print(f"{Path('data') / dataset / name}.bin: {meta[f'{name}_tokens']:,} tokens")
+        print(f"{dataset_folder(dataset) / name}.bin: {meta[f'{name}_tokens']:,} tokens")
     print(f"vocabulary: {meta['vocab_size']:,} ({meta['tokenizer']}); text sha256 {meta['sha256']}")
-    print(f"{time.monotonic() - start:.1f} s; train on it with: python -m train --dataset={dataset}")
+    print(f"{time.monotonic() - start:.1f} s; train on it with: {how_to_train(dataset, meta)}")
+
+
+def how_to_train(dataset: str, meta: Mapping[str, Any]) -> str:
+    """The command that trains on a dataset. The default job's sequences must fit into its smaller part."""
+    command, tokens = f"python -m train --dataset={shlex.quote(dataset)}", min(meta["train_tokens"], meta["val_tokens"])
+    return command if tokens > DEFAULT_BLOCK_SIZE else f"{command} --block_size={min(tokens - 1, 64)}"
+
+
+def check(name: str) -> str:
+    """Compare a dataset with its meta and checksums; returns a line on it. Raises UserError for any difference."""
+    from train.data import Dataset  # imported here: torch takes seconds
+
+    dataset = Dataset(dataset_folder(name))
+    dataset.check_whole()
+    whole = f"{dataset.folder}: whole, {len(dataset.train):,} and {len(dataset.val):,} tokens below {dataset.n_vocab:,}"
+    return whole if dataset.check_sums() else f"{whole}; there are no checksums in its meta to compare the files with"
 
 
 def prepare(sources: list[str], config: PrepareConfig) -> tuple[str, dict[str, Any]]:
     """Prepare one corpus by name, or the files. Returns the dataset's name and meta. Raises UserError."""
     name = sources[0] if len(sources) == 1 and sources[0] in CORPORA else ""
-    if not name:
-        _check_files(sources, config.dataset)
-    dataset = config.dataset or name or Path(sources[0]).stem
-    folder = Path("data") / dataset
+    files = [] if name else text_files(sources)
+    dataset = config.dataset or name or default_name(Path(sources[0]))
+    folder = dataset_folder(dataset)
+    if not name and not config.dataset:
+        _check_replaces(folder, dataset, files)
     tokenizer = config.tokenizer
     if tokenizer == "auto":
         tokenizer = CORPORA[name].tokenizer if name else "char"
@@ -88,36 +118,90 @@ def prepare(sources: list[str], config: PrepareConfig) -> tuple[str, dict[str, A
         return dataset, write_openwebtext(folder, config.bpe_dir)
     if name:
         return dataset, write_corpus(folder, name, tokenizer, **options)
-    return dataset, write_dataset(folder, [Path(source) for source in sources], tokenizer, **options)
+    return dataset, write_dataset(folder, files, tokenizer, **options)
 
 
-def _check_files(sources: list[str], dataset: str) -> None:
+def text_files(sources: list[str]) -> list[Path]:
+    """The files that `sources` names, those in folders in the order of their names. Raises UserError."""
     names = ", ".join(CORPORA)
     if not sources:
         raise UserError(f"nothing to prepare: expected a name ({names}) or text files")
+    files: list[Path] = []
     for source in sources:
         path = Path(source)
-        if path.is_file():
-            continue
-        if path.exists():
-            raise UserError(f"{shown(source)}: not a regular file, expected a text file")
-        if len(sources) == 1 and path.name == source and not path.suffix:
+        if os.path.isfile(path):
+            files.append(path)
+        elif os.path.isdir(path):
+            inside = sorted(file for file in _below(path) if os.path.isfile(file))
+            if not inside:
+                raise UserError(f"{shown(source)}: no files in this folder, expected text files")
+            files.extend(inside)
+        elif os.path.lexists(path):
+            raise UserError(f"{shown(source)}: not a regular file or a folder, expected a text file")
+        elif len(sources) == 1 and path.name == source and not path.suffix:
             raise UserError(
                 f"{shown(source)}: no such corpus or file{nearest(source, CORPORA) or f', expected one of {names}'}"
             )
-        raise UserError(f"{shown(source)}: no such file")
-    if not dataset and (stem := Path(sources[0]).stem) in CORPORA:
-        raise UserError(f"dataset: {stem} is the name of a corpus, expected another: --dataset=NAME")
+        else:
+            raise UserError(f"{shown(source)}: no such file")
+    return files
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files below a folder. Names that begin with a dot are left out."""
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"{shown(error.filename)}: cannot be read: {error.strerror}")
+
+    for where, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(where, name) for name in names if not name.startswith("."))
+
+
+def default_name(source: Path) -> str:
+    """What a dataset of this file or folder is called: by the file, or for one in data/NAME by NAME."""
+    if source.parts[:1] == ("data",) and len(source.parts) > 2:
+        name = source.parts[1]
+    else:
+        name = os.path.basename(os.path.abspath(source))
+        name = name if source.is_dir() else Path(name.removesuffix(".gz")).stem
+    if not name or name in CORPORA:
+        what = f"{name} is the name of a corpus" if name else f"{shown(str(source))} gives it no name"
+        raise UserError(f"dataset: {what}, expected another: --dataset=NAME")
+    return name
+
+
+def _check_replaces(folder: Path, dataset: str, files: Sequence[Path]) -> None:
+    """UserError where `folder` holds a dataset of other files, whose name the user did not write."""
+    if not any(os.path.lexists(folder / name) for name in FILES):
+        return
+    try:
+        meta = json.loads(read_regular(folder / "meta.json", 64 << 20))
+        if meta["sources"] == sources_of(files):
+            return
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass  # nanoGPT's, or an earlier version's
+    raise UserError(
+        f"dataset: {folder} holds a dataset of other files; to replace it, name it: --dataset={shlex.quote(dataset)}; "
+        "to keep it, choose another name: --dataset=NAME"
+    )
+
+
+def sources_of(files: Sequence[Path]) -> str:
+    """A digest of the files' names: it tells whether a dataset is of the same files, and names none of them."""
+    return hashlib.sha256(
+        "\0".join(str(path.resolve()) for path in files).encode("utf-8", "surrogateescape")
+    ).hexdigest()
 
 
 def ensure_docs(folder: Path, say: Callable[[str], None] = print) -> None:
     """Make the dataset `docs` in `folder` if it is missing, in seconds; say its size and sha256."""
     path = folder / "meta.json"
-    if not all((folder / name).is_file() for name in ("train.bin", "val.bin", "meta.json")):
+    if not all(os.path.isfile(folder / name) for name in ("train.bin", "val.bin", "meta.json")):
         write_corpus(folder, "docs", "char")
     try:
-        say(docs_line(json.loads(path.read_text("utf-8"))))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        say(docs_line(json.loads(read_regular(path, 64 << 20))))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); python -m train.prepare docs makes it anew") from None
 
 
@@ -131,9 +215,17 @@ def docs_line(meta: dict[str, Any]) -> str:
 def write_corpus(folder: Path, name: str, tokenizer: str, **options: Any) -> dict[str, Any]:
     """Fetch the text of a corpus into `folder`/input.txt and make the dataset of it. Options: write_dataset's."""
     path = folder / "input.txt"
+    if tokenizer == "gpt2":
+        GPT2Tokenizer(options.get("bpe_dir") or None)  # before anything is fetched for it
     with making_folder(folder):
+        there = os.path.lexists(path)
         CORPORA[name].fetch(path)
-        return write_dataset(folder, [path], tokenizer, **options)
+        try:
+            return write_dataset(folder, [path], tokenizer, **options)
+        except UserError:
+            if not there:
+                path.unlink(missing_ok=True)
+            raise
 
 
 def write_openwebtext(folder: Path, bpe_dir: str = "") -> dict[str, Any]:
@@ -168,16 +260,23 @@ def write_dataset(
     a part would hold fewer than 2 tokens.
     """
     named = ", ".join(map(str, paths))
-    size = sum(path.stat().st_size for path in paths)
+    size = sum(os.stat(path).st_size for path in paths)
     if size == 0:
         raise UserError(f"{named}: empty, expected text")
     coder = GPT2Tokenizer(bpe_dir or None) if tokenizer == "gpt2" else ByteTokenizer()
-    read = read_bytes if tokenizer == "byte" else read_text
     first, second = hashlib.sha256(), hashlib.sha256()
     with progress(2 * size, "B") as bar:
 
         def reading(digest: Any) -> Iterator[Any]:
-            return read(paths, lambda data: (bar.update(len(data)), digest.update(data)))
+            def see(data: bytes) -> None:
+                bar.update(len(data))
+                digest.update(data)
+
+            if tokenizer == "byte":
+                return read_bytes(paths, see)
+            if tokenizer == "gpt2":
+                return whole_words(read_text(paths, see, END_OF_TEXT))
+            return read_text(paths, see)
 
         length, alphabet = 0, np.zeros(0x110000, dtype=bool)
         for piece in reading(first):
@@ -192,19 +291,26 @@ def write_dataset(
                 raise UserError(f"{named}: changed while being read; run again")
             return first.hexdigest()
 
-        train, val = split_at(reading(second), int(length * (1 - val_fraction)))
-        return write_tokens(folder, coder, {"train": encode(coder, train), "val": encode(coder, val)}, sha256)
+        whole = END_OF_TEXT if tokenizer == "gpt2" else ""
+        train, val = split_at(reading(second), int(length * (1 - val_fraction)), whole)
+        splits = {"train": encode(coder, train), "val": encode(coder, val)}
+        return write_tokens(folder, coder, splits, sha256, sources=sources_of(paths))
 
 
 def write_tokens(
-    folder: Path, tokenizer: Tokenizer, splits: Mapping[str, Iterable[np.ndarray]], sha256: Callable[[], str]
+    folder: Path,
+    tokenizer: Tokenizer,
+    splits: Mapping[str, Iterable[np.ndarray]],
+    sha256: Callable[[], str],
+    **facts: Any,
 ) -> dict[str, Any]:
-    """Write train.bin, val.bin and meta from arrays of ids, "train" first; `sha256` is called last.
+    """Write train.bin, val.bin and meta from arrays of ids, "train" first; `sha256` is called last. facts: more for
+    meta.json.
 
     Returns the meta. Raises UserError, and leaves `folder` as it was, where a split has fewer than 2 tokens.
     """
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
-    meta = tokenizer.meta() | {"dtype": dtype.name}
+    meta, sums = tokenizer.meta() | {"dtype": dtype.name} | facts, {name: Checksums() for name in ("train", "val")}
     with making_folder(folder), staging_folder(folder) as staging:
 
         def write(name: str, pieces: Iterable[Any]) -> int:
@@ -214,12 +320,19 @@ def write_tokens(
                 return file.tell()
 
         for name in ("train", "val"):
-            pieces = (np.ascontiguousarray(ids, dtype=dtype) for ids in splits[name])
-            count = write(f"{name}.bin", pieces) // dtype.itemsize
+
+            def pieces(sum: Checksums, ids: Iterable[np.ndarray]) -> Iterator[memoryview]:
+                for piece in ids:
+                    data = memoryview(np.ascontiguousarray(piece, dtype=dtype)).cast("B")
+                    sum.add(data)
+                    yield data
+
+            count = write(f"{name}.bin", pieces(sums[name], splits[name])) // dtype.itemsize
             if count < 2:
                 raise UserError(f"too little text: the {name} part has {count} tokens, expected 2 or more")
             meta[f"{name}_tokens"] = count
         meta["sha256"] = sha256()
+        meta["checksums"] = {"bytes": sums["train"].size, **{name: sum.values for name, sum in sums.items()}}
         write("meta.json", [json.dumps(meta).encode()])
         if isinstance(tokenizer, CharTokenizer):  # nanoGPT's own form, for its scripts
             itos = dict(enumerate(tokenizer.chars))
@@ -230,9 +343,9 @@ def write_tokens(
 
 
 def encode(tokenizer: Tokenizer, pieces: Iterable[Any]) -> Iterator[np.ndarray]:
-    """Pieces of text (bytes for "byte") to arrays of their ids."""
+    """Pieces of text (bytes for "byte", whole words for "gpt2") to arrays of their ids."""
     if isinstance(tokenizer, GPT2Tokenizer):
-        return in_order(tokenizer.encode_ordinary, whole_words(pieces))
+        return in_order(tokenizer.encode_documents, pieces)
     if isinstance(tokenizer, CharTokenizer):
         table = np.zeros(0x110000, dtype=np.uint32 if tokenizer.n_vocab > 1 << 16 else np.uint16)
         table[_code_points("".join(tokenizer.chars))] = np.arange(tokenizer.n_vocab)

@@ -7,9 +7,9 @@ except Triton's own cache. The exit status is 0 if the run would start. Else it 
 setting to change.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import torch
 
@@ -18,7 +18,7 @@ from model.flops import flops_per_token, num_params
 from model.work import floor, step_work
 from train.choices import has_fused_matmul
 from train.config import TrainConfig
-from train.corpora import CORPORA, docs_text
+from train.corpora import CORPORA, dataset_folder, docs_text, how_to_make
 from train.data import Dataset
 from train.distributed import World
 from train.dryrun import Call, DryRun, Job, dry_run
@@ -83,8 +83,8 @@ def rehearse(
 
 def _data(config: TrainConfig, say: Callable[[str], None]) -> tuple[Dataset | None, int]:
     """(the dataset, None if it is not prepared; a new model's vocabulary size, without a dataset an assumption)."""
-    folder = Path("data") / config.dataset
-    if (folder / "train.bin").is_file():
+    folder = dataset_folder(config.dataset)
+    if os.path.isfile(folder / "train.bin"):
         dataset = Dataset(folder)
         say(f"data: {folder}, {len(dataset.train):,} tokens to train on, a vocabulary of {dataset.vocab_size:,}")
         return dataset, dataset.vocab_size
@@ -94,7 +94,7 @@ def _data(config: TrainConfig, say: Callable[[str], None]) -> tuple[Dataset | No
         size = 65
     else:
         size = padded_vocab_size(GPT2_TOKENS)
-    how = "the run makes it" if config.dataset == "docs" else f"python -m train.prepare {config.dataset} makes it"
+    how = "the run makes it" if config.dataset == "docs" else f"{how_to_make(folder)} makes it"
     say(f"data: {folder} is not prepared yet: {how}; its vocabulary is taken to be {size:,}")
     return None, size
 

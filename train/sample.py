@@ -3,6 +3,8 @@
 import codecs
 import dataclasses
 import itertools
+import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,13 +16,14 @@ from torch import nn
 
 from model import GPT, Precision
 from model.generate import generate
-from model.pretrained import from_checkpoint, load_gpt2
+from model.pretrained import END_OF_TEXT, from_checkpoint, load_gpt2
 from train.checkpoint import load
+from train.corpora import dataset_folder
 from train.data import Dataset
-from train.errors import UserError, first_line, run
+from train.errors import UserError, first_line, printable, run, safe, shown
 from train.hardware import device_name, resolve_device, resolve_dtype
 from train.settings import command_line, setting
-from train.text import GPT2Tokenizer, Tokenizer, from_meta, read_text
+from train.text import CharTokenizer, GPT2Tokenizer, Tokenizer, from_meta, read_bytes, read_text
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,15 @@ class SampleConfig:
         "resume",
         "resume (the checkpoint in out_dir), gpt2*, or a path to model.safetensors or its folder",
         group="model",
+        path=True,
     )
-    out_dir: str = setting("out", "folder of the checkpoint")
-    bpe_dir: str = setting("", "folder of GPT-2's vocab.bpe and encoder.json, for a machine without network")
+    out_dir: str = setting("out", "folder of the checkpoint", path=True)
+    bpe_dir: str = setting("", "folder of GPT-2's encoder.json, for a machine without network", path=True)
 
     start: str = setting("\n", "the prompt, or FILE:prompt.txt", group="sampling")
     num_samples: int = setting(10, "samples to draw", low=1)
     max_new_tokens: int = setting(500, "tokens drawn for each", low=0)
+    end_of_text: bool = setting(False, "end a sample at the end-of-text token, with GPT-2's tokenizer")
     temperature: float = setting(0.8, "below 1 less random, above 1 more; 0: always the likeliest", low=0)
     top_k: int = setting(200, "draw from the k likeliest tokens; 0: from all", low=0)
     top_p: float = setting(1.0, "draw from the likeliest tokens that hold this probability; 1: from all", low=0)
@@ -77,8 +82,8 @@ def checkpoint_tokenizer(checkpoint: Mapping[str, Any], bpe_dir: str = "") -> To
     """The tokenizer of a loaded checkpoint: its own; for nanoGPT's, that of its dataset; else GPT-2's."""
     if "tokenizer" in checkpoint["nanofuse"]:
         return from_meta(checkpoint["nanofuse"]["tokenizer"], bpe_dir or None)
-    folder = Path("data", str(checkpoint["config"].get("dataset", "")))
-    if any((folder / name).is_file() for name in ("meta.json", "meta.pkl")):
+    folder = dataset_folder(str(checkpoint["config"].get("dataset", "")))
+    if any(os.path.lexists(folder / name) for name in ("meta.json", "meta.pkl")):
         return Dataset(folder).tokenizer(bpe_dir or None)
     return GPT2Tokenizer(bpe_dir or None)
 
@@ -108,15 +113,28 @@ def try_compile(model: GPT, device: torch.device) -> nn.Module:
     return compiled
 
 
-def read_prompt(start: str) -> str:
-    """`start`, or with a `FILE:` in front the text of that file. Raises UserError."""
+def read_prompt(start: str, tokenizer: Tokenizer) -> str:
+    """`start`, or with a `FILE:` in front the text of that file, read as a corpus is. Raises UserError."""
     if not start.startswith("FILE:"):
         return start
+    paths = [Path(os.path.expanduser(start.removeprefix("FILE:")))]
     try:
-        text = "".join(read_text([Path(start.removeprefix("FILE:"))]))
+        if tokenizer.name == "byte":
+            return b"".join(read_bytes(paths)).decode("utf-8", "surrogateescape")
+        return "".join(read_text(paths))
     except UserError as error:
         raise UserError(f"start: {error}") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")  # as nanoGPT reads it
+
+
+def example_start(tokenizer: Tokenizer) -> str:
+    """A prompt that `tokenizer` can encode, as a shell reads it."""
+    if tokenizer.name == "gpt2":
+        return "'<|endoftext|>'"
+    chars = tokenizer.chars if isinstance(tokenizer, CharTokenizer) else ("\n",)
+    start = "\n" if "\n" in chars else next((char for char in chars if char.isalnum()), chars[0])
+    if not start.isprintable():
+        return f"$'{printable(start)}'"
+    return shlex.quote(repr(start) if start in "'\"" else start)  # a quote begins a quoted value
 
 
 def sample_text(
@@ -127,30 +145,35 @@ def sample_text(
     config: only its group "sampling" counts. generator: on the model's device. Raises UserError at the call, where the
     prompt cannot be encoded or a number is out of range.
     """
+    hint = f"--start={example_start(tokenizer)}"
     try:
         ids = tokenizer.encode(config.start)
     except ValueError as error:
-        raise UserError(f"start: {error}") from error
+        raise UserError(f"start: {error}; for example {hint}") from error
     if not ids:
-        hint = "'<|endoftext|>'" if tokenizer.name == "gpt2" else "$'\\n'"
-        raise UserError(f"start: got {config.start!r}, expected at least one token to go on from: --start={hint}")
+        raise UserError(f"start: got {shown(config.start)}, expected at least one token to go on from: {hint}")
+    if config.end_of_text and tokenizer.name != "gpt2":
+        raise UserError(f"end_of_text: got True, but the tokenizer, {tokenizer.name}, has no end-of-text token")
     idx = torch.tensor([ids], device=model.lm_head.weight.device)
     draw = config.max_new_tokens, config.temperature, config.top_k or None, config.top_p
     try:
         tokens = generate(model, idx, *draw, n_vocab=tokenizer.n_vocab, generator=generator)
     except ValueError as error:
         raise UserError(str(error)) from error
-    drawn = itertools.chain([ids], ([int(token)] for token in tokens))  # int waits for the device
+    numbers = map(int, tokens)  # waits for the device
+    if config.end_of_text:
+        numbers = itertools.takewhile(lambda token: token != END_OF_TEXT, numbers)
+    drawn = itertools.chain([ids], ([token] for token in numbers))
     return codecs.iterdecode(map(tokenizer.decode_bytes, drawn), "utf-8", "replace")  # holds half a character back
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Samples go to stdout, what they were drawn from to stderr. Raises UserError."""
     config, _ = command_line(SampleConfig, argv, "python -m train.sample", "Draw samples from a trained model.")
-    config = dataclasses.replace(config, start=read_prompt(config.start))
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     model, tokenizer = load_model(config, dtype)
+    config = dataclasses.replace(config, start=read_prompt(config.start, tokenizer))
     to_inference(model, device)
     name = f"{config.out_dir}/ckpt.pt" if config.init_from == "resume" else config.init_from
     print(
@@ -163,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     generator = torch.Generator(device).manual_seed(config.seed)
     for _ in range(config.num_samples):
         for piece in sample_text(model, tokenizer, config, generator):
-            print(piece, end="", flush=True)
+            print(safe(piece), end="", flush=True)
         print("\n---------------")
 
 

@@ -14,42 +14,33 @@ nanoGPT's is, and the last mention wins:
 argparse cannot read this: it loses the order of options and config files, and takes the preset in
 `--compile gpt2` for the switch's value. Nothing here imports torch, so that --help is quick.
 
-A config file is nanoGPT's, a list of `name = value` lines. It is parsed, never run: a value may be a literal,
-arithmetic on literals, strings joined by `+`, and settings assigned further up in the same file. Anything else is
-refused with its line, so a config file from a stranger can do no more than set settings. Presets are such files.
+A config file is nanoGPT's, a list of `name = value` lines. It is parsed, never run. A value is an expression that
+`expressions.py` reads: of numbers and text, of names assigned further up, and of settings, which have the values that
+the command line gave them further left, or their defaults. A name that is no setting helps later lines; what only a
+fork of nanoGPT knows is noted and left out. Anything else is refused with its line, so a config file from a stranger
+can do no more than set settings. Presets are such files.
 """
 
 import ast
 import dataclasses
 import difflib
 import math
-import operator
+import os
 import sys
-import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError
+from train.errors import UserError, one_line, printable, shown
+from train.expressions import MODULES, Refused, evaluate
 
 Value = int | float | bool | str
 
 PRESETS = {path.stem: path for path in sorted(Path(__file__).parent.glob("configs/[!_]*.py"))}
 MAX_BYTES = 1 << 20  # a config file is a page long; this only bounds the parser's work
-MAX_TEXT = 4096  # bounds what `out_dir = out_dir + out_dir`, repeated, can cost; `typed` does it for numbers
-OPERATORS = {
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
+MISSPELLED = 0.85  # likeness to a setting from which on a name that nothing reads is taken for a slip
 
 
 def setting(
@@ -61,12 +52,15 @@ def setting(
     low: float | None = None,
     below: float | None = None,
     bare: str = "",
+    path: bool = False,
 ) -> Any:
     """A dataclass field; low <= value < below.
 
-    group: heads this field and those after it in `--help`. bare: the value of `--key` alone; empty: it needs one.
+    group: heads this field and those after it in `--help`. bare: the value of `--key` alone; empty: it needs one. path:
+    it names a file or a folder; a `~` in front is the home folder, which a shell does not see in `--key=~/x`.
     """
     metadata = {"help": help, "group": group, "choices": choices, "low": low, "below": below, "bare": bare}
+    metadata["path"] = path
     return field(default=default, metadata=metadata)
 
 
@@ -83,8 +77,10 @@ def lookup(settings: dict[str, Field], name: str) -> Field:
 
 
 def typed(setting: Field, value: Any) -> Value:
-    """`value` in the setting's type: an int becomes a float where one is due, anything else must match."""
+    """`value` in the setting's type: ints become floats and whole floats ints; anything else must match."""
     name, kind = setting.name, type(setting.default)
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)
     if kind is float and type(value) is int:
         try:
             return float(value)
@@ -96,7 +92,7 @@ def typed(setting: Field, value: Any) -> Value:
         raise UserError(f"{name}: got {shown(value)}, expected a whole number that fits 64 bits")
     if kind is str and "\0" in value:  # every path call would fail on it later, with a ValueError
         raise UserError(f"{name}: got {shown(value)}, expected text without a zero byte")
-    return value
+    return os.path.expanduser(value) if setting.metadata["path"] else value
 
 
 def check_values(config: Any) -> None:
@@ -114,19 +110,10 @@ def check_values(config: Any) -> None:
             raise UserError(f"{name}: got {value}, expected {' and '.join(bounds)}")
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """` (did you mean X?)` for the closest of `names`, or nothing when none is close."""
-    close = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=cutoff)
     return f" (did you mean {close[0]}?)" if close else ""
-
-
-def shown(value: Any) -> str:
-    """repr for a one-line message: never long, and never the ValueError that a huge integer's repr raises."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return f"an integer of {value.bit_length()} bits"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # The command line
@@ -138,6 +125,7 @@ class Parsed:
 
     settings: dict[str, Value] = field(default_factory=dict)  # only what was named; typed, not validated
     sources: list[str] = field(default_factory=list)  # presets and config files, or the command's own files, as named
+    notes: list[str] = field(default_factory=list)  # lines for the user: what config files hold that sets nothing
 
 
 def parse_settings(
@@ -162,7 +150,7 @@ def parse_settings(
             raise UserError(f"{shown(argument)}: settings are written --key=value, with two dashes")
         elif positional:
             if presets:
-                parsed.settings |= read_settings(argument, cls)
+                parsed.settings |= read_settings(argument, cls, parsed.settings, parsed.notes)
             parsed.sources.append(argument)
         else:
             raise UserError(f"{shown(argument)}: not a setting; settings are written --key=value")
@@ -240,23 +228,22 @@ def help_text(cls: type, prog: str, about: str, positional: str, presets: bool) 
 # Config files
 
 
-class _Refused(UserError):
-    def __init__(self, node: ast.AST, reason: str) -> None:
-        super().__init__(reason)
-        self.line = node.lineno
-
-
 def preset_summary(name: str) -> str:
     """The first line of a preset's docstring."""
     return (ast.get_docstring(ast.parse(PRESETS[name].read_bytes())) or "").partition("\n")[0]
 
 
-def read_settings(name: str, cls: type) -> dict[str, Value]:
-    """The settings of a preset, or else of the config file `name`; UserError with the nearest preset for neither."""
+def read_settings(
+    name: str, cls: type, above: Mapping[str, Value] | None = None, notes: list[str] | None = None
+) -> dict[str, Value]:
+    """The settings of a preset, or else of the config file `name`; UserError with the nearest preset for neither.
+
+    above: settings named before, which the file may read. notes: takes a line about names that set nothing.
+    """
     path = PRESETS.get(name, Path(name))
-    if path.is_file():
-        return load_config_file(path, cls)
-    if name and path.exists():
+    if os.path.isfile(path):
+        return load_config_file(path, cls, above, notes)
+    if name and os.path.lexists(path):
         raise UserError(f"{shown(name)}: not a regular file, expected a config file or a preset")
     key, equals, _ = name.partition("=")
     if equals and key.isidentifier():
@@ -266,8 +253,13 @@ def read_settings(name: str, cls: type) -> dict[str, Value]:
     raise UserError(f"{shown(name)}: neither a config file nor a preset{hint}")
 
 
-def load_config_file(path: str | Path, cls: type) -> dict[str, Value]:
-    """The settings of dataclass `cls` that a config file assigns. UserError names the file and the line."""
+def load_config_file(
+    path: str | Path, cls: type, above: Mapping[str, Value] | None = None, notes: list[str] | None = None
+) -> dict[str, Value]:
+    """The settings of dataclass `cls` that a config file assigns. UserError names the file and the line.
+
+    above, notes: as for `read_settings`.
+    """
     try:
         with open(path, "rb") as file:
             source = file.read(MAX_BYTES + 1)
@@ -275,22 +267,17 @@ def load_config_file(path: str | Path, cls: type) -> dict[str, Value]:
         raise UserError(f"{path}: cannot be read as a config file: {error.strerror}") from None
     if len(source) > MAX_BYTES:
         raise UserError(f"{path}: more than {MAX_BYTES} bytes, expected a config file")
-    settings, values, line = settings_of(cls), {}, None
+    found, line = _ConfigFile(cls, above or {}), None
     try:
         with warnings.catch_warnings(action="ignore"):  # an odd backslash in a string is not worth a warning
             tree = ast.parse(source)
         for statement in tree.body:
             line = statement.lineno
-            match statement:
-                case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                    values[name] = typed(lookup(settings, name), _evaluate(value, values))
-                case ast.Expr(value=ast.Constant(value=str())):
-                    pass  # a docstring
-                case ast.Import() if ast.unparse(statement) == "import time":
-                    pass  # see _evaluate
-                case _:
-                    raise _Refused(statement, "refused: a config file may only hold `name = value` lines")
-        return values
+            found.read(statement)
+        line = None
+        if note := found.ended():
+            (notes if notes is not None else []).append(one_line(f"{path}: {note}"))
+        return found.settings
     except UserError as error:
         line, reason = getattr(error, "line", line), str(error)
     except SyntaxError as error:
@@ -306,39 +293,110 @@ def load_config_file(path: str | Path, cls: type) -> dict[str, Value]:
     raise UserError(f"{path}:{line}: {reason}" + (f", in {shown(text)}" if text else ""))
 
 
-def _evaluate(node: ast.expr, values: dict[str, Value]) -> Value:
-    """The value of an expression, of which `values` are the names. Anything but arithmetic is refused."""
-    match node:
-        case ast.Constant(value=int() | float() | str() as result):  # bool is an int; None, bytes, complex are not
-            pass
-        case ast.Name(id=name):
-            if name not in values:
-                raise _Refused(node, f"{name} is not assigned further up in this file")
-            result = values[name]
-        case ast.UnaryOp() | ast.BinOp() if type(node.op) in OPERATORS:
-            operands = (child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr))
-            result = _apply(node, *(_evaluate(operand, values) for operand in operands))
-        case ast.Call() if ast.unparse(node) == "str(time.time())":
-            result = str(time.time())  # nanoGPT's finetune_shakespeare.py names its run so; no other call is read
-        case _:
-            raise _Refused(node, "refused: expected a literal or arithmetic on literals")
-    if type(result) is str and len(result) > MAX_TEXT:
-        raise _Refused(node, f"refused: text of more than {MAX_TEXT} characters")
-    return result
+class _ConfigFile:
+    """A config file, read statement by statement.
 
+    settings: what it assigned. A name that is no setting may have any value, also one that is not understood: only what
+    reads that name is then refused.
+    """
 
-def _apply(node: ast.UnaryOp | ast.BinOp, *operands: Value) -> Value:
-    op, kinds = type(node.op), {type(operand) for operand in operands}
-    if not kinds <= {int, float} and (kinds != {str} or op is not ast.Add):
-        raise _Refused(node, "refused: arithmetic is for numbers, and + for two strings")
-    if op is ast.Pow and kinds == {int}:
-        base, exponent = operands
-        if abs(base) > 1 and base.bit_length() * exponent > 128:  # before the work is done: 9**9**9 would never end
-            raise _Refused(node, "refused: a whole number of more than 64 bits")
-    try:
-        result = OPERATORS[op](*operands)
-    except (ArithmeticError, ValueError) as error:
-        raise _Refused(node, f"cannot be computed: {error.args[-1]}") from None
-    if type(result) not in (int, float, str):  # a root of a negative number is complex
-        raise _Refused(node, f"cannot be computed: the result is {type(result).__name__}")
-    return result
+    def __init__(self, cls: type, above: Mapping[str, Value]) -> None:
+        self.settings: dict[str, Value] = {}
+        self._known = settings_of(cls)
+        self._values: dict[str, Any] = {name: setting.default for name, setting in self._known.items()} | dict(above)
+        self._modules = {name: name for name in MODULES}  # nanoGPT's train.py has imported most of them
+        self._helpers: dict[str, ast.expr] = {}  # names that are no settings: where they are first assigned
+        self._unread: dict[str, str] = {}  # of those, the ones without a value: why
+        self._used: set[str] = set()
+        self._of_torch: set[str] = set()  # names whose value torch's view of the machine decides
+
+    def read(self, statement: ast.stmt) -> None:
+        """Take in the next statement. UserError if it does anything but give names a value."""
+        match statement:
+            case ast.Assign(targets=targets, value=value):
+                for target in targets:
+                    self._assign(target, value)
+            case ast.AnnAssign(target=target, annotation=ast.Name(), value=ast.expr() as value):
+                self._assign(target, value)
+            case ast.AugAssign(target=ast.Name(id=name) as target, op=op, value=value):
+                operand = ast.copy_location(ast.Name(name, ast.Load()), target)
+                self._assign(target, ast.copy_location(ast.BinOp(operand, op, value), statement))
+            case ast.Expr(value=ast.Constant(value=str())):
+                pass  # a docstring
+            case ast.Import(names=names) if all(alias.name.partition(".")[0] in MODULES for alias in names):
+                for alias in names:  # nothing is imported
+                    top = alias.name.partition(".")[0]
+                    self._modules[alias.asname or top] = alias.name if alias.asname else top
+            case ast.ImportFrom(module=str() as module, names=names, level=0) if module.partition(".")[0] in MODULES:
+                self._modules |= {alias.asname or alias.name: f"{module}.{alias.name}" for alias in names}
+            case _:
+                raise Refused(statement, "refused: a config file may only hold `name = value` lines")
+
+    def ended(self) -> str:
+        """A note about names that set nothing, may be empty. UserError for one that looks like a misspelled setting."""
+        unused = [name for name in self._helpers if name not in self._used]
+        for name in unused:
+            if hint := nearest(name, self._known, MISSPELLED):
+                raise Refused(self._helpers[name], f"unknown setting {shown(name)}{hint}")
+        said = {"left out": unused, "only read by later lines": [name for name in self._helpers if name in self._used]}
+        parts = [f"{what}: {', '.join(map(printable, names))}" for what, names in said.items() if names]
+        return f"names that are no settings here, {'; '.join(parts)}" if parts else ""
+
+    def _assign(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+            values = [self._evaluate(item) for item in value.elts]  # first all of them: `a, b = b, a`
+            for item, result in zip(target.elts, values, strict=True):
+                self._give(item, result)
+            return
+        if isinstance(target, ast.Name) and self._asks_torch(value):
+            self._of_torch.add(target.id)
+        if isinstance(target, ast.Name) and target.id not in self._known:
+            try:
+                self._give(target, self._evaluate(value))
+            except UserError as error:
+                self._helpers.setdefault(target.id, target)
+                self._unread[target.id] = str(error)
+        elif isinstance(target, ast.Name) and target.id == "dtype" and self._is_best_dtype(value):
+            self._give(target, "auto")
+        else:
+            self._give(target, self._evaluate(value))
+
+    def _give(self, target: ast.expr, value: Any) -> None:
+        if not isinstance(target, ast.Name):
+            raise Refused(target, "refused: a config file may only hold `name = value` lines")
+        name = target.id
+        if name in self._known:
+            value = self.settings[name] = typed(self._known[name], value)
+        else:
+            self._helpers.setdefault(name, target)
+            self._unread.pop(name, None)
+        self._values[name] = value
+
+    def _evaluate(self, node: ast.expr) -> Any:
+        return evaluate(node, self._named, self._modules)
+
+    def _named(self, node: ast.Name) -> Any:
+        """The value of a name."""
+        name = node.id
+        if name in self._unread:
+            line = self._helpers[name].lineno
+            raise Refused(node, f"{printable(name)}, assigned in line {line}: {self._unread[name]}")
+        if name not in self._values:
+            raise Refused(
+                node, f"{printable(name)} is not assigned further up in this file{nearest(name, self._values)}"
+            )
+        self._used.add(name)
+        return self._values[name]
+
+    def _asks_torch(self, node: ast.expr) -> bool:
+        """Whether an expression asks torch for the machine, itself or by a name assigned further up."""
+        names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+        return any(self._modules.get(name, "").startswith("torch") or name in self._of_torch for name in names)
+
+    def _is_best_dtype(self, node: ast.expr) -> bool:
+        """Whether this is nanoGPT's own line, `'bfloat16' if torch.cuda... else 'float16'`. It means the best dtype of
+        the GPU, as `auto` does. Without a GPU nanoGPT ignores it; `auto` is then the best that the CPU has."""
+        match node:
+            case ast.IfExp(body=ast.Constant(value=one), orelse=ast.Constant(value=other), test=test):
+                return {one, other} == {"bfloat16", "float16"} and self._asks_torch(test)
+        return False

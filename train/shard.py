@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from model import GPT
+from model.groups import param_groups
 from train.checkpoint import MOMENTS
 from train.distributed import World
-from train.optim import param_groups
 
 
 def share_out(model: GPT, world: World, device: torch.device) -> None:

@@ -259,3 +259,10 @@ def test_references_of_other_software_tell_nothing_of_the_pace() -> None:
 def test_what_cannot_be_compared_is_refused(runs: tuple[Results, ...], message: str) -> None:
     with pytest.raises(UserError, match=f"compare: {message}"):
         compared(**{f"run{i}": each for i, each in enumerate(runs)})
+
+
+def test_names_of_files_do_nothing_to_a_terminal() -> None:
+    said = compared(**{"a\x1b[31m": cpu(), "b\nc": cpu(5)})
+    assert r"a\x1b[31m.json" in said
+    assert r"b\nc.json" in said
+    assert said.replace("\n", "").isprintable()

@@ -1,6 +1,7 @@
 """python -m bench: what one part loses, the others keep; what was measured is in the file, whatever happens."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -231,3 +232,52 @@ def test_the_smoke_set_is_small_and_whole() -> None:
     assert len(ids) < 40
     for name in [*(f"test_one_regime[{case.name}]" for case in CASES), "test_resume", "test_a_batch_of_one[fused]"]:
         assert any(name in test for test in ids), name
+
+
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        (Path.mkdir, "it is a folder"),
+        (os.mkfifo, "it is a device or a pipe"),
+        (lambda path: path.symlink_to("/dev/null"), "it is a symbolic link"),
+        (lambda path: path.symlink_to("nowhere"), "it is a symbolic link"),
+    ],
+)
+def test_out_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put: Callable, message: str
+) -> None:
+    path = tmp_path / "out.json"
+    put(path)
+    before = path.lstat()
+    monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["bench", f"--out={path}", "--device=cpu"])
+    with pytest.raises(UserError, match=f"out: .*out.json cannot be written: {message}, expected a regular file"):
+        command.main()
+    assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
+
+
+@pytest.mark.parametrize("when", [0, 1])
+def test_a_result_that_cannot_be_stored_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, when: int
+) -> None:
+    """The disk is full, or the folder is gone, after the first part or the last."""
+    path = tmp_path / "folder" / "out.json"
+
+    def measure(run: command.Bench, parts: object, write: Callable[[Results], None]) -> int:
+        for part in range(2):
+            run.add(ceilings=[*run.results.ceilings, Ceiling("copy", "float32", [1e10 + part])])
+            if part == when:
+                path.unlink(missing_ok=True)
+                path.mkdir()
+            write(run.results)
+        return 0
+
+    monkeypatch.setattr(command, "measure", measure)
+    monkeypatch.setattr(results, "peak_flops", lambda device, dtype: hardware.Peak(1.0, "made up"))
+    monkeypatch.setattr(sys, "argv", ["bench", f"--out={path}", "--device=cpu"])
+    assert command.main() == 1
+    out, err = capsys.readouterr()
+    assert f"out: {path} cannot be written: it is a folder" in err
+    file = tmp_path / "printed.json"
+    file.write_text(out[out.index("{\n") :])
+    assert [each.rate for each in results.read(file).ceilings] == [1e10, 1e10 + 1]

@@ -1,6 +1,8 @@
 """Results files: what is written is what is read, and what is not a results file is refused by its field."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,14 @@ def changed(part: str = "", **fields: object) -> str:
         (changed("steps", seconds=[0.1, 0.0]), "Expected `float` > 0.0 - at `$.steps[0].seconds[1]`"),
         (changed("steps", seconds=[0.1] * 3, turn=2), "turn: got 2, expected a divisor of the 3 samples"),
         (changed("steps", shape={**WHOLE["steps"][0]["shape"], "n_head": 7}), "n_head"),
+        (changed("steps", shape={**WHOLE["steps"][0]["shape"], "n_layer": 10**9}), "`int` <= 65536"),
+        (changed("steps", tokens=-5), "Expected `int` >= 1 - at `$.steps[0].tokens`"),
+        (changed("steps", peak_memory=-1), "Expected `int` >= 0 - at `$.steps[0].peak_memory`"),
+        (changed("steps", first_round=-1), "Expected `int` >= 0 - at `$.steps[0].first_round`"),
+        (changed("kernels", shape=[8, -3]), "Expected `int` >= 1 - at `$.kernels[0].shape[1]`"),
+        (changed("kernels", flops=10**400), "is no results file"),
+        ("[" * 100_000, "is no results file"),
+        (changed(format="x\n\x1b[31m" * 900), "got format 'x"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -68,3 +78,20 @@ def test_what_is_refused(tmp_path: Path, text: str, message: str) -> None:
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) <= 1000
+
+
+def test_words_in_a_file_do_nothing_to_a_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(changed(device=WHOLE["device"] | {"name": "H100\x1b[31m\n# a heading" + "x" * 5000}))
+    name = results.read(path).device.name
+    assert name.startswith(r"H100\x1b[31m\n# a heading")
+    assert len(name) < 1100
+
+
+@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_refused(tmp_path: Path, put: Callable) -> None:
+    put(tmp_path / "x.json")
+    with pytest.raises(ValueError, match=r"x\.json: cannot be read: "):
+        results.read(tmp_path / "x.json")

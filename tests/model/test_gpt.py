@@ -9,6 +9,7 @@ from torch import nn
 
 from kernels import REFERENCE
 from model import GPT, GPTConfig
+from model.pretrained import export_gpt2
 
 TINY = dict(block_size=16, vocab_size=40, n_layer=2, n_head=4, n_embd=32)
 WEIGHTS_OF_A_BLOCK = [
@@ -206,3 +207,39 @@ def test_the_default_config_is_nanogpts():
     )
     with pytest.raises(dataclasses.FrozenInstanceError):
         GPTConfig().n_layer = 1
+
+
+# nanoGPT's own methods
+
+
+def test_configure_optimizers_makes_nanogpts_groups():
+    model = make(bias=True)
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
+    decayed, others = optimizer.param_groups
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert all(p.dim() >= 2 for p in decayed["params"])
+    assert all(p.dim() < 2 for p in others["params"])
+    assert {id(p) for p in decayed["params"] + others["params"]} == {id(p) for p in model.parameters()}
+    assert (decayed["lr"], decayed["betas"]) == (6e-4, (0.9, 0.95))
+    _, loss = model(tokens(2, 16), tokens(2, 16, seed=1))
+    loss.backward()
+    optimizer.step()
+
+
+def test_estimate_mfu_is_of_an_a100():
+    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=40))
+    n = sum(p.numel() for p in model.parameters()) - 16 * 32
+    expected = (6 * n + 12 * 2 * 4 * 8 * 16) * 16 * 5 / 0.25 / 312e12
+    assert model.estimate_mfu(fwdbwd_per_iter=5, dt=0.25) == pytest.approx(expected)
+
+
+def test_from_pretrained_reads_openais_weights(tmp_path):
+    model = make(dropout=0.1)
+    export_gpt2(model, tmp_path)
+    again = GPT.from_pretrained(str(tmp_path), dict(dropout=0.2))
+    assert again.config.dropout == 0.2
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
+    assert GPT.from_pretrained(str(tmp_path)).config.dropout == 0.0
+    with pytest.raises(ValueError, match="override_args: got bias, expected dropout"):
+        GPT.from_pretrained(str(tmp_path), {"bias": False})

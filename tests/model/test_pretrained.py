@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import types
@@ -158,6 +159,15 @@ def test_other_tensors_are_refused(tmp_path, change, message):
         ({"tie_word_embeddings": False}, "tie_word_embeddings: got False"),
         ({"n_head": 5}, "n_embd: got 12, expected a multiple of n_head"),
         ({"n_embd": "wide"}, r"config\.json: not the config\.json of a GPT-2"),
+        ({"n_layer": 10**30}, r"config\.json: not the config\.json of a GPT-2 \(n_layer: got 1000"),
+        ({"n_layer": float("inf")}, r"not the config\.json of a GPT-2 \(n_layer: got inf"),
+        ({"n_layer": 1e3}, r"not the config\.json of a GPT-2 \(n_layer: got 1000.0"),
+        ({"n_layer": True}, r"not the config\.json of a GPT-2 \(n_layer: got True"),
+        ({"n_head": -2}, r"not the config\.json of a GPT-2 \(n_head: got -2"),
+        ({"n_layer": 1_000_000}, r"transformer\.h\.2 is missing: n_layer is 1000000, the tensors are of 2 blocks"),
+        ({"n_positions": 2**31 - 1}, r"wpe\.weight has shape \(8, 12\), expected \(2147483647, 12\)"),
+        ({"n_embd": 2**30}, r"wte\.weight has shape \(11, 12\), expected \(11, 1073741824\)"),
+        ({"n_inner": ["x" * 5000]}, r"n_inner: got \['x{70,90}, expected"),
     ],
 )
 def test_other_models_are_refused(tmp_path, change, message):
@@ -165,11 +175,28 @@ def test_other_models_are_refused(tmp_path, change, message):
         load_gpt2(write(tmp_path, hub_tensors(), CONFIG | change))
 
 
-@pytest.mark.parametrize("content", ["[]", "{"])
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000, "9" * 5000, " " * (1 << 20) + "{}"], ids=len)
 def test_a_config_that_is_none(tmp_path, content):
     write(tmp_path, hub_tensors())
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json: not the config\.json of a GPT-2"):
+        load_gpt2(tmp_path)
+
+
+@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_is_no_file(tmp_path, name, put):
+    path = write(tmp_path, hub_tensors()) / name
+    path.unlink()
+    put(path)
+    with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path)):
+        load_gpt2(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
+def test_weights_that_are_no_floats_are_refused(tmp_path, dtype):
+    write(tmp_path, hub_tensors() | {"ln_f.bias": torch.zeros(12, dtype=dtype)})
+    with pytest.raises(ValueError, match=r"transformer\.ln_f\.bias is \w+, expected one of BF16, F16, F32, F64"):
         load_gpt2(tmp_path)
 
 
@@ -219,21 +246,6 @@ def test_by_name(tmp_path, monkeypatch):
         load_gpt2("gpt2")
 
 
-def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
-    export_gpt2(make_model(), tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert sorted(before) == ["config.json", "model.safetensors"]
-
-    def fail(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise OSError("no room")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", fail)
-    with pytest.raises(OSError, match="no room"):
-        export_gpt2(make_model(seed=1), tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
 def checkpoint_of(model: GPT, **extra) -> dict:
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     return {
@@ -259,6 +271,53 @@ def test_from_checkpoint_of_another_shape():
     checkpoint = checkpoint_of(make_model())
     checkpoint["model_args"]["block_size"] = 16
     with pytest.raises(ValueError, match=r"model: transformer\.wpe\.weight has shape \(8, 12\), expected \(16, 12\)"):
+        from_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_halved_checkpoints_are_converted(dtype):
+    model = make_model()
+    checkpoint = checkpoint_of(model)
+    checkpoint["model"] = {name: tensor.to(dtype) for name, tensor in checkpoint["model"].items()}
+    again = from_checkpoint(checkpoint)
+    for name, p in again.named_parameters():
+        assert p.dtype == torch.float32
+        assert torch.equal(p, model.get_parameter(name).to(dtype).float())
+    assert again.lm_head.weight is again.transformer.wte.weight
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.long(), r"has torch\.int64"),
+        (lambda tensor: tensor.bool(), r"has torch\.bool"),
+        (lambda tensor: tensor.to(torch.complex64), r"has torch\.complex64"),
+        (lambda tensor: tensor.to("meta"), "has no values"),
+        (lambda tensor: tensor.to_sparse(), "sparse"),
+        (lambda tensor: tensor[:1].clone().expand(12), "more elements than values"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(change, message):
+    checkpoint = checkpoint_of(make_model())
+    checkpoint["model"]["transformer.ln_f.weight"] = change(checkpoint["model"]["transformer.ln_f.weight"])
+    with pytest.raises(ValueError, match=f"^model: transformer.ln_f.weight.*{message}"):
+        from_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layer": 10**9}, r"transformer\.h\.2 is missing: n_layer is 1000000000"),
+        ({"vocab_size": 10**30}, r"wte\.weight has shape \(11, 12\), expected \(10{30}, 12\)"),
+        ({"n_embd": 12 * 10**12}, r"wte\.weight has shape"),
+        ({"n_head": 7}, "multiple of n_head"),
+    ],
+)
+def test_absurd_shapes_are_refused_before_a_model_is_built(change, message, monkeypatch):
+    checkpoint = checkpoint_of(make_model())
+    checkpoint["model_args"] |= change
+    monkeypatch.setattr("model.pretrained.GPT", None)
+    with pytest.raises(ValueError, match=message):
         from_checkpoint(checkpoint)
 
 

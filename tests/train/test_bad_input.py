@@ -63,6 +63,8 @@ def refusal(here, start) -> Callable[..., str]:
         assert status == 2
         assert out == ""
         assert re.fullmatch(r"error: [^\n]+\n", err), err
+        assert err[:-1].isprintable()
+        assert len(err) < 1100
         assert tree(here) == before
         return err
 
@@ -83,13 +85,21 @@ SETTINGS = [
     ("shakespear_char", ["shakespear_char", "did you mean shakespeare_char?"]),
     ("--block_size=200", ["block_size=200", "val.bin", "200 tokens", "at least 201"]),
     ("--block_size=2000", ["block_size=2000", "train.bin", "2,000 tokens", "at least 2,001"]),
-    ("--dataset=numbers", ["data/numbers", "no such dataset", "python -m train.prepare numbers"]),
+    ("--dataset=data/numbers", ["data/numbers: no such dataset"]),
+    ("--dataset=numbers", ["data/numbers", "no such dataset", "python -m train.prepare FILE ... --dataset=numbers"]),
     ("--init_from=resume", ["init_from=resume", "there is no", "ckpt.pt"]),
     ("--init_from=resume --out_dir=data/letters/train.bin", ["data/letters/train.bin/ckpt.pt"]),
     ("--init_from=gpt3", ["init_from=gpt3", "no such file", "gpt2-xl"]),
     ("--init_from=data/letters/train.bin", ["init_from=data/letters/train.bin", "not a whole safetensors file"]),
     ("--out_dir=data/letters/train.bin", ["out_dir", "data/letters/train.bin is no folder"]),
     ("--out_dir=data/letters/train.bin/deeper", ["out_dir", "data/letters/train.bin is no folder"]),
+    (f"--dataset={'x' * 300}", ["no such dataset"]),
+    (f"--init_from={'x' * 300}", ["no such file or folder"]),
+    (f"--init_from=resume --out_dir={'x' * 300}", ["File name too long"]),
+    (f"--out_dir={'x' * 300}", ["out_dir", "File name too long"]),
+    (f"--out_dir={'x/' * 3000}", ["File name too long"]),
+    (f"{'x' * 300}.py", ["neither a config file nor a preset"]),
+    ("--dataset=a\x1b[31m", [r"data/a\x1b[31m: no such dataset"]),
     ("--tensorboard_log", ["tensorboard_log", "not installed", "pip install 'nanofuse[tensorboard]'"]),
 ]
 

@@ -133,6 +133,45 @@ def test_optimizer_of_another_model_is_refused():
         checkpoint.load_optimizer(make_adamw(make_model(width=16)), state)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", "three"),
+        ("step", None),
+        ("step", -1),
+        ("step", float("nan")),
+        ("step", torch.ones(2)),
+        ("exp_avg", None),
+        ("exp_avg", [0.0]),
+        ("exp_avg_sq", torch.zeros(32, 8, dtype=torch.int64)),
+        ("exp_avg_sq", torch.zeros(32, 8).to_sparse()),
+        ("exp_avg_sq", torch.zeros(1).expand(32, 8)),
+        ("exp_avg_sq", torch.zeros(32, 8, device="meta")),
+    ],
+)
+def test_moments_that_are_none_are_refused(key, value):
+    model = make_model()
+    optimizer = make_adamw(model)
+    train(model, optimizer, 1)
+    state = optimizer.state_dict()
+    state["state"][0][key] = value
+    with pytest.raises(UserError, match="the checkpoint has for its tensor 0 ") as caught:
+        checkpoint.load_optimizer(make_adamw(make_model()), state)
+    assert len(str(caught.value)) < 300
+
+
+def test_halved_moments_are_taken():
+    model = make_model()
+    optimizer = make_adamw(model)
+    train(model, optimizer, 1)
+    state = optimizer.state_dict()
+    for entry in state["state"].values():
+        entry |= {key: entry[key].half() for key in ("exp_avg", "exp_avg_sq")}
+    after = make_adamw(make_model())
+    checkpoint.load_optimizer(after, state)
+    assert {entry["exp_avg"].dtype for entry in after.state.values()} == {torch.float32}
+
+
 def test_another_optimizer_is_refused():
     model = make_model()
     groups = [{"params": [p for p in model.parameters() if (p.ndim >= 2) is decay]} for decay in (True, False)]

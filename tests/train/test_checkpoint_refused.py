@@ -1,5 +1,6 @@
 """Loads: a short, damaged or foreign file is refused with its name, and the message offers the previous checkpoint."""
 
+import os
 import pickle
 import subprocess
 import zipfile
@@ -90,7 +91,21 @@ def foreign_files() -> dict:
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("word/document.xml", "<xml/>")
 
+    def rewritten(change, compression=zipfile.ZIP_STORED):
+        """A checkpoint whose pickle is changed, in an archive with good CRCs."""
+
+        def make(path):
+            torch.save(make_nanogpt(), path)
+            with zipfile.ZipFile(path) as old:
+                members = {info.filename: old.read(info) for info in old.infolist()}
+            with zipfile.ZipFile(path, "w", compression) as new:
+                for name, data in members.items():
+                    new.writestr(name, change(data) if name.endswith("data.pkl") else data)
+
+        return make
+
     bad_args = [{"n_layer": 0}, {"bias": 1}, {"dropout": "no"}]
+    deep = b"\x80\x02}N" + b"\x85" * 1_000_000 + b"K\x01s."
     return {
         "empty": (lambda path: path.write_bytes(b""), "0 bytes"),
         "folder": (lambda path: path.mkdir(), "is a folder"),
@@ -115,6 +130,14 @@ def foreign_files() -> dict:
         "model_args a list": (other(model_args=[1]), "its model_args are list"),
         "model_args short": (other(model_args={"n_layer": 1}), "its model_args are n_layer,"),
         **{f"model_args {bad}": (other(model_args=MODEL_ARGS | bad), f"its {next(iter(bad))} is") for bad in bad_args},
+        "gelu a number": (other(nanofuse={"gelu": 3}), "its gelu is 3, not a str"),
+        "tokenizer a string": (other(nanofuse={"tokenizer": "char"}), "its tokenizer is 'char', not a dict"),
+        "scaler a list": (other(nanofuse={"scaler": [1]}), "its scaler is [1], not a dict"),
+        "judged_at a float": (other(nanofuse={"judged_at": 1.5}), "its judged_at is 1.5, not a int"),
+        "a pipe": (os.mkfifo, "cannot be read (not a regular file)"),
+        "a device": (lambda path: path.symlink_to("/dev/zero"), "cannot be read (not a regular file)"),
+        "a packed archive": (rewritten(lambda data: data, zipfile.ZIP_DEFLATED), "is packed"),
+        "a deep pickle": (rewritten(lambda data: deep), "tuples"),
         "model_args of another model": (other(model_args=MODEL_ARGS | {"rope": True}), "rope"),
     }
 

@@ -1,9 +1,12 @@
 """Config files: their allowed content, none of which is executed, and the presets."""
 
 import dataclasses
+import re
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,6 +86,43 @@ def test_nanogpts_own_files_load(name, load):
         ("wandb_run_name = 'ü\\d'", {"wandb_run_name": "ü\\d"}),
         ("\ufeffbatch_size = 3", {"batch_size": 3}),
         ("", {}),
+        # whole floats; names above, or defaults; helpers
+        ("max_iters = 1e5\neval_interval = 8 / 2", {"max_iters": 100_000, "eval_interval": 4}),
+        ("min_lr = learning_rate / 10", {"min_lr": TrainConfig.learning_rate / 10}),
+        (
+            "tokens = 2 ** 15\nblock_size = 256\nbatch_size = tokens // block_size",
+            {"block_size": 256, "batch_size": 128},
+        ),
+        ("n_layer, n_head = 8, 4\nn_layer, n_head = n_head, n_layer", {"n_layer": 4, "n_head": 8}),
+        ("beta1, beta2 = 0.8, 0.9", {"beta1": 0.8, "beta2": 0.9}),
+        ("batch_size = n_head = 4\nbatch_size *= 2", {"batch_size": 8, "n_head": 4}),
+        (
+            "small = {'n_layer': 6}\nn_layer = small['n_layer']\nsizes = [2, 4]\nn_head = max(sizes)",
+            {"n_layer": 6, "n_head": 4},
+        ),
+        ("n_embd: int = 64 if n_layer > 6 and not bias else 32", {"n_embd": 64}),
+        ("compile = dataset == 'openwebtext' or 'x' in dataset", {"compile": True}),
+        # text
+        (
+            "n_layer = 6\nout_dir = f'out-{n_layer:02d}-{learning_rate:.0e}-{dataset!r}'",
+            {"n_layer": 6, "out_dir": "out-06-6e-04-'openwebtext'"},
+        ),
+        ("out_dir = 'out-%d-%s' % (n_layer, dataset)", {"out_dir": "out-12-openwebtext"}),
+        ("out_dir = 'out-{}-{x:.1f}'.format(n_head, x=dropout).upper()", {"out_dir": "OUT-12-0.0"}),
+        ("out_dir = os.path.join('runs', 'a') + '-' * 2 + str(int(3.7)) + str(round(2.5))", {"out_dir": "runs/a--32"}),
+        # what a machine has
+        (
+            "import torch\n"
+            "dtype = 'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'float16'",
+            {"dtype": "auto"},
+        ),
+        (
+            "device = 'cuda' if torch.cuda.is_available() else 'cpu'",
+            {"device": "cuda" if torch.cuda.is_available() else "cpu"},
+        ),
+        ("import math, os\nfrom math import sqrt as root\nn_embd = root(4096)", {"n_embd": 64}),
+        # of a fork: no setting here, and of any kind
+        ("lora_rank = 8\ntags = [open('x'), print]\nbatch_size = 3", {"batch_size": 3}),
     ],
 )
 def test_a_config_file_may_hold(text, expected, load):
@@ -96,18 +136,32 @@ def test_a_config_file_may_hold(text, expected, load):
     [
         ("n_layers = 1", "did you mean n_layer?"),
         ("batch_size = '12'", "got '12' (str), expected int"),
-        ("batch_size = 8 / 2", "got 4.0 (float), expected int"),
+        ("batch_size = 9 / 2", "got 4.5 (float), expected int"),
         ("compile = 1", "expected bool"),
-        ("batch_size = int(3)", "refused"),
-        ("out_dir = f'{1}'", "refused"),
+        ("batch_size = sum(3)", "sum() is not called"),
+        ("batch_size = int('x')", "cannot be computed: invalid literal"),
+        ("out_dir = f'{1:9999}'", "so large a width"),
+        ("out_dir = '%99999d' % 1", "so large a width"),
+        ("out_dir = '%*d' % (9, 1)", "so large a width"),
+        ("out_dir = '%((a)x)99999d' % {'(a)x': 1}", "refused"),
+        ("out_dir = f'{out_dir * 999}{out_dir * 999}' ; n_layer = 1", "4096 characters"),
+        ("out_dir = '{:{}}'.format(1, 9)", "so large a width"),
+        ("out_dir = '{0.__class__}'.format(1)", "plain fields"),
+        ("out_dir = 'a' * 9999", "4096 characters"),
+        ("out_dir = [[1]]", "expected numbers and text in a list"),
+        ("n_layer = {1: 2}[3]", "cannot be computed"),
+        ("n_layer = open", "open is not assigned"),
+        ("out_dir = os.getcwd()", "os.getcwd() is not called"),
+        ("out_dir = os.environ['HOME']", "refused"),
+        ("out_dir = ''.__class__", "refused"),
         ("batch_size = True + 1", "refused"),
-        ("batch_size = n_layer", "n_layer is not assigned"),
-        ("batch_size += 1", "refused"),
-        ("batch_size = n_layer = 3", "refused"),
-        ("import os", "refused"),
-        ("import time as t", "refused"),
-        ("wandb_run_name = str(time.time(0))", "refused"),
-        ("wandb_run_name = time.time()", "refused"),
+        ("batch_size = no_such", "no_such is not assigned"),
+        ("batch_sise = 3; batch_size = batch_sise + n", "n is not assigned"),
+        ("a, b = 1", "refused"),
+        ("import subprocess", "refused"),
+        ("from os import *; out_dir = getcwd()", "getcwd() is not called"),
+        ("wandb_run_name = str(time.time(0))", "cannot be computed"),
+        ("wandb_run_name = time.time()", "(float), expected str"),
         ("print(1)", "refused"),
         ("if 1: batch_size = 3", "refused"),
         ("batch_size = 1 / 0", "division by zero"),
@@ -136,8 +190,8 @@ def test_a_config_file_is_refused_with_its_line(line, reason, load, folder):
 
 
 def test_the_refused_line_of_a_long_statement_is_named(load):
-    with pytest.raises(UserError, match=r"mine\.py:4: refused.*in \"len\('a'\)\""):
-        load("batch_size = (\n    1\n    +\n    len('a')\n)\n")
+    with pytest.raises(UserError, match=r"mine\.py:4: refused.*in \"sum\('a'\)\""):
+        load("batch_size = (\n    1\n    +\n    sum('a')\n)\n")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +209,29 @@ def test_what_repeats_cannot_grow(load):
         load("seed = 10\n" + "seed = seed * seed\n" * 60)
     with pytest.raises(UserError, match=r":14: .*characters"):
         load("out_dir = 'a'\n" + "out_dir = out_dir + out_dir\n" * 60)
+    with pytest.raises(UserError, match=r":62: .*x, assigned in line 1: .*64 bits"):
+        load("x = 10\n" + "x = x * x\n" * 60 + "seed = x\n")
+
+
+def test_a_run_name_with_the_time(load):
+    before = int(time.time())
+    got = load(
+        "import time\nfrom datetime import datetime\nwandb_run_name = 'ft-' + str(int(time.time()))\n"
+        "out_dir = f'out-{datetime.now():%Y}-' + datetime.now().strftime('%m') + time.strftime('%d')\n"
+    )
+    assert before <= int(got["wandb_run_name"].removeprefix("ft-")) <= time.time()
+    assert re.fullmatch(r"out-\d{4}-\d{4}", got["out_dir"])
+
+
+def test_names_that_are_no_settings_are_noted_but_slips_are_refused(folder):
+    path, notes = folder / "fork.py", []
+    path.write_text("lora_rank = 8\ntokens = 4096\ntags = [print]\nbatch_size = tokens // 1024\nn_layers = n_layer\n")
+    with pytest.raises(UserError, match=r"fork\.py:5: unknown setting 'n_layers' \(did you mean n_layer\?\)"):
+        load_config_file(path, TrainConfig, notes=notes)
+    path.write_text(path.read_text() + "n_layer = n_layers\n")
+    assert load_config_file(path, TrainConfig, {"n_layer": 3}, notes) == {"batch_size": 4, "n_layer": 3}
+    names = "left out: lora_rank, tags; only read by later lines: tokens, n_layers"
+    assert notes == [f"{path}: names that are no settings here, {names}"]
 
 
 def test_an_unreadable_file_is_refused(folder):
@@ -204,6 +281,9 @@ PLACES = [
     "{}", "batch_size = {}", "out_dir = 'a' + {}", "out_dir = f'{{{}}}'", "batch_size = [x for x in [{}]]",
     "if {}: pass", "class A: x = {}", "def f(x={}): pass", "@{}\ndef f(): pass", "batch_size: {} = 3",
     "batch_size[{}] = 3", "assert {}", "batch_size = (lambda: {})()", "out_dir = str(time.time({}))",
+    "helper = {}\nout_dir = f'{{helper}}'", "out_dir = 'a' if {} else 'b'", "out_dir = '{{}}'.format({})",
+    "batch_size = {{1: {}}}[1]", "batch_size = max(1, {})", "out_dir = (str := {})", "batch_size += {}",
+    "helper, batch_size = {}, 3",
 ]  # fmt: skip
 
 

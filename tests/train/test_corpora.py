@@ -3,6 +3,7 @@
 import hashlib
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from train import corpora, prepare
 from train.corpora import docs_text
 from train.data import Dataset
 from train.errors import UserError
-from train.prepare import ensure_docs, write_corpus, write_openwebtext
+from train.prepare import PrepareConfig, ensure_docs, write_corpus, write_openwebtext
 from train.text import GPT2Tokenizer
 
 TEXT = "The library reference.\n" * 1000
@@ -39,6 +40,36 @@ def test_ensure_docs_makes_it_once_and_says_what_it_is(tmp_path, monkeypatch):
     assert lines[0] == lines[1]
     assert "23,000 characters" in lines[0]
     assert hashlib.sha256(TEXT.encode()).hexdigest() in lines[0]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "[" * 100_000])
+def test_docs_that_are_damaged_are_made_anew_by_the_command_that_is_named(tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpora, "docs_text", lambda: TEXT)
+    folder = Path("data", "docs")
+    ensure_docs(folder, lambda line: None)
+    (folder / "meta.json").write_text(damage)
+    with pytest.raises(UserError, match=r"cannot be read .*; python -m train\.prepare docs makes it anew"):
+        ensure_docs(folder, lambda line: None)
+    prepare.prepare(["docs"], PrepareConfig())
+    ensure_docs(folder, lambda line: None)
+
+
+def test_what_was_fetched_for_a_dataset_that_cannot_be_goes_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpora, "docs_text", lambda: TEXT)
+    for config in (
+        PrepareConfig(tokenizer="gpt2", bpe_dir="nowhere"),
+        PrepareConfig(val_fraction=1e-9),
+        PrepareConfig(dataset="x" * 300),
+    ):
+        with pytest.raises(UserError):
+            prepare.prepare(["docs"], config)
+        assert list(tmp_path.iterdir()) == []
+    Path("data/docs").mkdir(parents=True)
+    Path("data/docs/input.txt").mkdir()
+    with pytest.raises(UserError, match="data/docs: cannot be written: it is a folder"):
+        prepare.prepare(["docs"], PrepareConfig())
 
 
 # TinyShakespeare and downloads

@@ -1,7 +1,9 @@
 """Token files, and batches from them."""
 
+import collections
 import json
 import os
+import pathlib
 import pickle
 from pathlib import Path
 
@@ -9,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from train.corpora import dataset_folder
 from train.data import Dataset, Loader
 from train.errors import UserError
+from train.metapickle import check_pickle
+from train.prepare import PrepareConfig, prepare
 
 CHARS = [chr(ord("A") + i) for i in range(50)]
 
@@ -43,6 +48,11 @@ def same(a, b) -> bool:
 # Dataset
 
 
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("pickle-was-run",)
+
+
 def test_opens_files_and_meta(tmp_path):
     dataset = Dataset(make(tmp_path))
     assert (len(dataset.train), len(dataset.val)) == (4000, 300)
@@ -69,34 +79,100 @@ def test_reads_nanogpts_meta(tmp_path):
     assert dataset.tokenizer().encode("BAD") == [1, 0, 3]
 
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("pickle-was-run",)
+ITOS = dict(enumerate(CHARS))
+WORDS = {i: f"word{i}" for i in range(50)}
+
+
+@pytest.mark.parametrize(
+    ("meta", "size", "known"),
+    [
+        ({"vocab_size": 50, "itos": CHARS, "stoi": None}, 50, True),
+        ({"vocab_size": 64, "itos": ITOS}, 64, True),  # padded
+        ({"vocab_size": np.int64(50), "itos": {np.int32(i): np.str_(c) for i, c in ITOS.items()}}, 50, True),
+        ({"vocab_size": 50.0, "stoi": {c: np.uint16(i) for i, c in ITOS.items()}}, 50, True),
+        ({"vocab_size": None, "itos": collections.OrderedDict(ITOS)}, 50, True),
+        ({"itos": collections.defaultdict(int, ITOS)}, 50, True),
+        ({"vocab_size": 50}, 50, False),
+        ({"vocab_size": 50, "itos": None, "stoi": None}, 50, False),
+        ({"vocab_size": 50, "itos": WORDS, "stoi": {w: i for i, w in WORDS.items()}}, 50, False),
+        ({"vocab_size": 50, "itos": {**ITOS, 0: None}}, 50, False),
+        ({"vocab_size": 50, "itos": {**ITOS, 51: "!"}}, 50, False),  # a hole
+        ({"vocab_size": 50, "itos": [*CHARS, "!"]}, 50, False),  # more than vocab_size
+        ({"vocab_size": 50, "itos": Evil(), "encode": os.mkdir, "tokenizer": pathlib.PurePath("a")}, 50, False),
+        ({"vocab_size": 50, "itos": np.array(CHARS)}, 50, False),
+    ],
+)
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_meta_pickles_of_forks(tmp_path, monkeypatch, meta, size, known, protocol):
+    """Training needs the size alone. What is not understood costs the sampling of text."""
+    monkeypatch.chdir(tmp_path)
+    (make(tmp_path) / "meta.json").unlink()
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
+    dataset = Dataset(tmp_path)
+    dataset.check(8)
+    assert (dataset.vocab_size, type(dataset.vocab_size), dataset.train.dtype) == (size, int, np.uint16)
+    assert not Path("pickle-was-run").exists()
+    if known:
+        assert dataset.tokenizer().encode("BAD") == [1, 0, 3]
+    else:
+        with pytest.raises(UserError, match="the dataset's is not known"):
+            dataset.tokenizer()
 
 
 @pytest.mark.parametrize(
     "data",
     [
         pickle.dumps(Evil()),
-        pickle.dumps({"vocab_size": 50, "itos": Evil()}),
-        pickle.dumps({"vocab_size": np.int64(50)}),
+        pickle.dumps({"vocab_size": Evil()}),
+        pickle.dumps({"vocab_size": -1}),
+        pickle.dumps({"vocab_size": True}),
+        pickle.dumps({"vocab_size": 10**30}),
         pickle.dumps({"itos": {}}),
-        pickle.dumps({"vocab_size": 50, "itos": {0: "a"}}),
+        pickle.dumps([50]),
+        pickle.dumps({"vocab_size": 50})[:-3],
+        b"\x80\x02}r\xff\xff\xff\x7f.",  # a memo of 2^31 entries
+        b"\x80\x02}N" + b"\x85" * 1_000_000 + b"K\x01s.",  # a key nested a million times
+        b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x70.",
         b"not a pickle",
+        b"",
     ],
+    ids=lambda data: repr(data[:20]),
 )
 def test_refuses_other_pickles(tmp_path, monkeypatch, data):
     monkeypatch.chdir(tmp_path)
     (make(tmp_path) / "meta.json").unlink()
     (tmp_path / "meta.pkl").write_bytes(data)
-    with pytest.raises(UserError, match=r"meta\.pkl"):
+    with pytest.raises(UserError, match=r"meta\.pkl") as caught:
         Dataset(tmp_path)
+    assert "\n" not in str(caught.value)
     assert not Path("pickle-was-run").exists()
+
+
+def test_a_pickle_that_asks_for_all_memory_is_not_loaded():
+    with pytest.raises(ValueError, match="asks for more memory than it has bytes"):
+        check_pickle(b"\x80\x02}r\xff\xff\xff\x7f.")
 
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "{}", '{"vocab_size": 0}', '{"vocab_size": 50, "dtype": "int8"}'],
+    [
+        "{",
+        "{}",
+        "[]",
+        "[" * 100_000,
+        "9" * 5000,
+        '{"vocab_size": 0}',
+        '{"vocab_size": 1e30}',
+        '{"vocab_size": Infinity}',
+        '{"vocab_size": 50, "dtype": "int8"}',
+        '{"vocab_size": 50, "dtype": ["uint16"]}',
+        '{"vocab_size": 50, "train_tokens": "many"}',
+        '{"vocab_size": 50, "val_tokens": -3}',
+        '{"vocab_size": 50, "checksums": {"bytes": 0, "train": [], "val": []}}',
+        '{"vocab_size": 50, "checksums": [1]}',
+        '{"vocab_size": 1, "tokenizer": "char", "chars": ["a", "b"]}',
+    ],
+    ids=lambda text: text[:40],
 )
 def test_refuses_a_malformed_meta(tmp_path, text):
     (make(tmp_path) / "meta.json").write_text(text)
@@ -104,12 +180,56 @@ def test_refuses_a_malformed_meta(tmp_path, text):
         Dataset(tmp_path)
 
 
-def test_missing_data_names_the_command(tmp_path):
-    with pytest.raises(UserError, match=r"python -m train\.prepare poems"):
-        Dataset(tmp_path / "poems")
-    (make(tmp_path) / "val.bin").unlink()
-    with pytest.raises(UserError, match=r"val\.bin.*python -m train\.prepare"):
+@pytest.mark.parametrize("name", ["meta.json", "meta.pkl", "train.bin", "val.bin"])
+@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_refused(tmp_path, name, put):
+    (make(tmp_path) / "meta.json").unlink()
+    (tmp_path / name).unlink(missing_ok=True)
+    put(tmp_path / name)
+    with pytest.raises(UserError, match=str(tmp_path)):
         Dataset(tmp_path)
+
+
+def test_a_file_that_was_cut_short_or_changed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("a.txt")
+    path.write_text("To be, or not to be\n" * 500)
+    dataset, _ = prepare([str(path)], PrepareConfig())
+    train = Path("data", dataset, "train.bin")
+    Dataset(train.parent).check(8)
+    assert Dataset(train.parent).check_sums()
+    whole = train.read_bytes()
+    train.write_bytes(whole[:-200])
+    with pytest.raises(UserError, match=r"train\.bin: 8,900 tokens, but meta\.json says 9,000: it was cut short"):
+        Dataset(train.parent)
+    for at in (0, len(whole) // 2, len(whole) - 2):
+        train.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])  # another letter
+        with pytest.raises(UserError, match=r"train\.bin: damaged, or another file"):
+            Dataset(train.parent).check(8)
+    nanogpts = make(tmp_path / "data" / "old")  # without checksums
+    assert not Dataset(nanogpts).check_sums()
+
+
+def test_missing_data_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "made")
+    Path("data", "my poems").mkdir(parents=True)
+    for name, said in (
+        ("nubmers", "no such dataset; make it with: python -m train.prepare FILE ... --dataset=nubmers"),
+        ("mypoems", r"no such dataset \(did you mean my poems\?\); make it with"),
+        ("shakespeare_chars", r"no such dataset \(did you mean shakespeare_char\?\); make it with"),
+        ("shakespeare_char", "no such dataset.*; make it with: python -m train.prepare shakespeare_char$"),
+        ("my poems", "no train.bin; make it with: python -m train.prepare FILE ... --dataset='my poems'"),
+        (str(tmp_path / "x"), f"no such dataset; make it with: .* --dataset={tmp_path / 'x'}"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Dataset(dataset_folder(name))
+    Path("data", "my poems", "input.txt").touch()
+    with pytest.raises(UserError, match=r"python -m train\.prepare 'data/my poems/input\.txt' --dataset='my poems'"):
+        Dataset(dataset_folder("data/my poems"))
+    (tmp_path / "made" / "val.bin").unlink()
+    with pytest.raises(UserError, match=r"val\.bin: missing; make it with: python -m train\.prepare"):
+        Dataset(tmp_path / "made")
 
 
 def test_check_names_the_first_bad_token(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from model import GPT, GPTConfig
@@ -43,3 +44,28 @@ def test_mistakes(model, argv, message):
     with pytest.raises(UserError, match=message):
         main(argv)
     assert not Path("folder").exists()
+
+
+def test_a_failed_export_leaves_the_old_one(model, monkeypatch):
+    main(["--to=folder"])
+    before = {path.name: path.read_bytes() for path in Path("folder").iterdir()}
+    assert sorted(before) == ["config.json", "model.safetensors"]
+    Path("folder/.staging-killed").mkdir()  # what a killed export left
+    Path("folder/.staging-killed/model.safetensors").write_bytes(b"half")
+
+    def fail(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(UserError, match=r"to: folder cannot be written \(No space left on device\)"):
+        main(["--to=folder"])
+    assert {path.name: path.read_bytes() for path in Path("folder").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_an_export_goes_over_files_only(model, name):
+    Path("folder", name).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"to: folder cannot be written \(it is a folder, expected a regular file"):
+        main(["--to=folder"])
+    assert [path.name for path in Path("folder").iterdir()] == [name]

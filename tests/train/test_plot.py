@@ -1,6 +1,7 @@
 """The loss curves: their content and format. They never make the end of a run fail."""
 
 import json
+import os
 import re
 import sys
 from xml.etree import ElementTree
@@ -128,6 +129,20 @@ def test_the_command(make_run, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "python -m train.plot [OUT_DIR ...]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/null")])
+def test_a_picture_goes_over_files_only_and_comes_from_one(make_run, tmp_path, put):
+    folder, picture = make_run(RECORDS), tmp_path / "loss.svg"
+    put(picture)
+    before = picture.lstat()
+    with pytest.raises(UserError, match=r"out: cannot write .*loss.svg: it is a .*, expected a regular file"):
+        main([str(folder), f"--out={picture}"])
+    assert (picture.lstat().st_ino, picture.lstat().st_mode) == (before.st_ino, before.st_mode)
+    (folder / METRICS).unlink()
+    put(folder / METRICS)
+    with pytest.raises(UserError, match=r"out_dir: cannot read .*metrics.jsonl: not a regular file"):
+        main([str(folder)])
 
 
 def test_bad_input(make_run, tmp_path):

@@ -1,10 +1,14 @@
 """Text files to token files, by the command and in pieces."""
 
+import gzip
 import io
+import json
 import os
 import pickle
 import re
+import shlex
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +17,11 @@ import pytest
 
 from train import prepare
 from train import text as texts
+from train.config import compose, parse, preset
+from train.corpora import dataset_folder
 from train.data import Dataset
 from train.errors import UserError
-from train.files import staging_folder
+from train.files import Checksums, staging_folder
 
 ROOT = Path(__file__).parents[2]
 TEXT = "To be, or not to be: that's the question.\nOb's edler im Gemüt, €, die Pfeil' … 生存还是毁灭。\n" * 30
@@ -50,7 +56,8 @@ def test_files_are_encoded_one_after_the_other(monkeypatch, capsys, folder, toke
     run(monkeypatch, "a.txt", "b.txt", f"--tokenizer={tokenizer}")
     dataset = Dataset("data/a")
     coder = dataset.tokenizer()
-    text = TEXT.encode() if tokenizer == "byte" else TEXT
+    text = TEXT[:1000] + ("<|endoftext|>" if tokenizer == "gpt2" else "") + TEXT[1000:]
+    text = text.encode() if tokenizer == "byte" else text
     cut = int(len(text) * 0.9)
     ids = [list(part) if tokenizer == "byte" else coder.encode(part) for part in (text[:cut], text[cut:])]
     assert [dataset.train.tolist(), dataset.val.tolist()] == ids
@@ -75,7 +82,8 @@ def test_an_alphabet_over_65536_takes_uint32(monkeypatch, folder):
     run(monkeypatch, "a.txt")
     dataset = Dataset("data/a")
     assert dataset.train.dtype == np.uint32
-    assert dataset.tokenizer().decode(dataset.train) + dataset.tokenizer().decode(dataset.val) == text
+    read = dataset.tokenizer().decode(dataset.train) + dataset.tokenizer().decode(dataset.val)
+    assert read == text.replace("\r", "\n")
 
 
 def test_prepared_again_with_another_tokenizer_leaves_no_old_meta(monkeypatch, folder):
@@ -85,6 +93,129 @@ def test_prepared_again_with_another_tokenizer_leaves_no_old_meta(monkeypatch, f
     run(monkeypatch, "a.txt", "--tokenizer=byte")
     assert sorted(os.listdir("data/a")) == ["meta.json", "notes.md", "train.bin", "val.bin"]
     assert Dataset("data/a").n_vocab == 256
+
+
+END = 50256
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_documents_end_with_gpt2s_token(monkeypatch, folder, fraction):
+    """Files, lines of .jsonl files and <|endoftext|> in a text; the parts are never divided inside the token's name."""
+    (folder / "poems" / "b").mkdir(parents=True)
+    (folder / "poems" / "a.txt").write_text("One.<|endoftext|>Two, and more")
+    (folder / "poems" / ".hidden").write_bytes(b"\xff")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("Three", "Four"))
+    (folder / "poems" / "b" / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (folder / "poems" / "d.md").write_bytes("\ufeffFive\r\n".encode())
+    run(monkeypatch, "poems", "--tokenizer=gpt2", f"--val_fraction={fraction}")
+    dataset = Dataset("data/poems")
+    ids = dataset.train.tolist() + dataset.val.tolist()
+    assert ids.count(END) == 4
+    assert dataset.tokenizer().decode(ids) == "<|endoftext|>".join(["One.", "Two, and more", "Three", "Four", "Five\n"])
+    run(monkeypatch, "poems", f"--val_fraction={fraction}")  # by character they are one text
+    dataset = Dataset("data/poems")
+    text = dataset.tokenizer().decode([*dataset.train, *dataset.val])
+    assert text == "One.<|endoftext|>Two, and moreThree\nFour\nFive\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("my poems.txt", "my poems"),
+        ("data/poems/input.txt", "poems"),
+        ("data/poems/raw/a.txt", "poems"),
+        ("data/poems", "poems"),
+        ("a.jsonl.gz", "a"),
+        ("songs/", "songs"),
+        ("songs/v1.2/", "v1.2"),
+        ("old/2024.01.txt", "2024.01"),
+        ("$HOME; ls.txt", "$HOME; ls"),
+    ],
+)
+def test_the_name_of_a_dataset_and_the_command_that_trains_on_it(monkeypatch, capsys, folder, source, name):
+    path = folder / source
+    if source.endswith(("/", "poems")):
+        path = path / "text.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "To be\n" * 20
+    path.write_bytes(gzip.compress(json.dumps({"text": text}).encode()) if path.suffix == ".gz" else text.encode())
+    run(monkeypatch, source)
+    assert (folder / "data" / name / "train.bin").is_file()
+    said = capsys.readouterr().out
+    assert f"data/{name}/train.bin: 10" in said
+    (command,) = re.findall("train on it with: (.*)", said)
+    program, *arguments = shlex.split(command.removeprefix("python -m "))
+    assert program == "train"
+    config = compose(parse(arguments), preset("docs"))
+    assert dataset_folder(config.dataset) == Path("data", name)
+    Dataset(dataset_folder(config.dataset)).check(config.block_size)
+
+
+def test_a_dataset_of_other_files_is_replaced_only_by_name(monkeypatch, folder):
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        (folder / name / "input.txt").write_text(TEXT + name)
+    run(monkeypatch, "a/input.txt")
+    (folder / "a" / "input.txt").write_text(TEXT + "a, longer")
+    run(monkeypatch, "a/input.txt")  # the same file, changed since
+    before = tree(folder)
+    with pytest.raises(UserError, match="data/input holds a dataset of other files") as caught:
+        run(monkeypatch, "b/input.txt")
+    assert tree(folder) == before
+    for option in re.findall(r"--dataset=\w+", str(caught.value)):
+        run(monkeypatch, "b/input.txt", option)
+    assert sorted(os.listdir("data")) == ["NAME", "input"]
+    assert Dataset("data/input").meta["sha256"] == Dataset("data/NAME").meta["sha256"]
+    (folder / "data" / "input" / "meta.json").unlink()  # as nanoGPT makes them
+    with pytest.raises(UserError, match="holds a dataset of other files"):
+        run(monkeypatch, "b/input.txt")
+
+
+@pytest.mark.parametrize("name", ["poems", "data/poems", "./data/poems/", "my poems", "shakespeare_chars"])
+def test_the_command_that_makes_a_missing_dataset(monkeypatch, folder, name):
+    (folder / "a.txt").write_text(TEXT)
+    with pytest.raises(UserError) as caught:
+        Dataset(dataset_folder(name))
+    command = str(caught.value).rpartition("make it with: ")[2]
+    assert command.startswith("python -m train.prepare FILE ... ")
+    run(monkeypatch, *shlex.split(command.replace("FILE ...", "a.txt"))[3:])
+    Dataset(dataset_folder(name))
+    (folder / dataset_folder(name) / "val.bin").unlink()
+    (folder / dataset_folder(name) / "input.txt").write_text(TEXT)
+    with pytest.raises(UserError) as caught:
+        Dataset(dataset_folder(name))
+    run(monkeypatch, *shlex.split(str(caught.value).rpartition("make it with: ")[2])[3:])
+    Dataset(dataset_folder(name))
+
+
+def test_check_reads_all_of_a_dataset(monkeypatch, capsys, folder):
+    (folder / "a.txt").write_text("To be\n" * 100)
+    run(monkeypatch, "a.txt", "--dataset=my poems")
+    capsys.readouterr()
+    run(monkeypatch, "--check", "my poems")
+    assert capsys.readouterr().out == "data/my poems: whole, 540 and 60 tokens below 6\n"
+    path = folder / "data" / "my poems" / "val.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(UserError, match=r"data/my poems/val\.bin: "):
+        run(monkeypatch, "--check", "data/my poems")
+    meta = json.loads(path.with_name("meta.json").read_text())
+    del meta["checksums"]
+    path.with_name("meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"val\.bin: token \d+ at position"):
+        run(monkeypatch, "--check", "data/my poems")
+    path.write_bytes(bytes(120))
+    capsys.readouterr()
+    run(monkeypatch, "--check", "data/my poems")
+    assert "no checksums" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 100])
+@pytest.mark.parametrize("length", [0, 1, 8, 9, 24])
+def test_checksums_are_of_every_chunk(size, length):
+    data, sums = os.urandom(length), Checksums(8)
+    for at in range(0, length, size):
+        sums.add(data[at : at + size])
+    assert sums.values == [zlib.crc32(data[at : at + 8]) for at in range(0, length, 8)]
 
 
 # Bad input
@@ -97,7 +228,14 @@ def test_prepared_again_with_another_tokenizer_leaves_no_old_meta(monkeypatch, f
         (["shakespeare_cher"], "did you mean shakespeare_char"),
         (["xyzzy"], "expected one of docs"),
         (["no.txt"], "'no.txt': no such file"),
-        (["."], "not a regular file"),
+        (["pipe"], "'pipe': not a regular file or a folder"),
+        (["hollow"], "'hollow': no files in this folder"),
+        (["notes.jsonl"], r"notes.jsonl: line 2: expected a JSON object with a \"text\", got 'hello'"),
+        (["a.txt", "--check=nothing"], "check: got 'a.txt' too"),
+        (["--check=nothing"], "data/nothing: no such dataset"),
+        (["shakespeare", "--bpe_dir=nowhere"], "bpe_dir: nowhere/encoder.json"),
+        (["x" * 300], "no such corpus or file"),
+        (["a.txt", "--dataset=" + "x" * 300], "cannot be written: File name too long"),
         (["empty.txt"], "empty.txt: empty"),
         (["a.txt", "latin.txt"], r"latin.txt: byte 2,003 is not UTF-8"),
         (["a.txt", "cut.txt", "--tokenizer=gpt2"], r"cut.txt: byte 2,000 is not UTF-8"),
@@ -115,6 +253,9 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, folder, arguments
     (folder / "docs.txt").write_text(TEXT)
     (folder / "short.txt").write_text("12345678")
     (folder / "empty.txt").touch()
+    (folder / "hollow").mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "notes.jsonl").write_text('{"text": "To be"}\nhello\n')
     (folder / "latin.txt").write_bytes(b"a" * 2000 + "abé".encode()[:2] + b"c\xe9" + b"a" * 200)
     (folder / "cut.txt").write_bytes(b"a" * 2000 + "€".encode()[:2])
     monkeypatch.setattr(texts, "CHUNK", 1000)

@@ -9,7 +9,7 @@ import torch
 
 from tests.train.checkpoints import assert_same
 from tests.train.runs import CONSTANT, Stop, crash, iterations, last, logged, refusal, resume, run, send
-from train import errors
+from train import checkpoint, errors
 
 N = 7  # not a multiple of the intervals
 STATE = ("model", "optimizer", "iter_num", "best_val_loss")
@@ -31,6 +31,22 @@ def test_two_halves_are_the_whole(tmp_path, dtype, log_interval):
     assert list(expected) == list(range(0, 2 * N, log_interval))
     assert logged(tmp_path / "halves") == expected
     assert_same_end(tmp_path / "halves", tmp_path / "whole", keys=("model", "optimizer", "iter_num"))
+
+
+@pytest.mark.parametrize("named", ["out", "out/ckpt.pt"])
+def test_a_new_run_starts_from_ones_own_weights(tmp_path, monkeypatch, named):
+    run(tmp_path / "out", max_iters=N, gelu="tanh")
+    old = last(tmp_path / "out")
+    shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "bias"))  # not on the command line
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path / "more", init_from=named, max_iters=2, **CONSTANT, **shape)
+    new = last(tmp_path / "more")
+    assert_same(*({key: saved[key] for key in ("model", "model_args")} for saved in (old, new)))
+    assert (new["iter_num"], new["nanofuse"]["gelu"]) == (2, "tanh")
+    assert {float(entry["step"]) for entry in new["optimizer"]["state"].values()} == {2.0}
+    assert iterations(tmp_path / "more", "eval")[0] == 0  # judged anew
+    assert last(tmp_path / "out")["iter_num"] == N
+    assert checkpoint.for_new_run(tmp_path / "out" / "ckpt.pt")["best_val_loss"] == 1e9
 
 
 def test_nanogpts_run_goes_on_with_its_settings_but_on_this_machine(tmp_path):

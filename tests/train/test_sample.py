@@ -1,6 +1,8 @@
 """The command that samples: it prints like nanoGPT, loads its checkpoints, and gives one line for each mistake."""
 
+import gzip
 import pickle
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,8 @@ from model import GPT, GPTConfig, Precision
 from model.generate import generate
 from train.checkpoint import MODEL_ARGS, pack, save
 from train.errors import UserError
-from train.sample import SampleConfig, load_model, main, sample_text, to_inference
-from train.text import ByteTokenizer, CharTokenizer
+from train.sample import SampleConfig, load_model, main, read_prompt, sample_text, to_inference
+from train.text import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 
 CHARS = "\n abcdefghijklmnopqrstuvwxyz"
 TOKENIZER = CharTokenizer(CHARS)
@@ -83,9 +85,51 @@ def test_options_reach_the_draw(run_dir, capsys):
     assert samples(capsys, "--temperature=0", "--max_new_tokens=5") == [a[:6]] * 2
 
 
-def test_prompt_from_a_file(run_dir, capsys):
-    Path("prompt.txt").write_bytes(b"from a file\r\n")
-    assert all(text.startswith("from a file\n") for text in samples(capsys, "--start=FILE:prompt.txt"))
+def test_prompt_from_a_file(run_dir, capsys, monkeypatch):
+    """It is read as a corpus is."""
+    monkeypatch.setenv("HOME", str(run_dir))
+    Path("prompt.txt").write_bytes(gzip.compress(b"\xef\xbb\xbffrom a file\r\n"))
+    for start in ("FILE:prompt.txt", "FILE:~/prompt.txt"):
+        assert all(text.startswith("from a file\n") for text in samples(capsys, f"--start={start}"))
+    Path("bytes").write_bytes(b"\xefa\r\n\xff")
+    prompt = read_prompt("FILE:bytes", ByteTokenizer())
+    assert ByteTokenizer().encode(prompt) == list(b"\xefa\r\n\xff")
+
+
+def test_a_sample_ends_at_the_end_of_text_where_asked(monkeypatch):
+    def generate(*_, **__):
+        for token in (11, 13, 50256, 13):
+            yield torch.tensor([token])
+
+    monkeypatch.setattr("train.sample.generate", generate)
+    model, tokenizer = make_model(), GPT2Tokenizer()
+    for asked, text in ((False, "<|endoftext|>hi,.<|endoftext|>."), (True, "<|endoftext|>hi,.")):
+        config = SampleConfig(start="<|endoftext|>hi", end_of_text=asked)
+        assert "".join(sample_text(model, tokenizer, config)) == text
+    with pytest.raises(UserError, match="end_of_text: got True, but the tokenizer, byte, has no end-of-text token"):
+        sample_text(model, ByteTokenizer(), SampleConfig(end_of_text=True))
+
+
+@pytest.mark.parametrize("chars", [CHARS, " ab", "'\"$`", "\"'", "\r", "\u2028", "$`\\ "])
+@pytest.mark.parametrize("start", ["", "\n\nÜ"])
+def test_the_prompt_that_a_message_suggests_works(tmp_path, monkeypatch, capsys, chars, start):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = CharTokenizer(chars)
+    write_checkpoint(Path("out"), make_model(), tokenizer=tokenizer.meta())
+    with pytest.raises(UserError, match=r"^start: ") as caught:
+        samples(capsys, f"--start={start}")
+    argument = str(caught.value)[str(caught.value).index("--start=") :]
+    shell = subprocess.run(["bash", "-c", f"printf %s {argument}"], capture_output=True, check=True)
+    assert len(samples(capsys, shell.stdout.decode(), "--max_new_tokens=1", "--dtype=float32")) == 2
+
+
+def test_a_sample_does_nothing_to_the_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    chars = "\n\t\x1b\x07\x9b\ré"
+    write_checkpoint(Path("out"), make_model(), tokenizer=CharTokenizer(chars).meta())
+    text = "".join(samples(capsys, f"--start={chars}"))
+    assert text.startswith("\n\t\\x1b\\x07\\x9b\\ré")
+    assert not set(text) & set("\x1b\x07\x9b\r")
 
 
 def test_nanogpts_checkpoint(tmp_path, monkeypatch, capsys):

@@ -26,9 +26,9 @@ def expected(n: int, warmup: int, decay: int, high: float, low: float) -> float:
 rates = st.floats(0, 1)
 
 
-@given(warmup=st.integers(0, 3000), length=st.integers(0, 10**6), high=rates, low=rates, part=st.floats(0, 1))
+@given(warmup=st.integers(0, 3000), length=st.integers(-4000, 10**6), high=rates, low=rates, part=st.floats(0, 1))
 def test_the_formula_at_every_corner(warmup, length, high, low, part):
-    decay = warmup + length
+    decay = max(warmup + length, 0)
     settings = config(warmup, decay, high, low)
     corners = {0, 1, warmup // 2, warmup, (warmup + decay) // 2, decay, 2 * decay, warmup + int(part * length)}
     for n in sorted({max(c + d, 0) for c in corners for d in (-1, 0, 1)}):
@@ -52,6 +52,9 @@ def test_warmup_that_leaves_no_room_for_a_decay():
     assert learning_rate(49, settings) == pytest.approx(1e-3 * 50 / 51)
     assert learning_rate(50, settings) == learning_rate(51, settings) == 1e-4
     assert learning_rate(0, config(0, 0)) == 1e-4
+    settings = config(50, 20)  # nanoGPT's recipe for a CPU: it asks for the warmup first
+    assert learning_rate(20, settings) == learning_rate(20, config(50, 500))
+    assert learning_rate(50, settings) == 1e-4
 
 
 def test_decay_lr_off_is_constant():

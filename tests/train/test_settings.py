@@ -36,6 +36,8 @@ def values(field: dataclasses.Field) -> st.SearchStrategy:
         float: st.floats(allow_nan=False, allow_infinity=False),
         str: st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
     }
+    if field.metadata["path"]:
+        return kinds[str].filter(lambda name: not name.startswith("~"))
     return kinds[type(field.default)]
 
 
@@ -69,6 +71,7 @@ def spelled(draw) -> tuple[dict, list[str]]:
 @settings(max_examples=50, deadline=None)
 @example(({"learning_rate": 1.0}, ["--learning_rate=1"]))
 @example(({"max_iters": 600000}, ["--max_iters=600_000"]))
+@example(({"max_iters": 100000}, ["--max_iters=1e5"]))
 @example(({"learning_rate": -1e-3}, ["--learning-rate", "-1e-3"]))
 @example(({"wandb_run_name": "a=b"}, ["--wandb_run_name=a=b"]))
 @example(({"wandb_run_name": "5"}, ["--wandb_run_name=5"]))
@@ -104,7 +107,7 @@ def test_any_command_line_is_read_or_refused_in_one_line(argv):
         ("--batch_siz=1", ("'batch_siz'", "did you mean batch_size?")),
         ("--no-batch_size", ("--no-batch_size", "no switch")),
         ("--no-compile=True", ("no_compile",)),
-        ("--max_iters=1e3", ("max_iters", "1000.0 (float)", "int")),
+        ("--max_iters=1.5e0", ("max_iters", "1.5 (float)", "int")),
         ("--batch_size=5*8", ("batch_size", "'5*8'", "int")),
         ("--batch_size", ("batch_size", "no value", "--batch_size=12")),
         ("--seed=0x" + "f" * 6000, ("seed", "64 bits")),
@@ -126,6 +129,26 @@ def test_a_wrong_argument_is_refused_with_a_hint(argument, expected, monkeypatch
     line = refused([argument])
     assert all(part in line for part in expected), line
     assert len(line) < 300
+
+
+def test_a_tilde_in_front_of_a_path_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "mine.py").write_text("bpe_dir = '~/bpe'\nwandb_project = '~/x'\n")
+    argv = [str(tmp_path / "mine.py"), "--out_dir=~/runs/a", "--dataset='~/data'", "--init_from", "~/b/ckpt.pt"]
+    assert parse(argv).settings == {
+        "bpe_dir": "/home/me/bpe",
+        "wandb_project": "~/x",
+        "out_dir": "/home/me/runs/a",
+        "dataset": "/home/me/data",
+        "init_from": "/home/me/b/ckpt.pt",
+    }
+
+
+def test_a_config_file_reads_the_settings_named_before_it(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("lr_decay_iters = max_iters\nmin_lr = learning_rate / 10\n")
+    got = parse(["--max_iters=50", str(mine), "--learning_rate=1"]).settings
+    assert (got["lr_decay_iters"], got["min_lr"]) == (50, TrainConfig.learning_rate / 10)
 
 
 def test_presets_files_and_overrides_apply_in_argv_order(tmp_path):

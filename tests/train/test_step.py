@@ -8,8 +8,9 @@ from torch import nn
 
 from kernels import REFERENCE
 from model import GPT, GPTConfig, Precision
+from model.groups import param_groups
 from train.data import Batch
-from train.optim import FlatAdamW, LossScale, param_groups
+from train.optim import FlatAdamW, LossScale
 from train.step import TrainStep
 
 LR = 0.01

@@ -1,6 +1,14 @@
 """Text read in pieces, to ids and back, and where GPT-2's ranks come from."""
 
+import gzip
+import io
+import json
+import os
+import shlex
 import shutil
+import subprocess
+import zipfile
+from pathlib import Path
 
 import pytest
 import tiktoken
@@ -84,6 +92,13 @@ def test_an_unknown_id_is_an_error(gpt2, token):
         {"tokenizer": "char", "chars": ["a", "a"]},
         {"tokenizer": "char", "chars": ["ab"]},
         {"tokenizer": "char", "chars": [1]},
+        {"tokenizer": "char", "chars": ["a", "b"], "vocab_size": 1},
+        {"tokenizer": "char", "chars": ["a", "b"], "vocab_size": "2"},
+        {"tokenizer": "char", "chars": None},
+        {"tokenizer": ["char"]},
+        "char",
+        None,
+        7,
     ],
 )
 def test_a_meta_that_does_not_describe_a_tokenizer_is_refused(meta):
@@ -141,13 +156,94 @@ def test_words_are_not_held_for_ever(monkeypatch):
     assert all(len(piece) < 30 for piece in whole_words(["one two "] * 100))
 
 
-@given(text=st.text(st.characters(codec="utf-8"), max_size=50), chunk=st.integers(1, 9), cut=st.floats(0, 1))
-def test_text_is_read_and_split_whole(tmp_path_factory, text, chunk, cut):
+@given(
+    text=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=50),
+    chunk=st.integers(1, 9),
+    cut=st.floats(0, 1),
+    mark=st.booleans(),
+    pack=st.booleans(),
+)
+@example(text="a\r\n\rb", chunk=2, cut=0.5, mark=True, pack=False)
+@example(text="%PD", chunk=1, cut=0.5, mark=False, pack=False)
+def test_text_is_read_and_split_whole(tmp_path_factory, text, chunk, cut, mark, pack):
+    """In pieces, packed or not, with a byte order mark or not; line ends are those of Python's text files."""
     path = tmp_path_factory.getbasetemp() / "text.txt"
-    path.write_bytes(text.encode())
+    data = (texts.BOM if mark else b"") + text.encode()
+    path.write_bytes(gzip.compress(data) if pack else data)
+    with path.open("rb") as file, io.TextIOWrapper(gzip.open(file) if pack else file, "utf-8-sig") as ours:
+        text = ours.read()
     size = int(len(text) * cut)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "CHUNK", chunk)
         first, second = split_at(read_text([path]), size)
         assert "".join(first) == text[:size]
         assert "".join(second) == text[size:]
+
+
+def read(path: Path, between: str = "") -> str:
+    return "".join(read_text([path], between=between))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [
+        ("utf-16", "UTF-16, expected UTF-8 text"),
+        ("utf-32", "UTF-32, expected UTF-8 text"),
+        ("utf-16-le", "every second byte is zero, as in UTF-16LE, expected UTF-8 text"),
+        ("utf-16-be", "every second byte is zero, as in UTF-16BE, expected UTF-8 text"),
+        ("latin-1", "byte 17 is not UTF-8 (invalid start byte), expected UTF-8 text; if it is Latin-1"),
+    ],
+)
+def test_another_encoding_is_named_and_the_command_that_helps_works(tmp_path, monkeypatch, encoding, said):
+    monkeypatch.chdir(tmp_path)
+    text, path = "Ob's edler im Gemüt, die Pfeil und Schleudern\n", Path("my 'poems'.txt")
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}: {said}: iconv ")
+    command = str(caught.value).rpartition(": ")[2]
+    subprocess.run(command, shell=True, check=True)
+    assert read(Path(shlex.split(command)[-1])) == text
+
+
+def test_archives_are_named_and_a_damaged_gzip_file_is_refused(tmp_path):
+    path = tmp_path / "a.txt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "To be")
+    with pytest.raises(UserError, match=r"a\.txt: a zip archive, expected UTF-8 text: unpack it"):
+        read(path)
+    whole = gzip.compress(os.urandom(1000))
+    for data in (whole[:500], whole[:-8] + bytes(8), whole[:10] + b"x" * 100):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"a\.txt: a damaged gzip file|a\.txt: byte \d+ is not UTF-8"):
+            read(path)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"a\.txt: cannot be read: (Is a directory|not a regular file)"):
+        read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("chunk", [5, 1 << 20])
+def test_documents_of_a_jsonl_file(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(texts, "CHUNK", chunk)
+    path, documents = tmp_path / "a.jsonl.gz", ["To be,\r\nor", "nót", "", "to\u2028be \U0001f600"]
+    lines = [json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(documents)]
+    path.write_bytes(gzip.compress("\n\n".join(lines).encode()))
+    expected = [text.replace("\r\n", "\n") for text in documents]
+    assert read(path) == "\n".join([*expected, ""])
+    assert read(path, "|") == "|".join(expected)
+    assert b"".join(texts.read_bytes([path])).decode() == "\n".join([*expected, ""])
+
+
+@pytest.mark.parametrize(
+    "line", ["{", '"text"', "[1]", "{}", '{"text": 1}', '{"text": null}', "[" * 9999, '{"text": "\\ud800"}']
+)
+def test_a_line_that_is_no_document_is_named(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n' + line + "\n")
+    with pytest.raises(UserError, match=r'a\.jsonl: line 3: expected a JSON object with a "text", got ') as caught:
+        read(path)
+    assert len(str(caught.value)) < 300
