@@ -32,6 +32,7 @@ from train.distributed import World
 from train.dryrun import Job, dry_run
 from train.errors import UserError, shown
 from train.graph import GraphedStep
+from train.hardware import resolve_stream
 from train.optim import FlatAdamW
 from train.step import TrainStep
 
@@ -189,8 +190,9 @@ def ours(
         layer = workload.config, workload.batch_size, dtype, device
         bundle, _ = choose_mlp(select("auto", device), MLPShape.of(*layer), World()) if ops is None else (ops, "")
         backend, _ = choose_attention(attention, AttentionShape.of(*layer), World())
-        model = GPT(workload.config, bundle, precision=Precision(compute=dtype), attention=backend).to(device)
-        model.load_state_dict(setting.weights)
+        precision = Precision(dtype, resolve_stream("auto", dtype, device.type))
+        model = GPT(workload.config, bundle, precision=precision, attention=backend)
+        model.to(device).load_state_dict(setting.weights)
         optimizer = FlatAdamW(
             model,
             bundle,

@@ -82,7 +82,11 @@ class TrainConfig:
     compile: bool = setting(True, "torch.compile the model")
     cuda_graphs: bool = setting(True, "capture the step in CUDA graphs, where there is CUDA")
     shard: bool = setting(False, "share out parameters, gradients and moments over the processes (FSDP2)")
-    residual_dtype: str = setting("float32", "dtype of the residual stream", choices=("float32", "bfloat16"))
+    residual_dtype: str = setting(
+        "auto",
+        "dtype of the residual stream; auto: bfloat16 on a GPU that computes in it, else float32",
+        choices=("auto", "float32", "bfloat16"),
+    )
     kernels: str = setting(
         "auto", "Triton's or plain torch's; auto: fused on CUDA", choices=("auto", "fused", "reference")
     )

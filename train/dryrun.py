@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from kernels import Ops
 from model import GPT, GPTConfig, Precision
+from train.hardware import resolve_stream
 from train.optim import FlatAdamW, LossScale
 from train.step import Evaluation, TrainStep
 
@@ -213,7 +214,7 @@ class Job:
     accumulation: int = 1  # micro-steps of this device
     several: bool = False  # whether gradients of several micro-steps or ranks are summed
     dtype: torch.dtype = torch.bfloat16  # the compute dtype
-    stream_dtype: torch.dtype = torch.float32  # the residual stream's
+    residual_dtype: str = "auto"  # the setting
     loss_chunk: int = 0  # rows of logits at a time, fused; 0: all
     recompute: str = "none"  # one of model.recompute.MODES
     attention: str = "auto"  # one of model.attention.BACKENDS
@@ -222,6 +223,11 @@ class Job:
     on: str = "meta"  # "cpu": a CPU; "meta": a GPU; "cuda": in tests, a GPU with fake tensors
     capability: int = 90  # of the GPU: 10 * major + minor
     multiprocessors: int = 132
+
+    @property
+    def stream(self) -> torch.dtype:
+        """The residual stream's dtype."""
+        return resolve_stream(self.residual_dtype, self.dtype, "cpu" if self.on == "cpu" else "cuda")
 
 
 @dataclass(frozen=True)
@@ -290,7 +296,7 @@ def build(job: Job) -> TrainStep:
         loss = functools.partial(ops.linear_cross_entropy, chunk_rows=job.loss_chunk)
         ops = dataclasses.replace(ops, linear_cross_entropy=loss)
     with torch.device(job.on):
-        precision = Precision(job.dtype, job.stream_dtype)
+        precision = Precision(job.dtype, job.stream)
         model = GPT(job.shape, ops, precision=precision, attention=job.attention, recompute=job.recompute)
     with _planned_for(job):  # the device decides how many partial sums there are
         optimizer = FlatAdamW(model, ops, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.1, several=job.several)

@@ -44,7 +44,7 @@ def job_of(
         accumulation=config.gradient_accumulation_steps // world.size,
         several=config.gradient_accumulation_steps > 1,
         dtype=dtype,
-        stream_dtype=getattr(torch, config.residual_dtype),
+        residual_dtype=config.residual_dtype,
         loss_chunk=chunk,
         recompute=config.recompute,
         attention=config.attention,

@@ -26,7 +26,7 @@ from train.corpora import dataset_folder
 from train.data import Dataset
 from train.distributed import World
 from train.errors import UserError
-from train.hardware import Peak, device_name, peak_flops, resolve_dtype
+from train.hardware import Peak, device_name, peak_flops, resolve_dtype, resolve_stream
 from train.log import check_sinks
 from train.memory import as_planned_for, check_memory, free_memory, job_of, rows_at_a_time
 from train.prepare import ensure_docs
@@ -92,7 +92,7 @@ def decide(
         memory = check_memory(job, str(device), free, world.size)
     ops, mlp = choose_mlp(ops, MLPShape.of(*layer), world)
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
-    precision = Precision(dtype, getattr(torch, config.residual_dtype))
+    precision = Precision(dtype, resolve_stream(config.residual_dtype, dtype, device.type))
     plan = Plan(config, dataset, device, world, shape, ops, precision, backend, peak, [])
     plan.lines.extend(
         [

@@ -140,7 +140,7 @@ def _times(run: DryRun, job: Job, config: TrainConfig, target: Card, world: Worl
         job.batch_size,
         accumulation=job.accumulation,
         compute=job.dtype.itemsize,
-        stream=job.stream_dtype.itemsize,
+        stream=job.stream.itemsize,
         gradients=4 if job.several else job.dtype.itemsize,
         shards=job.shards,
     )

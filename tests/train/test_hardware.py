@@ -13,6 +13,7 @@ from train.hardware import (
     peak_flops,
     resolve_device,
     resolve_dtype,
+    resolve_stream,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -181,3 +182,17 @@ def test_dtypes_of_cpus(monkeypatch, fast):
     for name in ("float16", "float64", "bf16"):
         with pytest.raises(UserError, match=f"dtype: got '{name}', expected one of: auto, .*float32"):
             resolve_dtype(name, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "device", "expected"),
+    [
+        ("auto", torch.bfloat16, "cuda", torch.bfloat16),
+        ("auto", torch.float16, "cuda", torch.float32),  # whose range a stream may leave
+        ("auto", torch.bfloat16, "cpu", torch.float32),
+        ("float32", torch.bfloat16, "cuda", torch.float32),
+        ("bfloat16", torch.float32, "cpu", torch.bfloat16),
+    ],
+)
+def test_the_residual_streams_dtype(name: str, dtype: torch.dtype, device: str, expected: torch.dtype) -> None:
+    assert resolve_stream(name, dtype, device) == expected
