@@ -319,8 +319,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def resolve_stream(name: str, dtype: torch.dtype, device_type: str) -> torch.dtype:
     """The residual stream's dtype that auto, float32 or bfloat16 means for a compute dtype.
 
-    bfloat16 halves the bytes of every LayerNorm. It costs no loss that three seeds could show: README says how much.
-    On a CPU, whose caches hold the stream, it saves nothing.
+    bfloat16 halves most of a LayerNorm's bytes. Its validation losses after 800 iterations on Shakespeare's characters
+    differ by 0.002 or less from float32's, for three seeds of a model of 6 layers and of one of 24. The seeds' own
+    spread is 0.037 and 0.046 (`bench/results/residual-stream-2026-11-25.jsonl`, bfloat16 on a CPU).
     """
     if name != "auto":
         return DTYPES[name]

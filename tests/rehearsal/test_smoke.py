@@ -23,7 +23,7 @@ def make_model() -> GPT:
 
 def make_step() -> TrainStep:
     model = make_model()
-    optimizer = FlatAdamW(model, FUSED, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = FlatAdamW(model, FUSED, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1, several=True)
     return TrainStep(model, optimizer, grad_clip=1.0)
 
 

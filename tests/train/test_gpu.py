@@ -129,7 +129,7 @@ def test_the_memory_that_a_step_takes_is_the_estimate(recompute: str, dropout: f
     ops = select(kernels, CUDA)
     loss = functools.partial(ops.linear_cross_entropy, chunk_rows=chunk)
     chunked = dataclasses.replace(ops, linear_cross_entropy=loss) if chunk else ops
-    model = GPT(shape, chunked, precision=Precision(torch.bfloat16), recompute=recompute).to(CUDA)
+    model = GPT(shape, chunked, precision=Precision(*[torch.bfloat16] * 2), recompute=recompute).to(CUDA)
     optimizer = FlatAdamW(model, ops, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
     step = TrainStep(model, optimizer, grad_clip=1.0)
     x, y = torch.randint(50304, (2, 1, 8, 1024), device=CUDA)
