@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.digest import ATTAINED, Estimate, KernelRow, Run, StepRow, Steps, slug
+from bench.digest import Estimate, KernelRow, Run, StepRow, Steps, slug
 from bench.tables import number, rate
+from model.work import ATTAINED
 from train.plot import LIGHT, new_figure, printable
 
 if TYPE_CHECKING:

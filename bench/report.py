@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import compare, pictures, results, tables
-from bench.digest import ATTAINED, SHEET, Estimate, Run, Steps, estimates, in_order
+from bench.digest import Estimate, Run, Steps, estimates, in_order
 from bench.pictures import WIDE, Picture, sources
 from bench.tables import NONE, Table, mfu_cells, shown
+from model.work import ATTAINED, SHEET
 from train import errors
 from train.errors import UserError
 from train.files import making_folder, replacing

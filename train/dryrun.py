@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from kernels import Ops
 from model import GPT, GPTConfig, Precision
+from model.work import Work, step_work
 from train.optim import FlatAdamW, LossScale
 from train.step import Evaluation, TrainStep
 
@@ -222,6 +223,19 @@ class Job:
     on: str = "meta"  # "cpu": a CPU; "meta": a GPU; "cuda": in tests, a GPU with fake tensors
     capability: int = 90  # of the GPU: 10 * major + minor
     multiprocessors: int = 132
+
+    def work(self, *, fused_gelu: bool = False) -> dict[str, Work]:
+        """The least work of the step, by part (`model/work.py`)."""
+        return step_work(
+            self.shape,
+            self.batch_size,
+            accumulation=self.accumulation,
+            compute=self.dtype.itemsize,
+            stream=self.stream_dtype.itemsize,
+            gradients=4 if self.several else self.dtype.itemsize,
+            shards=self.shards,
+            fused_gelu=fused_gelu,
+        )
 
 
 @dataclass(frozen=True)
