@@ -77,26 +77,23 @@ class StepTimer:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._since: float | None = None  # when the timer was started; None: it is paused
+        self._since = 0.0  # when the timer was started, or the last lap ended
         self._seconds, self._steps = 0.0, 0  # of this lap, up to the last pause
 
     def start(self) -> None:
-        """Go on. Nothing happens if it runs already."""
-        if self._since is None:
-            self._since = self._clock()
+        """Begin, or go on after a pause."""
+        self._since = self._clock()
 
     def pause(self) -> None:
-        """Stop until `start`. Nothing happens if it is paused already."""
-        if self._since is not None:
-            self._seconds += self._clock() - self._since
-            self._since = None
+        """Stop until `start`."""
+        self._seconds += self._clock() - self._since
 
     def step(self) -> None:
         """Count one iteration."""
         self._steps += 1
 
     def lap(self) -> float:
-        """Mean seconds of an iteration since the last lap. The timer must run, and have counted one."""
+        """Mean seconds of an iteration since the last lap, at least one. The timer must run."""
         now = self._clock()
         mean = (self._seconds + now - self._since) / self._steps
         self._since, self._seconds, self._steps = now, 0.0, 0

@@ -90,7 +90,7 @@ def test_measured_is_the_layer_that_the_run_computes() -> None:
 def test_random_state_is_as_it_was() -> None:
     before = torch.get_rng_state()
     choose_attention("auto", SHAPE, World(), clock(1, 2, 3, 4))
-    choose_attention("math", SHAPE._replace(dropout=0.2), World())
+    assert choose_attention("math", SHAPE._replace(dropout=0.2), World()) == ("math", "math, as set")
     choose_mlp(FUSED, MLP, World(), clock(*range(6)))
     assert torch.equal(torch.get_rng_state(), before)
 
