@@ -2,8 +2,7 @@
 
 A step's parts (`model/work.py`) have two rooflines. The floor uses full rates: those that a run measured, or those of a
 data sheet. No step is faster than its floor, unless a cache keeps data from one part to the next. The attainable time
-uses ATTAINED, the shares of a data sheet's rates that good kernels reached on an H100. It is an assumption that kernels
-reach the same shares on other devices.
+uses ATTAINED, the shares of a data sheet's rates that good kernels reached on an H100.
 """
 
 import re
@@ -16,27 +15,13 @@ from statistics import median
 
 from bench.results import Kernel, Results, Shape, Step
 from bench.variants import WORKLOADS, Workload
-from model.flops import flops_per_token
-from model.work import floor, step_work
+from model.flops import flops_per_token, mfu
+from model.work import SHEET, Shares, seconds, step_work
 from train.errors import one_line
 from train.hardware import CARDS, lookup
-from train.metrics import mfu
 
 ESTIMATED = ("gpt2", "shakespeare_char")  # workloads
 ESTIMATED_ON = ("a100", "h100", "h200", "b200", "l4", "4090")  # of CARDS
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Shares of a data sheet's rates, 0 to 1."""
-
-    matmul: float = 1.0
-    attention: float = 1.0  # its matmuls are small, and half of each diagonal tile is not needed
-    bandwidth: float = 1.0
-
-
-SHEET = Shares()
-ATTAINED = Shares(matmul=0.81, attention=0.34, bandwidth=0.9)
 
 
 def roofline(step: Workload | Shape, size: int, flops: float, bandwidth: float, shares: Shares = SHEET) -> float:
@@ -46,11 +31,7 @@ def roofline(step: Workload | Shape, size: int, flops: float, bandwidth: float, 
     """
     sizes = dict.fromkeys(("compute", "stream", "gradients"), size)
     parts = step_work(step.config, step.batch_size, accumulation=step.accumulation, **sizes, fused_gelu=True)
-    of_flops = {"attention forward": shares.attention, "attention backward": shares.attention}
-    return sum(
-        floor(work, flops * of_flops.get(name, shares.matmul), bandwidth * shares.bandwidth)
-        for name, work in parts.items()
-    )
+    return seconds(parts.items(), flops, bandwidth, shares)
 
 
 def short_name(name: str) -> str:

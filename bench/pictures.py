@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bench.digest import ATTAINED, Estimate, KernelRow, Run, Steps, slug
+from bench.digest import Estimate, KernelRow, Run, Steps, slug
 from bench.results import Step
 from bench.tables import rate, shown, sources
+from model.work import ATTAINED
 from train.plot import LIGHT, new_figure, printable
 
 if TYPE_CHECKING:

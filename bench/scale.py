@@ -31,12 +31,11 @@ from bench.results import Results, Step
 from bench.tables import aligned
 from bench.variants import WORKLOADS
 from model import GPTConfig
-from model.flops import flops_per_token, num_params
+from model.flops import flops_per_token, mfu, num_params
 from model.work import floor, step_work
 from train import dryrun, errors
 from train.errors import UserError
 from train.hardware import CARDS, DTYPES, lookup
-from train.metrics import mfu
 from train.settings import command_line, setting, shown
 
 Rates = tuple[float, float]  # FLOP/s of one device in the compute dtype, bytes/s of its memory
@@ -185,8 +184,6 @@ def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, fl
         raise UserError(f"device: got {shown(config.device)}, expected one that train/hardware.py knows")
     if row is None and not (matmul and copy):
         raise UserError(f"results: {config.results}: it has no ceilings, and no data sheet of {name} is known")
-    if row is not None and row.bf16 is None:
-        raise UserError(f"device: got {shown(name)}, expected one with bfloat16")
     sheet = [f"{row.bf16:g} TFLOP/s, dense bfloat16", f"{row.bandwidth:g} GB/s"] if row else []
     said = [f"data sheet  {rate}, {row.source}" for rate in sheet] or ["", ""]
     if matmul:

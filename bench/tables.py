@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from bench.digest import ATTAINED, SHEET, Estimate, KernelRow, Run, Steps
+from bench.digest import Estimate, KernelRow, Run, Steps
 from bench.results import Results, Step, quantile
 from bench.rules import NO_TIME
+from model.work import ATTAINED, SHEET
 
 NONE = "–"
 

@@ -1,4 +1,4 @@
-"""How a kernel is held to its meaning: the error that plain torch makes at that precision is the measure."""
+"""The check of a kernel's results. Plain torch's error at the same precision says how large its error may be."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ def outputs_and_gradients(function: Callable[..., Any], inputs: dict[str, Any]) 
 
 
 def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same values, and what is asked for as a dtype, in float64."""
+    """The same values in float64. An argument that is a dtype becomes float64."""
 
     def widen(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -42,9 +42,9 @@ def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
 def fault(
     fused: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any], summands: float = 0.0
 ) -> str:
-    """What is wrong with `fused`'s results and gradients, in one line; empty where nothing is. `disagreement` judges.
+    """What is wrong with `fused`'s results and gradients, in one line; empty if nothing is. See `disagreement`.
 
-    `fused` runs before the reference, on new values. So if it misses a store, memory holds no right answer by chance.
+    `fused` runs first. So if it misses a store, the memory cannot hold the reference's right answer by chance.
     """
     got, plain = (outputs_and_gradients(function, inputs) for function in (fused, reference))
     return disagreement(got, plain, outputs_and_gradients(reference, in_float64(inputs)), summands=summands)
@@ -58,11 +58,11 @@ def disagreement(
     summands: float = 0.0,
     times: float = 2.0,
 ) -> str:
-    """What is wrong with `fused`, in one line; empty where nothing is.
+    """What is wrong with `fused`, in one line; empty if nothing is.
 
-    Every element must lie within `times` plain torch's largest error, and one rounding, of `exact`. Torch's error over
-    a handful of elements may be nought by luck: four float32 ulps of the largest are always allowed, or of `summands`,
-    the size of what was summed, where a result may be small because it cancels.
+    An element may differ from `exact` by `times` plain torch's largest error and one rounding. With few elements this
+    error may be 0 by chance, so four float32 ulps of the largest element are always allowed. summands: the size of the
+    summands, which counts instead if it is larger, because sums may cancel.
     """
     if not fused.keys() == plain.keys() == exact.keys():
         return f"got {', '.join(fused)}, expected {', '.join(exact)}"
@@ -93,6 +93,6 @@ def _off(
 
 
 def largest(x: Tensor) -> float:
-    """The largest number in x that is one: infinities cancel elsewhere."""
+    """The largest finite number in x, 0 if there is none. Infinities are compared elsewhere."""
     x = x[x.isfinite()]
     return x.max().item() if x.numel() else 0.0

@@ -1,14 +1,13 @@
-"""Compile every kernel for GPUs that need not be there, and hold what comes out to its budget.
+"""Compile every kernel for GPUs that need not be there, and compare the machine code with the kernel's budget.
 
-    python -m kernels.targets [--target 90] [--kernel NAME] [--json FILE]
+    python -m kernels.targets [--target 90] [--kernel NAME]
 
-Each case of `cases.py` is run on meta tensors at its first GPT shape in bfloat16, forward and backward; what it would
-launch is compiled by Triton's own compiler, which needs no GPU. Registers, spills, shared memory, access widths and the
-kind of matrix instruction are read from the machine code. A line whose budget is broken begins with "!".
+Each case of `cases.py` runs on meta tensors, at its first GPT shape in bfloat16, forward and backward. Triton compiles
+the launches; this needs no GPU. Registers, spills, shared memory, access widths and the kind of matrix instruction are
+read from the machine code. A line whose budget is broken begins with "!".
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
@@ -18,7 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -71,11 +70,11 @@ class Compiled:
     waves: float  # blocks of the grid, over those that the architecture's card holds at once
     loads: dict[int, int]  # bytes a thread (0: a tile by the tensor memory accelerator) -> instructions
     stores: dict[int, int]
-    mma: str  # the kind of tensor-core instruction; "" where there is none
+    mma: str  # the kind of tensor-core instruction; "" for none
 
     @property
     def wide(self) -> float:
-        """The share of the bytes that its loads and stores name which moves WIDE bytes a thread or a whole tile."""
+        """Of the bytes that its loads and stores name, the share that moves WIDE bytes a thread or a whole tile."""
         widths = Counter(self.loads) + Counter(self.stores)
         if widths[0]:
             return 1.0
@@ -114,8 +113,8 @@ class _AbsentDriver:
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
-    """Compile what `launch.kernel[launch.grid](...)` would on sm_<capability>: Triton's own just-in-time compiler does,
-    from the same arguments, but for a driver that is not there. No other thread may launch kernels meanwhile."""
+    """Compile a launch for sm_<capability>. Triton's just-in-time compiler does it, from the launch's own arguments.
+    Only the driver is replaced. No other thread may launch kernels meanwhile."""
     driver.set_active(_AbsentDriver(capability))
     try:
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
@@ -214,7 +213,7 @@ class Row:
 
 
 def launches(case: Case, shape: Shape, dtype: torch.dtype, device: Device) -> list[Launch]:
-    """What the case launches, forward and backward, one of each that Triton compiles anew."""
+    """What the case launches, forward and backward: one of each that Triton compiles separately."""
     found = {}
     for more in case.compiled_with:
         with Planning(device) as plan:
@@ -224,7 +223,7 @@ def launches(case: Case, shape: Shape, dtype: torch.dtype, device: Device) -> li
 
 
 def rows(index: int, target: int, wanted: str) -> list[Row]:
-    """The kernels of CASES[index] with `wanted` in a name, compiled for sm_<target> and held to their budgets."""
+    """The kernels of CASES[index] with `wanted` in a name, compiled for sm_<target> and compared with their budgets."""
     case, of, made = CASES[index], ARCHITECTURES[target], []
     for launch in launches(case, case.gpt_shapes[0], torch.bfloat16, Device(target, of.multiprocessors)):
         kernel = launch.kernel.fn.__name__
@@ -232,7 +231,7 @@ def rows(index: int, target: int, wanted: str) -> list[Row]:
             continue
         try:
             compiled = compile_launch(launch, target)
-        except Exception as error:  # the compiler's, of many kinds
+        except Exception as error:  # of any type: from the compiler
             *_, reason = str(error).strip().splitlines() or [type(error).__name__]
             made.append(Row(case.name, kernel, target, None, [f"does not compile: {reason}"]))
         else:
@@ -254,23 +253,15 @@ def line(row: Row) -> str:
     return f"{start} {usage} {loads:<16} {stores:<14} {it.mma or '-'}"
 
 
-def _options(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
+    """0; 1 where a budget is broken; 2 for bad arguments."""
     parser = argparse.ArgumentParser(prog="python -m kernels.targets", description=__doc__.split("\n\n")[0])
     help = "compute capability, such as 90; default: all"
     parser.add_argument("--target", type=int, action="append", choices=list(ARCHITECTURES), help=help)
     parser.add_argument("--kernel", default="", help="only cases and kernels whose name contains this")
-    parser.add_argument("--json", type=Path, help="write the rows there too")
     options = parser.parse_args(argv)
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        parser.error(f"--json: got {options.json}, expected a file in a folder that exists")
     if INTERPRETED:
         parser.error("TRITON_INTERPRET: got 1, expected it unset: the interpreter takes the compiler's place")
-    return options
-
-
-def main(argv: list[str] | None = None) -> int:
-    """0; 1 where a budget is broken; 2 for bad arguments."""
-    options = _options(argv)
     jobs = [(i, target, options.kernel) for i in range(len(CASES)) for target in options.target or ARCHITECTURES]
     context = multiprocessing.get_context("spawn")  # a fork would leave torch's threads behind
     made: list[Row] = []
@@ -283,8 +274,6 @@ def main(argv: list[str] | None = None) -> int:
     if not made:
         print(f"--kernel: got {options.kernel!r}, which no case or kernel is called", file=sys.stderr)
         return 2
-    if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in made], indent=1) + "\n")
     faults = [f"{row.case}, {row.kernel}, sm_{row.target}: {fault}" for row in made for fault in row.broken]
     print("\n" + ("\n".join(faults) if faults else "All budgets are kept."))
     return 1 if faults else 0

@@ -1,11 +1,11 @@
-"""How long work takes: on a CUDA device by its own events, elsewhere by the host's clock; caches cold, all by turns.
+"""How long work takes, with cold caches: on a CUDA device by its own events, elsewhere by the host's clock.
 
-Whatever is compared is measured in one process and in turn, one sample of each, then the next of each: a device that
-slows down slows all of them. Every sample is kept.
+Works that are compared are measured in one process, by turns: one sample of each, then the next of each. If the device
+slows down, all of them are slower. Every sample is kept.
 
-On a GPU the host may need longer to ask for an operation, 0.1 to 0.6 ms with autograd, than the device to do it, and
-training does not ask: it replays graphs. So what is timed is captured in a CUDA graph and replayed. Where that is not
-possible the device is kept busy until the host has asked for all of it.
+On a GPU the host may need 0.1 to 0.6 ms to launch an operation with autograd, longer than the device needs to run it.
+Training replays graphs instead. So the work is captured in a CUDA graph and replayed. If that is not possible, the
+device is kept busy until the host has launched all of the work.
 """
 
 import gc
@@ -27,8 +27,7 @@ FLUSHES = 64  # of the caches before a sample, at most: about 13 ms of an H100
 
 @dataclass(frozen=True)
 class Staged:
-    """Work on something that is made anew for each sample, outside the clock, and given up after it: a graph of a
-    forward pass, to go backward through."""
+    """Work whose input is made for each sample before the clock starts. A forward pass prepares a backward pass."""
 
     prepare: Callable[[], Any]
     work: Callable[[Any], object]
@@ -48,10 +47,10 @@ def by_turns(
     least: int = 5,
     meter: "Meter | None" = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each sample of each work, its caches cold, after calls that are not counted.
+    """Seconds of each sample of each work, with cold caches. The first calls are not counted.
 
-    Rounds of one sample each are made for about `seconds` in all, at least `least` and at most MOST of them.
-    meter: in place of the device's own.
+    A round is one sample of each work. There are rounds for about `seconds`, at least `least` and at most MOST. meter:
+    replaces the device's own.
     """
     meter = meter or (CudaMeter(Gpu(device)) if device.type == "cuda" else HostMeter(device))
     ready = {name: meter.ready(work) for name, work in works.items()}
@@ -72,10 +71,10 @@ def milliseconds(work: Timeable, device: torch.device, seconds: float = 0.1) -> 
 
 class Meter(Protocol):
     def ready(self, work: Timeable) -> Staged:
-        """The work as it is to be timed, after calls of it that are not."""
+        """The work in the form that is timed, after calls that are not counted."""
 
     def sample(self, work: Staged) -> float:
-        """Seconds of one call, its preparation not counted."""
+        """Seconds of one call, without its preparation."""
 
 
 def staged(work: Timeable) -> Staged:
@@ -107,8 +106,8 @@ class HostMeter:
 
 
 class Gpu:
-    """What `CudaMeter` asks of a CUDA device. Graphs of one `Gpu` share one pool of memory, as large as the largest
-    needs; so each is to be replayed to its end, preparation and work, before the next."""
+    """What `CudaMeter` needs of a CUDA device. The graphs of one `Gpu` share one pool of memory. So a preparation and
+    its work must be replayed together, before another work is."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self.flush = device, _flush(device)
@@ -121,12 +120,12 @@ class Gpu:
         return event
 
     def capture(self, work: Staged) -> Staged:
-        """`work` as replays of two graphs, its preparation and itself. Raises what does not let itself be captured.
+        """`work` as replays of two graphs, its preparation and itself. Raises the error if it cannot be captured.
 
-        The second graph reads what the first one made where it made it. Nothing is made in that memory after the
-        captures but by these graphs, so it is still there.
+        The second graph reads the results of the first in the memory where the first one puts them. After the captures
+        only these graphs write to that memory.
         """
-        gc.collect()  # a node of autograd that a dropped cycle holds remembers its stream, and breaks a capture
+        gc.collect()  # a dropped cycle may hold a node of autograd that remembers its stream and breaks the capture
         given: list[Any] = []
         runs = [lambda: given.append(work.prepare()), lambda: work.work(given.pop())]
         with torch.cuda.device(self._device), warnings.catch_warnings():
@@ -134,17 +133,17 @@ class Gpu:
             try:
                 prepare, replay = capture_graphs([work], runs, self._side, self._pool)
             except Exception:
-                # a capture that failed leaves torch's generator in it, until one ends well
+                # after a capture that failed torch's generator still captures, until another capture succeeds
                 capture_graphs([], [lambda: None], self._side, self._pool)
                 raise
         return Staged(prepare, lambda nothing: replay())
 
 
 class CudaMeter:
-    """By events of the device, around a replay of the captured work, the host ahead of the device.
+    """By events of the device around a replay of the captured work. The host stays ahead of the device.
 
-    Before each sample the caches are emptied, so often that the device gets to the first event only after the host has
-    asked for everything up to the second: where it gets there sooner, twice as often, and the sample is taken again.
+    Emptying the caches before each sample takes time. In this time the host launches the work. If the device reaches
+    the first event before the host is done, the caches are emptied twice as often, and the sample is taken again.
     """
 
     def __init__(self, gpu: Gpu) -> None:
@@ -156,7 +155,7 @@ class CudaMeter:
             captured = self._gpu.capture(work)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # from CUDA, Triton, a library that does what no capture may: all kinds
+        except Exception:  # of any type: from CUDA, from Triton, from a library
             captured = work
         captured()
         return captured
@@ -169,22 +168,22 @@ class CudaMeter:
                 self._gpu.flush()
             begin = self._gpu.event()
             work.work(given)
-            late = begin.query()  # the device is there: it may have waited for the host
+            late = begin.query()  # the device has reached the event: it may have waited for the host
             end = self._gpu.event()
             end.synchronize()
-            if not late or flushes >= FLUSHES:  # then the work itself waits for the device
+            if not late or flushes >= FLUSHES:  # a work that still is late waits for the device itself
                 return begin.elapsed_time(end) / 1e3
             flushes *= 2
 
 
 def _flush(device: torch.device) -> Callable[[], object]:
-    """Empties the device's caches, by writing a buffer larger than they are; a GPU takes about 0.2 ms for it."""
+    """A function that empties the device's caches: it writes a larger buffer. A GPU takes about 0.2 ms for it."""
     size = max(2 * cache_bytes(device), 2**29 if device.type == "cuda" else 0)
     return torch.empty(size, dtype=torch.uint8, device=device).zero_
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last cache before memory: the L2 of a GPU, the L3 of a CPU (32 MiB where it does not say)."""
+    """Size of the last cache before memory: the L2 of a GPU, the L3 of a CPU (32 MiB if the system does not say)."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]

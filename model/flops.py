@@ -28,6 +28,11 @@ def num_params(config: GPTConfig, non_embedding: bool = True) -> int:
     return config.vocab_size * c + positions + blocks + norm
 
 
+def mfu(flops: float, seconds: float, peak: float) -> float:
+    """Model FLOPs utilisation, 0 to 1: `flops` in `seconds` on devices of `peak` FLOP/s together."""
+    return flops / (seconds * peak)
+
+
 def flops_per_token(config: GPTConfig, formula: str = "nanogpt") -> int:
     """FLOPs of training on one token, forward and backward, at full block size.
 

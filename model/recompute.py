@@ -13,9 +13,9 @@ also its second matmul, which is not needed.
 Random operations are never repeated: the backward pass needs the forward pass's dropout masks. The generator cannot be
 set back, because CUDA forbids reading its state while a graph is captured (`train/graph.py`). So a selective policy
 keeps the results of random operations: masks. (The fused kernels' masks come from seeds that a block is given.) torch
-marks these operations with a tag, `nondeterministic_seeded`. It marks attention's operations too, with dropout or without. That is good:
-attention takes the most time to repeat, and its result is small, M x C and one float32 a row and head. Attention by
-plain matmuls (`model/attention.py`) is computed again from its random bits.
+marks these operations with a tag, `nondeterministic_seeded`. It marks attention's operations too, with dropout or
+without. That is good: attention takes the most time to repeat, and its result is small, M x C and one float32 a row and
+head. Attention by plain matmuls (`model/attention.py`) is computed again from its random bits.
 
 The policy sees single operations. The result of one that writes in place cannot be kept, since the computation writes
 over it; F.dropout on a CPU does so. That is why `kernels/reference.py` has its own `dropout`. torch.compile follows the

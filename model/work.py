@@ -11,9 +11,11 @@ avoid. It shows how far an implementation is from the best:
 
 A part takes at least as long as its FLOPs take at the device's peak, and as long as its bytes take at its bandwidth:
 `floor`. Kernels may not reach this bound: no attention kernel with heads of 64 reaches a large matmul's FLOP/s. A part
-can be faster than its bytes allow if the caches still hold the results of the part before.
+can be faster than its bytes allow if the caches still hold the results of the part before. `seconds` estimates what
+kernels need that reach some share of the device's rates.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kernels import traffic
@@ -35,9 +37,33 @@ class Work:
         return Work(self.flops * times, self.bytes * times)
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Shares of a device's rates that kernels reach, 0 to 1."""
+
+    matmul: float = 1.0
+    attention: float = 1.0  # its matmuls are small, and half of each diagonal tile is not needed
+    bandwidth: float = 1.0
+
+
+SHEET = Shares()
+ATTAINED = Shares(matmul=0.81, attention=0.34, bandwidth=0.9)  # by good kernels on an H100; assumed of other devices
+POOR = Shares(matmul=0.60, attention=0.30, bandwidth=0.70)  # an assumption
+
+
 def floor(work: Work, peak_flops: float, bandwidth: float) -> float:
     """Least seconds of `work`. peak_flops: FLOP/s; bandwidth: bytes/s."""
     return max(work.flops / peak_flops, work.bytes / bandwidth)
+
+
+def seconds(parts: Iterable[tuple[str, Work]], peak_flops: float, bandwidth: float, shares: Shares = SHEET) -> float:
+    """Seconds of parts (name, work), one after the other, by kernels that reach these shares of the device's rates."""
+    total = 0.0
+    for name, work in parts:
+        attention = "attention" in name and name not in MATMULS
+        reached = peak_flops * (shares.attention if attention else shares.matmul)
+        total += floor(work, reached, bandwidth * shares.bandwidth)
+    return total
 
 
 def step_work(

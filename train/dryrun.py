@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from kernels import Ops
 from model import GPT, GPTConfig, Precision
+from model.work import Work, step_work
 from train.hardware import resolve_stream
 from train.optim import FlatAdamW, LossScale
 from train.step import Evaluation, TrainStep
@@ -228,6 +229,19 @@ class Job:
     def stream(self) -> torch.dtype:
         """The residual stream's dtype."""
         return resolve_stream(self.residual_dtype, self.dtype, "cpu" if self.on == "cpu" else "cuda")
+
+    def work(self, *, fused_gelu: bool = False) -> dict[str, Work]:
+        """The least work of the step, by part (`model/work.py`)."""
+        return step_work(
+            self.shape,
+            self.batch_size,
+            accumulation=self.accumulation,
+            compute=self.dtype.itemsize,
+            stream=self.stream.itemsize,
+            gradients=4 if self.several else self.dtype.itemsize,
+            shards=self.shards,
+            fused_gelu=fused_gelu,
+        )
 
 
 @dataclass(frozen=True)

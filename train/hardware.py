@@ -17,7 +17,7 @@ import torch
 from train.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COLUMNS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # of the table below
+COLUMNS = {torch.float32: "tf32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # how data sheets call them
 
 
 @dataclass(frozen=True)
@@ -45,83 +45,36 @@ PCIE5 = Link("PCIe 5 x16", 64, 5.7, "PCI Express 5.0: 128 GB/s, both ways")
 
 @dataclass(frozen=True)
 class Device:
-    """One row of the table: dense TFLOP/s by precision (None: the device lacks it) and GB/s of memory."""
+    """One row of the table: dense TFLOP/s by precision, GB/s of memory, and the link to others of its kind."""
 
-    name: str  # regular expression for the whole of torch.cuda.get_device_name() after the maker's name
-    fp32: float  # outside the tensor cores
-    tf32: float | None
-    fp16: float
-    bf16: float | None
+    name: str  # torch.cuda.get_device_name() without "NVIDIA"
+    tf32: float  # of float32 matmuls: a run lets them use TF32
+    bf16: float  # float16 is as fast
     bandwidth: float
+    link: Link
     source: str
-    link: Link | None = None  # None: not known here
 
 
-def _geforce(series: int, model: str, fp32: float, bandwidth: float, link: Link | None = None) -> Device:
-    """Summing in float32, the tensor cores do TF32 at the shaders' FP32 rate, 16 bits at 2x."""
-    chip = {30: "Ampere GA102", 40: "Ada", 50: "RTX Blackwell"}[series]
-    source = f"NVIDIA {chip} white paper, GeForce specifications"
-    return Device(f"GeForce RTX {model}", fp32, fp32, 2 * fp32, 2 * fp32, bandwidth, source, link)
-
-
-# A MIG slice, a laptop chip or a regional variant has another name and is measured instead. Where one name
-# covers two cards, the faster is listed: MFU is then understated, never overstated.
+# A MIG slice, a laptop chip or any other card has another name and is measured instead.
 DEVICES = (
-    # name, fp32, tf32, fp16, bf16, GB/s, source, link
-    Device(r"V100-SXM[23]-(16|32)GB", 15.7, None, 125, None, 900, "NVIDIA V100 data sheet"),
-    Device(r"V100-PCIE-(16|32)GB", 14, None, 112, None, 900, "NVIDIA V100 data sheet"),
-    Device(r"V100S-PCIE-32GB", 16.4, None, 130, None, 1134, "NVIDIA V100 data sheet"),
-    Device(r"T4", 8.1, None, 65, None, 320, "NVIDIA T4 data sheet"),
-    Device(r"A100-SXM4-40GB", 19.5, 156, 312, 312, 1555, "NVIDIA A100 data sheet", NVLINK3),
-    Device(r"A100-SXM4-80GB", 19.5, 156, 312, 312, 2039, "NVIDIA A100 data sheet", NVLINK3),
-    Device(r"A100-PCIE-40GB", 19.5, 156, 312, 312, 1555, "NVIDIA A100 data sheet", PCIE4),
-    Device(r"A100(-PCIE-80GB| 80GB PCIe)", 19.5, 156, 312, 312, 1935, "NVIDIA A100 data sheet", PCIE4),
-    Device(r"A30", 10.3, 82, 165, 165, 933, "NVIDIA A30 data sheet"),
-    Device(r"A10", 31.2, 62.5, 125, 125, 600, "NVIDIA A10 data sheet", PCIE4),
-    Device(r"A10G", 35, 35, 70, 70, 600, "NVIDIA A10G data sheet"),
-    Device(r"A40", 37.4, 74.8, 149.7, 149.7, 696, "NVIDIA A40 data sheet"),
-    Device(r"RTX A6000", 38.7, 77.4, 154.8, 154.8, 768, "NVIDIA Ampere GA102 white paper"),
-    Device(r"L4", 30.3, 60, 121, 121, 300, "NVIDIA L4 data sheet", PCIE4),
-    Device(r"L40", 90.5, 90.5, 181, 181, 864, "NVIDIA L40 data sheet", PCIE4),
-    Device(r"L40S", 91.6, 183, 362, 362, 864, "NVIDIA L40S data sheet", PCIE4),
-    Device(r"RTX 6000 Ada Generation", 91.1, 182, 364, 364, 960, "NVIDIA RTX 6000 Ada data sheet"),
-    Device(r"H100 (80|96)GB HBM3", 67, 495, 989, 989, 3350, "NVIDIA H100 data sheet, SXM", NVLINK4),
-    Device(r"H100 PCIe", 51, 378, 756, 756, 2000, "NVIDIA H100 data sheet, PCIe", PCIE5),
-    Device(r"H100 NVL", 60, 418, 835, 835, 3900, "NVIDIA H100 data sheet, NVL"),
-    Device(r"H200", 67, 495, 989, 989, 4800, "NVIDIA H200 data sheet, SXM", NVLINK4),
-    Device(r"H200 NVL", 60, 418, 835, 835, 4800, "NVIDIA H200 data sheet, NVL"),
-    Device(r"GH200 480GB", 67, 495, 989, 989, 4000, "NVIDIA GH200 data sheet, HBM3"),
-    Device(r"GH200 144G HBM3e", 67, 495, 989, 989, 4900, "NVIDIA GH200 data sheet, HBM3e"),
-    Device(r"B200", 75, 1100, 2250, 2250, 7700, "NVIDIA Blackwell data sheet, HGX B200", NVLINK5),
-    Device(r"GB200", 80, 1250, 2500, 2500, 8000, "NVIDIA Blackwell data sheet, GB200 NVL72"),
-    _geforce(30, "3060", 12.7, 360),
-    _geforce(30, "3060 Ti", 16.2, 448),
-    _geforce(30, "3070", 20.3, 448),
-    _geforce(30, "3070 Ti", 21.7, 608),
-    _geforce(30, "3080", 30.6, 912),  # the 12 GB card; the 10 GB one, of the same name, has 29.8 and 760
-    _geforce(30, "3080 Ti", 34.1, 912),
-    _geforce(30, "3090", 35.6, 936, PCIE4),
-    _geforce(30, "3090 Ti", 40.0, 1008, PCIE4),
-    _geforce(40, "4060", 15.1, 272),
-    _geforce(40, "4060 Ti", 22.1, 288),
-    _geforce(40, "4070", 29.1, 504),
-    _geforce(40, "4070 SUPER", 35.5, 504),
-    _geforce(40, "4070 Ti", 40.1, 504),
-    _geforce(40, "4070 Ti SUPER", 44.1, 672),
-    _geforce(40, "4080", 48.7, 717, PCIE4),
-    _geforce(40, "4080 SUPER", 52.2, 736, PCIE4),
-    _geforce(40, "4090", 82.6, 1008, PCIE4),
-    _geforce(50, "5060", 19.2, 448),
-    _geforce(50, "5060 Ti", 23.7, 448),
-    _geforce(50, "5070", 30.9, 672),
-    _geforce(50, "5070 Ti", 43.9, 896),
-    _geforce(50, "5080", 56.3, 960),
-    _geforce(50, "5090", 104.8, 1792, PCIE5),
-    # torch sees each of the two dies of an MI250 as a device of its own: half of the data sheet's figures.
-    # Their fp32 is the matrix cores'.
-    Device(r"Instinct MI250", 45.3, None, 181, 181, 1638, "AMD MI250 data sheet, one of two dies"),
-    Device(r"Instinct MI250X.*", 47.9, None, 191.5, 191.5, 1638, "AMD MI250X data sheet, one of two dies"),
-    Device(r"Instinct MI300X( OAM)?", 163.4, 653.7, 1307.4, 1307.4, 5300, "AMD MI300X data sheet"),
+    # name, tf32, bf16, GB/s, link, source
+    Device("A100-SXM4-40GB", 156, 312, 1555, NVLINK3, "NVIDIA A100 data sheet"),
+    Device("A100-SXM4-80GB", 156, 312, 2039, NVLINK3, "NVIDIA A100 data sheet"),
+    Device("A100-PCIE-40GB", 156, 312, 1555, PCIE4, "NVIDIA A100 data sheet"),
+    Device("A100 80GB PCIe", 156, 312, 1935, PCIE4, "NVIDIA A100 data sheet"),
+    Device("A10", 62.5, 125, 600, PCIE4, "NVIDIA A10 data sheet"),
+    Device("A10G", 35, 70, 600, PCIE4, "NVIDIA A10G data sheet"),
+    Device("RTX A6000", 77.4, 154.8, 768, PCIE4, "NVIDIA Ampere GA102 white paper"),
+    Device("L4", 60, 121, 300, PCIE4, "NVIDIA L4 data sheet"),
+    Device("L40S", 183, 362, 864, PCIE4, "NVIDIA L40S data sheet"),
+    Device("H100 80GB HBM3", 495, 989, 3350, NVLINK4, "NVIDIA H100 data sheet, SXM"),
+    Device("H100 PCIe", 378, 756, 2000, PCIE5, "NVIDIA H100 data sheet, PCIe"),
+    Device("H200", 495, 989, 4800, NVLINK4, "NVIDIA H200 data sheet, SXM"),
+    Device("B200", 1100, 2250, 7700, NVLINK5, "NVIDIA Blackwell data sheet, HGX B200"),
+    # GeForce: TF32 at the rate of the shaders' FP32, 16 bits at twice that
+    Device("GeForce RTX 3090", 35.6, 71.2, 936, PCIE4, "NVIDIA Ampere GA102 white paper, GeForce specifications"),
+    Device("GeForce RTX 4090", 82.6, 165.2, 1008, PCIE4, "NVIDIA Ada white paper, GeForce specifications"),
+    Device("GeForce RTX 5090", 104.8, 209.6, 1792, PCIE5, "NVIDIA RTX Blackwell white paper, GeForce specifications"),
 )
 
 
@@ -164,8 +117,7 @@ def card(name: str) -> Card:
 
 def lookup(name: str) -> Device | None:
     """The table's row for a torch.cuda.get_device_name(), None for a device that is not in it."""
-    name = re.sub(r"^((NVIDIA|Tesla|AMD) )+", "", name.strip())
-    return next((device for device in DEVICES if re.fullmatch(device.name, name)), None)
+    return next((device for device in DEVICES if device.name == name.strip().removeprefix("NVIDIA ")), None)
 
 
 def device_name(device: torch.device) -> str:
@@ -180,21 +132,22 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.processor() or platform.machine()})"
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The dense matmul peak of one device in `dtype`: its data sheet's, or measured where the table lacks it.
+def sheet_peak(device: Device, dtype: torch.dtype) -> Peak:
+    """The data sheet's peak for matmuls of `dtype`."""
+    column = COLUMNS[dtype]
+    figure = device.tf32 if column == "tf32" else device.bf16
+    return Peak(figure * 1e12, f"{device.source}, dense {column}")
 
-    float32 means TF32 where the device has it and torch may use it (`torch.set_float32_matmul_precision`).
-    Measuring takes about half a second of matmuls on the device; nothing else should run there meanwhile.
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The dense matmul peak of one device in `dtype`: its data sheet's, or measured if the table lacks it.
+
+    Measuring takes about half a second of matmuls. Nothing else should run on the device meanwhile.
     """
     name = device_name(device)
     row = lookup(name) if device.type == "cuda" else None
     if row is not None:
-        column = COLUMNS[dtype]
-        # this answers whichever of torch's two ways of setting it was used; reading `allow_tf32` can raise
-        if column == "fp32" and row.tf32 is not None and torch.backends.cuda.matmul.fp32_precision == "tf32":
-            column = "tf32"
-        if figure := getattr(row, column):
-            return Peak(figure * 1e12, f"{row.source}, dense {column}")
+        return sheet_peak(row, dtype)
     where = f"this CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else name
     precision = str(dtype).removeprefix("torch.")
     return Peak(measure_flops(device, dtype), f"measured {precision} matmul peak of {where}")

@@ -1,11 +1,13 @@
-"""The loop: when to evaluate, save, log and stop. `step.py` computes the steps.
+"""The loop: when to evaluate, save, log and stop, and the learning rate. `step.py` computes the steps.
 
 Iterations are counted from 0. If n is a multiple of eval_interval, the model is evaluated before iteration n, after n
 updates, and saved if the settings say so. After max_iters updates the run ends with a last evaluation.
 """
 
+import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from types import FrameType, TracebackType
 from typing import NamedTuple, Self
@@ -13,14 +15,14 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from model.flops import mfu
+from train.config import TrainConfig
 from train.data import Loader, Split
 from train.errors import RunError
 from train.graph import GraphedEvaluation, GraphedStep
 from train.hardware import synchronize
 from train.log import RunLog
-from train.metrics import StepTimer, mfu, tokens_per_second
 from train.profile import ProfiledStep
-from train.schedule import learning_rate
 from train.state import TrainState
 from train.step import Evaluation, StepResult, TrainStep
 
@@ -50,6 +52,52 @@ class Signals:
         if self.caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.caught = number
+
+
+def learning_rate(iter_num: int, config: TrainConfig) -> float:
+    """The rate of iteration `iter_num`: linear warmup, then a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
+    if not config.decay_lr:
+        return config.learning_rate
+    # 1. warmup: never 0, not even in the first iteration
+    if iter_num < config.warmup_iters:
+        return config.learning_rate * (iter_num + 1) / (config.warmup_iters + 1)
+    # 2. after the decay (also where the warmup leaves no room for one)
+    if iter_num > config.lr_decay_iters or config.lr_decay_iters == config.warmup_iters:
+        return config.min_lr
+    # 3. between the two: half a period of a cosine
+    done = (iter_num - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - config.min_lr)
+
+
+class StepTimer:
+    """The mean time of an iteration since the last lap. Time between `pause` and `start` does not count.
+
+    It sees the host's time: wait for the device before `lap` and `pause`.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._since = 0.0  # when the timer was started, or the last lap ended
+        self._seconds, self._steps = 0.0, 0  # of this lap, up to the last pause
+
+    def start(self) -> None:
+        """Begin, or go on after a pause."""
+        self._since = self._clock()
+
+    def pause(self) -> None:
+        """Stop until `start`."""
+        self._seconds += self._clock() - self._since
+
+    def step(self) -> None:
+        """Count one iteration."""
+        self._steps += 1
+
+    def lap(self) -> float:
+        """Mean seconds of an iteration since the last lap, at least one. The timer must run."""
+        now = self._clock()
+        mean = (self._seconds + now - self._since) / self._steps
+        self._since, self._seconds, self._steps = now, 0.0, 0
+        return mean
 
 
 @dataclass
@@ -122,7 +170,7 @@ class Loop:
         self.progress.iter_num += 1
         if iter_num % config.log_interval == 0:
             loss, grad_norm = self._read_results()
-            seconds, _ = self.timer.lap()
+            seconds = self.timer.lap()
             tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
             if self.log is not None:
                 self.log.iteration(
@@ -132,7 +180,7 @@ class Loop:
                     mfu=mfu(self.flops, seconds, self.peak_flops),
                     lr=lr,
                     grad_norm=grad_norm,
-                    tokens_per_second=tokens_per_second(tokens, seconds),
+                    tokens_per_second=tokens / seconds,
                 )
 
     def _read_results(self) -> tuple[float, float]:

@@ -8,8 +8,6 @@
 
 import json
 import re
-import statistics
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -20,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from model.config import GPTConfig
-from model.work import MATMULS, Work, floor, step_work
+from model.work import MATMULS, Work, floor
 from train.data import Batch
+from train.dryrun import Job
 from train.files import replace_together, staging_folder
 from train.graph import GraphedStep
 from train.hardware import Ceilings, measure_ceilings, synchronize
+from train.memory import job_of
 from train.plan import Plan
 from train.step import StepResult, TrainStep
 
@@ -113,18 +112,9 @@ def profiled_iterations(first: int, max_iters: int, eval_interval: int, accumula
 
 def profiled_step(step: TrainStep | GraphedStep, plan: Plan, first: int, say: Callable[[str], None]) -> "ProfiledStep":
     """`step` of a run, profiled as its plan says. first: the run's first iteration."""
-    config, precision = plan.config, plan.precision
-    floors = Floors(
-        measure_ceilings(plan.device, precision.compute),
-        plan.shape,
-        config.batch_size,
-        accumulation=plan.accumulation,
-        compute=precision.compute.itemsize,
-        stream=precision.stream.itemsize,
-        # summed in float32 where there are several
-        gradients=4 if config.gradient_accumulation_steps > 1 else precision.compute.itemsize,
-        shards=plan.world.size if config.shard else 1,
-    )
+    config, dtype = plan.config, plan.precision.compute
+    job = job_of(config, plan.shape, plan.ops, dtype, plan.world, chunk=0, resumed=False)
+    floors = Floors(measure_ceilings(plan.device, dtype), job)
     which = profiled_iterations(first, config.max_iters, config.eval_interval, plan.accumulation)
     return ProfiledStep(step, which, first, floors=floors, out_dir=Path(config.out_dir), say=say)
 
@@ -148,18 +138,11 @@ class ProfiledStep:
         self.scaler = self.step.scaler
         self._iteration, self._device = self.first, self.scaler.scale.device
         self._running = ExitStack()  # the profiler and the annotation of its window
-        self._host: list[float] = []  # seconds that the host took for each step of the warm-up
 
     def __call__(self, batch: Batch, lr: float) -> StepResult:
         i, which = self._iteration, self.which
-        warm_up = i < which.start and bool(which)
-        if warm_up:  # with nothing queued before it, and no profiler: the host's own time
-            synchronize(self._device)
-        begin = time.perf_counter()
         with record_function(f"iteration {i}") if i in which else nullcontext():
             result = self.step(batch, lr)
-        if warm_up:
-            self._host.append(time.perf_counter() - begin)
         self._iteration += 1
         if which and self._iteration == which.start:
             self._begin()
@@ -202,8 +185,7 @@ class ProfiledStep:
         except (OSError, ValueError) as error:  # a full disk, for example, must not end a training run
             self.say(f"profile: {path} could not be written: {error}")
         else:
-            host = statistics.median(self._host[1:]) if on_cuda else None
-            self.say(report(read(trace, cuda=on_cuda), len(self.which), self.floors, host))
+            self.say(report(read(trace, cuda=on_cuda), len(self.which), self.floors))
             self.say(f"trace: {path}, for ui.perfetto.dev or chrome://tracing")
         del self._profile  # its events take memory
 
@@ -293,13 +275,11 @@ class Row(NamedTuple):
 
 
 class Floors:
-    """The least time of the parts of a step, on a device of these ceilings; settings are `step_work`'s."""
+    """The least time of the parts of a job's step, on a device of these ceilings."""
 
-    def __init__(self, ceilings: Ceilings, config: GPTConfig, batch_size: int, **settings: int) -> None:
+    def __init__(self, ceilings: Ceilings, job: Job) -> None:
         self.ceilings = ceilings
-        self._apart, self._fused = (
-            step_work(config, batch_size, **settings, fused_gelu=fused) for fused in (False, True)
-        )
+        self._apart, self._fused = (job.work(fused_gelu=fused) for fused in (False, True))
 
     def seconds(self, work: Work) -> float:
         return floor(work, self.ceilings.flops, self.ceilings.bandwidth)
@@ -331,8 +311,8 @@ def breakdown(timeline: Timeline, steps: int, floors: Floors) -> list[Row]:
     return [row for row in rows if row.seconds > 0 or row.floor > 0]
 
 
-def report(timeline: Timeline, steps: int, floors: Floors, host: float | None) -> str:
-    """The profile for people. host: seconds that the host takes for a step; None: not worth a line."""
+def report(timeline: Timeline, steps: int, floors: Floors) -> str:
+    """The table as text."""
     rows, wall = breakdown(timeline, steps, floors), timeline.wall / 1e6 / steps
     flops, bandwidth = floors.ceilings.flops / 1e12, floors.ceilings.bandwidth / 1e9
     rates = f"{flops:.4g} TFLOP/s in a matmul, {bandwidth:.4g} GB/s in a copy"
@@ -348,6 +328,4 @@ def report(timeline: Timeline, steps: int, floors: Floors, host: float | None) -
     unknown = [(name, time) for (row, name), time in timeline.names.most_common() if row == OTHER][:NAMED]
     if unknown:
         lines.append("other: " + ", ".join(f"{name[:60]} {time / 1e3 / steps:.3f} ms" for name, time in unknown))
-    if host is not None:
-        lines.append(f"host: {1e3 * host:.2f} ms a step, {host / wall:.1%} of it")
     return "\n".join(lines)

@@ -9,13 +9,13 @@ setting to change.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 
 from kernels import REFERENCE, Ops
-from model.flops import flops_per_token, num_params
-from model.work import floor, step_work
+from model.flops import flops_per_token, mfu, num_params
+from model.work import ATTAINED, POOR, Shares, Work, seconds
 from train.choices import has_fused_matmul
 from train.config import TrainConfig
 from train.corpora import CORPORA, dataset_folder, docs_text, how_to_make
@@ -23,17 +23,15 @@ from train.data import Dataset
 from train.distributed import World
 from train.dryrun import Call, DryRun, Job, dry_run
 from train.errors import UserError
-from train.hardware import COLUMNS, DTYPES, Card, Peak, card, lookup
+from train.hardware import DTYPES, Card, card, lookup, sheet_peak
 from train.log import check_sinks
 from train.memory import amount, check_memory, job_of, rows_at_a_time
-from train.metrics import mfu
 from train.plan import check_together, check_vocabulary, model_shape
 from train.text import GPT2_TOKENS, padded_vocab_size
 
-# Shares of the card's peaks that good and poor kernels reach, and seconds that the host or the graph adds to each
-# launch. They are estimates from published figures for H100s and A100s; nothing was measured here.
-FAST = {"matmul": 0.80, "attention": 0.55, "bandwidth": 0.92, "graphed": 1e-6, "eager": 8e-6}
-SLOW = {"matmul": 0.60, "attention": 0.30, "bandwidth": 0.70, "graphed": 3e-6, "eager": 25e-6}
+# What good and poor kernels reach, and seconds between two launches: of a graph, and of the host. Estimates from
+# published figures.
+GOOD, BAD = (ATTAINED, 1e-6, 8e-6), (POOR, 3e-6, 25e-6)
 
 
 def rehearse(
@@ -128,47 +126,37 @@ def _bytes(calls: list[Call]) -> int:
 def _times(run: DryRun, job: Job, config: TrainConfig, target: Card, world: World) -> Iterator[str]:
     """The least time of a step and the expected time, if the card's data sheet is known."""
     row = lookup(target.name)
-    peak = getattr(row, COLUMNS[job.dtype]) if row else None
-    if not peak:
+    if row is None:
         yield f"time: no data sheet of {target.name} is known here"
         return
-    peak, bandwidth = Peak(config.peak_flops or peak * 1e12, row.source), row.bandwidth * 1e9
+    peak, bandwidth = sheet_peak(row, job.dtype), row.bandwidth * 1e9
+    rates = config.peak_flops or peak.flops, bandwidth
     tokens = job.accumulation * job.batch_size * job.shape.block_size
     flops = flops_per_token(job.shape, config.mfu_formula) * tokens
-    work = step_work(
-        job.shape,
-        job.batch_size,
-        accumulation=job.accumulation,
-        compute=job.dtype.itemsize,
-        stream=job.stream.itemsize,
-        gradients=4 if job.several else job.dtype.itemsize,
-        shards=job.shards,
-    )
-    least = sum(floor(part, peak.flops, bandwidth) for part in work.values())
-    launch = "graphed" if config.cuda_graphs and job.shards == 1 else "eager"
-    best, worst = (expected(run, job.accumulation, peak.flops, bandwidth, share, launch) for share in (FAST, SLOW))
-    yield f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {row.bandwidth:,} GB/s: {peak.source}"
-    yield f"floor: {1e3 * least:.2f} ms/iter, mfu {mfu(flops, least, peak.flops):.1%}: every part at the card's peaks"
+    least = seconds(job.work().items(), *rates)
+    graphed = config.cuda_graphs and job.shards == 1
+    best, worst = (expected(run, job, rates, graphed, *assumed) for assumed in (GOOD, BAD))
+    yield f"peak: {rates[0] / 1e12:.4g} TFLOP/s, {row.bandwidth:,} GB/s: {peak.source}"
+    yield f"floor: {1e3 * least:.2f} ms/iter, mfu {mfu(flops, least, rates[0]):.1%}: every part at the card's peaks"
     yield (
-        f"expected: {1e3 * best:.4g} to {1e3 * worst:.4g} ms/iter, mfu {mfu(flops, worst, peak.flops):.0%} to "
-        f"{mfu(flops, best, peak.flops):.0%}, {tokens * world.size / worst:,.0f} to {tokens * world.size / best:,.0f} "
+        f"expected: {1e3 * best:.4g} to {1e3 * worst:.4g} ms/iter, mfu {mfu(flops, worst, rates[0]):.0%} to "
+        f"{mfu(flops, best, rates[0]):.0%}, {tokens * world.size / worst:,.0f} to {tokens * world.size / best:,.0f} "
         "tokens/s: an estimate, nothing was measured" + (", communication not counted" if world.size > 1 else "")
     )
 
 
 def expected(
-    run: DryRun, accumulation: int, peak: float, bandwidth: float, share: Mapping[str, float], launch: str
+    run: DryRun, job: Job, rates: tuple[float, float], graphed: bool, shares: Shares, in_graph: float, by_host: float
 ) -> float:
-    """Seconds of a step, an estimate. A launch takes its FLOPs' or its bytes' time, plus the gap to the next."""
+    """Seconds of a step, an estimate. rates: the card's FLOP/s and bytes/s. in_graph, by_host: seconds of each launch
+    that a graph adds, and that the host takes."""
 
-    def seconds(calls: list[Call]) -> float:
-        total = 0.0
-        for call in calls:
-            rate = share["attention" if "attention" in call.name else "matmul"] * peak
-            total += max(call.flops / rate, call.bytes / (share["bandwidth"] * bandwidth)) + share["graphed"]
-        return max(total, len(calls) * share[launch])  # without graphs the host may be slower
+    def part(calls: list[Call]) -> float:
+        busy = seconds(((call.name, Work(call.flops, call.bytes)) for call in calls), *rates, shares)
+        busy += len(calls) * in_graph
+        return busy if graphed else max(busy, len(calls) * by_host)
 
-    return accumulation * seconds(run.micro_step) + seconds(run.update)
+    return job.accumulation * part(run.micro_step) + part(run.update)
 
 
 def compiled(run: DryRun, capability: int) -> Iterator[str]:

@@ -8,11 +8,18 @@ from kernels.check import disagreement, fault, outputs_and_gradients
 from kernels.launch import INTERPRETED
 from tests.kernels.watcher import Memory
 
+# each shape of a case in one of its dtypes, by turns; in the others it is slow
 REGIMES = [
-    pytest.param(case, shape, dtype, id=f"{case.name}-{'x'.join(map(str, shape))}-{str(dtype)[6:]}")
-    for case in CASES
-    for shape in case.shapes
-    for dtype in case.dtypes
+    pytest.param(
+        case,
+        shape,
+        dtype,
+        id=f"{case.name}-{'x'.join(map(str, shape))}-{str(dtype)[6:]}",
+        marks=[] if (i + j + k) % len(case.dtypes) == 0 else pytest.mark.slow,
+    )
+    for i, case in enumerate(CASES)
+    for j, shape in enumerate(case.shapes)
+    for k, dtype in enumerate(case.dtypes)
 ]
 BY_NAME = [pytest.param(case, id=case.name) for case in CASES]
 

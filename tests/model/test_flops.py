@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from model.config import GPT2_SIZES, GPTConfig
-from model.flops import flops_per_token, num_params
+from model.flops import flops_per_token, mfu, num_params
 
 SHAKESPEARE = GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False)
 GPT2 = GPTConfig(vocab_size=50304, bias=False)
@@ -33,6 +33,7 @@ def test_known_workloads():
     assert num_params(GPT2) == pytest.approx(123.59e6, abs=5e3)
     assert flops_per_token(GPT2, "nanogpt") == pytest.approx(854.8e6, rel=1e-4)
     assert flops_per_token(SHAKESPEARE, "nanogpt") * 64 * 256 == pytest.approx(1.16e12, rel=5e-3)
+    assert mfu(1.16e12, 33.22e-3, 312e12) == pytest.approx(0.112, abs=1e-3)  # as nanoGPT's log line says
 
 
 def test_the_formulas_differ_by_attention_alone():

@@ -18,14 +18,13 @@ from model.pretrained import from_checkpoint
 from tests.train.jobs import CHARS, make_data
 from tests.train.runs import CONSTANT, iterations, last, logged, run
 from tests.train.tape import tape
-from tests.train.test_metrics import Clock
+from tests.train.test_schedule import Clock
 from train.config import TrainConfig
 from train.data import Dataset, Loader
 from train.distributed import World
 from train.graph import GraphedEvaluation, GraphedStep
 from train.log import RunLog
-from train.loop import Loop
-from train.metrics import StepTimer
+from train.loop import Loop, StepTimer
 from train.optim import FlatAdamW
 from train.state import Progress, TrainState
 from train.step import Evaluation, TrainStep

@@ -1,4 +1,4 @@
-"""The schedule, compared with that of nanoGPT's train.py, and at its corners."""
+"""The loop's arithmetic: the learning rate, compared with nanoGPT's, and the mean time of an iteration."""
 
 import math
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config import TrainConfig
-from train.schedule import learning_rate
+from train.loop import StepTimer, learning_rate
 
 
 def config(warmup: int, decay: int, high: float = 1e-3, low: float = 1e-4, **changes) -> TrainConfig:
@@ -37,26 +37,41 @@ def test_the_formula_at_every_corner(warmup, length, high, low, part):
         assert 0 <= rate <= max(high, low) * (1 + 1e-12)
 
 
-def test_the_corners_themselves():
-    settings = config(10, 110)
-    assert learning_rate(0, settings) == pytest.approx(1e-3 / 11)  # never 0
-    assert learning_rate(9, settings) == pytest.approx(1e-3 * 10 / 11)
-    assert learning_rate(10, settings) == 1e-3
-    assert learning_rate(60, settings) == pytest.approx((1e-3 + 1e-4) / 2)
-    assert learning_rate(110, settings) == pytest.approx(1e-4)
-    assert learning_rate(111, settings) == learning_rate(10**9, settings) == 1e-4
-
-
-def test_warmup_that_leaves_no_room_for_a_decay():
-    settings = config(50, 50)
-    assert learning_rate(49, settings) == pytest.approx(1e-3 * 50 / 51)
-    assert learning_rate(50, settings) == learning_rate(51, settings) == 1e-4
-    assert learning_rate(0, config(0, 0)) == 1e-4
-    settings = config(50, 20)  # nanoGPT's recipe for a CPU: it asks for the warmup first
-    assert learning_rate(20, settings) == learning_rate(20, config(50, 500))
-    assert learning_rate(50, settings) == 1e-4
-
-
 def test_decay_lr_off_is_constant():
     settings = config(10, 100, decay_lr=False)
     assert {learning_rate(n, settings) for n in (0, 1, 10, 50, 100, 1000)} == {1e-3}
+
+
+class Clock:
+    """A clock that moves only by command."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0  # a clock may start anywhere
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@given(
+    durations=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    log_interval=st.integers(1, 12),
+    eval_interval=st.integers(1, 12),
+    eval_ticks=st.integers(0, 1000),
+)
+def test_laps_are_the_means_of_their_own_iterations(durations, log_interval, eval_interval, eval_ticks):
+    """As in the loop: pauses appear in no log line, and no iteration is lost or counted twice."""
+    clock = Clock()
+    timer = StepTimer(clock)
+    timer.start()
+    since = []
+    for i, ticks in enumerate(durations):
+        if i % eval_interval == 0:
+            timer.pause()
+            clock.now += eval_ticks
+            timer.start()
+        clock.now += ticks
+        timer.step()
+        since.append(ticks)
+        if i % log_interval == 0:
+            assert timer.lap() == pytest.approx(sum(since) / len(since))
+            since = []
