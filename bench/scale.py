@@ -80,9 +80,8 @@ class Job:
         sizes = {"compute": self.compute, "gradients": FLOAT32 if several else self.compute, "fused_gelu": True}
         work = step_work(self.config, self.batch_size, accumulation=2, **sizes)
         seconds = {name: floor(part, *rates) for name, part in work.items()}
-        update, sums = seconds.pop("optimizer") + seconds.pop("clearing"), seconds.pop("accumulation")
-        added = several and self.compute < FLOAT32  # autograd itself sums float32 gradients
-        return sum(seconds.values()) / 2 + added * sums, update
+        update, sums = seconds.pop("optimizer"), seconds.pop("accumulation")
+        return (sum(seconds.values()) + several * sums) / 2, update
 
     def slowness(self, seconds: float, rates: Rates) -> float:
         """A measured step's seconds on one device, divided by its floor."""

@@ -110,10 +110,10 @@ def step_work(
         "embedding backward": Work(bytes=traffic.embedding_backward(M, T, C, V, b, s)),
     }
     update = {
-        "accumulation": Work(bytes=n * (b + 2 * gradients)) * (accumulation - 1),  # the first gradient starts the sum
+        # a matmul adds its result to the sum, which it reads and writes; the first one starts the sum
+        "accumulation": Work(bytes=n * ((accumulation - 1) * (2 * gradients - b) + gradients - b)),
         # the gradient is read twice: for its norm, then for the update
         "optimizer": Work(bytes=n * gradients + traffic.adamw(n, gradients, copy=b if b != 4 else 0)),
-        "clearing": Work(bytes=n * gradients),
     }
     return {name: work * accumulation for name, work in micro_step.items()} | update
 

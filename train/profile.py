@@ -46,7 +46,6 @@ ROW_OF_PART = dict.fromkeys(MATMULS, "matmuls") | {
     "embedding forward": "embeddings",
     "embedding backward": "embeddings",
     "accumulation": ELEMENTWISE,
-    "clearing": COPIES,
 }
 UNSPECIFIC = {ELEMENTWISE, COPIES, BOOKKEEPING, OTHER}  # part of whatever operation they run in, if any
 
@@ -67,11 +66,11 @@ PATTERNS = tuple(
         (GELU_FORWARD, r"^linear_gelu_fwd_kernel"),
         (GELU_BACKWARD, r"^linear_gelu_bwd_kernel"),
         ("matmuls", r"^nanofuse::mlp"),
-        ("LayerNorm backward", r"layer_norm_(bwd|backward|grad)|GammaBeta|cuComputeGradInput"),
+        ("LayerNorm backward", r"layer_norm_(bwd|backward|grad)|^sum_partials|GammaBeta|cuComputeGradInput"),
         ("LayerNorm forward", r"layer_norm|LayerNorm|RowwiseMoments"),
         ("GELU backward", r"gelu_b(wd|ackward)|GeluBackward"),
         ("GELU forward", r"gelu|Gelu"),
-        ("cross-entropy", r"cross_entropy|nll_loss|[sS]oft_?[mM]ax|^scale_kernel"),
+        ("cross-entropy", r"cross_entropy|nll_loss|[sS]oft_?[mM]ax|^(scale|count)_kernel"),
         ("embeddings", r"[eE]mbedding|index_?[sS]elect|gather_kernel|RadixSort|SortKV|sum_and_scatter|krn_partial"),
         ("embeddings", r"compute_grad_weight|compute_num_of_partial|^aten::(sort|bincount|searchsorted)"),
         ("optimizer", r"adamw|Adam|multi_tensor_apply|NormTwoOps|vector_norm|_amp_"),
