@@ -38,6 +38,12 @@ def test_keeps_that_many_the_newest(tmp_path, keep):
     assert saved_iterations(tmp_path) == [6]
 
 
+def test_a_save_does_not_depend_on_how_many_may_be_kept(tmp_path):
+    for iteration in (1, 2, 3):
+        checkpoint.save(tmp_path, make_checkpoint(iteration), keep=10**12)
+    assert saved_iterations(tmp_path) == [3, 2, 1]
+
+
 def test_removes_its_own_stale_files_and_no_others(tmp_path):
     (tmp_path / ".staging-0123").mkdir()
     (tmp_path / ".staging-0123" / "ckpt.pt").write_bytes(b"half")
@@ -55,9 +61,9 @@ class Killed(BaseException):
     """Not an Exception, so that no handler catches it: a kill cannot be caught."""
 
 
-@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize(("links", "keep"), [(True, 1), (True, 2), (True, 4), (False, 4)])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, after, links):
+def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, after, links, keep):
     """Die just before or just after the k-th call that changes the disk, for every k. Then save once more."""
     calls = {name: getattr(os, name) for name in ("fsync", "replace", "link", "unlink")}
     countdown = math.inf
@@ -82,10 +88,10 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
     for k in range(1, 100):
         out_dir = tmp_path / str(k)
         for iteration in (1, 2, 3, 4):
-            checkpoint.save(out_dir, make_checkpoint(iteration), keep=4)
+            checkpoint.save(out_dir, make_checkpoint(iteration), keep=keep, best=iteration == 3)
         countdown = k
         try:
-            checkpoint.save(out_dir, make_checkpoint(5), keep=4)
+            checkpoint.save(out_dir, make_checkpoint(5), keep=keep, best=True)
         except Killed:
             killed = True
         else:
@@ -93,19 +99,21 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
         countdown = math.inf
         assert (out_dir / "ckpt.pt").is_file()
         kept = saved_iterations(out_dir)  # loads every one of them
-        survivor = kept[0]
+        survivor, best = kept[0], checkpoint.held(out_dir / "ckpt-best.pt").iter_num
         assert survivor in (4, 5)
-        assert {2, 3} <= set(kept) or survivor == 5
-        checkpoint.save(out_dir, make_checkpoint(6), keep=4)
+        assert best == 5 or (best, survivor) == (3, 4)  # the best is there before the latest that is no better
+        assert len(set(kept)) >= keep  # also in between
+        checkpoint.save(out_dir, make_checkpoint(6), keep=keep)
+        assert checkpoint.held(out_dir / "ckpt-best.pt").iter_num == best
         assert not list(out_dir.glob(".staging-*"))
         kept = saved_iterations(out_dir)
         if links:
-            assert kept == ([6, 5, 4, 3] if survivor == 5 else [6, 4, 3, 2])
+            assert kept == ([6, 5, 4, 3] if survivor == 5 else [6, 4, 3, 2])[:keep]
         else:  # a copy is not recognised as one, so the oldest may be lost
-            assert kept in ([6, 5, 4, 3], [6, 4, 3, 2], [6, 4, 4, 3])
+            assert kept in ([6, 5, 4, 3][:keep], [6, 4, 3, 2][:keep], [6, 4, 4, 3][:keep])
         if not killed:
             break
-    assert k > 7  # fsync, replace, replace, link, replace, replace, fsync: a kill in each of them
+    assert k > 5 + 2 * (keep > 1)  # fsync, (link, replace,) link, replace, replace, fsync: a kill in each of them
 
 
 # A full disk
