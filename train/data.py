@@ -16,8 +16,11 @@ call from a second thread would invalidate a graph capture that happens to be un
 import json
 import math
 import mmap
+import os
 import pickle
 import time
+import zlib
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +29,15 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import torch
 
-from train.errors import UserError
+from train.errors import UserError, first_line
+from train.settings import shown
 from train.text import GPT2_TOKENS, Tokenizer, from_meta, padded_vocab_size
 
 Split = Literal["train", "val"]
 
 FULL_SCAN_BYTES = 256 << 20  # files up to this size are checked whole before the first step
 SCAN_TOKENS = 4 << 20  # tokens looked at together in such a check
+GPT2_PADDED = 51200  # GPT-2's vocabulary, padded to the next multiple of 1024
 # Small steps are gathered many at a time: waking the thread costs more than filling 12 x 64 tokens.
 RUN_BYTES = 1 << 20
 MAX_RUN = 16
@@ -60,12 +65,32 @@ class Dataset:
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         self.train = _open_tokens(self.folder / "train.bin", dtype)
         self.val = _open_tokens(self.folder / "val.bin", dtype)
+        self._inodes = {name: self.path(name).stat().st_ino for name in ("train", "val")}
 
     def split(self, name: Split) -> np.memmap:
         return self.train if name == "train" else self.val
 
     def path(self, name: Split) -> Path:
         return self.folder / f"{name}.bin"
+
+    def fingerprint(self) -> str:
+        """What tells this validation split from another: its length and a CRC, of a large file's two ends alone."""
+        tokens = np.asarray(self.val)
+        if tokens.nbytes > FULL_SCAN_BYTES:
+            tokens = np.concatenate([tokens[:SCAN_TOKENS], tokens[-SCAN_TOKENS:]])
+        return f"{len(self.val)} tokens, CRC {zlib.crc32(tokens):08x}"
+
+    def check_uncut(self, split: Split) -> None:
+        """Raise UserError where the open file has become shorter: reading past its end would kill the process."""
+        try:
+            now = os.stat(self.path(split))
+        except OSError:
+            return  # it has no name any more, and is whole
+        expected = self.split(split).nbytes
+        if now.st_ino == self._inodes[split] and now.st_size < expected:
+            raise UserError(
+                f"{self.path(split)}: {now.st_size:,} bytes, expected {expected:,}: it was cut short under the run"
+            )
 
     def tokenizer(self, bpe_dir: str | Path | None = None) -> Tokenizer:
         """The tokenizer that made the files. Raises UserError where that cannot be had."""
@@ -128,6 +153,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         dtype = meta.setdefault("dtype", "uint16" if vocab_size <= 1 << 16 else "uint32")
         if dtype not in ("uint16", "uint32"):
             raise ValueError(f"dtype is {dtype!r}, expected uint16 or uint32")
+        if dtype == "uint16" and vocab_size > 1 << 16:
+            raise ValueError(f"dtype is uint16, expected uint32 for ids up to vocab_size={vocab_size}")
     except KeyError as error:
         raise UserError(f"{path}: no {error.args[0]!r} in it") from None
     except Exception as error:  # an unpickler fed with garbage raises almost anything
@@ -136,14 +163,72 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _from_pickle(meta: Any) -> dict[str, Any]:
-    """nanoGPT's {vocab_size, itos, stoi} in the form of meta.json. nanoGPT writes uint16, nothing else."""
-    found = {"vocab_size": meta["vocab_size"], "dtype": "uint16"}
+    """nanoGPT's {vocab_size, itos, stoi} in the form of meta.json."""
+    found = {"vocab_size": meta["vocab_size"]}
     if "itos" in meta:
         chars = [meta["itos"][i] for i in range(meta["vocab_size"])]
         if not all(isinstance(char, str) for char in chars):
             raise ValueError("expected strings in itos")
         found |= {"tokenizer": "char", "chars": chars}
     return found
+
+
+def checkpoint_tokenizer(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizer of a loaded checkpoint, as in meta.json.
+
+    A checkpoint of ours holds it. Of nanoGPT's it is that of its dataset, if this lies here and has as many tokens as
+    the model; else as `unnamed_tokenizer` says.
+    """
+    found, vocab_size = checkpoint["nanofuse"].get("tokenizer"), checkpoint["model_args"]["vocab_size"]
+    if isinstance(found, dict) and "vocab_size" in found:
+        return found
+    folder = Path("data", str(checkpoint["config"].get("dataset", "")))
+    if any((folder / name).is_file() for name in ("meta.json", "meta.pkl")) and (folder / "train.bin").is_file():
+        meta = _read_meta(folder)
+        if vocab_size in (meta["vocab_size"], padded_vocab_size(meta["vocab_size"])):
+            return meta
+    return unnamed_tokenizer(vocab_size)
+
+
+def weights_tokenizer(source: str, vocab_size: int) -> dict[str, Any]:
+    """The tokenizer of the weights `source`, a name, a file or a folder: that of the meta.json beside them, which
+    `python -m train.export` writes; else as `unnamed_tokenizer` says."""
+    path = Path(source)
+    meta = (path if path.is_dir() else path.parent) / "meta.json"
+    if not path.exists() or not meta.is_file():
+        return unnamed_tokenizer(vocab_size)
+    try:
+        found = json.loads(meta.read_text("utf-8"))
+        if type(found["vocab_size"]) is not int:
+            raise ValueError(f"vocab_size is {found['vocab_size']!r}, expected an int")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{meta}: cannot be read as the tokenizer's: {first_line(error)}") from None
+    return found
+
+
+def unnamed_tokenizer(vocab_size: int) -> dict[str, Any]:
+    """The tokenizer of a model that does not say: GPT-2's if it has GPT-2's tokens, padded or not; else unknown."""
+    if GPT2_TOKENS <= vocab_size <= GPT2_PADDED:
+        return {"tokenizer": "gpt2", "vocab_size": GPT2_TOKENS}
+    return {"vocab_size": vocab_size}
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What tells two tokenizers apart, each as in meta.json; "" where nothing does. Equal size is not enough."""
+    kinds = there.get("tokenizer"), here.get("tokenizer")
+    sizes = there["vocab_size"], here["vocab_size"]
+    if kinds == (None, None):
+        return ""  # nothing is known of either
+    if None in kinds:
+        fits = sizes[0] == sizes[1] or max(sizes) == padded_vocab_size(min(sizes))
+        return "" if fits else f"{sizes[0]} different tokens there, {sizes[1]} here"
+    if kinds[0] != kinds[1]:
+        return f"the tokenizer is {shown(kinds[0])} there, {shown(kinds[1])} here"
+    tables = list(there.get("chars", ())), list(here.get("chars", ()))
+    for token, (one, other) in enumerate(zip(*tables, strict=False)):
+        if one != other:
+            return f"token {token} is {shown(one)} there, {shown(other)} here"
+    return "" if tables[0] == tables[1] else f"{len(tables[0])} characters there, {len(tables[1])} here"
 
 
 def _open_tokens(path: Path, dtype: np.dtype) -> np.memmap:
@@ -281,6 +366,7 @@ class Loader:
 
     def _gather(self, split: Split, offsets: np.ndarray, buffer: torch.Tensor) -> torch.Tensor:
         """Fill buffer[0] with the samples at `offsets`, buffer[1] with the same a token later, as int64."""
+        self.dataset.check_uncut(split)
         rows = self._windows[split][offsets]  # (A·B, T + 1), the files' dtype
         if rows.max() >= self.vocab_size:
             for start, ids in zip(offsets, rows, strict=True):

@@ -22,7 +22,7 @@ from model.pretrained import from_checkpoint, gpt2_shape
 from train.checkpoint import MODEL_ARGS
 from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
 from train.config import TrainConfig
-from train.data import Dataset
+from train.data import Dataset, checkpoint_tokenizer, difference, weights_tokenizer
 from train.distributed import World
 from train.errors import UserError
 from train.hardware import Peak, device_name, peak_flops, resolve_dtype
@@ -78,7 +78,7 @@ def decide(
     dataset = open_dataset(config.dataset, world)
     ops, chunk, kernels = choose_ops(config, device, dtype, dataset.vocab_size)
     shape = model_shape(config, named, checkpoint, dataset.vocab_size)
-    check_vocabulary(config, dataset, shape)
+    check_vocabulary(config, dataset, shape, checkpoint)
     dataset.check(shape.block_size, shape.vocab_size)
     config = dataclasses.replace(config, **{name: getattr(shape, name) for name in (*SHAPE, "block_size")})
     free = free_memory(device)  # first: torch's allocator keeps the memory that measuring attention takes
@@ -191,11 +191,22 @@ def model_shape(
     return dataclasses.replace(shape, block_size=config.block_size) if "block_size" in named else shape
 
 
-def check_vocabulary(config: TrainConfig, dataset: Dataset, shape: GPTConfig) -> None:
-    """UserError where the data has more different tokens than the model."""
+def check_vocabulary(config: TrainConfig, dataset: Dataset, shape: GPTConfig, checkpoint: dict | None) -> None:
+    """UserError where the data's tokens are not those that the loaded weights know."""
     if dataset.n_vocab > shape.vocab_size:
         raise UserError(
             f"dataset={config.dataset}: it has {dataset.n_vocab} different tokens, the model {shape.vocab_size}"
+        )
+    if config.init_from == "scratch":
+        return
+    if checkpoint is not None:
+        tokenizer = checkpoint_tokenizer(checkpoint)
+    else:
+        tokenizer = weights_tokenizer(config.init_from, shape.vocab_size)
+    if differs := difference(tokenizer, dataset.meta):
+        raise UserError(
+            f"dataset={config.dataset}: expected the tokens of init_from={config.init_from}, but {differs}; prepare "
+            "the text with the tokenizer of the weights, or train a new model with --init_from=scratch"
         )
 
 

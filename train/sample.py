@@ -4,10 +4,9 @@ import codecs
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +15,11 @@ from model import GPT, Precision
 from model.generate import generate
 from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint import load
-from train.data import Dataset
+from train.data import checkpoint_tokenizer, weights_tokenizer
 from train.errors import UserError, first_line, run
 from train.hardware import device_name, resolve_device, resolve_dtype
 from train.settings import command_line, setting
-from train.text import GPT2Tokenizer, Tokenizer, from_meta, read_text
+from train.text import Tokenizer, from_meta, read_text
 
 
 @dataclass(frozen=True)
@@ -58,29 +57,25 @@ def load_model(config: SampleConfig, dtype: torch.dtype) -> tuple[GPT, Tokenizer
             model = from_checkpoint(checkpoint, dropout=0.0, precision=precision)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
-        tokenizer = checkpoint_tokenizer(checkpoint, config.bpe_dir)
+        meta = checkpoint_tokenizer(checkpoint)
     else:
         try:
             model = load_gpt2(config.init_from, precision=precision)
         except (OSError, ImportError, ValueError) as error:
             raise UserError(f"init_from: {error}") from error
-        tokenizer = GPT2Tokenizer(config.bpe_dir or None)
+        path, meta = config.init_from, weights_tokenizer(config.init_from, model.config.vocab_size)
+    if "tokenizer" not in meta:
+        raise UserError(
+            f"{path}: no tokenizer of its {meta['vocab_size']} tokens is known: it holds none, and there is no dataset "
+            "with such a table at the place that it names, expected data/<dataset>/meta.json or meta.pkl"
+        )
+    tokenizer = from_meta(meta, config.bpe_dir or None)
     if tokenizer.n_vocab > model.config.vocab_size:
         raise UserError(
             f"init_from={config.init_from}: the model has {model.config.vocab_size} tokens, its tokenizer"
             f" ({tokenizer.name}) {tokenizer.n_vocab}; they were not made for each other"
         )
     return model, tokenizer
-
-
-def checkpoint_tokenizer(checkpoint: Mapping[str, Any], bpe_dir: str = "") -> Tokenizer:
-    """The tokenizer of a loaded checkpoint: its own; for nanoGPT's, that of its dataset; else GPT-2's."""
-    if "tokenizer" in checkpoint["nanofuse"]:
-        return from_meta(checkpoint["nanofuse"]["tokenizer"], bpe_dir or None)
-    folder = Path("data", str(checkpoint["config"].get("dataset", "")))
-    if any((folder / name).is_file() for name in ("meta.json", "meta.pkl")):
-        return Dataset(folder).tokenizer(bpe_dir or None)
-    return GPT2Tokenizer(bpe_dir or None)
 
 
 def to_inference(model: GPT, device: torch.device) -> None:
