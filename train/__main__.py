@@ -3,12 +3,14 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from train.config import TrainConfig, choose_base, compose, parse
-from train.errors import UserError, ending, run
+from train.errors import UserError, any_characters, ending, first_line, run
 
 if __name__ == "__main__":  # --help and wrong settings end here: importing torch takes seconds
+    any_characters()
     with ending():
         parse(sys.argv[1:])
 
@@ -19,9 +21,10 @@ from train import checkpoint as checkpoints
 from train.compile import model_to_train
 from train.data import Loader
 from train.distributed import Reducer, local_device, process_group, world_from_environment
+from train.files import owned
 from train.graph import GraphedEvaluation, GraphedStep
 from train.hardware import device_name, resolve_device, use_device
-from train.log import RunLog
+from train.log import RunLog, check_sinks
 from train.loop import Loop
 from train.plan import Plan, choose_graphs, decide
 from train.plot import plot_run
@@ -35,36 +38,43 @@ def main() -> int:
     parsed = parse(sys.argv[1:])
     absent = bool(parsed.settings.get("rehearse"))  # a rehearsal: all is checked, nothing is trained
     device = None if absent else resolve_device(str(parsed.settings.get("device", TrainConfig.device)))
-    checkpoint = stored = None
-    if parsed.settings.get("init_from") == "resume":
-        out_dir = str(parsed.settings.get("out_dir", TrainConfig.out_dir))
-        checkpoint = checkpoints.load(Path(out_dir) / "ckpt.pt")
-        stored = {**checkpoint["config"], "out_dir": out_dir}
-        if not checkpoint["nanofuse"]:  # nanoGPT's: it holds values for the machine that wrote it
-            for name in ("device", "dtype", "backend"):
-                stored.pop(name, None)
-    base = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
-    config = compose(parsed, base.settings)
     world = world_from_environment()
-    if absent:
-        from train.rehearse import rehearse  # imported here: only a rehearsal needs it
+    with ExitStack() as held:
+        checkpoint = stored = None
+        if parsed.settings.get("init_from") == "resume":
+            name = str(parsed.settings.get("out_dir", TrainConfig.out_dir))
+            out_dir = Path(name)
+            if world.master and not absent and not parsed.settings.get("eval_only") and out_dir.is_dir():
+                held.enter_context(owned(out_dir))  # before the load: a run that still goes on will save again
+            checkpoint = checkpoints.load(out_dir / checkpoints.LATEST)
+            stored = {**checkpoint["config"], "out_dir": name}
+            if not checkpoint["nanofuse"]:  # nanoGPT's: it holds values for the machine that wrote it
+                for machine in ("device", "dtype", "backend"):
+                    stored.pop(machine, None)
+        base = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
+        config = compose(parsed, base.settings)
+        if absent:
+            from train.rehearse import rehearse  # imported here: only a rehearsal needs it
 
-        say = print if world.master else lambda text: None
-        why = " over ".join([*reversed(parsed.sources), base.why])
-        return rehearse(config, set(parsed.settings), why, checkpoint, world, say)
-    device = use_device(local_device(resolve_device(config.device), world))
-    with process_group(world, config.backend, device):
-        plan = decide(config, set(parsed.settings), base.why, checkpoint, world, device)
-        state, resumed = make_state(plan, checkpoint), checkpoint is not None
-        del checkpoint, stored  # frees as much memory as the model and the optimizer take
-        status = train(state, resumed=resumed)
-    if world.size > 1:
-        # Skip the interpreter's shutdown. Threads of torch's communication may ask for the GIL during it. Then the
-        # process aborts ("terminate called without an active exception"), and torchrun reports a failed run.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
+            say = print if world.master else lambda text: None
+            why = " over ".join([*reversed(parsed.sources), base.why])
+            return rehearse(config, set(parsed.settings), why, checkpoint, world, say)
+        check_sinks(config)
+        if world.master and not config.eval_only and checkpoint is None:
+            held.enter_context(owned(Path(config.out_dir)))
+        device = use_device(local_device(resolve_device(config.device), world))
+        with process_group(world, config.backend, device):
+            plan = decide(config, set(parsed.settings), base.why, checkpoint, world, device)
+            state, resumed = make_state(plan, checkpoint), checkpoint is not None
+            del checkpoint, stored  # frees as much memory as the model and the optimizer take
+            status = train(state, resumed=resumed)
+        if world.size > 1:
+            # Skip the interpreter's shutdown. Threads of torch's communication may ask for the GIL during it. Then the
+            # process aborts ("terminate called without an active exception"), and torchrun reports a failed run.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
 
 
 def train(state: TrainState, *, resumed: bool) -> int:
@@ -77,6 +87,8 @@ def train(state: TrainState, *, resumed: bool) -> int:
     say = log.message if log is not None else lambda line: None
     for line in plan.lines:
         say(line)
+    if log is not None and state.other_data and not config.eval_only:
+        say(f"the best checkpoint until now was kept in {checkpoints.set_best_aside(Path(config.out_dir))}")
     step, evaluation = make_step(state, say)
     with make_loader(plan) as loader:
         loop = Loop(
@@ -150,11 +162,12 @@ def farewell(state: TrainState, loop: Loop, say: Callable[[str], None]) -> None:
         drawn = SampleConfig(start=start, max_new_tokens=300)
         text = "".join(sample_text(state.model, tokenizer, drawn, generator))
         say(f"a sample:\n{text}\n---------------")
-    except UserError as error:  # GPT-2's tokenizer must be downloaded once
-        say(f"no sample of text: {error}")
+    except (UserError, RuntimeError) as error:  # GPT-2's tokenizer must be downloaded once; no memory is left
+        say(f"no sample of text: {first_line(error)}")
     out_dir = Path(plan.config.out_dir)
-    checkpoint = out_dir / "ckpt.pt"
-    say(f"checkpoint: {checkpoint if checkpoint.exists() else 'none was saved'}")
+    for name, path in (("checkpoint", out_dir / checkpoints.LATEST), ("best", checkpoints.best_of(out_dir))):
+        found = checkpoints.held(path)
+        say(f"{name + ':':<11} {f'{path}, iteration {found.iter_num}' if found else 'none was saved'}")
     say(f"metrics:    {out_dir / 'metrics.jsonl'}")
     say(f"loss curve: {plot_run(out_dir) or 'nothing to draw yet'}")
 

@@ -1,16 +1,16 @@
-"""Checkpoints: the latest state of a run, `out_dir/ckpt.pt`, its best one, `ckpt-best.pt`, and what is in them.
+"""Checkpoints: the latest state of a run, `out_dir/ckpt.pt`; its best one, if that is another; what is in them.
 
 A save in six moves. Whichever a kill interrupts, each name is the old file or the new one, whole:
 
     1. write the new file in a folder .staging-<random>, fsync it
     2. shift ckpt-previous-1.pt to ckpt-previous-2.pt, and so on
     3. give ckpt.pt the second name ckpt-previous-1.pt (a hard link: ckpt.pt itself never vanishes)
-    4. if no state was better, give the new file the second name ckpt-best.pt
+    4. if ckpt.pt is the best state so far and the new one is not, give it the name ckpt-best.pt too
     5. rename the new file to ckpt.pt, which replaces the old one in one step; fsync the folder, so that the names
        survive a power cut too
-    6. delete the oldest, so that there are `keep` again
+    6. delete the oldest, so that there are `keep` again, and a ckpt-best.pt that the new ckpt.pt is better than
 
-`resume` goes on from the latest. Who reads weights, to sample or to export, takes the best.
+`resume` goes on from the latest. Who reads weights, to sample or to export, takes the best: see `best_of`.
 
 A load checks every CRC first, and then that torch has read what was checked. torch checks nothing: it hands out flipped
 bits as weights, and uninitialised memory where it finds no member.
@@ -69,10 +69,12 @@ class Held(NamedTuple):
     best_val_loss: float
 
 
-def save(out_dir: Path, checkpoint: dict, keep: int, *, best: bool = False) -> None:
+def save(out_dir: Path, checkpoint: dict, keep: int, *, best: bool = False, keep_best: bool = False) -> None:
     """Write `out_dir/ckpt.pt` and, of those before it, keep `keep` - 1: ckpt-previous-1.pt is the newest.
 
-    best: it becomes ckpt-best.pt too. Raises UserError where the disk is full or out_dir cannot be written; the old one is then untouched.
+    best: `checkpoint` is the best state so far. keep_best: the ckpt.pt that it replaces is.
+
+    Raises UserError where the disk is full or out_dir cannot be written; the old one is then untouched.
     """
     if keep < 1:
         raise ValueError(f"keep must be 1 or more, not {keep}")
@@ -84,13 +86,15 @@ def save(out_dir: Path, checkpoint: dict, keep: int, *, best: bool = False) -> N
                 sync(file)
             if keep > 1:
                 _keep_previous(out_dir, staging, keep)
-            if best:
-                _name_also(staging / LATEST, staging, out_dir / BEST)
+            if keep_best:
+                _name_also(out_dir / LATEST, staging, out_dir / BEST)
             os.replace(staging / LATEST, out_dir / LATEST)
             sync_folder(out_dir)
         for index, path in _previous(out_dir):
             if index >= keep:
                 path.unlink()
+        if best:
+            (out_dir / BEST).unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         cause = _os_error(error)
         if cause is None:
@@ -114,9 +118,10 @@ def load(path: Path) -> dict:
     raise UserError(problem + _offer(path))
 
 
-def to_read(out_dir: Path) -> Path:
-    """The checkpoint to sample from or to export: the best one, or ckpt.pt where no other is marked as the best."""
-    return out_dir / (BEST if (out_dir / BEST).exists() else LATEST)
+def best_of(out_dir: Path) -> Path:
+    """The checkpoint to sample from or to export: ckpt-best.pt, but ckpt.pt if it is the best itself, or none is."""
+    best, latest = held(out_dir / BEST), held(out_dir / LATEST)
+    return out_dir / (BEST if best and latest and best.best_val_loss <= latest.best_val_loss else LATEST)
 
 
 def held(path: Path) -> Held | None:
@@ -128,14 +133,15 @@ def held(path: Path) -> Held | None:
     return Held(found["iter_num"], found["best_val_loss"])
 
 
-def mark_best(out_dir: Path) -> None:
-    """Give ckpt.pt, the best state so far, its second name ckpt-best.pt: the next save replaces ckpt.pt."""
+def set_best_aside(out_dir: Path) -> Path | None:
+    """Keep the best checkpoint in a new folder, as `set_aside` does, before others take its place."""
     try:
-        with staging_folder(out_dir) as staging:
-            _name_also(out_dir / LATEST, staging, out_dir / BEST)
-            sync_folder(out_dir)
+        if best_of(out_dir).name == LATEST:
+            with staging_folder(out_dir) as staging:
+                _name_also(out_dir / LATEST, staging, out_dir / BEST)
     except OSError as error:
         raise UserError(f"out_dir={out_dir}: {BEST} could not be written ({error})") from error
+    return set_aside(out_dir, (BEST,))
 
 
 def set_aside(out_dir: Path, patterns: Iterable[str] = _OF_A_RUN) -> Path | None:
@@ -239,11 +245,11 @@ def _offer(path: Path) -> str:
             iteration = _read(other)["iter_num"]
         except (OSError, ValueError):
             continue
-        if path.name == BEST:  # a run needs none, and marks the next one
+        if path.name == BEST:
             move, then = shlex.join(["mv", str(path), f"{path}.damaged"]), f"{other.name} is read instead"
         else:
             move, then = shlex.join(["mv", str(other), str(path)]), "resume again"
-        which = {LATEST: "the latest", BEST: "the best"}.get(other.name, "the one before it")
+        which = {LATEST: "the latest one", BEST: "the best one"}.get(other.name, "the one before it")
         return f"; {which}, of iteration {iteration}, is whole: `{move}`, then {then}"
     return ""
 

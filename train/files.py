@@ -1,18 +1,23 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders that belong to one process at a time."""
 
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from train.errors import UserError
 
-_CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # what some network file systems say
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None
+
+# what some network file systems say
+_CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)
 
 
 @contextmanager
@@ -35,6 +40,35 @@ def making_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Make `folder`, the out_dir of a run, and hold it; at the end it goes again if it is empty.
+
+    The system drops the lock with the process, however that ends. UserError where another process holds the folder, or
+    where it cannot be made. File systems without locks, and Windows, hold nothing.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with ExitStack() as stack:
+        for path in reversed(made):
+            stack.callback(_remove_empty, path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(folder))
+        except BlockingIOError:
+            raise UserError(
+                f"out_dir: {folder} belongs to a run that has not ended; wait for its end, or name another folder with "
+                "--out_dir=FOLDER"
+            ) from None
+        except OSError as error:
+            raise UserError(f"out_dir: cannot write {folder}: {error.strerror}") from None
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # never made, or not empty
+        folder.rmdir()
+
+
+@contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder inside `folder`, gone at the end; what a killed process left of one goes too.
 
@@ -50,6 +84,9 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, or raise BlockingIOError where another process does."""
+    if fcntl is None:
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -94,7 +131,9 @@ def sync(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in `folder` on the disk: renames survive a power cut too."""
+    """Have the names in `folder` on the disk: renames survive a power cut too. Windows cannot open a folder."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

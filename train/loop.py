@@ -176,7 +176,8 @@ class Loop:
         """Update the best loss and the counters. Returns whether to save the evaluated state."""
         progress = self.progress
         better = losses.val < progress.best_val_loss
-        progress.best_val_loss = min(losses.val, progress.best_val_loss)
+        if better:
+            progress.best_val_loss, progress.best_iter = losses.val, progress.iter_num
         progress.stale_evals = 0 if better else progress.stale_evals + 1
         progress.judged_at = progress.iter_num
         return better or self.config.always_save_checkpoint

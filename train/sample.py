@@ -14,7 +14,7 @@ from torch import nn
 from model import GPT, Precision
 from model.generate import generate
 from model.pretrained import from_checkpoint, load_gpt2
-from train.checkpoint import load
+from train.checkpoint import best_of, load
 from train.data import checkpoint_tokenizer, weights_tokenizer
 from train.errors import UserError, first_line, run
 from train.hardware import device_name, resolve_device, resolve_dtype
@@ -28,7 +28,7 @@ class SampleConfig:
 
     init_from: str = setting(
         "resume",
-        "resume (the checkpoint in out_dir), gpt2*, or a path to model.safetensors or its folder",
+        "resume (the best checkpoint in out_dir), gpt2*, or a path to model.safetensors or its folder",
         group="model",
     )
     out_dir: str = setting("out", "folder of the checkpoint")
@@ -36,7 +36,7 @@ class SampleConfig:
 
     start: str = setting("\n", "the prompt, or FILE:prompt.txt", group="sampling")
     num_samples: int = setting(10, "samples to draw", low=1)
-    max_new_tokens: int = setting(500, "tokens drawn for each", low=0)
+    max_new_tokens: int = setting(500, "tokens drawn for each", low=0, below=10**8)
     temperature: float = setting(0.8, "below 1 less random, above 1 more; 0: always the likeliest", low=0)
     top_k: int = setting(200, "draw from the k likeliest tokens; 0: from all", low=0)
     top_p: float = setting(1.0, "draw from the likeliest tokens that hold this probability; 1: from all", low=0)
@@ -47,12 +47,16 @@ class SampleConfig:
     compile: bool = setting(False, "torch.compile the model: slow to start, then faster")
 
 
-def load_model(config: SampleConfig, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
-    """The model that the settings name, on the CPU, to compute in `dtype`, and its tokenizer. Raises UserError."""
+def load_model(config: SampleConfig, dtype: torch.dtype) -> tuple[GPT, Tokenizer, str]:
+    """The model that the settings name, on the CPU, to compute in `dtype`; its tokenizer; where it came from.
+
+    Raises UserError.
+    """
     precision = Precision(compute=dtype)
     if config.init_from == "resume":
-        path = Path(config.out_dir) / "ckpt.pt"
+        path = best_of(Path(config.out_dir))
         checkpoint = load(path)
+        source = f"{path}, iteration {checkpoint['iter_num']}"
         try:
             model = from_checkpoint(checkpoint, dropout=0.0, precision=precision)
         except ValueError as error:
@@ -63,7 +67,8 @@ def load_model(config: SampleConfig, dtype: torch.dtype) -> tuple[GPT, Tokenizer
             model = load_gpt2(config.init_from, precision=precision)
         except (OSError, ImportError, ValueError) as error:
             raise UserError(f"init_from: {error}") from error
-        path, meta = config.init_from, weights_tokenizer(config.init_from, model.config.vocab_size)
+        path = source = config.init_from
+        meta = weights_tokenizer(config.init_from, model.config.vocab_size)
     if "tokenizer" not in meta:
         raise UserError(
             f"{path}: no tokenizer of its {meta['vocab_size']} tokens is known: it holds none, and there is no dataset "
@@ -75,7 +80,7 @@ def load_model(config: SampleConfig, dtype: torch.dtype) -> tuple[GPT, Tokenizer
             f"init_from={config.init_from}: the model has {model.config.vocab_size} tokens, its tokenizer"
             f" ({tokenizer.name}) {tokenizer.n_vocab}; they were not made for each other"
         )
-    return model, tokenizer
+    return model, tokenizer, source
 
 
 def to_inference(model: GPT, device: torch.device) -> None:
@@ -145,11 +150,10 @@ def main(argv: list[str] | None = None) -> None:
     config = dataclasses.replace(config, start=read_prompt(config.start))
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    model, tokenizer = load_model(config, dtype)
+    model, tokenizer, source = load_model(config, dtype)
     to_inference(model, device)
-    name = f"{config.out_dir}/ckpt.pt" if config.init_from == "resume" else config.init_from
     print(
-        f"{name}: {model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.name} tokens,"
+        f"{source}: {model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.name} tokens,"
         f" {str(dtype).removeprefix('torch.')} on {device_name(device)}",
         file=sys.stderr,
     )

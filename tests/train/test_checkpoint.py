@@ -61,9 +61,9 @@ class Killed(BaseException):
     """Not an Exception, so that no handler catches it: a kill cannot be caught."""
 
 
-@pytest.mark.parametrize(("links", "keep"), [(True, 1), (True, 2), (True, 4), (False, 4)])
+@pytest.mark.parametrize(("links", "keep", "best"), [(True, 1, 5), (True, 2, 4), (True, 4, 5), (False, 4, 4)])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, after, links, keep):
+def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, after, links, keep, best):
     """Die just before or just after the k-th call that changes the disk, for every k. Then save once more."""
     calls = {name: getattr(os, name) for name in ("fsync", "replace", "link", "unlink")}
     countdown = math.inf
@@ -87,11 +87,15 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
         monkeypatch.setattr(os, name, dying(name))
     for k in range(1, 100):
         out_dir = tmp_path / str(k)
-        for iteration in (1, 2, 3, 4):
-            checkpoint.save(out_dir, make_checkpoint(iteration), keep=keep, best=iteration == 3)
+        for iteration in (1, 2, 3, 4):  # 2 is the best one of the first three
+            loss = {1: 3.0}.get(iteration, 2.0) if iteration < best else 1.0
+            better = iteration in (1, 2, best)
+            made = make_checkpoint(iteration, best_val_loss=loss)
+            checkpoint.save(out_dir, made, keep, best=better, keep_best=iteration == 3)
         countdown = k
         try:
-            checkpoint.save(out_dir, make_checkpoint(5), keep=keep, best=True)
+            made = make_checkpoint(5, best_val_loss=1.0)
+            checkpoint.save(out_dir, made, keep, best=best == 5, keep_best=best == 4)
         except Killed:
             killed = True
         else:
@@ -99,12 +103,14 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
         countdown = math.inf
         assert (out_dir / "ckpt.pt").is_file()
         kept = saved_iterations(out_dir)  # loads every one of them
-        survivor, best = kept[0], checkpoint.held(out_dir / "ckpt-best.pt").iter_num
+        survivor = kept[0]
         assert survivor in (4, 5)
-        assert best == 5 or (best, survivor) == (3, 4)  # the best is there before the latest that is no better
+        best_now = best if survivor == 5 or best == 4 else 2
+        assert checkpoint.load(checkpoint.best_of(out_dir))["iter_num"] == best_now
         assert len(set(kept)) >= keep  # also in between
-        checkpoint.save(out_dir, make_checkpoint(6), keep=keep)
-        assert checkpoint.held(out_dir / "ckpt-best.pt").iter_num == best
+        made = make_checkpoint(6, best_val_loss=checkpoint.held(out_dir / "ckpt.pt").best_val_loss)
+        checkpoint.save(out_dir, made, keep, keep_best=survivor == best)
+        assert checkpoint.load(checkpoint.best_of(out_dir))["iter_num"] == best_now
         assert not list(out_dir.glob(".staging-*"))
         kept = saved_iterations(out_dir)
         if links:
@@ -113,7 +119,8 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
             assert kept in ([6, 5, 4, 3][:keep], [6, 4, 3, 2][:keep], [6, 4, 4, 3][:keep])
         if not killed:
             break
-    assert k > 5 + 2 * (keep > 1)  # fsync, (link, replace,) link, replace, replace, fsync: a kill in each of them
+    # fsync, perhaps link and replace for the previous one, replace, fsync, unlinks: a kill in each of them
+    assert k > 4 + 2 * (keep > 1)
 
 
 # A full disk

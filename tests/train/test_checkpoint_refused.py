@@ -72,7 +72,7 @@ def test_every_flip_within_a_tensor_is_refused_though_torch_takes_it(tmp_path, w
 
 
 def test_every_flip_that_hides_a_member_from_torch_is_refused_or_harmless(tmp_path, whole):
-    """In the directory of the archive: attributes make torch take a member for a folder. Then the locators at the end."""
+    """Attributes in the archive's directory make torch take a member for a folder. The locators are at the end."""
     path = tmp_path / "ckpt.pt"
     path.write_bytes(whole)
     with zipfile.ZipFile(path) as archive:

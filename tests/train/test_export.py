@@ -25,7 +25,7 @@ def model(tmp_path, monkeypatch) -> GPT:
 
 def test_export(model, capsys):
     main(["--out_dir=out", "--to=folder"])
-    assert capsys.readouterr().out.startswith("folder: written")
+    assert capsys.readouterr().out.startswith("folder: iteration 7 of out/ckpt.pt, written")
     again = load_gpt2("folder")
     assert again.config == model.config
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
