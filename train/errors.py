@@ -1,5 +1,6 @@
 """What ends a command early, said in one line: the setting, what came, what was expected."""
 
+import errno
 import io
 import os
 import signal
@@ -7,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
+
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a stream that was opened well
 
 
 class UserError(Exception):
@@ -40,10 +43,10 @@ def ending() -> Iterator[None]:
         complain(f"error: {error}")
         sys.exit(error.status)
     except OSError as error:
-        if not _output_fails():
+        if error.filename is not None or error.errno not in WRITING:
             raise
         drop_output()
-        complain(f"error: the output cannot be written: {error.strerror or error}")
+        complain(f"error: the output cannot be written: {error.strerror}")
         sys.exit(1)
 
 
@@ -80,11 +83,3 @@ def drop_output() -> None:
     """From here on nothing reaches stdout, nor what it still holds. Else the interpreter's end would fail on it."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _output_fails() -> bool:
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        return True
-    return False

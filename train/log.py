@@ -39,7 +39,8 @@ def say(line: str) -> None:
         print(line, flush=True)
     except (OSError, ValueError) as error:  # a full disk, a reader or a terminal that has gone, a closed file
         drop_output()
-        complain(f"console: cannot be written ({first_line(error)}); the run goes on without it")
+        reason = getattr(error, "strerror", None) or first_line(error)
+        complain(f"console: cannot be written ({reason}); the run goes on without it")
 
 
 class RunLog:
