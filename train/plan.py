@@ -27,6 +27,7 @@ from train.data import Dataset, checkpoint_tokenizer, difference, weights_tokeni
 from train.distributed import World
 from train.errors import UserError
 from train.hardware import Peak, device_name, peak_flops, resolve_dtype
+from train.log import say
 from train.memory import as_planned_for, check_memory, free_memory, job_of, rows_at_a_time
 from train.prepare import ensure_docs
 from train.text import GPT2_TOKENS
@@ -134,7 +135,7 @@ def open_dataset(name: str, world: World) -> Dataset:
     folder = Path("data") / name
     if name == "docs":
         if world.local_rank == 0:  # one process per machine
-            ensure_docs(folder)
+            ensure_docs(folder, say)
         world.barrier()
     return Dataset(folder)
 

@@ -76,17 +76,17 @@ def test_two_halves_are_the_whole_when_compiled(tmp_path):
     assert_same_end(tmp_path / "halves", tmp_path / "whole", keys=("model", "optimizer", "iter_num"))
 
 
-@pytest.mark.parametrize(("number", "always"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+@pytest.mark.parametrize(("number", "always"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGHUP, True)])
 def test_a_signal_finishes_the_step_saves_and_loses_nothing(tmp_path, capsys, number, always):
     settings = dict(max_iters=100, eval_interval=2, always_save_checkpoint=always, learning_rate=0.1, warmup_iters=2)
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     # Both end by a signal. It saves the last state, even if it is not the best.
     assert run(tmp_path / "whole", at={2 * N - 1: send(number)}, **settings) == 128 + number
     assert run(tmp_path / "halves", at={N - 1: send(number)}, **settings) == 128 + number
     assert last(tmp_path / "halves")["iter_num"] == N
     assert iterations(tmp_path / "halves", "save")[-1] == N
     assert f"interrupted after {N} iterations" in capsys.readouterr().out
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
 
     assert resume(tmp_path / "halves", at={N - 1: send(number)}) == 128 + number
     for kind in ("iter", "eval"):
@@ -95,6 +95,14 @@ def test_a_signal_finishes_the_step_saves_and_loses_nothing(tmp_path, capsys, nu
     saves.remove(N)
     assert saves == iterations(tmp_path / "whole", "save")
     assert_same_end(tmp_path / "halves", tmp_path / "whole", keys=(*STATE, "model_args", "nanofuse"))
+
+
+def test_nohup_keeps_its_meaning(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(tmp_path / "out", at={2: send(signal.SIGHUP)}, max_iters=4) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_best_loss_decides_over_a_resume_what_is_saved(tmp_path):

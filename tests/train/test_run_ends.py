@@ -1,5 +1,6 @@
 """How a run ends: done, out of time or patience, interrupted, or with a loss that is not finite."""
 
+import os
 import signal
 
 import pytest
@@ -72,6 +73,16 @@ def test_a_huge_rate_ends_the_run_before_it_saves(tmp_path):
     assert "at iteration 1," in message
     assert "learning_rate" in message
     assert iterations(tmp_path / "out", "save") == []
+
+
+def test_data_that_fails_costs_no_iteration(tmp_path):
+    def cut(step) -> None:
+        os.truncate(tmp_path / "data" / "train.bin", 100)
+
+    message = refusal(run, tmp_path / "out", {40: cut}, max_iters=1000, eval_interval=1000)
+    assert "train.bin: 100 bytes, expected 6,000: it was cut short under the run" in message
+    assert last(tmp_path / "out")["iter_num"] > 40
+    assert iterations(tmp_path / "out", "iter")[-1] == last(tmp_path / "out")["iter_num"] - 1
 
 
 def test_an_earlier_run_is_moved_aside_whole(tmp_path, capsys):
