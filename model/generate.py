@@ -31,9 +31,9 @@ def generate(
 
     idx: (B, T) int64 on the model's device, not empty; only the last block_size tokens count. temperature divides the
     logits; 0 is greedy, and so is what float32 cannot divide by. top_k keeps the k most likely tokens; a k above the
-    vocabulary size keeps all. Then top_p keeps the fewest most likely tokens whose probabilities sum to top_p or more. Ids from `n_vocab` on are the padding of a
-    vocabulary, and are never drawn. `generator` is on the model's device; with one, the global random state does not
-    change.
+    vocabulary size keeps all. Then top_p keeps the fewest most likely tokens whose probabilities sum to top_p or more.
+    Ids from `n_vocab` on are the padding of a vocabulary, and are never drawn. `generator` is on the model's device;
+    with one, the global random state does not change.
 
     The model is in eval mode from the first token until the iterator ends or is closed. Then it gets its old mode back.
     The call checks its arguments and raises ValueError. After the call, only reading a token waits for the device.
