@@ -36,9 +36,9 @@ class TrainConfig:
     eval_interval: int = setting(2000, "iterations between evaluations", low=1)
     log_interval: int = setting(1, "iterations between console lines", low=1)
     eval_iters: int = setting(200, "batches of each split in an evaluation", low=1)
-    eval_only: bool = setting(False, "evaluate once and stop")
+    eval_only: bool = setting(False, "evaluate once and stop; nothing is written")
     always_save_checkpoint: bool = setting(True, "save after every evaluation, not only after the best so far")
-    keep_checkpoints: int = setting(2, "checkpoints kept, the newest included", low=1)
+    keep_checkpoints: int = setting(2, "checkpoints kept, the newest included; the best one besides", low=1)
     init_from: str = setting("scratch", "scratch, resume, gpt2*, or a path to model.safetensors or its folder")
     bpe_dir: str = setting("", "folder of GPT-2's vocab.bpe and encoder.json, for a machine without network")
 
