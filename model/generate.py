@@ -30,10 +30,10 @@ def generate(
     """Continue idx with a GPT. Yields the next token of each row, (B,) int64, as it is drawn.
 
     idx: (B, T) int64 on the model's device, not empty; only the last block_size tokens count. temperature divides the
-    logits; 0 is greedy. top_k keeps the k most likely tokens; a k above the vocabulary size keeps all. Then top_p keeps
-    the fewest most likely tokens whose probabilities sum to top_p or more. Ids from `n_vocab` on are the padding of a
-    vocabulary, and are never drawn. `generator` is on the model's device; with one, the global random state does not
-    change.
+    logits; 0 is greedy, and so is what float32 cannot divide by. top_k keeps the k most likely tokens; a k above the
+    vocabulary size keeps all. Then top_p keeps the fewest most likely tokens whose probabilities sum to top_p or more.
+    Ids from `n_vocab` on are the padding of a vocabulary, and are never drawn. `generator` is on the model's device;
+    with one, the global random state does not change.
 
     The model is in eval mode from the first token until the iterator ends or is closed. Then it gets its old mode back.
     The call checks its arguments and raises ValueError. After the call, only reading a token waits for the device.
@@ -61,7 +61,7 @@ def generate(
 
     def draw(logits: Tensor) -> Tensor:
         logits = logits[:, :n_vocab].float()
-        if temperature == 0:
+        if temperature < torch.finfo(torch.float32).tiny:
             return logits.argmax(dim=-1)
         return sample(probabilities(logits, temperature, top_k, top_p), generator)
 
@@ -106,7 +106,7 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, 
     if top_p is not None and top_p < 1:
         ranked, order = probs.sort(dim=-1, descending=True, stable=True)
         before = ranked.cumsum(dim=-1) - ranked  # sum over all likelier tokens; 0 for the first
-        probs = probs.scatter(-1, order, ranked.masked_fill(before >= top_p, 0.0))
+        probs = probs.scatter(-1, order, ranked.masked_fill((before >= top_p) & (before > 0), 0.0))
         probs = probs / probs.sum(dim=-1, keepdim=True)
     return probs
 

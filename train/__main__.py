@@ -3,12 +3,14 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from train.config import TrainConfig, choose_base, compose, notes, parse
-from train.errors import UserError, ending, run
+from train.errors import UserError, any_characters, ending, first_line, run
 
 if __name__ == "__main__":  # --help and wrong settings end here: importing torch takes seconds
+    any_characters()
     with ending():
         parse(sys.argv[1:])
 
@@ -19,9 +21,10 @@ from train import checkpoint as checkpoints
 from train.compile import model_to_train
 from train.data import Loader
 from train.distributed import local_device, process_group, world_from_environment
+from train.files import owned
 from train.graph import GraphedEvaluation, GraphedStep
 from train.hardware import device_name, resolve_device, use_device
-from train.log import RunLog
+from train.log import RunLog, check_sinks, say
 from train.loop import Loop
 from train.plan import Plan, choose_graphs, decide
 from train.plot import plot_run
@@ -35,41 +38,49 @@ def main() -> int:
     parsed = parse(sys.argv[1:])
     absent = bool(parsed.settings.get("rehearse"))  # a rehearsal: all is checked, nothing is trained
     device = None if absent else resolve_device(str(parsed.settings.get("device", TrainConfig.device)))
-    checkpoint = stored = None
-    init_from = str(parsed.settings.get("init_from", TrainConfig.init_from))
-    if init_from == "resume":
-        out_dir = str(parsed.settings.get("out_dir", TrainConfig.out_dir))
-        checkpoint = checkpoints.load(Path(out_dir) / "ckpt.pt")
-        stored = {**checkpoint["config"], "out_dir": out_dir}
-        if not checkpoint["nanofuse"]:  # nanoGPT's: it holds values for the machine that wrote it
-            for name in ("device", "dtype", "backend"):
-                stored.pop(name, None)
-    elif path := checkpoints.named(init_from):
-        checkpoint = checkpoints.for_new_run(path)
-    base = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
-    config = compose(parsed, base.settings)
     world = world_from_environment()
-    say = print if world.master else lambda text: None
-    for note in notes(parsed, config):
-        say(note)
-    if absent:
-        from train.rehearse import rehearse  # imported here: only a rehearsal needs it
+    init_from = str(parsed.settings.get("init_from", TrainConfig.init_from))
+    resumed = init_from == "resume"
+    with ExitStack() as held:
+        checkpoint = stored = None
+        if resumed:
+            name = str(parsed.settings.get("out_dir", TrainConfig.out_dir))
+            out_dir = Path(name)
+            if world.master and not absent and not parsed.settings.get("eval_only") and os.path.isdir(out_dir):
+                held.enter_context(owned(out_dir))  # before the load: a run that still goes on will save again
+            checkpoint = checkpoints.load(out_dir / checkpoints.LATEST)
+            stored = {**checkpoint["config"], "out_dir": name}
+            if not checkpoint["nanofuse"]:  # nanoGPT's: it holds values for the machine that wrote it
+                for machine in ("device", "dtype", "backend"):
+                    stored.pop(machine, None)
+        elif path := checkpoints.named(init_from):
+            checkpoint = checkpoints.load(path)
+        base = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
+        config = compose(parsed, base.settings)
+        for note in notes(parsed, config) if world.master else ():
+            say(note)
+        if absent:
+            from train.rehearse import rehearse  # imported here: only a rehearsal needs it
 
-        why = " over ".join([*reversed(parsed.sources), base.why])
-        return rehearse(config, set(parsed.settings), why, checkpoint, world, say)
-    device = use_device(local_device(resolve_device(config.device), world))
-    with process_group(world, config.backend, device):
-        plan = decide(config, set(parsed.settings), base.why, checkpoint, world, device)
-        state, resumed = make_state(plan, checkpoint), init_from == "resume"
-        del checkpoint, stored  # frees as much memory as the model and the optimizer take
-        status = train(state, resumed=resumed)
-    if world.size > 1:
-        # Skip the interpreter's shutdown. Threads of torch's communication may ask for the GIL during it. Then the
-        # process aborts ("terminate called without an active exception"), and torchrun reports a failed run.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
+            tell = print if world.master else lambda text: None
+            why = " over ".join([*reversed(parsed.sources), base.why])
+            return rehearse(config, set(parsed.settings), why, checkpoint, world, tell)
+        check_sinks(config)
+        if world.master and not config.eval_only and not resumed:
+            held.enter_context(owned(Path(config.out_dir)))
+        device = use_device(local_device(resolve_device(config.device), world))
+        with process_group(world, config.backend, device):
+            plan = decide(config, set(parsed.settings), base.why, checkpoint, world, device)
+            state = make_state(plan, checkpoint)
+            del checkpoint, stored  # frees as much memory as the model and the optimizer take
+            status = train(state, resumed=resumed)
+        if world.size > 1:
+            # Skip the interpreter's shutdown. Threads of torch's communication may ask for the GIL during it. Then the
+            # process aborts ("terminate called without an active exception"), and torchrun reports a failed run.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
 
 
 def train(state: TrainState, *, resumed: bool) -> int:
@@ -82,6 +93,8 @@ def train(state: TrainState, *, resumed: bool) -> int:
     say = log.message if log is not None else lambda line: None
     for line in plan.lines:
         say(line)
+    if log is not None and state.other_data and not config.eval_only:
+        say(f"the best checkpoint until now was kept in {checkpoints.set_best_aside(Path(config.out_dir))}")
     step, evaluation = make_step(state, say)
     with make_loader(plan) as loader:
         loop = Loop(
@@ -155,11 +168,12 @@ def farewell(state: TrainState, loop: Loop, say: Callable[[str], None]) -> None:
         drawn = SampleConfig(start=start, max_new_tokens=300)
         text = "".join(sample_text(state.model, tokenizer, drawn, generator))
         say(f"a sample:\n{text}\n---------------")
-    except UserError as error:  # GPT-2's tokenizer must be downloaded once
-        say(f"no sample of text: {error}")
+    except (UserError, RuntimeError) as error:  # GPT-2's tokenizer must be downloaded once; no memory is left
+        say(f"no sample of text: {first_line(error)}")
     out_dir = Path(plan.config.out_dir)
-    checkpoint = out_dir / "ckpt.pt"
-    say(f"checkpoint: {checkpoint if checkpoint.exists() else 'none was saved'}")
+    for name, path in (("checkpoint", out_dir / checkpoints.LATEST), ("best", checkpoints.best_of(out_dir))):
+        found = checkpoints.held(path)
+        say(f"{name + ':':<11} {f'{path}, iteration {found.iter_num}' if found else 'none was saved'}")
     say(f"metrics:    {out_dir / 'metrics.jsonl'}")
     say(f"loss curve: {plot_run(out_dir) or 'nothing to draw yet'}")
 

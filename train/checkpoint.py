@@ -1,14 +1,19 @@
-"""Checkpoints: one file, `out_dir/ckpt.pt`, that a kill at any instant leaves whole, and what is in it.
+"""Checkpoints: the latest state of a run, `out_dir/ckpt.pt`; its best one, if that is another; what is in them.
 
-A save in five moves. Whichever a kill interrupts, ckpt.pt is the old file or the new one, whole:
+A save in six moves. Whichever a kill interrupts, each name is the old file or the new one, whole:
 
     1. write the new file in a folder .staging-<random>, fsync it
-    2. shift ckpt-previous-1.pt to ckpt-previous-2.pt, and so on, as far as `keep` allows
+    2. shift ckpt-previous-1.pt to ckpt-previous-2.pt, and so on
     3. give ckpt.pt the second name ckpt-previous-1.pt (a hard link: ckpt.pt itself never vanishes)
-    4. rename the new file to ckpt.pt, which replaces the old one in one step
-    5. fsync the folder, so that the names survive a power cut too
+    4. if ckpt.pt is the best state so far and the new one is not, give it the name ckpt-best.pt too
+    5. rename the new file to ckpt.pt, which replaces the old one in one step; fsync the folder, so that the names
+       survive a power cut too
+    6. delete the oldest, so that there are `keep` again, and a ckpt-best.pt that the new ckpt.pt is better than
 
-A load checks every CRC first. torch's reader does not: it hands out flipped bits as weights.
+`resume` goes on from the latest. Who reads weights, to sample or to export, takes the best: see `best_of`.
+
+A load checks every CRC first, and then that torch has read what was checked. torch checks nothing: it hands out flipped
+bits as weights, and uninitialised memory where it finds no member.
 
 The file holds nanoGPT's six keys, so that either program reads the other's, and one of ours:
 
@@ -30,12 +35,13 @@ import re
 import shlex
 import shutil
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 
@@ -51,15 +57,24 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter, besi
 _WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module)\.)+")  # torch.compile's and DDP's
 _MASK = re.compile(r"\.attn\.bias$")  # the causal mask, a 4-D buffer of nanoGPT's where it has no flash attention
 
-_NAME = "ckpt.pt"
+LATEST, BEST = "ckpt.pt", "ckpt-best.pt"
 _PREVIOUS = "ckpt-previous-{}.pt"
 _OF_A_RUN = ("ckpt*.pt", "metrics.jsonl", "loss.png", "loss.svg", "tensorboard", "trace.json")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
-def save(out_dir: Path, checkpoint: dict, keep: int) -> None:
+class Held(NamedTuple):
+    """What a checkpoint file says of itself."""
+
+    iter_num: int
+    best_val_loss: float
+
+
+def save(out_dir: Path, checkpoint: dict, keep: int, *, best: bool = False, keep_best: bool = False) -> None:
     """Write `out_dir/ckpt.pt` and, of those before it, keep `keep` - 1: ckpt-previous-1.pt is the newest.
+
+    best: `checkpoint` is the best state so far. keep_best: the ckpt.pt that it replaces is.
 
     Raises UserError where the disk is full or out_dir cannot be written; the old one is then untouched.
     """
@@ -68,15 +83,20 @@ def save(out_dir: Path, checkpoint: dict, keep: int) -> None:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with staging_folder(out_dir) as staging:
-            with open(staging / _NAME, "wb") as file:
+            with open(staging / LATEST, "wb") as file:
                 torch.save(checkpoint, file)
                 sync(file)
-            _keep_previous(out_dir, staging, keep)
-            os.replace(staging / _NAME, out_dir / _NAME)
+            if keep > 1:
+                _keep_previous(out_dir, staging, keep)
+            if keep_best:
+                _name_also(out_dir / LATEST, staging, out_dir / BEST)
+            os.replace(staging / LATEST, out_dir / LATEST)
             sync_folder(out_dir)
         for index, path in _previous(out_dir):
             if index >= keep:
                 path.unlink()
+        if best:
+            (out_dir / BEST).unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         cause = _os_error(error)
         if cause is None:
@@ -101,32 +121,49 @@ def load(path: Path) -> dict:
 
 
 def named(init_from: str) -> Path | None:
-    """The checkpoint that `init_from` names by its path or its folder's; None where it names something else."""
+    """The checkpoint that `init_from` names by its path or its folder's, of a folder the best one; None where it names
+    something else."""
     path = Path(init_from)
-    if os.path.isfile(path / _NAME) and not os.path.isfile(path / "model.safetensors"):
-        return path / _NAME
+    if os.path.isfile(path / LATEST) and not os.path.isfile(path / "model.safetensors"):
+        return best_of(path)
     return path if path.suffix == ".pt" and os.path.isfile(path) else None
 
 
-def for_new_run(path: Path) -> dict:
-    """The checkpoint at `path` as a new run begins from it: its weights, without moments and progress."""
-    checkpoint = load(path)
-    ours = {key: value for key, value in checkpoint["nanofuse"].items() if key in ("gelu", "tokenizer")}
-    return {
-        **checkpoint,
-        "optimizer": {**checkpoint["optimizer"], "state": {}},
-        "iter_num": 0,
-        "best_val_loss": 1e9,
-        "nanofuse": {**ours, "judged_at": -1},
-    }
+def best_of(out_dir: Path) -> Path:
+    """The checkpoint to read weights from: ckpt-best.pt, but ckpt.pt if it is the best itself, or none is."""
+    best, latest = held(out_dir / BEST), held(out_dir / LATEST)
+    return out_dir / (BEST if best and latest and best.best_val_loss <= latest.best_val_loss else LATEST)
 
 
-def set_aside(out_dir: Path) -> Path | None:
+def held(path: Path) -> Held | None:
+    """What the checkpoint at `path` says of itself, None where there is none. It is not verified: no weight is read."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            _check_members(archive, os.fstat(file.fileno()).st_size)
+            _check_pickle(archive)
+        found = unpack(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception:  # no file, a damaged one, a foreign one: all that torch raises
+        return None
+    return Held(found["iter_num"], found["best_val_loss"])
+
+
+def set_best_aside(out_dir: Path) -> Path | None:
+    """Keep the best checkpoint in a new folder, as `set_aside` does, before others take its place."""
+    try:
+        if best_of(out_dir).name == LATEST:
+            with staging_folder(out_dir) as staging:
+                _name_also(out_dir / LATEST, staging, out_dir / BEST)
+    except OSError as error:
+        raise UserError(f"out_dir={out_dir}: {BEST} could not be written ({error})") from error
+    return set_aside(out_dir, (BEST,))
+
+
+def set_aside(out_dir: Path, patterns: Iterable[str] = _OF_A_RUN) -> Path | None:
     """Move an earlier run's checkpoints, metrics and curve into a new folder `out_dir/earlier-<date>-<time>`.
 
-    Returns that folder, or None where there was nothing to move.
+    patterns: of the names to move. Returns that folder, or None where there was nothing to move.
     """
-    files = [path for pattern in _OF_A_RUN for path in sorted(out_dir.glob(pattern)) if not path.is_dir()]
+    files = [path for pattern in patterns for path in sorted(out_dir.glob(pattern)) if not path.is_dir()]
     if not files:
         return None
     stem = f"earlier-{datetime.now():%Y%m%d-%H%M%S}"
@@ -151,7 +188,7 @@ def _read(path: Path) -> dict:
     if os.path.isdir(path):
         raise ValueError("is a folder, not a checkpoint")
     with open_regular(path) as file:  # once: a save may replace the name between the check and the load
-        _verify(file)
+        members = _verify(file)
         file.seek(0)
         try:
             raw = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
@@ -161,46 +198,89 @@ def _read(path: Path) -> dict:
             raise ValueError(f"is not loaded: {more}") from error
         except Exception as error:  # whatever a foreign zip archive makes torch raise
             raise ValueError(f"is not a checkpoint that torch can read ({first_line(error)})") from error
+    _check_read(raw, members)
     try:
         return unpack(raw)
     except ValueError as error:
         raise ValueError(f"is not a GPT's checkpoint: {error}") from error
 
 
-def _verify(file: BinaryIO) -> None:
-    """ValueError unless `file` is a zip archive, as torch.save writes, whose members all have their CRC."""
+def _verify(file: BinaryIO) -> list[zipfile.ZipInfo]:
+    """The members of `file`. ValueError unless it is a zip archive, as torch.save writes, and all have their CRC."""
     start = file.read(4)
-    if not zipfile.is_zipfile(file):  # looks for the directory at the end
+    try:
+        whole = zipfile.is_zipfile(file)  # looks for the directory at the end
+    except Exception as error:
+        raise ValueError(f"is damaged ({first_line(error)})") from error
+    if not whole:
         length = file.seek(0, os.SEEK_END)
         if start == b"PK\x03\x04":
             raise ValueError(f"is cut short: the directory at the end of its zip archive is missing ({length} bytes)")
         raise ValueError(f"is not a checkpoint: {length} bytes, but not the zip archive that torch.save writes")
     try:
         with zipfile.ZipFile(file) as archive:
-            length = file.seek(0, os.SEEK_END)
-            for member in archive.infolist():
-                if member.compress_type != zipfile.ZIP_STORED or member.file_size > length:
-                    raise ValueError(f"its member {member.filename} is packed, which torch.save never does")
+            _check_members(archive, file.seek(0, os.SEEK_END))
             damaged = archive.testzip()
-            for member in archive.infolist():
-                if damaged is None and member.filename.endswith("/data.pkl"):
-                    check_pickle(archive.read(member))
+            if damaged is None:
+                _check_pickle(archive)
     except Exception as error:  # zipfile raises half a dozen kinds, depending on the field that is hit
         raise ValueError(f"is damaged ({first_line(error)})") from error
     if damaged is not None:
         raise ValueError(f"is damaged: its member {damaged} does not have its CRC")
+    return archive.infolist()
+
+
+def _check_members(archive: zipfile.ZipFile, length: int) -> None:
+    """ValueError for a member that is packed, and could fill the memory. length: of the file, in bytes."""
+    for member in archive.infolist():
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > length:
+            raise ValueError(f"its member {member.filename} is packed, which torch.save never does")
+
+
+def _check_pickle(archive: zipfile.ZipFile) -> None:
+    """ValueError for an archive whose pickle would take all memory, or overflow the stack."""
+    for member in archive.infolist():
+        if member.filename.endswith("/data.pkl"):
+            check_pickle(archive.read(member))
+
+
+def _check_read(raw: object, members: list[zipfile.ZipInfo]) -> None:
+    """ValueError unless the bytes of every tensor that torch read are those of a member that was verified."""
+    for member in members:
+        # torch.save writes none of these. Where they are set, torch's reader and Python's may see different files.
+        if member.external_attr or member.internal_attr or member.extra:
+            raise ValueError(f"is damaged: its member {member.filename} has attributes that torch.save does not write")
+    known = {(member.file_size, member.CRC) for member in members}
+    seen = set()
+    for place, value in leaves(raw):
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise ValueError(f"is not loaded: {place} is a {value.layout} tensor on {value.device}, not a plain one")
+        storage = value.untyped_storage()
+        if storage.data_ptr() in seen:
+            continue
+        seen.add(storage.data_ptr())
+        content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        if (storage.nbytes(), zlib.crc32(content)) not in known:
+            raise ValueError(f"is damaged: torch does not read the bytes of {place} that the archive holds")
 
 
 def _offer(path: Path) -> str:
-    for _, previous in _previous(path.parent):
-        if previous.name == path.name:
+    others = [previous for _, previous in _previous(path.parent)]
+    for other in [path.with_name(LATEST), *others, path.with_name(BEST)]:
+        if other.name == path.name:
             continue
         try:
-            iteration = _read(previous)["iter_num"]
+            iteration = _read(other)["iter_num"]
         except (OSError, ValueError):
             continue
-        move = shlex.join(["mv", str(previous), str(path)])
-        return f"; the one before it, of iteration {iteration}, is whole: `{move}`, then resume again"
+        if path.name == BEST:
+            move, then = shlex.join(["mv", str(path), f"{path}.damaged"]), f"{other.name} is read instead"
+        else:
+            move, then = shlex.join(["mv", str(other), str(path)]), "resume again"
+        which = {LATEST: "the latest one", BEST: "the best one"}.get(other.name, "the one before it")
+        return f"; {which}, of iteration {iteration}, is whole: `{move}`, then {then}"
     return ""
 
 
@@ -208,26 +288,31 @@ def _offer(path: Path) -> str:
 
 
 def _keep_previous(out_dir: Path, staging: Path, keep: int) -> None:
-    """Moves 2 and 3."""
-    names = [out_dir / _NAME, *(out_dir / _PREVIOUS.format(i) for i in range(1, keep))]
-    if keep == 1 or not names[0].exists():
+    """Moves 2 and 3. The oldest becomes one too many: it goes when the new file stands."""
+    latest, first = out_dir / LATEST, out_dir / _PREVIOUS.format(1)
+    if not latest.exists():
         return
-    if names[1].exists() and names[1].samefile(names[0]):
-        return  # a save killed between moves 3 and 4 did this already
+    if first.exists() and first.samefile(latest):
+        return  # a save killed between moves 3 and 5 did this already
     # Only up to the first gap, which a save killed within move 2 leaves: none is to be pushed out early.
-    vacant = next((i for i in range(1, keep) if not names[i].exists()), keep - 1)
+    vacant = next((i for i in range(1, keep) if not (out_dir / _PREVIOUS.format(i)).exists()), keep)
     for i in range(vacant, 1, -1):
-        os.replace(names[i - 1], names[i])
+        os.replace(out_dir / _PREVIOUS.format(i - 1), out_dir / _PREVIOUS.format(i))
+    _name_also(latest, staging, first)
+
+
+def _name_also(path: Path, staging: Path, name: Path) -> None:
+    """Have the file `path` under `name` too: a hard link, or a copy on a file system without them."""
     second = staging / "second"
     try:
-        os.link(names[0], second)
+        os.link(path, second)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        with names[0].open("rb") as source, second.open("wb") as copy:  # a file system without hard links
+        with path.open("rb") as source, second.open("wb") as copy:
             shutil.copyfileobj(source, copy)
             sync(copy)
-    os.replace(second, names[1])
+    os.replace(second, name)
 
 
 def _previous(out_dir: Path) -> list[tuple[int, Path]]:
@@ -247,7 +332,7 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 
 def _why_not_saved(out_dir: Path, checkpoint: dict, error: OSError) -> str:
-    path = out_dir / _NAME
+    path = out_dir / LATEST
     left = f"{path} is still whole" if path.is_file() else f"there is no {path}"
     if error.errno not in _NO_ROOM:
         return f"out_dir={out_dir}: the checkpoint could not be written ({error}); {left}"

@@ -23,6 +23,8 @@ from train.settings import (
     typed,
 )
 
+FLOAT32 = 3.4e38  # the device computes with these settings in float32
+MOST_TOKENS = 2**28  # in one step: the host holds its batch
 ABOUT = "Train a GPT. With nothing else: the default job, which needs no network and no preparation."
 
 
@@ -34,9 +36,9 @@ class TrainConfig:
     eval_interval: int = setting(2000, "iterations between evaluations", low=1)
     log_interval: int = setting(1, "iterations between console lines", low=1)
     eval_iters: int = setting(200, "batches of each split in an evaluation", low=1)
-    eval_only: bool = setting(False, "evaluate once and stop")
+    eval_only: bool = setting(False, "evaluate once and stop; nothing is written")
     always_save_checkpoint: bool = setting(True, "save after every evaluation, not only after the best so far")
-    keep_checkpoints: int = setting(2, "checkpoints kept, the newest included", low=1)
+    keep_checkpoints: int = setting(2, "checkpoints kept, the newest included; the best one besides", low=1)
     init_from: str = setting(
         "scratch", "scratch, resume, gpt2*, or a path to model.safetensors or ckpt.pt or the folder of one", path=True
     )
@@ -53,26 +55,28 @@ class TrainConfig:
     block_size: int = setting(1024, "tokens in a sequence", low=1)
     seed: int = setting(1337, "seed of the weights, the batches and dropout", low=0)
 
-    n_layer: int = setting(12, "number of blocks", group="model", low=1)
+    n_layer: int = setting(12, "number of blocks", group="model", low=1, below=1025)
     n_head: int = setting(12, "attention heads; must divide n_embd", low=1)
     n_embd: int = setting(768, "width", low=1)
     dropout: float = setting(0.0, "0 for pretraining, 0.1 or more for finetuning", low=0, below=1)
     bias: bool = setting(False, "biases in Linear and LayerNorm")
     gelu: str = setting("auto", "auto: erf for a new model, tanh for OpenAI's weights", choices=("auto", "erf", "tanh"))
 
-    learning_rate: float = setting(6e-4, "largest learning rate, reached after warmup", group="AdamW", low=0)
+    learning_rate: float = setting(
+        6e-4, "largest learning rate, reached after warmup", group="AdamW", low=0, below=FLOAT32
+    )
     max_iters: int = setting(600000, "steps in all", low=0)
     max_minutes: float = setting(0.0, "stop after this many minutes; 0: no limit", low=0)
     patience: int = setting(0, "stop after this many evaluations without improvement; 0: never", low=0)
-    weight_decay: float = setting(1e-1, "weight decay of tensors of two or more dimensions", low=0)
+    weight_decay: float = setting(1e-1, "weight decay of tensors of two or more dimensions", low=0, below=FLOAT32)
     beta1: float = setting(0.9, "decay of the mean gradient", low=0, below=1)
     beta2: float = setting(0.95, "decay of the mean squared gradient", low=0, below=1)
-    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", low=0)
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", low=0, below=FLOAT32)
 
     decay_lr: bool = setting(True, "warm up, then follow a cosine; off: constant", group="learning rate")
     warmup_iters: int = setting(2000, "steps of linear warmup", low=0)
     lr_decay_iters: int = setting(600000, "step at which the cosine ends; about max_iters", low=0)
-    min_lr: float = setting(6e-5, "learning rate after that step; about learning_rate / 10", low=0)
+    min_lr: float = setting(6e-5, "learning rate after that step; about learning_rate / 10", low=0, below=FLOAT32)
 
     backend: str = setting(
         "auto", "between processes; auto: nccl on CUDA, gloo on a CPU", group="system", choices=("auto", "nccl", "gloo")
@@ -117,6 +121,12 @@ def validate(config: TrainConfig) -> None:
     lr_decay_iters or more: a schedule without a cosine.
     """
     check_values(config)
+    tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    if tokens > MOST_TOKENS:
+        raise UserError(
+            f"gradient_accumulation_steps * batch_size * block_size: got {shown(tokens)} tokens in a step, expected at "
+            f"most {MOST_TOKENS}"
+        )
     if config.n_embd % config.n_head:
         raise UserError(f"n_embd: got {config.n_embd}, expected a multiple of n_head ({config.n_head})")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device, re.ASCII):

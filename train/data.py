@@ -20,6 +20,7 @@ import os
 import random
 import time
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import torch
 
-from train.corpora import CORPORA, how_to_make
+from train.corpora import CORPORA, dataset_folder, how_to_make
 from train.errors import UserError, shown
 from train.files import open_regular, read_regular
 from train.metapickle import read_meta_pickle
@@ -42,6 +43,7 @@ SCAN_TOKENS = 4 << 20  # tokens looked at together in such a check
 CHECK_SECONDS = 0.5  # how long a run compares its files with their checksums
 MAX_META = 64 << 20  # bytes of a meta.json or meta.pkl
 MAX_VOCAB = 1 << 32  # ids are uint32 at most
+GPT2_PADDED = 51200  # GPT-2's vocabulary, padded to the next multiple of 1024
 # Small steps are gathered many at a time: waking the thread costs more than filling 12 x 64 tokens.
 RUN_BYTES = 1 << 20
 MAX_RUN = 16
@@ -71,12 +73,32 @@ class Dataset:
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         self.train = _open_tokens(self.folder / "train.bin", dtype, self.meta.get("train_tokens"))
         self.val = _open_tokens(self.folder / "val.bin", dtype, self.meta.get("val_tokens"))
+        self._inodes = {name: self.path(name).stat().st_ino for name in ("train", "val")}
 
     def split(self, name: Split) -> np.memmap:
         return self.train if name == "train" else self.val
 
     def path(self, name: Split) -> Path:
         return self.folder / f"{name}.bin"
+
+    def fingerprint(self) -> str:
+        """What tells this validation split from another: its length and a CRC, of a large file's two ends alone."""
+        tokens = np.asarray(self.val)
+        if tokens.nbytes > FULL_SCAN_BYTES:
+            tokens = np.concatenate([tokens[:SCAN_TOKENS], tokens[-SCAN_TOKENS:]])
+        return f"{len(self.val)} tokens, CRC {zlib.crc32(tokens):08x}"
+
+    def check_uncut(self, split: Split) -> None:
+        """Raise UserError where the open file has become shorter: reading past its end would kill the process."""
+        try:
+            now = os.stat(self.path(split))
+        except OSError:
+            return  # it has no name any more, and is whole
+        expected = self.split(split).nbytes
+        if now.st_ino == self._inodes[split] and now.st_size < expected:
+            raise UserError(
+                f"{self.path(split)}: {now.st_size:,} bytes, expected {expected:,}: it was cut short under the run"
+            )
 
     def tokenizer(self, bpe_dir: str | Path | None = None) -> Tokenizer:
         """The tokenizer that made the files. Raises UserError where that cannot be had."""
@@ -146,14 +168,20 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not os.path.isfile(folder / "train.bin"):
         what = "no train.bin" if os.path.isdir(folder) else f"no such dataset{_similar(folder)}"
         raise UserError(f"{folder}: {what}; make it with: {how_to_make(folder)}")
-    meta: Any = {"vocab_size": GPT2_TOKENS, "tokenizer": "gpt2"}
-    path = next((folder / name for name in ("meta.json", "meta.pkl") if os.path.lexists(folder / name)), folder)
+    path = _meta_path(folder)
+    return _load_meta(path) if path else _checked_meta({"vocab_size": GPT2_TOKENS, "tokenizer": "gpt2"})
+
+
+def _meta_path(folder: Path) -> Path | None:
+    """The meta.json, else the meta.pkl of a folder, whatever they are; None where it has neither."""
+    return next((folder / name for name in ("meta.json", "meta.pkl") if os.path.lexists(folder / name)), None)
+
+
+def _load_meta(path: Path) -> dict[str, Any]:
+    """A meta.json, or nanoGPT's meta.pkl in its form, completed and checked. UserError where it cannot be read."""
     try:
-        if path.name == "meta.json":
-            meta = json.loads(read_regular(path, MAX_META))
-        elif path.name == "meta.pkl":
-            meta = read_meta_pickle(read_regular(path, MAX_META))
-        return _checked_meta(meta)
+        data = read_regular(path, MAX_META)
+        return _checked_meta(read_meta_pickle(data) if path.suffix == ".pkl" else json.loads(data))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except RecursionError:
@@ -174,6 +202,8 @@ def _checked_meta(meta: Any) -> dict[str, Any]:
     dtype = meta.setdefault("dtype", "uint16" if vocab_size <= 1 << 16 else "uint32")
     if dtype not in ("uint16", "uint32"):
         raise ValueError(f"dtype is {shown(dtype)}, expected uint16 or uint32")
+    if dtype == "uint16" and vocab_size > 1 << 16:
+        raise ValueError(f"dtype is uint16, expected uint32 for ids up to vocab_size={vocab_size}")
     for name in ("train_tokens", "val_tokens"):
         if name in meta and (type(meta[name]) is not int or meta[name] < 1):
             raise ValueError(f"{name} is {shown(meta[name])}, expected a positive int")
@@ -197,6 +227,60 @@ def _similar(folder: Path) -> str:
     except OSError:
         there = []
     return "" if folder.name in CORPORA else nearest(folder.name, [*there, *CORPORA])
+
+
+def checkpoint_tokenizer(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizer of a loaded checkpoint, as in meta.json.
+
+    A checkpoint of ours holds it. Of nanoGPT's it is that of its dataset, if this lies here and has as many tokens as
+    the model; else as `unnamed_tokenizer` says.
+    """
+    found, vocab_size = checkpoint["nanofuse"].get("tokenizer", {}), checkpoint["model_args"]["vocab_size"]
+    if "vocab_size" in found:
+        try:
+            return _checked_meta(dict(found))
+        except (ValueError, UserError) as error:
+            raise UserError(f"the checkpoint's tokenizer: {error}") from None
+    if path := _meta_path(dataset_folder(str(checkpoint["config"].get("dataset", "")))):
+        meta = _load_meta(path)
+        if vocab_size in (meta["vocab_size"], padded_vocab_size(meta["vocab_size"])):
+            return meta
+    return unnamed_tokenizer(vocab_size)
+
+
+def weights_tokenizer(source: str, vocab_size: int) -> dict[str, Any]:
+    """The tokenizer of the weights `source`, a name, a file or a folder: that of the meta.json beside them, which
+    `python -m train.export` writes; else as `unnamed_tokenizer` says."""
+    path = Path(source)
+    meta = (path if os.path.isdir(path) else path.parent) / "meta.json"
+    if os.path.exists(path) and os.path.isfile(meta):
+        return _load_meta(meta)
+    return unnamed_tokenizer(vocab_size)
+
+
+def unnamed_tokenizer(vocab_size: int) -> dict[str, Any]:
+    """The tokenizer of a model that does not say: GPT-2's if it has GPT-2's tokens, padded or not; else unknown."""
+    if GPT2_TOKENS <= vocab_size <= GPT2_PADDED:
+        return {"tokenizer": "gpt2", "vocab_size": GPT2_TOKENS}
+    return {"vocab_size": vocab_size, "unread": "the weights hold none, and there is no data/<dataset> here with one"}
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What tells two tokenizers apart, each as in meta.json; "" where nothing does. Equal size is not enough."""
+    kinds = there.get("tokenizer"), here.get("tokenizer")
+    sizes = there["vocab_size"], here["vocab_size"]
+    if kinds == (None, None):
+        return ""  # nothing is known of either
+    if None in kinds:
+        fits = sizes[0] == sizes[1] or max(sizes) == padded_vocab_size(min(sizes))
+        return "" if fits else f"{sizes[0]} different tokens there, {sizes[1]} here"
+    if kinds[0] != kinds[1]:
+        return f"the tokenizer is {shown(kinds[0])} there, {shown(kinds[1])} here"
+    tables = list(there.get("chars", ())), list(here.get("chars", ()))
+    for token, (one, other) in enumerate(zip(*tables, strict=False)):
+        if one != other:
+            return f"token {token} is {shown(one)} there, {shown(other)} here"
+    return "" if tables[0] == tables[1] else f"{len(tables[0])} characters there, {len(tables[1])} here"
 
 
 def _open_tokens(path: Path, dtype: np.dtype, expected: int | None) -> np.memmap:
@@ -344,6 +428,7 @@ class Loader:
 
     def _gather(self, split: Split, offsets: np.ndarray, buffer: torch.Tensor) -> torch.Tensor:
         """Fill buffer[0] with the samples at `offsets`, buffer[1] with the same a token later, as int64."""
+        self.dataset.check_uncut(split)
         rows = self._windows[split][offsets]  # (A·B, T + 1), the files' dtype
         if rows.max() >= self.vocab_size:
             for start, ids in zip(offsets, rows, strict=True):

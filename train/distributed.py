@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.errors import UserError
+from train.errors import RunError, UserError
 
 
 @dataclass
@@ -19,12 +19,18 @@ class World:
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    parent: int | None = field(default=None, compare=False, repr=False)  # torchrun's process id, None without it
     _exchange: tuple[dist.Work, Tensor] | None = field(default=None, repr=False)
 
     @property
     def master(self) -> bool:
         """Whether this rank prints and writes files."""
         return self.rank == 0
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether torchrun, which started this rank, has ended without ending it: another may take its place."""
+        return self.parent is not None and os.getppid() != self.parent
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in place. It has the same shape on each. Waits for the others."""
@@ -71,12 +77,18 @@ def world_from_environment() -> World:
     """The place that torchrun sets in RANK, LOCAL_RANK and WORLD_SIZE. Without them, a single process."""
     if "RANK" not in os.environ:
         return World()
+    parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     try:
-        return World(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+        rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     except (KeyError, ValueError) as error:
         raise UserError(
             f"RANK, LOCAL_RANK, WORLD_SIZE: expected three integers as torchrun sets them ({error})"
         ) from error
+    if not (0 <= rank < size and 0 <= local_rank < size):
+        raise UserError(
+            f"RANK, LOCAL_RANK, WORLD_SIZE: got {rank}, {local_rank}, {size}, expected ranks from 0 to WORLD_SIZE - 1"
+        )
+    return World(rank, local_rank, size, parent)
 
 
 def local_device(device: torch.device, world: World) -> torch.device:
@@ -96,15 +108,25 @@ def process_group(world: World, backend: str, device: torch.device) -> Iterator[
     """Join the ranks; at the end, leave them. NCCL sends gradients between GPUs, gloo everything else.
 
     A rank that fails does not wait for the others: they may never reach the barrier. It exits, and torchrun stops them.
+    RunError on those that lose it meanwhile.
     """
     if world.size == 1:
         yield
         return
+    if backend == "nccl" and device.type != "cuda":
+        raise UserError(f"backend: got 'nccl', expected auto or gloo on {device.type}: NCCL works between GPUs alone")
     gpu = "nccl" if backend == "auto" else backend
     try:
         dist.init_process_group("gloo" if device.type != "cuda" else f"cpu:gloo,cuda:{gpu}")
     except (RuntimeError, ValueError) as error:
         raise UserError(f"backend: {backend!r} could not join {world.size} ranks: {error}") from error
-    yield
-    world.part()
+    try:
+        yield
+        world.part()
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise RunError(
+            f"rank {world.rank}: another rank has ended, which says why; --init_from=resume goes on from the last save"
+        ) from None
     dist.destroy_process_group()

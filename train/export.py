@@ -1,31 +1,110 @@
-"""Export a checkpoint for `transformers`: python -m train.export --out_dir=out --to=FOLDER"""
+"""Export a checkpoint for `transformers`: python -m train.export --out_dir=out --to=FOLDER
 
+The folder gets GPT-2's layout: config.json and model.safetensors; tokenizer.json and tokenizer_config.json, from which
+AutoTokenizer makes the checkpoint's tokenizer; and meta.json, which tells our own commands which tokenizer it is.
+
+Every tokenizer here is a byte pair encoding: GPT-2's has merges, and characters and bytes are one without merges.
+"""
+
+import itertools
+import json
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from model import GPT
 from model.pretrained import CONFIG, WEIGHTS, export_gpt2, from_checkpoint
-from train.checkpoint import load
+from train.checkpoint import best_of, load
+from train.data import checkpoint_tokenizer
 from train.errors import UserError, run
 from train.files import check_output, staging_folder, sync, sync_folder
 from train.settings import command_line, setting
+from train.text import END_OF_TEXT, GPT2_TOKENS, SPELLING, CharTokenizer, GPT2Tokenizer, Tokenizer, from_meta
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     out_dir: str = setting("out", "folder of the checkpoint", path=True)
-    to: str = setting("", "folder to write config.json and model.safetensors into", path=True)
+    to: str = setting("", "folder to write the model and its tokenizer into", path=True)
+    bpe_dir: str = setting("", "folder of GPT-2's encoder.json, for a machine without network", path=True)
 
 
-def write(model: GPT, folder: Path) -> None:
-    """Write `model` into `folder`, each file in one step, the weights first. Raises as `export_gpt2`, and OSError."""
+def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str, Any]]:
+    """{file name: content} of a tokenizer, for `transformers` and for our commands."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    splitting, joining = byte_level | {"use_regex": False}, byte_level
+    merges, special = [], []
+    if isinstance(tokenizer, CharTokenizer):
+        vocab = {char: token for token, char in enumerate(tokenizer.chars)}
+        splitting, joining = None, {"type": "Fuse"}
+    elif isinstance(tokenizer, GPT2Tokenizer):
+        tokens = [tokenizer.decode_bytes([token]) for token in range(GPT2_TOKENS - 1)]
+        vocab = {spelled(token): rank for rank, token in enumerate(tokens)} | {END_OF_TEXT: GPT2_TOKENS - 1}
+        merges = [list(map(spelled, pair)) for pair in merged(tokens)]
+        splitting = byte_level | {"use_regex": True}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        special = [{"id": GPT2_TOKENS - 1, "content": END_OF_TEXT, "special": True, **flags}]
+        config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    else:
+        vocab = {spelled(bytes([byte])): byte for byte in range(tokenizer.n_vocab)}
+    described = {
+        "version": "1.0",
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": splitting,
+        "post_processor": None,
+        "decoder": joining,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+    return {"tokenizer.json": described, "tokenizer_config.json": config, "meta.json": tokenizer.meta()}
+
+
+def checkpoint_files(checkpoint: Mapping[str, Any], bpe_dir: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """(the files of a loaded checkpoint's tokenizer, none where it cannot be had; a message)."""
+    args = checkpoint["model_args"]
+    try:
+        tokenizer = from_meta(checkpoint_tokenizer(checkpoint), bpe_dir or None)
+        if tokenizer.n_vocab > args["vocab_size"]:
+            raise UserError(f"it has {tokenizer.n_vocab} tokens, the model {args['vocab_size']}")
+    except UserError as error:  # GPT-2's needs a download; nanoGPT's checkpoints name only their dataset
+        return {}, f"without a tokenizer: {error}"
+    return tokenizer_files(tokenizer, args["block_size"]), f"its tokenizer ({tokenizer.name}), too"
+
+
+def spelled(token: bytes) -> str:
+    """`token` in GPT-2's spelling."""
+    return "".join(map(SPELLING.__getitem__, token))
+
+
+def merged(tokens: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """The two parts that byte pair encoding makes each token of, tokens in the order of their merges."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    for token in tokens:
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+            at = pairs.index(min(pairs))
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
+
+
+def write(model: GPT, tokenizer: Mapping[str, Any], folder: Path) -> None:
+    """Write `model` and the files of its tokenizer into `folder`, each file in one step, the weights first.
+
+    tokenizer: as `tokenizer_files` gives them. Raises as `export_gpt2`, and OSError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    names = (WEIGHTS, CONFIG)
+    names = (WEIGHTS, CONFIG, *tokenizer)
     for name in names:
         check_output(folder / name)
     with staging_folder(folder) as staging:
         export_gpt2(model, staging)
+        for name, content in tokenizer.items():
+            (staging / name).write_bytes(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"))
         for name in names:
             with open(staging / name, "rb") as file:
                 sync(file)
@@ -39,17 +118,25 @@ def main(argv: list[str] | None = None) -> None:
     config, _ = command_line(ExportConfig, argv, "python -m train.export", about)
     if not config.to:
         raise UserError("to: got '', expected a folder, as in --to=my-gpt2")
-    path, folder = Path(config.out_dir) / "ckpt.pt", Path(config.to)
+    path, folder = best_of(Path(config.out_dir)), Path(config.to)
     checkpoint = load(path)
     try:
-        write(from_checkpoint(checkpoint), folder)
+        model = from_checkpoint(checkpoint)
+        files, said = checkpoint_files(checkpoint, config.bpe_dir)
+        write(model, files, folder)
     except ImportError as error:
         raise UserError(str(error)) from error
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"to: {config.to} cannot be written ({error.strerror})") from error
-    print(f"{folder}: written; read it with transformers.GPT2LMHeadModel.from_pretrained({str(folder)!r})")
+    print(
+        f"{folder}: iteration {checkpoint['iter_num']} of {path}, written; read it with "
+        f"transformers.GPT2LMHeadModel.from_pretrained({str(folder)!r})"
+    )
+    if files:
+        said += f": transformers.AutoTokenizer.from_pretrained({str(folder)!r})"
+    print(f"{folder}: {said}")
 
 
 if __name__ == "__main__":

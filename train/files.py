@@ -1,20 +1,25 @@
-"""Files that appear whole or not at all, and files of others, read with care."""
+"""Files that appear whole or not at all; files of others, read with care; folders that belong to one process."""
 
 import errno
-import fcntl
 import os
 import shutil
 import stat
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from train.errors import UserError
 
-_CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # what some network file systems say
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None
+
+# what some network file systems say
+_CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -79,22 +84,50 @@ class Checksums:
 
 
 @contextmanager
-def making_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` and its parents; where the body fails, those that were made and are empty go again.
-
-    An OSError, of making it or of the body, becomes a UserError: `folder` cannot be written.
-    """
+def _made(folder: Path) -> Iterator[None]:
+    """Make `folder` and its parents; at the end those that were made and are empty go again."""
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
-    except BaseException as error:
+    finally:
         for path in made:
-            with suppress(OSError):  # never made, or no longer empty
+            with suppress(OSError):  # never made, or not empty
                 path.rmdir()
-        if isinstance(error, OSError):
-            raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
-        raise
+
+
+@contextmanager
+def making_folder(folder: Path) -> Iterator[None]:
+    """Make `folder` and its parents; at the end those that were made and are empty go again.
+
+    An OSError, of making it or of the body, becomes a UserError: `folder` cannot be written.
+    """
+    try:
+        with _made(folder):
+            yield
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Make `folder`, the out_dir of a run, and hold it; at the end it goes again if it is empty.
+
+    The system drops the lock with the process, however that ends. UserError where another process holds the folder, or
+    where it cannot be made. File systems without locks, and Windows, hold nothing.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_made(folder))
+            stack.enter_context(_locked(folder))
+        except BlockingIOError:
+            raise UserError(
+                f"out_dir: {folder} belongs to a run that has not ended; wait for its end, or name another folder with "
+                "--out_dir=FOLDER"
+            ) from None
+        except OSError as error:
+            raise UserError(f"out_dir: cannot write {folder}: {error.strerror}") from None
+        yield
 
 
 @contextmanager
@@ -113,6 +146,9 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, or raise BlockingIOError where another process does."""
+    if fcntl is None:
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -163,7 +199,9 @@ def sync(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in `folder` on the disk: renames survive a power cut too."""
+    """Have the names in `folder` on the disk: renames survive a power cut too. Windows cannot open a folder."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,14 +18,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from train.checkpoint import set_aside
 from train.config import TrainConfig
-from train.errors import UserError, safe, shown
+from train.errors import UserError, complain, drop_output, first_line, safe, shown
 from train.files import open_regular
 
 METRICS = "metrics.jsonl"
@@ -34,16 +35,22 @@ Record = dict[str, Any]
 
 
 def say(line: str) -> None:
-    """Print one line, seen at once through a pipe too."""
-    print(safe(line), flush=True)
+    """Print one line, seen at once through a pipe too. A console that fails ends nothing: stderr says so, once."""
+    try:
+        print(safe(line), flush=True)
+    except (OSError, ValueError) as error:  # a full disk, a reader or a terminal that has gone, a closed file
+        drop_output()
+        reason = getattr(error, "strerror", None) or first_line(error)
+        complain(f"console: cannot be written ({reason}); the run goes on without it")
 
 
 class RunLog:
     """The log of a run, kept by one rank.
 
     parameters: how many the model has. resume_iter: the iteration that a resumed run goes on from, None for a new
-    run. console: prints one line. Raises UserError where out_dir cannot be written (at once, or on a later line), and
-    before anything is written where wandb or TensorBoard is asked for and cannot be had.
+    run. console: prints one line. Raises UserError where out_dir cannot be written, and before anything is written
+    where wandb or TensorBoard is asked for and cannot be had. Once the run has begun, an output that fails does not end
+    it: the console says so, once for each. With eval_only nothing is written to out_dir.
     """
 
     def __init__(
@@ -58,6 +65,8 @@ class RunLog:
         self._console = console
         self._path = Path(config.out_dir) / METRICS
         self._mfu: float | None = None  # the last one logged; nanoGPT sends it to wandb with an evaluation
+        self._failed: set[str] = set()  # outputs that the console has named
+        self._file = self._tensorboard = None
         self._wandb, tensorboard = _import_sinks(config)
         settings = dataclasses.asdict(config)
         if self._wandb:
@@ -65,6 +74,8 @@ class RunLog:
                 self._wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=settings)
             except Exception as error:  # no login, no network: theirs to say, in one line
                 raise UserError(f"wandb_log: wandb.init failed: {' '.join(str(error).split())}") from error
+        if config.eval_only:  # an earlier run in out_dir, or one that is under way there, keeps its log
+            return
         if resume_iter is None and (aside := set_aside(self._path.parent)):
             console(f"the earlier run in {config.out_dir} was moved to {aside}")
         start, folder = resume_iter or 0, self._path.parent
@@ -76,17 +87,19 @@ class RunLog:
             self._tensorboard = tensorboard and tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=start)
         except OSError as error:
             raise UserError(f"out_dir: cannot write {self._path}: {error.strerror}") from error
-        self._append(
-            "run",
-            start,
-            resumed=resume_iter is not None,
-            time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            settings=settings,
-            device=device,
-            parameters=parameters,
-            torch=_version("torch"),
-            triton=_version("triton"),
-        )
+        facts = {
+            "resumed": resume_iter is not None,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "settings": settings,
+            "device": device,
+            "parameters": parameters,
+            "torch": _version("torch"),
+            "triton": _version("triton"),
+        }
+        try:
+            self._write("run", start, facts)
+        except OSError as error:
+            raise UserError(f"out_dir: cannot write {self._path}: {error.strerror}") from error
 
     def message(self, text: str) -> None:
         """A line for the console only."""
@@ -115,32 +128,54 @@ class RunLog:
 
     def close(self) -> None:
         """The run is over."""
-        self._file.close()
-        if self._wandb:
-            self._wandb.finish()
-        if self._tensorboard:
-            self._tensorboard.close()
+        for name, end in (
+            (self._path, self._file and self._file.close),
+            ("wandb", self._wandb and self._wandb.finish),
+            ("TensorBoard", self._tensorboard and self._tensorboard.close),
+        ):
+            if end:
+                with self._surviving(name):
+                    end()
 
     def _append(self, kind: str, iter_num: int, **values: Any) -> None:
+        if self._file:
+            with self._surviving(self._path):
+                self._write(kind, iter_num, values)
+
+    def _write(self, kind: str, iter_num: int, values: Mapping[str, Any]) -> None:
+        """Append a record. OSError where it is not written whole; the next one then begins a new line."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = json.dumps({"kind": kind, "iter": iter_num, **finite}, allow_nan=False).encode() + b"\n"
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError(0, "the disk is full")  # a short write is all a full disk says at first
-        except OSError as error:
-            raise UserError(f"out_dir: cannot write {self._path}: {error.strerror}") from error
+        if self._path in self._failed:
+            line = b"\n" + line
+        if self._file.write(line) != len(line):
+            raise OSError(0, "the disk is full")  # a short write is all a full disk says at first
 
     def _chart(self, iter_num: int, values: Mapping[str, float]) -> None:
         if self._wandb:
-            self._wandb.log({"iter": iter_num, **values})
+            with self._surviving("wandb"):
+                self._wandb.log({"iter": iter_num, **values})
         if self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, iter_num)
+            with self._surviving("TensorBoard"):
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(name, value, iter_num)
+
+    @contextmanager
+    def _surviving(self, output: str | Path) -> Iterator[None]:
+        """An error of `output` inside does not end the run. Every line is tried again: a full disk may be freed."""
+        try:
+            yield
+        except Exception as error:  # wandb's and TensorBoard's are of many types
+            if output not in self._failed:
+                self._failed.add(output)
+                self._console(f"{output}: cannot be written ({first_line(error)}); the run goes on")
 
 
 def check_sinks(config: TrainConfig) -> None:
     """UserError where a RunLog would fail for want of a package or of a folder to write to. Writes nothing."""
     _import_sinks(config)
+    if config.eval_only:  # writes nothing
+        return
     out_dir = Path(config.out_dir)
     try:
         folder = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())

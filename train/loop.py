@@ -7,7 +7,8 @@ updates, and saved if the settings say so. After max_iters updates the run ends 
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from types import FrameType, TracebackType
 from typing import NamedTuple, Self
@@ -18,7 +19,7 @@ from torch import Tensor
 from model.flops import mfu
 from train.config import TrainConfig
 from train.data import Loader, Split
-from train.errors import RunError
+from train.errors import RunError, UserError
 from train.graph import GraphedEvaluation, GraphedStep
 from train.hardware import synchronize
 from train.log import RunLog
@@ -26,6 +27,7 @@ from train.profile import ProfiledStep
 from train.state import TrainState
 from train.step import Evaluation, StepResult, TrainStep
 
+MOST_UNREAD = 1024  # iterations after which the host reads the losses, however large log_interval is
 GO_ON, OUT_OF_TIME, INTERRUPTED = range(3)  # each rank sends one of these after a step; the largest wins
 
 
@@ -35,13 +37,18 @@ class Losses(NamedTuple):
 
 
 class Signals:
-    """In this context SIGINT and SIGTERM only set `caught`, so that a step can finish. A second SIGINT interrupts."""
+    """In this context SIGINT, SIGTERM and SIGHUP only set `caught`, so that a step can finish. A second SIGINT
+    interrupts. SIGHUP, which a closed terminal sends, stays ignored where nohup has it ignored."""
 
     def __init__(self) -> None:
         self.caught = 0
 
     def __enter__(self) -> Self:
-        self._before = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+            numbers.append(hangup)
+        self._before = {number: signal.signal(number, self._catch) for number in numbers}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -119,7 +126,8 @@ class Loop:
     timer: StepTimer = field(default_factory=StepTimer)
     losses: Losses | None = None  # of the last evaluation
     ended: str = ""  # why the run ended, a message
-    _unread: list[StepResult] = field(default_factory=list)  # results since the host last waited for the device
+    _results: Tensor | None = None  # (rows, 2), on the device: losses and gradient norms, of which the first are unread
+    _unread: int = 0  # iterations since the host last waited for the device
 
     def __post_init__(self) -> None:
         plan = self.state.plan
@@ -144,12 +152,19 @@ class Loop:
                         self.ended = self.ended or self._reason_to_end()
                         return 0
                 self._iterate()
-                mine = INTERRUPTED if signals.caught else OUT_OF_TIME if time.monotonic() > deadline else GO_ON
+                mine = (
+                    INTERRUPTED
+                    if signals.caught or self.world.orphaned
+                    else OUT_OF_TIME
+                    if time.monotonic() > deadline
+                    else GO_ON
+                )
                 stop = self.world.agree(mine)  # the strongest reason of any rank
                 if stop == INTERRUPTED:
                     self._read_results()
                     self._save()
-                    self.ended = f"interrupted after {progress.iter_num} iterations"
+                    why = "torchrun has gone: " if self.world.orphaned and not signals.caught else ""
+                    self.ended = f"{why}interrupted after {progress.iter_num} iterations"
                     return signals.caught or signal.SIGTERM
                 if stop == OUT_OF_TIME:
                     self.ended = f"max_minutes={config.max_minutes:g} have passed"
@@ -165,7 +180,9 @@ class Loop:
     def _iterate(self) -> None:
         config, iter_num = self.config, self.progress.iter_num
         lr = learning_rate(iter_num, config)
-        self._unread.append(self.step(self.loader.train(iter_num), lr))
+        with self._saving_if_data_fails():
+            batch = self.loader.train(iter_num)
+        self._keep(self.step(batch, lr))
         self.timer.step()
         self.progress.iter_num += 1
         if iter_num % config.log_interval == 0:
@@ -183,14 +200,35 @@ class Loop:
                     tokens_per_second=tokens / seconds,
                 )
 
+    def _keep(self, result: StepResult) -> None:
+        """Copy a result into one buffer. Kept as they are, small tensors would pin the heap, which then grows."""
+        if self._results is None:
+            self._results = result.loss.new_empty(min(self.config.log_interval, MOST_UNREAD), 2)
+        if self._unread == len(self._results):
+            self._read_results()
+        torch.stack(result, out=self._results[self._unread])
+        self._unread += 1
+
+    @contextmanager
+    def _saving_if_data_fails(self) -> Iterator[None]:
+        """A dataset that fails inside, cut short for example, ends the run; what was trained is saved first. Not with
+        several ranks, of which the others may not have failed."""
+        try:
+            yield
+        except UserError:
+            if self.world.size == 1 and self.progress.iter_num > max(self.state.saved_iter, 0):
+                self._read_results()
+                self._save()
+            raise
+
     def _read_results(self) -> tuple[float, float]:
         """Wait for the device. Returns (loss, gradient norm) of the last iteration. RunError if any is not finite."""
         synchronize(self.device)
         if not self._unread:
             return float("nan"), float("nan")
-        first = self.progress.iter_num - len(self._unread)
-        table = torch.stack([torch.stack(result) for result in self._unread]).cpu()  # (iterations, 2)
-        self._unread.clear()
+        first = self.progress.iter_num - self._unread
+        table = self._results[: self._unread].clone().cpu()  # the sum below must not change what is kept
+        self._unread = 0
         self.world.sum(table).div_(self.world.size)
         # float16's scaler skips an update whose gradients overflowed: an infinite norm is no failure
         checked = table[:, :1] if self.step.scaler.enabled else table
@@ -212,7 +250,8 @@ class Loop:
         self._read_results()
         self.timer.pause()
         begin, config, progress = time.perf_counter(), self.config, self.progress
-        sums = torch.stack([self._sum_of_losses("train"), self._sum_of_losses("val")])
+        with self._saving_if_data_fails():
+            sums = torch.stack([self._sum_of_losses("train"), self._sum_of_losses("val")])
         self.losses = losses = Losses(*(self.world.sum(sums) / config.eval_iters).tolist())
         lr, seconds = learning_rate(progress.iter_num, config), time.perf_counter() - begin
         if self.log is not None:
@@ -224,7 +263,8 @@ class Loop:
         """Update the best loss and the counters. Returns whether to save the evaluated state."""
         progress = self.progress
         better = losses.val < progress.best_val_loss
-        progress.best_val_loss = min(losses.val, progress.best_val_loss)
+        if better:
+            progress.best_val_loss, progress.best_iter = losses.val, progress.iter_num
         progress.stale_evals = 0 if better else progress.stale_evals + 1
         progress.judged_at = progress.iter_num
         return better or self.config.always_save_checkpoint

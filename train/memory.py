@@ -6,7 +6,9 @@ before free memory is read. On a CPU, compiled steps of 6 or 8 blocks took from 
 """
 
 import dataclasses
+import math
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,35 +111,52 @@ def free_memory(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> 
 
 def advice(job: Job, room: int, ranks: int) -> str:
     """A message: the first of `changes` with which the step fits, or that none fits."""
-    for settings in changes(job, ranks):
+
+    def changed(settings: dict[str, Any]) -> Job:
         times = job.batch_size // settings.get("batch_size", job.batch_size)  # a step keeps its number of tokens
-        accumulation = times * job.accumulation
         fields = {name: value for name, value in settings.items() if name != "shard"}
         if "shard" in settings:
             fields |= {"shards": ranks}
-        changed = dataclasses.replace(job, accumulation=accumulation, several=job.several or times > 1, **fields)
-        if dry_run(changed).total <= room:
-            if times > 1:
-                settings = settings | {"gradient_accumulation_steps": accumulation * ranks}
-            return " ".join(f"--{name}={value}" for name, value in settings.items()) + " fits"
+        return dataclasses.replace(
+            job, accumulation=times * job.accumulation, several=job.several or times > 1, **fields
+        )
+
+    def fits(settings: dict[str, Any]) -> bool:
+        return dry_run(changed(settings)).total <= room
+
+    for group in changes(job, ranks):
+        if not fits(group[-1]):
+            continue
+        settings = group[bisect_left(group, True, key=fits)]
+        after = changed(settings)
+        if after.batch_size < job.batch_size:
+            settings = settings | {"gradient_accumulation_steps": after.accumulation * ranks}
+        return " ".join(f"--{name}={value}" for name, value in settings.items()) + " fits"
     return "not even --batch_size=1 --recompute=block fits" + (
         f", nor with --shard on {ranks} ranks" if ranks > 1 else ""
     )
 
 
-def changes(job: Job, ranks: int) -> Iterator[dict[str, Any]]:
+def changes(job: Job, ranks: int) -> Iterator[list[dict[str, Any]]]:
     """Settings to try, in this order: the loss in chunks; recomputation; both; smaller micro-batches; all of these
-    together; the same with a sharded state."""
+    together; the same with a sharded state. In groups, within which each needs less memory than the one before it."""
     tokens = job.batch_size * job.shape.block_size
     fused = job.ops.name == "fused"
     chunk = [{"loss_chunk": LOSS_CHUNK}] if fused and not job.loss_chunk and tokens > LOSS_CHUNK else []
     again = [{"recompute": mode} for mode in MODES[MODES.index(job.recompute) + 1 :]]
     cheap = [*chunk, *again, *(one | other for one in chunk for other in again)]
-    sizes = [{"batch_size": n} for n in range(job.batch_size - 1, 0, -1) if job.batch_size % n == 0]
-    local = [*cheap, *sizes, *(size | most for size in sizes for most in cheap[-1:])]
+    sizes = [{"batch_size": n} for n in divisors(job.batch_size)[-2::-1]]
+    local = [*([settings] for settings in cheap), sizes, [size | most for size in sizes for most in cheap[-1:]]]
+    local = [group for group in local if group]
     yield from local
     if ranks > 1 and job.shards == 1:
-        yield from ({"shard": True} | change for change in ({}, *local))
+        yield from ([{"shard": True} | change for change in group] for group in ([{}], *local))
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a number, the smallest first."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def amount(size: int) -> str:

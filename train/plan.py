@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,11 +24,11 @@ from train.checkpoint import MODEL_ARGS
 from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
 from train.config import TrainConfig
 from train.corpora import dataset_folder
-from train.data import Dataset
+from train.data import Dataset, checkpoint_tokenizer, difference, weights_tokenizer
 from train.distributed import World
 from train.errors import UserError
 from train.hardware import Peak, device_name, peak_flops, resolve_dtype, resolve_stream
-from train.log import check_sinks
+from train.log import say
 from train.memory import as_planned_for, check_memory, free_memory, job_of, rows_at_a_time
 from train.prepare import ensure_docs
 from train.text import GPT2_TOKENS
@@ -51,6 +52,7 @@ class Plan:
     attention: str  # one of model.attention.BACKENDS
     peak: Peak  # of one device
     lines: list[str]  # messages for the user
+    tokenizer: dict[str, Any]  # as in meta.json: the data's, or that of the loaded weights if the data names none
 
     @property
     def sharded(self) -> bool:
@@ -75,11 +77,10 @@ def decide(
     one to resume from. UserError if the run is not possible."""
     dtype = resolve_dtype(config.dtype, device)
     check_together(config, world, device.type, dtype)
-    check_sinks(config)
     dataset = open_dataset(config.dataset, world)
     ops, chunk, kernels = choose_ops(config, device, dtype, dataset.vocab_size)
     shape = model_shape(config, named, checkpoint, dataset.vocab_size)
-    check_vocabulary(config, dataset, shape)
+    tokenizer = check_vocabulary(config, dataset, shape, checkpoint)
     dataset.check(shape.block_size, shape.vocab_size)
     config = dataclasses.replace(config, **{name: getattr(shape, name) for name in (*SHAPE, "block_size")})
     free = free_memory(device)  # first: torch's allocator keeps the memory that measuring attention takes
@@ -93,7 +94,7 @@ def decide(
     ops, mlp = choose_mlp(ops, MLPShape.of(*layer), world)
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
     precision = Precision(dtype, resolve_stream(config.residual_dtype, dtype, device.type))
-    plan = Plan(config, dataset, device, world, shape, ops, precision, backend, peak, [])
+    plan = Plan(config, dataset, device, world, shape, ops, precision, backend, peak, [], tokenizer)
     plan.lines.extend(
         [
             f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on",
@@ -135,7 +136,7 @@ def open_dataset(name: str, world: World) -> Dataset:
     folder = dataset_folder(name)
     if folder == Path("data", "docs"):
         if world.local_rank == 0:  # one process per machine
-            ensure_docs(folder)
+            ensure_docs(folder, say)
         world.barrier()
     return Dataset(folder)
 
@@ -192,12 +193,26 @@ def model_shape(
     return dataclasses.replace(shape, block_size=config.block_size) if "block_size" in named else shape
 
 
-def check_vocabulary(config: TrainConfig, dataset: Dataset, shape: GPTConfig) -> None:
-    """UserError where the data has more different tokens than the model."""
+def check_vocabulary(
+    config: TrainConfig, dataset: Dataset, shape: GPTConfig, checkpoint: dict | None
+) -> dict[str, Any]:
+    """The run's tokenizer, as in meta.json. UserError where the data's tokens are not those of the loaded weights."""
     if dataset.n_vocab > shape.vocab_size:
         raise UserError(
             f"dataset={config.dataset}: it has {dataset.n_vocab} different tokens, the model {shape.vocab_size}"
         )
+    if config.init_from == "scratch":
+        return dataset.meta
+    if checkpoint is not None:
+        tokenizer = checkpoint_tokenizer(checkpoint)
+    else:
+        tokenizer = weights_tokenizer(config.init_from, shape.vocab_size)
+    if differs := difference(tokenizer, dataset.meta):
+        raise UserError(
+            f"dataset={config.dataset}: expected the tokens of init_from={config.init_from}, but {differs}; prepare "
+            "the text with the tokenizer of the weights, or train a new model with --init_from=scratch"
+        )
+    return dataset.meta if "tokenizer" in dataset.meta else tokenizer
 
 
 def check_shape(config: TrainConfig, named: set[str], shape: GPTConfig) -> None:

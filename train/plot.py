@@ -39,6 +39,7 @@ LIGHT = {role: light for role, (light, _) in SCHEME.items()}
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 COLOURS = (LIGHT["ours"], "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#db2777")
 
+LARGEST = 1e30  # of a value drawn
 Points = tuple[np.ndarray, np.ndarray]  # iterations, losses
 
 
@@ -96,7 +97,7 @@ def plot_run(out_dir: str | os.PathLike) -> Path | None:
     try:
         records = read_metrics(Path(out_dir) / METRICS)
         return write_picture(Path(out_dir) / "loss.png", {Path(out_dir).resolve().name: records})
-    except (ImportError, OSError, UserError):
+    except Exception:  # whatever matplotlib, or a log that something else wrote, makes of it
         return None
 
 
@@ -161,9 +162,10 @@ def _draw_validation(axes: "Axes", records: list[Record], colour: str, name: str
 
 
 def _points(records: list[Record], kind: str, name: str) -> Points:
-    """The finite values of one field, by iteration."""
+    """The values of one field, by iteration; without those that no loss and no axis has."""
     found = [(record["iter"], record.get(name)) for record in records if record["kind"] == kind]
-    known = sorted((x, y) for x, y in found if isinstance(x, int) and isinstance(y, int | float))
+    numbers = ((x, y) for x, y in found if isinstance(x, int) and isinstance(y, int | float))
+    known = sorted((x, y) for x, y in numbers if 0 <= x < 2**53 and abs(y) < LARGEST)
     return np.array([x for x, _ in known]), np.array([y for _, y in known], dtype=float)
 
 

@@ -50,7 +50,7 @@ def rehearse(
     dataset, vocab_size = _data(config, say)
     shape = model_shape(config, named, checkpoint, vocab_size, download=False)
     if dataset is not None:
-        check_vocabulary(config, dataset, shape)
+        check_vocabulary(config, dataset, shape, checkpoint)
         dataset.check(shape.block_size, shape.vocab_size)
     ops, without = _ops(config.kernels)
     chunk = 0  # without Triton the reference is counted: it holds all logits

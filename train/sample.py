@@ -6,10 +6,9 @@ import itertools
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,13 +16,12 @@ from torch import nn
 from model import GPT, Precision
 from model.generate import generate
 from model.pretrained import END_OF_TEXT, from_checkpoint, load_gpt2
-from train.checkpoint import load
-from train.corpora import dataset_folder
-from train.data import Dataset
+from train.checkpoint import best_of, load
+from train.data import checkpoint_tokenizer, weights_tokenizer
 from train.errors import UserError, first_line, printable, run, safe, shown
 from train.hardware import device_name, resolve_device, resolve_dtype
 from train.settings import command_line, setting
-from train.text import CharTokenizer, GPT2Tokenizer, Tokenizer, from_meta, read_bytes, read_text
+from train.text import CharTokenizer, Tokenizer, from_meta, read_bytes, read_text
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class SampleConfig:
 
     init_from: str = setting(
         "resume",
-        "resume (the checkpoint in out_dir), gpt2*, or a path to model.safetensors or its folder",
+        "resume (the best checkpoint in out_dir), gpt2*, or a path to model.safetensors or its folder",
         group="model",
         path=True,
     )
@@ -41,7 +39,7 @@ class SampleConfig:
 
     start: str = setting("\n", "the prompt, or FILE:prompt.txt", group="sampling")
     num_samples: int = setting(10, "samples to draw", low=1)
-    max_new_tokens: int = setting(500, "tokens drawn for each", low=0)
+    max_new_tokens: int = setting(500, "tokens drawn for each", low=0, below=10**8)
     end_of_text: bool = setting(False, "end a sample at the end-of-text token, with GPT-2's tokenizer")
     temperature: float = setting(0.8, "below 1 less random, above 1 more; 0: always the likeliest", low=0)
     top_k: int = setting(200, "draw from the k likeliest tokens; 0: from all", low=0)
@@ -53,39 +51,35 @@ class SampleConfig:
     compile: bool = setting(False, "torch.compile the model: slow to start, then faster")
 
 
-def load_model(config: SampleConfig, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
-    """The model that the settings name, on the CPU, to compute in `dtype`, and its tokenizer. Raises UserError."""
+def load_model(config: SampleConfig, dtype: torch.dtype) -> tuple[GPT, Tokenizer, str]:
+    """The model that the settings name, on the CPU, to compute in `dtype`; its tokenizer; where it came from.
+
+    Raises UserError.
+    """
     precision = Precision(compute=dtype)
     if config.init_from == "resume":
-        path = Path(config.out_dir) / "ckpt.pt"
+        path = best_of(Path(config.out_dir))
         checkpoint = load(path)
+        source = f"{path}, iteration {checkpoint['iter_num']}"
         try:
             model = from_checkpoint(checkpoint, dropout=0.0, precision=precision)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
-        tokenizer = checkpoint_tokenizer(checkpoint, config.bpe_dir)
+        meta = checkpoint_tokenizer(checkpoint)
     else:
         try:
             model = load_gpt2(config.init_from, precision=precision)
         except (OSError, ImportError, ValueError) as error:
             raise UserError(f"init_from: {error}") from error
-        tokenizer = GPT2Tokenizer(config.bpe_dir or None)
+        source = config.init_from
+        meta = weights_tokenizer(config.init_from, model.config.vocab_size)
+    tokenizer = from_meta(meta, config.bpe_dir or None)
     if tokenizer.n_vocab > model.config.vocab_size:
         raise UserError(
             f"init_from={config.init_from}: the model has {model.config.vocab_size} tokens, its tokenizer"
             f" ({tokenizer.name}) {tokenizer.n_vocab}; they were not made for each other"
         )
-    return model, tokenizer
-
-
-def checkpoint_tokenizer(checkpoint: Mapping[str, Any], bpe_dir: str = "") -> Tokenizer:
-    """The tokenizer of a loaded checkpoint: its own; for nanoGPT's, that of its dataset; else GPT-2's."""
-    if "tokenizer" in checkpoint["nanofuse"]:
-        return from_meta(checkpoint["nanofuse"]["tokenizer"], bpe_dir or None)
-    folder = dataset_folder(str(checkpoint["config"].get("dataset", "")))
-    if any(os.path.lexists(folder / name) for name in ("meta.json", "meta.pkl")):
-        return Dataset(folder).tokenizer(bpe_dir or None)
-    return GPT2Tokenizer(bpe_dir or None)
+    return model, tokenizer, source
 
 
 def to_inference(model: GPT, device: torch.device) -> None:
@@ -172,12 +166,11 @@ def main(argv: list[str] | None = None) -> None:
     config, _ = command_line(SampleConfig, argv, "python -m train.sample", "Draw samples from a trained model.")
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    model, tokenizer = load_model(config, dtype)
+    model, tokenizer, source = load_model(config, dtype)
     config = dataclasses.replace(config, start=read_prompt(config.start, tokenizer))
     to_inference(model, device)
-    name = f"{config.out_dir}/ckpt.pt" if config.init_from == "resume" else config.init_from
     print(
-        f"{name}: {model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.name} tokens,"
+        f"{source}: {model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.name} tokens,"
         f" {str(dtype).removeprefix('torch.')} on {device_name(device)}",
         file=sys.stderr,
     )

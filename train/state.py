@@ -1,4 +1,8 @@
-"""The state of a run: model, optimizer, loss scale and progress. Training changes it; a checkpoint holds it."""
+"""The state of a run: model, optimizer, loss scale and progress. Training changes it; a checkpoint holds it.
+
+A resumed run compares its losses with best_val_loss, as long as both are of the same data and a file holds the state
+that had it: see `resumed_progress`.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -20,6 +24,7 @@ class Progress:
 
     iter_num: int = 0  # updates done
     best_val_loss: float = 1e9
+    best_iter: int = -1  # iteration of the best loss; -1: there is none
     stale_evals: int = 0  # evaluations since the best one
     judged_at: int = -1  # iteration of the last evaluation that counted: a resumed run only shows it again
 
@@ -33,6 +38,8 @@ class TrainState:
     optimizer: Optimizer
     scaler: LossScale
     progress: Progress
+    saved_iter: int = -1  # iteration of the state in ckpt.pt; -1: there is none of this run
+    other_data: bool = False  # the checkpoint's best loss was of other data
 
     def save(self) -> None:
         """Write a checkpoint of the current state. Every rank must call it; the master writes."""
@@ -50,13 +57,19 @@ class TrainState:
                 dataclasses.asdict(plan.config),
                 {
                     "gelu": self.model.config.gelu,
-                    "tokenizer": plan.dataset.meta,
+                    "tokenizer": plan.tokenizer,
+                    "val_data": plan.dataset.fingerprint(),
+                    "best_iter": progress.best_iter,
                     "scaler": self.scaler.state_dict(),
                     "stale_evals": progress.stale_evals,
                     "judged_at": progress.judged_at,
                 },
             )
-            checkpoints.save(Path(plan.config.out_dir), state, plan.config.keep_checkpoints)
+            best = progress.best_iter == progress.iter_num
+            keep_best = not best and 0 < progress.best_iter == self.saved_iter
+            keep = plan.config.keep_checkpoints
+            checkpoints.save(Path(plan.config.out_dir), state, keep, best=best, keep_best=keep_best)
+            self.saved_iter = progress.iter_num
 
     def _whole(self) -> tuple[dict, dict]:
         """The state_dicts of model and optimizer. If sharded, the master gets whole tensors, the others None."""
@@ -78,15 +91,55 @@ def make_state(plan: Plan, checkpoint: dict | None) -> TrainState:
         LossScale(plan.device, enabled=plan.precision.compute == torch.float16),
         Progress(),
     )
-    if checkpoint is not None:
+    if checkpoint is not None and plan.config.init_from == "resume":
         checkpoints.load_optimizer(state.optimizer, optimizer_state(checkpoint, model))
-        ours, iter_num = checkpoint["nanofuse"], checkpoint["iter_num"]
+        ours = checkpoint["nanofuse"]
         if state.scaler.enabled and ours.get("scaler"):
             state.scaler.load_state_dict(ours["scaler"])
-        # nanoGPT saves right after an evaluation. It does not count evaluations without improvement.
-        stale_evals, judged_at = ours.get("stale_evals", 0), ours.get("judged_at", iter_num)
-        state.progress = Progress(iter_num, checkpoint["best_val_loss"], stale_evals, judged_at)
+        state.progress, line = resumed_progress(plan, checkpoint)
+        state.saved_iter, state.other_data = checkpoint["iter_num"], bool(changes(plan, checkpoint))
+        plan.lines.append(line)
+    elif checkpoint is not None:
+        plan.lines.append(f"weights of {checkpoints.named(plan.config.init_from)}, iteration {checkpoint['iter_num']}")
     return state
+
+
+def resumed_progress(plan: Plan, checkpoint: dict) -> tuple[Progress, str]:
+    """(how far the resumed run has come, a message). The best loss is that of ckpt-best.pt or of ckpt.pt itself.
+
+    It counts anew, and patience with it, where it was of other data or of another block_size, and where no file holds
+    the state that had it.
+    """
+    ours, iter_num, best = checkpoint["nanofuse"], checkpoint["iter_num"], checkpoint["best_val_loss"]
+    out_dir = Path(plan.config.out_dir)
+    line = f"resumed from {out_dir / checkpoints.LATEST}, iteration {iter_num}; best validation loss"
+    if changed := changes(plan, checkpoint):
+        return Progress(iter_num), f"{line} counted anew: {' and '.join(changed)} changed"
+    # nanoGPT saves right after an evaluation. It does not count evaluations without improvement.
+    stale_evals, judged_at = ours.get("stale_evals", 0), ours.get("judged_at", iter_num)
+    best_iter = ours.get("best_iter")
+    if best_iter is None:  # nanoGPT's file, or an early one of ours
+        is_best = judged_at == iter_num and stale_evals == 0
+        if not ours:
+            is_best = checkpoint["config"].get("always_save_checkpoint") is False  # then it saves only the best
+        best_iter = iter_num if is_best else -1
+    there = checkpoints.held(out_dir / checkpoints.BEST)
+    if there and there.best_val_loss <= best:
+        best_iter, best = there
+    elif best_iter not in (0, iter_num):  # iteration 0 is never saved
+        return Progress(iter_num), f"{line} counted anew: no file holds the state of the last one"
+    return Progress(iter_num, best, best_iter, stale_evals, judged_at), f"{line} {best:.4f}, of iteration {best_iter}"
+
+
+def changes(plan: Plan, checkpoint: dict) -> list[str]:
+    """What makes validation losses of `plan` and of the checkpoint two different things."""
+    before = checkpoint["nanofuse"].get("val_data")
+    if before is None:
+        data = checkpoint["config"].get("dataset", plan.config.dataset) != plan.config.dataset
+    else:
+        data = before != plan.dataset.fingerprint()
+    block_size = checkpoint["model_args"]["block_size"] != plan.shape.block_size
+    return ["dataset"] * data + ["block_size"] * block_size
 
 
 def build_model(plan: Plan, checkpoint: dict | None) -> GPT:

@@ -34,6 +34,9 @@ LONGEST_LINE = 1 << 28  # characters of a line of a .jsonl file, which is held w
 GPT2_TOKENS = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
 END_OF_TEXT = "<|endoftext|>"
 NAMES = ("char", "byte", "gpt2")
+# {byte: character} in GPT-2's files: a printable byte stands for itself, the n-th other one is character 256 + n
+_UNPRINTABLE = [byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "]
+SPELLING = {byte: chr(byte) for byte in range(256)} | {byte: chr(256 + n) for n, byte in enumerate(_UNPRINTABLE)}
 
 # The file that maps each token, its bytes spelled as printable characters, to its id; tiktoken's digest.
 # The other file that OpenAI published, vocab.bpe, lists the same merges in the same order and is not needed.
@@ -366,9 +369,7 @@ def load_gpt2(bpe_dir: str | Path | None = None) -> tiktoken.Encoding:
         raise UserError(f"{path}: sha256 is {digest}, expected {ENCODER_SHA256}; it is published at {ENCODER_URL}")
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    # GPT-2's spelling: a printable byte stands for itself, the n-th other one is character 256 + n.
-    unprintable = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
-    byte_of = {chr(b): b for b in range(256)} | {chr(256 + n): b for n, b in enumerate(unprintable)}
+    byte_of = {char: byte for byte, char in SPELLING.items()}
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in json.loads(data).items()}
     special = {END_OF_TEXT: ranks.pop(END_OF_TEXT.encode())}
     options = {"pat_str": r50k_pat_str, "mergeable_ranks": ranks, "special_tokens": special}

@@ -153,6 +153,12 @@ def test_a_token_of_probability_0_is_never_drawn():
     assert sample(probs.as_subclass(Zero)).tolist() == [1]
 
 
+@pytest.mark.parametrize("options", [{"temperature": 1e-46}, {"temperature": 1e-300}, {"top_p": 1e-300}, {"top_k": 1}])
+def test_as_little_as_float32_cannot_hold_is_the_likeliest_token(options):
+    model, idx = make_model(), torch.randint(8, (2, 3))
+    assert torch.equal(drawn(model, idx, 20, **{"temperature": 1.0} | options), drawn(model, idx, 20, temperature=0))
+
+
 def test_large_logits_over_a_small_temperature():
     probs = probabilities(torch.tensor([[1000.0, 999.0, 0.0], [0.0, 1000.0, 1000.0]]), 1e-37, top_p=0.9)
     assert probs.tolist() == [[1, 0, 0], [0, 0.5, 0.5]]

@@ -101,5 +101,6 @@ def refusal(path: Path) -> str:
 
 
 def saved_iterations(out_dir: Path) -> list[int]:
-    paths = sorted(out_dir.glob("ckpt*.pt"), key=lambda path: (len(path.name), path.name))
+    """Of ckpt.pt and those before it, the newest first."""
+    paths = [out_dir / "ckpt.pt", *sorted(out_dir.glob("ckpt-previous-*.pt"))]
     return [checkpoint.load(path)["iter_num"] for path in paths]

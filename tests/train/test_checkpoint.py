@@ -38,6 +38,12 @@ def test_keeps_that_many_the_newest(tmp_path, keep):
     assert saved_iterations(tmp_path) == [6]
 
 
+def test_a_save_does_not_depend_on_how_many_may_be_kept(tmp_path):
+    for iteration in (1, 2, 3):
+        checkpoint.save(tmp_path, make_checkpoint(iteration), keep=10**12)
+    assert saved_iterations(tmp_path) == [3, 2, 1]
+
+
 def test_removes_its_own_stale_files_and_no_others(tmp_path):
     (tmp_path / ".staging-0123").mkdir()
     (tmp_path / ".staging-0123" / "ckpt.pt").write_bytes(b"half")
@@ -55,9 +61,9 @@ class Killed(BaseException):
     """Not an Exception, so that no handler catches it: a kill cannot be caught."""
 
 
-@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize(("links", "keep", "best"), [(True, 1, 5), (True, 2, 4), (True, 4, 5), (False, 4, 4)])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, after, links):
+def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, after, links, keep, best):
     """Die just before or just after the k-th call that changes the disk, for every k. Then save once more."""
     calls = {name: getattr(os, name) for name in ("fsync", "replace", "link", "unlink")}
     countdown = math.inf
@@ -81,11 +87,15 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
         monkeypatch.setattr(os, name, dying(name))
     for k in range(1, 100):
         out_dir = tmp_path / str(k)
-        for iteration in (1, 2, 3, 4):
-            checkpoint.save(out_dir, make_checkpoint(iteration), keep=4)
+        for iteration in (1, 2, 3, 4):  # 2 is the best one of the first three
+            loss = {1: 3.0}.get(iteration, 2.0) if iteration < best else 1.0
+            better = iteration in (1, 2, best)
+            made = make_checkpoint(iteration, best_val_loss=loss)
+            checkpoint.save(out_dir, made, keep, best=better, keep_best=iteration == 3)
         countdown = k
         try:
-            checkpoint.save(out_dir, make_checkpoint(5), keep=4)
+            made = make_checkpoint(5, best_val_loss=1.0)
+            checkpoint.save(out_dir, made, keep, best=best == 5, keep_best=best == 4)
         except Killed:
             killed = True
         else:
@@ -95,17 +105,22 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
         kept = saved_iterations(out_dir)  # loads every one of them
         survivor = kept[0]
         assert survivor in (4, 5)
-        assert {2, 3} <= set(kept) or survivor == 5
-        checkpoint.save(out_dir, make_checkpoint(6), keep=4)
+        best_now = best if survivor == 5 or best == 4 else 2
+        assert checkpoint.load(checkpoint.best_of(out_dir))["iter_num"] == best_now
+        assert len(set(kept)) >= keep  # also in between
+        made = make_checkpoint(6, best_val_loss=checkpoint.held(out_dir / "ckpt.pt").best_val_loss)
+        checkpoint.save(out_dir, made, keep, keep_best=survivor == best)
+        assert checkpoint.load(checkpoint.best_of(out_dir))["iter_num"] == best_now
         assert not list(out_dir.glob(".staging-*"))
         kept = saved_iterations(out_dir)
         if links:
-            assert kept == ([6, 5, 4, 3] if survivor == 5 else [6, 4, 3, 2])
+            assert kept == ([6, 5, 4, 3] if survivor == 5 else [6, 4, 3, 2])[:keep]
         else:  # a copy is not recognised as one, so the oldest may be lost
-            assert kept in ([6, 5, 4, 3], [6, 4, 3, 2], [6, 4, 4, 3])
+            assert kept in ([6, 5, 4, 3][:keep], [6, 4, 3, 2][:keep], [6, 4, 4, 3][:keep])
         if not killed:
             break
-    assert k > 7  # fsync, replace, replace, link, replace, replace, fsync: a kill in each of them
+    # fsync, perhaps link and replace for the previous one, replace, fsync, unlinks: a kill in each of them
+    assert k > 4 + 2 * (keep > 1)
 
 
 # A full disk

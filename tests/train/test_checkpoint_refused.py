@@ -72,6 +72,38 @@ def test_every_flip_within_a_tensor_is_refused_though_torch_takes_it(tmp_path, w
         assert f"is damaged: its member {member.filename}" in refusal(path)
 
 
+def test_every_flip_that_hides_a_member_from_torch_is_refused_or_harmless(tmp_path, whole):
+    """Attributes in the archive's directory make torch take a member for a folder. The locators are at the end."""
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(whole)
+    with zipfile.ZipFile(path) as archive:
+        entry = whole.index(b"PK\x01\x02", archive.start_dir)
+        member = whole.index(b"archive/data/0", entry) - 46
+    attributes = range(member + 36, member + 42)
+    locators = range(whole.rindex(b"PK\x06\x06"), len(whole))
+    refused = 0
+    for position in (*attributes, *locators):
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[position] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                loaded = checkpoint.load(path)
+            except UserError:
+                refused += 1
+            else:
+                assert position not in attributes
+                assert_same(loaded, make_checkpoint(3))
+    assert refused > 8 * len(attributes)
+
+
+def test_what_torch_reads_is_compared_with_what_was_verified(tmp_path, whole, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(whole)
+    monkeypatch.setattr(torch, "load", lambda *args, **options: make_checkpoint(4))
+    assert "torch does not read the bytes" in refusal(path)
+
+
 def foreign_files() -> dict:
     def of(value):
         return lambda path: torch.save(value, path)

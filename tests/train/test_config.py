@@ -25,6 +25,7 @@ AT_LEAST_1 = (
 )  # fmt: skip
 FLOATS = ("max_minutes", "peak_flops", "learning_rate")
 AT_LEAST_0 = ("max_iters", "patience", "seed", *FLOATS)
+IN_FLOAT32 = ("learning_rate", "min_lr", "weight_decay", "grad_clip")
 
 
 def test_names_and_defaults_are_nanogpts():
@@ -78,11 +79,31 @@ def test_an_impossible_value_is_refused(change, expected):
         {"learning_rate": 0.0},
         {"device": "cuda:1"},
         {"init_from": "/weights/gpt2"},
+        {"learning_rate": 1e38},
+        {"keep_checkpoints": 10**9},
     ],
     ids=str,
 )
 def test_an_odd_but_possible_value_is_allowed(change):
     validate(TrainConfig(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *(({name: 1e308}, [f"{name}: got 1e+308", "below 3.4e+38"]) for name in IN_FLOAT32),
+        ({"batch_size": 10**9}, ["batch_size", "got 1024000000000 tokens in a step", "at most 268435456"]),
+        ({"gradient_accumulation_steps": 10**9}, ["gradient_accumulation_steps", "tokens in a step"]),
+        ({"block_size": 10**18}, ["block_size", "tokens in a step"]),
+        ({"n_layer": 10**6}, ["n_layer: got 1000000", "below 1025"]),
+    ],
+    ids=str,
+)
+def test_an_absurd_size_is_refused_at_once(change, words):
+    with pytest.raises(UserError) as refused:
+        validate(TrainConfig(**change))
+    for word in words:
+        assert word in str(refused.value)
 
 
 # ---- base and compose

@@ -180,6 +180,52 @@ def test_refuses_a_malformed_meta(tmp_path, text):
         Dataset(tmp_path)
 
 
+def nanogpts(folder: Path, vocab_size: int, ids: list[int], dtype: str) -> Path:
+    """A folder with a meta.pkl that states its number of tokens and nothing else."""
+    (make(folder) / "meta.json").unlink()
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
+    for name in ("train", "val"):
+        np.array(ids, dtype).tofile(folder / f"{name}.bin")
+    return folder
+
+
+def test_more_than_65536_tokens_are_uint32(tmp_path):
+    ids = [7, 100_276, 65_536, 1]
+    dataset = Dataset(nanogpts(tmp_path, 100_277, ids, "<u4"))
+    assert dataset.train.tolist() == ids
+    dataset.check(2)
+    assert Dataset(nanogpts(tmp_path, 65_536, [65_535], "<u2")).train.tolist() == [65_535]
+
+
+def test_a_dtype_that_contradicts_the_number_of_tokens(tmp_path):
+    with pytest.raises(UserError, match=r"train\.bin: 6 bytes, expected a positive multiple of 4 \(uint32\)"):
+        Dataset(nanogpts(tmp_path / "odd", 100_277, [1, 2, 3], "<u2"))
+    with pytest.raises(UserError, match=r"train\.bin: token 131073 at position 0, .*vocab_size=100277"):
+        Dataset(nanogpts(tmp_path / "even", 100_277, [1, 2, 3, 4], "<u2")).check(1)
+    with pytest.raises(UserError, match=r"meta\.json: .*dtype is uint16, expected uint32"):
+        Dataset(make(tmp_path, meta={"vocab_size": 100_277, "dtype": "uint16"}))
+
+
+def test_a_file_cut_short_under_the_run(tmp_path):
+    """Read on, the process would die of SIGBUS without a word."""
+    dataset = Dataset(make(tmp_path))
+    with loader(dataset) as batches:
+        first = batches.train(0)
+        os.truncate(tmp_path / "train.bin", 4000)
+        with pytest.raises(UserError, match=r"train\.bin: 4,000 bytes, expected 8,000: it was cut short under the run"):
+            batches.train(100)
+        os.truncate(tmp_path / "val.bin", 0)
+        with pytest.raises(UserError, match=r"val\.bin: 0 bytes"):
+            batches.evaluation("val", 0)
+    make(tmp_path / "again")
+    (tmp_path / "again").rename(tmp_path / "moved")
+    dataset = Dataset(tmp_path / "moved")
+    with loader(dataset) as batches:  # a file that another one replaces stays whole
+        (tmp_path / "moved" / "train.bin").unlink()
+        (tmp_path / "moved" / "train.bin").write_bytes(b"ab")
+        assert same(batches.train(0), first)
+
+
 @pytest.mark.parametrize("name", ["meta.json", "meta.pkl", "train.bin", "val.bin"])
 @pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
 def test_what_is_no_file_is_refused(tmp_path, name, put):

@@ -61,7 +61,7 @@ def test_from_nothing_to_a_sample(tmp_path, monkeypatch, capsys):
     assert len(sample) >= 250
     # 4. where the files are
     for name, path in {"checkpoint": "ckpt.pt", "metrics": "metrics.jsonl", "loss curve": "loss.png"}.items():
-        said = re.search(rf"^{name}: +(.*)$", first, re.M)[1]
+        said = re.search(rf"^{name}: +([^,\n]*)", first, re.M)[1]
         assert Path(said) == Path("out", path)
         assert (tmp_path / said).stat().st_size > 0
     assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 20

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -19,8 +20,9 @@ import train.__main__ as train_command
 from model import GPTConfig
 from model.flops import flops_per_token
 from tests.train import test_graph as graphs
-from tests.train.jobs import CHARS, JOB, arguments
+from tests.train.jobs import CHARS, JOB, ROOT, arguments
 from tests.train.ranks import RUN, assert_same_losses, finish, records, start, train_alone, train_together
+from tests.train.runs import last, run
 from tests.train.tape import tape
 from train import checkpoint, plan
 from train.config import TrainConfig
@@ -50,6 +52,31 @@ def test_the_place_that_torchrun_gives(here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "eight")
     with pytest.raises(UserError, match=r"expected three integers as torchrun sets them .*'eight'"):
         world_from_environment()
+
+
+@pytest.mark.parametrize("place", ["5 0 2", "2 0 2", "-1 0 2", "0 2 2", "0 -1 2", "0 0 0", "0 0 -1"])
+def test_a_place_outside_the_world(monkeypatch, place):
+    for name, value in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), place.split(), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"got {place.replace(' ', ', ')}, expected ranks from 0 to WORLD_SIZE - 1"):
+        world_from_environment()
+
+
+def test_nccl_is_not_taken_for_gloo():
+    with (
+        pytest.raises(UserError, match="backend: got 'nccl', expected auto or gloo on cpu"),
+        process_group(World(0, 0, 2), "nccl", torch.device("cpu")),
+    ):
+        pass
+    with process_group(World(), "nccl", torch.device("cpu")):  # nanoGPT's default; nothing is sent
+        pass
+
+
+def test_a_rank_without_torchrun_saves_and_ends(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_command, "world_from_environment", lambda: World(parent=os.getppid() + 1))
+    assert run(tmp_path / "out", max_iters=100) == 128 + signal.SIGTERM
+    assert "torchrun has gone: interrupted after 1 iterations" in capsys.readouterr().out
+    assert last(tmp_path / "out")["iter_num"] == 1
 
 
 def test_ranks_take_the_gpus_in_order(monkeypatch):
@@ -217,6 +244,7 @@ def test_a_rank_that_fails_ends_the_others(here):
     out, err = finish(torchrun)
     assert torchrun.returncode != 0
     assert "RuntimeError: the disk of rank one has gone" in err
+    assert "[rank0]: Traceback" not in err
     assert "iter 2:" in out
     assert "iter 4:" not in out
     for rank in (0, 1):
@@ -225,15 +253,41 @@ def test_a_rank_that_fails_ends_the_others(here):
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun_lets_the_ranks_save(here):
-    torchrun = start(2, "-m", "train", *arguments(**RUN | {"max_iters": 10**6, "eval_interval": 10**6}))
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_rank_that_dies_costs_the_others_one_line(here, shard):
+    """Without torchrun, which would end them too."""
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29713}
+        env = os.environ | {name: str(value) for name, value in place.items()}
+        argv = [sys.executable, "-m", "train", *arguments(**RUN | {"max_iters": 10**6, "shard": shard})]
+        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        ranks.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    await_iterations(here, ranks[0])
+    ranks[1].kill()
+    _, err = finish(ranks[0])
+    finish(ranks[1])
+    assert ranks[0].returncode == 1
+    assert re.fullmatch(r"error: rank 0: another rank has ended[^\n]*\n", err)
+
+
+def await_iterations(here: Path, process: subprocess.Popen) -> None:
     path = here / "out" / "metrics.jsonl"
-    while torchrun.poll() is None and not (path.exists() and len(records("out", "iter")) > 2):
+    while process.poll() is None and not (path.exists() and len(records("out", "iter")) > 2):
         time.sleep(0.05)
-    torchrun.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_torchruns_end_lets_the_ranks_save(here, number):
+    """Killed outright, it ends nobody: the ranks notice."""
+    torchrun = start(2, "-m", "train", *arguments(**RUN | {"max_iters": 10**6, "eval_interval": 10**6}))
+    await_iterations(here, torchrun)
+    torchrun.send_signal(number)
     out, err = finish(torchrun)
     assert torchrun.returncode != 0
-    done = re.search(r"^interrupted after (\d+) iterations$", out, re.MULTILINE)
+    gone = "torchrun has gone: " if number == signal.SIGKILL else ""
+    done = re.search(rf"^{gone}interrupted after (\d+) iterations$", out, re.MULTILINE)
     assert done, out + err
     saved = checkpoint.load(here / "out" / "ckpt.pt")
     assert saved["iter_num"] == int(done[1]) == records("out", "iter")[-1]["iter"] + 1

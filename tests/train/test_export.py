@@ -1,5 +1,6 @@
 """The command that exports a checkpoint."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 
 from model import GPT, GPTConfig
 from model.pretrained import load_gpt2
-from train.checkpoint import MODEL_ARGS, pack, save
+from train.checkpoint import MODEL_ARGS, load, pack, save
 from train.errors import UserError
-from train.export import main
+from train.export import main, tokenizer_files
+from train.sample import main as sample
+from train.text import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 
 
 @pytest.fixture
@@ -26,10 +29,39 @@ def model(tmp_path, monkeypatch) -> GPT:
 
 def test_export(model, capsys):
     main(["--out_dir=out", "--to=folder"])
-    assert capsys.readouterr().out.startswith("folder: written")
+    assert capsys.readouterr().out.startswith("folder: iteration 7 of out/ckpt.pt, written")
     again = load_gpt2("folder")
     assert again.config == model.config
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
+
+
+TEXT = "Hello  world\n\n it's 1234 é€ ab<|endoftext|> x\t"
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [CharTokenizer(sorted(set(TEXT))), ByteTokenizer(), "gpt2"], ids=["char", "byte", "gpt2"]
+)
+def test_the_tokenizer_is_that_of_the_checkpoint(tmp_path, tokenizer):
+    tokenizers = pytest.importorskip("tokenizers")
+    ours = GPT2Tokenizer() if tokenizer == "gpt2" else tokenizer
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tokenizer_files(ours, 8)["tokenizer.json"]))
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    assert theirs.encode(TEXT).ids == ours.encode(TEXT)
+    assert theirs.decode(ours.encode(TEXT), skip_special_tokens=False) == TEXT
+
+
+def test_the_folder_is_sampled_with_its_tokenizer(model, capsys):
+    checkpoint = load(Path("out", "ckpt.pt"))
+    meta = CharTokenizer("abcdefghijk").meta()
+    save(Path("out"), checkpoint | {"nanofuse": {"tokenizer": meta}}, keep=1)
+    main(["--to=folder"])
+    assert "its tokenizer (char), too" in capsys.readouterr().out
+    assert {path.name for path in Path("folder").iterdir()} == {
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "meta.json")
+    }
+    sample(["--init_from=folder", "--device=cpu", "--start=ba", "--num_samples=1", "--max_new_tokens=9"])
+    assert set(capsys.readouterr().out.split("\n")[0]) <= set("abcdefghijk")
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,28 @@ def test_a_full_disk(start):
         start(resume_iter=0)
 
 
+@pytest.mark.parametrize("output", ["metrics", "wandb", "tensorboard"])
+def test_an_output_that_fails_under_the_run_does_not_end_it(start, monkeypatch, output):
+    broken = mock.Mock()
+    for package in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, package, broken)
+    log = start(wandb_log=output == "wandb", tensorboard_log=output == "tensorboard")
+    full = OSError(28, "No space left on device")
+    broken.log.side_effect = broken.finish.side_effect = full
+    broken.SummaryWriter().add_scalar.side_effect = broken.SummaryWriter().close.side_effect = full
+    file = log._file
+    if output == "metrics":
+        log._file = mock.Mock(**{"write.return_value": 3})  # what a disk that is nearly full takes of a line
+        file.write(b'{"k')
+    log_iteration(log, 0)
+    log_iteration(log, 1)
+    assert len([line for line in start.lines if "cannot be written" in line]) == 1
+    log._file = file  # the disk has room again
+    log_iteration(log, 2)
+    log.close()
+    assert 2 in losses(read_metrics(start.path))
+
+
 def test_wandb_gets_nanogpts_keys(start, monkeypatch):
     wandb = mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)

@@ -5,6 +5,7 @@ import functools
 import re
 import signal
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,24 @@ def test_the_loop_cannot_tell_graphs_from_what_they_hold(tmp_path):
         assert [ours[i].keys() for i in ours] == [theirs[i].keys() for i in theirs]
         for name in ("loss", "grad_norm") if kind == "iter" else ("train_loss", "val_loss"):
             assert [record[name] for record in ours.values()] == [record[name] for record in theirs.values()]
+
+
+def test_unread_losses_are_not_kept_one_by_one(tmp_path, monkeypatch):
+    """Small tensors between the large ones of a step would pin the heap. However rarely a line is logged."""
+    monkeypatch.setattr("train.loop.MOST_UNREAD", 3)
+    kept, most, losses, result = [], [], [], TrainStep.result
+
+    def watched(step: TrainStep):
+        found = result(step)
+        losses.append(found.loss.item())
+        kept.append(weakref.ref(found.loss))
+        most.append(sum(loss() is not None for loss in kept))
+        return found
+
+    monkeypatch.setattr(TrainStep, "result", watched)
+    Parts(tmp_path, dict(max_iters=9, eval_interval=100, log_interval=8)).run()
+    assert max(most) <= 2
+    assert {n: record["loss"] for n, record in logged(tmp_path).items()} == {0: losses[0], 8: losses[8]}
 
 
 def test_only_improvements_are_saved_if_so_set(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import train.__main__ as command
 from kernels import FUSED, REFERENCE
 from model import GPTConfig
 from tests.train.runs import refusal, resume, run
-from train import plan
+from train import memory, plan
 from train.dryrun import Job, dry_run
 from train.errors import UserError
 from train.memory import advice, check_memory, free_memory
@@ -50,6 +51,19 @@ def test_what_is_free(tmp_path: Path) -> None:
 def test_the_cheapest_change_that_fits(job: Job, changes: dict, ranks: int, text: str) -> None:
     """The room is what the step takes with these changes. The message gives the accumulation of all ranks."""
     assert advice(job, dry_run(dataclasses.replace(job, **changes)).total, ranks) == text
+
+
+def test_advice_for_an_absurd_size_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def counted(job: Job) -> types.SimpleNamespace:
+        sizes.append(job.batch_size)
+        return types.SimpleNamespace(total=job.batch_size)
+
+    monkeypatch.setattr(memory, "dry_run", counted)
+    text = advice(dataclasses.replace(WIDE, batch_size=2**26 * 3), 10, 1)
+    assert text == "--batch_size=8 --gradient_accumulation_steps=125829120 fits"
+    assert len(sizes) < 20
 
 
 def test_a_run_that_does_not_fit_takes_nothing(

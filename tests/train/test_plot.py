@@ -104,10 +104,27 @@ def test_the_end_of_a_run(make_run):
     assert sorted(path.name for path in folder.iterdir()) == ["loss.png", METRICS]
 
 
+WILD = [
+    {"kind": "iter", "iter": 1, "loss": 1e308},
+    {"kind": "iter", "iter": 2, "loss": int("9" * 400)},
+    {"kind": "eval", "iter": int("9" * 400), "train_loss": 1.0, "val_loss": 1.0},
+    {"kind": "eval", "iter": 3, "train_loss": -1e308, "val_loss": [1.0]},
+    {"kind": "eval", "iter": -(10**30), "train_loss": "x", "val_loss": 1e308},
+]
+
+
 def test_the_end_of_a_run_never_fails(make_run, tmp_path, monkeypatch):
     assert plot_run(tmp_path / "nowhere") is None
     assert plot_run(make_run([RUN], "no losses")) is None
     assert plot_run(make_run([], "empty")) is None
+    assert plot_run(make_run([*RECORDS, *WILD], "wild")) is not None
+    for name, lines in {
+        "deep": "[" * 10**5,
+        "digits": '{"kind": "iter", "iter": 1, "loss": ' + "9" * 10**5 + "}",
+    }.items():
+        folder = make_run(RECORDS, name)
+        (folder / METRICS).write_text(lines + "\n" + (folder / METRICS).read_text())
+        assert plot_run(folder) is not None
     blocked = make_run(RECORDS, "blocked")
     (blocked / "loss.png").mkdir()
     assert plot_run(blocked) is None

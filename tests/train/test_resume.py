@@ -9,7 +9,7 @@ import torch
 
 from tests.train.checkpoints import assert_same
 from tests.train.runs import CONSTANT, Stop, crash, iterations, last, logged, refusal, resume, run, send
-from train import checkpoint, errors
+from train import errors
 
 N = 7  # not a multiple of the intervals
 STATE = ("model", "optimizer", "iter_num", "best_val_loss")
@@ -34,7 +34,7 @@ def test_two_halves_are_the_whole(tmp_path, dtype, log_interval):
 
 
 @pytest.mark.parametrize("named", ["out", "out/ckpt.pt"])
-def test_a_new_run_starts_from_ones_own_weights(tmp_path, monkeypatch, named):
+def test_a_new_run_starts_from_ones_own_weights(tmp_path, monkeypatch, capsys, named):
     run(tmp_path / "out", max_iters=N, gelu="tanh")
     old = last(tmp_path / "out")
     shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "bias"))  # not on the command line
@@ -46,7 +46,7 @@ def test_a_new_run_starts_from_ones_own_weights(tmp_path, monkeypatch, named):
     assert {float(entry["step"]) for entry in new["optimizer"]["state"].values()} == {2.0}
     assert iterations(tmp_path / "more", "eval")[0] == 0  # judged anew
     assert last(tmp_path / "out")["iter_num"] == N
-    assert checkpoint.for_new_run(tmp_path / "out" / "ckpt.pt")["best_val_loss"] == 1e9
+    assert f"weights of out/ckpt.pt, iteration {N}\n" in capsys.readouterr().out
 
 
 def test_nanogpts_run_goes_on_with_its_settings_but_on_this_machine(tmp_path):
@@ -92,17 +92,17 @@ def test_two_halves_are_the_whole_when_compiled(tmp_path):
     assert_same_end(tmp_path / "halves", tmp_path / "whole", keys=("model", "optimizer", "iter_num"))
 
 
-@pytest.mark.parametrize(("number", "always"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+@pytest.mark.parametrize(("number", "always"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGHUP, True)])
 def test_a_signal_finishes_the_step_saves_and_loses_nothing(tmp_path, capsys, number, always):
     settings = dict(max_iters=100, eval_interval=2, always_save_checkpoint=always, learning_rate=0.1, warmup_iters=2)
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     # Both end by a signal. It saves the last state, even if it is not the best.
     assert run(tmp_path / "whole", at={2 * N - 1: send(number)}, **settings) == 128 + number
     assert run(tmp_path / "halves", at={N - 1: send(number)}, **settings) == 128 + number
     assert last(tmp_path / "halves")["iter_num"] == N
     assert iterations(tmp_path / "halves", "save")[-1] == N
     assert f"interrupted after {N} iterations" in capsys.readouterr().out
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
 
     assert resume(tmp_path / "halves", at={N - 1: send(number)}) == 128 + number
     for kind in ("iter", "eval"):
@@ -111,6 +111,14 @@ def test_a_signal_finishes_the_step_saves_and_loses_nothing(tmp_path, capsys, nu
     saves.remove(N)
     assert saves == iterations(tmp_path / "whole", "save")
     assert_same_end(tmp_path / "halves", tmp_path / "whole", keys=(*STATE, "model_args", "nanofuse"))
+
+
+def test_nohup_keeps_its_meaning(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(tmp_path / "out", at={2: send(signal.SIGHUP)}, max_iters=4) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_best_loss_decides_over_a_resume_what_is_saved(tmp_path):

@@ -1,5 +1,6 @@
 """How a run ends: done, out of time or patience, interrupted, or with a loss that is not finite."""
 
+import os
 import signal
 
 import pytest
@@ -8,21 +9,18 @@ from tests.train.runs import CONSTANT, iterations, last, poison, refusal, resume
 
 
 def test_eval_only_evaluates_once_and_changes_nothing(tmp_path, capsys):
-    run(tmp_path / "out", max_iters=2)
-    before = last(tmp_path / "out")["iter_num"], (tmp_path / "out" / "ckpt.pt").read_bytes()
+    out_dir = tmp_path / "out"
+    run(out_dir, max_iters=2)
+    before = {path.name: path.read_bytes() for path in out_dir.iterdir()}
     capsys.readouterr()
-    assert resume(tmp_path / "out", eval_only=True, max_iters=100) == 0
+    assert resume(out_dir, eval_only=True, max_iters=100) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("step 2: ")]) == 1
     assert not [line for line in lines if line.startswith(("iter", "saving"))]
-    assert (last(tmp_path / "out")["iter_num"], (tmp_path / "out" / "ckpt.pt").read_bytes()) == before
-
-    run(tmp_path / "new", eval_only=True)
-    assert {kind: iterations(tmp_path / "new", kind) for kind in ("iter", "eval", "save")} == {
-        "iter": [],
-        "eval": [0],
-        "save": [],
-    }
+    assert run(out_dir, eval_only=True, profile=True) == 0  # of a new model: the earlier run stays all the same
+    assert {path.name: path.read_bytes() for path in out_dir.iterdir()} == before
+    assert run(tmp_path / "new", eval_only=True) == 0
+    assert not (tmp_path / "new").exists()
 
 
 def test_max_minutes_evaluates_and_saves(tmp_path, capsys):
@@ -75,6 +73,16 @@ def test_a_huge_rate_ends_the_run_before_it_saves(tmp_path):
     assert "at iteration 1," in message
     assert "learning_rate" in message
     assert iterations(tmp_path / "out", "save") == []
+
+
+def test_data_that_fails_costs_no_iteration(tmp_path):
+    def cut(step) -> None:
+        os.truncate(tmp_path / "data" / "train.bin", 100)
+
+    message = refusal(run, tmp_path / "out", {40: cut}, max_iters=1000, eval_interval=1000)
+    assert "train.bin: 100 bytes, expected 6,000: it was cut short under the run" in message
+    assert last(tmp_path / "out")["iter_num"] > 40
+    assert iterations(tmp_path / "out", "iter")[-1] == last(tmp_path / "out")["iter_num"] - 1
 
 
 def test_an_earlier_run_is_moved_aside_whole(tmp_path, capsys):

@@ -216,6 +216,10 @@ def test_without_a_compiler_it_goes_on(run_dir, capsys, monkeypatch):
         (["--top_p=0"], "top_p: got 0"),
         (["--num_samples=0"], "num_samples: got 0"),
         (["--max_new_tokens=-1"], "max_new_tokens: got -1"),
+        (
+            ["--max_new_tokens=1000000000000"],
+            "max_new_tokens: got 1000000000000, expected at least 0 and below 100000000",
+        ),
         (["--device=abacus"], "device: got 'abacus'"),
         (["prompt.txt"], "prompt.txt"),
     ],

@@ -1,0 +1,113 @@
+"""The best state survives whatever comes after it. `resume` takes the latest one, who reads weights the best one."""
+
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.runs import iterations, last, logged, resume, run, send
+from train.checkpoint import best_of, held, load
+from train.errors import UserError
+from train.export import main as export
+from train.sample import main as sample
+
+WORSE = dict(learning_rate=0.5, decay_lr=False)  # every evaluation is worse than the best one
+
+
+def worsening(out_dir: Path, always: bool) -> float:
+    """A run whose best state is that of iteration 4; then it gets worse and is interrupted after 7. The best loss."""
+    settings = dict(always_save_checkpoint=always, eval_interval=2, warmup_iters=0, lr_decay_iters=3, min_lr=0.0)
+    run(out_dir, max_iters=4, learning_rate=0.01, **settings)
+    best = last(out_dir)["best_val_loss"]
+    assert held(best_of(out_dir)) == (4, best)
+    assert resume(out_dir, at={2: send(signal.SIGINT)}, max_iters=100, **WORSE) == 130
+    return best
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_the_best_survives_interruptions(tmp_path, capsys, monkeypatch, always):
+    monkeypatch.chdir(tmp_path)
+    best = worsening(tmp_path / "out", always)
+    for stop in (8, 9, 10):
+        capsys.readouterr()
+        assert held(tmp_path / "out" / "ckpt.pt") == (stop - 1, best)
+        assert resume(tmp_path / "out", at={0: send(signal.SIGTERM)}) == 143
+        said = capsys.readouterr().out
+        assert f"iteration {stop - 1}; best validation loss {best:.4f}, of iteration 4\n" in said
+    assert last(tmp_path / "out")["iter_num"] == 10
+    assert load(tmp_path / "out" / "ckpt-best.pt")["iter_num"] == 4
+
+    sample(["--device=cpu", "--num_samples=1", "--max_new_tokens=2", "--start=a"])
+    assert "out/ckpt-best.pt, iteration 4: " in capsys.readouterr().err
+    export(["--to=hf"])
+    assert "hf: iteration 4 of out/ckpt-best.pt, written" in capsys.readouterr().out
+    run(tmp_path / "new", init_from=tmp_path / "out", eval_only=True)
+    assert f"weights of {tmp_path / 'out' / 'ckpt-best.pt'}, iteration 4\n" in capsys.readouterr().out
+    assert resume(tmp_path / "out", max_iters=10) == 0
+    said = capsys.readouterr().out
+    assert f"checkpoint: {tmp_path / 'out' / 'ckpt.pt'}, iteration 10\n" in said
+    assert f"best:       {tmp_path / 'out' / 'ckpt-best.pt'}, iteration 4\n" in said
+
+
+def test_a_better_one_replaces_it(tmp_path):
+    run(tmp_path / "out", at={3: send(signal.SIGINT)}, always_save_checkpoint=False, eval_interval=2, max_iters=100)
+    assert held(best_of(tmp_path / "out")).iter_num == 2
+    assert last(tmp_path / "out")["iter_num"] == 4
+    resume(tmp_path / "out", max_iters=6, learning_rate=0.05, decay_lr=False)
+    evaluations = {n: record["val_loss"] for n, record in logged(tmp_path / "out", "eval").items()}
+    best = min(evaluations, key=evaluations.get)
+    assert best > 2
+    assert held(best_of(tmp_path / "out")) == (best, evaluations[best])
+
+
+@pytest.mark.parametrize("nanogpt", [False, True])
+def test_a_checkpoint_alone_is_the_best_if_it_says_so(tmp_path, nanogpt):
+    """Copied without its ckpt-best.pt, or made by nanoGPT, which saves only the best if so set."""
+    run(tmp_path / "first", max_iters=4, always_save_checkpoint=False, learning_rate=0.01, warmup_iters=0)
+    best = last(tmp_path / "first")
+    assert best["iter_num"] == 4
+    (tmp_path / "out").mkdir()
+    shutil.copy(tmp_path / "first" / "ckpt.pt", tmp_path / "out")
+    if nanogpt:
+        torch.save({k: v for k, v in best.items() if k != "nanofuse"}, tmp_path / "out" / "ckpt.pt")
+    assert resume(tmp_path / "out", at={1: send(signal.SIGINT)}, max_iters=100, **WORSE) == 130
+    assert last(tmp_path / "out")["iter_num"] == 6
+    assert held(tmp_path / "out" / "ckpt-best.pt") == (4, best["best_val_loss"])
+
+
+def test_a_best_loss_that_no_file_holds_is_forgotten(tmp_path, capsys):
+    worsening(tmp_path / "out", always=False)
+    (tmp_path / "out" / "ckpt-best.pt").unlink()
+    capsys.readouterr()
+    assert resume(tmp_path / "out", max_iters=9) == 0
+    assert "counted anew: no file holds the state of the last one" in capsys.readouterr().out
+    assert iterations(tmp_path / "out", "eval")[-3:] == [6, 8, 9]
+    best = min((record["val_loss"], n) for n, record in logged(tmp_path / "out", "eval").items() if n > 4)
+    assert held(best_of(tmp_path / "out")) == (best[1], best[0])
+
+
+def test_nothing_that_is_written_over_ckpt_changes_the_best(tmp_path, monkeypatch):
+    """nanoGPT writes in place, and so does cp: a hard link would change too."""
+    worsening(tmp_path / "out", always=True)
+    before = (tmp_path / "out" / "ckpt-best.pt").read_bytes()
+    (tmp_path / "out" / "ckpt.pt").write_bytes(b"")
+    assert (tmp_path / "out" / "ckpt-best.pt").read_bytes() == before
+    with pytest.raises(UserError, match="the one before it, of iteration"):
+        sample(["--device=cpu", f"--out_dir={tmp_path / 'out'}"])
+
+
+def test_a_damaged_best_is_not_read_and_the_advice_works(tmp_path, capsys):
+    worsening(tmp_path / "out", always=True)
+    path = tmp_path / "out" / "ckpt-best.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # within a tensor
+    path.write_bytes(content)
+    argv = ["--device=cpu", "--num_samples=1", "--max_new_tokens=2", "--start=a", f"--out_dir={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match="the latest one, of iteration 7, is whole: `mv") as refused:
+        sample(argv)
+    subprocess.run(str(refused.value).split("`")[1], shell=True, check=True)
+    sample(argv)
+    assert "ckpt.pt, iteration 7: " in capsys.readouterr().err

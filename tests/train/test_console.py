@@ -1,0 +1,87 @@
+"""A console that fails ends no run. Where the output is what was asked for, a command says that it failed."""
+
+import errno
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train.jobs import ROOT, arguments, make_data
+from tests.train.runs import iterations, last, run
+from train import errors
+
+
+class Broken(io.StringIO):
+    """A console that takes some text and then fails."""
+
+    def __init__(self, takes: int, error: Exception) -> None:
+        super().__init__()
+        self.takes, self.error = takes, error
+
+    def write(self, text: str) -> int:
+        self.takes -= len(text)
+        if self.takes < 0:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left"), BrokenPipeError(), OSError(errno.EIO, "gone"), ValueError("closed")],
+)
+@pytest.mark.parametrize("takes", [0, 700])
+def test_a_console_that_fails_ends_no_run(tmp_path, monkeypatch, error, takes):
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", Broken(takes, error))
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert run(tmp_path / "out", max_iters=4) == 0
+    assert iterations(tmp_path / "out", "save") == [2, 4]
+    assert "console: cannot be written" in stderr.getvalue()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "cp1252"])
+def test_what_the_console_cannot_print_is_escaped(tmp_path, monkeypatch, encoding):
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", console)
+    out_dir = tmp_path / "Ω-\udcff"  # a folder's name may be any bytes
+    with pytest.raises(SystemExit) as ended:
+        errors.run(lambda: run(out_dir, max_iters=2))
+    assert ended.value.code == 0
+    assert last(out_dir)["iter_num"] == 2
+    said = console.buffer.getvalue().decode(encoding)
+    assert "saving checkpoint to " in said
+    assert r"-\udcff" in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_the_console(tmp_path):
+    """The streams of a real process, for which the end of the interpreter could fail too."""
+    make_data(tmp_path / "data" / "letters")
+    argv = [sys.executable, "-m", "train", *arguments(max_iters=2, eval_iters=1)]
+    with open("/dev/full", "w") as full:
+        env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(argv, cwd=tmp_path, env=env, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    assert done.stderr == "console: cannot be written (No space left on device); the run goes on without it\n"
+    assert (tmp_path / "out" / "ckpt.pt").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_whose_output_is_lost_says_so(flush, unbuffered):
+    script = f"from train import errors; errors.run(lambda: print('text', flush={flush}))"
+    with open("/dev/full", "w") as full:
+        argv, env = [sys.executable, "-c", script], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(argv, cwd=ROOT, env=env, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: the output cannot be written: No space left on device\n"
+
+
+def test_closed_streams_are_no_error():
+    script = "from train import errors; errors.run(lambda: print('text'))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, preexec_fn=lambda: (os.close(1), os.close(2)))
+    assert done.returncode == 0
