@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -256,9 +257,11 @@ def test_a_rank_that_fails_ends_the_others(here):
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_rank_that_dies_costs_the_others_one_line(here, shard):
     """Without torchrun, which would end them too."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     ranks = []
     for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29713}
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         env = os.environ | {name: str(value) for name, value in place.items()}
         argv = [sys.executable, "-m", "train", *arguments(**RUN | {"max_iters": 10**6, "shard": shard})]
         env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
