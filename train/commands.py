@@ -7,8 +7,8 @@ folder it is started in is not among the places where its modules are looked for
 import runpy
 import sys
 
-from train.errors import UserError, ending
-from train.settings import nearest, shown
+from train.errors import UserError, ending, shown
+from train.settings import nearest
 
 COMMANDS = {  # what is run as `python -m`, with which arguments before the user's, and what it does
     "train": (["train"], "train a GPT"),

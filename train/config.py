@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from train.errors import UserError
+from train.errors import UserError, shown
 from train.settings import (
     Parsed,
     Value,
@@ -19,7 +19,6 @@ from train.settings import (
     read_settings,
     setting,
     settings_of,
-    shown,
     typed,
 )
 

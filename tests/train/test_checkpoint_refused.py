@@ -185,6 +185,7 @@ def test_foreign_files(tmp_path, kind):
     message = refusal(path)
     assert str(path) in message
     assert says in message
+    assert checkpoint.held(path) is None  # a glance at it is as careful
 
 
 def test_missing_names_out_dir_and_init_from(tmp_path):

@@ -231,6 +231,14 @@ def test_mistakes(run_dir, capsys, argv, message):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("wrong", [{"vocab_size": "28"}, {"chars": 3}, {"chars": ["ab"]}, {"vocab_size": 3}])
+def test_a_checkpoint_whose_tokenizer_is_malformed(tmp_path, monkeypatch, wrong):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("out"), make_model(), tokenizer=TOKENIZER.meta() | wrong)
+    with pytest.raises(UserError, match="the checkpoint's tokenizer: "):
+        main(["--device=cpu"])
+
+
 def test_a_vocabulary_too_large_for_the_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_checkpoint(Path("out"), make_model(vocab_size=20), tokenizer=TOKENIZER.meta())
