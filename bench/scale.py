@@ -34,9 +34,9 @@ from model import GPTConfig
 from model.flops import flops_per_token, mfu, num_params
 from model.work import floor, step_work
 from train import dryrun, errors
-from train.errors import UserError
+from train.errors import UserError, shown
 from train.hardware import CARDS, DTYPES, lookup
-from train.settings import command_line, setting, shown
+from train.settings import command_line, setting
 
 Rates = tuple[float, float]  # FLOP/s of one device in the compute dtype, bytes/s of its memory
 ABOUT = "Predict tokens/s and MFU of several devices, from one device's measured step and the links between them."
