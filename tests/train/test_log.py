@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from train.config import TrainConfig
 from train.errors import UserError
-from train.log import METRICS, RunLog, check_sinks, read_metrics
+from train.log import METRICS, RunLog, check_sinks, read_metrics, say
 
 
 @pytest.fixture
@@ -236,3 +236,8 @@ def test_a_missing_package_stops_before_anything_is_written(start, monkeypatch, 
     with pytest.raises(UserError, match=rf"^{setting}: "):  # before the model is built, too
         check_sinks(TrainConfig(out_dir=str(start.path.parent), **{setting: True}))
     assert not start.path.parent.exists()
+
+
+def test_a_console_line_does_nothing_to_the_terminal(capsys):
+    say("saving checkpoint to a\x1b[31m\nb")
+    assert capsys.readouterr().out == "saving checkpoint to a\\x1b[31m\nb\n"
