@@ -16,7 +16,7 @@ from statistics import median
 from bench.results import Kernel, Results, Shape, Step
 from bench.variants import WORKLOADS, Workload
 from model.flops import flops_per_token, mfu
-from model.work import SHEET, Shares, seconds, step_work
+from model.work import SHEET, Shares, duration, step_work
 from train.errors import one_line
 from train.hardware import CARDS, lookup
 
@@ -31,7 +31,7 @@ def roofline(step: Workload | Shape, size: int, flops: float, bandwidth: float, 
     """
     sizes = dict.fromkeys(("compute", "stream", "gradients"), size)
     parts = step_work(step.config, step.batch_size, accumulation=step.accumulation, **sizes, fused_gelu=True)
-    return seconds(parts.items(), flops, bandwidth, shares)
+    return duration(parts.items(), flops, bandwidth, shares)
 
 
 def short_name(name: str) -> str:

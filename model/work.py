@@ -11,7 +11,7 @@ avoid. It shows how far an implementation is from the best:
 
 A part takes at least as long as its FLOPs take at the device's peak, and as long as its bytes take at its bandwidth:
 `floor`. Kernels may not reach this bound: no attention kernel with heads of 64 reaches a large matmul's FLOP/s. A part
-can be faster than its bytes allow if the caches still hold the results of the part before. `seconds` estimates what
+can be faster than its bytes allow if the caches still hold the results of the part before. `duration` estimates what
 kernels need that reach some share of the device's rates.
 """
 
@@ -56,7 +56,7 @@ def floor(work: Work, peak_flops: float, bandwidth: float) -> float:
     return max(work.flops / peak_flops, work.bytes / bandwidth)
 
 
-def seconds(parts: Iterable[tuple[str, Work]], peak_flops: float, bandwidth: float, shares: Shares = SHEET) -> float:
+def duration(parts: Iterable[tuple[str, Work]], peak_flops: float, bandwidth: float, shares: Shares = SHEET) -> float:
     """Seconds of parts (name, work), one after the other, by kernels that reach these shares of the device's rates."""
     total = 0.0
     for name, work in parts:

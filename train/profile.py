@@ -24,7 +24,7 @@ from train.dryrun import Job
 from train.files import replace_together, staging_folder
 from train.graph import GraphedStep
 from train.hardware import Ceilings, measure_ceilings, synchronize
-from train.memory import job_of
+from train.memory import as_planned_for, job_of
 from train.plan import Plan
 from train.step import StepResult, TrainStep
 
@@ -112,7 +112,8 @@ def profiled_iterations(first: int, max_iters: int, eval_interval: int, accumula
 def profiled_step(step: TrainStep | GraphedStep, plan: Plan, first: int, say: Callable[[str], None]) -> "ProfiledStep":
     """`step` of a run, profiled as its plan says. first: the run's first iteration."""
     config, dtype = plan.config, plan.precision.compute
-    job = job_of(config, plan.shape, plan.ops, dtype, plan.world, chunk=0, resumed=False)
+    at = as_planned_for(plan.device)  # the residual stream's dtype depends on it
+    job = job_of(config, plan.shape, plan.ops, dtype, plan.world, chunk=0, resumed=False, **at)
     floors = Floors(measure_ceilings(plan.device, dtype), job)
     which = profiled_iterations(first, config.max_iters, config.eval_interval, plan.accumulation)
     return ProfiledStep(step, which, first, floors=floors, out_dir=Path(config.out_dir), say=say)

@@ -15,7 +15,7 @@ import torch
 
 from kernels import REFERENCE, Ops
 from model.flops import flops_per_token, mfu, num_params
-from model.work import ATTAINED, POOR, Shares, Work, seconds
+from model.work import ATTAINED, POOR, Shares, Work, duration
 from train.choices import has_fused_matmul
 from train.config import TrainConfig
 from train.corpora import CORPORA, dataset_folder, docs_text, how_to_make
@@ -133,7 +133,7 @@ def _times(run: DryRun, job: Job, config: TrainConfig, target: Card, world: Worl
     rates = config.peak_flops or peak.flops, bandwidth
     tokens = job.accumulation * job.batch_size * job.shape.block_size
     flops = flops_per_token(job.shape, config.mfu_formula) * tokens
-    least = seconds(job.work().items(), *rates)
+    least = duration(job.work().items(), *rates)
     graphed = config.cuda_graphs and job.shards == 1
     best, worst = (expected(run, job, rates, graphed, *assumed) for assumed in (GOOD, BAD))
     yield f"peak: {rates[0] / 1e12:.4g} TFLOP/s, {row.bandwidth:,} GB/s: {peak.source}"
@@ -152,7 +152,7 @@ def expected(
     that a graph adds, and that the host takes."""
 
     def part(calls: list[Call]) -> float:
-        busy = seconds(((call.name, Work(call.flops, call.bytes)) for call in calls), *rates, shares)
+        busy = duration(((call.name, Work(call.flops, call.bytes)) for call in calls), *rates, shares)
         busy += len(calls) * in_graph
         return busy if graphed else max(busy, len(calls) * by_host)
 

@@ -4,7 +4,7 @@ import pytest
 
 from model.config import GPTConfig
 from model.flops import flops_per_token
-from model.work import MATMULS, Shares, Work, floor, seconds, step_work
+from model.work import MATMULS, Shares, Work, duration, floor, step_work
 
 GPT2 = GPTConfig(vocab_size=50304, bias=False)
 TABLE = step_work(GPT2, 32, compute=2, stream=2, gradients=2, fused_gelu=True)  # its case: all in bfloat16
@@ -70,8 +70,8 @@ def test_the_floor_is_the_slower_of_two() -> None:
 
 def test_kernels_that_reach_a_share_of_the_rates() -> None:
     shares, matmul, copy = Shares(matmul=0.5, attention=0.25, bandwidth=0.2), Work(100, 1), Work(0, 50)
-    assert seconds([("qkv", matmul), ("x", copy)], 50.0, 10.0) == 2.0 + 5.0
-    assert seconds([("qkv", matmul), ("x", copy)], 50.0, 10.0, shares) == 4.0 + 25.0
-    assert seconds([("attention projection", matmul)], 50.0, 10.0, shares) == 4.0
-    assert seconds([("attention forward", matmul)], 50.0, 10.0, shares) == 8.0
-    assert seconds([("_scaled_dot_product_cudnn_attention", matmul)], 50.0, 10.0, shares) == 8.0
+    assert duration([("qkv", matmul), ("x", copy)], 50.0, 10.0) == 2.0 + 5.0
+    assert duration([("qkv", matmul), ("x", copy)], 50.0, 10.0, shares) == 4.0 + 25.0
+    assert duration([("attention projection", matmul)], 50.0, 10.0, shares) == 4.0
+    assert duration([("attention forward", matmul)], 50.0, 10.0, shares) == 8.0
+    assert duration([("_scaled_dot_product_cudnn_attention", matmul)], 50.0, 10.0, shares) == 8.0

@@ -37,6 +37,13 @@ def test_the_formula_at_every_corner(warmup, length, high, low, part):
         assert 0 <= rate <= max(high, low) * (1 + 1e-12)
 
 
+def test_a_warmup_longer_than_the_decay():
+    """nanoGPT's recipe for a CPU has it. The warmup comes first."""
+    settings = config(50, 20)
+    assert learning_rate(20, settings) == learning_rate(20, config(50, 500))
+    assert learning_rate(50, settings) == 1e-4
+
+
 def test_decay_lr_off_is_constant():
     settings = config(10, 100, decay_lr=False)
     assert {learning_rate(n, settings) for n in (0, 1, 10, 50, 100, 1000)} == {1e-3}
