@@ -20,10 +20,10 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
     return tokens[0], tokens[1]
 
 
-def make(ops: Ops, dtype: torch.dtype, **shape: bool | float) -> GPT:
+def make(ops: Ops, dtype: torch.dtype, recompute: str = "none", **shape: bool | float) -> GPT:
     torch.manual_seed(0)
     config = GPTConfig(block_size=16, vocab_size=70, n_layer=2, n_head=2, n_embd=32, **shape)
-    model = GPT(config, ops, precision=Precision(dtype))
+    model = GPT(config, ops, precision=Precision(dtype), recompute=recompute)
     for p in model.parameters():  # biases and LayerNorms' weights that differ
         torch.nn.init.normal_(p, std=0.1)
     return model
@@ -44,11 +44,11 @@ def by_autograd(model: GPT, seeds: list[int], dloss: float) -> dict[str, Tensor]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize(
-    ("bias", "dropout", "chunk_rows"),
-    [(True, 0.0, 0), (False, 0.2, 0), (False, 0.0, 7)],
+    ("bias", "dropout", "chunk_rows", "recompute"),
+    [(True, 0.0, 0, "none"), (False, 0.2, 0, "block"), (False, 0.0, 7, "mlp")],
 )
 def test_gradients_are_put_in_place(
-    dtype: torch.dtype, several: bool, bias: bool, dropout: float, chunk_rows: int
+    dtype: torch.dtype, several: bool, bias: bool, dropout: float, chunk_rows: int, recompute: str
 ) -> None:
     """What an earlier step left there is overwritten, or was cleared and is added to. Positions that no batch reaches
     get zeros."""
@@ -57,7 +57,7 @@ def test_gradients_are_put_in_place(
     seeds, dloss = ([1, 2], 0.5) if several else ([1], 1.0)
     expected = by_autograd(make(ops, dtype, bias=bias, dropout=dropout), seeds, dloss)
 
-    model = make(ops, dtype, bias=bias, dropout=dropout)
+    model = make(ops, dtype, recompute, bias=bias, dropout=dropout)
     flat = FlatState(model, ops, several=several)
     names = {p: name for name, p in model.named_parameters()}
     flat.grad.fill_(0.0 if several else 7.0)
