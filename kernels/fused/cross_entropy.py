@@ -228,7 +228,7 @@ def counted(targets: Tensor, ignore_index: int) -> Tensor:
     """How many of targets (M,) count, () float32."""
     count = targets.new_empty((), dtype=torch.float32)
     args = dict(targets_ptr=targets, count_ptr=count, M=len(targets), ignore_index=ignore_index)
-    run(targets, Launch(count_kernel, (1,), args, dict(BLOCK=4096), num_warps=8))
+    run(targets, Launch(count_kernel, (min(len(targets), 1),), args, dict(BLOCK=4096), num_warps=8))
     return count
 
 

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,10 @@ def test_two_halves_are_the_whole_when_compiled(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "always"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGHUP, True)])
-def test_a_signal_finishes_the_step_saves_and_loses_nothing(tmp_path, capsys, number, always):
+def test_a_signal_finishes_the_step_saves_and_loses_nothing(tmp_path, capsys, request, number, always):
+    request.addfinalizer(
+        partial(signal.signal, number, signal.signal(number, signal.default_int_handler))
+    )  # not nohup's
     settings = dict(max_iters=100, eval_interval=2, always_save_checkpoint=always, learning_rate=0.1, warmup_iters=2)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     # Both end by a signal. It saves the last state, even if it is not the best.
