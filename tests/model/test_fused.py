@@ -1,7 +1,9 @@
 """GPT with the fused kernels: the model that it is with the reference's."""
 
 import inspect
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -87,3 +89,21 @@ def test_dropout_drops_in_training_only() -> None:
     with torch.no_grad():
         assert model(*batch())[1] != model(*batch())[1]
         assert model.eval()(*batch())[1] == make(FUSED)(*batch())[1]
+
+
+def test_every_operation_that_drops_has_a_seed_of_its_own() -> None:
+    """One draw for all of them, a new one for each call of the model."""
+    seeds: list[int] = []
+
+    def spied(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seeds.extend(x[0].item() for x in args if isinstance(x, torch.Tensor) and x.shape == (2,))
+            return operation(*args, **kwargs)
+
+        return call
+
+    ops = replace(FUSED, embedding=spied(FUSED.embedding), add_layer_norm=spied(FUSED.add_layer_norm))
+    model = make(ops, dropout=0.1)
+    for _ in range(2):
+        model(*batch())
+    assert len(seeds) == len(set(seeds)) == 2 * (2 * len(model.transformer.h) + 1)
