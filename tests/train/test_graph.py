@@ -140,6 +140,7 @@ def everything(step: TrainStep) -> list[torch.Tensor]:
         (torch.float32, 2, REFERENCE),
         (torch.bfloat16, 1, REFERENCE),
         (torch.float16, 1, REFERENCE),
+        pytest.param(torch.bfloat16, 1, FUSED, marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, 2, FUSED, marks=pytest.mark.slow),
     ],
 )
