@@ -415,18 +415,20 @@ def _linear_cross_entropy_backward(
     weight: Tensor | None,
     need_dx: bool,
     need_dweight: bool,
-    into: Tensor | None = None,
-    accumulate: bool = False,
+    into: Tensor,
+    accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dweight), in x's dtype, each empty unless needed; dweight also where it is put into `into`.
+    """(dx, dweight), in x's dtype, each empty unless needed; dweight also where it is put into `into`: unless that is
+    empty, since torch 2.11 takes no None for what is written to.
 
     x and weight are None where dx and dweight are there, to be scaled only. known: the gradients are scaled already,
     and dloss is not read. It is an argument all the same: where nothing in a backward pass depends on the loss's
     gradient, torch.compile computes all of it in the forward pass.
     """
+    put = into.numel() > 0
     scale = None if known else dloss / count.clamp_min(1.0)
     if x is None or weight is None:
-        if into is not None:
+        if put:
             store(into, dweight if scale is None else dweight * scale, accumulate)
             dweight = dweight[:0]
         room = [dlogits.new_empty(gradient.shape) for gradient in (dx, dweight)]
@@ -434,7 +436,7 @@ def _linear_cross_entropy_backward(
             return tuple(out.copy_(gradient) for out, gradient in zip(room, (dx, dweight), strict=True))
         return tuple(scaled(gradient, scale, out) for out, gradient in zip(room, (dx, dweight), strict=True))
     dlogits = dlogits[:, : weight.shape[0]]
-    dx, dweight = _gradients(x, weight, weight.dtype, need_dx, need_dweight and into is None)
+    dx, dweight = _gradients(x, weight, weight.dtype, need_dx, need_dweight and not put)
     if need_dx:
         torch.mm(dlogits, weight, out=dx)
         if scale is not None:
@@ -442,7 +444,7 @@ def _linear_cross_entropy_backward(
     if need_dweight:
         if scale is not None:
             x = scaled(x, scale, x.new_empty(x.shape))
-        put_product(dweight if into is None else into, dlogits, x, into is not None and accumulate)
+        put_product(into if put else dweight, dlogits, x, put and accumulate)
     return dx, dweight
 
 
@@ -458,7 +460,8 @@ def _differentiate_linear_cross_entropy(ctx, dloss, *_):
         return (None,) * 10
     *saved, into = ctx.saved_tensors
     need_dx, need_dweight = ctx.needs_input_grad[:2]
-    dx, dweight = _linear_cross_entropy_backward(dloss, ctx.known, *saved, need_dx, need_dweight, into, ctx.accumulate)
+    place = dloss.new_empty(0) if into is None else into
+    dx, dweight = _linear_cross_entropy_backward(dloss, ctx.known, *saved, need_dx, need_dweight, place, ctx.accumulate)
     return dx if need_dx else None, dweight if need_dweight and into is None else None, *(None,) * 8
 
 

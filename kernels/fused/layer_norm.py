@@ -227,18 +227,18 @@ def _add_layer_norm_backward(
     p: float,
     dx_dtype: torch.dtype | None,
     has_bias: bool,
-    partials: Tensor | None = None,
+    partials: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dresidual, dx, dweight, dbias) of dy, dstream, stream (M, C) with unit last stride.
 
     dx is empty where dx_dtype is None. partials (1 or with a bias 2, P, C) float32: what gets the partial rows of all P
-    programs; then dweight and dbias are empty. Without it as many programs run as have work and fit, and the rows are
-    summed. dbias is empty where there is no bias.
+    programs; then dweight and dbias are empty. If it is empty (torch 2.11 takes no None for what is written to), as
+    many programs run as have work and fit, and the rows are summed. dbias is empty where there is no bias.
     """
     M, C = dy.shape
     BLOCK_M, BLOCK_N, num_warps = _block(C)
     tiles = triton.cdiv(M, BLOCK_M)
-    if partials is None:
+    if not partials.numel():
         P = min(tiles, partial_rows(C, dy.device))
         dweight, *dbias = dy.new_empty(1 + has_bias, P, C, dtype=torch.float32)
     else:
@@ -252,7 +252,7 @@ def _add_layer_norm_backward(
         stream_stride=stream.stride(0), M=M, C=C, inv_C=1 / C, tiles_per_program=triton.cdiv(tiles, max(P, 1)),
     )  # fmt: skip
     run(dy, Launch(add_layer_norm_bwd_kernel, (P,), args, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N), num_warps))
-    sums = [x.sum(0).to(weight.dtype) for x in (dweight, *dbias)] if partials is None else []
+    sums = [x.sum(0).to(weight.dtype) for x in (dweight, *dbias)] if not partials.numel() else []
     return dresidual, dx, *(sums + [weight.new_empty(0) for _ in range(2 - len(sums))])
 
 
@@ -270,8 +270,9 @@ def _differentiate_add_layer_norm(ctx, dstream, dy, dmean, drstd):
     dstream = None if dstream is None or ctx.x_dtype is None else rows(dstream)  # without x, residual' is empty
     same = ctx.x_dtype == stream.dtype and seed is None  # then dx is dresidual: written once
     dx_dtype = None if same else ctx.x_dtype
+    into = dy.new_empty(0, dtype=torch.float32) if partials is None else partials
     dresidual, dx, dweight, dbias = _add_layer_norm_backward(
-        dy, dstream, stream, weight, mean, rstd, seed, ctx.p, dx_dtype, ctx.has_bias, partials
+        dy, dstream, stream, weight, mean, rstd, seed, ctx.p, dx_dtype, ctx.has_bias, into
     )
     dx = None if ctx.x_dtype is None else dresidual if same else dx
     if partials is not None:

@@ -115,21 +115,22 @@ def _mlp_dpre(
     approximate: str,
     wants_dbias: bool,
     backward_tiles: int,
-    dfc_bias: Tensor | None = None,
-    accumulate: bool = False,
+    dfc_bias: Tensor,
+    accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dpre, gradient of fc_bias); the latter is empty unless wanted, and where it is put into dfc_bias."""
+    """(dpre, gradient of fc_bias); the latter is empty unless wanted, and where it is put into dfc_bias: unless that is
+    empty, since torch 2.11 takes no None for what is written to."""
     tiles = _tiles("backward_tiles", backward_tiles, BACKWARD_TILES, dy)
     dpre, dbias = backward(dy, proj_weight, pre, approximate, wants_dbias, tiles)
-    if dfc_bias is not None and dbias is not None:
+    if dfc_bias.numel() and dbias is not None:
         store(dfc_bias, dbias, accumulate)
         dbias = None
     return dpre, _or_empty(dbias, dpre)
 
 
 @_mlp_dpre.register_fake
-def _(dy, proj_weight, pre, approximate, wants_dbias, backward_tiles, dfc_bias=None, accumulate=False):
-    return torch.empty_like(pre), pre.new_empty(pre.shape[1] if wants_dbias and dfc_bias is None else 0)
+def _(dy, proj_weight, pre, approximate, wants_dbias, backward_tiles, dfc_bias, accumulate):
+    return torch.empty_like(pre), pre.new_empty(pre.shape[1] if wants_dbias and not dfc_bias.numel() else 0)
 
 
 def _save_mlp(ctx, inputs, output):
@@ -142,8 +143,9 @@ def _differentiate_mlp(ctx, dy, _dact, _dpre):
     x, fc_weight, proj_weight, act, pre, dfc_weight, dfc_bias, dproj_weight, dproj_bias = ctx.saved_tensors
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = ctx.needs_input_grad[:5]
     if need_x or need_fc_weight or need_fc_bias:
+        into = dy.new_empty(0) if dfc_bias is None else dfc_bias
         dpre, fc_bias_gradient = _mlp_dpre(
-            dy, proj_weight, pre, ctx.approximate, need_fc_bias, ctx.tiles, dfc_bias, ctx.accumulate
+            dy, proj_weight, pre, ctx.approximate, need_fc_bias, ctx.tiles, into, ctx.accumulate
         )
     if dfc_weight is not None:
         put_product(dfc_weight, dpre, x, ctx.accumulate)

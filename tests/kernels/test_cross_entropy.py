@@ -284,6 +284,6 @@ def test_opcheck_of_a_head(needs: tuple[bool, bool], chunk_rows: int, device: to
     with torch.no_grad():
         loss, *saved = ops.linear_cross_entropy(*arguments)
     operands = (None, None) if chunk_rows else (x.detach(), weight.detach())
-    backward = (torch.ones_like(loss), False, *saved, *operands, *needs)
+    backward = (torch.ones_like(loss), False, *saved, *operands, *needs, loss.new_empty(0), False)
     torch.library.opcheck(ops.linear_cross_entropy_backward.default, backward)
     assert {gradient.dtype for gradient in ops.linear_cross_entropy_backward(*backward)} == {torch.bfloat16}

@@ -135,7 +135,9 @@ def test_opcheck(p: float, bias: bool, x_dtype: torch.dtype | None, device: torc
     with torch.no_grad():
         _, y, mean, rstd = torch.ops.nanofuse.add_layer_norm(*arguments)
     backward = (torch.ones_like(y), None, residual.detach(), weight.detach(), mean, rstd, arguments[4], arguments[5])
-    torch.library.opcheck(torch.ops.nanofuse.add_layer_norm_backward.default, (*backward, x_dtype, bias))
+    torch.library.opcheck(
+        torch.ops.nanofuse.add_layer_norm_backward.default, (*backward, x_dtype, bias, torch.empty(0, device=device))
+    )
 
 
 def test_compiled_with_dropout(device: torch.device, compiler: None) -> None:

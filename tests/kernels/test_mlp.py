@@ -183,7 +183,10 @@ def test_registered_as_torch_wants_it(path: dict[str, int], bias: bool) -> None:
             ops.mlp, (x, fc_weight, fc_bias, *proj, approximate, keep, *path.values()), test_utils=checks
         )
     pre = torch.randn(5, 24, device=x.device)
-    torch.library.opcheck(ops.mlp_dpre, (x.detach(), proj[0].detach(), pre, approximate, bias, path["backward_tiles"]))
+    torch.library.opcheck(
+        ops.mlp_dpre,
+        (x.detach(), proj[0].detach(), pre, approximate, bias, path["backward_tiles"], pre.new_empty(0), False),
+    )
 
 
 def launched(
