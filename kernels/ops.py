@@ -33,7 +33,7 @@ class Ops:
     sum_partials: Callable[..., None] | None = None
 
 
-# each operation, and the file in kernels/fused/ that holds its Triton kernels
+# each operation, and the file in kernels/fused/ that it is in
 FILES = {
     "embedding": "embedding",
     "layer_norm": "layer_norm",
