@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 
 from model import GPT, GPTConfig
@@ -42,7 +43,6 @@ TEXT = "Hello  world\n\n it's 1234 é€ ab<|endoftext|> x\t"
     "tokenizer", [CharTokenizer(sorted(set(TEXT))), ByteTokenizer(), "gpt2"], ids=["char", "byte", "gpt2"]
 )
 def test_the_tokenizer_is_that_of_the_checkpoint(tmp_path, tokenizer):
-    tokenizers = pytest.importorskip("tokenizers")
     ours = GPT2Tokenizer() if tokenizer == "gpt2" else tokenizer
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(tokenizer_files(ours, 8)["tokenizer.json"]))
