@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import FUSED, cross_entropy, gelu, reference
+from kernels import FUSED, add_layer_norm, cross_entropy, gelu, layer_norm, reference
 from kernels import traffic as least
 
 Shape = tuple[int, ...]
@@ -60,10 +60,12 @@ def draw(device: torch.device, seed: int = 0) -> Callable[..., Tensor]:
 # LayerNorm, alone and with the residual addition: (M, C) --------------------------------------------------------------
 
 
-def _layer_norm(name: str, *, bias: bool, add: bool, stream: torch.dtype | None = None) -> Case:
+def _layer_norm(name: str, *, bias: bool, add: bool, first: bool = False, stream: torch.dtype | None = None) -> Case:
+    """first: of a model, with a stream and nothing to add to it."""
+
     def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         randn, C = draw(device), shape[-1]
-        inputs = {"x": randn(*shape, dtype=dtype)}
+        inputs = {"x": None if first else randn(*shape, dtype=dtype)}
         if add:
             inputs["residual"] = randn(*shape, dtype=stream or dtype, scale=3.0)
         inputs["weight"] = randn(C, dtype=torch.float32)
@@ -73,11 +75,10 @@ def _layer_norm(name: str, *, bias: bool, add: bool, stream: torch.dtype | None 
     def widths(dtype: torch.dtype) -> tuple[int, int]:
         return dtype.itemsize, (stream or dtype).itemsize if add else dtype.itemsize
 
-    function = "add_layer_norm" if add else "layer_norm"
     return Case(
         name=name,
-        fused=getattr(FUSED, function),
-        reference=getattr(reference, function),
+        fused=add_layer_norm if add else layer_norm,
+        reference=reference.add_layer_norm if add else reference.layer_norm,
         make_inputs=make_inputs,
         shapes=(
             (1, 64),  # one row; a width that fills its block
@@ -88,9 +89,12 @@ def _layer_norm(name: str, *, bias: bool, add: bool, stream: torch.dtype | None 
         ),
         gpt_shapes=((32 * 1024, 768), (64 * 256, 384), (8 * 1024, 1600)),
         cpu_shapes=((4096, 384),) if bias and stream is None else (),
-        forward_bytes=lambda shape, dtype: least.layer_norm_forward(*shape, *widths(dtype), bias=bias, add=add),
+        forward_bytes=lambda shape, dtype: least.layer_norm_forward(
+            *shape, *widths(dtype), bias=bias, add=add and not first
+        ),
         backward_bytes=lambda shape, dtype: least.layer_norm_backward(*shape, *widths(dtype), bias=bias, add=add),
-        compiled_with=({}, {"p": 0.1}) if add else ({},),
+        again=1.5 if first else 1.0,  # the stream is also copied
+        compiled_with=({}, {"p": 0.1}) if add and not first else ({},),
     )
 
 
@@ -404,6 +408,7 @@ def _adamw(name: str, *, copy: bool, scaled: bool, max_norm: float) -> Case:
 CASES: list[Case] = [
     _layer_norm("layer_norm", bias=True, add=False),
     _layer_norm("layer_norm without bias", bias=False, add=False),
+    _layer_norm("add_layer_norm, nothing added", bias=False, add=True, first=True),
     _layer_norm("add_layer_norm", bias=True, add=True),
     _layer_norm("add_layer_norm, float32 stream", bias=True, add=True, stream=torch.float32),
     _layer_norm("add_layer_norm without bias, float32 stream", bias=False, add=True, stream=torch.float32),

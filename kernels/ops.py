@@ -19,7 +19,6 @@ class Ops:
 
     name: str
     embedding: Callable[..., Tensor]
-    layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     linear: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
@@ -36,7 +35,6 @@ class Ops:
 # each operation, and the file in kernels/fused/ that it is in
 FILES = {
     "embedding": "embedding",
-    "layer_norm": "layer_norm",
     "add_layer_norm": "layer_norm",
     "linear": "linear",
     "mlp": "mlp",

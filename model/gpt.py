@@ -96,8 +96,6 @@ class LayerNorm(Weights):
     def forward(self, x: Tensor, branch: Tensor | None, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, branch (B, T, C) -> (x + dropout(branch), its LayerNorm in `dtype`); branch None adds nothing. seed: of
         the dropout, from `ops.seeds`."""
-        if branch is None:
-            return x, self.ops.layer_norm(x, *self.weights(), self.dtype, self.grads)
         p = self.dropout if self.training else 0.0
         return self.ops.add_layer_norm(branch, x, *self.weights(), self.dtype, p, seed, self.grads)
 
@@ -220,7 +218,8 @@ class GPT(nn.Module):
             self.ops.embedding(idx, wte, wpe[start : start + T], self.precision.stream, p, seeds[0], grads),
             None,
         )
-        for i, block in enumerate(tr.h):  # the first LayerNorm drops nothing: its seed is the embedding's
+        seeds = (None, *seeds[1:])  # the embedding had the first one, and the first LayerNorm drops nothing
+        for i, block in enumerate(tr.h):
             x, branch = block(x, branch, cache, seeds[2 * i : 2 * i + 2])
         if cache is not None:
             cache.length += T

@@ -18,8 +18,8 @@ without. That is good: attention takes the most time to repeat, and its result i
 head. Attention by plain matmuls (`model/attention.py`) is computed again from its random bits.
 
 The policy sees single operations. The result of one that writes in place cannot be kept, since the computation writes
-over it; F.dropout on a CPU does so. That is why `kernels/reference.py` has its own `dropout`. torch.compile follows the
-policy too, and warns once about such operations. Without gradients, as in an evaluation, these are plain calls.
+over it; F.dropout on a CPU does so, `kernels/reference.py`'s does not. torch.compile follows the policy too, and warns
+once about such operations. Without gradients, as in an evaluation, these are plain calls.
 """
 
 import functools

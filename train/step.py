@@ -41,7 +41,8 @@ class TrainStep:
         world: World | None = None,
     ) -> None:
         self.model, self.optimizer, self.grad_clip = model, optimizer, grad_clip
-        self.loss, self.grad_norm = optimizer.scalar(), optimizer.scalar()
+        self._results = torch.stack([optimizer.scalar(), optimizer.scalar()])
+        self.loss, self.grad_norm = self._results[0], self._results[1]
         self.scaler = scaler or LossScale(self.loss.device, enabled=False)
         self.world = world or World()
         self._shares: dict[int, Tensor] = {}  # 1 / accumulation, on the device
@@ -104,7 +105,7 @@ class TrainStep:
 
     def result(self) -> StepResult:
         """Results of the step just made. They are copies, because the next step overwrites the originals."""
-        return StepResult(self.loss.clone(), self.grad_norm.clone())
+        return StepResult(*self._results.clone())
 
 
 class Evaluation:

@@ -39,6 +39,7 @@ def embedding_fwd_kernel(
     wpe_ptr,  # (T, C)
     seed_ptr,  # int64, or None: nothing is dropped
     x_ptr,  # out (M, C)
+    tokens_ptr,  # out (M,): idx in a narrower dtype, -1 where it is not known; or None
     wte_stride,
     wpe_stride,
     M,
@@ -66,6 +67,8 @@ def embedding_fwd_kernel(
         x = tl.where(kept, x * scale, 0.0)
     row64 = o_row.to(tl.int64)[:, None]
     tl.store(x_ptr + row64 * C + o_col[None, :], x.to(x_ptr.dtype.element_ty), mask=mask)
+    if tokens_ptr is not None:
+        tl.store(tokens_ptr + o_row, tl.where(known, token, -1).to(tokens_ptr.dtype.element_ty), mask=m_row)
 
 
 @triton.jit
@@ -231,12 +234,6 @@ def _block(C: int, elements: int) -> tuple[int, int, int]:
     return max(1, elements * 32 * num_warps // BLOCK_N), BLOCK_N, num_warps
 
 
-def sort_by_token(idx: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """idx (M,) sorted, and the rows that its elements came from."""
-    narrow = torch.int16 if V < 2**15 else torch.int32  # a radix sort passes over the keys once a byte
-    return torch.sort(idx.to(narrow), stable=True)
-
-
 @custom_op("nanofuse::embedding")
 def _embedding(
     idx: Tensor,
@@ -245,32 +242,37 @@ def _embedding(
     dtype: torch.dtype,
     seed: Tensor | None,
     p: float,
+    sorts: bool,
     dwte: Tensor | None = None,
     dwpe: Tensor | None = None,
     accumulate: bool = False,
-) -> Tensor:
-    """x (M, C) of idx (M,); wte (V, C) and wpe (T, C) with unit last stride. The last three: for the backward pass."""
+) -> tuple[Tensor, Tensor]:
+    """(x, tokens) of idx (M,): x (M, C); wte (V, C) and wpe (T, C) with unit last stride. The last three: only for the
+    backward pass. So is tokens (M,), a copy of idx, empty if no gradient will be asked for."""
     x = wte.new_empty(len(idx), wte.shape[1], dtype=dtype)
+    narrow = torch.int16 if len(wte) < 2**15 else torch.int32  # a radix sort passes over its keys once a byte
+    tokens = wte.new_empty(len(idx) if sorts else 0, dtype=narrow)
     M, C = x.shape
     BLOCK_M, BLOCK_N, num_warps = _block(C, 16)
     args = dict(
-        idx_ptr=idx, wte_ptr=wte, wpe_ptr=wpe, x_ptr=x, wte_stride=wte.stride(0), wpe_stride=wpe.stride(0),
+        idx_ptr=idx, wte_ptr=wte, wpe_ptr=wpe, x_ptr=x, tokens_ptr=tokens if sorts else None,
+        wte_stride=wte.stride(0), wpe_stride=wpe.stride(0),
         M=M, T=wpe.shape[0], V=wte.shape[0], C=C, **dropout_args(seed, p),
     )  # fmt: skip
     constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
     run(wte, Launch(embedding_fwd_kernel, (triton.cdiv(M, BLOCK_M),), args, constants, num_warps))
-    return x
+    return x, tokens
 
 
 # One operation for each table: torch.compile copies both gradients where one operation changes two views of a buffer.
 
 
 @custom_op("nanofuse::embedding_dwte", mutates_args=("dwte",))
-def _add_dwte(dx: Tensor, idx: Tensor, seed: Tensor | None, p: float, dwte: Tensor) -> None:
-    """Add the gradient of wte to dwte (V, C), packed, of dx (M, C) with unit last stride and idx (M,)."""
+def _add_dwte(dx: Tensor, tokens: Tensor, seed: Tensor | None, p: float, dwte: Tensor) -> None:
+    """Add the gradient of wte to dwte (V, C), packed, of dx (M, C) with unit last stride and tokens (M,)."""
     (M, C), V = dx.shape, len(dwte)
     BLOCK_M, BLOCK_N, num_warps = _block(C, 32)
-    tokens, order = sort_by_token(idx, V)
+    tokens, order = torch.sort(tokens, stable=True)
     pieces = dx.new_empty(M // PIECE, C, dtype=torch.float32)
     args = dict(
         dx_ptr=dx, tokens_ptr=tokens, order_ptr=order, pieces_ptr=pieces, dx_stride=dx.stride(0), C=C,
@@ -302,24 +304,25 @@ def _put_dwpe(dx: Tensor, seed: Tensor | None, p: float, T: int, dwpe: Tensor, a
 
 
 def _save_embedding(ctx, inputs, output):
-    idx, wte, wpe, _, seed, ctx.p, ctx.dwte, dwpe, ctx.accumulate = inputs
+    _, wte, wpe, _, seed, ctx.p, _, ctx.dwte, dwpe, ctx.accumulate = inputs
+    ctx.set_materialize_grads(False)  # else zeros are made for the gradient of tokens
     # dwte is not saved as the others are: the head's backward pass writes there first, as it must
-    ctx.save_for_backward(idx, seed, dwpe)
+    ctx.save_for_backward(output[1], seed, dwpe)
     ctx.tables = wte.shape, wpe.shape, wte.dtype
 
 
-def _differentiate_embedding(ctx, dx):
-    idx, seed, dwpe = ctx.saved_tensors
+def _differentiate_embedding(ctx, dx, _):
+    tokens, seed, dwpe = ctx.saved_tensors
     wte_shape, wpe_shape, dtype = ctx.tables
     _, need_dwte, need_dwpe, *_ = ctx.needs_input_grad
     dx, T, put = rows(dx), wpe_shape[0], dwpe is not None
     dwte = ctx.dwte if put else dx.new_zeros(wte_shape, dtype=dtype)
     dwpe = dwpe if put else dx.new_empty(wpe_shape, dtype=dtype)
     if need_dwte:
-        _add_dwte(dx, idx, seed, ctx.p, dwte)
+        _add_dwte(dx, tokens, seed, ctx.p, dwte)
     if need_dwpe:
         _put_dwpe(dx, seed, ctx.p, T, dwpe, ctx.accumulate)
-    return None, dwte if need_dwte and not put else None, dwpe if need_dwpe and not put else None, *(None,) * 6
+    return None, dwte if need_dwte and not put else None, dwpe if need_dwpe and not put else None, *(None,) * 7
 
 
 _embedding.register_autograd(_differentiate_embedding, setup_context=_save_embedding)
@@ -351,5 +354,6 @@ def embedding(
     check("wpe", wpe, shape=(T, C), dtypes=(wte.dtype,), device=wte.device)
     check_dtype("dtype", dtype)
     into = (None, None, False) if grads is None else (grads[0].weight, grads[1].weight, grads[1].accumulate)
-    x = _embedding(idx.reshape(-1), rows(wte), rows(wpe), dtype, seed_for(wte, p, seed), p, *into)
+    sorts = torch.is_grad_enabled() and wte.requires_grad
+    x, _ = _embedding(idx.reshape(-1), rows(wte), rows(wpe), dtype, seed_for(wte, p, seed), p, sorts, *into)
     return x.view(B, T, C)

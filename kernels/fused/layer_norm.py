@@ -1,6 +1,6 @@
 """LayerNorm, alone and fused with the dropout and the residual addition before it.
 
-    residual' = residual + keep * x / (1 - p)                       (add_layer_norm; otherwise residual' = x)
+    residual' = residual + keep * x / (1 - p)                       (add_layer_norm; without x, residual' = residual)
     xhat = (residual' - mean) * rstd,   y = xhat * weight + bias     statistics over the last dimension, C wide
 
 Backward, with g = dy * weight and the stream's own gradient dresidual' (Ba et al. 2016, arXiv:1607.06450):
@@ -35,12 +35,12 @@ MAX_WIDTH = 4096  # a row is held in one block's registers
 
 @triton.jit
 def add_layer_norm_fwd_kernel(
-    x_ptr,  # (M, C), None: residual alone is normalised
+    x_ptr,  # (M, C), None: nothing is added
     residual_ptr,  # (M, C)
     weight_ptr,  # (C,)
     bias_ptr,  # (C,) or None
     seed_ptr,  # int64, or None: nothing is dropped
-    stream_ptr,  # out: residual' (M, C); None with x_ptr
+    stream_ptr,  # out: residual' (M, C), or None
     y_ptr,  # out (M, C)
     mean_ptr,  # out (M,)
     rstd_ptr,  # out (M,)
@@ -65,7 +65,9 @@ def add_layer_norm_fwd_kernel(
         x = tl.load(x_ptr + row64 * x_stride + o_col[None, :], mask=mask, other=0.0).to(tl.float32)
         if seed_ptr is not None:
             x = tl.where(keep_mask(tl.load(seed_ptr), o_row, threshold, BLOCK_N), x * scale, 0.0)
-        stream = (r + x).to(stream_ptr.dtype.element_ty)
+        r += x
+    if stream_ptr is not None:
+        stream = r.to(stream_ptr.dtype.element_ty)
         tl.store(stream_ptr + row64 * C + o_col[None, :], stream, mask=mask)
         r = stream.to(tl.float32)  # what is normalised is what the stream holds, rounded
     mean = tl.sum(r, axis=1) * inv_C
@@ -194,19 +196,21 @@ def _add_layer_norm(
     seed: Tensor | None,
     p: float,
     dtype: torch.dtype,
+    returns_stream: bool,
     partials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(residual', y, mean, rstd) of x, residual (M, C) with unit last stride. Without x, residual' is empty.
+    """(residual', y, mean, rstd) of x, residual (M, C) with unit last stride. residual' is empty unless it is asked
+    for; with x it must be.
 
     partials: only for the backward pass.
     """
     M, C = residual.shape
-    stream, y = residual.new_empty(0 if x is None else M, C), residual.new_empty(M, C, dtype=dtype)
+    stream, y = residual.new_empty(M if returns_stream else 0, C), residual.new_empty(M, C, dtype=dtype)
     mean, rstd = (residual.new_empty(M, dtype=torch.float32) for _ in range(2))
     BLOCK_M, BLOCK_N, num_warps = _block(C)
     args = dict(
         x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, **dropout_args(seed, p),
-        stream_ptr=None if x is None else stream, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
+        stream_ptr=stream if returns_stream else None, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
         x_stride=0 if x is None else x.stride(0), residual_stride=residual.stride(0),
         M=M, C=C, inv_C=1 / C, eps=LAYER_NORM_EPS,
     )  # fmt: skip
@@ -257,17 +261,17 @@ def _add_layer_norm_backward(
 
 
 def _save_add_layer_norm(ctx, inputs, output):
-    x, residual, weight, bias, seed, p, _, partials = inputs
+    x, residual, weight, bias, seed, p, _, ctx.returns_stream, partials = inputs
     stream, _, mean, rstd = output
     ctx.set_materialize_grads(False)  # the last residual' is used by nobody: no zeros are made up for it, nor read
-    ctx.save_for_backward(residual if x is None else stream, weight, mean, rstd, seed, partials)
+    ctx.save_for_backward(stream if ctx.returns_stream else residual, weight, mean, rstd, seed, partials)
     ctx.p, ctx.x_dtype, ctx.has_bias = p, None if x is None else x.dtype, bias is not None
 
 
 def _differentiate_add_layer_norm(ctx, dstream, dy, dmean, drstd):
     stream, weight, mean, rstd, seed, partials = ctx.saved_tensors
     dy = torch.zeros_like(stream) if dy is None else rows(dy)
-    dstream = None if dstream is None or ctx.x_dtype is None else rows(dstream)  # without x, residual' is empty
+    dstream = rows(dstream) if dstream is not None and ctx.returns_stream else None
     same = ctx.x_dtype == stream.dtype and seed is None  # then dx is dresidual: written once
     dx_dtype = None if same else ctx.x_dtype
     into = dy.new_empty(0, dtype=torch.float32) if partials is None else partials
@@ -276,8 +280,8 @@ def _differentiate_add_layer_norm(ctx, dstream, dy, dmean, drstd):
     )
     dx = None if ctx.x_dtype is None else dresidual if same else dx
     if partials is not None:
-        return dx, dresidual, *(None,) * 6
-    return dx, dresidual, dweight, dbias if ctx.has_bias else None, *(None,) * 4
+        return dx, dresidual, *(None,) * 7
+    return dx, dresidual, dweight, dbias if ctx.has_bias else None, *(None,) * 5
 
 
 _add_layer_norm.register_autograd(_differentiate_add_layer_norm, setup_context=_save_add_layer_norm)
@@ -310,25 +314,19 @@ def sum_partials(partials: Tensor, offsets: Tensor, out: Tensor, accumulate: boo
     run(out, Launch(sum_partials_kernel, (L * column_tiles,), args, constants))
 
 
-def _partials(grads: Grads | None) -> Tensor | None:
-    return None if grads is None else grads.weight
-
-
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, grads: Grads | None = None
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """LayerNorm over the last dimension; the meaning of `reference.layer_norm`.
 
-    x (..., C), C up to 4096, weight and bias (C,): float32, bfloat16 or float16. Returns y (..., C) in `dtype`. grads:
-    as in `add_layer_norm`. ValueError for what cannot be served.
+    x (..., C), C up to 4096, weight and bias (C,): float32, bfloat16 or float16. Returns y (..., C) in `dtype`.
+    ValueError for what cannot be served.
     """
     _check(weight, bias, dtype, x=x)
-    _, y, _, _ = _add_layer_norm(None, rows(x), weight.contiguous(), packed(bias), None, 0.0, dtype, _partials(grads))
+    _, y, _, _ = _add_layer_norm(None, rows(x), weight.contiguous(), packed(bias), None, 0.0, dtype, False)
     return y.view(x.shape)
 
 
 def add_layer_norm(
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -343,10 +341,16 @@ def add_layer_norm(
     residual' in residual's dtype and y in `dtype`. seed: one of `seeds`, for the mask; None: drawn here, from torch's
     generator of x's device. grads: its weight, (1 or with a bias 2, P, C) float32, gets the partial rows of dweight and
     dbias, for `sum_partials`; None: the gradients are autograd's. ValueError for what cannot be served.
+
+    Without x, residual' is a copy of residual. So its gradient comes here, and the kernel adds it to LayerNorm's. If
+    both uses read one tensor, autograd would add the two gradients, which moves more bytes than the copy.
     """
-    _check(weight, bias, dtype, x=x, residual=residual)
-    seed = seed_for(x, p, seed)
+    given = {"residual": residual} if x is None else {"x": x, "residual": residual}
+    _check(weight, bias, dtype, **given)
+    x, seed = (None, None) if x is None else (rows(x), seed_for(x, p, seed))
+    partials = None if grads is None else grads.weight
+    new_stream = x is not None or (torch.is_grad_enabled() and residual.requires_grad)
     stream, y, _, _ = _add_layer_norm(
-        rows(x), rows(residual), weight.contiguous(), packed(bias), seed, p, dtype, _partials(grads)
+        x, rows(residual), weight.contiguous(), packed(bias), seed, p, dtype, new_stream, partials
     )
-    return stream.view(x.shape), y.view(x.shape)
+    return stream.view(residual.shape) if new_stream else residual, y.view(residual.shape)

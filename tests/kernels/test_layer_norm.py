@@ -121,16 +121,29 @@ def test_every_call_draws_a_new_mask_and_the_generator_repeats_them(device: torc
     assert abs((first == 0).float().mean().item() - 0.2) < 0.03  # five standard deviations
 
 
+def test_where_nothing_is_added_the_stream_stays_and_is_copied_only_for_its_gradient(device: torch.device) -> None:
+    residual, weight = torch.randn(6, 48, device=device, requires_grad=True), torch.randn(48, device=device)
+    stream, y = add_layer_norm(None, residual, weight, None, torch.float32, p=0.5)  # there is nothing to drop
+    assert torch.equal(stream, residual)
+    torch.testing.assert_close(y, reference.layer_norm(residual, weight, None, torch.float32))
+    with torch.no_grad():
+        assert add_layer_norm(None, residual, weight, None, torch.float32)[0] is residual
+
+
 # As an op
 
 
-@pytest.mark.parametrize(("p", "bias", "x_dtype"), [(0.5, False, torch.bfloat16), (0.0, True, None)])
-def test_opcheck(p: float, bias: bool, x_dtype: torch.dtype | None, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("p", "bias", "x_dtype", "stream"),
+    [(0.5, False, torch.bfloat16, True), (0.0, True, None, False), (0.0, True, None, True)],
+)
+def test_opcheck(p: float, bias: bool, x_dtype: torch.dtype | None, stream: bool, device: torch.device) -> None:
     seed = torch.tensor([3], device=device) if p else None
     x = None if x_dtype is None else torch.randn(4, 24, device=device).to(x_dtype).requires_grad_()
     residual, weight = (torch.randn(size, device=device, requires_grad=True) for size in ((4, 24), (24,)))
     b = torch.randn(24, device=device, requires_grad=True) if bias else None
     arguments = (x, residual, weight, b, seed if x is not None else None, p if x is not None else 0.0, torch.bfloat16)
+    arguments += (stream,)
     torch.library.opcheck(torch.ops.nanofuse.add_layer_norm.default, arguments)
     with torch.no_grad():
         _, y, mean, rstd = torch.ops.nanofuse.add_layer_norm(*arguments)

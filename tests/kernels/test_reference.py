@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import REFERENCE, Ops, reference
@@ -57,7 +56,7 @@ def test_the_bundle_is_frozen_and_whole():
             continue
         assert getattr(REFERENCE, field.name) is getattr(reference, field.name)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        REFERENCE.layer_norm = None
+        REFERENCE.linear = None
     with pytest.raises(TypeError):
         Ops(name="half")
 
@@ -72,7 +71,7 @@ def test_layer_norm_statistics_are_float32():
     """A row about 1000 with deviations of 4, of which bfloat16 sums and squares would keep nothing."""
     x = (1000 + 4 * draw(8, 512).round()).to(torch.bfloat16)
     one = torch.ones(512)
-    y = REFERENCE.layer_norm(x, one, None, torch.float32)
+    y = reference.layer_norm(x, one, None, torch.float32)
     assert y.dtype == torch.float32
     assert_near(y, true_norm(x, one, None), 2e-4)
     assert y.mean(-1).abs().max() < 1e-4
@@ -88,7 +87,7 @@ def test_add_layer_norm_adds_in_float32():
     assert residual.eq(512.125).all()  # bfloat16 has no number between 512 and 516
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("p", [0.125, 0.5])
 def test_add_layer_norm_drops_the_branch_alone(p):
     x, stream, n = torch.full((300, 64), 3.0), draw(300, 64), 300 * 64
     weight = draw(64, seed=2)
@@ -101,13 +100,18 @@ def test_add_layer_norm_drops_the_branch_alone(p):
     assert_near(y, true_norm(residual, weight, None), 8 * FLOAT32)
 
 
-def test_dropout_is_torchs_to_the_bit():
-    x, results = draw(31, 17, dtype=torch.bfloat16), []
-    for drop in (reference.dropout, F.dropout):
-        torch.manual_seed(1)
-        results.append(drop(x, 0.2))
-    assert torch.equal(*results)
-    assert results[0].eq(0).any()
+@pytest.mark.parametrize("p", [2**-16, 0.1, 0.5, 1 - 2**-16, 1 - 1e-9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_the_mean_and_its_gradient_has_its_mask(p: float, dtype: torch.dtype) -> None:
+    """Down to the smallest share that 16 random bits can drop, or keep."""
+    torch.manual_seed(3)
+    x = torch.full((1001, 1001), 3.0, dtype=dtype, requires_grad=True)
+    y = reference.dropout(x, p)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(y == 0, dx == 0)
+    share = round(p * 2**16) / 2**16 if p < 1 - 2**-16 else 1 - 2**-16
+    assert torch.equal(y[y != 0], (x * (1 / (1 - share))).detach()[y != 0])
+    assert abs((y == 0).double().mean() - share) < 5 * math.sqrt(share * (1 - share) / y.numel())
 
 
 def test_dropout_of_0_takes_nothing_from_the_generator():

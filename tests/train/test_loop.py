@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train.__main__ as command
 from kernels import REFERENCE
@@ -23,7 +24,7 @@ from tests.train.test_schedule import Clock
 from train.config import TrainConfig
 from train.data import Dataset, Loader
 from train.distributed import World
-from train.graph import GraphedEvaluation, GraphedStep
+from train.graph import Capture, GraphedEvaluation, GraphedStep, Task, Work
 from train.log import RunLog
 from train.loop import Loop, StepTimer
 from train.optim import FlatAdamW
@@ -89,7 +90,7 @@ class Parts:
     saved: list[Progress] = dataclasses.field(default_factory=list)
     lines: list[str] = dataclasses.field(default_factory=list)
 
-    def run(self, evaluated: nn.Module | None = None, *, graphed: bool = False) -> int:
+    def run(self, evaluated: nn.Module | None = None, *, graphed: Capture | None = None) -> int:
         shape = dict(batch_size=2, block_size=16, n_layer=1, n_head=2, n_embd=32, dropout=0.5)
         config = TrainConfig(**shape | dict(out_dir=str(self.folder), eval_iters=1) | self.settings)
         torch.manual_seed(0)
@@ -111,8 +112,8 @@ class Parts:
         optimizer = FlatAdamW(model, REFERENCE, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.0)
         step = Step(model, optimizer, grad_clip=1.0)
         evaluation = Evaluation(evaluated or Evaluated(model, clock))
-        if graphed:
-            step = GraphedStep(step, (1, 2, 16), evaluation, capture=tape)
+        if graphed is not None:
+            step = GraphedStep(step, (1, 2, 16), evaluation, capture=graphed)
             evaluation = step.evaluation
         plan = types.SimpleNamespace(config=config, world=World(), device=torch.device("cpu"))
         log = RunLog(config, device="cpu", parameters=0, console=self.lines.append)
@@ -181,7 +182,7 @@ def test_an_evaluation_is_without_dropout_and_gradients_and_training_goes_on_wit
 def test_the_loop_cannot_tell_graphs_from_what_they_hold(tmp_path):
     settings = dict(max_iters=5, eval_interval=2, eval_iters=3, learning_rate=0.1)
     eager, graphed = (Parts(tmp_path / name, settings) for name in ("eager", "graphed"))
-    assert (eager.run(), graphed.run(graphed=True)) == (0, 0)
+    assert (eager.run(), graphed.run(graphed=tape)) == (0, 0)
     for kind in ("iter", "eval"):
         ours, theirs = (logged(parts.folder, kind) for parts in (graphed, eager))
         assert [ours[i].keys() for i in ours] == [theirs[i].keys() for i in theirs]
@@ -225,6 +226,40 @@ def test_every_evaluation_is_saved_with_the_best_loss_so_far(tmp_path):
         (2, 2.0, 1),
         (3, 1.0, 0),
     ]
+
+
+def test_the_host_launches_little_beside_the_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step's two graphs, here tapes, and beside them, in order: the learning rate, the loss cleared, the batch put
+    where graphs read it, a copy of the results, the loop's own copy. On a GPU the loader's copy of a batch is one more.
+    """
+    launches: list[str] = []
+    seen: list[list[str]] = []
+
+    class Host(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not func.is_view and func is not torch.ops.aten.detach.default:
+                launches.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    def capture(tasks: list[Task]) -> list[Work]:
+        def graph(replay: Work) -> None:
+            with torch.utils._python_dispatch._disable_current_modes():
+                replay()
+            launches.append("graph")
+
+        return [functools.partial(graph, replay) for replay in tape(tasks)]
+
+    iterate = Loop._iterate
+
+    def watched(loop: Loop) -> None:
+        launches.clear()
+        with Host():
+            iterate(loop)
+        seen.append(launches.copy())
+
+    monkeypatch.setattr(Loop, "_iterate", watched)
+    Parts(tmp_path, dict(max_iters=3, eval_interval=100, log_interval=10)).run(graphed=capture)
+    assert seen[-1] == ["fill_", "zero_", "_foreach_copy_", "graph", "graph", "clone", "stack"]
 
 
 def test_patience_begins_anew_with_every_improvement(tmp_path):
