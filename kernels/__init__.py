@@ -41,7 +41,7 @@ _TRITON = {
     "add_layer_norm": "kernels.fused.layer_norm",
     "gelu": "kernels.fused.gelu",
     "cross_entropy": "kernels.fused.cross_entropy",
-    "linear_cross_entropy": "kernels.fused.cross_entropy",
+    "linear_cross_entropy": "kernels.fused.linear_cross_entropy",
 }
 
 __all__ = ["REFERENCE", "Grads", "Ops", "missing", "select", *_TRITON]

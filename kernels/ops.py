@@ -38,7 +38,7 @@ FILES = {
     "add_layer_norm": "layer_norm",
     "linear": "linear",
     "mlp": "mlp",
-    "linear_cross_entropy": "cross_entropy",
+    "linear_cross_entropy": "linear_cross_entropy",
     "adamw": "adamw",
 }
 REFERENCE = Ops(

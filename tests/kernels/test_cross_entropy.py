@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kernels import cross_entropy, linear_cross_entropy, reference
 from kernels.check import fault, outputs_and_gradients
-from kernels.fused.cross_entropy import padded, row_losses, scaled
+from kernels.fused.cross_entropy import row_losses
+from kernels.fused.linear_cross_entropy import padded, scaled
 from kernels.launch import INTERPRETED
 from tests.kernels.layouts import laid_out
 from tests.kernels.watcher import Memory
