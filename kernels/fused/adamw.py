@@ -1,27 +1,28 @@
 """AdamW over flat buffers: norm, clipping, decay, update and low-precision copy, in two launches.
 
-Every parameter of the model lies in one buffer, those that decay first: the mask is a comparison with `n_decay`. With
-g the unscaled gradient, |g| its norm over all elements and t the number of this update (Loshchilov and Hutter 2019,
-arXiv:1711.05101; clipping as `torch.nn.utils.clip_grad_norm_`):
+All parameters of the model lie in one buffer. Those that decay come first, up to `n_decay`. With g the unscaled
+gradient, |g| its norm over all elements and t the number of this update (Loshchilov and Hutter 2019, arXiv:1711.05101;
+clipping as `torch.nn.utils.clip_grad_norm_`):
 
     g <- g * min(1, max_norm / (|g| + 1e-6))
     m <- m + (1 - beta1) * (g - m)
     v <- v + (1 - beta2) * (g * g - v)
     p <- p * (1 - lr * decay) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-Where |g| is not finite nothing changes, not even t. lr, t and the loss scale are read from device memory: a captured
-graph replays with the values that are there.
+If |g| is not finite, nothing changes, not even t. lr, t and the loss scale are read from device memory, so a captured
+graph uses the values that are there at its replay.
 
-1. The norm kernel: each of P programs sums the squares of every P-th tile, in float32, and the first one turns t into
-   bias corrections. 1 - beta^t is taken in float64 of a float32 logarithm, whose relative error it does not enlarge;
-   with beta itself in float32, 1 - beta would be off by 1e-5 where beta is 0.999.
-2. The update kernel: each program sums those P numbers again, 2 KB out of L2, always in the same order: no third
-   launch, no atomics, no counter that somebody must reset. Then one pass over the buffers. v is moved by its
-   difference, like m: the rounding of a float32 beta2 would come back multiplied by 1 / (1 - beta2).
+1. The norm kernel. Each of P programs sums the squares of every P-th tile, in float32. The first program also computes
+   the bias corrections from t. 1 - beta^t is taken in float64, of a float32 logarithm. With beta itself in float32,
+   1 - beta would be off by 1e-5 for a beta of 0.999.
+2. The update kernel. Each program adds up those P numbers again (2 KB out of L2), always in the same order. So there
+   is no third launch, there are no atomics, and no counter must be reset. Then it passes once over the buffers. v is
+   moved by its difference, like m, because otherwise the rounding of a float32 beta2 would come back multiplied by
+   1 / (1 - beta2).
 
-Bytes an element, with bfloat16 gradient and copy: 2 for the norm; 2 + 12 read and 12 + 2 written by the update. The
-norm kernel walks backwards, so that the update begins with gradients that L2 still holds. A thread takes 4 elements:
-128 bits of the float32 buffers, 64 of the others, and a warp's are contiguous. Accesses are that wide where buffers are
+Bytes an element, with gradient and copy in bfloat16: the norm reads 2; the update reads 2 + 12 and writes 12 + 2. The
+norm kernel walks backwards, so the update begins with gradients that are still in L2. A thread takes 4 elements: 128
+bits of the float32 buffers, 64 of the others; a warp's elements are neighbours. Accesses are that wide if buffers are
 aligned to 16 bytes and n is divisible by 16.
 """
 

@@ -1,22 +1,23 @@
-"""The start of the residual stream: token plus position embedding and dropout, one pass.
+"""The start of the residual stream: token plus position embedding and dropout, in one pass.
 
     x[b, t] = keep * (wte[idx[b, t]] + wpe[t]) / (1 - p)
 
 Backward, with g = keep * dx / (1 - p): dwte[v] = sum of g over the rows that hold token v, dwpe[t] = sum of g over b.
-Saved: the tokens and the dropout seed; the mask is drawn again.
+Saved: the tokens, in a dtype that sorts fast, and the dropout seed. The mask is drawn again.
 
-Both sums are taken in float32 in an order that the tokens alone decide: no atomics, the same bits every run. The rows
-are sorted by token (stably), so that a token's rows are one segment, and the program of a segment's first row adds its
-sum to dwte; the other rows' programs end at once, and tokens that do not occur cost nothing. But one letter in six is a
-space: 2,500 rows for one program, an estimated 150 us. So the sorted rows are cut at every 32nd, a first kernel sums
-each piece that holds one token only, and the segment's program adds those sums to what is left of it at both ends: at
-most 62 rows and one partial sum for each 32.
+Both sums are float32, in an order that only the tokens decide. There are no atomics, so every run gives the same bits.
+The rows are sorted by token, stably, so that a token's rows are neighbours: a segment. The program of a segment's first
+row adds the segment's sum to dwte. The other rows' programs end at once, and tokens that do not occur cost nothing.
 
-Bytes, C wide, M = B * T rows: forward reads 2 and writes 1 row of C for each of M (the position rows come out of the
+But one letter in six is a space: 2,500 rows for one program, an estimated 150 us. So the sorted rows are cut into
+pieces of 32. A first kernel sums each piece that holds only one token. The segment's program adds these sums to the
+rows that are left at its two ends: at most 62 rows, and one sum for each 32.
+
+Bytes, C wide, M = B * T rows: forward reads 2 rows of C and writes 1 for each of M (the position rows come out of the
 cache). Backward reads M rows for dwte and again for dwpe, reads and writes a row of dwte for each token that occurs,
-and writes T of dwpe; what is summed in pieces costs another 8 in 128 of float32. A row whose token is not one of
-0 … V - 1 reads nothing and comes out as NaN: a kernel cannot raise, and a loss that is NaN at once is better than one
-that is a little wrong.
+and writes T rows of dwpe. What is summed in pieces costs another 8 in 128 of float32. A row whose token is not one of
+0 … V - 1 reads nothing and becomes NaN. A kernel cannot raise an error, and a loss that is NaN at once is better than
+one that is a little wrong.
 """
 
 import torch

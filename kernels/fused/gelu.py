@@ -1,23 +1,23 @@
-"""GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415), in its exact form and in the one GPT-2 was trained with.
+"""GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415): the exact form, and the form that GPT-2 was trained with.
 
     erf:    gelu(x) = x Phi(x),   gelu'(x) = Phi(x) + x phi(x)            phi, Phi: the normal density, its integral
     tanh:   gelu(x) = x s(x),     gelu'(x) = s(x) + x s'(x),   s(x) = sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))
 
-Saved for backward: x, from which everything is cheap to compute again. Bytes an element: forward reads x and writes y,
-backward reads dy and x and writes dx; 4 and 6 of them in bfloat16. An H100's memory brings 4 bytes in the time of some
-38 instructions, so the functions have to be cheap. Phi and s are alike, symmetric and falling fast: with a = |x|,
+Only x is saved for the backward pass. Forward reads x and writes y: 4 bytes an element in bfloat16. Backward reads dy
+and x and writes dx: 6 bytes. An H100's memory moves 4 bytes in the time of about 38 instructions, so the functions must
+be cheap. Phi and s are symmetric, and both fall fast. With a = |x|,
 
-    Phi(-a) = 2^P(a),   s(-a) = 2^Q(a),   their values at a are 1 less these
+    Phi(-a) = 2^P(a),   s(-a) = 2^Q(a),   and at a they are 1 minus these
 
-where P and Q, of degree 10 and 11, are minimax fits of the logarithms on [0, 6], the error weighted by max(2^P, 1e-4).
-The fits are off by 1.5e-9 and 1.3e-8, less than a float32 rounding of Phi; down the tail the relative error stays below
-2e-5 and 2e-4, where 1 + erf(x / sqrt(2)) has lost all its digits. Past 6 they fall on, and gelu goes to its limits, 0
-and x: there is a value at both infinities. NaN stays NaN.
+P and Q have degree 10 and 11. They are minimax fits of the logarithms on [0, 6], with the error weighted by
+max(2^P, 1e-4). The fits are off by 1.5e-9 and 1.3e-8, which is less than float32 rounds Phi. In the tail the relative
+error stays below 2e-5 and 2e-4; there 1 + erf(x / sqrt(2)) has no correct digit. Past 6 the fits keep falling, so gelu
+reaches its limits, 0 and x, also at both infinities. NaN stays NaN.
 
-Where x holds a bias already, as in `mlp.py`, the sum of dx over the rows is the bias's gradient. The backward kernel
-can sum it on the way, in registers: a fixed number of programs each take every P-th tile of rows, and the P partial
-rows are summed afterwards. No atomics, the same bits every run. Occupancy: at 32 registers a thread (64 with the sum),
-8 (4) programs of 256 threads are on a multiprocessor at once.
+In an MLP, x holds the bias already, and the bias's gradient is the sum of dx over the rows. The backward kernel can sum
+it in registers: a fixed number of programs P each take every P-th tile of rows, and the P partial rows are summed
+afterwards. There are no atomics, so every run gives the same bits. A multiprocessor holds 8 programs of 256 threads at
+32 registers a thread, or 4 with the sum, at 64.
 """
 
 import torch

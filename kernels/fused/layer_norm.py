@@ -8,17 +8,17 @@ Backward, with g = dy * weight and the stream's own gradient dresidual' (Ba et a
     dresidual = dresidual' + rstd * (g - mean(g) - xhat * mean(g * xhat)),   dx = keep * dresidual / (1 - p)
     dweight = sum over rows of dy * xhat,   dbias = sum over rows of dy
 
-Saved for it: residual' (which exists anyway, as the stream), mean and rstd, 8 bytes a row; the mask is drawn again.
+Saved for it: residual', which exists anyway as the stream, and mean and rstd, 8 bytes a row. The mask is drawn again.
 
-Bytes, with C of 768, a float32 stream and bfloat16 x and y: forward reads x, residual (6 B an element) and writes
-residual', y (6 B); backward reads dy, dresidual', residual' (10 B) and writes dresidual, dx (6 B). weight and bias come
-out of the cache. Both kernels are bound by memory: the forward one is planned for 32 warps on a multiprocessor, the
-backward one, which keeps its sums over rows in registers, for 12.
+Bytes with a float32 stream and bfloat16 x and y: forward reads x and residual (6 bytes an element) and writes residual'
+and y (6). Backward reads dy, dresidual' and residual' (10) and writes dresidual and dx (6). weight and bias come out of
+the cache. Both kernels are bound by memory. A multiprocessor should hold 32 warps of the forward kernel, and 12 of the
+backward kernel, which keeps its sums over rows in registers.
 
-Those sums are made by a fixed number of programs, each taking every P-th tile of rows, then over the P partial rows: no
-atomics, the same bits every run. The second sum is over in microseconds, and there are 25 LayerNorms in GPT-2. So a
-caller who keeps the partial rows of all of them in one buffer (`partial_rows` says how many) has it made by one launch
-for all (`sum_partials`).
+A fixed number of programs P makes those sums. Each takes every P-th tile of rows and writes one partial row, and the P
+partial rows are summed afterwards. There are no atomics, so every run gives the same bits. The second sum takes
+microseconds, but GPT-2 has 25 LayerNorms. So a caller can keep the partial rows of all of them in one buffer
+(`partial_rows` is their number), and one launch sums them all (`sum_partials`).
 """
 
 import torch

@@ -1,17 +1,19 @@
-"""The MLP's two matmul kernels, whose epilogues hold a GELU, and how they are cut up.
+"""The MLP's two matmul kernels with GELU in their epilogues, and the sizes of their tiles.
 
     linear_gelu_fwd:   pre = x @ weight.T + bias,   act = gelu(pre)
     linear_gelu_bwd:   dpre = (dy @ weight) * gelu'(pre),   dbias = sum over rows of dpre
 
-A kernel is persistent: its P programs are all resident, and each takes every P-th tile of the output. Two of them on a
-multiprocessor hide one's epilogue behind the other's product; one alone has the next tile's loads under way meanwhile
-(`FLATTEN`). Tiles are taken in groups of rows, so that the operands of those in flight stay in the L2 cache. Tiles move
-by tensor descriptors (TMA) on sm_90 and up where addresses and strides are multiples of 16 bytes, else by pointers and
-masks. An epilogue takes half a tile after the other: fewer registers, less shared memory.
+A kernel is persistent: all its P programs are on the device at once, and each takes every P-th tile of the output. If a
+multiprocessor has two programs, one computes while the other is in its epilogue. If it has one, the next tile's loads
+are under way meanwhile (`FLATTEN`). Tiles are taken in groups of rows, so that their operands stay in the L2 cache. On
+sm_90 and later, tiles move by tensor descriptors (TMA) if addresses and strides are multiples of 16 bytes, else by
+pointers and masks. An epilogue takes one half of its tile after the other, which needs fewer registers and less shared
+memory.
 
-Sums are float32, rounded once. float32 operands are multiplied as such ("ieee", on no tensor core): right, and slow.
-Bytes: operands are read once a tile, mostly out of L2; pre, act and dpre are moved once. dbias is summed tile by tile
-into float32 partial rows, one for each row of tiles, and those by the caller: no atomics, the same bits every run.
+Sums are float32 and rounded once. float32 operands are multiplied in float32 ("ieee", without tensor cores): right, and
+slow. Operands are read once for each tile, mostly out of L2. pre, act and dpre are moved once. dbias is summed tile by
+tile into float32 partial rows, one for each row of tiles, which the caller adds up. There are no atomics, so every run
+gives the same bits.
 """
 
 from dataclasses import dataclass

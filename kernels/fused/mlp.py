@@ -5,18 +5,18 @@
     dfc_weight = dpre.T @ x,   dfc_bias = sum of dpre's rows
     dproj_weight = dy.T @ act,   dproj_bias = sum of dy's rows
 
-The fused matmul's epilogue adds the bias, stores pre and stores its GELU; in the backward pass it multiplies
-dy @ proj_weight by gelu'(pre), so that the gradient of act is never stored. The other products have nothing to fuse and
-are cuBLAS's.
+The fused matmul adds the bias, stores pre and stores its GELU. In the backward pass it multiplies dy @ proj_weight by
+gelu'(pre), so the gradient of act is never stored. The other products have nothing to fuse and are cuBLAS's.
 
-Bytes, with M of 32 x 1024 rows, K of 768, N of 3072, in bfloat16: x and y are 50 MB, pre and act 201 MB. Next to cuBLAS
-with elementwise kernels, forward saves reading pre (201 MB), backward writing and reading the gradient of act (403 MB):
-together 0.2 ms a layer at 3 TB/s. All of it is lost where the kernel multiplies more slowly than cuBLAS. So the caller
-says which one to take, forward and backward; a training run measures both at its start (`train/choices.py`).
+Bytes in bfloat16, with M of 32 x 1024 rows, K of 768, N of 3072: x and y have 50 MB, pre and act 201 MB. Compared with
+cuBLAS and elementwise kernels, forward saves one reading of pre (201 MB), and backward one writing and one reading of
+the gradient of act (403 MB): together 0.2 ms a layer at 3 TB/s. All of this is lost if the kernel multiplies more
+slowly than cuBLAS. So the caller chooses, for forward and backward apart. A training run measures both when it starts
+(`train/choices.py`).
 
-Saved for backward: x, pre and act. act is dproj_weight's operand. It could be computed again from pre, which would free
-its 201 MB a layer; but then the backward kernel, which has pre at hand, would have to write it: 0.07 ms a layer at
-3 TB/s. Time was preferred. Where nothing needs a gradient neither is kept, and pre is not written.
+Saved for the backward pass: x, pre and act. dproj_weight needs act. Computing act again from pre would free its 201 MB
+a layer, but the backward kernel would have to write it, 0.07 ms a layer at 3 TB/s. Time was preferred. If nothing needs
+a gradient, neither is kept, and pre is not written.
 """
 
 import torch
