@@ -18,18 +18,19 @@ from kernels.reference import Grads
 
 @custom_op("nanofuse::put_product", mutates_args=("out",))
 def put_product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """out = a.T @ b, or out += a.T @ b: a (M, N) and b (M, K) of one dtype, out (N, K) of theirs or float32."""
+    """out = a.T @ b, or out += a.T @ b: a (M, N) and b (M, K) of one dtype, out (N, K) of theirs, or float32
+    to accumulate in."""
     if a.dtype == out.dtype:
         if accumulate:
             out.addmm_(a.t(), b)
         else:
             torch.mm(a.t(), b, out=out)
-    elif a.device.type == "cpu":  # which has no product with another dtype
-        store(out, a.t().to(out.dtype) @ b.to(out.dtype), accumulate)
-    elif accumulate:
-        torch.addmm(out, a.t(), b, out_dtype=out.dtype, out=out)
+        return
+    assert accumulate, "only sums have a dtype of their own"
+    if a.device.type == "cpu":  # which has no product with another dtype
+        out.addmm_(a.t().to(out.dtype), b.to(out.dtype))
     else:
-        torch.mm(a.t(), b, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a.t(), b, out_dtype=out.dtype, out=out)
 
 
 @put_product.register_fake  # torch 2.11 does not have products with another dtype on shapes
