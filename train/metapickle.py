@@ -5,10 +5,13 @@ name, except for dicts of other kinds and numpy's numbers. So the size of the vo
 needs, is found beside things that are not understood; those cost only the sampling of text.
 """
 
+import collections
+import hashlib
 import io
 import pickle
 import pickletools
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,40 +22,47 @@ DICTS = ("OrderedDict", "defaultdict", "Counter")
 
 
 def read_meta_pickle(data: bytes) -> dict[str, Any]:
-    """{vocab_size, itos, stoi} in the form of meta.json: with "tokenizer" and "chars" for a table of characters; for
-    another, "unread" says why text cannot be sampled. ValueError where no vocabulary size is found."""
+    """{vocab_size, itos, stoi} in the form of meta.json. ValueError for a pickle that cannot be read.
+
+    A table of characters becomes "tokenizer" and "chars". For any other, "unread" says why text cannot be sampled, and
+    "table" is its digest. "vocab_size" is missing where there is neither a size nor a whole table.
+    """
     meta = _load(data)
     if not isinstance(meta, dict):
         raise ValueError("expected a dict with a vocab_size")
-    table, unread = _table(meta.get("itos"), meta.get("stoi"))
-    vocab_size = meta.get("vocab_size")
-    if type(vocab_size) is float and vocab_size.is_integer():
-        vocab_size = int(vocab_size)
-    if vocab_size is None and table is not None:
-        vocab_size = len(table)
-    if vocab_size is None:
-        raise ValueError("no 'vocab_size' in it")
-    if table is not None and type(vocab_size) is int and len(table) > vocab_size:
-        table, unread = None, f"itos has {len(table)} entries, vocab_size is {vocab_size}"
-    found: dict[str, Any] = {"vocab_size": vocab_size}
-    if table is None:
-        return found | {"unread": unread}
-    if not all(isinstance(char, str) and len(char) == 1 for char in table) or len(set(table)) != len(table):
-        return found | {"unread": "itos holds more than different single characters"}
-    return found | {"tokenizer": "char", "chars": table}
+    size, table = meta.get("vocab_size"), _table(meta.get("itos"), meta.get("stoi"))
+    tokens = [table[i] for i in range(len(table))] if set(table) == set(range(len(table))) else []
+    if type(size) is float and size.is_integer():
+        size = int(size)
+    if type(size) is not int and tokens:
+        size = len(tokens)
+    found = {"vocab_size": size} | ({"dtype": meta["dtype"]} if isinstance(meta.get("dtype"), str) else {})
+    if not table:
+        return found | {"unread": "it has no table of characters"}
+    if not tokens:
+        return found | {"unread": f"the ids of itos are not those from 0 to {len(table) - 1}"}
+    characters = all(isinstance(token, str) and len(token) == 1 for token in tokens)
+    if characters and len(set(tokens)) == len(tokens) <= size:
+        return found | {"tokenizer": "char", "chars": tokens}
+    if all(type(token) in (str, bytes, int) for token in tokens):
+        found["table"] = digest(tokens)
+    if len(tokens) > size:
+        return found | {"unread": f"itos has {len(tokens)} entries, vocab_size is {size}"}
+    return found | {"unread": "itos holds more than different single characters"}
 
 
-def _table(itos: Any, stoi: Any) -> tuple[list | None, str]:
-    """(the tokens in the order of their ids, "") or (None, why there are none)."""
+def _table(itos: Any, stoi: Any) -> dict[Any, Any]:
+    """{id: token}; empty where there is none."""
     if isinstance(itos, list | tuple):
-        return list(itos), ""
+        return dict(enumerate(itos))
     if not isinstance(itos, dict) and isinstance(stoi, dict):
-        itos = {i: token for token, i in stoi.items() if type(i) is int}
-    if not isinstance(itos, dict):
-        return None, "it has no table of characters"
-    if set(itos) != set(range(len(itos))):
-        return None, f"the ids of itos are not those from 0 to {len(itos) - 1}"
-    return [itos[i] for i in range(len(itos))], ""
+        return {i: token for token, i in stoi.items() if type(i) is int}
+    return itos if isinstance(itos, dict) else {}
+
+
+def digest(tokens: Iterable[str | bytes | int]) -> str:
+    """What tells a table of tokens from another one."""
+    return hashlib.sha256(repr(list(tokens)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def check_pickle(data: bytes) -> None:
@@ -86,16 +96,7 @@ class _StandIn:
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, *_: Any) -> None:
-        pass
-
-    extend = add = update = append
+    __setstate__ = __setitem__ = append = extend = add = __init__
 
 
 class _Dtype(_StandIn):
@@ -116,11 +117,6 @@ def _scalar(dtype: Any = None, data: Any = None, *_: Any) -> Any:
     return np.frombuffer(data, dtype.text, count=1)[0].item()
 
 
-def _dict(*arguments: Any) -> dict:
-    """A dict of another kind, as a dict."""
-    return dict(arguments[0]) if arguments and isinstance(arguments[0], dict) else {}
-
-
 def _encode(text: Any = "", *_: Any) -> bytes:
     """Bytes, as pickles of protocol 2 spell them."""
     return text.encode("latin-1") if isinstance(text, str) else b""
@@ -132,4 +128,4 @@ class _Unpickler(pickle.Unpickler):
             return _encode
         if module.partition(".")[0] == "numpy" and name in ("dtype", "scalar"):
             return _Dtype if name == "dtype" else _scalar
-        return _dict if module == "collections" and name in DICTS else _StandIn
+        return getattr(collections, name) if module == "collections" and name in DICTS else _StandIn

@@ -49,7 +49,7 @@ def test_docs_that_are_damaged_are_made_anew_by_the_command_that_is_named(tmp_pa
     folder = Path("data", "docs")
     ensure_docs(folder, lambda line: None)
     (folder / "meta.json").write_text(damage)
-    with pytest.raises(UserError, match=r"cannot be read .*; python -m train\.prepare docs makes it anew"):
+    with pytest.raises(UserError, match=r"cannot be read: .*; python -m train\.prepare docs makes it anew"):
         ensure_docs(folder, lambda line: None)
     prepare.prepare(["docs"], PrepareConfig())
     ensure_docs(folder, lambda line: None)
@@ -68,7 +68,7 @@ def test_what_was_fetched_for_a_dataset_that_cannot_be_goes_again(tmp_path, monk
         assert list(tmp_path.iterdir()) == []
     Path("data/docs").mkdir(parents=True)
     Path("data/docs/input.txt").mkdir()
-    with pytest.raises(UserError, match="data/docs: cannot be written: it is a folder"):
+    with pytest.raises(UserError, match=r"data/docs/input\.txt: cannot be read: Is a directory"):
         prepare.prepare(["docs"], PrepareConfig())
 
 

@@ -243,7 +243,7 @@ def test_a_file_that_was_cut_short_or_changed_is_refused(tmp_path, monkeypatch):
     dataset, _ = prepare([str(path)], PrepareConfig())
     train = Path("data", dataset, "train.bin")
     Dataset(train.parent).check(8)
-    assert Dataset(train.parent).check_sums()
+    assert Dataset(train.parent).check(whole=True)
     whole = train.read_bytes()
     train.write_bytes(whole[:-200])
     with pytest.raises(UserError, match=r"train\.bin: 8,900 tokens, but meta\.json says 9,000: it was cut short"):
@@ -253,7 +253,7 @@ def test_a_file_that_was_cut_short_or_changed_is_refused(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"train\.bin: damaged, or another file"):
             Dataset(train.parent).check(8)
     nanogpts = make(tmp_path / "data" / "old")  # without checksums
-    assert not Dataset(nanogpts).check_sums()
+    assert not Dataset(nanogpts).check(whole=True)
 
 
 def test_missing_data_names_the_command(tmp_path, monkeypatch):
