@@ -196,13 +196,18 @@ def sources_of(files: Sequence[Path]) -> str:
 
 
 def ensure_docs(folder: Path, say: Callable[[str], None] = print) -> None:
-    """Make the dataset `docs` in `folder` if it is missing, in seconds; say its size and sha256."""
-    if not all(os.path.isfile(folder / name) for name in ("train.bin", "val.bin", "meta.json")):
+    """Make the dataset `docs` in `folder` if it is missing, in seconds; say its size and sha256.
+
+    A dataset of that name which was not made here, nanoGPT's for example, is left as it is.
+    """
+    if not os.path.isfile(folder / "train.bin"):
         write_corpus(folder, "docs", "char")
     try:
-        say(docs_line(read_meta(folder)))
-    except (UserError, KeyError) as error:
+        meta = read_meta(folder) or {}
+    except UserError as error:
         raise UserError(f"{error}; python -m train.prepare docs makes it anew") from None
+    if {"train_tokens", "val_tokens", "tokenizer", "sha256"} <= meta.keys():
+        say(docs_line(meta))
 
 
 def docs_line(meta: dict[str, Any]) -> str:
@@ -264,12 +269,9 @@ def write_dataset(
     """
     named = ", ".join(map(str, paths))
     changed = UserError(f"{named}: changed while being read; run again")
-    size = sum(os.stat(path).st_size for path in paths)
-    if size == 0:
-        raise UserError(f"{named}: empty, expected text")
     coder = GPT2Tokenizer(bpe_dir or None) if tokenizer == "gpt2" else ByteTokenizer()
     first, second = hashlib.sha256(), hashlib.sha256()
-    with progress(2 * size, "B") as bar:
+    with progress(2 * sum(os.stat(path).st_size for path in paths), "B") as bar:
 
         def reading(digest: Any) -> Iterator[Any]:
             def see(data: bytes) -> None:
@@ -292,6 +294,8 @@ def write_dataset(
             length += len(piece)
             if tokenizer == "char":
                 alphabet.update(piece)
+        if length == 0:
+            raise UserError(f"{named}: empty, expected text")
         if tokenizer == "char":
             coder = CharTokenizer(sorted(alphabet))
         whole = END_OF_TEXT if tokenizer == "gpt2" else ""

@@ -393,12 +393,11 @@ def checked_meta(meta: Any) -> dict[str, Any]:
     if dtype not in fitting:
         found = dtype if dtype == "uint16" else shown(dtype)
         raise ValueError(f"dtype is {found}, expected {' or '.join(fitting)} for vocab_size={size}")
-    sums = meta.get("checksums")
+    sums, kinds = meta.get("checksums"), {"bytes": int, "train": list, "val": list}
     if sums is not None and not (
         isinstance(sums, dict)
-        and type(sums.get("bytes")) is int
+        and all(type(sums.get(name)) is kind for name, kind in kinds.items())
         and 1 <= sums["bytes"] <= 1 << 30
-        and all(isinstance(sums.get(name), list) for name in ("train", "val"))
     ):
         raise ValueError(f"checksums is {shown(sums)}, expected those that train.prepare writes")
     if meta.get("tokenizer") == "char":

@@ -1,4 +1,4 @@
-"""Text files to token files, by the command and in pieces."""
+"""Text files to token files, by the command."""
 
 import gzip
 import io
@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import re
-import shlex
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +22,8 @@ from train.data import Dataset
 from train.errors import UserError
 from train.files import staging_folder
 
-ROOT = Path(__file__).parents[2]
 TEXT = "To be, or not to be: that's the question.\nOb's edler im Gemüt, €, die Pfeil' … 生存还是毁灭。\n" * 30
+END = 50256
 
 
 def run(monkeypatch, *arguments: str) -> None:
@@ -41,6 +41,10 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def whole_text(dataset: Dataset) -> str:
+    return dataset.tokenizer().decode([*dataset.train, *dataset.val])
 
 
 # The result
@@ -66,6 +70,14 @@ def test_files_are_encoded_one_after_the_other(monkeypatch, capsys, folder, toke
     assert dataset.meta["sha256"] in said
 
 
+def test_bytes_stay_as_they_are(monkeypatch, folder):
+    data = bytes(range(256)) * 3 + "\ufeffé\r\n".encode()
+    (folder / "a.bin").write_bytes(data)
+    run(monkeypatch, "a.bin", "--tokenizer=byte", "--val_fraction=0.5")
+    dataset = Dataset("data/a")
+    assert bytes([*dataset.train, *dataset.val]) == data
+
+
 def test_nanogpt_reads_the_folder(monkeypatch, folder):
     (folder / "a.txt").write_text("hello world, hello moon")
     run(monkeypatch, "a.txt", "--dataset", "greetings", "--val_fraction=0.5")
@@ -81,40 +93,31 @@ def test_an_alphabet_over_65536_takes_uint32(monkeypatch, folder):
     run(monkeypatch, "a.txt")
     dataset = Dataset("data/a")
     assert dataset.train.dtype == np.uint32
-    read = dataset.tokenizer().decode(dataset.train) + dataset.tokenizer().decode(dataset.val)
-    assert read == text.replace("\r", "\n")
+    assert whole_text(dataset) == text.replace("\r", "\n")
 
 
-def test_prepared_again_with_another_tokenizer_leaves_no_old_meta(monkeypatch, folder):
-    (folder / "a.txt").write_text(TEXT)
-    run(monkeypatch, "a.txt")
-    (folder / "data/a/notes.md").write_text("mine")
-    run(monkeypatch, "a.txt", "--tokenizer=byte")
-    assert sorted(os.listdir("data/a")) == ["meta.json", "notes.md", "train.bin", "val.bin"]
-    assert Dataset("data/a").n_vocab == 256
-
-
-END = 50256
-
-
-@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.9])
 def test_documents_end_with_gpt2s_token(monkeypatch, folder, fraction):
     """Files, lines of .jsonl files and <|endoftext|> in a text; the parts are never divided inside the token's name."""
-    (folder / "poems" / "b").mkdir(parents=True)
-    (folder / "poems" / "a.txt").write_text("One.<|endoftext|>Two, and more")
-    (folder / "poems" / ".hidden").write_bytes(b"\xff")
+    poems = folder / "data" / "poems"
+    (poems / "b").mkdir(parents=True)
+    (poems / "a.txt").write_text("One.<|endoftext|>Two, and more")
+    (poems / ".hidden").write_bytes(b"\xff")
     lines = "".join(json.dumps({"text": text}) + "\n" for text in ("Three", "Four"))
-    (folder / "poems" / "b" / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (folder / "poems" / "d.md").write_bytes("\ufeffFive\r\n".encode())
-    run(monkeypatch, "poems", "--tokenizer=gpt2", f"--val_fraction={fraction}")
+    (poems / "b" / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (poems / "d.md").write_bytes("\ufeffFive\r\n".encode())
+    run(monkeypatch, "data/poems", "--tokenizer=gpt2", f"--val_fraction={fraction}")
     dataset = Dataset("data/poems")
-    ids = dataset.train.tolist() + dataset.val.tolist()
-    assert ids.count(END) == 4
-    assert dataset.tokenizer().decode(ids) == "<|endoftext|>".join(["One.", "Two, and more", "Three", "Four", "Five\n"])
-    run(monkeypatch, "poems", f"--val_fraction={fraction}")  # by character they are one text
-    dataset = Dataset("data/poems")
-    text = dataset.tokenizer().decode([*dataset.train, *dataset.val])
-    assert text == "One.<|endoftext|>Two, and moreThree\nFour\nFive\n"
+    assert [*dataset.train, *dataset.val].count(END) == 4
+    assert whole_text(dataset) == "<|endoftext|>".join(["One.", "Two, and more", "Three", "Four", "Five\n"])
+    # By character they are one text. The files of the dataset, which now lie there too, and the old meta are no part.
+    run(monkeypatch, "data/poems", f"--val_fraction={fraction}")
+    assert whole_text(Dataset("data/poems")) == "One.<|endoftext|>Two, and moreThree\nFour\nFive\n"
+    run(monkeypatch, "data/poems", "--tokenizer=byte")
+    assert sorted(os.listdir("data/poems")) == sorted(
+        [".hidden", "a.txt", "b", "d.md", "meta.json", "train.bin", "val.bin"]
+    )
+    assert Dataset("data/poems").n_vocab == 256
 
 
 @pytest.mark.parametrize(
@@ -125,10 +128,10 @@ def test_documents_end_with_gpt2s_token(monkeypatch, folder, fraction):
         ("data/poems/raw/a.txt", "poems"),
         ("data/poems", "poems"),
         ("a.jsonl.gz", "a"),
-        ("songs/", "songs"),
         ("songs/v1.2/", "v1.2"),
         ("old/2024.01.txt", "2024.01"),
         ("$HOME; ls.txt", "$HOME; ls"),
+        ("two\nlines\x1b'.txt", "two\nlines\x1b'"),
     ],
 )
 def test_the_name_of_a_dataset_and_the_command_that_trains_on_it(monkeypatch, capsys, folder, source, name):
@@ -140,14 +143,20 @@ def test_the_name_of_a_dataset_and_the_command_that_trains_on_it(monkeypatch, ca
     path.write_bytes(gzip.compress(json.dumps({"text": text}).encode()) if path.suffix == ".gz" else text.encode())
     run(monkeypatch, source)
     assert (folder / "data" / name / "train.bin").is_file()
-    said = capsys.readouterr().out
-    assert f"data/{name}/train.bin: 10" in said
-    (command,) = re.findall("train on it with: (.*)", said)
-    program, *arguments = shlex.split(command.removeprefix("python -m "))
+    (command,) = re.findall("train on it with: (.*)", capsys.readouterr().out)
+    program, *arguments = shell(command)
     assert program == "train"
     config = compose(parse(arguments), preset("docs"))
     assert dataset_folder(config.dataset) == Path("data", name)
     Dataset(dataset_folder(config.dataset)).check(config.block_size)
+
+
+def shell(command: str) -> list[str]:
+    """The arguments of a command after `python -m`, as bash reads them."""
+    printed = subprocess.run(
+        ["bash", "-c", "printf '%s\\0' " + command.removeprefix("python -m ")], capture_output=True, text=True
+    )
+    return printed.stdout.split("\0")[:-1]
 
 
 def test_a_dataset_of_other_files_is_replaced_only_by_name(monkeypatch, folder):
@@ -165,25 +174,26 @@ def test_a_dataset_of_other_files_is_replaced_only_by_name(monkeypatch, folder):
         run(monkeypatch, "b/input.txt", option)
     assert sorted(os.listdir("data")) == ["NAME", "input"]
     assert Dataset("data/input").meta["sha256"] == Dataset("data/NAME").meta["sha256"]
-    (folder / "data" / "input" / "meta.json").unlink()  # as nanoGPT makes them
-    with pytest.raises(UserError, match="holds a dataset of other files"):
-        run(monkeypatch, "b/input.txt")
+    for damage in (lambda path: path.write_text("{"), Path.unlink):  # unreadable, or nanoGPT's
+        damage(folder / "data" / "input" / "meta.json")
+        with pytest.raises(UserError, match="holds a dataset of other files"):
+            run(monkeypatch, "b/input.txt")
 
 
-@pytest.mark.parametrize("name", ["poems", "data/poems", "./data/poems/", "my poems", "shakespeare_chars"])
+@pytest.mark.parametrize("name", ["poems", "data/poems", "./data/poems/", "my poems", "shakespeare_chars", "a\nb"])
 def test_the_command_that_makes_a_missing_dataset(monkeypatch, folder, name):
     (folder / "a.txt").write_text(TEXT)
     with pytest.raises(UserError) as caught:
         Dataset(dataset_folder(name))
     command = str(caught.value).rpartition("make it with: ")[2]
     assert command.startswith("python -m train.prepare FILE ... ")
-    run(monkeypatch, *shlex.split(command.replace("FILE ...", "a.txt"))[3:])
+    run(monkeypatch, *shell(command.replace("FILE ...", "a.txt"))[1:])
     Dataset(dataset_folder(name))
     (folder / dataset_folder(name) / "val.bin").unlink()
     (folder / dataset_folder(name) / "input.txt").write_text(TEXT)
     with pytest.raises(UserError) as caught:
         Dataset(dataset_folder(name))
-    run(monkeypatch, *shlex.split(str(caught.value).rpartition("make it with: ")[2])[3:])
+    run(monkeypatch, *shell(str(caught.value).rpartition("make it with: ")[2])[1:])
     Dataset(dataset_folder(name))
 
 
@@ -197,15 +207,15 @@ def test_check_reads_all_of_a_dataset(monkeypatch, capsys, folder):
     path.write_bytes(path.read_bytes()[::-1])
     with pytest.raises(UserError, match=r"data/my poems/val\.bin: "):
         run(monkeypatch, "--check", "data/my poems")
-    meta = json.loads(path.with_name("meta.json").read_text())
-    del meta["checksums"]
-    path.with_name("meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=r"val\.bin: token \d+ at position"):
-        run(monkeypatch, "--check", "data/my poems")
-    path.write_bytes(bytes(120))
-    capsys.readouterr()
+    for name in ("meta.json", "meta.pkl"):  # as GPT-2's BPE, without checksums
+        path.with_name(name).unlink()
+    for tokens, said in (([END, 50257], r"val\.bin: token 50257 at position 1, .* below vocab_size=50257"), ([3], "")):
+        np.array(tokens, "<u2").tofile(path)
+        if said:
+            with pytest.raises(UserError, match=said):
+                run(monkeypatch, "--check", "data/my poems")
     run(monkeypatch, "--check", "data/my poems")
-    assert "no checksums" in capsys.readouterr().out
+    assert "540 and 1 tokens below 50,257; there are no checksums" in capsys.readouterr().out
 
 
 # Bad input
@@ -215,27 +225,28 @@ def test_check_reads_all_of_a_dataset(monkeypatch, capsys, folder):
     ("arguments", "message"),
     [
         ([], "nothing to prepare"),
-        (["shakespeare_cher"], "did you mean shakespeare_char"),
-        (["xyzzy"], "expected text files or one of docs"),
-        (["no.txt"], "'no.txt': no such file"),
+        (["shakespeare_cher"], "no such file or corpus (did you mean shakespeare_char?)"),
+        (["xyzzy"], "'xyzzy': no such file or corpus, expected text files or one of docs, "),
+        (["a.txt", "no.txt"], "'no.txt': no such file"),
+        (["x" * 300], "no such file or corpus"),
         (["pipe"], "'pipe': not a regular file or a folder"),
         (["hollow"], "'hollow': no files in this folder"),
-        (["notes.jsonl"], r"notes.jsonl: line 2: expected a JSON object with a \"text\", got 'hello'"),
+        (["notes.jsonl"], "notes.jsonl: line 2: expected a JSON object with a \"text\", got 'hello'"),
         (["a.txt", "--check=nothing"], "check: got 'a.txt' too"),
         (["--check=nothing"], "data/nothing: no such dataset"),
         (["shakespeare", "--bpe_dir=nowhere"], "bpe_dir: nowhere/encoder.json"),
-        (["x" * 300], "no such file or corpus"),
+        (["a.txt", "--tokenizer=gpt2", "--bpe_dir=nowhere"], "bpe_dir: nowhere/encoder.json"),
         (["a.txt", "--dataset=" + "x" * 300], "cannot be written: File name too long"),
+        (["a.txt", "--dataset=new/../../a.txt/b"], "cannot be written: "),
         (["empty.txt"], "empty.txt: empty"),
-        (["a.txt", "latin.txt"], r"latin.txt: byte 2,003 is not UTF-8"),
-        (["a.txt", "cut.txt", "--tokenizer=gpt2"], r"cut.txt: byte 2,000 is not UTF-8"),
+        (["empty.txt.gz", "--tokenizer=byte"], "empty.txt.gz: empty"),
+        (["a.txt", "latin.txt"], "latin.txt: byte 2,003 is not UTF-8"),
+        (["a.txt", "cut.txt", "--tokenizer=gpt2"], "cut.txt: byte 2,000 is not UTF-8"),
         (["short.txt"], "val part has 1 tokens"),
         (["a.txt", "--tokenizer=bpe"], "tokenizer: got 'bpe', expected auto | char | byte | gpt2"),
         (["a.txt", "--val_fraction=1.0"], "val_fraction: got 1.0"),
-        (["a.txt", "--tokenizer=gpt2", "--bpe_dir=nowhere"], r"bpe_dir: nowhere/encoder.json"),
         (["docs.txt"], "dataset: docs is the name of a corpus"),
         (["openwebtext", "--tokenizer=char"], "openwebtext: "),
-        (["a.txt", "--dataset=new/../../a.txt/b"], "cannot be written: "),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, folder, arguments, message):
@@ -243,6 +254,7 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, folder, arguments
     (folder / "docs.txt").write_text(TEXT)
     (folder / "short.txt").write_text("12345678")
     (folder / "empty.txt").touch()
+    (folder / "empty.txt.gz").write_bytes(gzip.compress(b""))
     (folder / "hollow").mkdir()
     os.mkfifo(folder / "pipe")
     (folder / "notes.jsonl").write_text('{"text": "To be"}\nhello\n')
@@ -250,33 +262,22 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, folder, arguments
     (folder / "cut.txt").write_bytes(b"a" * 2000 + "€".encode()[:2])
     monkeypatch.setattr(texts, "CHUNK", 1000)
     before = tree(folder)
-    with pytest.raises(UserError, match=message.replace("|", r"\|")) as caught:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         run(monkeypatch, *arguments)
     assert "\n" not in str(caught.value)
     assert tree(folder) == before
     assert not (folder / "data").exists()
 
 
-def test_a_failure_leaves_the_old_data(monkeypatch, folder):
+@pytest.mark.parametrize("failing", [0, 1, 2, 3, 4])
+def test_a_failure_leaves_the_old_data_or_none(monkeypatch, folder, failing):
+    """A full disk leaves the old files. After an end between two renames there is no mixture."""
     (folder / "a.txt").write_text(TEXT)
     run(monkeypatch, "a.txt")
-    before = tree(folder / "data")
+    before, calls, rename = tree(folder / "data"), [], os.replace
 
     def full(*_):
         raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("train.files.sync", full)
-    with pytest.raises(UserError, match=r"data/a: cannot be written: No space left on device"):
-        run(monkeypatch, "a.txt", "--tokenizer=byte")
-    assert tree(folder / "data") == before
-
-
-@pytest.mark.parametrize("failing", range(1, 5))
-def test_an_end_between_the_renames_leaves_no_mixture(monkeypatch, folder, failing):
-    (folder / "a.txt").write_text(TEXT)
-    run(monkeypatch, "a.txt")
-    calls = []
-    rename = os.replace
 
     def replace(source, target):
         calls.append(target)
@@ -284,11 +285,11 @@ def test_an_end_between_the_renames_leaves_no_mixture(monkeypatch, folder, faili
             raise KeyboardInterrupt
         rename(source, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace)
-        with pytest.raises(KeyboardInterrupt):
-            run(monkeypatch, "a.txt", "--val_fraction=0.2")
-    assert not (folder / "data/a/train.bin").exists()
+    monkeypatch.setattr(*(("train.files.sync", full) if failing == 0 else (os, "replace", replace)))
+    said = r"^data/a: cannot be written: No space left on device$" if failing == 0 else ""
+    with pytest.raises(UserError if failing == 0 else KeyboardInterrupt, match=said):
+        run(monkeypatch, "a.txt", "--val_fraction=0.2")
+    assert tree(folder / "data") == before if failing == 0 else not (folder / "data/a/train.bin").exists()
     assert not [name for name in os.listdir("data/a") if name.startswith(".")]
 
 
@@ -303,21 +304,19 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not
     assert sorted(os.listdir("data/a")) == ["meta.json", "meta.pkl", "train.bin", "val.bin"]
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(monkeypatch, folder):
+@pytest.mark.parametrize("now", [TEXT.replace("To", "tO"), TEXT.replace("To", "%$")])
+def test_a_file_that_changes_while_it_is_read_is_refused(monkeypatch, folder, now):
     path = folder / "a.txt"
     path.write_text(TEXT)
 
     def between_the_passes(*arguments):
-        path.write_text(TEXT.replace("To", "So"))
+        path.write_text(now)
         return texts.split_at(*arguments)
 
     monkeypatch.setattr(prepare, "split_at", between_the_passes)
     with pytest.raises(UserError, match="changed while being read"):
         run(monkeypatch, "a.txt")
     assert not (folder / "data").exists()
-
-
-# The command
 
 
 class Terminal(io.StringIO):
