@@ -285,9 +285,12 @@ def test_a_failure_leaves_the_old_data_or_none(monkeypatch, folder, failing):
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(*(("train.files.sync", full) if failing == 0 else (os, "replace", replace)))
-    said = r"^data/a: cannot be written: No space left on device$" if failing == 0 else ""
-    with pytest.raises(UserError if failing == 0 else KeyboardInterrupt, match=said):
+    error, said = KeyboardInterrupt, None
+    if failing == 0:
+        error, said = UserError, r"^data/a: cannot be written: No space left on device$"
+        monkeypatch.setattr("train.files.sync", full)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(error, match=said):
         run(monkeypatch, "a.txt", "--val_fraction=0.2")
     assert tree(folder / "data") == before if failing == 0 else not (folder / "data/a/train.bin").exists()
     assert not [name for name in os.listdir("data/a") if name.startswith(".")]

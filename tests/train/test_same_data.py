@@ -15,10 +15,17 @@ from tests.train.jobs import CHARS, make_data
 from tests.train.runs import CONSTANT, iterations, last, logged, refusal, resume, run
 from train.checkpoint import held
 from train.data import Dataset, difference, unnamed_tokenizer
+from train.metapickle import read_meta_pickle
+from train.text import checked_meta
 
 BYTES = {"vocab_size": 256, "tokenizer": "byte"}
 GPT2 = {"vocab_size": 50257, "tokenizer": "gpt2"}
 ABC = {"vocab_size": 3, "tokenizer": "char", "chars": list("abc")}
+
+
+def words(*tokens: str) -> dict:
+    """The meta of nanoGPT's folder with a table of words."""
+    return checked_meta(read_meta_pickle(pickle.dumps({"itos": list(tokens)})))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +48,10 @@ ABC = {"vocab_size": 3, "tokenizer": "char", "chars": list("abc")}
         (ABC, {"vocab_size": 3}, ""),
         (ABC, {"vocab_size": 2}, "3 different tokens there, 2 here"),
         ({"vocab_size": 128}, {"vocab_size": 100}, ""),
+        (words("to", "be", "or"), words("to", "be", "or"), ""),
+        (words("to", "be", "or"), words("be", "to", "or"), "the tables of tokens are two different ones"),
+        (ABC, words("to", "be", "or"), "the tables of tokens are two different ones"),
+        (words("to", "be", "or"), {"vocab_size": 3}, ""),
     ],
 )
 def test_the_difference_of_two_tokenizers(there, here, says):
