@@ -119,11 +119,11 @@ def openwebtext() -> dict[str, Any]:
     """{"train": documents, "val": documents}, split as nanoGPT splits them. Raises UserError."""
     try:
         from datasets import load_dataset
-    except ImportError:
-        raise UserError("openwebtext: the package `datasets` is missing; pip install 'nanofuse[data]'") from None
-    try:
+
         documents = load_dataset("Skylion007/openwebtext", split="train")
         parts = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    except ImportError:
+        raise UserError("openwebtext: the package `datasets` is missing; pip install 'nanofuse[data]'") from None
     except Exception as error:  # of the network, the cache or the disk: the package has no common ancestor for them
         raise UserError(f"openwebtext: cannot be loaded: {type(error).__name__}: {first_line(error)}") from None
     return {"train": parts["train"], "val": parts["test"]}

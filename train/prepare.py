@@ -236,23 +236,22 @@ def write_corpus(folder: Path, name: str, tokenizer: str, **options: Any) -> dic
 def write_openwebtext(folder: Path, bpe_dir: str = "") -> dict[str, Any]:
     """Write OpenWebText in nanoGPT's split, <|endoftext|> after every document. Returns the meta."""
     bpe = GPT2Tokenizer(bpe_dir or None)
-    documents = openwebtext()
-    digest = hashlib.sha256()
+    documents, digest = openwebtext(), hashlib.sha256()
     end = np.array([GPT2_TOKENS - 1])
 
-    def texts(part: Any) -> Iterator[list[str]]:
-        for batch in part.iter(batch_size=DOCUMENTS):
-            for text in batch["text"]:
-                digest.update(text.encode("utf-8", "replace"))
-            yield batch["text"]
-            bar.update(len(batch["text"]))
+    def texts() -> Iterator[tuple[str, list[str]]]:
+        for name, part in documents.items():
+            for batch in part.iter(batch_size=DOCUMENTS):
+                for text in batch["text"]:
+                    digest.update(text.encode("utf-8", "replace"))
+                yield name, batch["text"]
+                bar.update(len(batch["text"]))
 
     def encode(batch: list[str]) -> np.ndarray:
         return np.concatenate([ids for text in batch for ids in (bpe.encode_ordinary(text), end)])
 
     with progress(sum(map(len, documents.values())), " documents") as bar:
-        splits = {name: in_order(encode, texts(part)) for name, part in documents.items()}
-        return write_tokens(folder, bpe, splits, digest.hexdigest)
+        return write_tokens(folder, bpe, in_order(encode, texts()), digest.hexdigest)
 
 
 # The files
@@ -270,19 +269,17 @@ def write_dataset(
     named = ", ".join(map(str, paths))
     changed = UserError(f"{named}: changed while being read; run again")
     coder = GPT2Tokenizer(bpe_dir or None) if tokenizer == "gpt2" else ByteTokenizer()
+    between = END_OF_TEXT if tokenizer == "gpt2" else ""
     first, second = hashlib.sha256(), hashlib.sha256()
     with progress(2 * sum(os.stat(path).st_size for path in paths), "B") as bar:
 
-        def reading(digest: Any) -> Iterator[Any]:
-            def see(data: bytes) -> None:
-                bar.update(len(data))
+        def reading(digest: Any) -> Iterator[str | bytes]:
+            pieces = read_text(paths, between, raw=tokenizer == "byte")
+            for piece in whole_words(pieces) if tokenizer == "gpt2" else pieces:
+                data = piece.encode("utf-8", "surrogateescape")
                 digest.update(data)
-
-            if tokenizer == "byte":
-                return (piece.encode("utf-8", "surrogateescape") for piece in read_text(paths, see, raw=True))
-            if tokenizer == "gpt2":
-                return whole_words(read_text(paths, see, END_OF_TEXT))
-            return read_text(paths, see)
+                bar.update(len(data))
+                yield data if tokenizer == "byte" else piece
 
         def sha256() -> str:
             if first.digest() != second.digest():
@@ -298,11 +295,9 @@ def write_dataset(
             raise UserError(f"{named}: empty, expected text")
         if tokenizer == "char":
             coder = CharTokenizer(sorted(alphabet))
-        whole = END_OF_TEXT if tokenizer == "gpt2" else ""
-        parts = split_at(reading(second), int(length * (1 - val_fraction)), whole)
-        splits = {name: in_order(coder.encode_array, part) for name, part in zip(("train", "val"), parts, strict=True)}
+        parts = split_at(reading(second), int(length * (1 - val_fraction)), between)
         try:
-            return write_tokens(folder, coder, splits, sha256, sources=sources_of(paths))
+            return write_tokens(folder, coder, in_order(coder.encode_array, parts), sha256, sources=sources_of(paths))
         except ValueError:  # a character that the first pass did not meet
             raise changed from None
 
@@ -310,22 +305,23 @@ def write_dataset(
 def write_tokens(
     folder: Path,
     tokenizer: Tokenizer,
-    splits: Mapping[str, Iterable[np.ndarray]],
+    tokens: Iterable[tuple[str, np.ndarray]],
     sha256: Callable[[], str],
     **facts: Any,
 ) -> dict[str, Any]:
-    """Write train.bin, val.bin and meta from arrays of ids, "train" first. Returns the meta.
+    """Write train.bin, val.bin and meta from arrays of ids, each with the name of its part. Returns the meta.
 
     sha256: of the text; called last. facts: more for meta.json. Raises UserError, and leaves `folder` as it was, where
-    a split has fewer than 2 tokens.
+    a part has fewer than 2 tokens.
     """
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
     meta, sums = tokenizer.meta() | {"dtype": dtype.name} | facts, {"bytes": CHECKSUM_BYTES}
     with making_folder(folder), staging_folder(folder) as staging:
-        for name in ("train", "val"):
-            with open(staging / f"{name}.bin", "w+b") as file:
-                for ids in splits[name]:
-                    file.write(np.ascontiguousarray(ids, dtype=dtype))
+        with open(staging / "train.bin", "w+b") as train, open(staging / "val.bin", "w+b") as val:
+            files = {"train": train, "val": val}
+            for name, ids in tokens:
+                files[name].write(np.ascontiguousarray(ids, dtype=dtype))
+            for name, file in files.items():
                 meta[f"{name}_tokens"] = count = file.tell() // dtype.itemsize
                 if count < 2:
                     raise UserError(f"too little text: the {name} part has {count} tokens, expected 2 or more")
@@ -342,17 +338,17 @@ def write_tokens(
     return meta
 
 
-def in_order(work: Callable[[Any], np.ndarray], items: Iterable[Any]) -> Iterator[np.ndarray]:
-    """map(work, items) on all cores, in order, a few items ahead."""
+def in_order(encode: Callable[[Any], np.ndarray], parts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, encode(item)) of every (name, item), on all cores, in order, a few items ahead."""
     ahead = 2 * (os.cpu_count() or 1)
-    waiting: deque[Future[np.ndarray]] = deque()
+    waiting: deque[tuple[str, Future[np.ndarray]]] = deque()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for item in items:
-            waiting.append(pool.submit(work, item))
+        for name, item in parts:
+            waiting.append((name, pool.submit(encode, item)))
             if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                name, ids = waiting.popleft()
+                yield name, ids.result()
+        yield from ((name, ids.result()) for name, ids in waiting)
 
 
 def progress(total: int, unit: str) -> Any:

@@ -16,7 +16,7 @@ import json
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TextIO
@@ -63,49 +63,31 @@ SIGNATURES = {  # how files begin that are no UTF-8 text: what they are, and ico
 # Text files
 
 
-class _Watched(io.BufferedIOBase):
-    """An open file. It shows `see` the bytes that are read, and counts them."""
-
-    def __init__(self, file: BinaryIO, see: Callable[[bytes], object]) -> None:
-        self.file, self.see, self.count = file, see, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def read1(self, size: int = -1) -> bytes:
-        data = self.file.read1(size)
-        self.count += len(data)
-        self.see(data)
-        return data
-
-
-def read_text(
-    paths: Iterable[Path], see: Callable[[bytes], object] = len, between: str = "", *, raw: bool = False
-) -> Iterator[str]:
+def read_text(paths: Iterable[Path], between: str = "", *, raw: bool = False) -> Iterator[str]:
     """The files' text in pieces that never divide a character, `between` each two documents.
 
     A document is a file, or the field "text" of a line of a .jsonl file; such texts have at least a newline between
     them. gzip is unpacked, a byte order mark left out, and a line ends with \\n, as in Python's own text files. Raises
     UserError where a file is not UTF-8.
 
-    see: is shown the files' bytes, unpacked. raw: nothing is left out or refused, but in .jsonl files; a byte that is
-    not UTF-8 becomes a lone surrogate, as "surrogateescape" has it.
+    raw: nothing is left out or refused, but in .jsonl files; a byte that is not UTF-8 becomes a lone surrogate, as
+    "surrogateescape" has it.
     """
     for index, path in enumerate(paths):
         if index and between:
             yield between
         with _opened(path) as file:
-            has_lines, watched = path.name.lower().endswith((".jsonl", ".jsonl.gz")), _Watched(file, see)
+            has_lines = path.name.lower().endswith((".jsonl", ".jsonl.gz"))
             if raw and not has_lines:
-                text = io.TextIOWrapper(watched, "utf-8", "surrogateescape", newline="")
+                text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
             else:
                 _check_text(path, file)
-                text = io.TextIOWrapper(watched, "utf-8-sig")
+                text = io.TextIOWrapper(file, "utf-8-sig")
             pieces = _documents(path, text, between) if has_lines else iter(functools.partial(text.read, CHUNK), "")
             try:
                 yield from pieces
             except UnicodeDecodeError as error:  # its object is what was read last
-                at = watched.count - len(error.object) + error.start
+                at = file.tell() - len(error.object) + error.start
                 remedy = _remedy(path, file, "ISO-8859-1").replace(": ", "; if it is Latin-1: ", 1)
                 message = f"{path}: byte {at:,} is not UTF-8 ({error.reason}), expected UTF-8 text{remedy}"
                 raise UserError(message) from None
@@ -173,26 +155,19 @@ def _documents(path: Path, file: TextIO, between: str) -> Iterator[str]:
         yield separator
 
 
-def split_at(pieces: Iterable[Any], size: int, whole: str = "") -> tuple[Iterator[Any], Iterator[Any]]:
-    """The first `size` characters or bytes of `pieces`, and the rest: to be read in that order.
+def split_at(pieces: Iterable[Any], size: int, whole: str = "") -> Iterator[tuple[str, Any]]:
+    """("train", piece) of the first `size` characters or bytes of `pieces`, ("val", piece) of the rest.
 
     whole: a word that is not divided; no piece may begin or end in one. The first part then ends after it.
     """
-    pieces, rest = iter(pieces), []
-
-    def first() -> Iterator[Any]:
-        left = size
-        for piece in pieces:
-            if whole and 0 < left < len(piece):
-                at = piece.rfind(whole, 0, left + len(whole) - 1)
-                left = max(left, at + len(whole) if at >= 0 else 0)
-            yield piece[:left]
-            rest[:] = [piece[left:]]  # nothing, but of the last
-            left -= len(piece)
-            if left <= 0:
-                return
-
-    return first(), itertools.chain(rest, pieces)
+    for piece in pieces:
+        cut = min(max(size, 0), len(piece))
+        if whole and 0 < cut < len(piece):
+            at = piece.rfind(whole, 0, cut + len(whole) - 1)
+            cut = max(cut, at + len(whole) if at >= 0 else 0)
+        yield "train", piece[:cut]
+        yield "val", piece[cut:]
+        size -= len(piece)
 
 
 def whole_words(pieces: Iterable[str]) -> Iterator[str]:
