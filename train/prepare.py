@@ -33,6 +33,7 @@ from train.text import (
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
+    code_points,
     read_meta,
     read_text,
     split_at,
@@ -286,15 +287,15 @@ def write_dataset(
                 raise changed
             return first.hexdigest()
 
-        length, alphabet = 0, set()
+        length, alphabet = 0, np.zeros(0x110000, dtype=bool)
         for piece in reading(first):
             length += len(piece)
             if tokenizer == "char":
-                alphabet.update(piece)
+                alphabet[code_points(piece)] = True
         if length == 0:
             raise UserError(f"{named}: empty, expected text")
         if tokenizer == "char":
-            coder = CharTokenizer(sorted(alphabet))
+            coder = CharTokenizer([chr(code) for code in np.flatnonzero(alphabet)])
         parts = split_at(reading(second), int(length * (1 - val_fraction)), between)
         try:
             return write_tokens(folder, coder, in_order(coder.encode_array, parts), sha256, sources=sources_of(paths))

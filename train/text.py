@@ -231,11 +231,11 @@ class CharTokenizer(Tokenizer):
         single = all(isinstance(char, str) and len(char) == 1 for char in self.chars)
         if not single or not 0 < self.n_vocab == len(set(self.chars)):
             raise ValueError("chars: expected distinct single characters, at least one")
-        self._ids = np.full(0x110000, self.n_vocab, dtype=np.uint32)  # of a code point; n_vocab: it has none
-        self._ids[_code_points("".join(self.chars))] = np.arange(self.n_vocab)
+        self._ids = np.full(0x110000, self.n_vocab, np.min_scalar_type(self.n_vocab))  # n_vocab: it has none
+        self._ids[code_points("".join(self.chars))] = np.arange(self.n_vocab)
 
     def encode_array(self, text: str) -> np.ndarray:
-        ids = self._ids[_code_points(text)]
+        ids = self._ids[code_points(text)]
         if (unknown := ids == self.n_vocab).any():
             char = text[int(unknown.argmax())]
             raise ValueError(f"character {char!r} is not among the {self.n_vocab} of the vocabulary")
@@ -248,7 +248,8 @@ class CharTokenizer(Tokenizer):
         return super().meta() | {"chars": list(self.chars)}
 
 
-def _code_points(text: str) -> np.ndarray:
+def code_points(text: str) -> np.ndarray:
+    """(n,) uint32, one a character."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
