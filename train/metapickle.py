@@ -11,13 +11,14 @@ import io
 import pickle
 import pickletools
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 MAX_TUPLES = 50_000  # in one pickle: were they one in another, Python's hash of more would overflow the stack
 DTYPE = re.compile(r"[<>=|]?([iufb]\d\d?|U\d{1,4})")
+PLAIN = (str, bytes, int, type(None))  # tokens that can be compared with another table's
 DICTS = ("OrderedDict", "defaultdict", "Counter")
 
 
@@ -37,18 +38,20 @@ def read_meta_pickle(data: bytes) -> dict[str, Any]:
     if type(size) is not int and tokens:
         size = len(tokens)
     found = {"vocab_size": size} | ({"dtype": meta["dtype"]} if isinstance(meta.get("dtype"), str) else {})
-    if not table:
-        return found | {"unread": "it has no table of characters"}
-    if not tokens:
-        return found | {"unread": f"the ids of itos are not those from 0 to {len(table) - 1}"}
     characters = all(isinstance(token, str) and len(token) == 1 for token in tokens)
-    if characters and len(set(tokens)) == len(tokens) <= size:
+    if tokens and characters and len(set(tokens)) == len(tokens) <= size:
         return found | {"tokenizer": "char", "chars": tokens}
-    if all(type(token) in (str, bytes, int) for token in tokens):
-        found["table"] = digest(tokens)
-    if len(tokens) > size:
-        return found | {"unread": f"itos has {len(tokens)} entries, vocab_size is {size}"}
-    return found | {"unread": "itos holds more than different single characters"}
+    if table and all(type(i) is int and type(token) in PLAIN for i, token in table.items()):
+        found["table"] = digest(table)
+    if not table:
+        unread = "it has no table of characters"
+    elif not tokens:
+        unread = f"the ids of itos are not those from 0 to {len(table) - 1}"
+    elif len(tokens) > size:
+        unread = f"itos has {len(tokens)} entries, vocab_size is {size}"
+    else:
+        unread = "itos holds more than different single characters"
+    return found | {"unread": unread}
 
 
 def _table(itos: Any, stoi: Any) -> dict[Any, Any]:
@@ -60,9 +63,9 @@ def _table(itos: Any, stoi: Any) -> dict[Any, Any]:
     return itos if isinstance(itos, dict) else {}
 
 
-def digest(tokens: Iterable[str | bytes | int]) -> str:
-    """What tells a table of tokens from another one."""
-    return hashlib.sha256(repr(list(tokens)).encode("utf-8", "surrogatepass")).hexdigest()
+def digest(table: Mapping[int, Any]) -> str:
+    """What tells a table of {id: token} from another one."""
+    return hashlib.sha256(repr(sorted(table.items())).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def check_pickle(data: bytes) -> None:

@@ -103,7 +103,7 @@ def prepare(sources: list[str], config: PrepareConfig) -> tuple[str, dict[str, A
     """Prepare one corpus by name, or the files. Returns the dataset's name and meta. Raises UserError."""
     name = sources[0] if len(sources) == 1 and sources[0] in CORPORA else ""
     files = [] if name else text_files(sources)
-    dataset = config.dataset or name or default_name(Path(sources[0]))
+    dataset = config.dataset or name or default_name(sources[0])
     folder = dataset_folder(dataset)
     if not name and not config.dataset:
         _check_replaces(folder, dataset, files)
@@ -159,15 +159,16 @@ def _below(folder: str) -> Iterator[Path]:
                 yield path
 
 
-def default_name(source: Path) -> str:
+def default_name(source: str) -> str:
     """What a dataset of this file or folder is called: by the file, or for one in data/NAME by NAME."""
-    if source.parts[:1] == ("data",) and len(source.parts) > 2:
-        name = source.parts[1]
+    parts = Path(os.path.relpath(source)).parts
+    if parts[:1] == ("data",) and len(parts) > 2:
+        name = parts[1]
     else:
         name = os.path.basename(os.path.abspath(source))
         name = name if os.path.isdir(source) else Path(name.removesuffix(".gz")).stem
     if not name or name in CORPORA:
-        what = f"{name} is the name of a corpus" if name else f"{shown(str(source))} gives it no name"
+        what = f"{name} is the name of a corpus" if name else f"{shown(source)} gives it no name"
         raise UserError(f"dataset: {what}, expected another: --dataset=NAME")
     return name
 

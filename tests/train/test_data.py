@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from train.corpora import dataset_folder
 from train.data import Dataset, Loader
 from train.errors import UserError
 from train.metapickle import check_pickle
@@ -230,25 +229,6 @@ def test_a_file_that_was_cut_short_or_changed_is_refused(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"train\.bin: damaged, or another file.* with: python -m train\.prepare"):
             Dataset(folder).check(8)
     assert not Dataset(make(tmp_path / "old")).check(whole=True)  # without checksums
-
-
-def test_missing_data_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make(tmp_path / "made")
-    Path("data", "my poems").mkdir(parents=True)
-    for name, said in (
-        ("nubmers", "no such dataset; make it with: python -m train.prepare FILE ... --dataset=nubmers"),
-        ("mypoems", r"no such dataset \(did you mean my poems\?\); make it with"),
-        ("shakespeare_chars", r"no such dataset \(did you mean shakespeare_char\?\); make it with"),
-        ("shakespeare_char", "no such dataset.*; make it with: python -m train.prepare shakespeare_char$"),
-        ("my poems", "no train.bin; make it with: python -m train.prepare FILE ... --dataset='my poems'"),
-        (str(tmp_path / "x"), f"no such dataset; make it with: .* --dataset={tmp_path / 'x'}"),
-    ):
-        with pytest.raises(UserError, match=said):
-            Dataset(dataset_folder(name))
-    (tmp_path / "made" / "val.bin").unlink()
-    with pytest.raises(UserError, match=r"val\.bin: missing; make it with: python -m train\.prepare"):
-        Dataset(tmp_path / "made")
 
 
 def test_check_names_the_first_bad_token(tmp_path, monkeypatch):

@@ -54,13 +54,16 @@ def whole_text(dataset: Dataset) -> str:
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
 def test_files_are_encoded_one_after_the_other(monkeypatch, capsys, folder, tokenizer, chunk):
     monkeypatch.setattr(texts, "CHUNK", chunk)
-    (folder / "a.txt").write_text(TEXT[:1000])
-    (folder / "b.txt").write_text(TEXT[1000:])
+    parts = (TEXT[:1000].encode(), TEXT[1000:].encode())
+    if tokenizer == "byte":  # which stay as they are
+        parts = ("\ufeff".encode() + parts[0] + b"\r\n", bytes(range(256)) + parts[1])
+    for name, part in zip("ab", parts, strict=True):
+        (folder / f"{name}.txt").write_bytes(part)
     run(monkeypatch, "a.txt", "b.txt", f"--tokenizer={tokenizer}")
     dataset = Dataset("data/a")
     coder = dataset.tokenizer()
-    text = TEXT[:1000] + ("<|endoftext|>" if tokenizer == "gpt2" else "") + TEXT[1000:]
-    text = text.encode() if tokenizer == "byte" else text
+    text = (b"<|endoftext|>" if tokenizer == "gpt2" else b"").join(parts)
+    text = text if tokenizer == "byte" else text.decode()
     cut = int(len(text) * 0.9)
     ids = [list(part) if tokenizer == "byte" else coder.encode(part) for part in (text[:cut], text[cut:])]
     assert [dataset.train.tolist(), dataset.val.tolist()] == ids
@@ -68,14 +71,6 @@ def test_files_are_encoded_one_after_the_other(monkeypatch, capsys, folder, toke
     said = capsys.readouterr().out
     assert f"data/a/train.bin: {len(ids[0]):,} tokens" in said
     assert dataset.meta["sha256"] in said
-
-
-def test_bytes_stay_as_they_are(monkeypatch, folder):
-    data = bytes(range(256)) * 3 + "\ufeffé\r\n".encode()
-    (folder / "a.bin").write_bytes(data)
-    run(monkeypatch, "a.bin", "--tokenizer=byte", "--val_fraction=0.5")
-    dataset = Dataset("data/a")
-    assert bytes([*dataset.train, *dataset.val]) == data
 
 
 def test_nanogpt_reads_the_folder(monkeypatch, folder):
@@ -125,6 +120,7 @@ def test_documents_end_with_gpt2s_token(monkeypatch, folder, fraction):
     [
         ("my poems.txt", "my poems"),
         ("data/poems/input.txt", "poems"),
+        (f"{os.curdir}/ABSOLUTE/data/poems/input.txt", "poems"),
         ("data/poems/raw/a.txt", "poems"),
         ("data/poems", "poems"),
         ("a.jsonl.gz", "a"),
@@ -135,6 +131,7 @@ def test_documents_end_with_gpt2s_token(monkeypatch, folder, fraction):
     ],
 )
 def test_the_name_of_a_dataset_and_the_command_that_trains_on_it(monkeypatch, capsys, folder, source, name):
+    source = source.replace("./ABSOLUTE", str(folder))
     path = folder / source
     if source.endswith(("/", "poems")):
         path = path / "text.txt"
@@ -180,10 +177,27 @@ def test_a_dataset_of_other_files_is_replaced_only_by_name(monkeypatch, folder):
             run(monkeypatch, "b/input.txt")
 
 
-@pytest.mark.parametrize("name", ["poems", "data/poems", "./data/poems/", "my poems", "shakespeare_chars", "a\nb"])
-def test_the_command_that_makes_a_missing_dataset(monkeypatch, folder, name):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("poems", r"^data/poems: no such dataset \(did you mean my poems\?\); make it with"),
+        ("data/poems", "^data/poems: no such dataset"),
+        ("./data/poems/", "^data/poems: no such dataset"),
+        ("my poems", "^data/my poems: no train.bin; make it with: "),
+        ("nubmers", "^data/nubmers: no such dataset; make it with: "),
+        (
+            "shakespeare_chars",
+            r"^data/shakespeare_chars: no such dataset \(did you mean shakespeare_char\?\); make it with",
+        ),
+        ("a\nb", "no such dataset"),
+        ("/abs", "/abs: no such dataset"),
+    ],
+)
+def test_the_command_that_makes_a_missing_dataset(monkeypatch, folder, name, said):
     (folder / "a.txt").write_text(TEXT)
-    with pytest.raises(UserError) as caught:
+    (folder / "data" / "my poems").mkdir(parents=True)
+    name = name.replace("/abs", str(folder / "abs"))
+    with pytest.raises(UserError, match=said) as caught:
         Dataset(dataset_folder(name))
     command = str(caught.value).rpartition("make it with: ")[2]
     assert command.startswith("python -m train.prepare FILE ... ")
@@ -191,7 +205,7 @@ def test_the_command_that_makes_a_missing_dataset(monkeypatch, folder, name):
     Dataset(dataset_folder(name))
     (folder / dataset_folder(name) / "val.bin").unlink()
     (folder / dataset_folder(name) / "input.txt").write_text(TEXT)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"val\.bin: missing; make it with: ") as caught:
         Dataset(dataset_folder(name))
     run(monkeypatch, *shell(str(caught.value).rpartition("make it with: ")[2])[1:])
     Dataset(dataset_folder(name))

@@ -23,9 +23,13 @@ GPT2 = {"vocab_size": 50257, "tokenizer": "gpt2"}
 ABC = {"vocab_size": 3, "tokenizer": "char", "chars": list("abc")}
 
 
-def words(*tokens: str) -> dict:
-    """The meta of nanoGPT's folder with a table of words."""
-    return checked_meta(read_meta_pickle(pickle.dumps({"itos": list(tokens)})))
+def table(itos: dict) -> dict:
+    """The meta of nanoGPT's folder with this table."""
+    return checked_meta(read_meta_pickle(pickle.dumps({"vocab_size": 3, "itos": itos})))
+
+
+def words(*tokens: str | None) -> dict:
+    return table(dict(enumerate(tokens)))
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,8 @@ def words(*tokens: str) -> dict:
         (words("to", "be", "or"), words("be", "to", "or"), "the tables of tokens are two different ones"),
         (ABC, words("to", "be", "or"), "the tables of tokens are two different ones"),
         (words("to", "be", "or"), {"vocab_size": 3}, ""),
+        (words("a", None), words(None, "a"), "the tables of tokens are two different ones"),
+        (table({1: "a", 2: "b"}), table({1: "b", 2: "a"}), "the tables of tokens are two different ones"),
     ],
 )
 def test_the_difference_of_two_tokenizers(there, here, says):
