@@ -115,12 +115,23 @@ def _check_text(path: Path, file: BinaryIO) -> None:
     found = next((found for signature, found in SIGNATURES.items() if head.startswith(signature)), None)
     if head[257:262] == b"ustar":
         found = "a tar archive", ""
-    elif found is None and (zeros := head.count(0)) > max(3, len(head) // 40):  # valid UTF-8, but nobody's text
-        odd = head[1::2].count(0)
-        encoding = "UTF-16LE" if odd > 0.8 * zeros else "UTF-16BE" if odd < 0.2 * zeros else ""
-        found = f"it has bytes of zero as {encoding or 'a binary file'} has", encoding
+    elif found is None and (encoding := _wide(head)):
+        found = f"it has bytes of zero as {encoding} has", encoding
     if found:
         raise UserError(f"{path}: {found[0]}, expected UTF-8 text{_remedy(path, file, found[1])}")
+
+
+def _wide(head: bytes) -> str:
+    """The encoding of text in UTF-32 or UTF-16 without its mark, which often is valid UTF-8; else ""."""
+    first, second, third, fourth = (set(head[i::4]) for i in range(4))
+    even, odd = first | third, second | fourth
+    if len(head) < 8 or 0 not in even | odd:
+        return ""
+    if third | fourth == {0} or first | second == {0}:
+        return "UTF-32LE" if third | fourth == {0} else "UTF-32BE"
+    if 0 in odd and 3 * len(odd) < len(even):  # of the characters' higher bytes there are few different ones
+        return "UTF-16LE"
+    return "UTF-16BE" if 0 in even and 3 * len(even) < len(odd) else ""
 
 
 def _remedy(path: Path, file: BinaryIO, encoding: str) -> str:
