@@ -63,10 +63,10 @@ class PrepareConfig:
     check: str = setting("", "read all of this dataset and compare it with its checksums; make nothing", path=True)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError for bad input, with nothing written."""
     program, usage = "python -m train.prepare", "NAME | FILE ..."
-    config, sources = command_line(PrepareConfig, None, program, ABOUT, positional=usage)
+    config, sources = command_line(PrepareConfig, argv, program, ABOUT, positional=usage)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files go
     if config.check:
         if sources:

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import importlib.util
 import io
-import itertools
 import json
 import os
 import zlib
@@ -146,12 +145,9 @@ def _remedy(path: Path, file: BinaryIO, encoding: str) -> str:
 def _documents(path: Path, file: TextIO, between: str) -> Iterator[str]:
     """The field "text" of every line, with what lies between two. Without `between` there is a newline after each."""
     separator = ""
-    for number in itertools.count(1):
-        line = file.readline(LONGEST_LINE + 1)
+    for number, line in enumerate(iter(functools.partial(file.readline, LONGEST_LINE + 1), ""), 1):
         if len(line) > LONGEST_LINE:
             raise UserError(f"{path}: line {number:,} has more than {LONGEST_LINE:,} characters")
-        if not line:
-            break
         if not line.strip():
             continue
         try:

@@ -26,9 +26,8 @@ TEXT = "To be, or not to be: that's the question.\nOb's edler im Gemüt, €, di
 END = 50256
 
 
-def run(monkeypatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["prepare", *arguments])
-    prepare.main()
+def run(*arguments: str) -> None:
+    prepare.main(list(arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +58,7 @@ def test_files_are_encoded_one_after_the_other(monkeypatch, capsys, folder, toke
         parts = ("\ufeff".encode() + parts[0] + b"\r\n", bytes(range(256)) + parts[1])
     for name, part in zip("ab", parts, strict=True):
         (folder / f"{name}.txt").write_bytes(part)
-    run(monkeypatch, "a.txt", "b.txt", f"--tokenizer={tokenizer}")
+    run("a.txt", "b.txt", f"--tokenizer={tokenizer}")
     dataset = Dataset("data/a")
     coder = dataset.tokenizer()
     text = (b"<|endoftext|>" if tokenizer == "gpt2" else b"").join(parts)
@@ -73,26 +72,26 @@ def test_files_are_encoded_one_after_the_other(monkeypatch, capsys, folder, toke
     assert dataset.meta["sha256"] in said
 
 
-def test_nanogpt_reads_the_folder(monkeypatch, folder):
+def test_nanogpt_reads_the_folder(folder):
     (folder / "a.txt").write_text("hello world, hello moon")
-    run(monkeypatch, "a.txt", "--dataset", "greetings", "--val_fraction=0.5")
+    run("a.txt", "--dataset", "greetings", "--val_fraction=0.5")
     meta = pickle.loads((folder / "data/greetings/meta.pkl").read_bytes())
     train = np.memmap("data/greetings/train.bin", dtype=np.uint16, mode="r")
     assert meta["vocab_size"] == len(meta["itos"]) == len(meta["stoi"]) == 11
     assert "".join(meta["itos"][i] for i in train.tolist()) == "hello world"
 
 
-def test_an_alphabet_over_65536_takes_uint32(monkeypatch, folder):
+def test_an_alphabet_over_65536_takes_uint32(folder):
     text = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)[:70000]
     (folder / "a.txt").write_text(text, newline="")
-    run(monkeypatch, "a.txt")
+    run("a.txt")
     dataset = Dataset("data/a")
     assert dataset.train.dtype == np.uint32
     assert whole_text(dataset) == text.replace("\r", "\n")
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.9])
-def test_documents_end_with_gpt2s_token(monkeypatch, folder, fraction):
+def test_documents_end_with_gpt2s_token(folder, fraction):
     """Files, lines of .jsonl files and <|endoftext|> in a text; the parts are never divided inside the token's name."""
     poems = folder / "data" / "poems"
     (poems / "b").mkdir(parents=True)
@@ -101,14 +100,14 @@ def test_documents_end_with_gpt2s_token(monkeypatch, folder, fraction):
     lines = "".join(json.dumps({"text": text}) + "\n" for text in ("Three", "Four"))
     (poems / "b" / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (poems / "d.md").write_bytes("\ufeffFive\r\n".encode())
-    run(monkeypatch, "data/poems", "--tokenizer=gpt2", f"--val_fraction={fraction}")
+    run("data/poems", "--tokenizer=gpt2", f"--val_fraction={fraction}")
     dataset = Dataset("data/poems")
     assert [*dataset.train, *dataset.val].count(END) == 4
     assert whole_text(dataset) == "<|endoftext|>".join(["One.", "Two, and more", "Three", "Four", "Five\n"])
     # By character they are one text. The files of the dataset, which now lie there too, and the old meta are no part.
-    run(monkeypatch, "data/poems", f"--val_fraction={fraction}")
+    run("data/poems", f"--val_fraction={fraction}")
     assert whole_text(Dataset("data/poems")) == "One.<|endoftext|>Two, and moreThree\nFour\nFive\n"
-    run(monkeypatch, "data/poems", "--tokenizer=byte")
+    run("data/poems", "--tokenizer=byte")
     assert sorted(os.listdir("data/poems")) == sorted(
         [".hidden", "a.txt", "b", "d.md", "meta.json", "train.bin", "val.bin"]
     )
@@ -130,7 +129,7 @@ def test_documents_end_with_gpt2s_token(monkeypatch, folder, fraction):
         ("two\nlines\x1b'.txt", "two\nlines\x1b'"),
     ],
 )
-def test_the_name_of_a_dataset_and_the_command_that_trains_on_it(monkeypatch, capsys, folder, source, name):
+def test_the_name_of_a_dataset_and_the_command_that_trains_on_it(capsys, folder, source, name):
     source = source.replace("./ABSOLUTE", str(folder))
     path = folder / source
     if source.endswith(("/", "poems")):
@@ -138,7 +137,7 @@ def test_the_name_of_a_dataset_and_the_command_that_trains_on_it(monkeypatch, ca
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "To be\n" * 20
     path.write_bytes(gzip.compress(json.dumps({"text": text}).encode()) if path.suffix == ".gz" else text.encode())
-    run(monkeypatch, source)
+    run(source)
     assert (folder / "data" / name / "train.bin").is_file()
     (command,) = re.findall("train on it with: (.*)", capsys.readouterr().out)
     program, *arguments = shell(command)
@@ -156,25 +155,25 @@ def shell(command: str) -> list[str]:
     return printed.stdout.split("\0")[:-1]
 
 
-def test_a_dataset_of_other_files_is_replaced_only_by_name(monkeypatch, folder):
+def test_a_dataset_of_other_files_is_replaced_only_by_name(folder):
     for name in ("a", "b"):
         (folder / name).mkdir()
         (folder / name / "input.txt").write_text(TEXT + name)
-    run(monkeypatch, "a/input.txt")
+    run("a/input.txt")
     (folder / "a" / "input.txt").write_text(TEXT + "a, longer")
-    run(monkeypatch, "a/input.txt")  # the same file, changed since
+    run("a/input.txt")  # the same file, changed since
     before = tree(folder)
     with pytest.raises(UserError, match="data/input holds a dataset of other files") as caught:
-        run(monkeypatch, "b/input.txt")
+        run("b/input.txt")
     assert tree(folder) == before
     for option in re.findall(r"--dataset=\w+", str(caught.value)):
-        run(monkeypatch, "b/input.txt", option)
+        run("b/input.txt", option)
     assert sorted(os.listdir("data")) == ["NAME", "input"]
     assert Dataset("data/input").meta["sha256"] == Dataset("data/NAME").meta["sha256"]
     for damage in (lambda path: path.write_text("{"), Path.unlink):  # unreadable, or nanoGPT's
         damage(folder / "data" / "input" / "meta.json")
         with pytest.raises(UserError, match="holds a dataset of other files"):
-            run(monkeypatch, "b/input.txt")
+            run("b/input.txt")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +192,7 @@ def test_a_dataset_of_other_files_is_replaced_only_by_name(monkeypatch, folder):
         ("/abs", "/abs: no such dataset"),
     ],
 )
-def test_the_command_that_makes_a_missing_dataset(monkeypatch, folder, name, said):
+def test_the_command_that_makes_a_missing_dataset(folder, name, said):
     (folder / "a.txt").write_text(TEXT)
     (folder / "data" / "my poems").mkdir(parents=True)
     name = name.replace("/abs", str(folder / "abs"))
@@ -201,34 +200,34 @@ def test_the_command_that_makes_a_missing_dataset(monkeypatch, folder, name, sai
         Dataset(dataset_folder(name))
     command = str(caught.value).rpartition("make it with: ")[2]
     assert command.startswith("python -m train.prepare FILE ... ")
-    run(monkeypatch, *shell(command.replace("FILE ...", "a.txt"))[1:])
+    run(*shell(command.replace("FILE ...", "a.txt"))[1:])
     Dataset(dataset_folder(name))
     (folder / dataset_folder(name) / "val.bin").unlink()
     (folder / dataset_folder(name) / "input.txt").write_text(TEXT)
     with pytest.raises(UserError, match=r"val\.bin: missing; make it with: ") as caught:
         Dataset(dataset_folder(name))
-    run(monkeypatch, *shell(str(caught.value).rpartition("make it with: ")[2])[1:])
+    run(*shell(str(caught.value).rpartition("make it with: ")[2])[1:])
     Dataset(dataset_folder(name))
 
 
-def test_check_reads_all_of_a_dataset(monkeypatch, capsys, folder):
+def test_check_reads_all_of_a_dataset(capsys, folder):
     (folder / "a.txt").write_text("To be\n" * 100)
-    run(monkeypatch, "a.txt", "--dataset=my poems")
+    run("a.txt", "--dataset=my poems")
     capsys.readouterr()
-    run(monkeypatch, "--check", "my poems")
+    run("--check", "my poems")
     assert capsys.readouterr().out == "data/my poems: whole, 540 and 60 tokens below 6\n"
     path = folder / "data" / "my poems" / "val.bin"
     path.write_bytes(path.read_bytes()[::-1])
     with pytest.raises(UserError, match=r"data/my poems/val\.bin: "):
-        run(monkeypatch, "--check", "data/my poems")
+        run("--check", "data/my poems")
     for name in ("meta.json", "meta.pkl"):  # as GPT-2's BPE, without checksums
         path.with_name(name).unlink()
     for tokens, said in (([END, 50257], r"val\.bin: token 50257 at position 1, .* below vocab_size=50257"), ([3], "")):
         np.array(tokens, "<u2").tofile(path)
         if said:
             with pytest.raises(UserError, match=said):
-                run(monkeypatch, "--check", "data/my poems")
-    run(monkeypatch, "--check", "data/my poems")
+                run("--check", "data/my poems")
+    run("--check", "data/my poems")
     assert "540 and 1 tokens below 50,257; there are no checksums" in capsys.readouterr().out
 
 
@@ -277,7 +276,7 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, folder, arguments
     monkeypatch.setattr(texts, "CHUNK", 1000)
     before = tree(folder)
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        run(monkeypatch, *arguments)
+        run(*arguments)
     assert "\n" not in str(caught.value)
     assert tree(folder) == before
     assert not (folder / "data").exists()
@@ -287,7 +286,7 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, folder, arguments
 def test_a_failure_leaves_the_old_data_or_none(monkeypatch, folder, failing):
     """A full disk leaves the old files. After an end between two renames there is no mixture."""
     (folder / "a.txt").write_text(TEXT)
-    run(monkeypatch, "a.txt")
+    run("a.txt")
     before, calls, rename = tree(folder / "data"), [], os.replace
 
     def full(*_):
@@ -305,18 +304,18 @@ def test_a_failure_leaves_the_old_data_or_none(monkeypatch, folder, failing):
         monkeypatch.setattr("train.files.sync", full)
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(error, match=said):
-        run(monkeypatch, "a.txt", "--val_fraction=0.2")
+        run("a.txt", "--val_fraction=0.2")
     assert tree(folder / "data") == before if failing == 0 else not (folder / "data/a/train.bin").exists()
     assert not [name for name in os.listdir("data/a") if name.startswith(".")]
 
 
-def test_what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not(monkeypatch, folder):
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not(folder):
     (folder / "a.txt").write_text(TEXT)
     (folder / "data/a/.staging-dead").mkdir(parents=True)
     (folder / "data/a/.staging-dead/train.bin").write_text("half")
     with staging_folder(folder / "data/a") as used:
         assert os.listdir("data/a") == [used.name]
-        run(monkeypatch, "a.txt")
+        run("a.txt")
         assert used.is_dir()
     assert sorted(os.listdir("data/a")) == ["meta.json", "meta.pkl", "train.bin", "val.bin"]
 
@@ -332,7 +331,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(monkeypatch, folder, no
 
     monkeypatch.setattr(prepare, "split_at", between_the_passes)
     with pytest.raises(UserError, match="changed while being read"):
-        run(monkeypatch, "a.txt")
+        run("a.txt")
     assert not (folder / "data").exists()
 
 
