@@ -15,6 +15,7 @@ from tests.train.jobs import CHARS, make_data
 from tests.train.runs import CONSTANT, iterations, last, logged, refusal, resume, run
 from train.checkpoint import held
 from train.data import Dataset, difference, unnamed_tokenizer
+from train.export import main as export
 from train.metapickle import read_meta_pickle
 from train.text import checked_meta
 
@@ -46,12 +47,12 @@ def words(*tokens: str | None) -> dict:
             "is 'byte' there, 'char'",
         ),
         (GPT2, BYTES, "is 'gpt2' there, 'byte' here"),
-        (unnamed_tokenizer(50304), GPT2, ""),
-        (unnamed_tokenizer(50257), ABC, "is 'gpt2' there, 'char' here"),
+        (unnamed_tokenizer(51200), GPT2, ""),
+        (unnamed_tokenizer(50304), ABC, "is 'gpt2' there, 'char' here"),
         (unnamed_tokenizer(65), ABC, "65 different tokens there, 3 here"),  # nanoGPT's, whose table is unknown
         (ABC, {"vocab_size": 3}, ""),
         (ABC, {"vocab_size": 2}, "3 different tokens there, 2 here"),
-        ({"vocab_size": 128}, {"vocab_size": 100}, ""),
+        ({"vocab_size": 128}, {"vocab_size": 90}, ""),
         (words("to", "be", "or"), words("to", "be", "or"), ""),
         (words("to", "be", "or"), words("be", "to", "or"), "the tables of tokens are two different ones"),
         (ABC, words("to", "be", "or"), "the tables of tokens are two different ones"),
@@ -107,7 +108,10 @@ def test_words_are_told_apart_too(tmp_path):
     words = [f"word{i}" for i in range(32)]
     run(tmp_path / "out", dataset=pickled(tmp_path / "words", itos=words), max_iters=2)
     other = pickled(tmp_path / "other", itos=words[::-1])
-    assert "the tables of tokens are two different ones" in refusal(resume, tmp_path / "out", dataset=other)
+    export([f"--out_dir={tmp_path / 'out'}", f"--to={tmp_path / 'folder'}"])
+    for start in (dict(init_from="resume"), dict(init_from=tmp_path / "folder", bias=True)):
+        out = tmp_path / ("out" if start["init_from"] == "resume" else "new")
+        assert "the tables of tokens are two different ones" in refusal(resume, out, dataset=other, **start)
     assert resume(tmp_path / "out", max_iters=3) == 0
 
 
