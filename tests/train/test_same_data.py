@@ -14,7 +14,7 @@ from model.pretrained import export_gpt2
 from tests.train.jobs import CHARS, make_data
 from tests.train.runs import CONSTANT, iterations, last, logged, refusal, resume, run
 from train.checkpoint import held
-from train.data import Dataset, difference, unnamed_tokenizer
+from train.data import Dataset, checkpoint_tokenizer, difference, unnamed_tokenizer
 from train.export import main as export
 from train.metapickle import read_meta_pickle
 from train.text import checked_meta
@@ -102,6 +102,9 @@ def test_a_run_goes_on_only_with_its_own_tokens(tmp_path, monkeypatch):
     shutil.copy(tmp_path / "data" / "meta.json", tmp_path / "data" / "letters")
     assert "token 0 is 'a' there, 'A' here" in refusal(resume, out, dataset=shifted)
     assert resume(out, dataset=tmp_path / "data", max_iters=4) == 0
+    nanogpts = {"nanofuse": {}, "config": {"dataset": "letters"}}
+    for size, known in ((32, "char"), (64, "char"), (33, None)):  # of the model: as many, padded, another data's
+        assert checkpoint_tokenizer(nanogpts | {"model_args": {"vocab_size": size}}).get("tokenizer") == known
 
 
 def test_words_are_told_apart_too(tmp_path):
