@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 MAX_TUPLES = 50_000  # in one pickle: were they one in another, Python's hash of more would overflow the stack
-DTYPE = re.compile(r"[<>=|]?([iufb]\d\d?|U\d{1,4})")
+DTYPE = re.compile(r"[iufb]\d\d?|U\d{1,4}")
 PLAIN = (str, bytes, int, type(None))  # tokens that can be compared with another table's
 DICTS = ("OrderedDict", "defaultdict", "Counter")
 
@@ -103,14 +103,10 @@ class _StandIn:
 
 
 class _Dtype(_StandIn):
-    """In place of numpy.dtype. text: as in "<i8"; empty for one that is not read."""
+    """In place of numpy.dtype. text: as in "i8"; empty for one that is not read."""
 
     def __init__(self, text: Any = "", *_: Any, **__: Any) -> None:
         self.text = text if isinstance(text, str) and DTYPE.fullmatch(text) else ""
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">") and self.text[:1] not in "<>=|":
-            self.text = state[1] + self.text
 
 
 def _scalar(dtype: Any = None, data: Any = None, *_: Any) -> Any:

@@ -77,8 +77,8 @@ WORDS = {i: f"word{i}" for i in range(50)}
         ({"vocab_size": 50, "itos": CHARS, "stoi": None}, 50, True),
         ({"vocab_size": 64, "itos": ITOS}, 64, True),  # padded
         ({"vocab_size": np.int64(50), "itos": {np.int32(i): np.str_(c) for i, c in ITOS.items()}}, 50, True),
-        ({"vocab_size": np.array(50, ">i4")[()], "stoi": {c: np.uint16(i) for c, i in STOI.items()}}, 50, True),
-        ({"vocab_size": 50.0, "itos": tuple(CHARS)}, 50, True),
+        ({"vocab_size": np.float32(50), "stoi": {c: np.uint16(i) for c, i in STOI.items()}}, 50, True),
+        ({"vocab_size": 64.0, "itos": tuple(CHARS)}, 64, True),
         ({"vocab_size": None, "itos": collections.OrderedDict(ITOS)}, 50, True),
         ({"vocab_size": "50", "stoi": collections.Counter(STOI)}, 50, True),
         ({"itos": collections.defaultdict(int, ITOS)}, 50, True),
