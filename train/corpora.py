@@ -133,30 +133,31 @@ def openwebtext() -> dict[str, Any]:
 class Corpus:
     tokenizer: str  # what `--tokenizer=auto` stands for
     text: Callable[[Path], bytes] | None  # for a file at this path; None: documents instead of a text, `openwebtext`
+    sha256: Callable[[], str] | None = None  # of the text; None: of what `text` makes
+
+    def fetch(self, path: Path) -> None:
+        """Have the text at `path`: made or downloaded, unless it is there. UserError where another file is there."""
+        if not os.path.lexists(path):
+            text = self.text(path)
+            with replacing(path) as file:
+                file.write(text)
+            return
+        try:
+            found = hashlib.sha256(read_regular(path, MAX_TEXT)).hexdigest()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        expected = self.sha256() if self.sha256 else hashlib.sha256(self.text(path)).hexdigest()
+        if found != expected:
+            raise UserError(f"{path}: sha256 is {found}, expected {expected}; delete it to have the corpus's own")
 
 
+TINY_SHAKESPEARE = shakespeare_text, lambda: SHAKESPEARE_SHA256
 CORPORA = {
     "docs": Corpus("char", lambda path: docs_text().encode()),  # what every Python ships: its reference and docstrings
-    "shakespeare_char": Corpus("char", shakespeare_text),  # TinyShakespeare, by character
-    "shakespeare": Corpus("gpt2", shakespeare_text),  # TinyShakespeare, by GPT-2's tokens
+    "shakespeare_char": Corpus("char", *TINY_SHAKESPEARE),  # by character
+    "shakespeare": Corpus("gpt2", *TINY_SHAKESPEARE),  # by GPT-2's tokens
     "openwebtext": Corpus("gpt2", None),  # 8 million web pages, by GPT-2's tokens; 54 GB of cache
 }
-
-
-def fetch(name: str, path: Path) -> None:
-    """Have the text of a corpus at `path`: made or downloaded, unless it is there. UserError for another text there."""
-    if not os.path.lexists(path):
-        text = CORPORA[name].text(path)
-        with replacing(path) as file:
-            file.write(text)
-        return
-    try:
-        found = hashlib.sha256(read_regular(path, MAX_TEXT)).hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    expected = hashlib.sha256(docs_text().encode()).hexdigest() if name == "docs" else SHAKESPEARE_SHA256
-    if found != expected:
-        raise UserError(f"{path}: sha256 is {found}, expected {expected}; delete it to have that of {name}")
 
 
 def dataset_folder(name: str) -> Path:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from train.corpora import CORPORA, dataset_folder, fetch, openwebtext
+from train.corpora import CORPORA, dataset_folder, openwebtext
 from train.errors import UserError, quoted, run, shown
 from train.files import checksums, making_folder, replace_together, staging_folder
 from train.settings import command_line, nearest, setting
@@ -226,7 +226,7 @@ def write_corpus(folder: Path, name: str, tokenizer: str, **options: Any) -> dic
         GPT2Tokenizer(options.get("bpe_dir") or None)  # before anything is fetched for it
     with making_folder(folder):
         there = os.path.lexists(path)
-        fetch(name, path)
+        CORPORA[name].fetch(path)
         try:
             return write_dataset(folder, [path], tokenizer, **options)
         except UserError:
