@@ -111,8 +111,7 @@ def example_start(tokenizer: Tokenizer) -> str:
     if tokenizer.name == "gpt2":
         return quoted(END_OF_TEXT)
     chars = tokenizer.chars if isinstance(tokenizer, CharTokenizer) else ("\n",)
-    start = "\n" if "\n" in chars else next((char for char in chars if char.isalnum()), chars[0])
-    return quoted(repr(start) if start in "'\"" else start)  # a quote begins a quoted value
+    return quoted("\n" if "\n" in chars else next((char for char in chars if char.isalnum()), chars[0]))
 
 
 def sample_text(

@@ -71,6 +71,8 @@ def test_docs_that_are_damaged_are_made_anew_by_the_command_that_is_named(damage
 
 def test_what_others_made_under_the_name_of_a_corpus_stays(play):
     for name in ("docs", "shakespeare_char"):
+        with pytest.raises(UserError, match=f"no such dataset; make it with: python -m train.prepare {name}$"):
+            Dataset(Path("data", name))
         text = Path("data", name, "input.txt")
         text.parent.mkdir(parents=True)
         text.write_text("my own")

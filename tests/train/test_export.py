@@ -16,7 +16,7 @@ from train.export import main, tokenizer_files
 from train.sample import main as sample
 from train.text import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 
-TEXT = "Hello  world\n\n it's 1234 é€ ab<|endoftext|> x\t"
+TEXT = "Hello  world\n\n it's 'some 1234 é€ ab<|endoftext|> x\t"
 MODEL_FILES = ["config.json", "model.safetensors"]
 
 

@@ -70,6 +70,7 @@ def test_files_are_encoded_one_after_the_other(monkeypatch, capsys, folder, toke
     said = capsys.readouterr().out
     assert f"data/a/train.bin: {len(ids[0]):,} tokens" in said
     assert dataset.meta["sha256"] in said
+    assert ("--block_size=" in said) == (len(ids[1]) <= 256)  # of the default job
 
 
 def test_nanogpt_reads_the_folder(folder):
