@@ -114,10 +114,9 @@ def prepare(sources: list[str], config: PrepareConfig) -> tuple[str, dict[str, A
         if tokenizer != "gpt2" or config.val_fraction != PrepareConfig.val_fraction:
             raise UserError("openwebtext: made as nanoGPT makes it, expected no --tokenizer and no --val_fraction")
         return dataset, write_openwebtext(folder, config.bpe_dir)
-    options = {"val_fraction": config.val_fraction, "bpe_dir": config.bpe_dir}
     if name:
-        return dataset, write_corpus(folder, name, tokenizer, **options)
-    return dataset, write_dataset(folder, files, tokenizer, **options)
+        return dataset, write_corpus(folder, name, tokenizer, config)
+    return dataset, write_dataset(folder, files, tokenizer, config)
 
 
 # Which files, and what the dataset is called
@@ -203,7 +202,7 @@ def ensure_docs(folder: Path, say: Callable[[str], None] = print) -> None:
     A dataset of that name which was not made here, nanoGPT's for example, is left as it is.
     """
     if not os.path.isfile(folder / "train.bin"):
-        write_corpus(folder, "docs", "char")
+        write_corpus(folder, "docs", "char", PrepareConfig())
     try:
         meta = read_meta(folder) or {}
     except UserError as error:
@@ -219,23 +218,23 @@ def docs_line(meta: dict[str, Any]) -> str:
     return f"docs: {tokens:,} {unit} of Python's own documentation, sha256 {meta['sha256']}"
 
 
-def write_corpus(folder: Path, name: str, tokenizer: str, **options: Any) -> dict[str, Any]:
-    """Fetch the text of a corpus into `folder`/input.txt and make the dataset of it. Options: write_dataset's."""
+def write_corpus(folder: Path, name: str, tokenizer: str, config: PrepareConfig) -> dict[str, Any]:
+    """Fetch the text of a corpus into `folder`/input.txt and make the dataset of it, as `write_dataset` does."""
     path = folder / "input.txt"
     if tokenizer == "gpt2":
-        GPT2Tokenizer(options.get("bpe_dir") or None)  # before anything is fetched for it
+        GPT2Tokenizer(config.bpe_dir or None)  # before anything is fetched for it
     with making_folder(folder):
         there = os.path.lexists(path)
         CORPORA[name].fetch(path)
         try:
-            return write_dataset(folder, [path], tokenizer, **options)
+            return write_dataset(folder, [path], tokenizer, config)
         except UserError:
             if not there:
                 path.unlink(missing_ok=True)
             raise
 
 
-def write_openwebtext(folder: Path, bpe_dir: str = "") -> dict[str, Any]:
+def write_openwebtext(folder: Path, bpe_dir: str) -> dict[str, Any]:
     """Write OpenWebText in nanoGPT's split, <|endoftext|> after every document. Returns the meta."""
     bpe = GPT2Tokenizer(bpe_dir or None)
     documents, digest = openwebtext(), hashlib.sha256()
@@ -259,18 +258,16 @@ def write_openwebtext(folder: Path, bpe_dir: str = "") -> dict[str, Any]:
 # The files
 
 
-def write_dataset(
-    folder: Path, paths: Sequence[Path], tokenizer: str, *, val_fraction: float = 0.1, bpe_dir: str = ""
-) -> dict[str, Any]:
+def write_dataset(folder: Path, paths: Sequence[Path], tokenizer: str, config: PrepareConfig) -> dict[str, Any]:
     """Encode the files, one after the other, into `folder`, the last part of them for validation.
 
-    `tokenizer` is "char", "byte" or "gpt2"; parts are measured in characters, for "byte" in bytes. Returns what
-    meta.json says. Raises UserError, and leaves `folder` as it was, where a file is empty or not UTF-8, and where
-    a part would hold fewer than 2 tokens.
+    tokenizer: "char", "byte" or "gpt2", in place of config's. Parts are measured in characters, for "byte" in bytes.
+    Returns what meta.json says. Raises UserError, and leaves `folder` as it was, where a file is not UTF-8, where all
+    are empty, and where a part would hold fewer than 2 tokens.
     """
     named = ", ".join(map(str, paths))
     changed = UserError(f"{named}: changed while being read; run again")
-    coder = GPT2Tokenizer(bpe_dir or None) if tokenizer == "gpt2" else ByteTokenizer()
+    coder = GPT2Tokenizer(config.bpe_dir or None) if tokenizer == "gpt2" else ByteTokenizer()
     between = END_OF_TEXT if tokenizer == "gpt2" else ""
     first, second = hashlib.sha256(), hashlib.sha256()
     with progress(2 * sum(os.stat(path).st_size for path in paths), "B") as bar:
@@ -297,7 +294,7 @@ def write_dataset(
             raise UserError(f"{named}: empty, expected text")
         if tokenizer == "char":
             coder = CharTokenizer([chr(code) for code in np.flatnonzero(alphabet)])
-        parts = split_at(reading(second), int(length * (1 - val_fraction)), between)
+        parts = split_at(reading(second), int(length * (1 - config.val_fraction)), between)
         try:
             return write_tokens(folder, coder, in_order(coder.encode_array, parts), sha256, sources=sources_of(paths))
         except ValueError:  # a character that the first pass did not meet
