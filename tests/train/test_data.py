@@ -65,6 +65,13 @@ class Evil:
         return os.mkdir, ("pickle-was-run",)
 
 
+class Pointer:
+    """A scalar of numpy whose bytes are an address."""
+
+    def __reduce__(self):
+        return np.int64(0).__reduce__()[0], (np.dtype("O"), bytes(range(8)))
+
+
 ITOS = dict(enumerate(CHARS))
 STOI = {char: i for i, char in ITOS.items()}
 WORDS = {i: f"word{i}" for i in range(50)}
@@ -92,6 +99,7 @@ WORDS = {i: f"word{i}" for i in range(50)}
         ({"vocab_size": 50, "itos": [*CHARS, "!"]}, 50, False),  # more than vocab_size
         ({"vocab_size": 50, "itos": Evil(), "encode": os.mkdir, "tokenizer": pathlib.PurePath("a")}, 50, False),
         ({"vocab_size": 50, "itos": np.array(CHARS)}, 50, False),
+        ({"vocab_size": 50, "itos": {**ITOS, 0: Pointer()}}, 50, False),
     ],
 )
 @pytest.mark.parametrize("protocol", [2, 5])

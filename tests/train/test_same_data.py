@@ -52,7 +52,7 @@ def words(*tokens: str | None) -> dict:
         (unnamed_tokenizer(65), ABC, "65 different tokens there, 3 here"),  # nanoGPT's, whose table is unknown
         (ABC, {"vocab_size": 3}, ""),
         (ABC, {"vocab_size": 2}, "3 different tokens there, 2 here"),
-        ({"vocab_size": 128}, {"vocab_size": 90}, ""),
+        ({"vocab_size": 200}, {"vocab_size": 90}, ""),
         (words("to", "be", "or"), words("to", "be", "or"), ""),
         (words("to", "be", "or"), words("be", "to", "or"), "the tables of tokens are two different ones"),
         (ABC, words("to", "be", "or"), "the tables of tokens are two different ones"),

@@ -51,6 +51,8 @@ def test_known_ids(gpt2):
     assert ByteTokenizer().encode(undecoded) == [0xFF, ord("!")]
     assert gpt2.decode(gpt2.encode(undecoded)) == "\ufffd!"
     assert CharTokenizer("b\udcffa").encode("a\udcff") == [2, 1]
+    assert CharTokenizer("b\udcffa").decode([2, 1]) == "a?"
+    assert ByteTokenizer().decode([0xC3]) == "\ufffd"
 
 
 def test_what_a_tokenizer_does_not_know_is_named(gpt2):
@@ -211,7 +213,7 @@ def test_what_is_no_text_is_refused(tmp_path):
 @pytest.mark.parametrize("chunk", [5, 1 << 20])
 def test_documents_of_a_jsonl_file(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(texts, "CHUNK", chunk)
-    path, documents = tmp_path / "a.jsonl.gz", ["To be,\r\nor", "nót", "", "to\u2028be \U0001f600"]
+    path, documents = tmp_path / "a.JSONL.gz", ["To be,\r\nor", "nót", "", "to\u2028be \U0001f600"]
     lines = [json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(documents)]
     path.write_bytes(gzip.compress("\n\n".join(lines).encode("utf-8-sig")))
     expected = [text.replace("\r\n", "\n") for text in documents]
