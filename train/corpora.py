@@ -5,7 +5,6 @@ import hashlib
 import http.client
 import itertools
 import os
-import shlex
 import sysconfig
 import urllib.error
 import urllib.request
@@ -14,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError, first_line
-from train.files import open_regular, replacing
+from train.errors import UserError, first_line, quoted
+from train.files import read_regular, replacing
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+MAX_TEXT = 1 << 24  # bytes of the text of a corpus
 TIMEOUT = 30  # seconds without a byte until a download is given up
 
 # Folders of the standard library without text to learn from, or that Debian packs apart: `docs` is the same without.
@@ -29,13 +29,6 @@ TYPOGRAPHY = str.maketrans(
 )
 PART = 4000  # characters of text that stay together when the corpus is shuffled
 LONG = 64  # a paragraph of more characters is a copy when it comes again
-
-
-def write_docs(path: Path) -> None:
-    """Write the text of `docs` to `path`."""
-    text = docs_text()
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 def docs_text() -> str:
@@ -108,45 +101,29 @@ def _parts(text: str, seen: set[str]) -> Iterator[str]:
         yield part
 
 
-def fetch_shakespeare(path: Path) -> None:
-    """Have TinyShakespeare at `path`: download it, unless it is there. UserError for another file in its place."""
-    if not os.path.lexists(path):
-        download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
-        return
-    try:
-        with open_regular(path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if digest != SHAKESPEARE_SHA256:
-        raise UserError(f"{path}: sha256 is {digest}, expected {SHAKESPEARE_SHA256}; delete it to have it downloaded")
-
-
-def download(url: str, path: Path, sha256: str) -> None:
-    """Fetch `url` into `path`, whole and with that sha256, or raise a UserError that says what to do."""
+def shakespeare_text(path: Path) -> bytes:
+    """TinyShakespeare, downloaded. path: where the user can put it instead. UserError where it cannot be had."""
     remedy = f"put the file at {path} and run again"
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, replacing(path) as file:
-            digest = hashlib.sha256()
-            while data := response.read(1 << 16):
-                digest.update(data)
-                file.write(data)
-            if digest.hexdigest() != sha256:
-                raise UserError(f"{url}: sha256 is {digest.hexdigest()}, expected {sha256}; {remedy}")
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=TIMEOUT) as response:
+            data = response.read(MAX_TEXT)
     except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise UserError(f"{url}: cannot be downloaded ({first_line(reason)}); {remedy}") from None
+        raise UserError(f"{SHAKESPEARE_URL}: cannot be downloaded ({first_line(reason)}); {remedy}") from None
+    if (found := hashlib.sha256(data).hexdigest()) != SHAKESPEARE_SHA256:
+        raise UserError(f"{SHAKESPEARE_URL}: sha256 is {found}, expected {SHAKESPEARE_SHA256}; {remedy}")
+    return data
 
 
 def openwebtext() -> dict[str, Any]:
     """{"train": documents, "val": documents}, split as nanoGPT splits them. Raises UserError."""
     try:
         from datasets import load_dataset
-    except ImportError:
-        raise UserError("openwebtext: the package `datasets` is missing; pip install 'nanofuse[data]'") from None
-    try:
+
         documents = load_dataset("Skylion007/openwebtext", split="train")
         parts = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    except ImportError:
+        raise UserError("openwebtext: the package `datasets` is missing; pip install 'nanofuse[data]'") from None
     except Exception as error:  # of the network, the cache or the disk: the package has no common ancestor for them
         raise UserError(f"openwebtext: cannot be loaded: {type(error).__name__}: {first_line(error)}") from None
     return {"train": parts["train"], "val": parts["test"]}
@@ -155,13 +132,30 @@ def openwebtext() -> dict[str, Any]:
 @dataclass(frozen=True)
 class Corpus:
     tokenizer: str  # what `--tokenizer=auto` stands for
-    fetch: Callable[[Path], None] | None  # puts the text at a path; None: documents instead of a text, `openwebtext`
+    text: Callable[[Path], bytes] | None  # for a file at this path; None: documents instead of a text, `openwebtext`
+    sha256: Callable[[], str] | None = None  # of the text; None: of what `text` makes
+
+    def fetch(self, path: Path) -> None:
+        """Have the text at `path`: made or downloaded, unless it is there. UserError where another file is there."""
+        if not os.path.lexists(path):
+            text = self.text(path)
+            with replacing(path) as file:
+                file.write(text)
+            return
+        try:
+            found = hashlib.sha256(read_regular(path, MAX_TEXT)).hexdigest()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        expected = self.sha256() if self.sha256 else hashlib.sha256(self.text(path)).hexdigest()
+        if found != expected:
+            raise UserError(f"{path}: sha256 is {found}, expected {expected}; delete it to have the corpus's own")
 
 
+TINY_SHAKESPEARE = shakespeare_text, lambda: SHAKESPEARE_SHA256
 CORPORA = {
-    "docs": Corpus("char", write_docs),  # what every Python ships: its language reference and library's docstrings
-    "shakespeare_char": Corpus("char", fetch_shakespeare),  # TinyShakespeare, by character
-    "shakespeare": Corpus("gpt2", fetch_shakespeare),  # TinyShakespeare, by GPT-2's tokens
+    "docs": Corpus("char", lambda path: docs_text().encode()),  # what every Python ships: its reference and docstrings
+    "shakespeare_char": Corpus("char", *TINY_SHAKESPEARE),  # by character
+    "shakespeare": Corpus("gpt2", *TINY_SHAKESPEARE),  # by GPT-2's tokens
     "openwebtext": Corpus("gpt2", None),  # 8 million web pages, by GPT-2's tokens; 54 GB of cache
 }
 
@@ -179,5 +173,4 @@ def how_to_make(folder: Path) -> str:
     if name in CORPORA:
         return f"python -m train.prepare {name}"
     text = folder / "input.txt"
-    source = shlex.quote(str(text)) if os.path.isfile(text) else "FILE ..."
-    return f"python -m train.prepare {source} --dataset={shlex.quote(name)}"
+    return f"python -m train.prepare {quoted(text) if os.path.isfile(text) else 'FILE ...'} --dataset={quoted(name)}"

@@ -13,7 +13,6 @@ While the device works, a thread gathers the steps that follow. The thread touch
 call from a second thread would invalidate a graph capture that happens to be under way in the first.
 """
 
-import json
 import math
 import mmap
 import os
@@ -31,18 +30,16 @@ import torch
 
 from train.corpora import CORPORA, dataset_folder, how_to_make
 from train.errors import UserError, shown
-from train.files import open_regular, read_regular
-from train.metapickle import read_meta_pickle
+from train.files import open_regular
+from train.metapickle import digest
 from train.settings import nearest
-from train.text import GPT2_TOKENS, Tokenizer, from_meta, padded_vocab_size
+from train.text import GPT2_TOKENS, Tokenizer, checked_meta, from_meta, padded_vocab_size, read_meta
 
 Split = Literal["train", "val"]
 
 FULL_SCAN_BYTES = 256 << 20  # files up to this size are checked whole before the first step
 SCAN_TOKENS = 4 << 20  # tokens looked at together in such a check
 CHECK_SECONDS = 0.5  # how long a run compares its files with their checksums
-MAX_META = 64 << 20  # bytes of a meta.json or meta.pkl
-MAX_VOCAB = 1 << 32  # ids are uint32 at most
 GPT2_PADDED = 51200  # GPT-2's vocabulary, padded to the next multiple of 1024
 # Small steps are gathered many at a time: waking the thread costs more than filling 12 x 64 tokens.
 RUN_BYTES = 1 << 20
@@ -64,22 +61,52 @@ class Dataset:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.meta = _read_meta(self.folder)
+        self.folder = folder = Path(folder)
+        if not os.path.isfile(self.path("train")):
+            what = "no train.bin" if os.path.isdir(folder) else f"no such dataset{_similar(folder)}"
+            raise UserError(f"{folder}: {what}; make it with: {how_to_make(folder)}")
+        self.meta = read_meta(folder) or checked_meta({"vocab_size": GPT2_TOKENS, "tokenizer": "gpt2"})
         self._checksums = self.meta.pop("checksums", None)
         self.meta.pop("sources", None)  # for `train.prepare`
         self.n_vocab: int = self.meta["vocab_size"]
         self.vocab_size = padded_vocab_size(self.n_vocab) if self.meta.get("tokenizer") == "gpt2" else self.n_vocab
+        self.train, self.val = self._open("train"), self._open("val")
+
+    def _open(self, name: Split) -> np.memmap:
+        path, expected = self.path(name), self.meta.get(f"{name}_tokens")
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-        self.train = _open_tokens(self.folder / "train.bin", dtype, self.meta.get("train_tokens"))
-        self.val = _open_tokens(self.folder / "val.bin", dtype, self.meta.get("val_tokens"))
-        self._inodes = {name: self.path(name).stat().st_ino for name in ("train", "val")}
+        again = how_to_make(self.folder)
+        try:
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size == 0 or size % dtype.itemsize:
+                    raise UserError(
+                        f"{path}: {size:,} bytes, expected a positive multiple of {dtype.itemsize} ({dtype.name})"
+                    )
+                if expected is not None and size != expected * dtype.itemsize:
+                    raise UserError(
+                        f"{path}: {size // dtype.itemsize:,} tokens, but meta.json says {expected:,}: it was cut short,"
+                        f" or is another file; make it anew with: {again}"
+                    )
+                tokens = np.memmap(file, dtype=dtype, mode="r")
+        except FileNotFoundError:
+            raise UserError(f"{path}: missing; make it with: {again}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        if size > FULL_SCAN_BYTES and hasattr(mmap, "MADV_RANDOM"):
+            # A sample is 2 KB anywhere in the file. Read-ahead would bring up to megabytes around each.
+            tokens.base.madvise(mmap.MADV_RANDOM)
+        return tokens
 
     def split(self, name: Split) -> np.memmap:
         return self.train if name == "train" else self.val
 
     def path(self, name: Split) -> Path:
         return self.folder / f"{name}.bin"
+
+    def tokenizer(self, bpe_dir: str | Path | None = None) -> Tokenizer:
+        """The tokenizer that made the files. Raises UserError where that cannot be had."""
+        return from_meta(self.meta, bpe_dir)
 
     def fingerprint(self) -> str:
         """What tells this validation split from another: its length and a CRC, of a large file's two ends alone."""
@@ -88,21 +115,25 @@ class Dataset:
             tokens = np.concatenate([tokens[:SCAN_TOKENS], tokens[-SCAN_TOKENS:]])
         return f"{len(self.val)} tokens, CRC {zlib.crc32(tokens):08x}"
 
-    def check_uncut(self, split: Split) -> None:
-        """Raise UserError where the open file has become shorter: reading past its end would kill the process."""
-        try:
-            now = os.stat(self.path(split))
-        except OSError:
-            return  # it has no name any more, and is whole
-        expected = self.split(split).nbytes
-        if now.st_ino == self._inodes[split] and now.st_size < expected:
-            raise UserError(
-                f"{self.path(split)}: {now.st_size:,} bytes, expected {expected:,}: it was cut short under the run"
-            )
+    def check(self, block_size: int = 0, vocab_size: int | None = None, *, whole: bool = False) -> bool:
+        """Raise UserError where a split is too short for `block_size`, holds an id of `vocab_size` (None: n_vocab) or
+        more, or is not what its checksums are of. Returns whether meta has checksums.
 
-    def tokenizer(self, bpe_dir: str | Path | None = None) -> Tokenizer:
-        """The tokenizer that made the files. Raises UserError where that cannot be had."""
-        return from_meta(self.meta, bpe_dir)
+        Only if `whole` are files over 256 MB searched for such ids (the loader checks every batch that it draws), and
+        checksums compared for more than half a second.
+        """
+        self.check_length(block_size)
+        limit = self.n_vocab if vocab_size is None else vocab_size
+        for name in ("train", "val"):
+            tokens = np.asarray(self.split(name))
+            if self._checksums is None and self.meta.get("tokenizer") not in ("char", "byte"):
+                self._check_width(name, tokens[:SCAN_TOKENS])
+            if whole or tokens.nbytes <= FULL_SCAN_BYTES:
+                for start in range(0, len(tokens), SCAN_TOKENS):
+                    self.check_ids(name, tokens[start : start + SCAN_TOKENS], start, limit)
+        if self._checksums is not None:
+            self._check_sums(math.inf if whole else CHECK_SECONDS)
+        return self._checksums is not None
 
     def check_length(self, block_size: int) -> None:
         """Raise UserError where a split does not hold one sample: block_size tokens and the one after."""
@@ -113,47 +144,6 @@ class Dataset:
                     f" expected at least {block_size + 1:,}"
                 )
 
-    def check(self, block_size: int, vocab_size: int | None = None) -> None:
-        """Raise UserError where a split is too short for `block_size` or holds an id of `vocab_size` or more, or where
-        a file is not the one that its checksums are of, as far as half a second shows.
-
-        Files over 256 MB are not searched for such ids: the loader checks every batch that it draws.
-        """
-        self.check_length(block_size)
-        self.check_whole(vocab_size, FULL_SCAN_BYTES)
-        self.check_sums(CHECK_SECONDS)
-
-    def check_whole(self, vocab_size: int | None = None, most: int | None = None) -> None:
-        """Raise UserError where a split, of at most `most` bytes, holds an id of `vocab_size` or more."""
-        limit = self.vocab_size if vocab_size is None else vocab_size
-        for name in ("train", "val"):
-            tokens = np.asarray(self.split(name))
-            if most is None or tokens.nbytes <= most:
-                for start in range(0, len(tokens), SCAN_TOKENS):
-                    self.check_ids(name, tokens[start : start + SCAN_TOKENS], start, limit)
-
-    def check_sums(self, seconds: float = float("inf")) -> bool:
-        """Compare the files with their checksums, in any order, for so many seconds. Whether meta has checksums.
-
-        Raises UserError for a difference.
-        """
-        if self._checksums is None:
-            return False
-        size, end = self._checksums["bytes"], time.monotonic() + seconds
-        parts = [(name, i) for name in ("train", "val") for i in range(len(self._checksums[name]))]
-        random.Random().shuffle(parts)  # the next run sees other parts
-        for name, i in parts:
-            with open_regular(self.path(name)) as file:
-                file.seek(i * size)
-                if zlib.crc32(file.read(size)) != self._checksums[name][i]:
-                    raise UserError(
-                        f"{self.path(name)}: damaged, or another file: it has not the checksum that meta.json has of "
-                        f"bytes {i * size:,} to {(i + 1) * size:,}; make it anew with: {how_to_make(self.folder)}"
-                    )
-            if time.monotonic() > end:
-                break
-        return True
-
     def check_ids(self, split: Split, ids: np.ndarray, start: int, limit: int) -> None:
         """Raise UserError where one of `ids`, the split's from position `start` on, is `limit` or more."""
         if ids.max() >= limit:
@@ -162,62 +152,35 @@ class Dataset:
                 f"{self.path(split)}: token {ids[at]} at position {start + at:,}, expected ids below vocab_size={limit}"
             )
 
+    def _check_width(self, split: Split, ids: np.ndarray) -> None:
+        """Raise UserError for ids that were written with more bytes than they are read with."""
+        if len(ids) > 1 and ids.any() and not ids[1::2].any():
+            raise UserError(
+                f"{self.path(split)}: every second token is 0, as where the file has ids of more than "
+                f"{8 * ids.itemsize} bits; expected {self.meta['dtype']} for vocab_size={self.n_vocab}"
+            )
 
-def _read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json, else nanoGPT's meta.pkl, else GPT-2 BPE: completed and checked."""
-    if not os.path.isfile(folder / "train.bin"):
-        what = "no train.bin" if os.path.isdir(folder) else f"no such dataset{_similar(folder)}"
-        raise UserError(f"{folder}: {what}; make it with: {how_to_make(folder)}")
-    path = _meta_path(folder)
-    return _load_meta(path) if path else _checked_meta({"vocab_size": GPT2_TOKENS, "tokenizer": "gpt2"})
+    def _check_sums(self, seconds: float) -> None:
+        """Raise UserError where a file does not have its checksums. They are compared in any order, for so long."""
+        size, end = self._checksums["bytes"], time.monotonic() + seconds
+        parts = [(name, i) for name in ("train", "val") for i in range(-(-self.split(name).nbytes // size))]
+        random.Random().shuffle(parts)  # the next run sees other parts
+        for name, i in parts:
+            with open_regular(self.path(name)) as file:
+                file.seek(i * size)
+                if self._checksums[name][i : i + 1] != [zlib.crc32(file.read(size))]:
+                    raise UserError(
+                        f"{self.path(name)}: damaged, or another file: it has not the checksum that meta.json has of "
+                        f"bytes {i * size:,} to {(i + 1) * size:,}; make it anew with: {how_to_make(self.folder)}"
+                    )
+            if time.monotonic() > end:
+                break
 
-
-def _meta_path(folder: Path) -> Path | None:
-    """The meta.json, else the meta.pkl of a folder, whatever they are; None where it has neither."""
-    return next((folder / name for name in ("meta.json", "meta.pkl") if os.path.lexists(folder / name)), None)
-
-
-def _load_meta(path: Path) -> dict[str, Any]:
-    """A meta.json, or nanoGPT's meta.pkl in its form, completed and checked. UserError where it cannot be read."""
-    try:
-        data = read_regular(path, MAX_META)
-        return _checked_meta(read_meta_pickle(data) if path.suffix == ".pkl" else json.loads(data))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except RecursionError:
-        raise UserError(f"{path}: cannot be read: nested too deeply") from None
-    except (ValueError, UserError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-
-
-def _checked_meta(meta: Any) -> dict[str, Any]:
-    """The meta of a dataset, with its dtype. ValueError or UserError where a field is not what it should be."""
-    if not isinstance(meta, dict):
-        raise ValueError(f"it is {shown(meta)}, expected an object with a vocab_size")
-    if "vocab_size" not in meta:
-        raise ValueError("no 'vocab_size' in it")
-    vocab_size = meta["vocab_size"]
-    if type(vocab_size) is not int or not 1 <= vocab_size <= MAX_VOCAB:
-        raise ValueError(f"vocab_size is {shown(vocab_size)}, expected a positive int of at most {MAX_VOCAB:,}")
-    dtype = meta.setdefault("dtype", "uint16" if vocab_size <= 1 << 16 else "uint32")
-    if dtype not in ("uint16", "uint32"):
-        raise ValueError(f"dtype is {shown(dtype)}, expected uint16 or uint32")
-    if dtype == "uint16" and vocab_size > 1 << 16:
-        raise ValueError(f"dtype is uint16, expected uint32 for ids up to vocab_size={vocab_size}")
-    for name in ("train_tokens", "val_tokens"):
-        if name in meta and (type(meta[name]) is not int or meta[name] < 1):
-            raise ValueError(f"{name} is {shown(meta[name])}, expected a positive int")
-    sums = meta.get("checksums")
-    if sums is not None and not (
-        isinstance(sums, dict)
-        and type(sums.get("bytes")) is int
-        and 1 <= sums["bytes"] <= 1 << 30
-        and all(isinstance(sums.get(name), list) for name in ("train", "val"))
-    ):
-        raise ValueError(f"checksums is {shown(sums)}, expected those that train.prepare writes")
-    if meta.get("tokenizer") == "char":
-        from_meta(meta)
-    return meta
+    def check_uncut(self, split: Split) -> None:
+        """Raise UserError where the open file has become shorter: reading past its end would kill the process."""
+        now, expected = self.split(split).base.size(), self.split(split).nbytes
+        if now < expected:
+            raise UserError(f"{self.path(split)}: {now:,} bytes, expected {expected:,}: it was cut short under the run")
 
 
 def _similar(folder: Path) -> str:
@@ -229,6 +192,9 @@ def _similar(folder: Path) -> str:
     return "" if folder.name in CORPORA else nearest(folder.name, [*there, *CORPORA])
 
 
+# Which tokenizer
+
+
 def checkpoint_tokenizer(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The tokenizer of a loaded checkpoint, as in meta.json.
 
@@ -238,24 +204,21 @@ def checkpoint_tokenizer(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     found, vocab_size = checkpoint["nanofuse"].get("tokenizer", {}), checkpoint["model_args"]["vocab_size"]
     if "vocab_size" in found:
         try:
-            return _checked_meta(dict(found))
-        except (ValueError, UserError) as error:
+            return checked_meta(found)
+        except ValueError as error:
             raise UserError(f"the checkpoint's tokenizer: {error}") from None
-    if path := _meta_path(dataset_folder(str(checkpoint["config"].get("dataset", "")))):
-        meta = _load_meta(path)
-        if vocab_size in (meta["vocab_size"], padded_vocab_size(meta["vocab_size"])):
-            return meta
+    meta = read_meta(dataset_folder(str(checkpoint["config"].get("dataset", ""))))
+    if meta and vocab_size in (meta["vocab_size"], padded_vocab_size(meta["vocab_size"])):
+        return meta
     return unnamed_tokenizer(vocab_size)
 
 
 def weights_tokenizer(source: str, vocab_size: int) -> dict[str, Any]:
     """The tokenizer of the weights `source`, a name, a file or a folder: that of the meta.json beside them, which
     `python -m train.export` writes; else as `unnamed_tokenizer` says."""
-    path = Path(source)
-    meta = (path if os.path.isdir(path) else path.parent) / "meta.json"
-    if os.path.exists(path) and os.path.isfile(meta):
-        return _load_meta(meta)
-    return unnamed_tokenizer(vocab_size)
+    folder = Path(source) if os.path.isdir(source) else Path(source).parent
+    found = read_meta(folder) if os.path.exists(source) else None
+    return found or unnamed_tokenizer(vocab_size)
 
 
 def unnamed_tokenizer(vocab_size: int) -> dict[str, Any]:
@@ -269,44 +232,22 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """What tells two tokenizers apart, each as in meta.json; "" where nothing does. Equal size is not enough."""
     kinds = there.get("tokenizer"), here.get("tokenizer")
     sizes = there["vocab_size"], here["vocab_size"]
-    if kinds == (None, None):
-        return ""  # nothing is known of either
-    if None in kinds:
-        fits = sizes[0] == sizes[1] or max(sizes) == padded_vocab_size(min(sizes))
-        return "" if fits else f"{sizes[0]} different tokens there, {sizes[1]} here"
-    if kinds[0] != kinds[1]:
-        return f"the tokenizer is {shown(kinds[0])} there, {shown(kinds[1])} here"
-    tables = list(there.get("chars", ())), list(here.get("chars", ()))
-    for token, (one, other) in enumerate(zip(*tables, strict=False)):
-        if one != other:
-            return f"token {token} is {shown(one)} there, {shown(other)} here"
-    return "" if tables[0] == tables[1] else f"{len(tables[0])} characters there, {len(tables[1])} here"
-
-
-def _open_tokens(path: Path, dtype: np.dtype, expected: int | None) -> np.memmap:
-    """The tokens of a file. expected: how many meta says that there are, None where it does not say."""
-    again = how_to_make(path.parent)
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0 or size % dtype.itemsize:
-                raise UserError(
-                    f"{path}: {size:,} bytes, expected a positive multiple of {dtype.itemsize} ({dtype.name})"
-                )
-            if expected is not None and size != expected * dtype.itemsize:
-                raise UserError(
-                    f"{path}: {size // dtype.itemsize:,} tokens, but meta.json says {expected:,}: it was cut short, or "
-                    f"is another file; make it anew with: {again}"
-                )
-            tokens = np.memmap(file, dtype=dtype, mode="r")
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; make it with: {again}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if size > FULL_SCAN_BYTES and hasattr(mmap, "MADV_RANDOM"):
-        # A sample is 2 KB anywhere in the file. Read-ahead would bring up to megabytes around each.
-        tokens.base.madvise(mmap.MADV_RANDOM)
-    return tokens
+    chars = [list(meta.get("chars", ())) for meta in (there, here)]
+    if None not in kinds:
+        if kinds[0] != kinds[1]:
+            return f"the tokenizer is {shown(kinds[0])} there, {shown(kinds[1])} here"
+        for token, (one, other) in enumerate(zip(*chars, strict=False)):
+            if one != other:
+                return f"token {token} is {shown(one)} there, {shown(other)} here"
+        return "" if len(chars[0]) == len(chars[1]) else f"{len(chars[0])} characters there, {len(chars[1])} here"
+    tables = [
+        digest(dict(enumerate(meta["chars"]))) if "chars" in meta else meta.get("table") for meta in (there, here)
+    ]
+    if None not in tables and tables[0] != tables[1]:
+        return "the tables of tokens are two different ones"
+    fits = sizes[0] == sizes[1] or max(sizes) == padded_vocab_size(min(sizes))
+    # a model may have more tokens than data of which nothing else is known
+    return "" if fits or kinds == (None, None) else f"{sizes[0]} different tokens there, {sizes[1]} here"
 
 
 class Batch(NamedTuple):
@@ -319,13 +260,6 @@ class Batch(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor
     seeds: tuple[int, ...]
-
-
-class _Run(NamedTuple):
-    """Consecutive steps gathered together. Run n holds the steps from n * run_length on."""
-
-    number: int
-    batches: "Future[list[Batch]]"
 
 
 @dataclass
@@ -358,17 +292,14 @@ class Loader:
         step_bytes = 16 * self.accumulation * self.batch_size * self.block_size
         self._run_length = min(max(RUN_BYTES // step_bytes, 1), MAX_RUN)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._current: _Run | None = None
-        self._next: _Run | None = None
+        # Steps are gathered in runs: run n holds those from n * run_length on. Here are the current one and the next.
+        self._runs: dict[int, Future[list[Batch]]] = {}
 
     def train(self, step: int) -> Batch:
         """The batch of `step`. Any order gives the same batches; in order they are ready when asked for."""
         number, i = divmod(step, self._run_length)
-        if self._current is None or self._current.number != number:
-            run = self._next if self._next and self._next.number == number else self._gather_later(number)
-            run.batches.result()  # waits, and raises what the thread met
-            self._current, self._next = run, self._gather_later(number + 1)
-        batch = self._current.batches.result()[i]
+        self._runs = {n: self._runs.get(n) or self._gather_later(n) for n in (number, number + 1)}
+        batch = self._runs[number].result()[i]  # waits, and raises what the thread met
         x, y = (t.to(self.device, non_blocking=self._pinned) for t in batch[:2])
         return Batch(x, y, batch.seeds)
 
@@ -395,10 +326,10 @@ class Loader:
         shape = (*shape, self.batch_size, self.block_size)
         return torch.empty(shape, dtype=torch.int64, pin_memory=self._pinned)
 
-    def _gather_later(self, number: int) -> _Run:
+    def _gather_later(self, number: int) -> Future[list[Batch]]:
         """Hand a run to the thread."""
         memory = self._host_memory(self._run_length, 2, self.accumulation)
-        return _Run(number, self._thread.submit(self._gather_run, number, memory))
+        return self._thread.submit(self._gather_run, number, memory)
 
     def _gather_run(self, number: int, memory: torch.Tensor) -> list[Batch]:
         batches = []

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import shlex
 import signal
 import sys
 import unicodedata
@@ -49,6 +50,14 @@ def shown(value: object) -> str:
 def printable(text: str) -> str:
     """`text` with what a terminal would act upon escaped: control characters, line ends, lone surrogates."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def quoted(word: object) -> str:
+    """`word` as a shell reads it, and as a message shows it: one that has to be escaped is written as $'...'."""
+    text = str(word)
+    if text.isprintable():
+        return shlex.quote(text)
+    return "$'" + printable(text.replace("\\", "\\\\").replace("'", "\\'")) + "'"
 
 
 def safe(text: str) -> str:

@@ -8,20 +8,20 @@ Every tokenizer here is a byte pair encoding: GPT-2's has merges, and characters
 
 import itertools
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model import GPT
 from model.pretrained import CONFIG, WEIGHTS, export_gpt2, from_checkpoint
 from train.checkpoint import best_of, load
 from train.data import checkpoint_tokenizer
 from train.errors import UserError, run
-from train.files import check_output, staging_folder, sync, sync_folder
+from train.files import making_folder, replace_together, staging_folder
 from train.settings import command_line, setting
 from train.text import END_OF_TEXT, GPT2_TOKENS, SPELLING, CharTokenizer, GPT2Tokenizer, Tokenizer, from_meta
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "meta.json")
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str
         "decoder": joining,
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
-    return {"tokenizer.json": described, "tokenizer_config.json": config, "meta.json": tokenizer.meta()}
-
-
-def checkpoint_files(checkpoint: Mapping[str, Any], bpe_dir: str) -> tuple[dict[str, dict[str, Any]], str]:
-    """(the files of a loaded checkpoint's tokenizer, none where it cannot be had; a message)."""
-    args = checkpoint["model_args"]
-    try:
-        tokenizer = from_meta(checkpoint_tokenizer(checkpoint), bpe_dir or None)
-        if tokenizer.n_vocab > args["vocab_size"]:
-            raise UserError(f"it has {tokenizer.n_vocab} tokens, the model {args['vocab_size']}")
-    except UserError as error:  # GPT-2's needs a download; nanoGPT's checkpoints name only their dataset
-        return {}, f"without a tokenizer: {error}"
-    return tokenizer_files(tokenizer, args["block_size"]), f"its tokenizer ({tokenizer.name}), too"
+    return dict(zip(TOKENIZER, (described, config, tokenizer.meta()), strict=True))
 
 
 def spelled(token: bytes) -> str:
@@ -92,26 +80,6 @@ def merged(tokens: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
             yield parts[0], parts[1]
 
 
-def write(model: GPT, tokenizer: Mapping[str, Any], folder: Path) -> None:
-    """Write `model` and the files of its tokenizer into `folder`, each file in one step, the weights first.
-
-    tokenizer: as `tokenizer_files` gives them. Raises as `export_gpt2`, and OSError.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    names = (WEIGHTS, CONFIG, *tokenizer)
-    for name in names:
-        check_output(folder / name)
-    with staging_folder(folder) as staging:
-        export_gpt2(model, staging)
-        for name, content in tokenizer.items():
-            (staging / name).write_bytes(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-        for name in names:
-            with open(staging / name, "rb") as file:
-                sync(file)
-            os.replace(staging / name, folder / name)
-    sync_folder(folder)
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
     about = "Write a checkpoint as a Hugging Face GPT-2 folder."
@@ -122,20 +90,32 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = load(path)
     try:
         model = from_checkpoint(checkpoint)
-        files, said = checkpoint_files(checkpoint, config.bpe_dir)
-        write(model, files, folder)
-    except ImportError as error:
-        raise UserError(str(error)) from error
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    except OSError as error:
-        raise UserError(f"to: {config.to} cannot be written ({error.strerror})") from error
+    meta: dict[str, Any] = {}
+    try:
+        meta = checkpoint_tokenizer(checkpoint)
+        tokenizer = from_meta(meta, config.bpe_dir or None, model.config.vocab_size)
+        files = tokenizer_files(tokenizer, model.config.block_size)
+        said = f"its tokenizer ({tokenizer.name}), too: transformers.AutoTokenizer.from_pretrained({str(folder)!r})"
+    except UserError as error:  # GPT-2's needs a download; nanoGPT's checkpoints name only their dataset
+        files, said = {}, f"without a tokenizer: {error}"
+        if "table" in meta:  # of words, that tells which data the weights are of
+            files["meta.json"] = {name: meta[name] for name in ("vocab_size", "table", "unread")}
+    try:
+        with making_folder(folder), staging_folder(folder) as staging:
+            export_gpt2(model, staging)
+            for name, content in files.items():
+                (staging / name).write_bytes(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+            replace_together(staging, folder, (WEIGHTS, CONFIG, *TOKENIZER))  # those of an earlier export go
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    except UserError as error:
+        raise UserError(f"to: {error}") from None
     print(
         f"{folder}: iteration {checkpoint['iter_num']} of {path}, written; read it with "
         f"transformers.GPT2LMHeadModel.from_pretrained({str(folder)!r})"
     )
-    if files:
-        said += f": transformers.AutoTokenizer.from_pretrained({str(folder)!r})"
     print(f"{folder}: {said}")
 
 

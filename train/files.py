@@ -1,6 +1,7 @@
 """Files that appear whole or not at all; files of others, read with care; folders that belong to one process."""
 
 import errno
+import functools
 import os
 import shutil
 import stat
@@ -61,26 +62,9 @@ def check_output(path: Path) -> None:
         raise OSError(found, os.strerror(found), str(folder))
 
 
-class Checksums:
-    """CRC-32 of every `size` bytes of what `add` is given, one piece after the other."""
-
-    def __init__(self, size: int = 1 << 24) -> None:
-        self.size, self._whole, self._last, self._length = size, [], 0, 0
-
-    def add(self, data: bytes | memoryview) -> None:
-        view = memoryview(data).cast("B")
-        while len(view):
-            part = view[: self.size - self._length % self.size]
-            self._last = zlib.crc32(part, self._last)
-            self._length += len(part)
-            if self._length % self.size == 0:
-                self._whole.append(self._last)
-                self._last = 0
-            view = view[len(part) :]
-
-    @property
-    def values(self) -> list[int]:
-        return self._whole + [self._last] * (self._length % self.size > 0)
+def checksums(file: BinaryIO, size: int) -> list[int]:
+    """CRC-32 of every `size` bytes of an open file, from where it stands."""
+    return [zlib.crc32(data) for data in iter(functools.partial(file.read, size), b"")]
 
 
 @contextmanager
@@ -178,11 +162,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def replace_together(staging: Path, folder: Path, names: tuple[str, ...]) -> None:
     """Move the files `names` from `staging` into `folder`; of those that staging lacks, folder's are deleted.
 
-    names[0] is gone first and there last: whoever looks for it finds the old files, none, or the new ones. OSError
-    before anything is moved where one of them is no regular file.
+    They are synced first. names[0] is gone first and there last: whoever looks for it finds the old files, none, or
+    the new ones. OSError before anything is moved where one of them is no regular file.
     """
     for name in names:
         check_output(folder / name)
+    for path in staging.iterdir():
+        with open(path, "rb") as file:
+            sync(file)
     (folder / names[0]).unlink(missing_ok=True)
     for name in (*names[1:], names[0]):
         if (staging / name).exists():

@@ -5,54 +5,67 @@ name, except for dicts of other kinds and numpy's numbers. So the size of the vo
 needs, is found beside things that are not understood; those cost only the sampling of text.
 """
 
+import collections
+import hashlib
 import io
 import pickle
 import pickletools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 MAX_TUPLES = 50_000  # in one pickle: were they one in another, Python's hash of more would overflow the stack
-DTYPE = re.compile(r"[<>=|]?([iufb]\d\d?|U\d{1,4})")
+DTYPE = re.compile(r"[iufb]\d\d?|U\d{1,4}")
+PLAIN = (str, bytes, int, type(None))  # tokens that can be compared with another table's
 DICTS = ("OrderedDict", "defaultdict", "Counter")
 
 
 def read_meta_pickle(data: bytes) -> dict[str, Any]:
-    """{vocab_size, itos, stoi} in the form of meta.json: with "tokenizer" and "chars" for a table of characters; for
-    another, "unread" says why text cannot be sampled. ValueError where no vocabulary size is found."""
+    """{vocab_size, itos, stoi} in the form of meta.json. ValueError for a pickle that cannot be read.
+
+    A table of characters becomes "tokenizer" and "chars". For any other, "unread" says why text cannot be sampled, and
+    "table" is its digest. "vocab_size" is missing where there is neither a size nor a whole table.
+    """
     meta = _load(data)
     if not isinstance(meta, dict):
         raise ValueError("expected a dict with a vocab_size")
-    table, unread = _table(meta.get("itos"), meta.get("stoi"))
-    vocab_size = meta.get("vocab_size")
-    if type(vocab_size) is float and vocab_size.is_integer():
-        vocab_size = int(vocab_size)
-    if vocab_size is None and table is not None:
-        vocab_size = len(table)
-    if vocab_size is None:
-        raise ValueError("no 'vocab_size' in it")
-    if table is not None and type(vocab_size) is int and len(table) > vocab_size:
-        table, unread = None, f"itos has {len(table)} entries, vocab_size is {vocab_size}"
-    found: dict[str, Any] = {"vocab_size": vocab_size}
-    if table is None:
-        return found | {"unread": unread}
-    if not all(isinstance(char, str) and len(char) == 1 for char in table) or len(set(table)) != len(table):
-        return found | {"unread": "itos holds more than different single characters"}
-    return found | {"tokenizer": "char", "chars": table}
+    size, table = meta.get("vocab_size"), _table(meta.get("itos"), meta.get("stoi"))
+    tokens = [table[i] for i in range(len(table))] if set(table) == set(range(len(table))) else []
+    if type(size) is float and size.is_integer():
+        size = int(size)
+    if type(size) is not int and tokens:
+        size = len(tokens)
+    found = {"vocab_size": size} | ({"dtype": meta["dtype"]} if isinstance(meta.get("dtype"), str) else {})
+    characters = all(isinstance(token, str) and len(token) == 1 for token in tokens)
+    if tokens and characters and len(set(tokens)) == len(tokens) <= size:
+        return found | {"tokenizer": "char", "chars": tokens}
+    if table and all(type(i) is int and type(token) in PLAIN for i, token in table.items()):
+        found["table"] = digest(table)
+    if not table:
+        unread = "it has no table of characters"
+    elif not tokens:
+        unread = f"the ids of itos are not those from 0 to {len(table) - 1}"
+    elif len(tokens) > size:
+        unread = f"itos has {len(tokens)} entries, vocab_size is {size}"
+    else:
+        unread = "itos holds more than different single characters"
+    return found | {"unread": unread}
 
 
-def _table(itos: Any, stoi: Any) -> tuple[list | None, str]:
-    """(the tokens in the order of their ids, "") or (None, why there are none)."""
+def _table(itos: Any, stoi: Any) -> dict[Any, Any]:
+    """{id: token}; empty where there is none."""
     if isinstance(itos, list | tuple):
-        return list(itos), ""
+        return dict(enumerate(itos))
     if not isinstance(itos, dict) and isinstance(stoi, dict):
-        itos = {i: token for token, i in stoi.items() if type(i) is int}
-    if not isinstance(itos, dict):
-        return None, "it has no table of characters"
-    if set(itos) != set(range(len(itos))):
-        return None, f"the ids of itos are not those from 0 to {len(itos) - 1}"
-    return [itos[i] for i in range(len(itos))], ""
+        return {i: token for token, i in stoi.items() if type(i) is int}
+    return itos if isinstance(itos, dict) else {}
+
+
+def digest(table: Mapping[int, Any]) -> str:
+    """What tells a table of {id: token} from another one."""
+    return hashlib.sha256(repr(sorted(table.items())).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def check_pickle(data: bytes) -> None:
@@ -86,27 +99,14 @@ class _StandIn:
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, *_: Any) -> None:
-        pass
-
-    extend = add = update = append
+    __setstate__ = __setitem__ = append = extend = add = __init__
 
 
 class _Dtype(_StandIn):
-    """In place of numpy.dtype. text: as in "<i8"; empty for one that is not read."""
+    """In place of numpy.dtype. text: as in "i8"; empty for one that is not read."""
 
     def __init__(self, text: Any = "", *_: Any, **__: Any) -> None:
         self.text = text if isinstance(text, str) and DTYPE.fullmatch(text) else ""
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">") and self.text[:1] not in "<>=|":
-            self.text = state[1] + self.text
 
 
 def _scalar(dtype: Any = None, data: Any = None, *_: Any) -> Any:
@@ -114,11 +114,6 @@ def _scalar(dtype: Any = None, data: Any = None, *_: Any) -> Any:
     if not (isinstance(dtype, _Dtype) and dtype.text and isinstance(data, bytes)):
         return _StandIn()
     return np.frombuffer(data, dtype.text, count=1)[0].item()
-
-
-def _dict(*arguments: Any) -> dict:
-    """A dict of another kind, as a dict."""
-    return dict(arguments[0]) if arguments and isinstance(arguments[0], dict) else {}
 
 
 def _encode(text: Any = "", *_: Any) -> bytes:
@@ -132,4 +127,4 @@ class _Unpickler(pickle.Unpickler):
             return _encode
         if module.partition(".")[0] == "numpy" and name in ("dtype", "scalar"):
             return _Dtype if name == "dtype" else _scalar
-        return _dict if module == "collections" and name in DICTS else _StandIn
+        return getattr(collections, name) if module == "collections" and name in DICTS else _StandIn

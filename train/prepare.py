@@ -1,16 +1,14 @@
 """Text to token files: python -m train.prepare NAME | FILE ... [--tokenizer=char|byte|gpt2]
 
 A corpus of any size passes through memory a megabyte at a time, twice. The first pass checks that it is UTF-8,
-counts its characters and collects the alphabet. The second one encodes it: characters by a table lookup in
-numpy, GPT-2's BPE on all cores. Between two documents GPT-2's tokenizer puts its end-of-text token; the others know
-none, and take the documents as one text.
+counts its characters and collects the alphabet. The second one encodes it, on all cores. Between two documents GPT-2's
+tokenizer puts its end-of-text token; the others know none, and take the documents as one text.
 """
 
 import hashlib
 import json
 import os
 import pickle
-import shlex
 import signal
 import sys
 import time
@@ -24,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from train.corpora import CORPORA, dataset_folder, openwebtext
-from train.errors import UserError, run, shown
-from train.files import Checksums, making_folder, read_regular, replace_together, staging_folder, sync
+from train.errors import UserError, quoted, run, shown
+from train.files import checksums, making_folder, replace_together, staging_folder
 from train.settings import command_line, nearest, setting
 from train.text import (
     END_OF_TEXT,
@@ -35,7 +33,8 @@ from train.text import (
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
-    read_bytes,
+    code_points,
+    read_meta,
     read_text,
     split_at,
     whole_words,
@@ -46,9 +45,9 @@ or name text files, .jsonl files, or folders of them, to be taken one after the 
 Then: python -m train --dataset=DATASET"""
 
 FILES = ("train.bin", "val.bin", "meta.json", "meta.pkl")
-DOCUMENTS = 500  # encoded together
+CHECKSUM_BYTES = 1 << 24  # bytes of a token file that one checksum is of
+DOCUMENTS = 500  # of OpenWebText, encoded together
 DEFAULT_BLOCK_SIZE = 256  # the longest sequence of the default jobs, docs and docs_cpu
-LINE = "{percentage:3.0f}%, {rate_fmt}, {remaining} left\n"  # of progress, where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,10 @@ class PrepareConfig:
     check: str = setting("", "read all of this dataset and compare it with its checksums; make nothing", path=True)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError for bad input, with nothing written."""
     program, usage = "python -m train.prepare", "NAME | FILE ..."
-    config, sources = command_line(PrepareConfig, None, program, ABOUT, positional=usage)
+    config, sources = command_line(PrepareConfig, argv, program, ABOUT, positional=usage)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files go
     if config.check:
         if sources:
@@ -86,7 +85,7 @@ def main() -> None:
 
 def how_to_train(dataset: str, meta: Mapping[str, Any]) -> str:
     """The command that trains on a dataset. The default job's sequences must fit into its smaller part."""
-    command, tokens = f"python -m train --dataset={shlex.quote(dataset)}", min(meta["train_tokens"], meta["val_tokens"])
+    command, tokens = f"python -m train --dataset={quoted(dataset)}", min(meta["train_tokens"], meta["val_tokens"])
     return command if tokens > DEFAULT_BLOCK_SIZE else f"{command} --block_size={min(tokens - 1, 64)}"
 
 
@@ -95,78 +94,80 @@ def check(name: str) -> str:
     from train.data import Dataset  # imported here: torch takes seconds
 
     dataset = Dataset(dataset_folder(name))
-    dataset.check_whole()
+    has_checksums = dataset.check(whole=True)
     whole = f"{dataset.folder}: whole, {len(dataset.train):,} and {len(dataset.val):,} tokens below {dataset.n_vocab:,}"
-    return whole if dataset.check_sums() else f"{whole}; there are no checksums in its meta to compare the files with"
+    return whole if has_checksums else f"{whole}; there are no checksums in its meta to compare the files with"
 
 
 def prepare(sources: list[str], config: PrepareConfig) -> tuple[str, dict[str, Any]]:
     """Prepare one corpus by name, or the files. Returns the dataset's name and meta. Raises UserError."""
     name = sources[0] if len(sources) == 1 and sources[0] in CORPORA else ""
     files = [] if name else text_files(sources)
-    dataset = config.dataset or name or default_name(Path(sources[0]))
+    dataset = config.dataset or name or default_name(sources[0])
     folder = dataset_folder(dataset)
     if not name and not config.dataset:
         _check_replaces(folder, dataset, files)
     tokenizer = config.tokenizer
     if tokenizer == "auto":
         tokenizer = CORPORA[name].tokenizer if name else "char"
-    options = {"val_fraction": config.val_fraction, "bpe_dir": config.bpe_dir}
     if name == "openwebtext":
         if tokenizer != "gpt2" or config.val_fraction != PrepareConfig.val_fraction:
             raise UserError("openwebtext: made as nanoGPT makes it, expected no --tokenizer and no --val_fraction")
         return dataset, write_openwebtext(folder, config.bpe_dir)
     if name:
-        return dataset, write_corpus(folder, name, tokenizer, **options)
-    return dataset, write_dataset(folder, files, tokenizer, **options)
+        return dataset, write_corpus(folder, name, tokenizer, config)
+    return dataset, write_dataset(folder, files, tokenizer, config)
+
+
+# Which files, and what the dataset is called
 
 
 def text_files(sources: list[str]) -> list[Path]:
-    """The files that `sources` names, those in folders in the order of their names. Raises UserError."""
-    names = ", ".join(CORPORA)
+    """The files that `sources` names, those in folders in the order of their names. Raises UserError.
+
+    In folders, names that begin with a dot are left out, and the files of a dataset.
+    """
     if not sources:
-        raise UserError(f"nothing to prepare: expected a name ({names}) or text files")
+        raise UserError(f"nothing to prepare: expected a name ({', '.join(CORPORA)}) or text files")
     files: list[Path] = []
     for source in sources:
-        path = Path(source)
-        if os.path.isfile(path):
-            files.append(path)
-        elif os.path.isdir(path):
-            inside = sorted(file for file in _below(path) if os.path.isfile(file))
+        if os.path.isfile(source):
+            files.append(Path(source))
+        elif os.path.isdir(source):
+            inside = sorted(_below(source))
             if not inside:
                 raise UserError(f"{shown(source)}: no files in this folder, expected text files")
             files.extend(inside)
-        elif os.path.lexists(path):
+        elif os.path.lexists(source):
             raise UserError(f"{shown(source)}: not a regular file or a folder, expected a text file")
-        elif len(sources) == 1 and path.name == source and not path.suffix:
-            raise UserError(
-                f"{shown(source)}: no such corpus or file{nearest(source, CORPORA) or f', expected one of {names}'}"
-            )
         else:
-            raise UserError(f"{shown(source)}: no such file")
+            hint = nearest(source, CORPORA) or f", expected text files or one of {', '.join(CORPORA)}"
+            raise UserError(f"{shown(source)}: no such file or corpus{hint}")
     return files
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """All files below a folder. Names that begin with a dot are left out."""
-
+def _below(folder: str) -> Iterator[Path]:
     def unreadable(error: OSError) -> None:
         raise UserError(f"{shown(error.filename)}: cannot be read: {error.strerror}")
 
     for where, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(where, name) for name in names if not name.startswith("."))
+        for name in names:
+            path = Path(where, name)
+            if not name.startswith(".") and name not in FILES and os.path.isfile(path):
+                yield path
 
 
-def default_name(source: Path) -> str:
+def default_name(source: str) -> str:
     """What a dataset of this file or folder is called: by the file, or for one in data/NAME by NAME."""
-    if source.parts[:1] == ("data",) and len(source.parts) > 2:
-        name = source.parts[1]
+    parts = Path(os.path.relpath(source)).parts
+    if parts[:1] == ("data",) and len(parts) > 2:
+        name = parts[1]
     else:
         name = os.path.basename(os.path.abspath(source))
-        name = name if source.is_dir() else Path(name.removesuffix(".gz")).stem
+        name = name if os.path.isdir(source) else Path(name.removesuffix(".gz")).stem
     if not name or name in CORPORA:
-        what = f"{name} is the name of a corpus" if name else f"{shown(str(source))} gives it no name"
+        what = f"{name} is the name of a corpus" if name else f"{shown(source)} gives it no name"
         raise UserError(f"dataset: {what}, expected another: --dataset=NAME")
     return name
 
@@ -176,33 +177,38 @@ def _check_replaces(folder: Path, dataset: str, files: Sequence[Path]) -> None:
     if not any(os.path.lexists(folder / name) for name in FILES):
         return
     try:
-        meta = json.loads(read_regular(folder / "meta.json", 64 << 20))
-        if meta["sources"] == sources_of(files):
-            return
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        pass  # nanoGPT's, or an earlier version's
-    raise UserError(
-        f"dataset: {folder} holds a dataset of other files; to replace it, name it: --dataset={shlex.quote(dataset)}; "
-        "to keep it, choose another name: --dataset=NAME"
-    )
+        meta = read_meta(folder) or {}
+    except UserError:
+        meta = {}
+    if meta.get("sources") != sources_of(files):  # of nanoGPT's, or an earlier version's, they are not known
+        raise UserError(
+            f"dataset: {folder} holds a dataset of other files; to replace it, name it: --dataset={quoted(dataset)}; "
+            "to keep it, choose another name: --dataset=NAME"
+        )
 
 
 def sources_of(files: Sequence[Path]) -> str:
     """A digest of the files' names: it tells whether a dataset is of the same files, and names none of them."""
-    return hashlib.sha256(
-        "\0".join(str(path.resolve()) for path in files).encode("utf-8", "surrogateescape")
-    ).hexdigest()
+    names = "\0".join(os.path.realpath(path) for path in files)
+    return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+# Corpora by name
 
 
 def ensure_docs(folder: Path, say: Callable[[str], None] = print) -> None:
-    """Make the dataset `docs` in `folder` if it is missing, in seconds; say its size and sha256."""
-    path = folder / "meta.json"
-    if not all(os.path.isfile(folder / name) for name in ("train.bin", "val.bin", "meta.json")):
-        write_corpus(folder, "docs", "char")
+    """Make the dataset `docs` in `folder` if it is missing, in seconds; say its size and sha256.
+
+    A dataset of that name which was not made here, nanoGPT's for example, is left as it is.
+    """
+    if not os.path.isfile(folder / "train.bin"):
+        write_corpus(folder, "docs", "char", PrepareConfig())
     try:
-        say(docs_line(json.loads(read_regular(path, 64 << 20))))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); python -m train.prepare docs makes it anew") from None
+        meta = read_meta(folder) or {}
+    except UserError as error:
+        raise UserError(f"{error}; python -m train.prepare docs makes it anew") from None
+    if {"train_tokens", "val_tokens", "tokenizer", "sha256"} <= meta.keys():
+        say(docs_line(meta))
 
 
 def docs_line(meta: dict[str, Any]) -> str:
@@ -212,171 +218,146 @@ def docs_line(meta: dict[str, Any]) -> str:
     return f"docs: {tokens:,} {unit} of Python's own documentation, sha256 {meta['sha256']}"
 
 
-def write_corpus(folder: Path, name: str, tokenizer: str, **options: Any) -> dict[str, Any]:
-    """Fetch the text of a corpus into `folder`/input.txt and make the dataset of it. Options: write_dataset's."""
+def write_corpus(folder: Path, name: str, tokenizer: str, config: PrepareConfig) -> dict[str, Any]:
+    """Fetch the text of a corpus into `folder`/input.txt and make the dataset of it, as `write_dataset` does."""
     path = folder / "input.txt"
     if tokenizer == "gpt2":
-        GPT2Tokenizer(options.get("bpe_dir") or None)  # before anything is fetched for it
+        GPT2Tokenizer(config.bpe_dir or None)  # before anything is fetched for it
     with making_folder(folder):
         there = os.path.lexists(path)
         CORPORA[name].fetch(path)
         try:
-            return write_dataset(folder, [path], tokenizer, **options)
+            return write_dataset(folder, [path], tokenizer, config)
         except UserError:
             if not there:
                 path.unlink(missing_ok=True)
             raise
 
 
-def write_openwebtext(folder: Path, bpe_dir: str = "") -> dict[str, Any]:
+def write_openwebtext(folder: Path, bpe_dir: str) -> dict[str, Any]:
     """Write OpenWebText in nanoGPT's split, <|endoftext|> after every document. Returns the meta."""
     bpe = GPT2Tokenizer(bpe_dir or None)
-    documents = openwebtext()
-    digest = hashlib.sha256()
-    end = np.array([GPT2_TOKENS - 1], dtype=np.uint16)
+    documents, digest = openwebtext(), hashlib.sha256()
+    end = np.array([GPT2_TOKENS - 1])
 
-    def texts(part: Any) -> Iterator[list[str]]:
-        for batch in part.iter(batch_size=DOCUMENTS):
-            for text in batch["text"]:
-                digest.update(text.encode("utf-8", "replace"))
-            yield batch["text"]
-            bar.update(len(batch["text"]))
+    def texts() -> Iterator[tuple[str, list[str]]]:
+        for name, part in documents.items():
+            for batch in part.iter(batch_size=DOCUMENTS):
+                for text in batch["text"]:
+                    digest.update(text.encode("utf-8", "replace"))
+                yield name, batch["text"]
+                bar.update(len(batch["text"]))
 
     def encode(batch: list[str]) -> np.ndarray:
         return np.concatenate([ids for text in batch for ids in (bpe.encode_ordinary(text), end)])
 
     with progress(sum(map(len, documents.values())), " documents") as bar:
-        splits = {name: in_order(encode, texts(part)) for name, part in documents.items()}
-        return write_tokens(folder, bpe, splits, digest.hexdigest)
+        return write_tokens(folder, bpe, in_order(encode, texts()), digest.hexdigest)
 
 
-def write_dataset(
-    folder: Path, paths: Sequence[Path], tokenizer: str, *, val_fraction: float = 0.1, bpe_dir: str = ""
-) -> dict[str, Any]:
+# The files
+
+
+def write_dataset(folder: Path, paths: Sequence[Path], tokenizer: str, config: PrepareConfig) -> dict[str, Any]:
     """Encode the files, one after the other, into `folder`, the last part of them for validation.
 
-    `tokenizer` is "char", "byte" or "gpt2"; parts are measured in characters, for "byte" in bytes. Returns what
-    meta.json says. Raises UserError, and leaves `folder` as it was, where a file is empty or not UTF-8, and where
-    a part would hold fewer than 2 tokens.
+    tokenizer: "char", "byte" or "gpt2", in place of config's. Parts are measured in characters, for "byte" in bytes.
+    Returns what meta.json says. Raises UserError, and leaves `folder` as it was, where a file is not UTF-8, where all
+    are empty, and where a part would hold fewer than 2 tokens.
     """
     named = ", ".join(map(str, paths))
-    size = sum(os.stat(path).st_size for path in paths)
-    if size == 0:
-        raise UserError(f"{named}: empty, expected text")
-    coder = GPT2Tokenizer(bpe_dir or None) if tokenizer == "gpt2" else ByteTokenizer()
+    changed = UserError(f"{named}: changed while being read; run again")
+    coder = GPT2Tokenizer(config.bpe_dir or None) if tokenizer == "gpt2" else ByteTokenizer()
+    between = END_OF_TEXT if tokenizer == "gpt2" else ""
     first, second = hashlib.sha256(), hashlib.sha256()
-    with progress(2 * size, "B") as bar:
+    with progress(2 * sum(os.stat(path).st_size for path in paths), "B") as bar:
 
-        def reading(digest: Any) -> Iterator[Any]:
-            def see(data: bytes) -> None:
-                bar.update(len(data))
+        def reading(digest: Any) -> Iterator[str | bytes]:
+            pieces = read_text(paths, between, raw=tokenizer == "byte")
+            for piece in whole_words(pieces) if tokenizer == "gpt2" else pieces:
+                data = piece.encode("utf-8", "surrogateescape")
                 digest.update(data)
+                bar.update(len(data))
+                yield data if tokenizer == "byte" else piece
 
-            if tokenizer == "byte":
-                return read_bytes(paths, see)
-            if tokenizer == "gpt2":
-                return whole_words(read_text(paths, see, END_OF_TEXT))
-            return read_text(paths, see)
+        def sha256() -> str:
+            if first.digest() != second.digest():
+                raise changed
+            return first.hexdigest()
 
         length, alphabet = 0, np.zeros(0x110000, dtype=bool)
         for piece in reading(first):
             length += len(piece)
             if tokenizer == "char":
-                alphabet[_code_points(piece)] = True
+                alphabet[code_points(piece)] = True
+        if length == 0:
+            raise UserError(f"{named}: empty, expected text")
         if tokenizer == "char":
             coder = CharTokenizer([chr(code) for code in np.flatnonzero(alphabet)])
-
-        def sha256() -> str:
-            if first.digest() != second.digest():
-                raise UserError(f"{named}: changed while being read; run again")
-            return first.hexdigest()
-
-        whole = END_OF_TEXT if tokenizer == "gpt2" else ""
-        train, val = split_at(reading(second), int(length * (1 - val_fraction)), whole)
-        splits = {"train": encode(coder, train), "val": encode(coder, val)}
-        return write_tokens(folder, coder, splits, sha256, sources=sources_of(paths))
+        parts = split_at(reading(second), int(length * (1 - config.val_fraction)), between)
+        try:
+            return write_tokens(folder, coder, in_order(coder.encode_array, parts), sha256, sources=sources_of(paths))
+        except ValueError:  # a character that the first pass did not meet
+            raise changed from None
 
 
 def write_tokens(
     folder: Path,
     tokenizer: Tokenizer,
-    splits: Mapping[str, Iterable[np.ndarray]],
+    tokens: Iterable[tuple[str, np.ndarray]],
     sha256: Callable[[], str],
     **facts: Any,
 ) -> dict[str, Any]:
-    """Write train.bin, val.bin and meta from arrays of ids, "train" first; `sha256` is called last. facts: more for
-    meta.json.
+    """Write train.bin, val.bin and meta from arrays of ids, each with the name of its part. Returns the meta.
 
-    Returns the meta. Raises UserError, and leaves `folder` as it was, where a split has fewer than 2 tokens.
+    sha256: of the text; called last. facts: more for meta.json. Raises UserError, and leaves `folder` as it was, where
+    a part has fewer than 2 tokens.
     """
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
-    meta, sums = tokenizer.meta() | {"dtype": dtype.name} | facts, {name: Checksums() for name in ("train", "val")}
+    meta, sums = tokenizer.meta() | {"dtype": dtype.name} | facts, {"bytes": CHECKSUM_BYTES}
     with making_folder(folder), staging_folder(folder) as staging:
-
-        def write(name: str, pieces: Iterable[Any]) -> int:
-            with open(staging / name, "wb") as file:
-                file.writelines(pieces)
-                sync(file)
-                return file.tell()
-
-        for name in ("train", "val"):
-
-            def pieces(sum: Checksums, ids: Iterable[np.ndarray]) -> Iterator[memoryview]:
-                for piece in ids:
-                    data = memoryview(np.ascontiguousarray(piece, dtype=dtype)).cast("B")
-                    sum.add(data)
-                    yield data
-
-            count = write(f"{name}.bin", pieces(sums[name], splits[name])) // dtype.itemsize
-            if count < 2:
-                raise UserError(f"too little text: the {name} part has {count} tokens, expected 2 or more")
-            meta[f"{name}_tokens"] = count
-        meta["sha256"] = sha256()
-        meta["checksums"] = {"bytes": sums["train"].size, **{name: sum.values for name, sum in sums.items()}}
-        write("meta.json", [json.dumps(meta).encode()])
+        with open(staging / "train.bin", "w+b") as train, open(staging / "val.bin", "w+b") as val:
+            files = {"train": train, "val": val}
+            for name, ids in tokens:
+                files[name].write(np.ascontiguousarray(ids, dtype=dtype))
+            for name, file in files.items():
+                meta[f"{name}_tokens"] = count = file.tell() // dtype.itemsize
+                if count < 2:
+                    raise UserError(f"too little text: the {name} part has {count} tokens, expected 2 or more")
+                file.seek(0)
+                sums[name] = checksums(file, CHECKSUM_BYTES)
+        meta |= {"sha256": sha256(), "checksums": sums}
+        (staging / "meta.json").write_text(json.dumps(meta))
         if isinstance(tokenizer, CharTokenizer):  # nanoGPT's own form, for its scripts
             itos = dict(enumerate(tokenizer.chars))
             stoi = {char: i for i, char in itos.items()}
-            write("meta.pkl", [pickle.dumps({"vocab_size": tokenizer.n_vocab, "itos": itos, "stoi": stoi})])
+            nanogpts = {"vocab_size": tokenizer.n_vocab, "itos": itos, "stoi": stoi}
+            (staging / "meta.pkl").write_bytes(pickle.dumps(nanogpts))
         replace_together(staging, folder, FILES)
     return meta
 
 
-def encode(tokenizer: Tokenizer, pieces: Iterable[Any]) -> Iterator[np.ndarray]:
-    """Pieces of text (bytes for "byte", whole words for "gpt2") to arrays of their ids."""
-    if isinstance(tokenizer, GPT2Tokenizer):
-        return in_order(tokenizer.encode_documents, pieces)
-    if isinstance(tokenizer, CharTokenizer):
-        table = np.zeros(0x110000, dtype=np.uint32 if tokenizer.n_vocab > 1 << 16 else np.uint16)
-        table[_code_points("".join(tokenizer.chars))] = np.arange(tokenizer.n_vocab)
-        return (table[_code_points(piece)] for piece in pieces)
-    return (np.frombuffer(piece, dtype=np.uint8) for piece in pieces)
-
-
-def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-
-
-def in_order(work: Callable[[Any], np.ndarray], items: Iterable[Any]) -> Iterator[np.ndarray]:
-    """map(work, items) on all cores, in order, a few items ahead. `work` must release the GIL."""
+def in_order(encode: Callable[[Any], np.ndarray], parts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, encode(item)) of every (name, item), on all cores, in order, a few items ahead."""
     ahead = 2 * (os.cpu_count() or 1)
-    waiting: deque[Future[np.ndarray]] = deque()
+    waiting: deque[tuple[str, Future[np.ndarray]]] = deque()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for item in items:
-            waiting.append(pool.submit(work, item))
+        for name, item in parts:
+            waiting.append((name, pool.submit(encode, item)))
             if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                name, ids = waiting.popleft()
+                yield name, ids.result()
+        yield from ((name, ids.result()) for name, ids in waiting)
 
 
 def progress(total: int, unit: str) -> Any:
     """A bar on a terminal; elsewhere a line every half minute. Neither for what takes less than a second."""
     from tqdm import tqdm  # only here: a run that trains does without
 
-    style = {"mininterval": 0.1, "delay": 1} if sys.stderr.isatty() else {"mininterval": 30, "delay": 30}
+    style = {"mininterval": 0.1, "delay": 1}
     if not sys.stderr.isatty():
-        style["bar_format"] = LINE
+        line = "{percentage:3.0f}%, {rate_fmt}, {remaining} left\n"
+        style = {"mininterval": 30, "delay": 30, "bar_format": line}
     return tqdm(total=total, unit=unit, unit_scale=True, leave=False, **style)
 
 

@@ -4,7 +4,6 @@ import codecs
 import dataclasses
 import itertools
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ from torch import nn
 
 from model import GPT, Precision
 from model.generate import generate
-from model.pretrained import END_OF_TEXT, from_checkpoint, load_gpt2
+from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint import best_of, load
 from train.data import checkpoint_tokenizer, weights_tokenizer
-from train.errors import UserError, first_line, printable, run, safe, shown
+from train.errors import UserError, first_line, quoted, run, safe, shown
 from train.hardware import device_name, resolve_device, resolve_dtype
 from train.settings import command_line, setting
-from train.text import CharTokenizer, Tokenizer, from_meta, read_bytes, read_text
+from train.text import END_OF_TEXT, GPT2_TOKENS, CharTokenizer, Tokenizer, from_meta, read_text
 
 
 @dataclass(frozen=True)
@@ -56,30 +55,19 @@ def load_model(config: SampleConfig, dtype: torch.dtype) -> tuple[GPT, Tokenizer
 
     Raises UserError.
     """
-    precision = Precision(compute=dtype)
-    if config.init_from == "resume":
-        path = best_of(Path(config.out_dir))
-        checkpoint = load(path)
-        source = f"{path}, iteration {checkpoint['iter_num']}"
-        try:
+    source, precision = config.init_from, Precision(compute=dtype)
+    try:
+        if config.init_from == "resume":
+            source = str(best_of(Path(config.out_dir)))
+            checkpoint = load(Path(source))
             model = from_checkpoint(checkpoint, dropout=0.0, precision=precision)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
-        meta = checkpoint_tokenizer(checkpoint)
-    else:
-        try:
-            model = load_gpt2(config.init_from, precision=precision)
-        except (OSError, ImportError, ValueError) as error:
-            raise UserError(f"init_from: {error}") from error
-        source = config.init_from
-        meta = weights_tokenizer(config.init_from, model.config.vocab_size)
-    tokenizer = from_meta(meta, config.bpe_dir or None)
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(
-            f"init_from={config.init_from}: the model has {model.config.vocab_size} tokens, its tokenizer"
-            f" ({tokenizer.name}) {tokenizer.n_vocab}; they were not made for each other"
-        )
-    return model, tokenizer, source
+            source, meta = f"{source}, iteration {checkpoint['iter_num']}", checkpoint_tokenizer(checkpoint)
+        else:
+            model = load_gpt2(source, precision=precision)
+            meta = weights_tokenizer(source, model.config.vocab_size)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{source if config.init_from == 'resume' else 'init_from'}: {error}") from error
+    return model, from_meta(meta, config.bpe_dir or None, model.config.vocab_size), source
 
 
 def to_inference(model: GPT, device: torch.device) -> None:
@@ -111,11 +99,9 @@ def read_prompt(start: str, tokenizer: Tokenizer) -> str:
     """`start`, or with a `FILE:` in front the text of that file, read as a corpus is. Raises UserError."""
     if not start.startswith("FILE:"):
         return start
-    paths = [Path(os.path.expanduser(start.removeprefix("FILE:")))]
+    path = Path(os.path.expanduser(start.removeprefix("FILE:")))
     try:
-        if tokenizer.name == "byte":
-            return b"".join(read_bytes(paths)).decode("utf-8", "surrogateescape")
-        return "".join(read_text(paths))
+        return "".join(read_text([path], raw=tokenizer.name == "byte"))
     except UserError as error:
         raise UserError(f"start: {error}") from None
 
@@ -123,12 +109,9 @@ def read_prompt(start: str, tokenizer: Tokenizer) -> str:
 def example_start(tokenizer: Tokenizer) -> str:
     """A prompt that `tokenizer` can encode, as a shell reads it."""
     if tokenizer.name == "gpt2":
-        return "'<|endoftext|>'"
+        return quoted(END_OF_TEXT)
     chars = tokenizer.chars if isinstance(tokenizer, CharTokenizer) else ("\n",)
-    start = "\n" if "\n" in chars else next((char for char in chars if char.isalnum()), chars[0])
-    if not start.isprintable():
-        return f"$'{printable(start)}'"
-    return shlex.quote(repr(start) if start in "'\"" else start)  # a quote begins a quoted value
+    return quoted("\n" if "\n" in chars else next((char for char in chars if char.isalnum()), chars[0]))
 
 
 def sample_text(
@@ -156,7 +139,7 @@ def sample_text(
         raise UserError(str(error)) from error
     numbers = map(int, tokens)  # waits for the device
     if config.end_of_text:
-        numbers = itertools.takewhile(lambda token: token != END_OF_TEXT, numbers)
+        numbers = itertools.takewhile(lambda token: token != GPT2_TOKENS - 1, numbers)
     drawn = itertools.chain([ids], ([token] for token in numbers))
     return codecs.iterdecode(map(tokenizer.decode_bytes, drawn), "utf-8", "replace")  # holds half a character back
 

