@@ -1,6 +1,7 @@
 """Saves: complete after a kill at any time and on a full disk; earlier checkpoints are kept."""
 
 import errno
+import io
 import math
 import os
 import subprocess
@@ -121,6 +122,21 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
             break
     # fsync, perhaps link and replace for the previous one, replace, fsync, unlinks: a kill in each of them
     assert k > 4 + 2 * (keep > 1)
+
+
+def test_an_interrupt_under_torchs_writer_stays_one(tmp_path, monkeypatch):
+    """A second Ctrl-C: torch raises a RuntimeError over it."""
+
+    class Interrupted(io.BytesIO):
+        def write(self, data):
+            raise KeyboardInterrupt
+
+    checkpoint.save(tmp_path, make_checkpoint(1), keep=2)
+    monkeypatch.setattr(checkpoint, "open", lambda *_: Interrupted(), raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, make_checkpoint(2), keep=2)
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
+    assert saved_iterations(tmp_path) == [1]
 
 
 # A full disk

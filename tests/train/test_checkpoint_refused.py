@@ -140,7 +140,7 @@ def foreign_files() -> dict:
     deep = b"\x80\x02}N" + b"\x85" * 1_000_000 + b"K\x01s."
     return {
         "empty": (lambda path: path.write_bytes(b""), "0 bytes"),
-        "folder": (lambda path: path.mkdir(), "is a folder"),
+        "folder": (lambda path: path.mkdir(), "Is a directory"),
         "pickle": (lambda path: path.write_bytes(pickle.dumps({"model": {}})), "not the zip archive"),
         "legacy torch": (
             lambda path: torch.save(make_nanogpt(), path, _use_new_zipfile_serialization=False),
@@ -152,25 +152,32 @@ def foreign_files() -> dict:
         "an object": (of({"model": Path("x")}), "more than tensors and plain values (pathlib"),
         "a state_dict": (of(make_model().state_dict()), "it has no model, optimizer"),
         **{f"no {key}": (without(key), f"it has no {key}") for key in make_nanogpt()},
-        "model a list": (other(model=[torch.zeros(1)]), "its model is not a dict"),
-        "model of numbers": (other(model={"w": 1.0}), "its model has 'w', a float"),
-        "optimizer without groups": (other(optimizer={"state": {}}), "its optimizer is not"),
+        "model a list": (other(model=[torch.zeros(1)]), "its model is [tensor([0.])], not a dict"),
+        "model of numbers": (other(model={"w": 1.0}), "its model is {'w': 1.0}, not a dict of named tensors"),
+        "optimizer without groups": (other(optimizer={"state": {}}), "its optimizer is {'state': {}}, not the state"),
+        "optimizer of unnamed tensors": (
+            other(optimizer={"state": {}, "param_groups": [{"params": [[0]]}]}),
+            "its optimizer is {",
+        ),
         "iter_num a string": (other(iter_num="5"), "its iter_num is '5'"),
         "iter_num negative": (other(iter_num=-1), "its iter_num is -1"),
-        "best_val_loss a vector": (other(best_val_loss=torch.zeros(2)), "its best_val_loss is a Tensor"),
-        "nanofuse a list": (other(nanofuse=[]), "its config or nanofuse"),
-        "model_args a list": (other(model_args=[1]), "its model_args are list"),
-        "model_args short": (other(model_args={"n_layer": 1}), "its model_args are n_layer,"),
+        "best_val_loss a vector": (
+            other(best_val_loss=torch.zeros(2)),
+            "its best_val_loss is tensor([0., 0.]), not a number",
+        ),
+        "nanofuse a list": (other(nanofuse=[]), "its nanofuse is [], not a dict"),
+        "model_args a list": (other(model_args=[1]), "its model_args is [1], not a dict"),
+        "model_args short": (other(model_args={"n_layer": 1}), "differ in bias, block_size, dropout"),
         **{f"model_args {bad}": (other(model_args=MODEL_ARGS | bad), f"its {next(iter(bad))} is") for bad in bad_args},
         "gelu a number": (other(nanofuse={"gelu": 3}), "its gelu is 3, not a str"),
         "tokenizer a string": (other(nanofuse={"tokenizer": "char"}), "its tokenizer is 'char', not a dict"),
         "scaler a list": (other(nanofuse={"scaler": [1]}), "its scaler is [1], not a dict"),
-        "judged_at a float": (other(nanofuse={"judged_at": 1.5}), "its judged_at is 1.5, not a int"),
+        "judged_at a float": (other(nanofuse={"judged_at": 1.5}), "its judged_at is 1.5, not a whole number"),
         "a pipe": (os.mkfifo, "cannot be read (not a regular file)"),
         "a device": (lambda path: path.symlink_to("/dev/zero"), "cannot be read (not a regular file)"),
         "a packed archive": (rewritten(lambda data: data, zipfile.ZIP_DEFLATED), "is packed"),
         "a deep pickle": (rewritten(lambda data: deep), "tuples"),
-        "model_args of another model": (other(model_args=MODEL_ARGS | {"rope": True}), "rope"),
+        "model_args of another model": (other(model_args=MODEL_ARGS | {"rope": True}), "differ in rope"),
     }
 
 
