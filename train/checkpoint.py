@@ -70,6 +70,10 @@ def _is_optimizer(state: dict) -> bool:
     )
 
 
+def _is_scale(state: dict) -> bool:
+    return not state or all(type(state.get(name)) in (int, float) for name in ("scale", "_growth_tracker"))
+
+
 _SIZE = Rule("a whole number of 1 or more", int, lambda value: value >= 1)
 MODEL_ARGS = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"), _SIZE) | {
     "bias": Rule("True or False", bool),
@@ -84,9 +88,10 @@ NANOGPTS = {
     "best_val_loss": Rule("a number", (int, float)),
     "config": Rule("a dict", dict),
 }
-OURS = dict.fromkeys(("tokenizer", "scaler"), Rule("a dict", dict)) | {
+OURS = dict.fromkeys(("stale_evals", "judged_at", "best_iter"), Rule("a whole number", int)) | {
     "gelu": Rule("a str", str),
-    **dict.fromkeys(("stale_evals", "judged_at"), Rule("a whole number", int)),
+    "tokenizer": Rule("a dict", dict),
+    "scaler": Rule("the state of a loss scale", dict, _is_scale),
 }
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter, beside its count of steps
 

@@ -35,6 +35,7 @@ from typing import Any
 
 from train.errors import UserError, one_line, printable, shown
 from train.expressions import MODULES, Refused, evaluate
+from train.files import read_regular
 
 Value = int | float | bool | str
 
@@ -256,12 +257,9 @@ def load_config_file(
     above, notes: as for `read_settings`.
     """
     try:
-        with open(path, "rb") as file:
-            source = file.read(MAX_BYTES + 1)
+        source = read_regular(Path(path), MAX_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a config file: {error.strerror}") from None
-    if len(source) > MAX_BYTES:
-        raise UserError(f"{path}: more than {MAX_BYTES} bytes, expected a config file")
     found, line = _ConfigFile(cls, above or {}), None
     try:
         with warnings.catch_warnings(action="ignore"):  # an odd backslash in a string is not worth a warning

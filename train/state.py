@@ -119,12 +119,8 @@ def resumed_progress(plan: Plan, checkpoint: dict) -> tuple[Progress, str]:
         return Progress(iter_num), f"{line} counted anew: {' and '.join(changed)} changed"
     # nanoGPT saves right after an evaluation. It does not count evaluations without improvement.
     stale_evals, judged_at = ours.get("stale_evals", 0), ours.get("judged_at", iter_num)
-    best_iter = ours.get("best_iter")
-    if best_iter is None:  # nanoGPT's file, or an early one of ours
-        is_best = judged_at == iter_num and stale_evals == 0
-        if not ours:
-            is_best = checkpoint["config"].get("always_save_checkpoint") is False  # then it saves only the best
-        best_iter = iter_num if is_best else -1
+    best_only = checkpoint["config"].get("always_save_checkpoint") is False  # then nanoGPT's file is its best one
+    best_iter = ours.get("best_iter", iter_num if best_only else -1)
     there = checkpoints.held(out_dir / checkpoints.BEST)
     if there and there.best_val_loss <= best:
         best_iter, best = there

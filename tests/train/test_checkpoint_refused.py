@@ -158,7 +158,9 @@ VALUES = [  # what a nanoGPT's checkpoint holds instead of its own, and what the
     ({"nanofuse": []}, "its nanofuse is [], not a dict"),
     ({"nanofuse": {"gelu": 3}}, "its gelu is 3, not a str"),
     ({"nanofuse": {"tokenizer": "char"}}, "its tokenizer is 'char', not a dict"),
-    ({"nanofuse": {"scaler": [1]}}, "its scaler is [1], not a dict"),
+    ({"nanofuse": {"scaler": [1]}}, "its scaler is [1], not the state of a loss scale"),
+    ({"nanofuse": {"scaler": {"scale": "1", "_growth_tracker": 0}}}, "its scaler is {'scale': '1'"),
+    ({"nanofuse": {"best_iter": "3"}}, "its best_iter is '3', not a whole number"),
     ({"nanofuse": {"judged_at": 1.5}}, "its judged_at is 1.5, not a whole number"),
 ]
 
