@@ -199,8 +199,7 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             continue
         if record["kind"] == "run":
-            last = key[1] if record.get("resumed") else -1
-            records = {old: kept for old, kept in records.items() if old[1] <= last}
+            records = {old: kept for old, kept in records.items() if old[1] <= key[1]}
         records.pop(key, None)  # so that the order is that of the last times
         records[key] = record
     return list(records.values())

@@ -122,8 +122,13 @@ def test_an_interrupt_under_torchs_writer_stays_one(tmp_path, monkeypatch):
     """A second Ctrl-C: torch raises a RuntimeError over it."""
 
     class Interrupted(io.BytesIO):
+        writes = 0
+
         def write(self, data):
-            raise KeyboardInterrupt
+            self.writes += 1
+            if self.writes == 3:
+                raise KeyboardInterrupt
+            return super().write(data)
 
     checkpoint.save(tmp_path, make_checkpoint(1), keep=2)
     monkeypatch.setattr(checkpoint, "open", lambda *_: Interrupted(), raising=False)

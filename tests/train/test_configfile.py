@@ -100,7 +100,8 @@ def test_every_preset_is_valid_and_says_what_it_is():
             {"n_layer": 6, "n_head": 4},
         ),
         ("n_embd: int = 64 if n_layer > 6 and not bias else 32", {"n_embd": 64}),
-        ("compile = dataset == 'openwebtext' or 'x' in dataset", {"compile": True}),
+        ("compile = dataset == 'openwebtext' or 'z' in dataset", {"compile": True}),
+        ("n_layer = bias and 3 or 5\nn_head = n_layer and 2 or 9", {"n_layer": 5, "n_head": 2}),
         # text
         (
             "n_layer = 6\nout_dir = f'out-{n_layer:02d}-{learning_rate:.0e}-{dataset!r}'",
@@ -115,6 +116,8 @@ def test_every_preset_is_valid_and_says_what_it_is():
             "dtype = 'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'float16'",
             {"dtype": "auto"},
         ),
+        ("best = torch.cuda.is_bf16_supported()\ndtype = 'bfloat16' if best else 'float16'", {"dtype": "auto"}),
+        ("half = True\ndtype = 'float16' if half else 'bfloat16'", {"dtype": "float16"}),  # torch is not asked
         (
             "device = 'cuda' if torch.cuda.is_available() else 'cpu'",
             {"device": "cuda" if torch.cuda.is_available() else "cpu"},
