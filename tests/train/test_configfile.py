@@ -154,6 +154,7 @@ def test_a_config_file_may_hold(text, expected, load):
         ("n_layer = {1: 2}[3]", "cannot be computed"),
         ("n_layer = open", "open is not assigned"),
         ("out_dir = os.getcwd()", "os.getcwd() is not called"),
+        ("out_dir = 'a'.ljust(10 ** 9)", "'a'.ljust() is not called"),
         ("out_dir = os.environ['HOME']", "refused"),
         ("out_dir = ''.__class__", "refused"),
         ("batch_size = True + 1", "refused"),
