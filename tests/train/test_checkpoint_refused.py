@@ -84,7 +84,7 @@ def test_every_flip_that_hides_a_member_from_torch_is_refused_or_harmless(tmp_pa
     locators = range(whole.rindex(b"PK\x06\x06"), len(whole))
     refused = 0
     for position in (*attributes, *locators):
-        for bit in range(8):
+        for bit in range(0, 8, 1 if position in attributes else 3):
             flipped = bytearray(whole)
             flipped[position] ^= 1 << bit
             path.write_bytes(flipped)
