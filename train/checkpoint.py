@@ -12,8 +12,7 @@ A save in six moves. Whichever a kill interrupts, each name is the old file or t
 
 `resume` goes on from the latest. Who reads weights, to sample or to export, takes the best: see `best_of`.
 
-A load checks every CRC first, and then that torch has read what was checked. torch checks nothing: it hands out flipped
-bits as weights, and uninitialised memory where it finds no member.
+A load verifies every byte (`archive.py`), and then every value that a run takes from it (`Rule`).
 
 The file holds nanoGPT's six keys, so that either program reads the other's, and one of ours:
 
@@ -34,24 +33,66 @@ import os
 import re
 import shlex
 import shutil
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from train.errors import UserError, first_line, shown
-from train.files import open_regular, staging_folder, sync, sync_folder
-from train.metapickle import check_pickle
+from train.archive import glance, leaves, load_archive
+from train.errors import UserError, shown
+from train.files import staging_folder, sync, sync_folder
 
-KEYS = ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "config")
-MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-OURS = {"gelu": str, "tokenizer": dict, "scaler": dict, "stale_evals": int, "judged_at": int}  # in "nanofuse"
+E = TypeVar("E", bound=BaseException)
+
+
+class Rule(NamedTuple):
+    """What a value in a checkpoint must be."""
+
+    what: str
+    kinds: type | tuple[type, ...]
+    fits: Callable[[Any], bool] = lambda value: True  # asked about values of these kinds
+
+
+def _are_weights(model: dict) -> bool:
+    return bool(model) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in model.items())
+
+
+def _is_optimizer(state: dict) -> bool:
+    groups = state.get("param_groups")
+    return (
+        isinstance(state.get("state"), dict)
+        and isinstance(groups, list)
+        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+        and all(type(index) is int for group in groups for index in group["params"])
+    )
+
+
+def _is_scale(state: dict) -> bool:
+    return not state or all(type(state.get(name)) in (int, float) for name in ("scale", "_growth_tracker"))
+
+
+_SIZE = Rule("a whole number of 1 or more", int, lambda value: value >= 1)
+MODEL_ARGS = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"), _SIZE) | {
+    "bias": Rule("True or False", bool),
+    "vocab_size": _SIZE,
+    "dropout": Rule("a number from 0 to 1", (int, float), lambda value: 0 <= value <= 1),
+}
+NANOGPTS = {
+    "model": Rule("a dict of named tensors", dict, _are_weights),
+    "optimizer": Rule("the state of a torch optimizer", dict, _is_optimizer),
+    "model_args": Rule("a dict", dict),
+    "iter_num": Rule("a count of iterations", int, lambda value: value >= 0),
+    "best_val_loss": Rule("a number", (int, float)),
+    "config": Rule("a dict", dict),
+}
+OURS = dict.fromkeys(("stale_evals", "judged_at", "best_iter"), Rule("a whole number", int)) | {
+    "gelu": Rule("a str", str),
+    "tokenizer": Rule("a dict", dict),
+    "scaler": Rule("the state of a loss scale", dict, _is_scale),
+}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter, beside its count of steps
 
 _WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module)\.)+")  # torch.compile's and DDP's
@@ -98,7 +139,9 @@ def save(out_dir: Path, checkpoint: dict, keep: int, *, best: bool = False, keep
         if best:
             (out_dir / BEST).unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        cause = _os_error(error)
+        if interrupt := _behind(error, KeyboardInterrupt):
+            raise interrupt from None
+        cause = _behind(error, OSError)
         if cause is None:
             raise  # not the disk's doing
         raise UserError(_why_not_saved(out_dir, checkpoint, cause)) from error
@@ -138,10 +181,7 @@ def best_of(out_dir: Path) -> Path:
 def held(path: Path) -> Held | None:
     """What the checkpoint at `path` says of itself, None where there is none. It is not verified: no weight is read."""
     try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            _check_members(archive, os.fstat(file.fileno()).st_size)
-            _check_pickle(archive)
-        found = unpack(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        found = unpack(glance(path))
     except Exception:  # no file, a damaged one, a foreign one: all that torch raises
         return None
     return Held(found["iter_num"], found["best_val_loss"])
@@ -167,11 +207,9 @@ def set_aside(out_dir: Path, patterns: Iterable[str] = _OF_A_RUN) -> Path | None
     if not files:
         return None
     stem = f"earlier-{datetime.now():%Y%m%d-%H%M%S}"
-    folder, count = out_dir / stem, 1
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
     try:
-        while folder.exists():
-            count += 1
-            folder = out_dir / f"{stem}-{count}"
+        folder = next(out_dir / name for name in names if not os.path.lexists(out_dir / name))
         folder.mkdir()
         for path in files:
             path.rename(folder / path.name)
@@ -185,85 +223,11 @@ def set_aside(out_dir: Path, patterns: Iterable[str] = _OF_A_RUN) -> Path | None
 
 def _read(path: Path) -> dict:
     """The checkpoint at `path`. OSError where it cannot be opened, ValueError where it is not a whole one."""
-    if os.path.isdir(path):
-        raise ValueError("is a folder, not a checkpoint")
-    with open_regular(path) as file:  # once: a save may replace the name between the check and the load
-        members = _verify(file)
-        file.seek(0)
-        try:
-            raw = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
-        except UnpicklingError as error:
-            what = re.search(r"GLOBAL (\S+)", str(error))  # the one useful word of a page of advice
-            more = "it holds more than tensors and plain values" + (f" ({what[1]})" if what else "")
-            raise ValueError(f"is not loaded: {more}") from error
-        except Exception as error:  # whatever a foreign zip archive makes torch raise
-            raise ValueError(f"is not a checkpoint that torch can read ({first_line(error)})") from error
-    _check_read(raw, members)
+    raw = load_archive(path)
     try:
         return unpack(raw)
     except ValueError as error:
         raise ValueError(f"is not a GPT's checkpoint: {error}") from error
-
-
-def _verify(file: BinaryIO) -> list[zipfile.ZipInfo]:
-    """The members of `file`. ValueError unless it is a zip archive, as torch.save writes, and all have their CRC."""
-    start = file.read(4)
-    try:
-        whole = zipfile.is_zipfile(file)  # looks for the directory at the end
-    except Exception as error:
-        raise ValueError(f"is damaged ({first_line(error)})") from error
-    if not whole:
-        length = file.seek(0, os.SEEK_END)
-        if start == b"PK\x03\x04":
-            raise ValueError(f"is cut short: the directory at the end of its zip archive is missing ({length} bytes)")
-        raise ValueError(f"is not a checkpoint: {length} bytes, but not the zip archive that torch.save writes")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            _check_members(archive, file.seek(0, os.SEEK_END))
-            damaged = archive.testzip()
-            if damaged is None:
-                _check_pickle(archive)
-    except Exception as error:  # zipfile raises half a dozen kinds, depending on the field that is hit
-        raise ValueError(f"is damaged ({first_line(error)})") from error
-    if damaged is not None:
-        raise ValueError(f"is damaged: its member {damaged} does not have its CRC")
-    return archive.infolist()
-
-
-def _check_members(archive: zipfile.ZipFile, length: int) -> None:
-    """ValueError for a member that is packed, and could fill the memory. length: of the file, in bytes."""
-    for member in archive.infolist():
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size > length:
-            raise ValueError(f"its member {member.filename} is packed, which torch.save never does")
-
-
-def _check_pickle(archive: zipfile.ZipFile) -> None:
-    """ValueError for an archive whose pickle would take all memory, or overflow the stack."""
-    for member in archive.infolist():
-        if member.filename.endswith("/data.pkl"):
-            check_pickle(archive.read(member))
-
-
-def _check_read(raw: object, members: list[zipfile.ZipInfo]) -> None:
-    """ValueError unless the bytes of every tensor that torch read are those of a member that was verified."""
-    for member in members:
-        # torch.save writes none of these. Where they are set, torch's reader and Python's may see different files.
-        if member.external_attr or member.internal_attr or member.extra:
-            raise ValueError(f"is damaged: its member {member.filename} has attributes that torch.save does not write")
-    known = {(member.file_size, member.CRC) for member in members}
-    seen = set()
-    for place, value in leaves(raw):
-        if not isinstance(value, torch.Tensor):
-            continue
-        if value.layout != torch.strided or value.device.type != "cpu":
-            raise ValueError(f"is not loaded: {place} is a {value.layout} tensor on {value.device}, not a plain one")
-        storage = value.untyped_storage()
-        if storage.data_ptr() in seen:
-            continue
-        seen.add(storage.data_ptr())
-        content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-        if (storage.nbytes(), zlib.crc32(content)) not in known:
-            raise ValueError(f"is damaged: torch does not read the bytes of {place} that the archive holds")
 
 
 def _offer(path: Path) -> str:
@@ -324,9 +288,9 @@ def _previous(out_dir: Path) -> list[tuple[int, Path]]:
 # What went wrong
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The OSError behind `error`: torch's writer raises a RuntimeError of its own over the file's."""
-    while error is not None and not isinstance(error, OSError):
+def _behind(error: BaseException | None, kind: type[E]) -> E | None:
+    """What `error` was raised over, if it is of this kind: torch's writer ends with a RuntimeError of its own."""
+    while error is not None and not isinstance(error, kind):
         error = error.__cause__ or error.__context__
     return error
 
@@ -389,126 +353,32 @@ def unpack(raw: object) -> dict:
     """What torch.load returned, checked, in the layout above. ValueError says what is wrong with it."""
     if not isinstance(raw, dict):
         raise ValueError(f"it holds a {type(raw).__name__}, not a dict")
-    if missing := [key for key in KEYS if key not in raw]:
+    if missing := [key for key in NANOGPTS if key not in raw]:
         raise ValueError(f"it has no {', '.join(missing)}")
     best = raw["best_val_loss"]
-    if isinstance(best, torch.Tensor) and best.numel() == 1:
+    if isinstance(best, torch.Tensor) and best.numel() == 1 and not best.is_meta:
         best = best.item()  # as nanoGPT keeps it
-    if type(best) not in (int, float):
-        raise ValueError(f"its best_val_loss is a {type(best).__name__}, not a number")
-    if type(raw["iter_num"]) is not int or raw["iter_num"] < 0:
-        raise ValueError(f"its iter_num is {raw['iter_num']!r}, not a count of iterations")
-    ours = raw.get("nanofuse", {})
-    if not isinstance(raw["config"], dict) or not isinstance(ours, dict):
-        raise ValueError("its config or nanofuse is not a dict")
-    for key, kind in OURS.items():
-        if type(ours.get(key, kind())) is not kind:
-            raise ValueError(f"its {key} is {shown(ours[key])}, not a {kind.__name__}")
-    return {
-        "model": _model(raw["model"]),
-        "optimizer": _optimizer(raw["optimizer"]),
-        "model_args": _model_args(raw["model_args"]),
-        "iter_num": raw["iter_num"],
-        "best_val_loss": float(best),
-        "config": raw["config"],
-        "nanofuse": ours,
+    raw = {"nanofuse": {}, **raw, "best_val_loss": best}
+    _check(raw, NANOGPTS | {"nanofuse": Rule("a dict", dict)})
+    if odd := set(raw["model_args"]) ^ set(MODEL_ARGS):
+        raise ValueError(f"its model_args and those of a GPT differ in {', '.join(sorted(map(str, odd)))}")
+    _check(raw["model_args"], MODEL_ARGS)
+    _check(raw["nanofuse"], OURS)
+    model = {
+        _WRAPPERS.sub("", name): tensor
+        for name, tensor in raw["model"].items()
+        if not (_MASK.search(name) and tensor.ndim == 4)
     }
+    found = {key: raw[key] for key in (*NANOGPTS, "nanofuse")}
+    return found | {"model": model, "best_val_loss": float(best)}
 
 
-def leaves(tree: object, place: str = "") -> Iterator[tuple[str, object]]:
-    """(place, value) of everything in nested dicts, lists and tuples that is none of them, the keys included."""
-    if isinstance(tree, dict):
-        for key, item in tree.items():
-            yield f"a key of {place}", key
-            yield from leaves(item, f"{place}[{key!r}]")
-    elif isinstance(tree, list | tuple):
-        for index, item in enumerate(tree):
-            yield from leaves(item, f"{place}[{index}]")
-    else:
-        yield place, tree
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Give an AdamW the step counts and moments of `state`, a checkpoint's "optimizer".
-
-    The rate, betas and decay stay this run's; fused, foreach and capturable this device's;
-    load_state_dict alone takes them from the file. Tensors that need no cast or move are not copied.
-    Raises UserError where its parameters are not those of the checkpoint, in number or shape.
-    """
-
-    def parameters(groups: list[dict]) -> Iterator:
-        return chain.from_iterable(group["params"] for group in groups)
-
-    own = optimizer.state_dict()["param_groups"]
-    here, there = ([str(len(group["params"])) for group in groups] for groups in (own, state["param_groups"]))
-    if here != there:
-        raise UserError(
-            f"init_from=resume: the optimizer of the checkpoint has groups of {' and '.join(there)} tensors, "
-            f"this model's {' and '.join(here)}"
-        )
-    moments = {}
-    if state["state"]:  # empty when no step had been taken
-        matched = map(parameters, (optimizer.param_groups, own, state["param_groups"]))
-        for param, new_id, old_id in zip(*matched, strict=True):
-            moments[new_id] = _moments(state["state"].get(old_id), param, new_id)
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict({"state": moments, "param_groups": own})
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)  # load_state_dict copies them, and a rate in a tensor must stay that very tensor
-
-
-def _model(raw: object) -> dict[str, torch.Tensor]:
-    if not isinstance(raw, dict) or not raw:
-        raise ValueError("its model is not a dict of tensors")
-    for name, tensor in raw.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"its model has {name!r}, a {type(tensor).__name__}, not a named tensor")
-    return {_WRAPPERS.sub("", k): v for k, v in raw.items() if not (_MASK.search(k) and v.ndim == 4)}
-
-
-def _optimizer(raw: object) -> dict:
-    groups = raw.get("param_groups") if isinstance(raw, dict) else None
-    if not (
-        isinstance(groups, list)
-        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
-        and isinstance(raw.get("state"), dict)
-    ):
-        raise ValueError("its optimizer is not the state of a torch optimizer")
-    return raw
-
-
-def _model_args(raw: object) -> dict[str, int | float | bool]:
-    if not isinstance(raw, dict) or set(raw) != set(MODEL_ARGS):
-        came = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"its model_args are {came}, those of a GPT {', '.join(MODEL_ARGS)}")
-    for key, value in raw.items():
-        fits = type(value) is int and value > 0
-        if key == "bias":
-            fits = type(value) is bool
-        if key == "dropout":
-            fits = type(value) in (int, float) and 0 <= value <= 1
+def _check(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """ValueError for a value that breaks its rule. A bool is no number."""
+    for key, rule in rules.items():
+        if key not in values:
+            continue
+        value = values[key]
+        fits = isinstance(value, rule.kinds) and (rule.kinds is bool or type(value) is not bool) and rule.fits(value)
         if not fits:
-            raise ValueError(f"its {key} is {shown(value)}")
-    return {key: raw[key] for key in MODEL_ARGS}
-
-
-def _moments(entry: object, param: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
-    saved = f"init_from=resume: the optimizer of the checkpoint has for its tensor {index}"
-    if not isinstance(entry, dict) or not entry.keys() >= {"step", *MOMENTS}:
-        raise UserError(f"{saved} no step, {' and '.join(MOMENTS)}: it is not an AdamW's")
-    for key in MOMENTS:
-        moment = entry[key]
-        if not (isinstance(moment, torch.Tensor) and moment.is_floating_point() and moment.layout == torch.strided):
-            raise UserError(f"{saved} {shown(moment)} as {key}, expected a tensor of floats")
-        if moment.shape != param.shape:
-            raise UserError(f"{saved} the shape {list(moment.shape)}, this model {list(param.shape)}")
-        if moment.is_meta or moment.numel() * moment.element_size() > moment.untyped_storage().nbytes():
-            raise UserError(f"{saved} {key} without all its values")
-    # A number or a tensor, as the AdamW of the file had it; load_state_dict moves it where this one wants it.
-    step = entry["step"]
-    if isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_meta:
-        step = step.item()
-    if type(step) not in (int, float) or not 0 <= step < 1e15:
-        raise UserError(f"{saved} {shown(step)} as step, expected a count of steps")
-    step = torch.tensor(float(step), dtype=torch.float32)
-    return {"step": step, **{key: entry[key] for key in MOMENTS}}
+            raise ValueError(f"its {key} is {shown(value)}, not {rule.what}")

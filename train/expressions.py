@@ -117,13 +117,9 @@ def evaluate(node: ast.expr, named: Callable[[ast.Name], Any], modules: Mapping[
             result = _computed(node, value(node.operand))
         case ast.BinOp() if type(node.op) in OPERATORS:
             result = _computed(node, value(node.left), value(node.right))
-        case ast.BoolOp(op=ast.And(), values=parts):
+        case ast.BoolOp(op=op, values=parts):
             for part in parts:
-                if not (result := value(part)):
-                    break
-        case ast.BoolOp(values=parts):
-            for part in parts:
-                if result := value(part):
+                if bool(result := value(part)) is isinstance(op, ast.Or):
                     break
         case ast.Compare():
             result = _compared(node, value)

@@ -79,14 +79,6 @@ class RunLog:
         if resume_iter is None and (aside := set_aside(self._path.parent)):
             console(f"the earlier run in {config.out_dir} was moved to {aside}")
         start, folder = resume_iter or 0, self._path.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _end_partial_line(self._path)
-            self._file = self._path.open("ab", buffering=0)  # so that a line is one write, at once
-            # purge_step hides what an earlier run logged from there on
-            self._tensorboard = tensorboard and tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=start)
-        except OSError as error:
-            raise UserError(f"out_dir: cannot write {self._path}: {error.strerror}") from error
         facts = {
             "resumed": resume_iter is not None,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -97,6 +89,11 @@ class RunLog:
             "triton": _version("triton"),
         }
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _end_partial_line(self._path)
+            self._file = self._path.open("ab", buffering=0)  # so that a line is one write, at once
+            # purge_step hides what an earlier run logged from there on
+            self._tensorboard = tensorboard and tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=start)
             self._write("run", start, facts)
         except OSError as error:
             raise UserError(f"out_dir: cannot write {self._path}: {error.strerror}") from error
@@ -202,8 +199,7 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             continue
         if record["kind"] == "run":
-            last = key[1] if record.get("resumed") else -1
-            records = {old: kept for old, kept in records.items() if old[1] <= last}
+            records = {old: kept for old, kept in records.items() if old[1] <= key[1]}
         records.pop(key, None)  # so that the order is that of the last times
         records[key] = record
     return list(records.values())

@@ -35,6 +35,7 @@ from typing import Any
 
 from train.errors import UserError, one_line, printable, shown
 from train.expressions import MODULES, Refused, evaluate
+from train.files import read_regular
 
 Value = int | float | bool | str
 
@@ -67,13 +68,6 @@ def setting(
 def settings_of(cls: type) -> dict[str, Field]:
     """The settings of a dataclass by name, in their order."""
     return {field.name: field for field in dataclasses.fields(cls)}
-
-
-def lookup(settings: dict[str, Field], name: str) -> Field:
-    """The setting called `name`; UserError with the nearest name when there is none."""
-    if name not in settings:
-        raise UserError(f"unknown setting {shown(name)}{nearest(name, settings)}; --help lists them all")
-    return settings[name]
 
 
 def typed(setting: Field, value: Any) -> Value:
@@ -179,7 +173,9 @@ def _option(settings: dict[str, Field], argument: str, rest: list[str]) -> tuple
         if type(settings[negated].default) is not bool:
             raise UserError(f"{argument}: {negated} is no switch, expected --{negated}=VALUE")
         return negated, False
-    setting = lookup(settings, name)
+    if name not in settings:
+        raise UserError(f"unknown setting {shown(name)}{nearest(name, settings)}; --help lists them all")
+    setting = settings[name]
     if equals:
         return name, _value(setting, text)
     if type(setting.default) is bool:
@@ -261,12 +257,9 @@ def load_config_file(
     above, notes: as for `read_settings`.
     """
     try:
-        with open(path, "rb") as file:
-            source = file.read(MAX_BYTES + 1)
+        source = read_regular(Path(path), MAX_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a config file: {error.strerror}") from None
-    if len(source) > MAX_BYTES:
-        raise UserError(f"{path}: more than {MAX_BYTES} bytes, expected a config file")
     found, line = _ConfigFile(cls, above or {}), None
     try:
         with warnings.catch_warnings(action="ignore"):  # an odd backslash in a string is not worth a warning
@@ -303,10 +296,10 @@ class _ConfigFile:
     def __init__(self, cls: type, above: Mapping[str, Value]) -> None:
         self.settings: dict[str, Value] = {}
         self._known = settings_of(cls)
+        # the value of each name; of a name that is no setting perhaps the error why it has none
         self._values: dict[str, Any] = {name: setting.default for name, setting in self._known.items()} | dict(above)
         self._modules = {name: name for name in MODULES}  # nanoGPT's train.py has imported most of them
         self._helpers: dict[str, ast.expr] = {}  # names that are no settings: where they are first assigned
-        self._unread: dict[str, str] = {}  # of those, the ones without a value: why
         self._used: set[str] = set()
         self._of_torch: set[str] = set()  # names whose value torch's view of the machine decides
 
@@ -348,29 +341,27 @@ class _ConfigFile:
             for item, result in zip(target.elts, values, strict=True):
                 self._give(item, result)
             return
-        if isinstance(target, ast.Name) and self._asks_torch(value):
-            self._of_torch.add(target.id)
-        if isinstance(target, ast.Name) and target.id not in self._known:
-            try:
-                self._give(target, self._evaluate(value))
-            except UserError as error:
-                self._helpers.setdefault(target.id, target)
-                self._unread[target.id] = str(error)
-        elif isinstance(target, ast.Name) and target.id == "dtype" and self._is_best_dtype(value):
+        name = target.id if isinstance(target, ast.Name) else ""
+        if self._asks_torch(value):
+            self._of_torch.add(name)
+        if name == "dtype" and self._is_best_dtype(value):
             self._give(target, "auto")
-        else:
+            return
+        try:
             self._give(target, self._evaluate(value))
+        except UserError as error:
+            if not name or name in self._known:
+                raise
+            self._give(target, error)  # only what reads this name is refused
 
     def _give(self, target: ast.expr, value: Any) -> None:
         if not isinstance(target, ast.Name):
             raise Refused(target, "refused: a config file may only hold `name = value` lines")
-        name = target.id
-        if name in self._known:
-            value = self.settings[name] = typed(self._known[name], value)
+        if target.id in self._known:
+            value = self.settings[target.id] = typed(self._known[target.id], value)
         else:
-            self._helpers.setdefault(name, target)
-            self._unread.pop(name, None)
-        self._values[name] = value
+            self._helpers.setdefault(target.id, target)
+        self._values[target.id] = value
 
     def _evaluate(self, node: ast.expr) -> Any:
         return evaluate(node, self._named, self._modules)
@@ -378,15 +369,14 @@ class _ConfigFile:
     def _named(self, node: ast.Name) -> Any:
         """The value of a name."""
         name = node.id
-        if name in self._unread:
-            line = self._helpers[name].lineno
-            raise Refused(node, f"{printable(name)}, assigned in line {line}: {self._unread[name]}")
         if name not in self._values:
-            raise Refused(
-                node, f"{printable(name)} is not assigned further up in this file{nearest(name, self._values)}"
-            )
+            hint = nearest(name, self._values)
+            raise Refused(node, f"{printable(name)} is not assigned further up in this file{hint}")
+        value = self._values[name]
+        if isinstance(value, UserError):
+            raise Refused(node, f"{printable(name)}, assigned in line {self._helpers[name].lineno}: {value}")
         self._used.add(name)
-        return self._values[name]
+        return value
 
     def _asks_torch(self, node: ast.expr) -> bool:
         """Whether an expression asks torch for the machine, itself or by a name assigned further up."""

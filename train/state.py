@@ -6,6 +6,7 @@ that had it: see `resumed_progress`.
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from model import GPT
 from model.pretrained import from_checkpoint, load_gpt2
 from train import checkpoint as checkpoints
 from train.checkpoint import MODEL_ARGS, MOMENTS
+from train.errors import UserError, shown
 from train.optim import FlatAdamW, LossScale, Optimizer
 from train.plan import Plan, weights_wanted
 
@@ -92,7 +94,7 @@ def make_state(plan: Plan, checkpoint: dict | None) -> TrainState:
         Progress(),
     )
     if checkpoint is not None and plan.config.init_from == "resume":
-        checkpoints.load_optimizer(state.optimizer, optimizer_state(checkpoint, model))
+        load_optimizer(state.optimizer, optimizer_state(checkpoint, model))
         ours = checkpoint["nanofuse"]
         if state.scaler.enabled and ours.get("scaler"):
             state.scaler.load_state_dict(ours["scaler"])
@@ -117,12 +119,8 @@ def resumed_progress(plan: Plan, checkpoint: dict) -> tuple[Progress, str]:
         return Progress(iter_num), f"{line} counted anew: {' and '.join(changed)} changed"
     # nanoGPT saves right after an evaluation. It does not count evaluations without improvement.
     stale_evals, judged_at = ours.get("stale_evals", 0), ours.get("judged_at", iter_num)
-    best_iter = ours.get("best_iter")
-    if best_iter is None:  # nanoGPT's file, or an early one of ours
-        is_best = judged_at == iter_num and stale_evals == 0
-        if not ours:
-            is_best = checkpoint["config"].get("always_save_checkpoint") is False  # then it saves only the best
-        best_iter = iter_num if is_best else -1
+    best_only = checkpoint["config"].get("always_save_checkpoint") is False  # then nanoGPT's file is its best one
+    best_iter = ours.get("best_iter", iter_num if best_only else -1)
     there = checkpoints.held(out_dir / checkpoints.BEST)
     if there and there.best_val_loss <= best:
         best_iter, best = there
@@ -174,6 +172,55 @@ def place(plan: Plan, model: GPT) -> Optimizer:
         return shard.ShardedAdamW(model, **settings)
     model.to(plan.device)
     return FlatAdamW(model, plan.ops, **settings, several=config.gradient_accumulation_steps > 1)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Give an AdamW the step counts and moments of `state`, a checkpoint's "optimizer".
+
+    The rate, betas and decay stay this run's; fused, foreach and capturable this device's; load_state_dict alone takes
+    them from the file. Tensors that need no cast or move are not copied. Raises UserError where its parameters are not
+    those of the checkpoint, in number or shape, or where it holds no moments of them.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    here, there = ([str(len(group["params"])) for group in groups] for groups in (own, state["param_groups"]))
+    if here != there:
+        raise UserError(
+            f"init_from=resume: the optimizer of the checkpoint has groups of {' and '.join(there)} tensors, "
+            f"this model's {' and '.join(here)}"
+        )
+    moments = {}
+    if state["state"]:  # empty when no step had been taken
+        ids = chain.from_iterable(group["params"] for group in state["param_groups"])
+        params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        moments = {
+            i: _moments(state["state"].get(old), p, i) for i, (old, p) in enumerate(zip(ids, params, strict=True))
+        }
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict({"state": moments, "param_groups": own})
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)  # load_state_dict copies them, and a rate in a tensor must stay that very tensor
+
+
+def _moments(entry: object, param: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
+    """`entry`, the state of a tensor in a checkpoint, if it is that of an AdamW for `param`. UserError else."""
+    saved = f"init_from=resume: the optimizer of the checkpoint has for its tensor {index}"
+    if not isinstance(entry, dict) or not entry.keys() >= {"step", *MOMENTS}:
+        raise UserError(f"{saved} no step, {' and '.join(MOMENTS)}: it is not an AdamW's")
+    for key in MOMENTS:
+        moment = entry[key]
+        if not (isinstance(moment, torch.Tensor) and moment.is_floating_point() and moment.layout == torch.strided):
+            raise UserError(f"{saved} {shown(moment)} as {key}, expected a tensor of floats")
+        if moment.shape != param.shape:
+            raise UserError(f"{saved} the shape {list(moment.shape)}, this model {list(param.shape)}")
+        if moment.is_meta or moment.numel() * moment.element_size() > moment.untyped_storage().nbytes():
+            raise UserError(f"{saved} {key} without all its values")
+    # A number or a tensor, as the AdamW of the file had it; load_state_dict moves it where this one wants it.
+    step = entry["step"]
+    if isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_meta:
+        step = step.item()
+    if type(step) not in (int, float) or not 0 <= step < 1e15:
+        raise UserError(f"{saved} {shown(step)} as step, expected a count of steps")
+    return {"step": torch.tensor(float(step)), **{key: entry[key] for key in MOMENTS}}
 
 
 def optimizer_state(checkpoint: dict, model: GPT) -> dict:

@@ -1,8 +1,10 @@
 """Small runs of the train command, in this process, and the files that they leave."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -10,14 +12,22 @@ import pytest
 import torch
 
 import train.__main__ as command
-from tests.train.jobs import make_data
-from tests.train.test_kills import KILLED_JOB, records
+from tests.train.jobs import JOB, make_data
 from train import checkpoint
 from train.data import Batch
 from train.errors import UserError
 from train.log import read_metrics
 from train.step import StepResult, TrainStep
 
+# With dropout and accumulation, so that random state must survive too. A save every other iteration.
+KILLED_JOB = JOB | dict(
+    dropout=0.1,
+    gradient_accumulation_steps=2,
+    lr_decay_iters=1000,
+    eval_interval=2,
+    eval_iters=2,
+    log_interval=1,
+)
 CONSTANT = dict(learning_rate=0.0, decay_lr=False)  # no evaluation after the first is better
 
 Happenings = dict[int, Callable[[TrainStep], None]]
@@ -97,6 +107,16 @@ def logged(out_dir: Path, kind: str = "iter") -> dict[int, dict]:
         for record in read_metrics(out_dir / "metrics.jsonl")
         if record["kind"] == kind
     }
+
+
+def records(out_dir: Path) -> list[dict]:
+    """Every whole line of metrics.jsonl. A kill may cut the last line of a run."""
+    found = []
+    path = out_dir / "metrics.jsonl"
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def iterations(out_dir: Path, kind: str) -> list[int]:

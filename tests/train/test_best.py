@@ -14,6 +14,7 @@ from train.errors import UserError
 from train.export import main as export
 from train.sample import main as sample
 
+SAMPLE = ["--device=cpu", "--num_samples=1", "--max_new_tokens=2", "--start=a"]
 WORSE = dict(learning_rate=0.5, decay_lr=False)  # every evaluation is worse than the best one
 
 
@@ -25,6 +26,20 @@ def worsening(out_dir: Path, always: bool) -> float:
     assert held(best_of(out_dir)) == (4, best)
     assert resume(out_dir, at={2: send(signal.SIGINT)}, max_iters=100, **WORSE) == 130
     return best
+
+
+@pytest.fixture(scope="module")
+def worsened(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such a run."""
+    out_dir = tmp_path_factory.mktemp("worsened") / "out"
+    worsening(out_dir, always=False)
+    return out_dir
+
+
+@pytest.fixture
+def out(tmp_path: Path, worsened: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(worsened, tmp_path / "out")
 
 
 @pytest.mark.parametrize("always", [False, True])
@@ -40,7 +55,7 @@ def test_the_best_survives_interruptions(tmp_path, capsys, monkeypatch, always):
     assert last(tmp_path / "out")["iter_num"] == 10
     assert load(tmp_path / "out" / "ckpt-best.pt")["iter_num"] == 4
 
-    sample(["--device=cpu", "--num_samples=1", "--max_new_tokens=2", "--start=a"])
+    sample(SAMPLE)
     assert "out/ckpt-best.pt, iteration 4: " in capsys.readouterr().err
     export(["--to=hf"])
     assert "hf: iteration 4 of out/ckpt-best.pt, written" in capsys.readouterr().out
@@ -78,36 +93,28 @@ def test_a_checkpoint_alone_is_the_best_if_it_says_so(tmp_path, nanogpt):
     assert held(tmp_path / "out" / "ckpt-best.pt") == (4, best["best_val_loss"])
 
 
-def test_a_best_loss_that_no_file_holds_is_forgotten(tmp_path, capsys):
-    worsening(tmp_path / "out", always=False)
-    (tmp_path / "out" / "ckpt-best.pt").unlink()
-    capsys.readouterr()
-    assert resume(tmp_path / "out", max_iters=9) == 0
+def test_a_best_loss_that_no_file_holds_is_forgotten(out, capsys):
+    (out / "ckpt-best.pt").unlink()
+    assert resume(out, max_iters=9) == 0
     assert "counted anew: no file holds the state of the last one" in capsys.readouterr().out
-    assert iterations(tmp_path / "out", "eval")[-3:] == [6, 8, 9]
-    best = min((record["val_loss"], n) for n, record in logged(tmp_path / "out", "eval").items() if n > 4)
-    assert held(best_of(tmp_path / "out")) == (best[1], best[0])
+    assert iterations(out, "eval")[-3:] == [6, 8, 9]
+    best = min((record["val_loss"], n) for n, record in logged(out, "eval").items() if n > 4)
+    assert held(best_of(out)) == (best[1], best[0])
 
 
-def test_nothing_that_is_written_over_ckpt_changes_the_best(tmp_path, monkeypatch):
-    """nanoGPT writes in place, and so does cp: a hard link would change too."""
-    worsening(tmp_path / "out", always=True)
-    before = (tmp_path / "out" / "ckpt-best.pt").read_bytes()
-    (tmp_path / "out" / "ckpt.pt").write_bytes(b"")
-    assert (tmp_path / "out" / "ckpt-best.pt").read_bytes() == before
-    with pytest.raises(UserError, match="the one before it, of iteration"):
-        sample(["--device=cpu", f"--out_dir={tmp_path / 'out'}"])
+def test_who_reads_weights_is_told_of_a_damaged_latest_one(out):
+    (out / "ckpt.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="the one before it, of iteration 4, is whole: `mv"):
+        sample([*SAMPLE, f"--out_dir={out}"])
 
 
-def test_a_damaged_best_is_not_read_and_the_advice_works(tmp_path, capsys):
-    worsening(tmp_path / "out", always=True)
-    path = tmp_path / "out" / "ckpt-best.pt"
+def test_a_damaged_best_is_not_read_and_the_advice_works(out, capsys):
+    path = out / "ckpt-best.pt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1  # within a tensor
     path.write_bytes(content)
-    argv = ["--device=cpu", "--num_samples=1", "--max_new_tokens=2", "--start=a", f"--out_dir={tmp_path / 'out'}"]
     with pytest.raises(UserError, match="the latest one, of iteration 7, is whole: `mv") as refused:
-        sample(argv)
+        sample([*SAMPLE, f"--out_dir={out}"])
     subprocess.run(str(refused.value).split("`")[1], shell=True, check=True)
-    sample(argv)
+    sample([*SAMPLE, f"--out_dir={out}"])
     assert "ckpt.pt, iteration 7: " in capsys.readouterr().err

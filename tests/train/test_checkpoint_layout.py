@@ -7,6 +7,7 @@ import torch
 from tests.train.checkpoints import MODEL_ARGS, assert_same, make_adamw, make_model, make_nanogpt, train
 from train import checkpoint
 from train.errors import UserError
+from train.state import load_optimizer
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
@@ -83,7 +84,7 @@ def test_optimizer_goes_on_where_it_was(tmp_path, source, target):
     after.param_groups[0]["weight_decay"] = 0.3
     flags = [{k: v for k, v in group.items() if k != "params"} for group in after.param_groups]
     twin.load_state_dict(loaded["model"])
-    checkpoint.load_optimizer(after, loaded["optimizer"])
+    load_optimizer(after, loaded["optimizer"])
 
     for group, expected in zip(after.param_groups, flags, strict=True):
         assert {k: v for k, v in group.items() if k != "params"} == expected
@@ -99,38 +100,44 @@ def test_optimizer_goes_on_where_it_was(tmp_path, source, target):
         assert torch.equal(p, q)
 
 
-def test_optimizer_takes_a_count_that_is_a_number():
-    model = make_model()
-    old = make_adamw(model)
-    train(model, old, 3)
-    state = old.state_dict()
+def trained_state(width: int = 8) -> dict:
+    """The state of an AdamW after a step."""
+    model = make_model(width=width)
+    optimizer = make_adamw(model)
+    train(model, optimizer, 1)
+    return optimizer.state_dict()
+
+
+def test_counts_that_are_numbers_and_halved_moments_are_taken():
+    state = trained_state()
     for entry in state["state"].values():
-        entry["step"] = 3
+        entry |= {"step": 3} | {key: entry[key].half() for key in ("exp_avg", "exp_avg_sq")}
     for fused in (True, False):
-        new = make_adamw(model, fused=fused)
-        checkpoint.load_optimizer(new, state)
-        steps = [entry["step"] for entry in new.state.values()]
-        assert [(s.item(), s.dtype) for s in steps] == [(3.0, torch.float32)] * 3
-        train(model, new, 1)
+        model = make_model()
+        after = make_adamw(model, fused=fused)
+        load_optimizer(after, state)
+        assert [(s["step"].item(), s["step"].dtype) for s in after.state.values()] == [(3.0, torch.float32)] * 3
+        assert {entry["exp_avg"].dtype for entry in after.state.values()} == {torch.float32}
+        train(model, after, 1)
 
 
 def test_optimizer_of_another_model_is_refused():
-    model = make_model(width=16)
-    wide = make_adamw(model)
-    train(model, wide, 1)
     narrow = make_adamw(make_model())
     with pytest.raises(UserError, match=r"tensor 0 the shape \[32, 16\], this model \[32, 8\]"):
-        checkpoint.load_optimizer(narrow, wide.state_dict())
+        load_optimizer(narrow, trained_state(width=16))
     assert not narrow.state
     a, b, c = make_model().parameters()
     for groups, sizes in (([a, b, c],), "3"), (([a, b], [c]), "2 and 1"):
         other = torch.optim.AdamW([{"params": group} for group in groups])
         with pytest.raises(UserError, match=rf"groups of {sizes} tensors, this model's 1 and 2"):
-            checkpoint.load_optimizer(narrow, other.state_dict())
-    state = wide.state_dict()
+            load_optimizer(narrow, other.state_dict())
+    state = trained_state()
     del state["state"][1]
     with pytest.raises(UserError, match="tensor 1 no step"):
-        checkpoint.load_optimizer(make_adamw(make_model(width=16)), state)
+        load_optimizer(narrow, state)
+    del state["state"][0]["exp_avg"]  # as of another optimizer, SGD
+    with pytest.raises(UserError, match="it is not an AdamW's"):
+        load_optimizer(narrow, state)
 
 
 @pytest.mark.parametrize(
@@ -150,32 +157,8 @@ def test_optimizer_of_another_model_is_refused():
     ],
 )
 def test_moments_that_are_none_are_refused(key, value):
-    model = make_model()
-    optimizer = make_adamw(model)
-    train(model, optimizer, 1)
-    state = optimizer.state_dict()
+    state = trained_state()
     state["state"][0][key] = value
     with pytest.raises(UserError, match="the checkpoint has for its tensor 0 ") as caught:
-        checkpoint.load_optimizer(make_adamw(make_model()), state)
+        load_optimizer(make_adamw(make_model()), state)
     assert len(str(caught.value)) < 300
-
-
-def test_halved_moments_are_taken():
-    model = make_model()
-    optimizer = make_adamw(model)
-    train(model, optimizer, 1)
-    state = optimizer.state_dict()
-    for entry in state["state"].values():
-        entry |= {key: entry[key].half() for key in ("exp_avg", "exp_avg_sq")}
-    after = make_adamw(make_model())
-    checkpoint.load_optimizer(after, state)
-    assert {entry["exp_avg"].dtype for entry in after.state.values()} == {torch.float32}
-
-
-def test_another_optimizer_is_refused():
-    model = make_model()
-    groups = [{"params": [p for p in model.parameters() if (p.ndim >= 2) is decay]} for decay in (True, False)]
-    sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    train(model, sgd, 1)
-    with pytest.raises(UserError, match="it is not an AdamW's"):
-        checkpoint.load_optimizer(make_adamw(model), sgd.state_dict())

@@ -3,8 +3,6 @@
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from train.config import TrainConfig, choose_base, compose, parse, preset, validate
 from train.errors import UserError
@@ -34,12 +32,7 @@ def test_names_and_defaults_are_nanogpts():
     assert {name: type(ours[name]) for name in NANOGPT} == {name: type(value) for name, value in NANOGPT.items()}
     assert ours["gradient_accumulation_steps"] == 1
     assert [ours[name] for name in ("backend", "device", "dtype", "gelu")] == ["auto"] * 4
-
-
-def test_the_defaults_are_valid_and_frozen():
     validate(TrainConfig())
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        TrainConfig().batch_size = 3
 
 
 @pytest.mark.parametrize(
@@ -48,18 +41,23 @@ def test_the_defaults_are_valid_and_frozen():
         ({"n_head": 5}, ("n_embd", "768", "multiple of n_head (5)")),
         *(({name: 0}, (f"{name}: got 0", "at least 1")) for name in AT_LEAST_1),
         *(({name: -1.0 if name in FLOATS else -1}, (f"{name}: got -1", "at least 0")) for name in AT_LEAST_0),
+        *(({name: 1e308}, (f"{name}: got 1e+308", "below 3.4e+38")) for name in IN_FLOAT32),
         ({"dropout": 1.0}, ("dropout", "1.0", "at least 0 and below 1")),
         ({"beta1": 1.0}, ("beta1", "1.0", "below 1")),
         ({"beta2": 1.5}, ("beta2", "1.5", "below 1")),
         ({"learning_rate": float("inf")}, ("learning_rate", "inf", "finite")),
         ({"weight_decay": float("nan")}, ("weight_decay", "nan", "finite")),
         ({"dtype": "bf16"}, ("dtype", "'bf16'", "float32", "did you mean bfloat16?")),
-        ({"mfu_formula": "8n"}, ("mfu_formula", "'8n'", "nanogpt | 6n")),
         ({"gelu": "exact"}, ("gelu", "'exact'", "auto | erf | tanh")),
         ({"device": "cuda:x"}, ("device", "'cuda:x'", "cuda:N")),
         ({"out_dir": ""}, ("out_dir", "''")),
         ({"batch_size": "12"}, ("batch_size", "'12'", "int")),
         ({"compile": 1}, ("compile", "1", "bool")),
+        # absurd sizes, refused at once
+        ({"batch_size": 10**9}, ("batch_size", "got 1024000000000 tokens in a step", "at most 268435456")),
+        ({"gradient_accumulation_steps": 10**9}, ("gradient_accumulation_steps", "tokens in a step")),
+        ({"block_size": 10**18}, ("block_size", "tokens in a step")),
+        ({"n_layer": 10**6}, ("n_layer: got 1000000", "below 1025")),
     ],
     ids=lambda value: " ".join(f"{name}={came}" for name, came in value.items()) if isinstance(value, dict) else "",
 )
@@ -75,11 +73,9 @@ def test_an_impossible_value_is_refused(change, expected):
         {"learning_rate": 3e-5},  # below min_lr: the rate rises, as in nanoGPT
         {"warmup_iters": 10, "lr_decay_iters": 10},
         {"warmup_iters": 11, "lr_decay_iters": 10},
-        {"warmup_iters": 11, "lr_decay_iters": 10, "decay_lr": False},
         {"learning_rate": 0.0},
-        {"device": "cuda:1"},
-        {"init_from": "/weights/gpt2"},
         {"learning_rate": 1e38},
+        {"device": "cuda:1"},
         {"keep_checkpoints": 10**9},
     ],
     ids=str,
@@ -88,35 +84,16 @@ def test_an_odd_but_possible_value_is_allowed(change):
     validate(TrainConfig(**change))
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        *(({name: 1e308}, [f"{name}: got 1e+308", "below 3.4e+38"]) for name in IN_FLOAT32),
-        ({"batch_size": 10**9}, ["batch_size", "got 1024000000000 tokens in a step", "at most 268435456"]),
-        ({"gradient_accumulation_steps": 10**9}, ["gradient_accumulation_steps", "tokens in a step"]),
-        ({"block_size": 10**18}, ["block_size", "tokens in a step"]),
-        ({"n_layer": 10**6}, ["n_layer: got 1000000", "below 1025"]),
-    ],
-    ids=str,
-)
-def test_an_absurd_size_is_refused_at_once(change, words):
-    with pytest.raises(UserError) as refused:
-        validate(TrainConfig(**change))
-    for word in words:
-        assert word in str(refused.value)
-
-
-# ---- base and compose
+# How settings are put together
 
 
 def test_the_default_job_is_sized_for_the_machine():
     for argv in ([], ["--compile", "--seed=3"]):
         cpu, gpu = (choose_base(parse(argv), gpu=gpu) for gpu in (False, True))
-        assert cpu.settings == preset("docs_cpu")
-        assert gpu.settings == preset("docs")
-        assert "docs_cpu" in cpu.why
-        assert "is a CPU" in cpu.why
-        assert "preset docs:" in gpu.why
+        assert (cpu.settings, gpu.settings) == (preset("docs_cpu"), preset("docs"))
+        assert cpu.why.startswith("preset docs_cpu: ")
+        assert cpu.why.endswith("is a CPU")
+        assert gpu.why.startswith("preset docs: ")
     assert compose(parse(["--compile"]), cpu.settings).compile
     assert compose(parse([]), cpu.settings).n_embd == 128
 
@@ -140,14 +117,9 @@ def test_a_resumed_run_goes_on_with_its_own_settings():
 def test_compose_puts_the_named_settings_over_the_base():
     base = {"batch_size": 3, "seed": 9}
     assert compose(Parsed(settings={"batch_size": 5}), base) == TrainConfig(batch_size=5, seed=9)
-    with pytest.raises(UserError, match="batch_size: got '5'"):
-        compose(Parsed(), {"batch_size": "5"})
-    with pytest.raises(UserError, match="multiple of n_head"):
-        compose(Parsed(settings={"n_head": 5}), base)
-
-
-@given(st.dictionaries(st.sampled_from(["batch_size", "n_layer", "max_iters"]), st.integers(1, 99)))
-@settings(max_examples=30, deadline=None)
-def test_compose_after_compose_is_the_same(named):
-    once = compose(Parsed(settings=named), {})
-    assert compose(Parsed(), dataclasses.asdict(once)) == once
+    for named, below, message in (
+        ({}, {"batch_size": "5"}, "batch_size: got '5'"),
+        ({"n_head": 5}, base, "multiple of n_head"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compose(Parsed(settings=named), below)

@@ -3,16 +3,15 @@
 import dataclasses
 import re
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from train.config import TrainConfig, compose, parse
 from train.errors import UserError
-from train.settings import PRESETS, Parsed, load_config_file, preset_summary, settings_of
+from train.settings import PRESETS, load_config_file, preset_summary, settings_of
 
 FIELDS = settings_of(TrainConfig)
 
@@ -40,36 +39,36 @@ NANOGPT_CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("config")
-
-
 @pytest.fixture
-def load(folder):
-    """Load a config file with the given text."""
+def load(tmp_path):
+    """Load a config file with the given text. It is tmp_path / "mine.py"."""
 
-    def load(text: str | bytes) -> dict:
-        path = folder / "mine.py"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return load_config_file(path, TrainConfig)
+    def load(text: str | bytes, **options) -> dict:
+        path = tmp_path / "mine.py"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+        return load_config_file(path, TrainConfig, **options)
 
     return load
 
 
-@pytest.mark.parametrize("name", sorted(NANOGPT_CONFIGS))
-def test_nanogpts_own_files_load(name, load):
-    text = NANOGPT_CONFIGS[name]
-    got = load(text)
-    expected = {}
-    exec(text, expected)  # as nanoGPT does
-    expected = {key: value for key, value in expected.items() if key in FIELDS}
+@pytest.mark.parametrize("name", NANOGPT_CONFIGS)
+def test_nanogpts_own_files_load_and_are_presets(name, load):
+    got, theirs = load(NANOGPT_CONFIGS[name]), {}
+    exec(NANOGPT_CONFIGS[name], theirs)  # as nanoGPT does
+    theirs = {key: value for key, value in theirs.items() if key in FIELDS}
     if name == "finetune_shakespeare":
         assert got["wandb_run_name"].startswith("ft-1")
-        got["wandb_run_name"] = expected["wandb_run_name"]
-    assert got == expected
-    assert list(got) == list(expected)
-    compose(Parsed(settings=got), {})
+        theirs["wandb_run_name"] = got["wandb_run_name"] = "ft-gpt2-xl"
+    assert list(got.items()) == list(theirs.items())
+    theirs["wandb_log"] = False  # only the user switches on logging to a service
+    assert compose(parse([name.removeprefix("train_")]), {}) == dataclasses.replace(TrainConfig(), **theirs)
+
+
+def test_every_preset_is_valid_and_says_what_it_is():
+    assert set(PRESETS) == {name.removeprefix("train_") for name in NANOGPT_CONFIGS} | {"docs", "docs_cpu"}
+    for name in PRESETS:
+        assert not compose(parse([name]), {}).wandb_log
+        assert preset_summary(name).endswith(".")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +100,8 @@ def test_nanogpts_own_files_load(name, load):
             {"n_layer": 6, "n_head": 4},
         ),
         ("n_embd: int = 64 if n_layer > 6 and not bias else 32", {"n_embd": 64}),
-        ("compile = dataset == 'openwebtext' or 'x' in dataset", {"compile": True}),
+        ("compile = dataset == 'openwebtext' or 'z' in dataset", {"compile": True}),
+        ("n_layer = bias and 3 or 5\nn_head = n_layer and 2 or 9", {"n_layer": 5, "n_head": 2}),
         # text
         (
             "n_layer = 6\nout_dir = f'out-{n_layer:02d}-{learning_rate:.0e}-{dataset!r}'",
@@ -116,6 +116,8 @@ def test_nanogpts_own_files_load(name, load):
             "dtype = 'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'float16'",
             {"dtype": "auto"},
         ),
+        ("best = torch.cuda.is_bf16_supported()\ndtype = 'bfloat16' if best else 'float16'", {"dtype": "auto"}),
+        ("half = True\ndtype = 'float16' if half else 'bfloat16'", {"dtype": "float16"}),  # torch is not asked
         (
             "device = 'cuda' if torch.cuda.is_available() else 'cpu'",
             {"device": "cuda" if torch.cuda.is_available() else "cpu"},
@@ -152,6 +154,7 @@ def test_a_config_file_may_hold(text, expected, load):
         ("n_layer = {1: 2}[3]", "cannot be computed"),
         ("n_layer = open", "open is not assigned"),
         ("out_dir = os.getcwd()", "os.getcwd() is not called"),
+        ("out_dir = 'a'.ljust(10 ** 9)", "'a'.ljust() is not called"),
         ("out_dir = os.environ['HOME']", "refused"),
         ("out_dir = ''.__class__", "refused"),
         ("batch_size = True + 1", "refused"),
@@ -177,7 +180,7 @@ def test_a_config_file_may_hold(text, expected, load):
     ],
     ids=lambda value: value[:40],
 )
-def test_a_config_file_is_refused_with_its_line(line, reason, load, folder):
+def test_a_config_file_is_refused_with_its_line(line, reason, load, tmp_path):
     with pytest.raises(UserError) as caught:
         load(f"# a comment\neval_only = True\n{line}\n")
     message = str(caught.value)
@@ -185,7 +188,7 @@ def test_a_config_file_is_refused_with_its_line(line, reason, load, folder):
     assert "\n" not in message
     if reason == "deep":  # the parser names no line
         return
-    assert message.startswith(f"{folder / 'mine.py'}:3: ")
+    assert message.startswith(f"{tmp_path / 'mine.py'}:3: ")
     assert line.strip()[:20] in message.replace("\\'", "'").replace("\\\\", "\\")
 
 
@@ -223,20 +226,19 @@ def test_a_run_name_with_the_time(load):
     assert re.fullmatch(r"out-\d{4}-\d{4}", got["out_dir"])
 
 
-def test_names_that_are_no_settings_are_noted_but_slips_are_refused(folder):
-    path, notes = folder / "fork.py", []
-    path.write_text("lora_rank = 8\ntokens = 4096\ntags = [print]\nbatch_size = tokens // 1024\nn_layers = n_layer\n")
-    with pytest.raises(UserError, match=r"fork\.py:5: unknown setting 'n_layers' \(did you mean n_layer\?\)"):
-        load_config_file(path, TrainConfig, notes=notes)
-    path.write_text(path.read_text() + "n_layer = n_layers\n")
-    assert load_config_file(path, TrainConfig, {"n_layer": 3}, notes) == {"batch_size": 4, "n_layer": 3}
+def test_names_that_are_no_settings_are_noted_but_slips_are_refused(load, tmp_path):
+    text = "lora_rank = 8\ntokens = 4096\ntags = [print]\nbatch_size = tokens // 1024\nn_layers = n_layer\n"
+    with pytest.raises(UserError, match=r"mine\.py:5: unknown setting 'n_layers' \(did you mean n_layer\?\)"):
+        load(text)
+    notes = []
+    assert load(text + "n_layer = n_layers\n", above={"n_layer": 3}, notes=notes) == {"batch_size": 4, "n_layer": 3}
     names = "left out: lora_rank, tags; only read by later lines: tokens, n_layers"
-    assert notes == [f"{path}: names that are no settings here, {names}"]
+    assert notes == [f"{tmp_path / 'mine.py'}: names that are no settings here, {names}"]
 
 
-def test_an_unreadable_file_is_refused(folder):
+def test_an_unreadable_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        load_config_file(folder / "none.py", TrainConfig)
+        load_config_file(tmp_path / "none.py", TrainConfig)
 
 
 PIECES = st.sampled_from(
@@ -249,34 +251,18 @@ PIECES = st.sampled_from(
 
 
 @given(
-    st.one_of(
-        st.text(),
-        st.lists(PIECES).map(" ".join),
-        st.tuples(st.sampled_from(sorted(FIELDS)), st.lists(PIECES, min_size=1)).map(
-            lambda pair: f"{pair[0]} = {' '.join(pair[1])}\n"
-        ),
-    ).map(lambda text: text.encode("utf-8", "surrogatepass"))
-    | st.binary()
+    st.text() | st.lists(PIECES).map(" ".join) | st.lists(PIECES).map(lambda x: f"seed = {' '.join(x)}") | st.binary()
 )
-@settings(max_examples=120, deadline=None)
-def test_junk_loads_or_is_refused_in_one_line(folder, junk):
-    path = folder / "junk.py"
-    path.write_bytes(junk)
-    got, line = {}, f"{path}: loaded"
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_junk_loads_or_is_refused_in_one_line(load, tmp_path, junk):
     try:
-        got = load_config_file(path, TrainConfig)
+        assert all(type(value) is type(FIELDS[name].default) for name, value in load(junk).items())
     except UserError as error:
-        line = str(error)
-    assert line.startswith(f"{path}:")
-    assert len(line.splitlines()) == 1
-    assert all(type(value) is type(FIELDS[name].default) for name, value in got.items())
+        assert str(error).startswith(f"{tmp_path / 'mine.py'}:")  # noqa: PT017
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
 
 
-CALLS = [
-    "open({path!r}, 'w')",
-    "__import__('pathlib').Path({path!r}).touch()",
-    "exec('open({path!r}, \"w\")')",
-]
+CALLS = ["open({path!r}, 'w')", "__import__('pathlib').Path({path!r}).touch()"]
 PLACES = [
     "{}", "batch_size = {}", "out_dir = 'a' + {}", "out_dir = f'{{{}}}'", "batch_size = [x for x in [{}]]",
     "if {}: pass", "class A: x = {}", "def f(x={}): pass", "@{}\ndef f(): pass", "batch_size: {} = 3",
@@ -288,34 +274,9 @@ PLACES = [
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("call", CALLS, ids=["open", "import", "exec"])
+@pytest.mark.parametrize("call", CALLS, ids=["open", "import"])
 def test_nothing_in_a_config_file_runs(place, call, load, tmp_path):
     target = tmp_path / "ran"
     with pytest.raises(UserError):
         load(place.format(call.format(path=str(target))))
     assert not target.exists()
-
-
-# ---- presets
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_valid_and_says_what_it_is(name):
-    config = compose(parse([name]), {})
-    assert not config.wandb_log
-    assert preset_summary(name).endswith(".")
-
-
-def test_presets_are_nanogpts():
-    assert set(PRESETS) == {
-        "gpt2", "shakespeare_char", "finetune_shakespeare", "eval_gpt2", "eval_gpt2_medium",
-        "eval_gpt2_large", "eval_gpt2_xl", "docs", "docs_cpu",
-    }  # fmt: skip
-    for name, text in NANOGPT_CONFIGS.items():
-        theirs = {}
-        exec(text, theirs)
-        theirs = {key: value for key, value in theirs.items() if key in FIELDS}
-        theirs |= {"wandb_log": False}  # only the user switches on logging to a service
-        if name == "finetune_shakespeare":
-            theirs |= {"wandb_run_name": "ft-gpt2-xl"}
-        assert compose(parse([name.removeprefix("train_")]), {}) == dataclasses.replace(TrainConfig(), **theirs)

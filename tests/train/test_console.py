@@ -29,11 +29,15 @@ class Broken(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    "error",
-    [OSError(errno.ENOSPC, "No space left"), BrokenPipeError(), OSError(errno.EIO, "gone"), ValueError("closed")],
+    ("takes", "error"),
+    [
+        (0, OSError(errno.ENOSPC, "No space left")),
+        (700, BrokenPipeError()),
+        (700, OSError(errno.EIO, "gone")),
+        (0, ValueError("closed")),
+    ],
 )
-@pytest.mark.parametrize("takes", [0, 700])
-def test_a_console_that_fails_ends_no_run(tmp_path, monkeypatch, error, takes):
+def test_a_console_that_fails_ends_no_run(tmp_path, monkeypatch, takes, error):
     stderr = io.StringIO()
     monkeypatch.setattr(sys, "stdout", Broken(takes, error))
     monkeypatch.setattr(sys, "stderr", stderr)
@@ -42,7 +46,7 @@ def test_a_console_that_fails_ends_no_run(tmp_path, monkeypatch, error, takes):
     assert "console: cannot be written" in stderr.getvalue()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_what_the_console_cannot_print_is_escaped(tmp_path, monkeypatch, encoding):
     console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", console)

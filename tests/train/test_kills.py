@@ -1,9 +1,10 @@
-"""Kills of the whole command: SIGKILL ends `python -m train` many times, and the result is the same as without.
+"""Kills of the whole command, at random instants and inside saves. Nothing is lost, and all bits are as without kills.
 
-NANOFUSE_KILLS=50 makes 50 kills instead of 12. NANOFUSE_SEED=n makes other kills.
+NANOFUSE_KILLS=50 makes 50 kills of each kind of run instead of 4. NANOFUSE_SEED=n makes other kills.
 """
 
-import json
+import hashlib
+import itertools
 import os
 import random
 import signal
@@ -11,35 +12,37 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from tests.train.jobs import JOB, ROOT, make_data
+from tests.train.jobs import ROOT, make_data
+from tests.train.runs import KILLED_JOB, records
 from train import checkpoint
 from train.__main__ import main
-from train.log import read_metrics
 
-# With dropout and accumulation, so that random state must survive too. A save every other iteration.
-KILLED_JOB = JOB | dict(
-    dropout=0.1,
-    gradient_accumulation_steps=2,
-    lr_decay_iters=1000,
-    eval_interval=2,
-    eval_iters=2,
-    log_interval=1,
-)
+REFERENCE = 80  # iterations of the run without kills
+KEEP, ALWAYS_SAVE = (1, 2, 3), (True, False)
+ENDS = {  # how a run is ended: by which signals, and the exit statuses that it may have
+    "killed": ((signal.SIGKILL,), {-signal.SIGKILL}),
+    "killed in a save": ((signal.SIGKILL,), {-signal.SIGKILL}),
+    "interrupted": ((signal.SIGINT,), {130}),
+    "interrupted twice": ((signal.SIGINT, signal.SIGINT), {130}),
+    "terminated": ((signal.SIGTERM,), {143, -signal.SIGTERM}),  # before the loop begins, the system ends it
+}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
 def test_kills_at_random_instants_and_inside_saves(tmp_path):
-    kills = int(os.environ.get("NANOFUSE_KILLS", "12"))
-    seed = int(os.environ.get("NANOFUSE_SEED", "1"))
+    numbers = [os.environ.get(f"NANOFUSE_{name}", default) for name, default in (("KILLS", "4"), ("SEED", "1"))]
     # A separate process. It imports torch once and forks a child for every run, so it must have no threads yet.
     driver = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), str(kills), str(seed)],
+        [sys.executable, __file__, str(tmp_path), *numbers],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
@@ -48,146 +51,154 @@ def test_kills_at_random_instants_and_inside_saves(tmp_path):
     print(driver.stdout)
     assert driver.returncode == 0, driver.stdout + driver.stderr
 
-    interrupted, reference = tmp_path / "interrupted", tmp_path / "reference"
-    ends = [checkpoint.load(folder / "ckpt.pt") for folder in (interrupted, reference)]
-    for name, tensor in ends[1]["model"].items():
-        assert torch.equal(ends[0]["model"][name], tensor), name
-    for index, moments in ends[1]["optimizer"]["state"].items():
-        for name, tensor in moments.items():
-            assert torch.equal(ends[0]["optimizer"]["state"][index][name], tensor), (index, name)
-    for key in ("iter_num", "best_val_loss"):
-        assert ends[0][key] == ends[1][key]
-
-    # All records of all runs, to the bit, also those that a later run repeated.
-    expected = losses(records(reference))
-    written = records(interrupted)
-    for key, values in losses(written).items():
-        assert values <= expected[key], key
-    assert len([r for r in written if r["kind"] == "run"]) > kills / 2  # most runs got far enough to start
-    assert losses(read_metrics(interrupted / "metrics.jsonl")) == expected
-
-
-def losses(lines: list[dict]) -> dict[tuple[str, int], set]:
-    """(kind, iteration) -> the different losses written for it."""
-    found: dict[tuple[str, int], set] = {}
-    for line in lines:
-        values = tuple(line[key] for key in ("loss", "grad_norm", "train_loss", "val_loss") if key in line)
-        if values:
-            found.setdefault((line["kind"], line["iter"]), set()).add(values)
-    return found
-
-
-def records(out_dir: Path) -> list[dict]:
-    """Every whole line of metrics.jsonl. A kill may cut the last line of a run."""
-    found = []
-    path = out_dir / "metrics.jsonl"
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
 
 # The driver
 
 
 def drive(folder: Path, kills: int, seed: int) -> None:
-    print(f"seed {seed}, {kills} kills")
+    print(f"seed {seed}, {kills} kills of each run")
     import torch._dynamo  # noqa: F401  AdamW's first step imports it: once here, not in every child
 
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
     rng = random.Random(seed)
     make_data(folder / "data")
-    out_dir = folder / "interrupted"
-    completed = inside = resumed = 0
-    life = 0.0  # seconds that a run needed to make some saves on this machine
-    for kill in range(kills):
-        resume, stale = (out_dir / "ckpt.pt").exists(), set(out_dir.glob(".staging-*"))
-        child, begin = start(out_dir, resume, max_iters=10**6), time.monotonic()
-        aimed = kill % 2 == 0
-        if aimed:
-            await_saves(child, out_dir, completed, rng.randint(1, 5))
-            life = time.monotonic() - begin
-            kill_inside_a_save(child, out_dir)
-        else:  # while it starts, loads, trains, evaluates or saves
-            time.sleep(rng.uniform(0, 1.5 * life))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), f"run {kill} ended by itself:\n" + output(out_dir)
-        inside += bool(set(out_dir.glob(".staging-*")) - stale)
-        resumed += resume
-        completed = last_save(out_dir)
-        reached = checkpoint.load(out_dir / "ckpt.pt")["iter_num"] if completed else 0
-        print(f"kill {kill}: {'aimed' if aimed else 'random'}, saved {completed}, checkpoint of {reached}")
-        assert reached >= completed
-        for path in out_dir.glob("ckpt-previous-*.pt"):
-            checkpoint.load(path)
-    assert inside >= kills // 2
-    assert resumed >= kills // 2
-    # Four more iterations without a kill; then the same job in one run.
-    last = completed + 4
-    finish(start(out_dir, True, last), out_dir)
-    finish(start(folder / "reference", False, last), folder / "reference")
-    print(f"{kills} kills, {inside} of them inside a save, {resumed} resumes; {last} iterations")
+    expected, losses = reference(folder / "reference")
+    inside = apart = 0
+    for keep, always in itertools.product(KEEP, ALWAYS_SAVE):
+        out_dir, saved = folder / f"out-{keep}-{always}", 0
+        for end in rng.choices(list(ENDS), k=kills):
+            stale = set(out_dir.glob(".staging-*"))
+            settings = {"keep_checkpoints": keep, "always_save_checkpoint": always}
+            if (out_dir / "ckpt.pt").exists():
+                settings["init_from"] = "resume"
+            child = start(out_dir, partial(command, out_dir, **settings))
+            status = end_it(child, out_dir, end, stale, rng)
+            print(f"run of {keep}, {always}: {end}, status {status}; ckpt.pt had {saved}")
+            assert status in ENDS[end][1], output(out_dir)
+            inside += bool(set(out_dir.glob(".staging-*")) - stale)
+            before, saved = saved, whole(out_dir, expected, losses)
+            assert saved >= max(before, last_save(out_dir))
+            assert ("interrupted after" in output(out_dir)) == (f"interrupted after {saved} " in output(out_dir))
+            apart += (out_dir / "ckpt-best.pt").exists()
+    print(f"{inside} inside a save; {apart} times the best one was another")
+    assert inside
+    assert apart
 
 
-def start(out_dir: Path, resume: bool, max_iters: int) -> int:
-    """Fork a child that runs `python -m train`. Returns its process id."""
+def reference(out_dir: Path) -> tuple[dict[int, str], dict[tuple[str, int], float]]:
+    """Of a run without kills: iteration -> digest of its state, and its losses."""
+
+    def run() -> int:
+        with (
+            mock.patch("train.checkpoint.save", lambda out_dir, state, *_, **__: print("state", digest(state))),
+            mock.patch("train.__main__.farewell"),
+        ):
+            return command(out_dir, eval_interval=1, max_iters=REFERENCE)
+
+    child = start(out_dir, run)
+    assert os.waitpid(child, 0)[1] == 0, output(out_dir)
+    digests = [line.removeprefix("state ") for line in output(out_dir).splitlines() if line.startswith("state ")]
+    return dict(enumerate(digests, start=1)), logged_losses(out_dir)
+
+
+def logged_losses(out_dir: Path) -> dict[tuple[str, int], float]:
+    """(kind, iteration) -> loss or validation loss. What several runs logged must be equal."""
+    found: dict[tuple[str, int], float] = {}
+    for record in records(out_dir):
+        loss = record.get("val_loss", record.get("loss"))
+        if loss is not None:
+            assert found.setdefault((record["kind"], record["iter"]), loss) == loss
+    return found
+
+
+def whole(out_dir: Path, expected: dict[int, str], losses: dict[tuple[str, int], float]) -> int:
+    """The iteration of ckpt.pt, 0 if there is none. All checkpoints and losses are those expected, where they are known
+    of an iteration; the best checkpoint is the best of those evaluated."""
+    for key, loss in logged_losses(out_dir).items():
+        assert losses.get(key, loss) == loss
+    if not (out_dir / "ckpt.pt").exists():
+        return 0
+    for path in out_dir.glob("ckpt*.pt"):
+        found = checkpoint.load(path)
+        assert expected.get(found["iter_num"], digest(found)) == digest(found), path
+    latest = checkpoint.load(out_dir / "ckpt.pt")
+    if latest["iter_num"] <= REFERENCE:
+        judged = range(0, latest["nanofuse"]["judged_at"] + 1, KILLED_JOB["eval_interval"])
+        best = min(judged, key=lambda iteration: losses["eval", iteration])
+        assert latest["best_val_loss"] == losses["eval", best]
+        assert best == 0 or checkpoint.held(checkpoint.best_of(out_dir)) == (best, losses["eval", best])
+    return latest["iter_num"]
+
+
+def digest(state: dict) -> str:
+    """Of all weights and moments."""
+    tensors = checkpoint.leaves([state["model"], state["optimizer"]["state"]])
+    content = [x.numpy().tobytes() if isinstance(x, torch.Tensor) else repr(x).encode() for _, x in tensors]
+    return hashlib.sha256(b"".join(content)).hexdigest()
+
+
+def command(out_dir: Path, **settings) -> int:
+    """`python -m train`."""
+    named = KILLED_JOB | {"out_dir": out_dir, "dataset": out_dir.parent / "data", "max_iters": 10**6} | settings
+    sys.argv = ["train", *(f"--{key}={value}" for key, value in named.items())]
+    return main()
+
+
+def start(out_dir: Path, run: Callable[[], int]) -> int:
+    """Fork a child that calls `run` and exits with what it returns. Returns its process id."""
     sys.stdout.flush()
-    child = os.fork()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child can catch it
+    child, status = os.fork(), 99
     if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return child
-    status = 99
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         descriptor = os.open(f"{out_dir}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        init_from = "resume" if resume else "scratch"
-        this = dict(out_dir=out_dir, dataset=out_dir.parent / "data", init_from=init_from, max_iters=max_iters)
-        sys.argv = ["train", *(f"--{key}={value}" for key, value in (KILLED_JOB | this).items())]
-        status = main()
+        status = run()
+    except KeyboardInterrupt:
+        status = 130
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status or 0)
+        os._exit(status)
+
+
+def end_it(child: int, out_dir: Path, end: str, stale: set[Path], rng: random.Random) -> int:
+    """End a run, at a random instant or inside a save. Returns its exit status, or minus the signal that ended it."""
+
+    def lives() -> bool:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def saves() -> bool:
+        return bool(set(out_dir.glob(".staging-*")) - stale)
+
+    lines = len(records(out_dir))
+    if rng.random() < 0.8:  # else while it starts
+        while lives() and len(records(out_dir)) < lines + 3:
+            time.sleep(1e-3)
+    time.sleep(rng.expovariate(20))
+    first, *second = ENDS[end][0]
+    while end == "killed in a save" and lives() and not saves():
+        pass
+    os.kill(child, first)
+    for number in second:
+        while lives() and not saves() and rng.random() < 0.999:  # most often in the save that the first one began
+            pass
+        time.sleep(rng.expovariate(500))
+        if lives():
+            os.kill(child, number)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def last_save(out_dir: Path) -> int:
-    return max((r["iter"] for r in records(out_dir) if r["kind"] == "save"), default=0)
-
-
-def assert_alive(child: int, out_dir: Path) -> None:
-    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    assert ended is None, "a run ended by itself:\n" + output(out_dir)
-
-
-def await_saves(child: int, out_dir: Path, completed: int, count: int) -> None:
-    while last_save(out_dir) < completed + count * KILLED_JOB["eval_interval"]:
-        assert_alive(child, out_dir)
-        time.sleep(5e-3)
-
-
-def kill_inside_a_save(child: int, out_dir: Path) -> None:
-    """Stop the child when a save begins. Kill it, unless the save ended in between."""
-    while True:
-        if not any(out_dir.glob(".staging-*")):
-            assert_alive(child, out_dir)
-            time.sleep(2e-4)
-            continue
-        os.kill(child, signal.SIGSTOP)
-        os.waitpid(child, os.WUNTRACED)
-        if any(out_dir.glob(".staging-*")):
-            os.kill(child, signal.SIGKILL)
-            return
-        os.kill(child, signal.SIGCONT)
-
-
-def finish(child: int, out_dir: Path) -> None:
-    _, status = os.waitpid(child, 0)
-    assert status == 0, output(out_dir)
+    return max((record["iter"] for record in records(out_dir) if record["kind"] == "save"), default=0)
 
 
 def output(out_dir: Path) -> str:
