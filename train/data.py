@@ -14,10 +14,10 @@ call from a second thread would invalidate a graph capture that happens to be un
 """
 
 import math
-import mmap
 import os
 import random
 import time
+import weakref
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,6 +70,7 @@ class Dataset:
         self.meta.pop("sources", None)  # for `train.prepare`
         self.n_vocab: int = self.meta["vocab_size"]
         self.vocab_size = padded_vocab_size(self.n_vocab) if self.meta.get("tokenizer") == "gpt2" else self.n_vocab
+        self._files: dict[Split, int] = {}  # open, so that a file stays whole that another one replaces
         self.train, self.val = self._open("train"), self._open("val")
 
     def _open(self, name: Split) -> np.memmap:
@@ -89,13 +90,12 @@ class Dataset:
                         f" or is another file; make it anew with: {again}"
                     )
                 tokens = np.memmap(file, dtype=dtype, mode="r")
+                self._files[name] = os.dup(file.fileno())
+                weakref.finalize(self, os.close, self._files[name])
         except FileNotFoundError:
             raise UserError(f"{path}: missing; make it with: {again}") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        if size > FULL_SCAN_BYTES and hasattr(mmap, "MADV_RANDOM"):
-            # A sample is 2 KB anywhere in the file. Read-ahead would bring up to megabytes around each.
-            tokens.base.madvise(mmap.MADV_RANDOM)
         return tokens
 
     def split(self, name: Split) -> np.memmap:
@@ -176,11 +176,20 @@ class Dataset:
             if time.monotonic() > end:
                 break
 
-    def check_uncut(self, split: Split) -> None:
-        """Raise UserError where the open file has become shorter: reading past its end would kill the process."""
-        now, expected = self.split(split).base.size(), self.split(split).nbytes
-        if now < expected:
-            raise UserError(f"{self.path(split)}: {now:,} bytes, expected {expected:,}: it was cut short under the run")
+    def samples(self, split: Split, starts: np.ndarray, length: int) -> np.ndarray:
+        """(n, length): the split's tokens from each of `starts` (n,) on. UserError where the file has become shorter:
+        it is read, not mapped, because touching a map past the end of its file kills the process."""
+        file, dtype = self._files[split], self.split(split).dtype
+        rows = np.empty((len(starts), length), dtype)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            data = os.pread(file, row.nbytes, start * dtype.itemsize)
+            if len(data) < row.nbytes:
+                raise UserError(
+                    f"{self.path(split)}: {os.fstat(file).st_size:,} bytes, expected {self.split(split).nbytes:,}: it "
+                    "was cut short under the run"
+                )
+            row[:] = np.frombuffer(data, dtype)
+        return rows
 
 
 def _similar(folder: Path) -> str:
@@ -262,6 +271,10 @@ class Batch(NamedTuple):
     seeds: tuple[int, ...]
 
 
+# x and y of a step, (2, A, B, T) in the host's memory, and the seeds of its micro-steps
+Gathered = tuple[torch.Tensor, tuple[int, ...]]
+
+
 @dataclass
 class Loader:
     """Draws the batches of one rank, inside its context, whose end ends its thread.
@@ -284,24 +297,18 @@ class Loader:
         self.seed, self.device = self.seed % 2**64, torch.device(self.device)
         self._pinned = self.device.type == "cuda"
         self.vocab_size = self.vocab_size or self.dataset.vocab_size
-        # Row i of this view is tokens[i : i + T + 1]; indexing it beats a loop of slices 3 to 10 times.
-        self._windows = {
-            name: np.lib.stride_tricks.sliding_window_view(np.asarray(self.dataset.split(name)), self.block_size + 1)
-            for name in ("train", "val")
-        }
         step_bytes = 16 * self.accumulation * self.batch_size * self.block_size
         self._run_length = min(max(RUN_BYTES // step_bytes, 1), MAX_RUN)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         # Steps are gathered in runs: run n holds those from n * run_length on. Here are the current one and the next.
-        self._runs: dict[int, Future[list[Batch]]] = {}
+        self._runs: dict[int, Future[list[Gathered]]] = {}
 
     def train(self, step: int) -> Batch:
         """The batch of `step`. Any order gives the same batches; in order they are ready when asked for."""
         number, i = divmod(step, self._run_length)
         self._runs = {n: self._runs.get(n) or self._gather_later(n) for n in (number, number + 1)}
-        batch = self._runs[number].result()[i]  # waits, and raises what the thread met
-        x, y = (t.to(self.device, non_blocking=self._pinned) for t in batch[:2])
-        return Batch(x, y, batch.seeds)
+        xy, seeds = self._runs[number].result()[i]  # waits, and raises what the thread met
+        return Batch(*xy.to(self.device, non_blocking=self._pinned), seeds)  # one copy
 
     def evaluation(self, split: Split, k: int) -> Batch:
         """The k-th evaluation batch of a split, (1, B, T): the same at every evaluation and on every rank.
@@ -326,25 +333,24 @@ class Loader:
         shape = (*shape, self.batch_size, self.block_size)
         return torch.empty(shape, dtype=torch.int64, pin_memory=self._pinned)
 
-    def _gather_later(self, number: int) -> Future[list[Batch]]:
+    def _gather_later(self, number: int) -> Future[list[Gathered]]:
         """Hand a run to the thread."""
         memory = self._host_memory(self._run_length, 2, self.accumulation)
         return self._thread.submit(self._gather_run, number, memory)
 
-    def _gather_run(self, number: int, memory: torch.Tensor) -> list[Batch]:
+    def _gather_run(self, number: int, memory: torch.Tensor) -> list[Gathered]:
         batches = []
         for i, xy in enumerate(memory):
             batches.append(self._gather_step(number * self._run_length + i, xy))
             time.sleep(0)  # let go of the GIL, for which the caller may be waiting
         return batches
 
-    def _gather_step(self, step: int, xy: torch.Tensor) -> Batch:
+    def _gather_step(self, step: int, xy: torch.Tensor) -> Gathered:
         shape = (self.accumulation, self.world_size, self.batch_size)
         generator = self._generator(0, step)
         offsets = self._draw("train", generator, math.prod(shape)).reshape(shape)[:, self.rank]
         seeds = generator.integers(2**63 - 1, size=shape[:2])[:, self.rank]
-        x, y = self._gather("train", offsets.ravel(), xy)
-        return Batch(x, y, tuple(seeds.tolist()))
+        return self._gather("train", offsets.ravel(), xy), tuple(seeds.tolist())
 
     def _generator(self, stream: int, number: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, stream, number))))
@@ -359,8 +365,7 @@ class Loader:
 
     def _gather(self, split: Split, offsets: np.ndarray, buffer: torch.Tensor) -> torch.Tensor:
         """Fill buffer[0] with the samples at `offsets`, buffer[1] with the same a token later, as int64."""
-        self.dataset.check_uncut(split)
-        rows = self._windows[split][offsets]  # (A·B, T + 1), the files' dtype
+        rows = self.dataset.samples(split, offsets, self.block_size + 1)  # (A·B, T + 1)
         if rows.max() >= self.vocab_size:
             for start, ids in zip(offsets, rows, strict=True):
                 self.dataset.check_ids(split, ids, int(start), self.vocab_size)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.data import Dataset, Loader
 from train.errors import UserError
@@ -195,8 +196,8 @@ def test_a_file_cut_short_under_the_run(tmp_path):
     """Read on, the process would die of SIGBUS without a word."""
     with loader(Dataset(make(tmp_path / "a"))) as batches:
         first = batches.train(0)
-        os.truncate(tmp_path / "a" / "train.bin", 4000)
-        with pytest.raises(UserError, match=r"train\.bin: 4,000 bytes, expected 8,000: it was cut short under the run"):
+        os.truncate(tmp_path / "a" / "train.bin", 400)
+        with pytest.raises(UserError, match=r"train\.bin: 400 bytes, expected 8,000: it was cut short under the run"):
             batches.train(100)
         os.truncate(tmp_path / "a" / "val.bin", 0)
         with pytest.raises(UserError, match=r"val\.bin: 0 bytes"):
@@ -353,3 +354,20 @@ def test_cuda_batches_are_those_of_the_cpu(tmp_path):
         for step, batch in enumerate(got):
             assert batch.x.is_cuda
             assert same(cpu.train(step), type(batch)(batch.x.cpu(), batch.y.cpu(), batch.seeds))
+
+
+def test_a_batch_goes_to_its_device_in_one_copy(tmp_path):
+    copies = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            copies.extend([func] * (func is torch.ops.aten._to_copy.default))
+            return func(*args, **(kwargs or {}))
+
+    shape = dict(batch_size=3, block_size=8, accumulation=2)
+    with Loader(Dataset(make(tmp_path)), **shape, device="meta") as batches, Watching():
+        batch = batches.train(0)
+    assert len(copies) == 1
+    assert batch.x.shape == batch.y.shape == (2, 3, 8)
+    assert batch.x.is_contiguous()
+    assert batch.y.is_contiguous()
