@@ -8,7 +8,6 @@ import dataclasses
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -90,6 +89,15 @@ class Kernel(Struct, frozen=True):
     def group(self) -> tuple:
         """The same for all variants of one comparison."""
         return self.case, tuple(self.shape), self.dtype, self.direction
+
+    @property
+    def sizes(self) -> str:
+        """The shape, in words."""
+        return "×".join(map(str, self.shape))
+
+    @property
+    def median(self) -> float | None:
+        return median(self.seconds) if self.seconds else None
 
 
 class Shape(Struct, frozen=True):
@@ -201,12 +209,6 @@ class Header(Struct):
 
     format: str = ""
     version: int = 0
-
-
-def quantile(samples: Iterable[float], share: float) -> float:
-    """The sample at position `share` of the sorted samples, from 0 (the least) to 1 (the largest)."""
-    ordered = sorted(samples)
-    return ordered[round(share * (len(ordered) - 1))]
 
 
 def encoded(results: Results) -> bytes:

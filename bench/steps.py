@@ -25,7 +25,6 @@ from bench.results import WRONG
 from bench.rules import NO_TIME, RECOMPILED, Budget, compilations, compiling
 from bench.variants import Footprint, Setting, Step, Variant, Workload, footprint, free, groups
 from model import GPT
-from model.flops import FORMULAS, flops_per_token
 from train.data import Dataset, Loader
 from train.errors import first_line
 from train.hardware import synchronize
@@ -90,7 +89,10 @@ def measure(
     torch.manual_seed(0)
     setting = Setting(workload, GPT(workload.config).state_dict(), device, dtype)
     plan = groups(variants, partial(footprint, setting=setting), room or free(device))
-    timed = [Timed(variant, _row(variant, workload, dtype)) for variant in variants]
+    timed = [
+        Timed(v, workload.row(v.name, compares=v.compares, dtype=torch.float32 if v.float32 else dtype))
+        for v in variants
+    ]
     budget, rows = budget or Budget(), [] if into is None else into
     with _loader(workload, device) as loader:
         race = Race(setting, loader)
@@ -218,13 +220,6 @@ class Race:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-def _row(variant: Variant, workload: Workload, dtype: torch.dtype) -> results.Step:
-    """A row without samples."""
-    flops = {formula: float(flops_per_token(workload.config, formula) * workload.tokens) for formula in FORMULAS}
-    computed = str(torch.float32 if variant.float32 else dtype).removeprefix("torch.")
-    return results.Step(workload.name, variant.name, variant.compares, computed, workload.tokens, flops, workload.shape)
 
 
 @contextmanager

@@ -19,11 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bench import results
 from bench.results import Shape
 from bench.rules import only_compiled
 from kernels import REFERENCE, Ops, select
 from model import GPT, GPTConfig, Precision
-from model.flops import num_params
+from model.flops import FORMULAS, flops_per_token, num_params
 from model.groups import param_groups
 from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
 from train.compile import compile_module
@@ -56,6 +57,16 @@ class Workload:
             name: getattr(self.config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
         }
         return Shape(**sizes, bias=int(self.config.bias), batch_size=self.batch_size, accumulation=self.accumulation)
+
+    def row(
+        self, variant: str, *, compares: bool = True, dtype: torch.dtype = torch.bfloat16, seconds: Sequence[float] = ()
+    ) -> results.Step:
+        """A row of a results file. seconds: its samples."""
+        flops = {formula: float(flops_per_token(self.config, formula) * self.tokens) for formula in FORMULAS}
+        computed = str(dtype).removeprefix("torch.")
+        return results.Step(
+            self.name, variant, compares, computed, self.tokens, flops, self.shape, seconds=list(seconds)
+        )
 
 
 def _gpt2(name: str, batch_size: int, **shape: int) -> Workload:
