@@ -21,8 +21,8 @@ from bench import kernels, results, steps
 from bench.results import WRONG, Failure, Results, Tests
 from bench.rules import Budget
 from bench.tables import summary
-from bench.variants import DEFAULTS, WORKLOADS, variants
-from train.errors import UserError, first_line, run, shown
+from bench.variants import DEFAULTS, WORKLOADS, chosen, variants
+from train.errors import UserError, first_line, run
 from train.files import check_output
 from train.hardware import resolve_device, resolve_dtype, use_device
 from train.settings import command_line, setting
@@ -101,14 +101,6 @@ def workloads_of(config: BenchConfig, device: torch.device) -> tuple[str, ...]:
     """The workloads to measure. UserError for an unknown name."""
     by_device = ",".join(DEFAULTS.get(device.type, ("cpu",)))
     return chosen("workloads", config.workloads or by_device, WORKLOADS)
-
-
-def chosen(setting: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
-    """Split names at commas. UserError for an unknown name."""
-    names = tuple(text.split(","))
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"{setting}: got {shown(unknown[0])}, expected some of: {', '.join(known)}")
-    return names
 
 
 def run_tests(seconds: float, command: tuple[str, ...] = SMOKE) -> Tests:

@@ -15,7 +15,7 @@ from pathlib import Path
 from bench import compare, pictures, results, tables
 from bench.digest import Run, Steps, estimates, in_order
 from bench.pictures import NARROW, WIDE, Picture
-from bench.tables import NONE, Table
+from bench.tables import NONE, Table, counted
 from train import errors
 from train.errors import UserError, one_line
 from train.files import making_folder, replacing
@@ -60,7 +60,7 @@ def sections(runs: Sequence[Run], guesses: Sequence[Steps]) -> list[Section]:
 
 def summary(runs: Sequence[Run], guesses: Sequence[Steps]) -> str:
     partial = sum(not run.results.complete for run in runs)
-    line = f"{_count(len(runs), 'results file')} of {_count(len({run.device for run in runs}), 'device')}"
+    line = f"{counted(len(runs), 'results file')} of {counted(len({run.device for run in runs}), 'device')}"
     line += f", {partial} of them partial." if partial else "."
     unmeasured = ", ".join(dict.fromkeys(guess.label for guess in guesses))
     return f"{line} What nobody measured is an estimate and marked as one: {unmeasured}." if unmeasured else line
@@ -109,10 +109,6 @@ def _escaped(text: str) -> str:
     return re.sub(r"[\\`*|<\[]|\b_|_\b", r"\\\g<0>", text)  # a _ within a word means nothing to Markdown
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"
-
-
 def _present(found: Iterable) -> list:
     return [each for each in found if each]
 
@@ -148,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         print(compare.report(runs))
         return bad
     write(Path(config.out), runs)
-    print(f"{_count(len(runs), 'results file')}: {one_line(Path(config.out, 'report.html'))}, report.md beside it")
+    print(f"{counted(len(runs), 'results file')}: {one_line(Path(config.out, 'report.html'))}, report.md beside it")
     return bad
 
 

@@ -11,7 +11,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 import torch
@@ -72,8 +72,21 @@ class Peak(Struct, frozen=True):
     source: str  # data sheet, or measured
 
 
-class Kernel(Struct, frozen=True):
-    """One case, shape and dtype, one direction, one variant: its samples, or why there are none."""
+class Row(Struct, frozen=True):
+    """What rows of kernels and of steps have in common: their samples, or why there are none."""
+
+    @property
+    def median(self) -> float | None:
+        return median(self.seconds) if self.seconds else None
+
+    @property
+    def missing(self) -> str:
+        """Why there are no samples."""
+        return f"not measured: {self.skipped or 'no reason given'}"
+
+
+class Kernel(Row, frozen=True):
+    """One case, shape and dtype, one direction, one variant."""
 
     case: str
     shape: list[Count]
@@ -85,10 +98,11 @@ class Kernel(Struct, frozen=True):
     flops: Natural | None = None
     skipped: str = ""  # why there are no samples
 
+    turn: ClassVar[int] = 1  # samples of one turn
+
     @property
-    def group(self) -> tuple:
-        """The same for all variants of one comparison."""
-        return self.case, tuple(self.shape), self.dtype, self.direction
+    def ours(self) -> bool:
+        return self.variant == "fused"
 
     @property
     def sizes(self) -> str:
@@ -96,8 +110,17 @@ class Kernel(Struct, frozen=True):
         return "×".join(map(str, self.shape))
 
     @property
-    def median(self) -> float | None:
-        return median(self.seconds) if self.seconds else None
+    def group(self) -> tuple:
+        """The same for all variants that took turns."""
+        return self.case, tuple(self.shape), self.dtype, self.direction
+
+    @property
+    def name(self) -> str:
+        return f"{self.case} {self.sizes} {self.dtype} {self.direction} {self.variant}"
+
+    def beside(self, row: "Kernel") -> list[float]:
+        """Its samples of the rounds in which `row` took part."""
+        return self.seconds
 
 
 class Shape(Struct, frozen=True):
@@ -122,7 +145,7 @@ class Shape(Struct, frozen=True):
         _ = self.config  # ValueError for a shape that cannot be built
 
 
-class Step(Struct, frozen=True):
+class Step(Row, frozen=True):
     """A whole training step: one workload, one variant."""
 
     workload: str  # "gpt2", "shakespeare_char", "cpu", ...
@@ -152,16 +175,16 @@ class Step(Struct, frozen=True):
         return not self.variant.startswith(("reference ", "nanoGPT "))
 
     @property
-    def median(self) -> float | None:
-        return median(self.seconds) if self.seconds else None
+    def group(self) -> tuple:
+        """The same for all variants that took turns."""
+        return (self.workload,)
 
     @property
-    def missing(self) -> str:
-        """Why there are no samples."""
-        return f"not measured: {self.skipped or 'no reason given'}"
+    def name(self) -> str:
+        return f"{self.workload} {self.variant} {self.dtype}"
 
     def beside(self, row: "Step") -> list[float]:
-        """Its samples of the rounds in which `row` took part. `row` is compared with these."""
+        """Its samples of the rounds in which `row` took part."""
         first = (row.first_round - self.first_round) * self.turn
         return self.seconds[first:][: len(row.seconds) // row.turn * self.turn] if first >= 0 else []
 

@@ -60,6 +60,10 @@ def shown(value: float | None, times: float = 1, form: str = "") -> str:
     return format(times * value, form or f",.{places}f")
 
 
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 def rate(row: KernelRow) -> str:
     """TFLOP/s if a matmul bounds the kernel, GB/s if a copy does."""
     if not row.bounded:

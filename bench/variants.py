@@ -10,7 +10,7 @@ import importlib.util
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -89,6 +89,15 @@ WORKLOADS = {
     )
 }
 DEFAULTS = {"cpu": ("cpu",), "cuda": ("gpt2", "shakespeare_char", "gpt2-batch-1")}
+
+
+def chosen(setting: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Split names at commas. UserError for an unknown name."""
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{setting}: got {shown(unknown[0])}, expected some of: {', '.join(known)}")
+    return names
+
 
 Step = Callable[[Batch], Tensor]
 Trained = tuple[nn.Module, torch.optim.Optimizer]

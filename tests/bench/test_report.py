@@ -12,8 +12,8 @@ import pytest
 from msgspec.structs import replace
 
 from bench import report, results
-from bench.digest import Run, in_order, kernel_row
-from bench.results import Kernel, Results
+from bench.digest import Run, in_order
+from bench.results import Ceiling, Kernel, Results
 from bench.rules import NO_TIME
 from bench.tables import summary
 from tests.bench.made import all_devices, cpu, h100
@@ -299,7 +299,10 @@ def test_names_that_are_markup_or_paths_stay_words(tmp_path: Path) -> None:
 def test_a_kernel_is_bounded_by_what_it_meets_first() -> None:
     def bound(matmul: float | None, copy: float | None, **fields: Any) -> tuple:
         kernel = Kernel("toy", [8, 16], "float32", "forward", "fused", [2e-3, 1e-3, 1e-3], **fields)
-        found = kernel_row(kernel, matmul, copy, compiled=3e-3)
+        rates = [("matmul", "float32", matmul), ("copy", "float32", copy)]
+        ceilings = [Ceiling(what, dtype, [rate]) for what, dtype, rate in rates if rate]
+        compiled = replace(kernel, variant="compiled", seconds=[3e-3])
+        found, _ = Run(Path(), replace(cpu(), ceilings=ceilings, kernels=[kernel, compiled])).kernels
         assert found.speedup == 3.0
         return found.bounded, found.rate, found.share
 
