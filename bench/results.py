@@ -7,7 +7,6 @@ with its reason if that is known. No value is made up. msgspec reads and writes 
 import dataclasses
 import platform
 import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -19,7 +18,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from model.config import GPTConfig
-from train.errors import one_line
+from train.errors import one_line, shown
 from train.files import read_regular, replacing
 from train.hardware import device_name, lookup, measure_bandwidth, measure_flops, peak_flops
 
@@ -227,13 +226,6 @@ class Results(Struct, frozen=True):
         return max((each.rate for each in found if what == "copy" or dtype in ("", each.dtype)), default=None)
 
 
-class Header(Struct):
-    """The fields that every version of the file has."""
-
-    format: str = ""
-    version: int = 0
-
-
 def encoded(results: Results) -> bytes:
     """The contents of the file. ValueError for results that `read` would refuse."""
     text = msgspec.json.encode(results)
@@ -253,11 +245,12 @@ def read(path: Path) -> Results:
     """The results in a file; control characters in its words are escaped. If they cannot be read: ValueError, one line
     that names the file and the field."""
     try:
-        raw = read_regular(path, MAX_BYTES)
-        header = msgspec.json.decode(raw, type=Header)
-        if (header.format, header.version) != (FORMAT, VERSION):
-            raise ValueError(f"got format {header.format[:80]!r}, version {header.version}")
-        return msgspec.convert(_printable(msgspec.to_builtins(msgspec.json.decode(raw, type=Results))), Results)
+        found = _printable(msgspec.json.decode(read_regular(path, MAX_BYTES)))
+        if isinstance(found, dict):
+            said = found.get("format", ""), found.get("version", 0)
+            if said != (FORMAT, VERSION):
+                raise ValueError(f"got format {shown(said[0])}, version {shown(said[1])}")
+        return msgspec.convert(found, Results)
     except OSError as error:
         raise ValueError(one_line(f"{path}: cannot be read: {error.strerror}")) from error
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
@@ -316,12 +309,6 @@ def clocks(where: torch.device) -> dict[str, str] | None:
         return None
     fields = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.active")
     return {field: answer for field in fields if (answer := _nvidia_smi(field, where))}
-
-
-def command(module: str, hidden: tuple[str, ...] = ()) -> str:
-    """This process's command line, without the settings in `hidden`, which name the user's folders."""
-    shown = [a for a in sys.argv[1:] if a.partition("=")[0].lstrip("-") not in hidden]
-    return " ".join([f"python -m {module}", *shown])
 
 
 def _commit() -> Commit:
