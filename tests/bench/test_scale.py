@@ -63,11 +63,8 @@ def file(tmp_path: Path, *rows: Step, **fields: object) -> str:
     return str(tmp_path / "results.json")
 
 
-def row(variant: str, seconds: float, **fields: object) -> Step:
-    workload = WORKLOADS["gpt2"]
-    known = {"compares": True, "dtype": "bfloat16", "tokens": workload.tokens, "seconds": [seconds] * 3}
-    flops = {"nanogpt": 1.0, "6n": 1.0}
-    return Step(workload="gpt2", variant=variant, flops=flops, shape=workload.shape, **known | fields)
+def row(variant: str, seconds: float, compares: bool = True) -> Step:
+    return WORKLOADS["gpt2"].row(variant, compares=compares, seconds=[seconds] * 3)
 
 
 def cells(text: str, size: str) -> list[list[str]]:
