@@ -22,7 +22,7 @@ from msgspec.structs import asdict
 
 from bench.digest import Run
 from bench.results import Kernel, Step
-from bench.tables import NONE, aligned, counted, shown
+from bench.tables import NONE, aligned, counted, digits
 from train.errors import UserError
 
 LEVEL = 0.95
@@ -167,7 +167,7 @@ def _table(title: str, a: Sequence[Rows], b: Sequence[Rows], within: float, *, p
         common = set.intersection(*(set(run.references) for run in runs)) if paced else set()
         rounds = quiet_rounds(runs, common, within)
         quiet = rounds[: len(own[0])], rounds[len(own[0]) :]
-        times = [shown(np.exp(np.median(np.concatenate([run.own.ravel() for run in side]))), 1e3) for side in own]
+        times = [digits(np.exp(np.median(np.concatenate([run.own.ravel() for run in side]))), 1e3) for side in own]
         counts = [sum(map(len, side)) for side in (*quiet, *([run.own for run in side] for side in own))]
         rest = [NONE, NONE, f"too few quiet rounds, expected {LEAST} in each run"]
         if min(map(len, rounds)) >= LEAST:

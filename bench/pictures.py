@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from bench.digest import KernelRow, Run, Steps, slug
 from bench.results import Step
-from bench.tables import rate, shown, sources
+from bench.tables import digits, rate, sources
 from train.plot import LIGHT, new_figure, printable
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _bar(steps: Steps, row: Step) -> Line:
     if not row.seconds:
         return Line(row.variant, row.missing)
     share = 100 * steps.mfu(row)
-    words = f"{share:.1f} %, {shown(row.median, 1e3)} ms"
+    words = f"{share:.1f} %, {digits(row.median, 1e3)} ms"
     if steps.estimated:
         return Line(steps.label, f"{words}, estimate", share, estimate=True)
     words += f", {row.peak_memory / 1e9:.2f} GB" if row.peak_memory else ""
@@ -217,10 +217,10 @@ def waterfall(steps: Steps) -> Picture | None:
         now = 1e3 * row.median
         if last is not None:
             sign, role = ("−", "better") if now <= last else ("+", "worse")
-            bars.append(Line(f"+ {row.variant}", f"{sign}{shown(abs(now - last))} ms", now, start=last, role=role))
+            bars.append(Line(f"+ {row.variant}", f"{sign}{digits(abs(now - last))} ms", now, start=last, role=role))
         if row in (measured[0], measured[-1]):
             total = row.variant if last is None else f"{row.variant}, in all"
-            bars.append(Line(total, f"{shown(now)} ms", now, role="ours" if row.ours else "reference"))
+            bars.append(Line(total, f"{digits(now)} ms", now, role="ours" if row.ours else "reference"))
         last = now
     title = f"From the reference's step to ours, {steps.name} on {steps.label}"
     caption = "Each bar is what one change, on top of those above it, takes off or adds to the median. "

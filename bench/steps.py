@@ -25,7 +25,7 @@ from msgspec import structs
 from bench import results
 from bench.results import WRONG
 from bench.rules import NO_TIME, RECOMPILED, Budget, compilations, compiling
-from bench.variants import Setting, Step, Variant, Workload
+from bench.variants import Setting, StepFunction, Variant, Workload
 from model import GPT
 from train.data import Dataset, Loader
 from train.errors import first_line
@@ -35,7 +35,7 @@ CHECKED = 5  # steps whose losses must agree before the clock runs
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative tolerance of losses, by dtype
 TURN = 0.25  # seconds of a turn, about
 LEAST = 3  # least turns of each variant
-SPARE = 2**32  # bytes of a GPU that stay free: allocators leave gaps, kernels have code
+SPARE = 0.1  # of a GPU's memory: allocators leave gaps, kernels have code
 
 Turn = tuple[list[float], list[float]]  # for each iteration: seconds, and the host's seconds in the call
 
@@ -46,7 +46,7 @@ class Timed:
 
     variant: Variant
     row: results.Step
-    step: Step | None = None
+    step: StepFunction | None = None
     pace: float = 0.0  # seconds of an iteration, about
     beside: int = 0  # bytes that a step takes beside what is held between steps
 
@@ -135,7 +135,7 @@ class Race:
         may_wait = any(other.row.ours for other in ready)
         try:
             self._build(each, ready, budget)
-            if may_wait and free_memory(self.device) < SPARE + max(other.beside for other in (*ready, each)):
+            if may_wait and free_memory(self.device) < max(other.beside for other in (*ready, each)):
                 raise torch.OutOfMemoryError("too little memory is left for the steps of all")
         except torch.OutOfMemoryError as error:
             each.step = None
@@ -216,7 +216,7 @@ class Race:
             return each.give_up(first_line(error))
         return found if compilations() == before else each.give_up(WRONG + RECOMPILED)
 
-    def _time(self, step: Step, first: int, count: int) -> Turn:
+    def _time(self, step: StepFunction, first: int, count: int) -> Turn:
         """Time `count` iterations. On CUDA events give the times, and the host does not wait in between."""
         synchronize(self.device)
         host, marks = [], [self._now()]
@@ -241,12 +241,13 @@ class Race:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes; infinite unless the device is a CUDA device."""
+    """Bytes that may be taken; infinite unless the device is a CUDA device."""
     if device.type != "cuda":
         return math.inf
     gc.collect()
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
+    free, total = torch.cuda.mem_get_info(device)
+    return free - SPARE * total
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def shown(value: float | None, times: float = 1, form: str = "") -> str:
+def digits(value: float | None, times: float = 1, form: str = "") -> str:
     """The value times `times`, in format `form`, or with four digits, or more before the point. A dash for None."""
     if value is None:
         return NONE
@@ -68,7 +68,7 @@ def rate(row: KernelRow) -> str:
     """TFLOP/s if a matmul bounds the kernel, GB/s if a copy does."""
     if not row.bounded:
         return NONE
-    return f"{shown(row.rate, 1e-12)} TFLOP/s" if row.bounded == "matmul" else f"{shown(row.rate, 1e-9)} GB/s"
+    return f"{digits(row.rate, 1e-12)} TFLOP/s" if row.bounded == "matmul" else f"{digits(row.rate, 1e-9)} GB/s"
 
 
 def sources(found: Sequence[Steps]) -> str:
@@ -84,12 +84,12 @@ def devices(found: Sequence[Steps]) -> Table | None:
             "workload": steps.name,
             "device": steps.label,
             "our best step": best.variant,
-            "median, ms": shown(best.median, 1e3),
+            "median, ms": digits(best.median, 1e3),
             **_mfu(steps, best),
-            "floor, ms": shown(steps.floor, 1e3),
-            "floor's MFU, %": shown(steps.floor and steps.mfu(best, seconds=steps.floor), 100, ".1f"),
-            "reference, ms": shown(reference and reference.median, 1e3),
-            "speed-up, ×": shown(steps.speedup(best), form=".2f"),
+            "floor, ms": digits(steps.floor, 1e3),
+            "floor's MFU, %": digits(steps.floor and steps.mfu(best, seconds=steps.floor), 100, ".1f"),
+            "reference, ms": digits(reference and reference.median, 1e3),
+            "speed-up, ×": digits(steps.speedup(best), form=".2f"),
         }
         rows.append(("computed" if steps.estimated else "", cells))
     measured, guesses = ([steps for steps in found if steps.estimated is kind] for kind in (False, True))
@@ -118,10 +118,10 @@ def steps(found: Steps) -> Table:
         first = found.rows[0]
         cells = dict.fromkeys(rows[0][1], NONE) | {
             "step": "floor",
-            "median, ms": shown(found.floor, 1e3),
-            "tokens, 1/s": shown(first.tokens / found.floor),
+            "median, ms": digits(found.floor, 1e3),
+            "tokens, 1/s": digits(first.tokens / found.floor),
             **_mfu(found, first, found.floor),
-            "speed-up, ×": shown(found.baseline and found.baseline.median / found.floor, form=".2f"),
+            "speed-up, ×": digits(found.baseline and found.baseline.median / found.floor, form=".2f"),
             "note": "computed, not measured",
         }
         rows.append(("computed", cells))
@@ -139,11 +139,11 @@ def _step(steps: Steps, row: Step) -> Cells:
         "step": row.variant,
         "dtype": row.dtype,
         **_times(row.seconds, "ms", 1e3),
-        "tokens, 1/s": shown(row.median and row.tokens / row.median),
+        "tokens, 1/s": digits(row.median and row.tokens / row.median),
         **_mfu(steps, row),
-        "speed-up, ×": shown(steps.speedup(row), form=".2f"),
-        "memory, GB": shown(row.peak_memory if row.seconds else None, 1e-9, ".2f"),
-        "host, %": shown(host, 100, ".1f"),
+        "speed-up, ×": digits(steps.speedup(row), form=".2f"),
+        "memory, GB": digits(row.peak_memory if row.seconds else None, 1e-9, ".2f"),
+        "host, %": digits(host, 100, ".1f"),
         "samples": str(len(row.seconds)),
         "note": row.missing if not row.seconds else "" if row.compares else "rung",
     }
@@ -153,12 +153,12 @@ def _times(seconds: list[float], unit: str, times: float) -> Cells:
     """The median, and the samples that 10 % and 90 % of the samples lie below."""
     low, high = np.quantile(seconds, [0.1, 0.9], method="nearest").tolist() if seconds else (None, None)
     found = {"median": median(seconds) if seconds else None, "p10": low, "p90": high}
-    return {f"{name}, {unit}": shown(value, times) for name, value in found.items()}
+    return {f"{name}, {unit}": digits(value, times) for name, value in found.items()}
 
 
 def _mfu(steps: Steps, row: Step, seconds: float | None = None) -> Cells:
     headings = {"nanogpt": "MFU, %", "6n": "MFU 6N, %"}
-    return {heading: shown(steps.mfu(row, formula, seconds), 100, ".1f") for formula, heading in headings.items()}
+    return {heading: digits(steps.mfu(row, formula, seconds), 100, ".1f") for formula, heading in headings.items()}
 
 
 def kernels(run: Run) -> Table | None:
@@ -174,8 +174,8 @@ def kernels(run: Run) -> Table | None:
             "variant": kernel.variant,
             **_times(kernel.seconds, "µs", 1e6),
             "rate": rate(row),
-            "share, %": shown(row.share, 100, ".1f"),
-            "speed-up, ×": shown(row.speedup, form=".2f"),
+            "share, %": digits(row.share, 100, ".1f"),
+            "speed-up, ×": digits(row.speedup, form=".2f"),
         }
         rows.append(("ours" if kernel.variant == "fused" else "", cells))
     caption = (
@@ -199,9 +199,9 @@ def files(runs: Sequence[Run]) -> Table:
             "Triton": software.triton or NONE,
             "CUDA": software.cuda or NONE,
             "driver": found.device.driver or NONE,
-            "peak, TFLOP/s": shown(found.peak.flops, 1e-12),
-            "matmul, TFLOP/s": shown(found.ceiling("matmul"), 1e-12),
-            "copy, GB/s": shown(found.ceiling("copy"), 1e-9),
+            "peak, TFLOP/s": digits(found.peak.flops, 1e-12),
+            "matmul, TFLOP/s": digits(found.ceiling("matmul"), 1e-12),
+            "copy, GB/s": digits(found.ceiling("copy"), 1e-9),
             "state": "complete" if found.complete else "partial",
         }
         rows.append(("" if found.complete else "missing", cells))
@@ -244,10 +244,10 @@ def summary(results: Results) -> str:
     """Everything that was measured, and what was not, for a terminal."""
     run = Run(Path(), results)
     lines = [f"{run.device}, torch {results.software.torch}, commit {run.commit}"]
-    lines.append(f"peak {shown(results.peak.flops, 1e-12)} TFLOP/s: {results.peak.source}")
+    lines.append(f"peak {digits(results.peak.flops, 1e-12)} TFLOP/s: {results.peak.source}")
     for each in results.ceilings:
         times, unit = (1e-12, "TFLOP/s") if each.what == "matmul" else (1e-9, "GB/s")
-        lines.append(f"measured ceiling of a {each.what}: {shown(each.rate, times)} {unit} ({each.dtype})")
+        lines.append(f"measured ceiling of a {each.what}: {digits(each.rate, times)} {unit} ({each.dtype})")
     if results.tests:
         lines.append(f"GPU tests: {results.tests.passed} passed, {results.tests.failed} failed")
     blocks = ["\n".join(lines)]

@@ -97,7 +97,7 @@ def chosen(setting: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-Step = Callable[[Batch], Tensor]
+StepFunction = Callable[[Batch], Tensor]
 Trained = tuple[nn.Module, torch.optim.Optimizer]
 
 
@@ -116,7 +116,7 @@ class Setting(NamedTuple):
 
 class Variant(NamedTuple):
     name: str
-    build: Callable[[Setting], Step]
+    build: Callable[[Setting], StepFunction]
     compares: bool = True  # False: a rung, a step between the reference's and ours
     float32: bool = False  # its matmuls are in float32, whichever dtype the others use
     compiled: bool = False  # by torch.compile
@@ -135,7 +135,7 @@ def reference(
     make: makes model and optimizer; None: this tree's reference, with torch's fused AdamW.
     """
 
-    def build(setting: Setting) -> Step:
+    def build(setting: Setting) -> StepFunction:
         model, optimizer = (make or _plain)(setting)
         model.load_state_dict(setting.weights)
         parameters = list(model.parameters())
@@ -199,7 +199,7 @@ def ours(
 ) -> Variant:
     """The project's step. ops: None for the device's own choice."""
 
-    def build(setting: Setting) -> Step:
+    def build(setting: Setting) -> StepFunction:
         workload, device = setting.workload, setting.device
         dtype = torch.float32 if float32 else setting.dtype
         layer = workload.config, workload.batch_size, dtype, device
