@@ -113,9 +113,9 @@ class Fabric:
     node: int  # devices that one node has
     inside: float
     between: float
-    hop_inside: float = 0.0
-    hop_between: float = 0.0
-    call: float = 0.0
+    hop_inside: float
+    hop_between: float
+    call: float
 
     def all_reduce(self, size: float, devices: int) -> float:
         """Seconds of one all-reduce of `size` bytes; 0 for one device."""

@@ -106,7 +106,7 @@ def test_what_suffers_more_than_the_references_from_other_work_is_not_called_slo
 
 def test_several_runs_of_a_side_count_together() -> None:
     rng = np.random.default_rng(10)
-    a, b = ([run(rng, slower, busy=0.0) for _ in range(4)] for slower in (0.0, 0.02))
+    a, b = ([run(rng, slower, busy=0.0, rounds=12) for _ in range(4)] for slower in (0.0, 0.02))
     many, one = told(a, b), told(a[0], b[0])
     assert many.ratio == pytest.approx(1.02, rel=0.01)
     assert width(many) < 0.6 * width(one)

@@ -90,37 +90,36 @@ def test_a_wrong_kernel_is_not_timed_nor_is_its_case(fused: Callable[..., Tensor
     assert not any(row.seconds for row in found.values())
 
 
-def test_what_raises_is_wrong_where_it_is_ours_and_left_out_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(x: Tensor, weight: Tensor) -> Tensor:
-        raise RuntimeError("an illegal memory access\nwas encountered")
-
-    assert measured(replace(TOY, fused=broken))["fused"].skipped == "wrong: an illegal memory access"
-    monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
-    found = measured(TOY)
-    assert found["compiled"].skipped == "an illegal memory access"
-    assert found["fused"].seconds
+def broken(x: Tensor, weight: Tensor) -> Tensor:
+    raise RuntimeError("an illegal memory access\nwas encountered")
 
 
-def test_others_that_are_wrong_are_left_out_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda x, weight: 0 * x * weight)
-    found = measured(TOY)
-    assert found["compiled"].skipped.startswith("disagrees with the reference: output 0: ")
-    assert not found["compiled"].skipped.startswith(kernels.WRONG)
-    assert found["fused"].seconds
-    assert found["reference"].seconds
-
-
-def test_out_of_memory_is_a_reason_of_one_variant() -> None:
-    calls = iter(range(1000))
-
-    def greedy(x: Tensor, weight: Tensor) -> Tensor:
+def greedy(calls: Iterator[int]) -> Callable[..., Tensor]:
+    def function(x: Tensor, weight: Tensor) -> Tensor:
         if next(calls) >= 2:  # the check's two are over
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
         return scaled(x, weight)
 
-    found = measured(replace(TOY, fused=greedy))
-    assert found["fused"].skipped == "CUDA out of memory. Tried to allocate 40 GiB"
-    assert found["reference"].seconds
+    return function
+
+
+@pytest.mark.parametrize(
+    ("variant", "function", "skipped"),
+    [
+        ("fused", broken, "wrong: an illegal memory access"),
+        ("fused", greedy(iter(range(1000))), "CUDA out of memory. Tried to allocate 40 GiB"),
+        ("compiled", broken, "an illegal memory access"),
+        ("compiled", lambda x, weight: 0 * x * weight, "disagrees with the reference: output 0: "),
+    ],
+)
+def test_what_fails_is_left_out_alone_unless_ours_is_wrong(
+    variant: str, function: Callable[..., Tensor], skipped: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variant == "compiled":
+        monkeypatch.setattr(torch, "compile", lambda compiled, **options: function)
+    found = measured(replace(TOY, fused=function) if variant == "fused" else TOY)
+    assert found.pop(variant).skipped.startswith(skipped)
+    assert {bool(row.seconds) for row in found.values()} == {not skipped.startswith("wrong")}
 
 
 @pytest.mark.parametrize(

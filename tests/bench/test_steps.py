@@ -1,7 +1,6 @@
 """Timing of steps: nothing is timed that trains another model, nothing that was measured is lost."""
 
 import os
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from msgspec import structs
 from bench import rules, steps
 from bench.digest import Run
 from bench.results import Step
+from bench.rules import Clock
 from bench.variants import WORKLOADS, Setting, Variant, Workload, nanogpt, ours, reference, variants
 from kernels import REFERENCE, Ops
 from model import GPTConfig
@@ -29,7 +29,7 @@ EAGER = reference(compile=False, float32=True)
 
 @pytest.fixture(autouse=True)
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "TURN", 0.02)
+    monkeypatch.setattr(steps, "TURN", 0.0)
 
 
 def measure(*variants: Variant, workload: Workload = SMALL, dtype: torch.dtype = torch.float32) -> list[Step]:
@@ -63,14 +63,14 @@ def test_every_variant_is_checked_and_timed(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == ""
 
 
-def test_the_first_iteration_after_another_variant_had_its_turn_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes as long as thirty of the others here: were it counted, a sample of every turn would show it."""
+def test_the_first_iteration_after_another_variant_had_its_turn_is_not_counted(monkeypatch, clock: Clock) -> None:
+    """It takes as long as thirty of the others here."""
     monkeypatch.setattr(steps, "TURN", 0.25)
     last = []
 
     def napping(name: str) -> Variant:
         def nap(call: int, loss: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.15 if last[-1:] != [name] else 0.005)
+            clock.let_pass(0.15 if last[-1:] != [name] else 0.005)
             last[:] = [name]
             return torch.tensor(1.0)
 
@@ -78,7 +78,7 @@ def test_the_first_iteration_after_another_variant_had_its_turn_is_not_counted(m
 
     for row in measure(napping("one"), napping("two")):
         assert row.turn > 1
-        assert sum(second > 0.14 for second in row.seconds) <= 1
+        assert row.seconds == pytest.approx([0.005] * len(row.seconds))
 
 
 def unbuilt(setting: Setting) -> None:
@@ -132,7 +132,7 @@ def test_dropout_is_off_where_losses_are_compared_and_on_where_they_are_timed() 
 
 def test_an_interruption_keeps_what_was_measured() -> None:
     def interrupt(call: int, loss: torch.Tensor) -> torch.Tensor:
-        if call == 200:  # some turns later
+        if call == 20:  # some turns later
             raise KeyboardInterrupt
         return loss
 
@@ -317,7 +317,6 @@ class Alive:
 @pytest.mark.parametrize("crowded", [False, True])
 def test_what_does_not_fit_waits_for_the_next_group_and_the_reference_takes_part_in_all(monkeypatch, crowded) -> None:
     """crowded: there is memory to hold another variant, but none for a step of all."""
-    monkeypatch.setattr(steps, "TURN", 0.0)
     alive = Alive(100 if crowded else 3)
     if crowded:
         monkeypatch.setattr(steps, "free_memory", lambda device: -1 if len(alive.steps) > 3 else 2**40)
