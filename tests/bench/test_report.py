@@ -214,6 +214,11 @@ def test_bars_are_as_long_as_their_numbers(written: Path) -> None:
     assert list(colours[:11]) == [LIGHT[role] for role in expected]
 
 
+def test_our_fastest_step_stands_out(page: str) -> None:
+    found = re.findall(r'<tr class="ours">\s*<td[^>]*data-label="step">(.*?)</td>', page)
+    assert found == ["ours compiled + graphed"] * 3 + ["ours compiled"]
+
+
 def test_figures_name_their_sources(page: str) -> None:
     figures = re.findall(r'<figure id="(.*?)-.*?<figcaption>(.*?)</figcaption>', page, re.DOTALL)
     assert {kind for kind, _ in figures} == {"mfu", "waterfall", "kernels"}
@@ -315,8 +320,10 @@ def test_a_kernel_is_bounded_by_what_it_meets_first() -> None:
 
 def test_the_terminal_is_shown_what_was_measured_and_what_was_not() -> None:
     late = [replace(row, seconds=[], skipped=NO_TIME) for row in cpu().kernels if row.variant == "compiled"]
-    made = replace(cpu(), kernels=[*cpu().kernels, *late])
+    steps = [replace(step, seconds=[]) if step.variant == "reference eager" else step for step in cpu().steps]
+    made = replace(cpu(), kernels=[*cpu().kernels, *late], steps=steps)
     said = summary(made)
+    assert not any(line.startswith("reference eager") for line in said.splitlines())
     ours = next(step for step in made.steps if step.variant == "ours compiled")
     theirs = next(step for step in made.steps if step.variant == "nanoGPT compiled")
     (line,) = (line for line in said.splitlines() if line.startswith("ours compiled"))
