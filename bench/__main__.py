@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -18,11 +18,11 @@ from msgspec.structs import replace
 from tqdm import tqdm
 
 from bench import kernels, results, steps
-from bench.results import WRONG, Failure, Results, Tests
+from bench.results import WRONG, Failure, Tests
 from bench.rules import Budget
 from bench.tables import summary
-from bench.variants import DEFAULTS, WORKLOADS, variants
-from train.errors import UserError, first_line, run, shown
+from bench.variants import DEFAULTS, WORKLOADS, chosen, variants
+from train.errors import UserError, first_line, run
 from train.files import check_output
 from train.hardware import resolve_device, resolve_dtype, use_device
 from train.settings import command_line, setting
@@ -30,6 +30,7 @@ from train.settings import command_line, setting
 PARTS = ("ceilings", "tests", "kernels", "steps")
 SHARES = {"ceilings": 0.05, "tests": 0.3, "kernels": 0.35, "steps": 1.0}  # of the time left when a part begins
 ABOUT = "Measure this machine: its ceilings, GPU tests, kernels and training steps, into one results file."
+HIDDEN = ("nanogpt_dir", "out")  # settings that name the user's folders: the file does not tell them
 ROOT = Path(__file__).parents[1]
 # there are hundreds of GPU tests, and compiling them takes too long for a measurement: `pytest -m gpu` runs all of them
 SMOKE = ("-m", "pytest", "-m", "gpu and smoke", "-q", "-p", "no:cacheprovider", "tests")
@@ -47,12 +48,17 @@ class BenchConfig:
 
 
 class Bench:
-    """A run in progress: its results so far, and the time left."""
+    """A run in progress: its results so far, the file that they go to, and the time left."""
 
     def __init__(self, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         self.budget = Budget(60 * config.minutes)
-        self.results = results.started(device, dtype, results.command("bench", hidden=("nanogpt_dir", "out")))
+        given = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in HIDDEN}
+        words = [f"--{name}={value}" for name, value in given.items() if value != getattr(BenchConfig(), name)]
+        self.results = results.started(device, dtype, " ".join(["python -m bench", *words]))
+        name = "-".join(self.results.device.name.lower().split()).replace("/", "-")
+        self.path = Path(config.out or Path("bench", "results", f"{name}-{self.results.date[:10]}.json"))
+        self.stored = True  # whether the file has the results
         bar = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}{postfix}"
         self.bar = tqdm(total=60 * config.minutes, bar_format=bar, leave=False, disable=None)  # on a terminal only
 
@@ -67,6 +73,46 @@ class Bench:
         """Show on the progress bar what is measured now."""
         self.bar.n = self.bar.total - self.budget.left
         self.bar.set_postfix_str(what)
+
+    def check_writable(self) -> None:
+        """UserError where results cannot be written. It makes the folder."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            check_output(self.path)
+        except OSError as error:
+            raise UserError(f"out: {self.path} cannot be written: {error.strerror}") from None
+
+    def write(self) -> None:
+        """Write the results. If that is impossible, say why, and go on."""
+        try:
+            results.write(self.path, self.results)
+            self.stored = True
+        except OSError as error:
+            self.tell(f"out: {self.path} cannot be written: {error.strerror or error}")
+            self.stored = False
+
+    def measure(self, parts: Iterable[str]) -> int:
+        """Run the parts in order; returns the exit status. A part that fails is recorded, and the others go on."""
+        status = 0
+        for name in (part for part in PARTS if part in parts):
+            self.tell(f"{name} ({self.budget.left / 60:.1f} minutes left)")
+            self.bar.set_description_str(name)
+            try:
+                getattr(self, name)(SHARES[name] * self.budget.left)
+            except KeyboardInterrupt:
+                self.add(failures=[*self.results.failures, Failure(name, "interrupted")])
+                status = 130
+                break
+            except Exception as error:  # a driver, a compiler or a test's process can raise anything
+                self.add(failures=[*self.results.failures, Failure(name, first_line(error))])
+                self.tell(f"{name}: {first_line(error)}")
+                status = 1
+            self.write()
+        wrong = any(row.skipped.startswith(WRONG) for row in (*self.results.kernels, *self.results.steps))
+        status = status or int(wrong)
+        self.add(clocks_after=results.clocks(self.device), complete=status == 0)
+        self.write()
+        return status
 
     def ceilings(self, seconds: float) -> None:
         self.results = results.with_ceilings(self.results, self.device, self.dtype, seconds)
@@ -103,14 +149,6 @@ def workloads_of(config: BenchConfig, device: torch.device) -> tuple[str, ...]:
     return chosen("workloads", config.workloads or by_device, WORKLOADS)
 
 
-def chosen(setting: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
-    """Split names at commas. UserError for an unknown name."""
-    names = tuple(text.split(","))
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"{setting}: got {shown(unknown[0])}, expected some of: {', '.join(known)}")
-    return names
-
-
 def run_tests(seconds: float, command: tuple[str, ...] = SMOKE) -> Tests:
     """Run the smoke set of GPU tests in its own process, for at most `seconds`. RuntimeError if it has no result."""
     with tempfile.TemporaryDirectory() as folder:
@@ -130,30 +168,6 @@ def run_tests(seconds: float, command: tuple[str, ...] = SMOKE) -> Tests:
     return Tests(len(cases) - len(failed) - skipped, len(failed), skipped, names)
 
 
-def measure(bench: Bench, parts: Iterable[str], write: Callable[[Results], None]) -> int:
-    """Run the parts in order; returns the exit status. A part that fails is recorded, and the others go on."""
-    status = 0
-    for name in (part for part in PARTS if part in parts):
-        bench.tell(f"{name} ({bench.budget.left / 60:.1f} minutes left)")
-        bench.bar.set_description_str(name)
-        try:
-            getattr(bench, name)(SHARES[name] * bench.budget.left)
-        except KeyboardInterrupt:
-            bench.add(failures=[*bench.results.failures, Failure(name, "interrupted")])
-            status = 130
-            break
-        except Exception as error:  # a driver, a compiler or a test's process can raise anything
-            bench.add(failures=[*bench.results.failures, Failure(name, first_line(error))])
-            bench.tell(f"{name}: {first_line(error)}")
-            status = 1
-        write(bench.results)
-    wrong = [row for row in (*bench.results.kernels, *bench.results.steps) if row.skipped.startswith(WRONG)]
-    status = status or int(bool(wrong))
-    bench.add(clocks_after=results.clocks(bench.device), complete=status == 0)
-    write(bench.results)
-    return status
-
-
 def main() -> int:
     config, _ = command_line(BenchConfig, None, "python -m bench", ABOUT)
     parts, device = chosen("parts", config.parts, PARTS), use_device(resolve_device(config.device))
@@ -161,42 +175,15 @@ def main() -> int:
     dtype = resolve_dtype(config.dtype, device)
     variants(device, dtype, config.nanogpt_dir)  # a wrong folder is refused before anything runs
     bench = Bench(config, device, dtype)
-    name = "-".join(bench.results.device.name.lower().split()).replace("/", "-")
-    path = Path(config.out or Path("bench", "results", f"{name}-{bench.results.date[:10]}.json"))
-    check_writable(path)
-    stored = True
-
-    def write(found: Results) -> None:
-        nonlocal stored
-        stored = store(path, found, bench.tell)
-
-    status = measure(bench, parts, write)
+    bench.check_writable()
+    status = bench.measure(parts)
     bench.bar.close()
     print(summary(bench.results))
-    if not stored:  # nothing that was measured is lost
+    if not bench.stored:  # nothing that was measured is lost
         print(results.encoded(bench.results).decode())
         return status or 1
-    print(f"written to {path}" + ("" if bench.results.complete else ", which is not complete"))
+    print(f"written to {bench.path}" + ("" if bench.results.complete else ", which is not complete"))
     return status
-
-
-def check_writable(path: Path) -> None:
-    """UserError where results cannot be written to `path`. It makes the folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        check_output(path)
-    except OSError as error:
-        raise UserError(f"out: {path} cannot be written: {error.strerror}") from None
-
-
-def store(path: Path, found: Results, tell: Callable[[str], None]) -> bool:
-    """Write the results; whether that was possible. `tell` says why not."""
-    try:
-        results.write(path, found)
-    except OSError as error:
-        tell(f"out: {path} cannot be written: {error.strerror or error}")
-        return False
-    return True
 
 
 if __name__ == "__main__":

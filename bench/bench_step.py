@@ -1,17 +1,19 @@
 """pytest bench/ --benchmark-only: whole training steps, the reference implementation's and ours, in every mode.
 
-Each variant is a test. Each workload is a group of pytest-benchmark. The first test of a workload measures all its
-variants, by turns. `--nanogpt_dir=DIR` adds a nanoGPT checkout.
+Each variant is a test. Each workload is a group of pytest-benchmark. All variants of a workload are measured before its
+first test, by turns. `--nanogpt_dir=DIR` adds a nanoGPT checkout.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from bench import steps
-from bench.digest import Run
+from bench.digest import Run, Steps
 from bench.variants import DEFAULTS, WORKLOADS, Variant, variants
 from train.hardware import resolve_device, resolve_dtype
 
@@ -24,29 +26,33 @@ def every(config: pytest.Config) -> list[Variant]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize(
-        ("workload", "variant"),
-        [
-            pytest.param(workload, variant.name, id=f"{workload}-{variant.name.replace(' ', '_')}")
-            for workload in DEFAULTS.get(resolve_device("auto").type, ("cpu",))
-            for variant in every(metafunc.config)
-        ],
-    )
+    tests = [
+        pytest.param(workload, variant.name, id=f"{workload}-{variant.name.replace(' ', '_')}")
+        for workload in DEFAULTS.get(resolve_device("auto").type, ("cpu",))
+        for variant in every(metafunc.config)
+    ]
+    metafunc.parametrize(("measured", "variant"), tests, indirect=["measured"], scope="module")
 
 
-def test_step(workload: str, variant: str, session: Any, benchmark: Any, show: Any, request: Any) -> None:
-    found = session.results.steps
-    if not any(row.workload == workload for row in found):
-        seconds = 0.0 if benchmark.disabled else SECONDS.get(session.device.type, SECONDS["cpu"])
-        options = (every(request.config), session.device, session.dtype)
-        session.add(steps=[*found, *steps.measure(WORKLOADS[workload], *options, seconds=seconds)])
-    steps_of = next(each for each in Run(Path(), session.results).steps if each.name == workload)
-    row = next(row for row in steps_of.rows if row.variant == variant)
+@pytest.fixture(scope="module")
+def measured(session: Any, request: pytest.FixtureRequest) -> Steps:
+    """The steps of one workload."""
+    disabled = request.config.getoption("benchmark_disable")
+    seconds = 0.0 if disabled else SECONDS.get(session.device.type, SECONDS["cpu"])
+    variants = every(request.config)
+    rows = steps.measure(WORKLOADS[request.param], variants, session.device, session.dtype, seconds=seconds)
+    session.add(steps=[*session.results.steps, *rows])
+    (found,) = Run(Path(), replace(session.results, steps=rows)).steps
+    return found
+
+
+def test_step(measured: Steps, variant: str, show: Callable[..., None]) -> None:
+    row = next(row for row in measured.rows if row.variant == variant)
     facts = {
         "dtype": row.dtype,
         "tokens_per_second": row.median and row.tokens / row.median,
-        **{f"mfu_{formula}": steps_of.mfu(row, formula) for formula in row.flops},
+        **{f"mfu_{formula}": measured.mfu(row, formula) for formula in row.flops},
         "peak_memory": row.peak_memory,
         "host_seconds": median(row.host_seconds) if row.host_seconds else None,
     }
-    show(row, f"{workload} step", facts)
+    show(row, f"{row.workload} step", facts)

@@ -1,4 +1,4 @@
-"""The numbers that tables and pictures show: rows computed from results files, and least times of devices.
+"""The numbers that tables and pictures show: rows computed from results files, and estimates for other devices.
 
 A step's parts (`model/work.py`) have two rooflines. The floor uses full rates: those that a run measured, or those of a
 data sheet. No step is faster than its floor, unless a cache keeps data from one part to the next. The attainable time
@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import median
 
 from bench.results import Kernel, Results, Shape, Step
-from bench.variants import WORKLOADS, Workload
-from model.flops import flops_per_token, mfu
-from model.work import SHEET, Shares, duration, step_work
+from bench.variants import WORKLOADS
+from model.flops import mfu
+from model.work import ATTAINED, SHEET, Shares, duration, step_work
 from train.errors import one_line
 from train.hardware import CARDS, lookup
 
@@ -24,7 +24,12 @@ ESTIMATED = ("gpt2", "shakespeare_char")  # workloads
 ESTIMATED_ON = ("a100", "h100", "h200", "b200", "l4", "4090")  # of CARDS
 
 
-def roofline(step: Workload | Shape, size: int, flops: float, bandwidth: float, shares: Shares = SHEET) -> float:
+def short_name(name: str) -> str:
+    """torch's name of a device, without the maker NVIDIA."""
+    return name.removeprefix("NVIDIA ").strip()
+
+
+def roofline(step: Shape, size: int, flops: float, bandwidth: float, shares: Shares = SHEET) -> float:
     """Seconds of a step's parts, one after the other. Each part takes the longer of its FLOPs' and its bytes' times.
 
     size: bytes of every element. flops, bandwidth: FLOP/s and bytes/s.
@@ -34,52 +39,28 @@ def roofline(step: Workload | Shape, size: int, flops: float, bandwidth: float, 
     return duration(parts.items(), flops, bandwidth, shares)
 
 
-def short_name(name: str) -> str:
-    """torch's name of a device, without the maker NVIDIA."""
-    return name.removeprefix("NVIDIA ").strip()
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A workload on a device where it was not measured."""
-
-    device: str
-    workload: Workload
-    peak: float  # FLOP/s, dense, bfloat16
-    bandwidth: float  # bytes/s
-    source: str
-
-    def seconds(self, shares: Shares) -> float:
-        return roofline(self.workload, 2, self.peak, self.bandwidth, shares)
-
-    def mfu(self, shares: Shares, formula: str = "nanogpt") -> float:
-        flops = flops_per_token(self.workload.config, formula) * self.workload.tokens
-        return mfu(flops, self.seconds(shares), self.peak)
-
-
-def estimates(runs: Iterable["Run"]) -> list[Estimate]:
-    """An estimate for each workload of ESTIMATED on each device of ESTIMATED_ON, unless a run measured it."""
-    measured = {(lookup(run.results.device.name), s.workload) for run in runs for s in run.results.steps if s.seconds}
-    return [
-        Estimate(short_name(CARDS[card].name), WORKLOADS[name], row.bf16 * 1e12, row.bandwidth * 1e9, row.source)
-        for name in ESTIMATED
-        for card in ESTIMATED_ON
-        if ((row := lookup(CARDS[card].name)), name) not in measured
-    ]
-
-
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one workload in one run, in the file's order."""
+    """The steps of one workload on one device, in the file's order; or one step that nobody measured."""
 
     name: str
-    run: "Run"
     rows: list[Step]
+    peak: float  # FLOP/s
+    matmul: float | None  # FLOP/s; None: not measured
+    copy: float | None  # bytes/s; infinite on a CPU, whose caches can hold all data of a small step
+    label: str  # the device's
+    source: str  # the file, or the data sheet
+    suffix: str = ""  # for names of files
+    estimated: bool = False
+
+    @property
+    def references(self) -> list[Step]:
+        return [row for row in self.rows if row.compares and not row.ours]
 
     @property
     def baseline(self) -> Step | None:
         """The fastest reference."""
-        return _fastest(row for row in self.rows if row.compares and not row.ours)
+        return _fastest(self.references)
 
     @property
     def compared(self) -> list[Step]:
@@ -94,25 +75,22 @@ class Steps:
     def mfu(self, row: Step, formula: str = "nanogpt", seconds: float | None = None) -> float | None:
         """From 0 to 1; None without samples. seconds: a time to use instead of the step's own."""
         seconds = seconds or row.median
-        return mfu(row.flops[formula], seconds, self.run.results.peak.flops) if seconds else None
+        return mfu(row.flops[formula], seconds, self.peak) if seconds else None
 
     def speedup(self, row: Step) -> float | None:
         """Over the fastest reference in the same rounds; None without one, or without samples."""
-        references = [other for other in self.rows if other.compares and not other.ours]
-        times = [median(samples) for other in references if (samples := other.beside(row))]
+        times = [median(samples) for other in self.references if (samples := other.beside(row))]
         return min(times) / row.median if times and row.median else None
 
-    @cached_property
+    @property
     def floor(self) -> float | None:
-        """Least seconds of a step, at the rates that its run measured; None without them.
+        """Least seconds of a step, at the device's rates; None without them.
 
-        It uses the narrowest dtype of the rows, which moves the fewest bytes. On a CPU only FLOPs count: its caches can
-        hold all data of a small step.
+        It uses the narrowest dtype of the rows, which moves the fewest bytes.
         """
-        results = self.run.results
-        rates = results.ceiling("matmul"), results.ceiling("copy") if results.device.type == "cuda" else inf
         size = 4 if all(row.dtype == "float32" for row in self.rows) else 2
-        return roofline(self.rows[0].shape, size, *rates) if all(rates) else None
+        known = self.matmul and self.copy
+        return roofline(self.rows[0].shape, size, self.matmul, self.copy) if known else None
 
     @property
     def ladder(self) -> list[Step]:
@@ -124,35 +102,20 @@ class Steps:
         return [row for row, name in rows if not row.compares or name.startswith(first) or last.startswith(name)]
 
 
+def _fastest(rows: Iterable[Step]) -> Step | None:
+    return min((row for row in rows if row.seconds), key=lambda row: row.median, default=None)
+
+
 @dataclass(frozen=True)
 class KernelRow:
     """A kernel's row that has samples, and the ceiling that bounds it: the matmul's for its FLOPs, or the copy's for
-    its bytes, whichever takes longer."""
+    its bytes, whichever takes longer. Without ceilings, a kernel with FLOPs counts as a matmul."""
 
     kernel: Kernel
     bounded: str  # "matmul", "copy", or "" if it counts neither FLOPs nor bytes
     rate: float | None  # FLOP/s or bytes/s
     share: float | None  # of the ceiling, 0 to 1; None if that was not measured
     speedup: float | None  # over torch.compile of the reference
-
-    @property
-    def seconds(self) -> float:
-        return median(self.kernel.seconds)
-
-    @property
-    def shape(self) -> str:
-        return "×".join(map(str, self.kernel.shape))
-
-
-def kernel_row(kernel: Kernel, matmul: float | None, copy: float | None, compiled: float | None) -> KernelRow:
-    """matmul: FLOP/s in the kernel's dtype; copy: bytes/s; compiled: seconds. Without ceilings, a kernel with FLOPs
-    counts as a matmul."""
-    seconds = median(kernel.seconds)
-    work = [("matmul", kernel.flops, matmul), ("copy", kernel.bytes, copy)]
-    bounds = [(n / ceiling if ceiling else 0.0, what, n) for what, n, ceiling in work if n]
-    least, what, amount = max(bounds, key=lambda bound: bound[0], default=(None, "", None))
-    speedup = compiled / seconds if compiled else None
-    return KernelRow(kernel, what, amount and amount / seconds, least / seconds if least else None, speedup)
 
 
 @dataclass(frozen=True)
@@ -188,22 +151,26 @@ class Run:
 
     @cached_property
     def steps(self) -> list[Steps]:
-        found: dict[str, list[Step]] = {}
-        for step in self.results.steps:
+        results, found = self.results, {}
+        for step in results.steps:
             found.setdefault(step.workload, []).append(step)
-        return [Steps(name, self, rows) for name, rows in found.items()]
+        copy = results.ceiling("copy") if results.device.type == "cuda" else inf
+        rates = results.peak.flops, results.ceiling("matmul"), copy
+        return [Steps(name, rows, *rates, self.label, self.source, self.suffix) for name, rows in found.items()]
 
     @cached_property
     def kernels(self) -> list[KernelRow]:
-        rows, copy = [kernel for kernel in self.results.kernels if kernel.seconds], self.results.ceiling("copy")
-        compiled = {row.group: median(row.seconds) for row in rows if row.variant == "compiled"}
-        return [
-            kernel_row(row, self.results.ceiling("matmul", row.dtype), copy, compiled.get(row.group)) for row in rows
-        ]
-
-
-def _fastest(rows: Iterable[Step]) -> Step | None:
-    return min((row for row in rows if row.seconds), key=lambda row: row.median, default=None)
+        copy, found = self.results.ceiling("copy"), []
+        rows = [kernel for kernel in self.results.kernels if kernel.seconds]
+        compiled = {row.group: row.median for row in rows if row.variant == "compiled"}
+        for row in rows:
+            work = [("matmul", row.flops, self.results.ceiling("matmul", row.dtype)), ("copy", row.bytes, copy)]
+            bounds = [(n / ceiling if ceiling else 0.0, what, n) for what, n, ceiling in work if n]
+            least, what, amount = max(bounds, key=lambda bound: bound[0], default=(None, "", None))
+            rate, share = amount and amount / row.median, least / row.median if least else None
+            speedup = compiled[row.group] / row.median if row.group in compiled else None
+            found.append(KernelRow(row, what, rate, share, speedup))
+        return found
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
@@ -216,6 +183,21 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
         file = run.file if unique else one_line(run.path)
         label = run.device if devices.count(run.device) == 1 else f"{run.device}, {file}"
         found.append(replace(run, label=label, suffix=name if unique else f"{i}-{name}"))
+    return found
+
+
+def estimates(runs: Iterable[Run]) -> list[Steps]:
+    """The attainable step of each workload of ESTIMATED on each device of ESTIMATED_ON, unless a run measured it."""
+    measured = {(lookup(run.results.device.name), s.workload) for run in runs for s in run.results.steps if s.seconds}
+    found = []
+    for name in ESTIMATED:
+        for card in ESTIMATED_ON:
+            device = lookup(CARDS[card].name)
+            if (device, name) not in measured:
+                workload, rates = WORKLOADS[name], (device.bf16 * 1e12, device.bandwidth * 1e9)
+                row = workload.row("an estimate", seconds=[roofline(workload.shape, 2, *rates, ATTAINED)])
+                label = short_name(CARDS[card].name)
+                found.append(Steps(name, [row], rates[0], *rates, label, device.source, estimated=True))
     return found
 
 

@@ -1,8 +1,8 @@
 """Kernels, timed by turns: every case at GPT's shapes, each direction, ours beside plain torch and other people's.
 
 A case is checked before it is timed, by the tests' own criterion (`kernels/check.py`). The check uses the timed shape,
-or fewer rows if float64 is too large or too slow there. If ours fails, nothing of the case is timed. torch.compile and
-other people's kernels are allowed more error. Those with still more error are left out.
+or fewer rows where float64 would be too large or too slow. If ours fails, nothing of the case is timed. torch.compile
+and other people's kernels are allowed more error. Those with still more error are left out.
 
 For `backward`, each sample has its own graph, made before the clock starts. `both` is a forward pass and its backward
 pass. Cotangents are random, or 1 for a scalar, as in training.
@@ -33,7 +33,7 @@ Inputs = dict[str, Any]
 Graph = tuple[list[Tensor], list[Tensor]]  # outputs, and the inputs that get gradients
 
 OTHERS_TIMES = 16.0  # others' largest error, as a multiple of plain torch's
-CHECKED_FLOPS = 1e12  # of a forward pass; with more, fewer rows are checked: most GPUs are slow in float64
+CHECKED_BYTES = 1e9  # of a forward pass; with more, fewer rows are checked
 LEAST_SECONDS = 0.02  # of timing, even if less time is left
 CASE = "case"  # the budget's task of compiling and checking a case's variants
 COMPILED = "compiled"  # the entrant that is the reference under torch.compile
@@ -163,6 +163,7 @@ class Contest:
     skipped: for each other variant, why it is not timed.
     """
 
+    @compiling()
     def __init__(self, case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         torch.compiler.reset()
         if device.type == "cuda":
@@ -188,17 +189,12 @@ class Contest:
     def measure(self, direction: str, seconds: float, least: int = 5) -> list[Kernel]:
         """A row of every variant, in order; about `seconds` of samples, at least `least` of each variant."""
         skipped, works = dict(self.skipped), {}
-        for entrant in self.entrants:
-            if entrant.name in self._functions:
-                work = self._work(entrant, direction)
-                try:
-                    reason = _why_not_timed(entrant, work)
-                except torch.OutOfMemoryError as error:
-                    reason = first_line(error)
-                if reason:
-                    skipped[entrant.name] = reason
-                else:
-                    works[entrant.name] = work
+        for entrant in self._running():
+            work = self._work(entrant, direction)
+            if reason := _why_not_timed(entrant, work):
+                skipped[entrant.name] = reason
+            else:
+                works[entrant.name] = work
         samples: dict[str, list[float]] = {}
         before = compilations()
         try:
@@ -210,42 +206,28 @@ class Contest:
             skipped[COMPILED] = WRONG + RECOMPILED
         return _rows(self.case, self.shape, self.dtype, direction, self.entrants, samples, skipped)
 
+    def _running(self) -> list[Entrant]:
+        return [entrant for entrant in self.entrants if entrant.name in self._functions]
+
     def _skip(self, name: str, reason: str) -> None:
         self._functions.pop(name, None)
         self.skipped[name] = reason
 
-    @compiling()
     def _check(self) -> None:
         """Skip variants that disagree with the reference. If ours does, skip all."""
-        shape = self.shape
-        while self.case.flops is not None and self.case.flops(shape) > CHECKED_FLOPS and shape[0] > 1:
-            shape = fewer_rows(shape)
-        while (reasons := self._find_wrong(shape)) is None:
-            shape = fewer_rows(shape)
-        for name, reason in reasons.items():
-            self._skip(name, reason)
-        for entrant in self.entrants:
-            if entrant.ours and entrant.name in reasons:
-                for name in list(self._functions):
-                    self._skip(name, f"not timed, since {entrant.name} is wrong")
-
-    def _find_wrong(self, shape: Shape) -> dict[str, str] | None:
-        """For each wrong variant, what is wrong. None if float64 does not fit into memory at that shape."""
-        try:
-            inputs = self.case.make_inputs(shape, self.dtype, self.device)
-            reference = self._functions["reference"]
-            plain, exact = self._tensors_of(reference, inputs), self._tensors_of(reference, in_float64(inputs))
-            reasons = {}
-            for entrant in self.entrants:
-                if entrant.name in self._functions and entrant.name != "reference":
-                    reasons[entrant.name] = _why_not_timed(
-                        entrant, lambda e=entrant: self._disagreement(e, inputs, plain, exact)
-                    )
-            return {name: reason for name, reason in reasons.items() if reason}
-        except torch.OutOfMemoryError:
-            if self.case.in_place or shape[0] < 4:  # AdamW's shape has no rows
-                raise
-            return None
+        inputs = self.case.make_inputs(checked(self.case, self.shape, self.dtype), self.dtype, self.device)
+        reference = self._functions["reference"]
+        plain, exact = self._tensors_of(reference, inputs), self._tensors_of(reference, in_float64(inputs))
+        for entrant in self._running():
+            if entrant.name == "reference":
+                continue
+            attempt = partial(self._disagreement, entrant, inputs, plain, exact)
+            if reason := _why_not_timed(entrant, attempt):
+                self._skip(entrant.name, reason)
+                if entrant.ours:
+                    for other in self._running():
+                        self._skip(other.name, f"not timed, since {entrant.name} is wrong")
+                    return
 
     def _disagreement(
         self, entrant: Entrant, inputs: Inputs, plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
@@ -295,15 +277,18 @@ def _why_not_timed(entrant: Entrant, attempt: Callable[[], object]) -> str:
     """Why an entrant is not timed: the attempt's error or returned text; empty if all is well."""
     try:
         said = attempt()
-    except torch.OutOfMemoryError:
-        raise
+    except torch.OutOfMemoryError as error:
+        return first_line(error)
     except Exception as error:  # any kind: a compiler may be missing, a package may be of another version
         return (WRONG if entrant.ours else "") + first_line(error)
     return f"{WRONG if entrant.ours else 'disagrees with the reference: '}{said}" if said else ""
 
 
-def fewer_rows(shape: Shape) -> Shape:
-    return (max(1, shape[0] // 4), *shape[1:])
+def checked(case: Case, shape: Shape, dtype: torch.dtype) -> Shape:
+    """The shape at which a case is checked: that at which it is timed, or fewer rows. AdamW's shape has no rows."""
+    while shape[0] > 1 and case.forward_bytes(shape, dtype) > CHECKED_BYTES and not case.in_place:
+        shape = (max(1, shape[0] // 4), *shape[1:])
+    return shape
 
 
 def copied(inputs: Inputs) -> Inputs:

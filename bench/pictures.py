@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bench.digest import Estimate, KernelRow, Run, Steps, slug
+from bench.digest import KernelRow, Run, Steps, slug
 from bench.results import Step
-from bench.tables import rate, shown, sources
-from model.work import ATTAINED
+from bench.tables import digits, rate, sources
 from train.plot import LIGHT, new_figure, printable
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 WIDE, NARROW = 1000, 352  # points, which a page shows as pixels
 ROW, BAR = 25, 14  # points: from one bar to the next, and its height
 MARKS = {"reference": ("o", "reference", True), "compiled": ("o", "ink", False), "fused": ("o", "ours", True)}
-OTHERS = [("sD^v"[i % 4], ("worse", "better", "floor")[i % 3], False) for i in range(12)]  # for other variants
+OTHERS = ("worse", "better", "floor")  # colours of other variants
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class Picture:
         """Draw a bar or dots at row y, and the words beside them."""
         if line.dots:
             _rule(axes, (0, self.most), (y, y), "grid", 1.0)
-            for variant in self.marks:  # ours comes last, on top
+            for variant in self.marks:
                 if variant in line.dots:
                     axes.plot(line.dots[variant], y, clip_on=False, zorder=3, **self._mark(variant))
             _write(axes, 1.01, y, words, "ink", x_is="axes")
@@ -175,18 +174,20 @@ def _write(
 # What the pictures show
 
 
-def mfu(name: str, found: Sequence[Steps], guesses: Sequence[Estimate]) -> Picture:
+def mfu(name: str, found: Sequence[Steps]) -> Picture:
     """MFU, time and memory of all compared steps, on every device that ran the workload; then the estimates."""
+    measured, guesses = ([steps for steps in found if steps.estimated is kind] for kind in (False, True))
     groups = []
-    for steps in found:
+    for steps in measured:
         floor = 100 * steps.mfu(steps.rows[0], seconds=steps.floor) if steps.floor else None
-        groups.append(Group(steps.run.label, [_bar(steps, row) for row in steps.compared], floor))
+        groups.append(Group(steps.label, [_bar(steps, row) for row in steps.compared], floor))
     caption = "nanoGPT's MFU: (6N + 12LHQT) FLOPs a token over the device's dense peak. Beside it are the median time "
     caption += "of an iteration and, on a GPU, the step's peak memory. "
     if any(group.floor and group.floor > 100 for group in groups):
         caption += "MFU counts attention whole, but a step computes half of it. So the floor can pass 100 %. "
-    caption += f"From {sources(found)}. " if found else "No results file measured this workload. "
-    if bars := [_guess(guess) for guess in guesses if guess.workload.name == name]:
+    caption += f"From {sources(measured)}. " if measured else "No results file measured this workload. "
+    if guesses:
+        bars = [_bar(steps, steps.rows[0]) for steps in guesses]
         groups.append(Group("Not measured: attainable by the roofline, an estimate", bars))
         caption += "Hatched bars are roofline estimates; nobody measured them."
     return Picture(slug(f"mfu-{name}"), f"MFU, {name}", caption.strip(), groups, unit="%")
@@ -196,15 +197,11 @@ def _bar(steps: Steps, row: Step) -> Line:
     if not row.seconds:
         return Line(row.variant, row.missing)
     share = 100 * steps.mfu(row)
-    words = f"{share:.1f} %, {shown(row.median, 1e3)} ms"
+    words = f"{share:.1f} %, {digits(row.median, 1e3)} ms"
+    if steps.estimated:
+        return Line(steps.label, f"{words}, estimate", share, estimate=True)
     words += f", {row.peak_memory / 1e9:.2f} GB" if row.peak_memory else ""
     return Line(row.variant, words, share, role="ours" if row.ours else "reference")
-
-
-def _guess(guess: Estimate) -> Line:
-    share = 100 * guess.mfu(ATTAINED)
-    words = f"{share:.1f} %, {shown(guess.seconds(ATTAINED), 1e3)} ms, estimate"
-    return Line(guess.device, words, share, estimate=True)
 
 
 def waterfall(steps: Steps) -> Picture | None:
@@ -214,21 +211,21 @@ def waterfall(steps: Steps) -> Picture | None:
     if len(measured) < 2:
         return None
     for row in steps.ladder:
-        now = 1e3 * row.median if row.seconds else None
-        if now is None:
+        if not row.seconds:
             bars.append(Line(row.variant, row.missing))
             continue
+        now = 1e3 * row.median
         if last is not None:
             sign, role = ("−", "better") if now <= last else ("+", "worse")
-            bars.append(Line(f"+ {row.variant}", f"{sign}{shown(abs(now - last))} ms", now, start=last, role=role))
+            bars.append(Line(f"+ {row.variant}", f"{sign}{digits(abs(now - last))} ms", now, start=last, role=role))
         if row in (measured[0], measured[-1]):
             total = row.variant if last is None else f"{row.variant}, in all"
-            bars.append(Line(total, f"{shown(now)} ms", now, role="ours" if row.ours else "reference"))
+            bars.append(Line(total, f"{digits(now)} ms", now, role="ours" if row.ours else "reference"))
         last = now
-    title = f"From the reference's step to ours, {steps.name} on {steps.run.label}"
+    title = f"From the reference's step to ours, {steps.name} on {steps.label}"
     caption = "Each bar is what one change, on top of those above it, takes off or adds to the median. "
-    name = slug(f"waterfall-{steps.name}-{steps.run.suffix}")
-    return Picture(name, title, f"{caption}From {steps.run.source}.", [Group("", bars)], unit="ms", joined=True)
+    name = slug(f"waterfall-{steps.name}-{steps.suffix}")
+    return Picture(name, title, f"{caption}From {steps.source}.", [Group("", bars)], unit="ms", joined=True)
 
 
 def kernels(run: Run) -> Picture | None:
@@ -236,13 +233,13 @@ def kernels(run: Run) -> Picture | None:
     rows = [row for row in run.kernels if row.share]
     cases: dict[str, dict[str, list[KernelRow]]] = {}
     for row in rows:
-        line = f"{row.shape} {row.kernel.direction}, {row.kernel.dtype}"
+        line = f"{row.kernel.sizes} {row.kernel.direction}, {row.kernel.dtype}"
         cases.setdefault(row.kernel.case, {}).setdefault(line, []).append(row)
     groups = [Group(case, [_dotted(name, line) for name, line in lines.items()]) for case, lines in cases.items()]
     variants = dict.fromkeys(row.kernel.variant for row in rows)
-    others = {v: OTHERS[i % len(OTHERS)] for i, v in enumerate(v for v in variants if v not in MARKS)}
-    known = {"reference": 0, "compiled": 1, "fused": 3}
-    marks = {v: {**MARKS, **others}[v] for v in sorted(variants, key=lambda v: known.get(v, 2))}
+    others = {v: ("sD^v"[i % 4], OTHERS[i % 3], False) for i, v in enumerate(v for v in variants if v not in MARKS)}
+    every = MARKS | others
+    marks = {v: every[v] for v in sorted(every, key=lambda v: v == "fused") if v in variants}  # ours last, on top
     caption = "Of the copy bandwidth, or of the matmul rate where that comes first, measured in the same run. "
     caption += f"The figure at the end of a line is fused's; without one, the fastest's. From {run.source}."
     title, name = f"Kernels, share of the measured ceiling, {run.label}", f"kernels-{run.suffix}"
@@ -251,7 +248,7 @@ def kernels(run: Run) -> Picture | None:
 
 def _dotted(name: str, line: list[KernelRow]) -> Line:
     fused = [row for row in line if row.kernel.variant == "fused"]
-    head = fused[0] if fused else min(line, key=lambda row: row.seconds)
+    head = fused[0] if fused else min(line, key=lambda row: row.kernel.median)
     words = f"{100 * head.share:.1f} %, {rate(head)}"
     values = {row.kernel.variant: 100 * row.share for row in line}
     return Line(name, words if fused else f"{head.kernel.variant} {words}", dots=values)

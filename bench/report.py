@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import compare, pictures, results, tables
-from bench.digest import Estimate, Run, Steps, estimates, in_order
+from bench.digest import Run, Steps, estimates, in_order
 from bench.pictures import NARROW, WIDE, Picture
-from bench.tables import NONE, Table
+from bench.tables import NONE, Table, counted
 from train import errors
 from train.errors import UserError, one_line
 from train.files import making_folder, replacing
@@ -40,16 +40,15 @@ class Section:
     lists: Sequence[tuple[str, list[str]]] = ()  # heading, items
 
 
-def sections(runs: Sequence[Run], guesses: Sequence[Estimate]) -> list[Section]:
+def sections(runs: Sequence[Run], guesses: Sequence[Steps]) -> list[Section]:
     """The report's sections that have contents, in order."""
-    found: dict[str, list[Steps]] = {}  # by workload
-    for each in (each for run in runs for each in run.steps):
-        found.setdefault(each.name, []).append(each)
-    measured = [each for same in found.values() for each in same]
-    names = dict.fromkeys([*found, *(guess.workload.name for guess in guesses)])
+    measured = [steps for run in runs for steps in run.steps]
+    workloads: dict[str, list[Steps]] = {}
+    for steps in (*measured, *guesses):
+        workloads.setdefault(steps.name, []).append(steps)
     made = [
-        Section("In short", tables=_present([tables.devices(measured, guesses)])),
-        Section("MFU", [pictures.mfu(name, found.get(name, []), guesses) for name in names]),
+        Section("In short", tables=_present([tables.devices([*measured, *guesses])])),
+        Section("MFU", [pictures.mfu(name, found) for name, found in workloads.items()]),
         Section("From the reference's step to ours", _present(map(pictures.waterfall, measured))),
         Section("Training steps", tables=list(map(tables.steps, measured))),
         Section("Kernels", _present(map(pictures.kernels, runs)), _present(map(tables.kernels, runs))),
@@ -59,11 +58,11 @@ def sections(runs: Sequence[Run], guesses: Sequence[Estimate]) -> list[Section]:
     return [section for section in made if section.pictures or section.tables or section.lists]
 
 
-def summary(runs: Sequence[Run], guesses: Sequence[Estimate]) -> str:
+def summary(runs: Sequence[Run], guesses: Sequence[Steps]) -> str:
     partial = sum(not run.results.complete for run in runs)
-    line = f"{_count(len(runs), 'results file')} of {_count(len({run.device for run in runs}), 'device')}"
+    line = f"{counted(len(runs), 'results file')} of {counted(len({run.device for run in runs}), 'device')}"
     line += f", {partial} of them partial." if partial else "."
-    unmeasured = ", ".join(dict.fromkeys(guess.device for guess in guesses))
+    unmeasured = ", ".join(dict.fromkeys(guess.label for guess in guesses))
     return f"{line} What nobody measured is an estimate and marked as one: {unmeasured}." if unmeasured else line
 
 
@@ -110,10 +109,6 @@ def _escaped(text: str) -> str:
     return re.sub(r"[\\`*|<\[]|\b_|_\b", r"\\\g<0>", text)  # a _ within a word means nothing to Markdown
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"
-
-
 def _present(found: Iterable) -> list:
     return [each for each in found if each]
 
@@ -149,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         print(compare.report(runs))
         return bad
     write(Path(config.out), runs)
-    print(f"{_count(len(runs), 'results file')}: {one_line(Path(config.out, 'report.html'))}, report.md beside it")
+    print(f"{counted(len(runs), 'results file')}: {one_line(Path(config.out, 'report.html'))}, report.md beside it")
     return bad
 
 

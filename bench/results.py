@@ -7,12 +7,10 @@ with its reason if that is known. No value is made up. msgspec reads and writes 
 import dataclasses
 import platform
 import subprocess
-import sys
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 import torch
@@ -20,7 +18,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from model.config import GPTConfig
-from train.errors import one_line
+from train.errors import one_line, shown
 from train.files import read_regular, replacing
 from train.hardware import device_name, lookup, measure_bandwidth, measure_flops, peak_flops
 
@@ -73,8 +71,21 @@ class Peak(Struct, frozen=True):
     source: str  # data sheet, or measured
 
 
-class Kernel(Struct, frozen=True):
-    """One case, shape and dtype, one direction, one variant: its samples, or why there are none."""
+class Row(Struct, frozen=True):
+    """What rows of kernels and of steps have in common: their samples, or why there are none."""
+
+    @property
+    def median(self) -> float | None:
+        return median(self.seconds) if self.seconds else None
+
+    @property
+    def missing(self) -> str:
+        """Why there are no samples."""
+        return f"not measured: {self.skipped or 'no reason given'}"
+
+
+class Kernel(Row, frozen=True):
+    """One case, shape and dtype, one direction, one variant."""
 
     case: str
     shape: list[Count]
@@ -86,10 +97,29 @@ class Kernel(Struct, frozen=True):
     flops: Natural | None = None
     skipped: str = ""  # why there are no samples
 
+    turn: ClassVar[int] = 1  # samples of one turn
+
+    @property
+    def ours(self) -> bool:
+        return self.variant == "fused"
+
+    @property
+    def sizes(self) -> str:
+        """The shape, in words."""
+        return "×".join(map(str, self.shape))
+
     @property
     def group(self) -> tuple:
-        """The same for all variants of one comparison."""
+        """The same for all variants that took turns."""
         return self.case, tuple(self.shape), self.dtype, self.direction
+
+    @property
+    def name(self) -> str:
+        return f"{self.case} {self.sizes} {self.dtype} {self.direction} {self.variant}"
+
+    def beside(self, row: "Kernel") -> list[float]:
+        """Its samples of the rounds in which `row` took part."""
+        return self.seconds
 
 
 class Shape(Struct, frozen=True):
@@ -114,7 +144,7 @@ class Shape(Struct, frozen=True):
         _ = self.config  # ValueError for a shape that cannot be built
 
 
-class Step(Struct, frozen=True):
+class Step(Row, frozen=True):
     """A whole training step: one workload, one variant."""
 
     workload: str  # "gpt2", "shakespeare_char", "cpu", ...
@@ -144,16 +174,16 @@ class Step(Struct, frozen=True):
         return not self.variant.startswith(("reference ", "nanoGPT "))
 
     @property
-    def median(self) -> float | None:
-        return median(self.seconds) if self.seconds else None
+    def group(self) -> tuple:
+        """The same for all variants that took turns."""
+        return (self.workload,)
 
     @property
-    def missing(self) -> str:
-        """Why there are no samples."""
-        return f"not measured: {self.skipped or 'no reason given'}"
+    def name(self) -> str:
+        return f"{self.workload} {self.variant} {self.dtype}"
 
     def beside(self, row: "Step") -> list[float]:
-        """Its samples of the rounds in which `row` took part. `row` is compared with these."""
+        """Its samples of the rounds in which `row` took part."""
         first = (row.first_round - self.first_round) * self.turn
         return self.seconds[first:][: len(row.seconds) // row.turn * self.turn] if first >= 0 else []
 
@@ -196,19 +226,6 @@ class Results(Struct, frozen=True):
         return max((each.rate for each in found if what == "copy" or dtype in ("", each.dtype)), default=None)
 
 
-class Header(Struct):
-    """The fields that every version of the file has."""
-
-    format: str = ""
-    version: int = 0
-
-
-def quantile(samples: Iterable[float], share: float) -> float:
-    """The sample at position `share` of the sorted samples, from 0 (the least) to 1 (the largest)."""
-    ordered = sorted(samples)
-    return ordered[round(share * (len(ordered) - 1))]
-
-
 def encoded(results: Results) -> bytes:
     """The contents of the file. ValueError for results that `read` would refuse."""
     text = msgspec.json.encode(results)
@@ -228,11 +245,12 @@ def read(path: Path) -> Results:
     """The results in a file; control characters in its words are escaped. If they cannot be read: ValueError, one line
     that names the file and the field."""
     try:
-        raw = read_regular(path, MAX_BYTES)
-        header = msgspec.json.decode(raw, type=Header)
-        if (header.format, header.version) != (FORMAT, VERSION):
-            raise ValueError(f"got format {header.format[:80]!r}, version {header.version}")
-        return msgspec.convert(_printable(msgspec.to_builtins(msgspec.json.decode(raw, type=Results))), Results)
+        found = _printable(msgspec.json.decode(read_regular(path, MAX_BYTES)))
+        if isinstance(found, dict):
+            said = found.get("format", ""), found.get("version", 0)
+            if said != (FORMAT, VERSION):
+                raise ValueError(f"got format {shown(said[0])}, version {shown(said[1])}")
+        return msgspec.convert(found, Results)
     except OSError as error:
         raise ValueError(one_line(f"{path}: cannot be read: {error.strerror}")) from error
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
@@ -291,12 +309,6 @@ def clocks(where: torch.device) -> dict[str, str] | None:
         return None
     fields = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.active")
     return {field: answer for field in fields if (answer := _nvidia_smi(field, where))}
-
-
-def command(module: str, hidden: tuple[str, ...] = ()) -> str:
-    """This process's command line, without the settings in `hidden`, which name the user's folders."""
-    shown = [a for a in sys.argv[1:] if a.partition("=")[0].lstrip("-") not in hidden]
-    return " ".join([f"python -m {module}", *shown])
 
 
 def _commit() -> Commit:

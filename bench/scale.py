@@ -21,15 +21,14 @@ algorithms for full bandwidth broadcast, reduction and scan"). The faster of the
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 
 import torch
 
 from bench import results
 from bench.digest import short_name
-from bench.results import Results, Step
+from bench.results import Results
 from bench.tables import aligned
-from bench.variants import WORKLOADS
+from bench.variants import WORKLOADS, chosen
 from model import GPTConfig
 from model.flops import flops_per_token, mfu, num_params
 from model.work import floor, step_work
@@ -65,28 +64,30 @@ class Job:
     config: GPTConfig
     batch_size: int  # sequences of a micro-step
     accumulation: int = 1  # micro-steps
-    compute: int = 2  # bytes of an element of the compute dtype
+    dtype: torch.dtype = torch.bfloat16  # of the matmuls
 
     @property
     def tokens(self) -> int:
         return self.accumulation * self.batch_size * self.config.block_size
 
     @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self.compute == FLOAT32 else torch.bfloat16
+    def gradients(self) -> int:
+        """Bytes that the ranks exchange."""
+        return FLOAT32 * num_params(self.config, non_embedding=False)
 
     def floors(self, rates: Rates, *, several: bool) -> tuple[float, float]:
         """Least seconds of a micro-step and of the update. several: gradients of micro-steps or ranks are summed."""
-        sizes = {"compute": self.compute, "gradients": FLOAT32 if several else self.compute, "fused_gelu": True}
+        compute = self.dtype.itemsize
+        sizes = {"compute": compute, "gradients": FLOAT32 if several else compute, "fused_gelu": True}
         work = step_work(self.config, self.batch_size, accumulation=2, **sizes)
         seconds = {name: floor(part, *rates) for name, part in work.items()}
         update, sums = seconds.pop("optimizer"), seconds.pop("accumulation")
         return (sum(seconds.values()) + several * sums) / 2, update
 
-    def slowness(self, seconds: float, rates: Rates) -> float:
-        """A measured step's seconds on one device, divided by its floor."""
-        micro, update = self.floors(rates, several=self.accumulation > 1)
-        return seconds / (self.accumulation * micro + update)
+    def seconds(self, rates: Rates, devices: int = 1) -> float:
+        """Least seconds of a step, without the exchange."""
+        micro, update = self.floors(rates, several=devices * self.accumulation > 1)
+        return self.accumulation * micro + update
 
     def share_out(self, tokens: int, devices: int) -> "Job":
         """Each device's job in an iteration of `tokens`: equal micro-steps of at most this batch size.
@@ -101,14 +102,8 @@ class Job:
         """Bytes on each device, with the fused kernels."""
         from kernels import FUSED  # it needs Triton
 
-        several = devices * self.accumulation > 1
-        options = {"accumulation": self.accumulation, "several": several, "dtype": self.dtype}
+        options = {"accumulation": self.accumulation, "several": devices * self.accumulation > 1, "dtype": self.dtype}
         return dryrun.dry_run(dryrun.Job(self.config, self.batch_size, FUSED, **options)).total
-
-    @property
-    def gradients(self) -> int:
-        """Bytes that the ranks exchange."""
-        return FLOAT32 * num_params(self.config, non_embedding=False)
 
 
 @dataclass(frozen=True)
@@ -118,13 +113,12 @@ class Fabric:
     node: int  # devices that one node has
     inside: float
     between: float
-    hop_inside: float = 0.0
-    hop_between: float = 0.0
-    call: float = 0.0
+    hop_inside: float
+    hop_between: float
+    call: float
 
     def all_reduce(self, size: float, devices: int) -> float:
         """Seconds of one all-reduce of `size` bytes; 0 for one device."""
-        assert devices <= self.node or devices % self.node == 0, (devices, self.node)
         if devices == 1:
             return 0.0
         g = min(devices, self.node)
@@ -135,42 +129,17 @@ class Fabric:
         return inside + min(ring, tree) + self.call
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """A step on several devices, in seconds."""
-
-    seconds: float
-    communication: float
-
-
-def predict(job: Job, rates: Rates, slow: float, fabric: Fabric, devices: int) -> Predicted:
-    """A step on `devices` devices. Each does `job`. slow: its slowness."""
-    micro, update = (slow * part for part in job.floors(rates, several=devices * job.accumulation > 1))
-    communication = fabric.all_reduce(job.gradients, devices)
-    return Predicted(job.accumulation * micro + update + communication, communication)
-
-
-@dataclass(frozen=True)
-class Base:
-    """One device's step of one model, measured or estimated."""
-
-    job: Job
-    slow: float  # its slowness
-    said: str
-    mark: str = ""
-
-
 def counts(text: str, node: int) -> list[int]:
     """Numbers of devices, sorted. UserError for no number, and for one above `node` that is no multiple of it."""
-    found = []
+    found = set()
     for part in text.split(","):
         count = int(part) if part.strip().isdecimal() else 0
         if count < 1:
             raise UserError(f"devices: got {shown(part)}, expected whole numbers from 1, separated by commas")
         if count > node and count % node:
             raise UserError(f"devices: got {count}, expected at most {node}, which a node has, or a multiple of it")
-        found.append(count)
-    return sorted(set(found))
+        found.add(count)
+    return sorted(found)
 
 
 def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, float, list[str]]:
@@ -183,21 +152,27 @@ def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, fl
         raise UserError(f"device: got {shown(config.device)}, expected one that train/hardware.py knows")
     if row is None and not (matmul and copy):
         raise UserError(f"results: {config.results}: it has no ceilings, and no data sheet of {name} is known")
-    sheet = [f"{row.bf16:g} TFLOP/s, dense bfloat16", f"{row.bandwidth:g} GB/s"] if row else []
-    said = [f"data sheet  {rate}, {row.source}" for rate in sheet] or ["", ""]
-    if matmul:
-        said[0] = f"measured    {matmul / 1e12:.4g} TFLOP/s of a large matmul"
-    if copy:
-        said[1] = f"measured    {copy / 1e9:.4g} GB/s of a large copy"
+    said = [
+        f"measured    {matmul / 1e12:.4g} TFLOP/s of a large matmul"
+        if matmul
+        else f"data sheet  {row.bf16:g} TFLOP/s, dense bfloat16, {row.source}",
+        f"measured    {copy / 1e9:.4g} GB/s of a large copy"
+        if copy
+        else f"data sheet  {row.bandwidth:g} GB/s, {row.source}",
+    ]
     rates = matmul or row.bf16 * 1e12, copy or row.bandwidth * 1e9
     if found is None:
         return name, rates, rates[0], said
-    said.append(f"MFU         of {found.peak.flops / 1e12:.4g} TFLOP/s: {found.peak.source}")
-    return name, rates, found.peak.flops, said
+    return (
+        name,
+        rates,
+        found.peak.flops,
+        [*said, f"MFU         of {found.peak.flops / 1e12:.4g} TFLOP/s: {found.peak.source}"],
+    )
 
 
 def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
-    """The links, and lines about them."""
+    """The links, and lines about them and about what else is assumed."""
     row = lookup(device)
     link = row.link if row else None
     if link is None and not config.intranode_gbyte:
@@ -211,37 +186,36 @@ def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
         f"assumed     {share:.0%} of a link's rate is reached (NCCL's protocols cost about 20%: nccl-tests issue 212)",
         f"assumed     {CALL:g} us an exchange; a hop {hop:g} us within a node, {NETWORK:g} between ({NCCL})",
         "assumed     rings within nodes, rings or trees across; switches add nothing up, no other traffic",
+        "as built    gradients are summed over ranks in float32; several micro-steps' too",
+        "assumed     other batch sizes: as many times slower than their own floor",
+        "as built    the exchange begins after the last micro-step, and hides behind nothing",
+        "assumed     ranks never wait for one that is slower",
+        "estimated   GB that each device holds: train/dryrun.py, fused kernels, nothing computed again",
+        f"as set      {config.tokens:,} tokens an iteration, shared out; shares rounded up to whole sequences",
     ]
     rates = share * gbytes * 1e9, share * config.internode_gbit / 8 * 1e9
     return Fabric(config.node, *rates, hop / 1e6, NETWORK / 1e6, CALL / 1e6), said
 
 
-def base_of(name: str, found: Results | None, rates: Rates) -> Base:
-    """Our fastest step of that model in the file; without one, its floor."""
+def base_of(name: str, found: Results | None, rates: Rates) -> tuple[Job, float, str]:
+    """(one device's step of that model, its slowness, a line about it). Our fastest in the file, else the floor's."""
     workload = WORKLOADS[name]
-    rows = [row for row in found.steps if row.seconds and _ours(row, workload.config)] if found else []
+    config = replace(workload.config, dropout=0.0)
+    ours = [row for row in (found.steps if found else []) if row.seconds and row.variant.startswith("ours")]
+    rows = [row for row in ours if row.shape.config == config]
     if not rows:
         said = f"ESTIMATE    {name}: the roofline floor, faster than any device will be"
-        return Base(Job(workload.config, workload.batch_size), 1.0, said, " (ESTIMATE from the floor)")
-    row = max(rows, key=lambda row: row.tokens / median(row.seconds))
-    job = Job(workload.config, row.shape.batch_size, row.shape.accumulation, DTYPES[row.dtype].itemsize)
-    slow = job.slowness(median(row.seconds), rates)
-    said = (
-        f"measured    {name}: {1e3 * median(row.seconds):.2f} ms for {row.tokens:,} tokens, {row.variant}, {row.dtype}"
-        f", median of {len(row.seconds)}: {slow:.2f} times its floor"
-    )
-    return Base(job, slow, said)
-
-
-def _ours(row: Step, config: GPTConfig) -> bool:
-    return row.shape.config == replace(config, dropout=0.0) and row.variant.startswith("ours")
+        return Job(workload.config, workload.batch_size), 1.0, said
+    row = max(rows, key=lambda row: row.tokens / row.median)
+    job = Job(workload.config, row.shape.batch_size, row.shape.accumulation, DTYPES[row.dtype])
+    slow = row.median / job.seconds(rates)
+    said = f"measured    {name}: {1e3 * row.median:.2f} ms for {row.tokens:,} tokens, {row.variant}, {row.dtype}"
+    return job, slow, f"{said}, median of {len(row.seconds)}: {slow:.2f} times its floor"
 
 
 def report(config: ScaleConfig) -> str:
     """The whole prediction, as text."""
-    names, devices = config.sizes.split(","), counts(config.devices, config.node)
-    if unknown := [name for name in names if name not in WORKLOADS]:
-        raise UserError(f"sizes: got {shown(unknown[0])}, expected some of: {', '.join(WORKLOADS)}")
+    names, devices = chosen("sizes", config.sizes, WORKLOADS), counts(config.devices, config.node)
     try:
         found = results.read(Path(config.results)) if config.results else None
     except ValueError as error:
@@ -249,40 +223,31 @@ def report(config: ScaleConfig) -> str:
     device, rates, peak, said = rates_of(config, found)
     fabric, links = fabric_of(config, device)
     bases = {name: base_of(name, found, rates) for name in names}
-    assumed = [
-        "as built    gradients are summed over ranks in float32; several micro-steps' too",
-        "assumed     other batch sizes: as many times slower than their own floor",
-        "as built    the exchange begins after the last micro-step, and hides behind nothing",
-        "assumed     ranks never wait for one that is slower",
-        "estimated   GB that each device holds: train/dryrun.py, fused kernels, nothing computed again",
-    ]
-    assumed.append(
-        f"as set      {config.tokens:,} tokens an iteration, shared out; shares rounded up to whole sequences"
-    )
-    lines = [*(base.said for base in bases.values()), *said, *links, *assumed]
+    lines = [*(line for _, _, line in bases.values()), *said, *links]
     blocks = [f"Predicted, not measured: {short_name(device)}", "\n".join(lines)]
     head = ["devices", "batch", "tokens/iter", "ms/iter", "comm ms", "tokens/s", "MFU", "effic.", "GB each"]
-    for name, base in bases.items():
+    for name, (base, slow, line) in bases.items():
         rows, alone = [head], 0.0
         for count in devices:
-            job = base.job.share_out(config.tokens, count)
-            each = predict(job, rates, base.slow, fabric, count)
-            rate = job.tokens / each.seconds  # of one device
+            job = base.share_out(config.tokens, count)
+            exchange = fabric.all_reduce(job.gradients, count)
+            seconds = slow * job.seconds(rates, count) + exchange
+            rate = job.tokens / seconds  # of one device
             alone = alone or rate
-            rows.append(
-                [
-                    f"{count:,}",
-                    f"{job.accumulation} x {job.batch_size}",
-                    f"{count * job.tokens:,}",
-                    *(f"{1e3 * seconds:.2f}" for seconds in (each.seconds, each.communication)),
-                    f"{count * rate:,.0f}",
-                    f"{mfu(flops_per_token(job.config) * job.tokens, each.seconds, peak):.1%}",
-                    f"{rate / alone:.1%}",  # relative to the first row
-                    f"{job.held(count) / 1e9:.1f}",
-                ]
-            )
-        sent = f"{base.job.gradients / 1e9:.3f} GB of gradients"
-        blocks.append(f"{name}{base.mark}: {sent} exchanged\n{aligned(rows)}")
+            cells = [
+                f"{count:,}",
+                f"{job.accumulation} x {job.batch_size}",
+                f"{count * job.tokens:,}",
+                f"{1e3 * seconds:.2f}",
+                f"{1e3 * exchange:.2f}",
+                f"{count * rate:,.0f}",
+                f"{mfu(flops_per_token(job.config) * job.tokens, seconds, peak):.1%}",
+                f"{rate / alone:.1%}",  # relative to the first row
+                f"{job.held(count) / 1e9:.1f}",
+            ]
+            rows.append(cells)
+        mark = " (ESTIMATE from the floor)" if line.startswith("ESTIMATE") else ""
+        blocks.append(f"{name}{mark}: {base.gradients / 1e9:.3f} GB of gradients exchanged\n{aligned(rows)}")
     return "\n\n".join(blocks)
 
 

@@ -1,18 +1,20 @@
 """Whole training steps, timed by turns. First each variant's losses are checked against the first variant's.
 
 All variants of a workload live in one process, start from the same weights and train on the same batches. Loading a
-batch is timed too. A turn is a few iterations of one variant. A round is a turn of each. Variants that do not fit into
-memory together are measured group by group, each with the reference. Rounds are counted over all groups.
+batch is timed too. A turn is a few iterations of one variant. A round is a turn of each.
+
+A variant that does not fit into memory beside the others waits for the next group, which begins with the references
+alone. Rounds are counted over all groups.
 """
 
 import gc
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,9 +25,8 @@ from msgspec import structs
 from bench import results
 from bench.results import WRONG
 from bench.rules import NO_TIME, RECOMPILED, Budget, compilations, compiling
-from bench.variants import Footprint, Setting, Step, Variant, Workload, footprint, free, groups
+from bench.variants import Setting, StepFunction, Variant, Workload
 from model import GPT
-from model.flops import FORMULAS, flops_per_token
 from train.data import Dataset, Loader
 from train.errors import first_line
 from train.hardware import synchronize
@@ -34,6 +35,7 @@ CHECKED = 5  # steps whose losses must agree before the clock runs
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative tolerance of losses, by dtype
 TURN = 0.25  # seconds of a turn, about
 LEAST = 3  # least turns of each variant
+SPARE = 0.1  # of a GPU's memory: allocators leave gaps, kernels have code
 
 Turn = tuple[list[float], list[float]]  # for each iteration: seconds, and the host's seconds in the call
 
@@ -44,8 +46,9 @@ class Timed:
 
     variant: Variant
     row: results.Step
-    step: Step | None = None
+    step: StepFunction | None = None
     pace: float = 0.0  # seconds of an iteration, about
+    beside: int = 0  # bytes that a step takes beside what is held between steps
 
     def set(self, **found: object) -> None:
         self.row = structs.replace(self.row, **found)
@@ -75,41 +78,41 @@ def measure(
     budget: Budget | None = None,
     tell: Callable[[str], None] = lambda text: None,
     into: list[results.Step] | None = None,
-    footprint: Callable[[Variant, Setting], Footprint] = footprint,
-    room: int | None = None,
 ) -> list[results.Step]:
     """Rows of all variants, in order; about `seconds` of samples, after building and checking.
 
     budget: for everything, with building, compiling and checking. Variants that do not fit are left out, rungs first.
-    None: no limit, and LEAST turns of each even if `seconds` is too short for them. footprint: a variant's memory.
-    room: bytes that a group may take; None: the free memory.
+    None: no limit, and LEAST turns of each even if `seconds` is too short for them.
 
     The rows are also appended to `into`, even if an exception or an interruption ends the measurement.
     """
     torch.compiler.reset()  # else each call would first check the code compiled for other shapes
     torch.manual_seed(0)
     setting = Setting(workload, GPT(workload.config).state_dict(), device, dtype)
-    plan = groups(variants, partial(footprint, setting=setting), room or free(device))
-    timed = [Timed(variant, _row(variant, workload, dtype)) for variant in variants]
+    timed = [
+        Timed(v, workload.row(v.name, compares=v.compares, dtype=torch.float32 if v.float32 else dtype))
+        for v in variants
+    ]
     budget, rows = budget or Budget(), [] if into is None else into
+    waiting = sorted(timed, key=lambda each: not each.variant.compares)
     with _loader(workload, device) as loader:
         race = Race(setting, loader)
         try:
-            for n, group in enumerate(plan):
-                members = [each for each in timed if each.variant in group]
-                share = len(group) / sum(map(len, plan[n:]))
-                of_group = budget.part(share * budget.left)
-                for each in sorted(members, key=lambda each: not each.variant.compares):
-                    if each.step is None and not each.row.skipped:
-                        tell(f"{workload.name}: {each.variant.name}")
-                        turns = [ready.turn_seconds for ready in members if ready.step]
-                        least = LEAST * (sum(turns) + max(turns, default=0.0))  # of earlier variants, and of this one
-                        race.prepare(each, of_group, least)
-                race.run(members, share * seconds, of_group)
-                seconds -= share * seconds
-                for each in members:
-                    if not any(each.variant in later for later in plan[n + 1 :]):
+            while waiting:
+                ready, later = [each for each in timed if each.step], []
+                for each in waiting:
+                    tell(f"{workload.name}: {each.variant.name}")
+                    if not race.prepare(each, ready, budget):
+                        later.append(each)
+                    elif each.step:
+                        ready.append(each)
+                share = len(ready) / (len(ready) + len(later)) * min(seconds, budget.left) if ready else 0.0
+                race.run(ready, share, budget)
+                seconds -= share
+                for each in ready:
+                    if each.row.ours or not later:
                         each.step = None  # frees its memory
+                waiting = later
         finally:
             rows += [each.row for each in timed if each.row.seconds or each.row.skipped]
     return rows
@@ -123,42 +126,59 @@ class Race:
         self.expected: list[float] = []  # the first losses of the first variant
         self.rounds = 0  # counted over all groups
 
-    def prepare(self, each: Timed, budget: Budget, after: float) -> None:
-        """Build the variant and check its first losses. Sets `skipped` if that fails, or if the budget has no time for
-        it and `after` seconds more."""
-        device, before = self.device, 0
+    def prepare(self, each: Timed, ready: list[Timed], budget: Budget) -> bool:
+        """Build the variant and check its first losses. False if it must wait: there is no memory for it beside those
+        of ours that are ready.
+
+        Sets `skipped` if that fails, or if the budget has no time for it and for turns of all.
+        """
+        may_wait = any(other.row.ours for other in ready)
+        try:
+            self._build(each, ready, budget)
+            if may_wait and free_memory(self.device) < max(other.beside for other in (*ready, each)):
+                raise torch.OutOfMemoryError("too little memory is left for the steps of all")
+        except torch.OutOfMemoryError as error:
+            each.step = None
+            if may_wait:
+                return False
+            each.give_up(first_line(error))
+        except Exception as error:  # of torch, a compiler or a driver: the other variants go on
+            each.give_up(first_line(error))
+        if each.step and (found := self._turn(each, 0, 2)):
+            each.pace = found[0][-1]
+            each.set(turn=max(1, min(50, round(TURN / each.pace))))
+        return True
+
+    def _build(self, each: Timed, ready: list[Timed], budget: Budget) -> None:
+        device = self.device
+        free = free_memory(device)
         if device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
+            allocated = torch.cuda.memory_allocated(device)
+        turns = [other.turn_seconds for other in ready]
+        after = LEAST * (sum(turns) + max(turns, default=0.0))  # turns of those that are ready, and of this one
         first = "compiled" if each.variant.compiled else "eager"
         second = first if self.setting.workload.config.dropout else "eager"  # without dropout it is already compiled
-        try:
-            if not budget.fits(first, second, more=after):
-                raise TimeoutError(NO_TIME)
-            with budget.task(first):
-                each.set(losses=self._first_losses(each.variant))
-            if not budget.fits(second, more=after):
-                raise TimeoutError(NO_TIME)
-            with budget.task(second):
-                step = each.variant.build(self.setting)
-                for i in range(2):
-                    step(self.loader.train(i))
-                synchronize(device)
-        except Exception as error:  # of torch, a compiler, a driver, or out of memory: the other variants go on
-            return each.give_up(first_line(error))
+        if not budget.fits(first, second, more=after):
+            raise TimeoutError(NO_TIME)
+        with budget.task(first):
+            each.set(losses=self._first_losses(each.variant))
+        if not budget.fits(second, more=after):
+            raise TimeoutError(NO_TIME)
+        with budget.task(second):
+            step = each.variant.build(self.setting)
+            for i in range(2):
+                step(self.loader.train(i))
+            synchronize(device)
         if device.type == "cuda":
-            each.set(peak_memory=torch.cuda.max_memory_allocated(device) - before)
+            each.set(peak_memory=torch.cuda.max_memory_allocated(device) - allocated)
+            each.beside = max(0, each.row.peak_memory - (free - free_memory(device)))
         tolerance = AGREE[torch.float32 if each.variant.float32 else self.setting.dtype]
         losses, expected = np.array([each.row.losses, self.expected or each.row.losses])
         worst = np.max(np.abs(losses - expected) / np.abs(expected))  # NaN if a loss is
         if not worst < tolerance:
-            return each.give_up(f"{WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most")
+            raise ValueError(f"{WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most")
         self.expected, each.step = expected.tolist(), step
-        if found := self._turn(each, 0, 2):
-            each.pace = found[0][-1]
-            each.set(turn=max(1, min(50, round(TURN / each.pace))))
 
     def _first_losses(self, variant: Variant) -> list[float]:
         """Losses of a step without dropout, because two implementations never draw the same masks."""
@@ -196,7 +216,7 @@ class Race:
             return each.give_up(first_line(error))
         return found if compilations() == before else each.give_up(WRONG + RECOMPILED)
 
-    def _time(self, step: Step, first: int, count: int) -> Turn:
+    def _time(self, step: StepFunction, first: int, count: int) -> Turn:
         """Time `count` iterations. On CUDA events give the times, and the host does not wait in between."""
         synchronize(self.device)
         host, marks = [], [self._now()]
@@ -220,11 +240,14 @@ class Race:
         return event
 
 
-def _row(variant: Variant, workload: Workload, dtype: torch.dtype) -> results.Step:
-    """A row without samples."""
-    flops = {formula: float(flops_per_token(workload.config, formula) * workload.tokens) for formula in FORMULAS}
-    computed = str(torch.float32 if variant.float32 else dtype).removeprefix("torch.")
-    return results.Step(workload.name, variant.name, variant.compares, computed, workload.tokens, flops, workload.shape)
+def free_memory(device: torch.device) -> float:
+    """Bytes that may be taken; infinite unless the device is a CUDA device."""
+    if device.type != "cuda":
+        return math.inf
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return free - SPARE * total
 
 
 @contextmanager

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from bench.digest import Estimate, KernelRow, Run, Steps
-from bench.results import Results, Step, quantile
+import numpy as np
+
+from bench.digest import KernelRow, Run, Steps
+from bench.results import Results, Step
 from bench.rules import NO_TIME
-from model.work import ATTAINED, SHEET
+from model.work import ATTAINED
 
 NONE = "–"
 
@@ -38,15 +40,18 @@ class Table:
 
 def aligned(rows: list[list[str]]) -> str:
     """Columns, the first aligned to the left, the others to the right; a rule under the first row."""
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    for i, column in enumerate(columns):
-        width = max(map(len, column))
-        columns[i] = [cell.rjust(width) if i else cell.ljust(width) for cell in column]
-    lines = ["  ".join(row) for row in zip(*columns, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def shown(value: float | None, times: float = 1, form: str = "") -> str:
+def digits(value: float | None, times: float = 1, form: str = "") -> str:
     """The value times `times`, in format `form`, or with four digits, or more before the point. A dash for None."""
     if value is None:
         return NONE
@@ -55,50 +60,41 @@ def shown(value: float | None, times: float = 1, form: str = "") -> str:
     return format(times * value, form or f",.{places}f")
 
 
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 def rate(row: KernelRow) -> str:
     """TFLOP/s if a matmul bounds the kernel, GB/s if a copy does."""
     if not row.bounded:
         return NONE
-    return f"{shown(row.rate, 1e-12)} TFLOP/s" if row.bounded == "matmul" else f"{shown(row.rate, 1e-9)} GB/s"
+    return f"{digits(row.rate, 1e-12)} TFLOP/s" if row.bounded == "matmul" else f"{digits(row.rate, 1e-9)} GB/s"
 
 
 def sources(found: Sequence[Steps]) -> str:
-    return "; ".join(dict.fromkeys(steps.run.source for steps in found))
+    return "; ".join(dict.fromkeys(steps.source for steps in found))
 
 
-def devices(found: Sequence[Steps], guesses: Sequence[Estimate]) -> Table | None:
-    """Our fastest step of each workload of each run; then the estimates. None if there is neither."""
+def devices(found: Sequence[Steps]) -> Table | None:
+    """Our fastest step of each workload on each device, estimates too. None if there is none."""
     rows = []
     for steps in (steps for steps in found if steps.best):
         best, reference = steps.best, steps.baseline
         cells = {
             "workload": steps.name,
-            "device": steps.run.label,
+            "device": steps.label,
             "our best step": best.variant,
-            "median, ms": shown(best.median, 1e3),
-            **_mfu_cells(steps, best),
-            "floor, ms": shown(steps.floor, 1e3),
-            "floor's MFU, %": shown(steps.floor and steps.mfu(best, seconds=steps.floor), 100, ".1f"),
-            "reference, ms": shown(reference and reference.median, 1e3),
-            "speed-up, ×": shown(steps.speedup(best), form=".2f"),
+            "median, ms": digits(best.median, 1e3),
+            **_mfu(steps, best),
+            "floor, ms": digits(steps.floor, 1e3),
+            "floor's MFU, %": digits(steps.floor and steps.mfu(best, seconds=steps.floor), 100, ".1f"),
+            "reference, ms": digits(reference and reference.median, 1e3),
+            "speed-up, ×": digits(steps.speedup(best), form=".2f"),
         }
-        rows.append(("", cells))
-    for guess in guesses:
-        cells = {
-            "workload": guess.workload.name,
-            "device": guess.device,
-            "our best step": "an estimate",
-            "median, ms": shown(guess.seconds(ATTAINED), 1e3),
-            "MFU, %": shown(guess.mfu(ATTAINED), 100, ".1f"),
-            "MFU 6N, %": shown(guess.mfu(ATTAINED, "6n"), 100, ".1f"),
-            "floor, ms": shown(guess.seconds(SHEET), 1e3),
-            "floor's MFU, %": shown(guess.mfu(SHEET), 100, ".1f"),
-            "reference, ms": NONE,
-            "speed-up, ×": NONE,
-        }
-        rows.append(("computed", cells))
+        rows.append(("computed" if steps.estimated else "", cells))
+    measured, guesses = ([steps for steps in found if steps.estimated is kind] for kind in (False, True))
     caption = "MFU counts (6N + 12LHQT) FLOPs a token, MFU 6N counts 6N, over the device's dense peak. "
-    if references := dict.fromkeys(s.baseline.variant for s in found if s.best and s.baseline):
+    if references := dict.fromkeys(s.baseline.variant for s in measured if s.best and s.baseline):
         caption += f"The reference is the fastest of its modes ({', '.join(references)}). "
     caption += "The floor is computed, at the rates that the run measured. "
     if guesses:
@@ -107,59 +103,62 @@ def devices(found: Sequence[Steps], guesses: Sequence[Estimate]) -> Table | None
             "sheet's FLOP/s or bytes/s, whichever takes longer. Their time assumes that every device reaches what good "
             f"kernels reach on an H100: {100 * ATTAINED.matmul:.0f} % of the sheet's FLOP/s in matmuls, "
             f"{100 * ATTAINED.attention:.0f} % in attention, {100 * ATTAINED.bandwidth:.0f} % of its bytes/s. "
-            "Whether the step fits into the memory is not checked. "
-            f"Data sheets: {'; '.join(dict.fromkeys(guess.source for guess in guesses))}. "
+            f"Whether the step fits into the memory is not checked. Data sheets: {sources(guesses)}. "
         )
-    return Table("Our best step on each device", f"{caption}From {sources(found)}.", rows) if rows else None
+    return Table("Our best step on each device", f"{caption}From {sources(measured)}.", rows) if rows else None
 
 
 def steps(found: Steps) -> Table:
     """One workload of one run, a row for each variant."""
-    kinds = ["missing" if not row.seconds else "ours" if row is found.best else "" for row in found.rows]
-    rows = [(kind, _step_cells(found, row)) for kind, row in zip(kinds, found.rows, strict=True)]
+    rows = [
+        ("missing" if not row.seconds else "ours" if row is found.best else "", _step(found, row)) for row in found.rows
+    ]
     caption = f"Speed-up is over {found.baseline.variant}. " if found.baseline else ""
     if found.floor:
         first = found.rows[0]
         cells = dict.fromkeys(rows[0][1], NONE) | {
             "step": "floor",
-            "median, ms": shown(found.floor, 1e3),
-            "tokens, 1/s": shown(first.tokens / found.floor),
-            "MFU, %": shown(found.mfu(first, seconds=found.floor), 100, ".1f"),
-            "MFU 6N, %": shown(found.mfu(first, "6n", found.floor), 100, ".1f"),
-            "speed-up, ×": shown(found.baseline and found.baseline.median / found.floor, form=".2f"),
+            "median, ms": digits(found.floor, 1e3),
+            "tokens, 1/s": digits(first.tokens / found.floor),
+            **_mfu(found, first, found.floor),
+            "speed-up, ×": digits(found.baseline and found.baseline.median / found.floor, form=".2f"),
             "note": "computed, not measured",
         }
         rows.append(("computed", cells))
         parts = "each part of the step at the matmul and copy rates of this run."
         flops = "the step's FLOPs at the matmul rate of this run; its bytes stay in the caches."
-        caption += f"The floor is computed: {parts if found.run.results.device.type == 'cuda' else flops}"
+        caption += f"The floor is computed: {parts if np.isfinite(found.copy) else flops}"
     else:
         caption += "It has no floor, since the file lacks a measured rate."
-    return Table(f"{found.name} on {found.run.label}", f"{caption} From {found.run.source}.", rows)
+    return Table(f"{found.name} on {found.label}", f"{caption} From {found.source}.", rows)
 
 
-def _step_cells(steps: Steps, row: Step) -> Cells:
-    low, high = (quantile(row.seconds, share) if row.seconds else None for share in (0.1, 0.9))
+def _step(steps: Steps, row: Step) -> Cells:
     host = median(row.host_seconds) / row.median if row.host_seconds and row.seconds else None
     return {
         "step": row.variant,
         "dtype": row.dtype,
-        "median, ms": shown(row.median, 1e3),
-        "p10, ms": shown(low, 1e3),
-        "p90, ms": shown(high, 1e3),
-        "tokens, 1/s": shown(row.median and row.tokens / row.median),
-        **_mfu_cells(steps, row),
-        "speed-up, ×": shown(steps.speedup(row), form=".2f"),
-        "memory, GB": shown(row.peak_memory if row.seconds else None, 1e-9, ".2f"),
-        "host, %": shown(host, 100, ".1f"),
+        **_times(row.seconds, "ms", 1e3),
+        "tokens, 1/s": digits(row.median and row.tokens / row.median),
+        **_mfu(steps, row),
+        "speed-up, ×": digits(steps.speedup(row), form=".2f"),
+        "memory, GB": digits(row.peak_memory if row.seconds else None, 1e-9, ".2f"),
+        "host, %": digits(host, 100, ".1f"),
         "samples": str(len(row.seconds)),
         "note": row.missing if not row.seconds else "" if row.compares else "rung",
     }
 
 
-def _mfu_cells(steps: Steps, row: Step) -> Cells:
+def _times(seconds: list[float], unit: str, times: float) -> Cells:
+    """The median, and the samples that 10 % and 90 % of the samples lie below."""
+    low, high = np.quantile(seconds, [0.1, 0.9], method="nearest").tolist() if seconds else (None, None)
+    found = {"median": median(seconds) if seconds else None, "p10": low, "p90": high}
+    return {f"{name}, {unit}": digits(value, times) for name, value in found.items()}
+
+
+def _mfu(steps: Steps, row: Step, seconds: float | None = None) -> Cells:
     headings = {"nanogpt": "MFU, %", "6n": "MFU 6N, %"}
-    return {heading: shown(steps.mfu(row, formula), 100, ".1f") for formula, heading in headings.items()}
+    return {heading: digits(steps.mfu(row, formula, seconds), 100, ".1f") for formula, heading in headings.items()}
 
 
 def kernels(run: Run) -> Table | None:
@@ -169,16 +168,14 @@ def kernels(run: Run) -> Table | None:
         kernel = row.kernel
         cells = {
             "kernel": kernel.case,
-            "shape": row.shape,
+            "shape": kernel.sizes,
             "dtype": kernel.dtype,
             "direction": kernel.direction,
             "variant": kernel.variant,
-            "median, µs": shown(row.seconds, 1e6),
-            "p10, µs": shown(quantile(kernel.seconds, 0.1), 1e6),
-            "p90, µs": shown(quantile(kernel.seconds, 0.9), 1e6),
+            **_times(kernel.seconds, "µs", 1e6),
             "rate": rate(row),
-            "share, %": shown(row.share, 100, ".1f"),
-            "speed-up, ×": shown(row.speedup, form=".2f"),
+            "share, %": digits(row.share, 100, ".1f"),
+            "speed-up, ×": digits(row.speedup, form=".2f"),
         }
         rows.append(("ours" if kernel.variant == "fused" else "", cells))
     caption = (
@@ -202,9 +199,9 @@ def files(runs: Sequence[Run]) -> Table:
             "Triton": software.triton or NONE,
             "CUDA": software.cuda or NONE,
             "driver": found.device.driver or NONE,
-            "peak, TFLOP/s": shown(found.peak.flops, 1e-12),
-            "matmul, TFLOP/s": shown(found.ceiling("matmul"), 1e-12),
-            "copy, GB/s": shown(found.ceiling("copy"), 1e-9),
+            "peak, TFLOP/s": digits(found.peak.flops, 1e-12),
+            "matmul, TFLOP/s": digits(found.ceiling("matmul"), 1e-12),
+            "copy, GB/s": digits(found.ceiling("copy"), 1e-9),
             "state": "complete" if found.complete else "partial",
         }
         rows.append(("" if found.complete else "missing", cells))
@@ -247,10 +244,10 @@ def summary(results: Results) -> str:
     """Everything that was measured, and what was not, for a terminal."""
     run = Run(Path(), results)
     lines = [f"{run.device}, torch {results.software.torch}, commit {run.commit}"]
-    lines.append(f"peak {shown(results.peak.flops, 1e-12)} TFLOP/s: {results.peak.source}")
+    lines.append(f"peak {digits(results.peak.flops, 1e-12)} TFLOP/s: {results.peak.source}")
     for each in results.ceilings:
         times, unit = (1e-12, "TFLOP/s") if each.what == "matmul" else (1e-9, "GB/s")
-        lines.append(f"measured ceiling of a {each.what}: {shown(each.rate, times)} {unit} ({each.dtype})")
+        lines.append(f"measured ceiling of a {each.what}: {digits(each.rate, times)} {unit} ({each.dtype})")
     if results.tests:
         lines.append(f"GPU tests: {results.tests.passed} passed, {results.tests.failed} failed")
     blocks = ["\n".join(lines)]

@@ -5,31 +5,30 @@ A variant's `build` makes a step with given weights. A step takes a batch and re
 
 import contextlib
 import dataclasses
-import gc
 import importlib.util
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bench import results
 from bench.results import Shape
 from bench.rules import only_compiled
 from kernels import REFERENCE, Ops, select
 from model import GPT, GPTConfig, Precision
-from model.flops import num_params
+from model.flops import FORMULAS, flops_per_token
 from model.groups import param_groups
 from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
 from train.compile import compile_module
 from train.data import Batch
 from train.distributed import World
-from train.dryrun import Job, dry_run
 from train.errors import UserError, shown
 from train.graph import GraphedStep
 from train.hardware import resolve_stream
@@ -57,6 +56,16 @@ class Workload:
         }
         return Shape(**sizes, bias=int(self.config.bias), batch_size=self.batch_size, accumulation=self.accumulation)
 
+    def row(
+        self, variant: str, *, compares: bool = True, dtype: torch.dtype = torch.bfloat16, seconds: Sequence[float] = ()
+    ) -> results.Step:
+        """A row of a results file. seconds: its samples."""
+        flops = {formula: float(flops_per_token(self.config, formula) * self.tokens) for formula in FORMULAS}
+        computed = str(dtype).removeprefix("torch.")
+        return results.Step(
+            self.name, variant, compares, computed, self.tokens, flops, self.shape, seconds=list(seconds)
+        )
+
 
 def _gpt2(name: str, batch_size: int, **shape: int) -> Workload:
     return Workload(name, GPTConfig(bias=False, **shape), batch_size)
@@ -79,7 +88,16 @@ WORKLOADS = {
 }
 DEFAULTS = {"cpu": ("cpu",), "cuda": ("gpt2", "shakespeare_char", "gpt2-batch-1")}
 
-Step = Callable[[Batch], Tensor]
+
+def chosen(setting: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Split names at commas. UserError for an unknown name."""
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{setting}: got {shown(unknown[0])}, expected some of: {', '.join(known)}")
+    return names
+
+
+StepFunction = Callable[[Batch], Tensor]
 Trained = tuple[nn.Module, torch.optim.Optimizer]
 
 
@@ -98,13 +116,10 @@ class Setting(NamedTuple):
 
 class Variant(NamedTuple):
     name: str
-    build: Callable[[Setting], Step]
+    build: Callable[[Setting], StepFunction]
     compares: bool = True  # False: a rung, a step between the reference's and ours
     float32: bool = False  # its matmuls are in float32, whichever dtype the others use
     compiled: bool = False  # by torch.compile
-    graphed: bool = False  # its launches are captured in a CUDA graph
-    ours: bool = False  # it runs our code
-    ops: Ops | None = REFERENCE  # None: the device's own choice
 
 
 def reference(
@@ -120,7 +135,7 @@ def reference(
     make: makes model and optimizer; None: this tree's reference, with torch's fused AdamW.
     """
 
-    def build(setting: Setting) -> Step:
+    def build(setting: Setting) -> StepFunction:
         model, optimizer = (make or _plain)(setting)
         model.load_state_dict(setting.weights)
         parameters = list(model.parameters())
@@ -184,7 +199,7 @@ def ours(
 ) -> Variant:
     """The project's step. ops: None for the device's own choice."""
 
-    def build(setting: Setting) -> Step:
+    def build(setting: Setting) -> StepFunction:
         workload, device = setting.workload, setting.device
         dtype = torch.float32 if float32 else setting.dtype
         layer = workload.config, workload.batch_size, dtype, device
@@ -207,7 +222,7 @@ def ours(
             step = GraphedStep(step, (workload.accumulation, workload.batch_size, workload.config.block_size))
         return lambda batch: step(batch, setting.learning_rate).loss
 
-    return Variant(name, build, compares, float32, compile, graphed, True, ops)
+    return Variant(name, build, compares, float32, compile)
 
 
 def variants(device: torch.device, dtype: torch.dtype, nanogpt_dir: str = "") -> list[Variant]:
@@ -242,76 +257,3 @@ def variants(device: torch.device, dtype: torch.dtype, nanogpt_dir: str = "") ->
             every.append(ours(name, ops=bundle, compile=True, compares=False))
     # the last one is what `python -m train --compile` runs on a GPU
     return [*every, ours("ours compiled", compile=True), ours("ours compiled + graphed", compile=True, graphed=True)]
-
-
-# Which variants are measured together: as many as the device's memory holds, always with a reference.
-
-USED = 0.9  # of free memory: allocators leave gaps, kernels have code, and a compiled step may take more
-
-
-class Footprint(NamedTuple):
-    """Bytes on the device. A variant with a CUDA graph holds the memory of a step as long as it lives, as a part of its
-    graph. Of the others, only the one whose turn it is needs the memory of a step."""
-
-    held: int  # as long as the variant lives
-    beside: int  # more, during its turn
-
-
-def groups(
-    variants: Sequence[Variant], footprint: Callable[[Variant], Footprint], room: int | None
-) -> list[list[Variant]]:
-    """The variants, in groups that fit into `room` bytes; None: all in one group.
-
-    Every group has all references. If some variant does not fit beside all of them, every group has only the last one.
-    A variant that is still too large gets a group too: the run shows whether it fits.
-    """
-
-    def fits(group: Sequence[Variant]) -> bool:
-        sizes = [footprint(variant) for variant in group]
-        return sum(size.held for size in sizes) + max(size.beside for size in sizes) <= room
-
-    if room is None or fits(variants):
-        return [list(variants)]
-    references = [variant for variant in variants if variant.compares and not variant.ours]
-    others = [variant for variant in variants if variant not in references]
-    kept = references if all(fits([*references, other]) for other in others) else references[-1:]
-    found: list[list[Variant]] = []
-    # rungs come last: if time runs out, only rungs are left out
-    for variant in sorted((v for v in variants if v not in kept), key=lambda v: not v.compares):
-        group = next((group for group in found if fits([*group, variant])), None)
-        if group is None:
-            found.append([*kept, variant])
-        else:
-            group.append(variant)
-    return found
-
-
-def footprint(variant: Variant, setting: Setting) -> Footprint:
-    """A variant's memory, from a dry run on shapes."""
-    workload, device = setting.workload, setting.device
-    dtype = torch.float32 if variant.float32 else setting.dtype
-    ops = variant.ops or select("auto", device)
-    if ops.name != "fused":  # a rung with some of the fused operations takes no more than one without
-        ops = REFERENCE
-    memory = _memory(workload.config, workload.batch_size, workload.accumulation, ops, dtype)
-    held = sum(memory[name] for name in ("weights", "copies", "moments", "gradients"))
-    beside = sum(memory.values()) - held
-    if not variant.ours:
-        held = 16 * num_params(workload.config, non_embedding=False)  # float32: weights, gradients, two moments
-    return Footprint(held + beside, 0) if variant.graphed else Footprint(held, beside)
-
-
-@lru_cache
-def _memory(config: GPTConfig, batch_size: int, accumulation: int, ops: Ops, dtype: torch.dtype) -> dict[str, int]:
-    return dry_run(
-        Job(config, batch_size, ops, accumulation=accumulation, several=accumulation > 1, dtype=dtype)
-    ).memory
-
-
-def free(device: torch.device) -> int | None:
-    """Bytes for all variants of a group; None unless the device is a CUDA device."""
-    if device.type != "cuda":
-        return None
-    gc.collect()
-    torch.cuda.empty_cache()
-    return int(USED * torch.cuda.mem_get_info(device)[0])

@@ -6,7 +6,6 @@ from msgspec.structs import replace
 
 from bench.results import Ceiling, Commit, Failure, Kernel, Machine, Peak, Results, Software, Step, Tests
 from bench.variants import WORKLOADS
-from model.flops import FORMULAS, flops_per_token
 
 LADDER = (  # variant, whether it compares, its time in reference times
     ("reference eager", True, 1.65),
@@ -29,20 +28,9 @@ def samples(rng: random.Random, middle: float, count: int = 40, spread: float = 
 
 
 def step(rng: random.Random, workload: str, variant: str, compares: bool, seconds: float, memory: int | None) -> Step:
-    shape = WORKLOADS[workload]
-    return Step(
-        workload,
-        variant,
-        compares,
-        "bfloat16",
-        shape.tokens,
-        {formula: float(flops_per_token(shape.config, formula) * shape.tokens) for formula in FORMULAS},
-        shape.shape,
-        samples(rng, seconds),
-        host_seconds=samples(rng, seconds / 50) if memory else [],
-        peak_memory=memory,
-        losses=[10.9, 10.2],
-    )
+    row = WORKLOADS[workload].row(variant, compares=compares, seconds=samples(rng, seconds))
+    host = samples(rng, seconds / 50) if memory else []
+    return replace(row, host_seconds=host, peak_memory=memory, losses=[10.9, 10.2])
 
 
 def kernels(rng: random.Random, copy: float, matmul: float) -> list[Kernel]:

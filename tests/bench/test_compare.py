@@ -1,7 +1,6 @@
 """Two commits of a device: equal ones compare as equal though the machine drifts, a step slowed by 5 % is found."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,28 +8,20 @@ import pytest
 from msgspec.structs import replace
 
 from bench import compare
-from bench.compare import Verdict, quiet_rounds, verdict
+from bench.compare import Row, Verdict, quiet_rounds, verdict
 from bench.digest import Run
 from bench.results import Commit, Results, Step
 from tests.bench.made import cpu, h100
 from train.errors import UserError
 
-ROUNDS, TURN = 90, 6  # two minutes'
+TURN = 6
 EITHER = pytest.mark.parametrize(("within", "busy"), [(0.1, 0.15), (0.5, 0.03)])  # a CPU, a GPU
 
 
-@dataclass
-class Made:
-    """One run: logarithms of seconds, (rounds, samples of a turn), of ours and of two references."""
-
-    own: np.ndarray
-    controls: list[np.ndarray]
-
-
 def run(
-    rng: np.random.Generator, slower: float = 0.0, *, pace: float = 0.0, busy: float = 0.15, rounds: int = ROUNDS
-) -> Made:
-    """Now and then all slows down by `busy` for a while, and there are spikes.
+    rng: np.random.Generator, slower: float = 0.0, *, pace: float = 0.0, busy: float = 0.15, rounds: int = 90
+) -> Row:
+    """A run with two references. Now and then all slows down by `busy` for a while, and there are spikes.
 
     slower, pace: what ours alone, and everything, takes more. All in logarithms.
     """
@@ -44,13 +35,14 @@ def run(
         spikes = (rng.random((rounds, TURN)) < 0.05) * rng.exponential(0.3, (rounds, TURN))
         return offset + pace + states[:, None] + own + spikes
 
-    return Made(times(np.log(0.05) + slower), [times(np.log(0.1)), times(np.log(0.09))])
+    return Row(times(np.log(0.05) + slower), {"one": times(np.log(0.1)), "two": times(np.log(0.09))})
 
 
-def told(a: list[Made] | Made, b: list[Made] | Made, within: float = 0.1, rows: int = 1) -> Verdict | None:
-    a, b = ([side] if isinstance(side, Made) else side for side in (a, b))
-    quiet = quiet_rounds([made.own for made in a + b], [made.controls for made in a + b], within)
-    return verdict(quiet[: len(a)], quiet[len(a) :], rows)
+def told(a: list[Row] | Row, b: list[Row] | Row, within: float = 0.1, rows: int = 1) -> Verdict | None:
+    a, b = ([side] if isinstance(side, Row) else side for side in (a, b))
+    quiet = quiet_rounds(a + b, set(a[0].references), within)
+    enough = min(map(len, quiet)) >= compare.LEAST
+    return verdict(quiet[: len(a)], quiet[len(a) :], rows) if enough else None
 
 
 def width(found: Verdict) -> float:
@@ -87,7 +79,7 @@ def test_a_long_table_of_equals_stays_one() -> None:
 def test_rounds_that_resemble_their_neighbours_are_not_taken_for_independent() -> None:
     rng = np.random.default_rng(12)
     drift = np.repeat(0.05 * rng.standard_normal(30), 10)[:, None]
-    alike, shuffled = Made(drift, []), Made(rng.permutation(drift), [])
+    alike, shuffled = Row(drift, {}), Row(rng.permutation(drift), {})
     assert width(told(alike, alike, 0.5)) > 1.5 * width(told(shuffled, shuffled, 0.5))
 
 
@@ -96,7 +88,7 @@ def test_a_machine_that_changed_pace_is_told_by_what_is_not_ours() -> None:
     rng = np.random.default_rng(4)
     a, b = run(rng, busy=0.0), run(rng, pace=0.04, busy=0.0)
     assert told(a, b).words == "no difference"
-    assert told(Made(a.own, []), Made(b.own, [])).words.startswith("slower by 4.")
+    assert told(Row(a.own, {}), Row(b.own, {})).words.startswith("slower by 4.")
     assert told(a, run(rng, pace=0.1, busy=0.0)) is None  # nobody knows what so much does to ours
 
 
@@ -104,17 +96,17 @@ def test_what_suffers_more_than_the_references_from_other_work_is_not_called_slo
     """Ours take 30 % more while another is at work, the references 15: that was longer in the second run."""
     rng = np.random.default_rng(6)
 
-    def shared(busy_rounds: int) -> Made:
+    def shared(busy_rounds: int) -> Row:
         still = run(rng, busy=0.0)
-        states = (np.arange(ROUNDS) < busy_rounds)[:, None]
-        return Made(still.own + 0.3 * states, [control + 0.15 * states for control in still.controls])
+        states = (np.arange(90) < busy_rounds)[:, None]
+        return Row(still.own + 0.3 * states, {k: control + 0.15 * states for k, control in still.references.items()})
 
     assert told(shared(20), shared(70)).words == "no difference"
 
 
 def test_several_runs_of_a_side_count_together() -> None:
     rng = np.random.default_rng(10)
-    a, b = ([run(rng, slower, busy=0.0) for _ in range(4)] for slower in (0.0, 0.02))
+    a, b = ([run(rng, slower, busy=0.0, rounds=12) for _ in range(4)] for slower in (0.0, 0.02))
     many, one = told(a, b), told(a[0], b[0])
     assert many.ratio == pytest.approx(1.02, rel=0.01)
     assert width(many) < 0.6 * width(one)
@@ -124,26 +116,17 @@ def test_the_verdict_is_the_same_every_time_and_says_by_how_much() -> None:
     rng = np.random.default_rng(7)
     a, b = run(rng), run(rng)
     assert told(a, b) == told(a, b)
+    assert told(a, Row(b.own[:-1], b.references)).words == "no difference"  # it was stopped within a round
     assert Verdict(1.031, 1.022, 1.04).words == "slower by 3.1 % (2.2–4.0)"
     assert Verdict(0.969, 0.96, 0.978).words == "faster by 3.1 % (2.2–4.0)"
     assert Verdict(0.99, 0.97, 1.0).words == "no difference"
 
 
 def test_few_rounds_get_no_verdict_and_some_a_wide_one() -> None:
-    """The width is Student's t at 7 degrees of freedom, a table's value, over what is only the rounds' own error."""
     rng = np.random.default_rng(14)
     assert told(run(rng, rounds=7), run(rng)) is None
-    a, b = (Made(0.5 * rng.standard_normal((8, 1)), []) for _ in range(2))
-    few = told(a, b, 0.5)
-    many = told(*(Made(np.tile(made.own, (8, 1)), []) for made in (a, b)), 0.5)
-    assert width(few) / width(many) > np.sqrt(8) * 1.05
-
-
-def test_a_run_that_was_stopped_within_a_round_is_cut_to_whole_ones() -> None:
-    rng = np.random.default_rng(9)
-    a, b = run(rng, busy=0.0), run(rng, busy=0.0)
-    b.own = b.own[:-1]
-    assert told(a, b).words == "no difference"
+    pairs = [[Row(0.05 * rng.standard_normal((8, 1)), {}) for _ in range(2)] for _ in range(100)]
+    assert [told(a, b, 0.5).words for a, b in pairs].count("no difference") >= 90
 
 
 # Files

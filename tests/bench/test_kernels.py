@@ -2,6 +2,7 @@
 
 import sys
 import types
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -69,80 +70,70 @@ def test_directions_do_what_they_say() -> None:
         assert calls == within
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
-def test_a_wrong_kernel_is_not_timed_nor_is_its_case(direction: str) -> None:
-    found = measured(replace(TOY, fused=lambda x, weight: scaled(x, weight) + 1e-2), direction)
-    assert found["fused"].skipped.startswith("wrong: output 0: 128 of 128 elements off, the worst by 0.01")
+def unsteady(flip: Iterator[float]) -> Callable[..., Tensor]:
+    return lambda x, weight: scaled(x, weight) * (1 + next(flip))
+
+
+@pytest.mark.parametrize(
+    ("fused", "reason"),
+    [
+        (lambda x, weight: scaled(x, weight) + 1e-2, "output 0: 128 of 128 elements off, the worst by 0.01"),
+        (lambda x, weight: scaled(x, weight) + (x - x.detach()) * 1e-2, "dx: "),
+        (unsteady(iter((0.0, 1e-7) * 50)), "output 0: other bits the second time"),
+    ],
+)
+def test_a_wrong_kernel_is_not_timed_nor_is_its_case(fused: Callable[..., Tensor], reason: str) -> None:
+    found = measured(replace(TOY, fused=fused), "backward")
+    assert found["fused"].skipped.startswith(f"wrong: {reason}")
     for variant in ("reference", "compiled"):
         assert found[variant].skipped == "not timed, since fused is wrong"
     assert not any(row.seconds for row in found.values())
 
 
-def test_wrong_gradients_are_found_too() -> None:
-    def wrong(x: Tensor, weight: Tensor) -> Tensor:
-        y = scaled(x, weight)
-        return y + (x - x.detach()) * 1e-2
-
-    assert measured(replace(TOY, fused=wrong))["fused"].skipped.startswith("wrong: dx: ")
+def broken(x: Tensor, weight: Tensor) -> Tensor:
+    raise RuntimeError("an illegal memory access\nwas encountered")
 
 
-def test_other_bits_the_second_time_are_wrong() -> None:
-    flip = iter((0.0, 1e-8) * 50)
-
-    def unsteady(x: Tensor, weight: Tensor) -> Tensor:
-        return scaled(x, weight) * (1 + next(flip) * 16)
-
-    assert measured(replace(TOY, fused=unsteady))["fused"].skipped == "wrong: output 0: other bits the second time"
-
-
-def test_what_raises_is_wrong_where_it_is_ours_and_left_out_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(x: Tensor, weight: Tensor) -> Tensor:
-        raise RuntimeError("an illegal memory access\nwas encountered")
-
-    assert measured(replace(TOY, fused=broken))["fused"].skipped == "wrong: an illegal memory access"
-    monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
-    found = measured(TOY)
-    assert found["compiled"].skipped == "an illegal memory access"
-    assert found["fused"].seconds
-
-
-def test_others_that_are_wrong_are_left_out_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda x, weight: 0 * x * weight)
-    found = measured(TOY)
-    assert found["compiled"].skipped.startswith("disagrees with the reference: output 0: ")
-    assert not found["compiled"].skipped.startswith(kernels.WRONG)
-    assert found["fused"].seconds
-    assert found["reference"].seconds
-
-
-def test_out_of_memory_is_a_reason_of_one_variant() -> None:
-    calls = iter(range(1000))
-
-    def greedy(x: Tensor, weight: Tensor) -> Tensor:
+def greedy(calls: Iterator[int]) -> Callable[..., Tensor]:
+    def function(x: Tensor, weight: Tensor) -> Tensor:
         if next(calls) >= 2:  # the check's two are over
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
         return scaled(x, weight)
 
-    found = measured(replace(TOY, fused=greedy))
-    assert found["fused"].skipped == "CUDA out of memory. Tried to allocate 40 GiB"
-    assert found["reference"].seconds
+    return function
 
 
-def test_where_float64_does_not_fit_fewer_rows_are_checked() -> None:
-    checked = []
+@pytest.mark.parametrize(
+    ("variant", "function", "skipped"),
+    [
+        ("fused", broken, "wrong: an illegal memory access"),
+        ("fused", greedy(iter(range(1000))), "CUDA out of memory. Tried to allocate 40 GiB"),
+        ("compiled", broken, "an illegal memory access"),
+        ("compiled", lambda x, weight: 0 * x * weight, "disagrees with the reference: output 0: "),
+    ],
+)
+def test_what_fails_is_left_out_alone_unless_ours_is_wrong(
+    variant: str, function: Callable[..., Tensor], skipped: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variant == "compiled":
+        monkeypatch.setattr(torch, "compile", lambda compiled, **options: function)
+    found = measured(replace(TOY, fused=function) if variant == "fused" else TOY)
+    assert found.pop(variant).skipped.startswith(skipped)
+    assert {bool(row.seconds) for row in found.values()} == {not skipped.startswith("wrong")}
 
-    def meaning(x: Tensor, weight: Tensor) -> Tensor:
-        if x.dtype == torch.float64:
-            checked.append(len(x))
-            if len(x) > 2:
-                raise torch.OutOfMemoryError("too large")
-        return x * weight
 
-    found = measured(replace(TOY, reference=meaning, cpu_shapes=((32, 16),)))
-    assert checked == [32, 8, 2]
-    assert found["fused"].seconds
-    wrong = measured(replace(TOY, reference=meaning, fused=lambda x, weight: x + weight, cpu_shapes=((32, 16),)))
-    assert wrong["fused"].skipped.startswith("wrong: ")
+@pytest.mark.parametrize(
+    ("case", "shape", "expected"),
+    [
+        ("layer_norm", (32768, 768), (32768, 768)),
+        ("cross_entropy", (32768, 50304), (8192, 50304)),
+        ("linear_cross_entropy", (32768, 768, 50304), (2048, 768, 50304)),
+        ("adamw", (124_373_760, 124_354_560), (124_373_760, 124_354_560)),  # it has no rows
+    ],
+)
+def test_where_float64_takes_too_much_fewer_rows_are_checked(case: str, shape: tuple, expected: tuple) -> None:
+    (found,) = (each for each in CASES if each.name == case)
+    assert kernels.checked(found, shape, torch.bfloat16) == expected
 
 
 def test_what_works_in_place_is_checked_by_what_it_leaves() -> None:

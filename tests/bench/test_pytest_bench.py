@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 import torch
 from bench import bench_kernels, kernels
-from bench.bench_kernels import measured, test_kernel
+from bench.bench_kernels import contest, rows, test_kernel
 from bench.results import Kernel
 from tests.bench.toys import TOY, scaled
 

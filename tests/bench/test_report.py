@@ -12,8 +12,8 @@ import pytest
 from msgspec.structs import replace
 
 from bench import report, results
-from bench.digest import Run, in_order, kernel_row
-from bench.results import Kernel, Results
+from bench.digest import Run, in_order
+from bench.results import Ceiling, Kernel, Results
 from bench.rules import NO_TIME
 from bench.tables import summary
 from tests.bench.made import all_devices, cpu, h100
@@ -214,6 +214,11 @@ def test_bars_are_as_long_as_their_numbers(written: Path) -> None:
     assert list(colours[:11]) == [LIGHT[role] for role in expected]
 
 
+def test_our_fastest_step_stands_out(page: str) -> None:
+    found = re.findall(r'<tr class="ours">\s*<td[^>]*data-label="step">(.*?)</td>', page)
+    assert found == ["ours compiled + graphed"] * 3 + ["ours compiled"]
+
+
 def test_figures_name_their_sources(page: str) -> None:
     figures = re.findall(r'<figure id="(.*?)-.*?<figcaption>(.*?)</figcaption>', page, re.DOTALL)
     assert {kind for kind, _ in figures} == {"mfu", "waterfall", "kernels"}
@@ -299,7 +304,10 @@ def test_names_that_are_markup_or_paths_stay_words(tmp_path: Path) -> None:
 def test_a_kernel_is_bounded_by_what_it_meets_first() -> None:
     def bound(matmul: float | None, copy: float | None, **fields: Any) -> tuple:
         kernel = Kernel("toy", [8, 16], "float32", "forward", "fused", [2e-3, 1e-3, 1e-3], **fields)
-        found = kernel_row(kernel, matmul, copy, compiled=3e-3)
+        rates = [("matmul", "float32", matmul), ("copy", "float32", copy)]
+        ceilings = [Ceiling(what, dtype, [rate]) for what, dtype, rate in rates if rate]
+        compiled = replace(kernel, variant="compiled", seconds=[3e-3])
+        found, _ = Run(Path(), replace(cpu(), ceilings=ceilings, kernels=[kernel, compiled])).kernels
         assert found.speedup == 3.0
         return found.bounded, found.rate, found.share
 
@@ -312,8 +320,10 @@ def test_a_kernel_is_bounded_by_what_it_meets_first() -> None:
 
 def test_the_terminal_is_shown_what_was_measured_and_what_was_not() -> None:
     late = [replace(row, seconds=[], skipped=NO_TIME) for row in cpu().kernels if row.variant == "compiled"]
-    made = replace(cpu(), kernels=[*cpu().kernels, *late])
+    steps = [replace(step, seconds=[]) if step.variant == "reference eager" else step for step in cpu().steps]
+    made = replace(cpu(), kernels=[*cpu().kernels, *late], steps=steps)
     said = summary(made)
+    assert not any(line.startswith("reference eager") for line in said.splitlines())
     ours = next(step for step in made.steps if step.variant == "ours compiled")
     theirs = next(step for step in made.steps if step.variant == "nanoGPT compiled")
     (line,) = (line for line in said.splitlines() if line.startswith("ours compiled"))

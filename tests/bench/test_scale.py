@@ -9,7 +9,7 @@ from msgspec import structs
 
 from bench import results, scale
 from bench.results import Ceiling, Machine, Peak, Step
-from bench.scale import Fabric, Job, ScaleConfig, predict
+from bench.scale import Fabric, Job, ScaleConfig
 from bench.variants import WORKLOADS
 from tests.bench.made import h100
 from train.errors import UserError
@@ -17,7 +17,6 @@ from train.errors import UserError
 GPT2 = Job(WORKLOADS["gpt2"].config, 32)
 RATES = (1e15, 3e12)  # FLOP/s, bytes/s
 HAND = Fabric(8, inside=100.0, between=10.0, hop_inside=1.0, hop_between=2.0, call=5.0)
-PLAIN = Fabric(8, inside=1.0, between=1.0)  # two devices all-reduce S bytes in S seconds
 
 
 @pytest.mark.parametrize(
@@ -42,31 +41,15 @@ def test_sharing_out_nanogpts_iteration(devices: int, batch_size: int, accumulat
     assert (job.batch_size, job.accumulation) == (batch_size, accumulation)
 
 
-def test_what_ranks_exchange_of_gpt2() -> None:
-    assert GPT2.gradients == 4 * 124_373_760  # float32, whatever is computed in
-
-
 def test_floors_of_a_step() -> None:
     """Of sums in float32, an optimizer reads gradients twice as wide, twice. The first of two micro-steps writes them
     as wide, the other reads and writes them."""
     n, alone, several = 124_373_760, GPT2.floors(RATES, several=False), GPT2.floors(RATES, several=True)
     assert several[1] - alone[1] == pytest.approx(2 * 2 * n / 3e12)
     assert several[0] - alone[0] == pytest.approx(n * (2 + 6) / 2 / 3e12)
-
-
-@pytest.mark.parametrize("accumulation", [1, 5])
-def test_the_measured_step_is_predicted_of_one_device(accumulation: int) -> None:
-    job = replace(GPT2, accumulation=accumulation)
-    predicted = predict(job, RATES, job.slowness(0.5, RATES), HAND, 1)
-    assert predicted.seconds == pytest.approx(0.5)
-    assert predicted.communication == 0
-
-
-def test_a_step_of_two_devices() -> None:
-    micro, update = GPT2.floors(RATES, several=True)
-    predicted = predict(replace(GPT2, accumulation=3), RATES, 2.0, PLAIN, 2)
-    assert predicted.communication == GPT2.gradients
-    assert predicted.seconds == pytest.approx(2 * (3 * micro + update) + GPT2.gradients)
+    assert GPT2.seconds(RATES) == pytest.approx(sum(alone))
+    assert GPT2.seconds(RATES, 2) == pytest.approx(sum(several))
+    assert replace(GPT2, accumulation=3).seconds(RATES) == pytest.approx(3 * several[0] + several[1])
 
 
 # The command
@@ -80,11 +63,8 @@ def file(tmp_path: Path, *rows: Step, **fields: object) -> str:
     return str(tmp_path / "results.json")
 
 
-def row(variant: str, seconds: float, **fields: object) -> Step:
-    workload = WORKLOADS["gpt2"]
-    known = {"compares": True, "dtype": "bfloat16", "tokens": workload.tokens, "seconds": [seconds] * 3}
-    flops = {"nanogpt": 1.0, "6n": 1.0}
-    return Step(workload="gpt2", variant=variant, flops=flops, shape=workload.shape, **known | fields)
+def row(variant: str, seconds: float, compares: bool = True) -> Step:
+    return WORKLOADS["gpt2"].row(variant, compares=compares, seconds=[seconds] * 3)
 
 
 def cells(text: str, size: str) -> list[list[str]]:

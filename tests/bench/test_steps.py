@@ -1,18 +1,23 @@
 """Timing of steps: nothing is timed that trains another model, nothing that was measured is lost."""
 
 import os
-import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 
 from bench import rules, steps
-from bench.variants import Setting, Variant, Workload, nanogpt, ours, reference, variants
+from bench.digest import Run
+from bench.results import Step
+from bench.rules import Clock
+from bench.variants import WORKLOADS, Setting, Variant, Workload, nanogpt, ours, reference, variants
 from kernels import REFERENCE, Ops
 from model import GPTConfig
+from tests.bench.made import h100
 from tests.bench.stand_in import make_checkout
 from tests.train.test_golden import TRACES, golden_batch, golden_model, recorded, relative
 from train.data import Batch
@@ -22,11 +27,26 @@ SMALL = Workload("small", GPTConfig(block_size=8, vocab_size=17, n_layer=1, n_he
 EAGER = reference(compile=False, float32=True)
 
 
-def measure(*variants: Variant, workload: Workload = SMALL, dtype: torch.dtype = torch.float32):
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "TURN", 0.0)
+
+
+def measure(*variants: Variant, workload: Workload = SMALL, dtype: torch.dtype = torch.float32) -> list[Step]:
     return steps.measure(workload, list(variants), CPU, dtype, seconds=0.0)
 
 
-def test_every_variant_is_checked_and_timed(tmp_path: Path, capsys) -> None:
+def changed(name: str, change: Callable[[int, torch.Tensor], torch.Tensor], base: Variant = EAGER) -> Variant:
+    """A variant with `change(number of the call, loss)` for its losses."""
+
+    def build(setting: Setting) -> Callable[[Batch], torch.Tensor]:
+        step, calls = base.build(setting), iter(range(10**6))
+        return lambda batch: change(next(calls), step(batch))
+
+    return Variant(name, build)
+
+
+def test_every_variant_is_checked_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     theirs = nanogpt(make_checkout(tmp_path), compile=False, float32=True)
     rows = measure(theirs, EAGER, ours("ours eager"), ours("a rung", compares=False))
     assert [row.variant for row in rows] == ["nanoGPT eager", "reference eager", "ours eager", "a rung"]
@@ -43,89 +63,87 @@ def test_every_variant_is_checked_and_timed(tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().out == ""
 
 
-def test_the_first_iteration_after_another_variant_had_its_turn_is_not_counted() -> None:
-    """It takes as long as thirty of the others here: were it counted, a sample of every turn would show it."""
+def test_the_first_iteration_after_another_variant_had_its_turn_is_not_counted(monkeypatch, clock: Clock) -> None:
+    """It takes as long as thirty of the others here."""
+    monkeypatch.setattr(steps, "TURN", 0.25)
     last = []
 
     def napping(name: str) -> Variant:
-        def build(setting: Setting):
-            def step(batch: Batch) -> torch.Tensor:
-                time.sleep(0.15 if last[-1:] != [name] else 0.005)
-                last[:] = [name]
-                return torch.tensor(1.0)
+        def nap(call: int, loss: torch.Tensor) -> torch.Tensor:
+            clock.let_pass(0.15 if last[-1:] != [name] else 0.005)
+            last[:] = [name]
+            return torch.tensor(1.0)
 
-            return step
-
-        return Variant(name, build)
+        return changed(name, nap)
 
     for row in measure(napping("one"), napping("two")):
         assert row.turn > 1
-        assert sum(second > 0.14 for second in row.seconds) <= 1
+        assert row.seconds == pytest.approx([0.005] * len(row.seconds))
 
 
-def test_what_trains_another_model_is_not_timed(tmp_path: Path) -> None:
-    wrong = nanogpt(make_checkout(tmp_path, fault=3.0), compile=False, float32=True)
+def unbuilt(setting: Setting) -> None:
+    raise RuntimeError("\nno such kernel\non this device")
+
+
+def overflow(call: int, loss: torch.Tensor) -> torch.Tensor:
+    return loss * (float("nan") if call == 3 else 1.0)
+
+
+def out_of_memory(call: int, loss: torch.Tensor) -> torch.Tensor:
+    if call > 5:  # under the clock
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("wrong", "skipped"),
+    [
+        (changed("another", lambda call, loss: 1.001 * loss), "wrong: its losses are off by 1.0e-03, expected 1e-04"),
+        (changed("overflows", overflow), "wrong: its losses are off by nan"),
+        (Variant("unbuilt", unbuilt), "no such kernel"),
+        (changed("fails", out_of_memory), "CUDA out of memory"),
+    ],
+)
+def test_what_is_wrong_is_not_timed_and_the_others_are(wrong: Variant, skipped: str) -> None:
     first, second, third = measure(EAGER, wrong, ours("ours eager"))
-    assert second.skipped.startswith("wrong: its losses are off by ")
+    assert second.skipped.startswith(skipped)
     assert second.seconds == []
-    assert second.losses != pytest.approx(first.losses, rel=1e-4)
-    assert len(third.seconds) > 0
-
-
-def test_losses_that_are_no_numbers_are_wrong_wherever_they_come() -> None:
-    def build(setting: Setting):
-        step, done = EAGER.build(setting), iter(range(10**6))
-        return lambda batch: step(batch) * (float("nan") if next(done) == 3 else 1.0)
-
-    first, second = measure(EAGER, Variant("overflowing", build))
     assert first.seconds
-    assert second.skipped == "wrong: its losses are off by nan, expected 1e-04 at most"
+    assert third.seconds
 
 
-def test_what_cannot_be_built_does_not_stop_the_others() -> None:
-    def build(setting: Setting):
-        raise RuntimeError("\nno such kernel\non this device")
-
-    first, second = measure(Variant("broken", build), EAGER)
-    assert first.skipped == "no such kernel"
-    assert len(second.seconds) > 0
+def test_a_checkout_that_trains_at_another_rate_is_not_timed(tmp_path: Path) -> None:
+    wrong = nanogpt(make_checkout(tmp_path, fault=3.0), compile=False, float32=True)
+    assert measure(EAGER, wrong)[1].skipped.startswith("wrong: its losses are off by ")
 
 
 def test_dropout_is_off_where_losses_are_compared_and_on_where_they_are_timed() -> None:
     seen = []
 
-    def build(setting: Setting):
+    def build(setting: Setting) -> Callable[[Batch], torch.Tensor]:
         seen.append(setting.workload.config.dropout)
         return EAGER.build(setting)
 
-    workload = Workload("dropout", GPTConfig(**{**vars(SMALL.config), "dropout": 0.5}), 2)
+    workload = Workload("dropout", replace(SMALL.config, dropout=0.5), 2)
     first, second = measure(EAGER, Variant("watched", build), workload=workload)
     assert seen == [0.0, 0.5]
     assert second.losses == first.losses
 
 
 def test_an_interruption_keeps_what_was_measured() -> None:
-    calls = []
-
-    def build(setting: Setting):
-        step = EAGER.build(setting)
-
-        def interrupted(batch: Batch) -> torch.Tensor:
-            calls.append(batch)
-            if len(calls) == 200:  # some turns later
-                raise KeyboardInterrupt
-            return step(batch)
-
-        return interrupted
+    def interrupt(call: int, loss: torch.Tensor) -> torch.Tensor:
+        if call == 20:  # some turns later
+            raise KeyboardInterrupt
+        return loss
 
     rows = []
     with pytest.raises(KeyboardInterrupt):
-        steps.measure(SMALL, [EAGER, Variant("interrupted", build)], CPU, torch.float32, seconds=1e3, into=rows)
+        steps.measure(SMALL, [EAGER, changed("one", interrupt)], CPU, torch.float32, seconds=1e3, into=rows)
     assert len(rows) == 2
-    assert all(len(row.seconds) > 0 for row in rows)
+    assert all(row.seconds for row in rows)
 
 
-def test_low_precision_may_differ_by_what_it_costs(tmp_path: Path) -> None:
+def test_low_precision_may_differ_by_what_it_costs() -> None:
     rows = measure(EAGER, ours("ours eager"), ours("flat", float32=True), dtype=torch.bfloat16)
     assert [row.dtype for row in rows] == ["float32", "bfloat16", "float32"]
     assert all(row.seconds for row in rows)
@@ -217,7 +235,6 @@ def counted(variant: Variant, calls: list[str]) -> Variant:
 
 def test_every_compiled_step_runs_compiled_code_made_for_its_shape(compiled: Recorded, monkeypatch) -> None:
     """More often than torch compiles one function, after another shape; the masks of dropout compile once more."""
-    monkeypatch.setattr(steps, "TURN", 0.0)
     config = GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=1, n_embd=8, bias=False)
     calls: list[str] = []
     first = counted(reference(compile=True, float32=True), calls)
@@ -261,33 +278,81 @@ def test_what_reaches_a_limit_of_torch_fails(compiled: Recorded, monkeypatch: py
 
 def test_what_compiles_under_the_clock_is_not_timed(compiled: Recorded) -> None:
     """After the warm-up, whatever the clock says."""
+    function = torch.compile(lambda x, n: x * n)
 
-    def build(setting: Setting):
-        step, function, done = EAGER.build(setting), torch.compile(lambda x, n: x * n), iter(range(10**6))
+    def restless(call: int, loss: torch.Tensor) -> torch.Tensor:
+        function(torch.ones(2), float(call // 6))
+        return loss
 
-        def call(batch: Batch) -> torch.Tensor:
-            function(torch.ones(2), float(next(done) // 6))
-            return step(batch)
-
-        return call
-
-    first, second = measure(EAGER, Variant("restless", build))
+    first, second = measure(EAGER, changed("restless", restless))
     assert first.seconds
     assert second.skipped == "wrong: it was compiled again while it was timed"
     assert second.seconds == second.host_seconds == []
 
 
-def test_a_variant_that_fails_under_the_clock_does_not_stop_the_others() -> None:
-    def build(setting: Setting):
-        done = iter(range(10**6))
+# Variants that do not fit into memory together
 
-        def call(batch: Batch) -> torch.Tensor:
-            if next(done) > 5:
+
+class Alive:
+    """A device that holds `room` steps at a time."""
+
+    def __init__(self, room: int) -> None:
+        self.steps: weakref.WeakSet = weakref.WeakSet()
+        self.room, self.built = room, []
+
+    def variant(self, name: str, **fields: bool) -> Variant:
+        def build(setting: Setting) -> Callable[[Batch], torch.Tensor]:
+            def step(batch: Batch) -> torch.Tensor:
+                return torch.ones(())
+
+            if len(self.steps) == self.room:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return torch.tensor(1.0)
+            self.steps.add(step)
+            self.built.append(name)
+            return step
 
-        return call
+        return Variant(name, build, **fields)
 
-    first, second = measure(Variant("failing", build), Variant("steady", lambda setting: lambda batch: torch.ones(())))
-    assert (first.skipped, first.seconds) == ("CUDA out of memory", [])
-    assert second.seconds
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_what_does_not_fit_waits_for_the_next_group_and_the_reference_takes_part_in_all(monkeypatch, crowded) -> None:
+    """crowded: there is memory to hold another variant, but none for a step of all."""
+    alive = Alive(100 if crowded else 3)
+    if crowded:
+        monkeypatch.setattr(steps, "free_memory", lambda device: -1 if len(alive.steps) > 3 else 2**40)
+    every = [alive.variant("reference eager"), *(alive.variant(f"ours {i}", compares=i > 0) for i in range(4))]
+    rows = steps.measure(SMALL, every, CPU, torch.float32, seconds=0.0)
+    assert [row.variant for row in rows] == [variant.name for variant in every]
+    assert [row.skipped for row in rows] == [""] * 5
+    assert alive.built.count("reference eager") == 2  # without dropout, and as it is timed: never again
+    control, rung, *others = rows
+    assert (control.first_round, len(control.seconds)) == (0, 2 * steps.LEAST)
+    assert [row.first_round for row in (*others, rung)] == [0, 0, steps.LEAST, steps.LEAST]  # a rung comes last
+    assert control.beside(others[0]) == control.seconds[: steps.LEAST]
+    assert control.beside(rung) == control.seconds[steps.LEAST :]
+    assert rung.beside(others[0]) == []
+
+
+def test_what_does_not_fit_beside_the_reference_alone_is_left_out() -> None:
+    alive = Alive(1)
+    first, *others = steps.measure(
+        SMALL,
+        [alive.variant(name) for name in ("reference eager", "ours 1", "ours 2")],
+        CPU,
+        torch.float32,
+        seconds=0.0,
+    )
+    assert first.seconds
+    assert [row.skipped for row in others] == ["CUDA out of memory"] * 2
+
+
+def row(variant: str, seconds: list[float], first_round: int = 0, turn: int = 1) -> Step:
+    return structs.replace(WORKLOADS["gpt2"].row(variant, seconds=seconds), turn=turn, first_round=first_round)
+
+
+def test_a_speed_up_is_over_the_reference_of_the_same_rounds() -> None:
+    """In the second group the machine was half as fast."""
+    control = row("reference compiled", [1.0] * 20 + [2.0] * 20, turn=2)
+    rows = [control, row("ours eager", [0.5] * 10), row("ours compiled", [0.5] * 30, first_round=10, turn=3)]
+    (found,) = Run(Path("a.json"), structs.replace(h100(), steps=rows)).steps
+    assert [found.speedup(row) for row in found.rows] == [1.0, 2.0, 4.0]
