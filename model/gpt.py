@@ -202,8 +202,8 @@ class GPT(nn.Module):
         With targets (B, T) int64, -1 for positions that do not count: logits (B, T, V), or None if the loss is fused
         with the head; and the mean loss, a float32 scalar. Without targets: the logits of the last position, (B, 1, V),
         and None. With a cache, idx continues the tokens in it. dloss: () float32, the gradient that the backward pass
-        will be given, if it is known (`kernels/fused/linear_cross_entropy.py`). ValueError if there are more than block_size
-        tokens.
+        will be given, if it is known (`kernels/fused/linear_cross_entropy.py`). ValueError if there are more than
+        block_size tokens.
         """
         T, start = idx.size(1), 0 if cache is None else cache.length
         if start + T > self.config.block_size:
