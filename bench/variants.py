@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,8 +165,9 @@ def _plain(setting: Setting) -> Trained:
     return model, torch.optim.AdamW(groups, lr=setting.learning_rate, betas=setting.betas, fused=fused)
 
 
-def nanogpt(folder: str, *, compile: bool, float32: bool) -> Variant:
-    """A nanoGPT checkout's model and optimizer. Its files are not changed. UserError if `folder` has no model.py."""
+def nanogpt(folder: str, *, compile: bool, float32: bool, name: str = "nanoGPT", compares: bool = True) -> Variant:
+    """A nanoGPT checkout's model and optimizer, otherwise as `reference`. Its files are not changed. UserError if
+    `folder` has no model.py."""
     path = Path(folder, "model.py")
     if not os.path.isfile(path):
         raise UserError(f"nanogpt_dir: got {shown(folder)}, expected a nanoGPT checkout, with its model.py")
@@ -184,7 +184,7 @@ def nanogpt(folder: str, *, compile: bool, float32: bool) -> Variant:
                 setting.weight_decay, setting.learning_rate, setting.betas, setting.device.type
             )
 
-    return reference(compile=compile, float32=float32, name="nanoGPT", make=make)
+    return reference(compile=compile, float32=float32, name=name, compares=compares, make=make)
 
 
 def ours(
@@ -216,7 +216,7 @@ def ours(
             weight_decay=setting.weight_decay,
             several=workload.accumulation > 1,
         )
-        module = only_compiled(model, partial(compile_module, device=device)) if compile else model
+        module = only_compiled(model, compile_module) if compile else model
         step = TrainStep(module, optimizer, grad_clip=setting.grad_clip)
         if graphed:
             step = GraphedStep(step, (workload.accumulation, workload.batch_size, workload.config.block_size))
@@ -235,8 +235,10 @@ def variants(device: torch.device, dtype: torch.dtype, nanogpt_dir: str = "") ->
         every.append(reference(compile=compile, float32=float32))
     if on_cpu and dtype != torch.float32:
         # nanoGPT has no autocast on a CPU, but plain torch has: this shows how much of our gain is only bfloat16
-        rung = {"float32": False, "name": "reference autocast", "compares": False}
-        every += [reference(compile=compile, **rung) for compile in (False, True)]
+        for compile in (False, True):
+            rung = {"compile": compile, "float32": False, "compares": False}
+            every += [nanogpt(nanogpt_dir, name="nanoGPT autocast", **rung)] if nanogpt_dir else []
+            every.append(reference(name="reference autocast", **rung))
     every.append(ours("ours eager"))
     if on_cpu:
         return [*every, ours("ours compiled", compile=True)]

@@ -129,9 +129,7 @@ def _sources() -> str:
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def custom_op(
-    name: str, mutates_args: tuple[str, ...] = (), tags: tuple[torch.Tag, ...] = ()
-) -> Callable[[Callable[..., Any]], Any]:
+def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
     """`torch.library.custom_op`, whose fake is its body with the launches left out: both make the same tensors.
 
     A body whose work on shapes depends on the device registers a fake of its own. `BODIES` gives the body by the op's
@@ -149,7 +147,7 @@ def custom_op(
             with recording(INTERPRETER):
                 return body(*args, **kwargs)
 
-        op = torch.library.custom_op(name, body, mutates_args=mutates_args, tags=tags)
+        op = torch.library.custom_op(name, body, mutates_args=mutates_args)
         op.register_fake(fake)
         namespace, short = name.split("::")
         BODIES[getattr(getattr(torch.ops, namespace), short).default] = body

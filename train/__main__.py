@@ -57,20 +57,20 @@ def main() -> int:
             checkpoint = checkpoints.load(path)
         base = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
         config = compose(parsed, base.settings)
+        why = " over ".join([*reversed(parsed.sources), base.why])
         for note in notes(parsed, config) if world.master else ():
             say(note)
         if absent:
             from train.rehearse import rehearse  # imported here: only a rehearsal needs it
 
             tell = print if world.master else lambda text: None
-            why = " over ".join([*reversed(parsed.sources), base.why])
             return rehearse(config, set(parsed.settings), why, checkpoint, world, tell)
         check_sinks(config)
         if world.master and not config.eval_only and not resumed:
             held.enter_context(owned(Path(config.out_dir)))
         device = use_device(local_device(resolve_device(config.device), world))
         with process_group(world, config.backend, device):
-            plan = decide(config, set(parsed.settings), base.why, checkpoint, world, device)
+            plan = decide(config, set(parsed.settings), why, checkpoint, world, device)
             state = make_state(plan, checkpoint)
             del checkpoint, stored  # frees as much memory as the model and the optimizer take
             status = train(state, resumed=resumed)

@@ -15,14 +15,15 @@ from train.hardware import synchronize
 from train.step import Evaluation
 
 
-def compile_module(function: Callable, device: torch.device) -> Callable:
-    """torch.compile for a model, or a part of one, that uses our operations, on `device`.
+def compile_module(function: Callable) -> Callable:
+    """torch.compile for a model, or a part of one, that uses our operations.
 
-    On a CPU, Inductor draws dropout's random numbers one by one. torch's own generator is faster, and its masks are
-    those of a run that is not compiled.
+    torch's own generator draws random numbers, not Inductor's code. So dropout's masks are those of a run that is not
+    compiled. On a CPU Inductor would draw one by one, which is slower. On a GPU it would take two launches for the
+    seeds of the fused kernels, and torch takes one.
     """
     register_fallbacks()
-    return torch.compile(function, options={"fallback_random": True} if device.type == "cpu" else None)
+    return torch.compile(function, options={"fallback_random": True})
 
 
 def register_fallbacks() -> None:
@@ -57,9 +58,9 @@ def model_to_train(
         return model
     say("compiling the model... (takes a ~minute)")
     begin = time.perf_counter()
-    compiled = model if by_block else compile_module(model, device)
+    compiled = model if by_block else compile_module(model)
     for block in model.transformer.h if by_block else ():
-        block.forward = compile_module(block.forward, device)
+        block.forward = compile_module(block.forward)
     shape = config.batch_size, config.block_size
     # two tensors: with one in both places, the compiled code would serve only that case
     idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))

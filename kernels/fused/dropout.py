@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import custom_op
-
 
 @triton.jit
 def keep_mask(seed, o_row, threshold, BLOCK_N: tl.constexpr):
@@ -26,16 +24,10 @@ def keep_mask(seed, o_row, threshold, BLOCK_N: tl.constexpr):
     return (words.reshape(o_row.shape[0], BLOCK_N) >> 8).to(tl.int32) >= threshold
 
 
-@custom_op("nanofuse::draw_seeds", tags=(torch.Tag.nondeterministic_seeded,))
-def _draw_seeds(n: int, device: torch.device) -> Tensor:
-    """(n, 2) int64. One operation also for torch.compile, whose own draw would be two launches with other results."""
-    return torch.randint(2**62, (n, 2), device=device)
-
-
 def seeds(n: int, device: torch.device) -> tuple[Tensor, ...]:
     """Seeds for n calls of operations, from one draw of torch's generator. Each begins at a multiple of 16 bytes, so
     that Triton compiles its kernels once."""
-    return _draw_seeds(n, device).unbind()
+    return torch.randint(2**62, (n, 2), device=device).unbind()
 
 
 def seed_for(x: Tensor, p: float, seed: Tensor | None) -> Tensor | None:

@@ -254,7 +254,7 @@ def _embedding(
     narrow = torch.int16 if len(wte) < 2**15 else torch.int32  # a radix sort passes over its keys once a byte
     tokens = wte.new_empty(len(idx) if sorts else 0, dtype=narrow)
     M, C = x.shape
-    BLOCK_M, BLOCK_N, num_warps = _block(C, 16)
+    BLOCK_M, BLOCK_N, num_warps = _block(C, 32)
     args = dict(
         idx_ptr=idx, wte_ptr=wte, wpe_ptr=wpe, x_ptr=x, tokens_ptr=tokens if sorts else None,
         wte_stride=wte.stride(0), wpe_stride=wpe.stride(0),
