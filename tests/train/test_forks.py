@@ -39,4 +39,5 @@ def test_what_a_config_file_holds_without_effect_is_said_first(tmp_path, monkeyp
         "fork.py: names that are no settings here, left out: lora_rank; only read by later lines: steps"
     )
     assert second.startswith("warmup_iters: 5000 is more than lr_decay_iters (20): the rate rises for 5000 steps")
+    assert rest[0].startswith(f"{tmp_path / 'fork.py'} over the defaults; dataset ")
     assert "2 iterations done" in rest
