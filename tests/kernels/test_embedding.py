@@ -65,7 +65,7 @@ def test_segments_that_begin_and_end_anywhere(lengths: list[int], seed: int, dev
     assert not fault(embedding, reference.embedding, inputs)
 
 
-@pytest.mark.parametrize("V", [65, 2**15 - 1, 2**15])
+@pytest.mark.parametrize("V", [65, 2**15 - 1, 2**15, 2**15 + 1])
 def test_the_keys_of_the_sort_hold_the_vocabularys_last_token(V: int, device: torch.device) -> None:
     idx = torch.randint(V, (1, 50), generator=torch.Generator().manual_seed(V)).to(device)
     idx[0, :3] = torch.tensor([V - 1, 0, V - 1], device=device)

@@ -114,6 +114,13 @@ def test_dropout_keeps_the_mean_and_its_gradient_has_its_mask(p: float, dtype: t
     assert abs((y == 0).double().mean() - share) < 5 * math.sqrt(share * (1 - share) / y.numel())
 
 
+@pytest.mark.parametrize("p", [2**-16, 0.1, 0.5, 1 - 2**-16])
+def test_of_all_values_of_16_bits_a_share_p_drops(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.int64)
+    monkeypatch.setattr(torch, "randint", lambda *args, **options: every)
+    assert (reference.dropout(torch.ones(2**16), p) == 0).sum() == round(p * 2**16)
+
+
 def test_dropout_of_0_takes_nothing_from_the_generator():
     torch.manual_seed(0)
     expected = torch.rand(1)
