@@ -1,8 +1,8 @@
 """A model's state in flat buffers: parameters, their copies in the compute dtype, gradients, moments.
 
 All buffers have the same layout: first the tensors that decay (2 or more dimensions), in named_parameters' order, then
-the others. Each tensor starts at a multiple of ALIGN elements. The gaps always hold zeros. So an update is one launch,
-zeroing is one memset, and ranks sum their gradients in a few large calls.
+the others. Each tensor starts at a multiple of ALIGN elements. The gaps always hold zeros. So AdamW is two launches,
+zeroing is one memset, and ranks sum their gradients in one call.
 
 With bfloat16 or float16 the model reads copies of its parameters in that dtype. The optimizer writes the copies as it
 updates, so the forward pass has no casts. Gradients are those of the copies. They are summed in float32 if there are

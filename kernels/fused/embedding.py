@@ -223,13 +223,13 @@ def embedding_bwd_wpe_kernel(
     tl.store(out, dwpe.to(dwpe_ptr.dtype.element_ty), mask=o_col < C)
 
 
-def _block(C: int, elements: int) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, num_warps): whole rows, so many elements a thread, more warps where rows are wide.
+def _block(C: int) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, num_warps): whole rows, 32 elements a thread, more warps where rows are wide.
 
     Rows whose stride is no multiple of 16 are read element by element, with an address each: 8 at once, or registers
     spill.
     """
-    elements = elements if C % 16 == 0 else 8
+    elements = 32 if C % 16 == 0 else 8
     BLOCK_N = max(16, triton.next_power_of_2(C))
     num_warps = min(16, max(4, BLOCK_N // 256))
     return max(1, elements * 32 * num_warps // BLOCK_N), BLOCK_N, num_warps
@@ -254,7 +254,7 @@ def _embedding(
     narrow = torch.int16 if len(wte) < 2**15 else torch.int32  # a radix sort passes over its keys once a byte
     tokens = wte.new_empty(len(idx) if sorts else 0, dtype=narrow)
     M, C = x.shape
-    BLOCK_M, BLOCK_N, num_warps = _block(C, 32)
+    BLOCK_M, BLOCK_N, num_warps = _block(C)
     args = dict(
         idx_ptr=idx, wte_ptr=wte, wpe_ptr=wpe, x_ptr=x, tokens_ptr=tokens if sorts else None,
         wte_stride=wte.stride(0), wpe_stride=wpe.stride(0),
@@ -272,7 +272,7 @@ def _embedding(
 def _add_dwte(dx: Tensor, tokens: Tensor, seed: Tensor | None, p: float, dwte: Tensor) -> None:
     """Add the gradient of wte to dwte (V, C), packed, of dx (M, C) with unit last stride and tokens (M,)."""
     (M, C), V = dx.shape, len(dwte)
-    BLOCK_M, BLOCK_N, num_warps = _block(C, 32)
+    BLOCK_M, BLOCK_N, num_warps = _block(C)
     tokens, order = torch.sort(tokens, stable=True)
     pieces = dx.new_empty(M // PIECE, C, dtype=torch.float32)
     args = dict(
@@ -294,7 +294,7 @@ def _put_dwpe(dx: Tensor, seed: Tensor | None, p: float, T: int, dwpe: Tensor, a
     """Put the gradient of wpe into the first T rows of dwpe, packed, and zeros into its other rows; or add it.
     dx (M, C) with unit last stride."""
     M, C = dx.shape
-    BLOCK_M, BLOCK_N, num_warps = _block(C, 32)
+    BLOCK_M, BLOCK_N, num_warps = _block(C)
     B = M // max(T, 1)
     args = dict(
         dx_ptr=dx, dwpe_ptr=dwpe, dx_stride=dx.stride(0), C=C, B=B, T=T, tiles=triton.cdiv(B, BLOCK_M),
