@@ -38,7 +38,7 @@ SMOKE = ("-m", "pytest", "-m", "gpu and smoke", "-q", "-p", "no:cacheprovider", 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    minutes: float = setting(8.0, "how long all of it may take", low=0.1)
+    minutes: float = setting(8.0, "how long all of it may take", low=0.1, below=10**6)
     parts: str = setting(",".join(PARTS), "which parts, separated by commas")
     workloads: str = setting("", f"which steps, separated by commas: {', '.join(WORKLOADS)}; empty: by device")
     nanogpt_dir: str = setting("", "folder of a nanoGPT checkout (its model.py), to be measured beside ours", path=True)

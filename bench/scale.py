@@ -46,7 +46,7 @@ NCCL = "NCCL's own model, src/graph/tuning.cc"
 
 @dataclass(frozen=True)
 class ScaleConfig:
-    results: str = setting("", "a results file of python -m bench; empty: estimates for --device")
+    results: str = setting("", "a results file of python -m bench; empty: estimates for --device", path=True)
     device: str = setting("H100", f"without a results file: {', '.join(CARDS)}, or torch's name of one")
     sizes: str = setting("gpt2,gpt2-medium,gpt2-large,gpt2-xl", f"of {', '.join(WORKLOADS)}")
     devices: str = setting("1,2,4,8,64,1024", "how many, separated by commas")

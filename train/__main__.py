@@ -8,11 +8,12 @@ from pathlib import Path
 
 from train.config import TrainConfig, choose_base, compose, notes, parse
 from train.errors import UserError, any_characters, ending, first_line, run
+from train.settings import check_values
 
 if __name__ == "__main__":  # --help and wrong settings end here: importing torch takes seconds
     any_characters()
     with ending():
-        parse(sys.argv[1:])
+        check_values(TrainConfig(**parse(sys.argv[1:]).settings))
 
 import torch
 
@@ -29,7 +30,7 @@ from train.loop import Loop
 from train.plan import Plan, choose_graphs, decide
 from train.plot import plot_run
 from train.profile import ProfiledStep, profiled_step
-from train.sample import SampleConfig, sample_text
+from train.sample import SampleConfig, example_start, sample_text
 from train.state import TrainState, make_state
 from train.step import Evaluation, TrainStep
 
@@ -163,9 +164,8 @@ def farewell(state: TrainState, loop: Loop, say: Callable[[str], None]) -> None:
         if plan.sharded:
             raise UserError("the model is shared out; python -m train.sample reads it from the checkpoint")
         tokenizer = plan.dataset.tokenizer(plan.config.bpe_dir or None)
-        start = "\n" if tokenizer.name != "char" or "\n" in tokenizer.chars else tokenizer.chars[0]
         generator = torch.Generator(plan.device).manual_seed(plan.config.seed)
-        drawn = SampleConfig(start=start, max_new_tokens=300)
+        drawn = SampleConfig(start=example_start(tokenizer), max_new_tokens=300)
         text = "".join(sample_text(state.model, tokenizer, drawn, generator))
         say(f"a sample:\n{text}\n---------------")
     except (UserError, RuntimeError) as error:  # GPT-2's tokenizer must be downloaded once; no memory is left

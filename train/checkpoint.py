@@ -112,10 +112,19 @@ class Held(NamedTuple):
     best_val_loss: float
 
 
-def save(out_dir: Path, checkpoint: dict, keep: int, *, best: bool = False, keep_best: bool = False) -> None:
+def save(
+    out_dir: Path,
+    checkpoint: dict,
+    keep: int,
+    *,
+    best: bool = False,
+    keep_best: bool = False,
+    again: bool = False,
+) -> None:
     """Write `out_dir/ckpt.pt` and, of those before it, keep `keep` - 1: ckpt-previous-1.pt is the newest.
 
-    best: `checkpoint` is the best state so far. keep_best: the ckpt.pt that it replaces is.
+    best: `checkpoint` is the best state so far. keep_best: the ckpt.pt that it replaces is. again: that ckpt.pt holds
+    the same weights, so it is not kept beside the new one.
 
     Raises UserError where the disk is full or out_dir cannot be written; the old one is then untouched.
     """
@@ -127,7 +136,7 @@ def save(out_dir: Path, checkpoint: dict, keep: int, *, best: bool = False, keep
             with open(staging / LATEST, "wb") as file:
                 torch.save(checkpoint, file)
                 sync(file)
-            if keep > 1:
+            if keep > 1 and not again:
                 _keep_previous(out_dir, staging, keep)
             if keep_best:
                 _name_also(out_dir / LATEST, staging, out_dir / BEST)

@@ -34,7 +34,7 @@ class TrainConfig:
     out_dir: str = setting("out", "folder of the checkpoint, metrics.jsonl and the loss curve", group="I/O", path=True)
     eval_interval: int = setting(2000, "iterations between evaluations", low=1)
     log_interval: int = setting(1, "iterations between console lines", low=1)
-    eval_iters: int = setting(200, "batches of each split in an evaluation", low=1)
+    eval_iters: int = setting(200, "batches of each split in an evaluation", low=1, below=10**7)
     eval_only: bool = setting(False, "evaluate once and stop; nothing is written")
     always_save_checkpoint: bool = setting(True, "save after every evaluation, not only after the best so far")
     keep_checkpoints: int = setting(2, "checkpoints kept, the newest included; the best one besides", low=1)
@@ -49,7 +49,9 @@ class TrainConfig:
     tensorboard_log: bool = setting(False, "log to TensorBoard, under out_dir")
 
     dataset: str = setting("openwebtext", "folder under data/, or an absolute path", group="data", path=True)
-    gradient_accumulation_steps: int = setting(1, "micro-batches in a step, over all ranks together", low=1)
+    gradient_accumulation_steps: int = setting(
+        1, "micro-batches in a step, over all ranks together", low=1, below=2**20
+    )
     batch_size: int = setting(12, "sequences in a micro-batch", low=1)
     block_size: int = setting(1024, "tokens in a sequence", low=1)
     seed: int = setting(1337, "seed of the weights, the batches and dropout", low=0)

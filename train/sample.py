@@ -15,12 +15,12 @@ from torch import nn
 from model import GPT, Precision
 from model.generate import generate
 from model.pretrained import from_checkpoint, load_gpt2
-from train.checkpoint import best_of, load
+from train.checkpoint import best_of, load, named
 from train.data import checkpoint_tokenizer, weights_tokenizer
 from train.errors import UserError, first_line, quoted, run, safe, shown
 from train.hardware import device_name, resolve_device, resolve_dtype
 from train.settings import command_line, setting
-from train.text import END_OF_TEXT, GPT2_TOKENS, CharTokenizer, Tokenizer, from_meta, read_text
+from train.text import GPT2_TOKENS, CharTokenizer, Tokenizer, from_meta, read_text
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SampleConfig:
 
     init_from: str = setting(
         "resume",
-        "resume (the best checkpoint in out_dir), gpt2*, or a path to model.safetensors or its folder",
+        "resume (the best in out_dir), gpt2*, or a path to model.safetensors or ckpt.pt or the folder of one",
         group="model",
         path=True,
     )
@@ -37,7 +37,7 @@ class SampleConfig:
     bpe_dir: str = setting("", "folder of GPT-2's encoder.json, for a machine without network", path=True)
 
     start: str = setting("\n", "the prompt, or FILE:prompt.txt", group="sampling")
-    num_samples: int = setting(10, "samples to draw", low=1)
+    num_samples: int = setting(10, "samples to draw", low=1, below=10**8)
     max_new_tokens: int = setting(500, "tokens drawn for each", low=0, below=10**8)
     end_of_text: bool = setting(False, "end a sample at the end-of-text token, with GPT-2's tokenizer")
     temperature: float = setting(0.8, "below 1 less random, above 1 more; 0: always the likeliest", low=0)
@@ -56,17 +56,17 @@ def load_model(config: SampleConfig, dtype: torch.dtype) -> tuple[GPT, Tokenizer
     Raises UserError.
     """
     source, precision = config.init_from, Precision(compute=dtype)
+    path = best_of(Path(config.out_dir)) if source == "resume" else named(source)
     try:
-        if config.init_from == "resume":
-            source = str(best_of(Path(config.out_dir)))
-            checkpoint = load(Path(source))
+        if path is not None:
+            checkpoint = load(path)
             model = from_checkpoint(checkpoint, dropout=0.0, precision=precision)
-            source, meta = f"{source}, iteration {checkpoint['iter_num']}", checkpoint_tokenizer(checkpoint)
+            source, meta = f"{path}, iteration {checkpoint['iter_num']}", checkpoint_tokenizer(checkpoint)
         else:
             model = load_gpt2(source, precision=precision)
             meta = weights_tokenizer(source, model.config.vocab_size)
     except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"{source if config.init_from == 'resume' else 'init_from'}: {error}") from error
+        raise UserError(f"{path or 'init_from'}: {error}") from error
     return model, from_meta(meta, config.bpe_dir or None, model.config.vocab_size), source
 
 
@@ -107,11 +107,9 @@ def read_prompt(start: str, tokenizer: Tokenizer) -> str:
 
 
 def example_start(tokenizer: Tokenizer) -> str:
-    """A prompt that `tokenizer` can encode, as a shell reads it."""
-    if tokenizer.name == "gpt2":
-        return quoted(END_OF_TEXT)
+    """A prompt that `tokenizer` can encode: a line end, or else a letter."""
     chars = tokenizer.chars if isinstance(tokenizer, CharTokenizer) else ("\n",)
-    return quoted("\n" if "\n" in chars else next((char for char in chars if char.isalnum()), chars[0]))
+    return "\n" if "\n" in chars else next((char for char in chars if char.isalnum()), chars[0])
 
 
 def sample_text(
@@ -122,7 +120,7 @@ def sample_text(
     config: only its group "sampling" counts. generator: on the model's device. Raises UserError at the call, where the
     prompt cannot be encoded or a number is out of range.
     """
-    hint = f"--start={example_start(tokenizer)}"
+    hint = f"--start={quoted(example_start(tokenizer))}"
     try:
         ids = tokenizer.encode(config.start)
     except ValueError as error:

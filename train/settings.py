@@ -316,11 +316,11 @@ class _ConfigFile:
                 self._assign(target, ast.copy_location(ast.BinOp(operand, op, value), statement))
             case ast.Expr(value=ast.Constant(value=str())):
                 pass  # a docstring
-            case ast.Import(names=names) if all(alias.name.partition(".")[0] in MODULES for alias in names):
-                for alias in names:  # nothing is imported
+            case ast.Import(names=names):  # nothing is imported; a call of what is not known is refused
+                for alias in names:
                     top = alias.name.partition(".")[0]
                     self._modules[alias.asname or top] = alias.name if alias.asname else top
-            case ast.ImportFrom(module=str() as module, names=names, level=0) if module.partition(".")[0] in MODULES:
+            case ast.ImportFrom(module=str() as module, names=names, level=0):
                 self._modules |= {alias.asname or alias.name: f"{module}.{alias.name}" for alias in names}
             case _:
                 raise Refused(statement, "refused: a config file may only hold `name = value` lines")

@@ -69,8 +69,10 @@ class TrainState:
             )
             best = progress.best_iter == progress.iter_num
             keep_best = not best and 0 < progress.best_iter == self.saved_iter
+            # interrupted where an evaluation was due, and resumed: saved again, now with its loss
+            again = self.saved_iter == progress.iter_num and not self.other_data
             keep = plan.config.keep_checkpoints
-            checkpoints.save(Path(plan.config.out_dir), state, keep, best=best, keep_best=keep_best)
+            checkpoints.save(Path(plan.config.out_dir), state, keep, best=best, keep_best=keep_best, again=again)
             self.saved_iter = progress.iter_num
 
     def _whole(self) -> tuple[dict, dict]:

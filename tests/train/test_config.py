@@ -55,7 +55,9 @@ def test_names_and_defaults_are_nanogpts():
         ({"compile": 1}, ("compile", "1", "bool")),
         # absurd sizes, refused at once
         ({"batch_size": 10**9}, ("batch_size", "got 1024000000000 tokens in a step", "at most 268435456")),
-        ({"gradient_accumulation_steps": 10**9}, ("gradient_accumulation_steps", "tokens in a step")),
+        ({"gradient_accumulation_steps": 10**9}, ("gradient_accumulation_steps", "below 1048576")),
+        ({"gradient_accumulation_steps": 10**6}, ("gradient_accumulation_steps", "tokens in a step")),
+        ({"eval_iters": 10**9}, ("eval_iters: got 1000000000", "below 10000000")),
         ({"block_size": 10**18}, ("block_size", "tokens in a step")),
         ({"n_layer": 10**6}, ("n_layer: got 1000000", "below 1025")),
     ],

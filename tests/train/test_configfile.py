@@ -125,6 +125,7 @@ def test_every_preset_is_valid_and_says_what_it_is():
         ("import math, os\nfrom math import sqrt as root\nn_embd = root(4096)", {"n_embd": 64}),
         # of a fork: no setting here, and of any kind
         ("lora_rank = 8\ntags = [open('x'), print]\nbatch_size = 3", {"batch_size": 3}),
+        ("import numpy as np\nfrom model import GPT\nscale = np.sqrt(2)\nbatch_size = 3", {"batch_size": 3}),
     ],
 )
 def test_a_config_file_may_hold(text, expected, load):
@@ -161,7 +162,9 @@ def test_a_config_file_may_hold(text, expected, load):
         ("batch_size = no_such", "no_such is not assigned"),
         ("batch_sise = 3; batch_size = batch_sise + n", "n is not assigned"),
         ("a, b = 1", "refused"),
-        ("import subprocess", "refused"),
+        ("import subprocess; out_dir = subprocess.getoutput('ls')", "subprocess.getoutput() is not called"),
+        ("import numpy as np; n_embd = np.pi", "refused"),
+        ("from . import base", "refused"),
         ("from os import *; out_dir = getcwd()", "getcwd() is not called"),
         ("wandb_run_name = str(time.time(0))", "cannot be computed"),
         ("wandb_run_name = time.time()", "(float), expected str"),

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.checkpoints import assert_same
+from tests.train.checkpoints import assert_same, saved_iterations
 from tests.train.runs import CONSTANT, Stop, crash, iterations, last, logged, resume, run, send
+from train.checkpoint import load
 
 N = 7  # not a multiple of the intervals
 STATE = ("model", "optimizer", "iter_num", "best_val_loss")
@@ -141,6 +142,17 @@ def test_an_evaluation_that_a_resume_repeats_counts_once(tmp_path):
     assert iterations(tmp_path / "out", "eval") == [0, 2, 4, 4, 6]
     evaluations = logged(tmp_path / "out", "eval")
     assert len({record["val_loss"] for record in evaluations.values()}) == 1
+
+
+def test_a_state_that_is_evaluated_only_when_it_is_resumed_is_kept_once(tmp_path):
+    run(tmp_path / "out", at={3: send(signal.SIGINT)}, eval_interval=2, max_iters=8)
+    assert iterations(tmp_path / "out", "eval") == [0, 2]
+    resume(tmp_path / "out", max_iters=4)
+    assert iterations(tmp_path / "out", "save") == [2, 4, 4]
+    assert saved_iterations(tmp_path / "out") == [4, 2]
+    resume(tmp_path / "out", max_iters=4, block_size=8)  # other weights: those of before are kept
+    assert saved_iterations(tmp_path / "out") == [4, 4]
+    assert load(tmp_path / "out" / "ckpt-previous-1.pt")["model_args"]["block_size"] == 16
 
 
 def test_a_finished_run_is_evaluated_and_left_as_it_is(tmp_path):

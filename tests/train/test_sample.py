@@ -64,6 +64,9 @@ def test_output(run_dir, capsys):
     assert samples(capsys, "--top_p=0.0001") == [a, b]
     assert samples(capsys, "--top_k=0") == samples(capsys, "--top_k=1000")
     assert samples(capsys, "--temperature=0", "--max_new_tokens=5") == [a[:6]] * 2
+    (run_dir / "out").rename("moved")
+    for named in ("moved", "moved/ckpt.pt"):  # as `python -m train` takes them
+        assert samples(capsys, "--start=to be ", f"--init_from={named}") == found
 
 
 def test_prompt_from_a_file(run_dir, capsys, monkeypatch):

@@ -222,6 +222,7 @@ def test_help_lists_every_setting_and_preset_on_a_line_of_its_own(flag, capsys):
     [
         ("--help", 0, "usage: python -m train "),
         ("--batch_siz=1", 2, "error: unknown setting 'batch_siz' (did you mean"),
+        ("--dtype=bf16", 2, "error: dtype: got 'bf16', expected auto | float32 "),
     ],
 )
 def test_help_and_refusals_come_before_torch_is_imported(argument, status, said, tmp_path):
