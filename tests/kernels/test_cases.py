@@ -1,5 +1,7 @@
 """Every case of the registry: values, gradients, compilation, bytes. The same bits twice: on a GPU, test_gpu.py."""
 
+import re
+
 import pytest
 import torch
 
@@ -22,6 +24,11 @@ REGIMES = [
     for k, dtype in enumerate(case.dtypes)
 ]
 BY_NAME = [pytest.param(case, id=case.name) for case in CASES]
+KINDS = [re.split(" |,", case.name)[0] for case in CASES]  # adamw, of which there are several cases
+COMPILED = [
+    pytest.param(case, id=case.name, marks=[] if KINDS.index(kind) == i else pytest.mark.slow)
+    for i, (case, kind) in enumerate(zip(CASES, KINDS, strict=True))
+]
 
 
 @pytest.mark.parametrize(("case", "shape", "dtype"), REGIMES)
@@ -31,7 +38,7 @@ def test_agrees_with_float64(
     assert not fault(case.fused, case.reference, case.make_inputs(shape, dtype, device))
 
 
-@pytest.mark.parametrize("case", BY_NAME)
+@pytest.mark.parametrize("case", COMPILED)
 def test_compiled_without_a_break_it_is_the_same(case: Case, device: torch.device, compiler: None) -> None:
     inputs = case.make_inputs(case.shapes[0], case.dtypes[-1], device)
     torch.compiler.reset()

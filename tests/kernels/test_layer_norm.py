@@ -135,7 +135,11 @@ def test_where_nothing_is_added_the_stream_stays_and_is_copied_only_for_its_grad
 
 @pytest.mark.parametrize(
     ("p", "bias", "x_dtype", "stream"),
-    [(0.5, False, torch.bfloat16, True), (0.0, True, None, False), (0.0, True, None, True)],
+    [
+        (0.5, False, torch.bfloat16, True),
+        pytest.param(0.0, True, None, False, marks=pytest.mark.slow),
+        pytest.param(0.0, True, None, True, marks=pytest.mark.slow),
+    ],
 )
 def test_opcheck(p: float, bias: bool, x_dtype: torch.dtype | None, stream: bool, device: torch.device) -> None:
     seed = torch.tensor([3], device=device) if p else None

@@ -33,7 +33,12 @@ def loss_and_gradients(model: GPT, compiled: nn.Module | None = None) -> list[to
 
 
 @pytest.mark.parametrize(
-    ("ops", "dtype"), [(REFERENCE, torch.float32), (REFERENCE, torch.bfloat16), (FUSED, torch.float32)]
+    ("ops", "dtype"),
+    [
+        (REFERENCE, torch.float32),
+        (REFERENCE, torch.bfloat16),
+        pytest.param(FUSED, torch.float32, marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_gradients(dtype: torch.dtype, ops: Ops) -> None:
     expected, *others = (loss_and_gradients(make(ops, mode, dtype=dtype)) for mode in MODES)

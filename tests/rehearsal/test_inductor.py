@@ -108,6 +108,7 @@ def test_one_graph_to_train_and_one_to_evaluate(
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_registered_fallbacks_are_inductors_own(
     gpu: Gpu,
     inductor: Inductor,  # noqa: F811

@@ -62,13 +62,15 @@ def test_launches_and_bytes_are_pinned(workload: str, recompute: str, fused_matm
         assert 1e9 * micro + work["optimizer"].bytes < 1.12 * least
 
 
+# the others take longer, and are slow
+QUICK = ("gpt2", 0.0, "none"), ("gpt2", 0.0, "mlp"), ("shakespeare_char", 0.2, "block")
+
+
 @pytest.mark.parametrize(
     ("workload", "dropout", "recompute"),
     [
-        *product(["gpt2"], [0.0], MODES),
-        *product(["shakespeare_char"], [0.2], MODES),
-        pytest.param("gpt2", 0.2, "none", marks=pytest.mark.slow),
-        pytest.param("shakespeare_char", 0.0, "none", marks=pytest.mark.slow),
+        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+        for case in product(["gpt2", "shakespeare_char"], [0.0, 0.2], MODES)
     ],
 )
 def test_a_step_waits_for_nothing(gpu: Gpu, workload: str, dropout: float, recompute: str) -> None:
@@ -107,15 +109,13 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("recompute", "compiled"),
+    ("workload", "dropout", "recompute", "compiled"),
     [
-        *((mode, False) for mode in MODES),
-        ("none", True),
-        pytest.param("mlp", True, marks=pytest.mark.slow),
-        pytest.param("block", True, marks=pytest.mark.slow),
+        pytest.param(*case, compiled, marks=[] if case in quick else pytest.mark.slow)
+        for compiled, quick in ((False, QUICK), (True, [("shakespeare_char", 0.2, "none")]))
+        for case in [*product(["gpt2"], [0.0], MODES), *product(["shakespeare_char"], [0.2], MODES)]
     ],
 )
-@pytest.mark.parametrize(("workload", "dropout"), [("gpt2", 0.0), ("shakespeare_char", 0.2)])
 def test_a_capture_is_on_one_stream(gpu: Gpu, workload: str, dropout: float, recompute: str, compiled: bool) -> None:
     shapes = job(workload, recompute, layers=1, dropout=dropout, on="cuda", several=True, accumulation=2)
     shapes = dataclasses.replace(shapes, batch_size=2)

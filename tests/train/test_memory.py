@@ -1,8 +1,10 @@
 """A run that does not fit into memory is refused before it takes any. The message names settings that fit."""
 
 import dataclasses
+import functools
 import re
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from kernels import FUSED, REFERENCE
 from model import GPTConfig
 from tests.train.runs import refusal, resume, run
 from train import memory, plan
-from train.dryrun import Job, dry_run
+from train.dryrun import DryRun, Job, dry_run
 from train.errors import UserError
 from train.memory import advice, check_memory, free_memory
 
@@ -36,6 +38,17 @@ def test_what_is_free(tmp_path: Path) -> None:
     assert free_memory(torch.device("mps"), meminfo) is None
 
 
+@pytest.fixture(scope="module")
+def kept() -> Callable[[Job], DryRun]:
+    return functools.cache(dry_run)
+
+
+@pytest.fixture(autouse=True)
+def no_job_is_run_twice(kept: Callable[[Job], DryRun], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On shapes, the same job gives the same numbers; each takes half a second."""
+    monkeypatch.setattr(memory, "dry_run", kept)
+
+
 @pytest.mark.parametrize(
     ("job", "changes", "ranks", "text"),
     [
@@ -48,9 +61,9 @@ def test_what_is_free(tmp_path: Path) -> None:
         (LARGE, dict(shards=8), 1, "not even --batch_size=1 --recompute=block fits"),
     ],
 )
-def test_the_cheapest_change_that_fits(job: Job, changes: dict, ranks: int, text: str) -> None:
+def test_the_cheapest_change_that_fits(kept, job: Job, changes: dict, ranks: int, text: str) -> None:
     """The room is what the step takes with these changes. The message gives the accumulation of all ranks."""
-    assert advice(job, dry_run(dataclasses.replace(job, **changes)).total, ranks) == text
+    assert advice(job, kept(dataclasses.replace(job, **changes)).total, ranks) == text
 
 
 def test_advice_for_an_absurd_size_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,9 +100,9 @@ def test_a_run_that_does_not_fit_takes_nothing(
     assert len(re.findall(line, capsys.readouterr().out, re.MULTILINE)) == 1
 
 
-def test_on_a_cpu_the_weights_of_a_checkpoint_are_there_already() -> None:
+def test_on_a_cpu_the_weights_of_a_checkpoint_are_there_already(kept) -> None:
     job = Job(GPTConfig(vocab_size=50, block_size=64, n_layer=1, n_head=2, n_embd=64), 8, REFERENCE, on="cpu")
-    run = dry_run(job)
+    run = kept(job)
     for resumed, least in ((False, run.total), (True, run.total - run.memory["weights"])):
         step = dataclasses.replace(job, resumed=resumed)
         assert check_memory(step, "cpu", least, ranks=1)
