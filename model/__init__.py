@@ -8,6 +8,8 @@ logits, loss = model(idx, targets)
 try:
     from kernels import REFERENCE as _OURS  # noqa: F401
 except ImportError as error:
+    if not (error.name or "kernels").startswith("kernels"):  # torch, say, is not installed
+        raise
     raise ImportError(
         f"the package `kernels` that Python found ({error.path or 'none at all'}) is not nanofuse's: "
         "start from nanofuse's folder, or `pip uninstall kernels` and then `pip install -e .` there"

@@ -29,6 +29,7 @@ torch.load(weights_only=True), which runs no code.
 """
 
 import errno
+import io
 import os
 import re
 import shlex
@@ -133,7 +134,7 @@ def save(
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with staging_folder(out_dir) as staging:
-            with open(staging / LATEST, "wb") as file:
+            with _Writer(open(staging / LATEST, "wb", buffering=0)) as file:
                 torch.save(checkpoint, file)
                 sync(file)
             if keep > 1 and not again:
@@ -258,6 +259,14 @@ def _offer(path: Path) -> str:
 
 
 # Writing
+
+
+class _Writer(io.BufferedWriter):
+    """A file for torch.save, which may still write to it when it is closed: where an interrupt came before the end of
+    the archive, torch writes that end when it frees its own writer. An error there would abort the process."""
+
+    def write(self, data: Any) -> int:
+        return len(data) if self.closed else super().write(data)
 
 
 def _keep_previous(out_dir: Path, staging: Path, keep: int) -> None:

@@ -58,7 +58,7 @@ class TrainConfig:
 
     n_layer: int = setting(12, "number of blocks", group="model", low=1, below=1025)
     n_head: int = setting(12, "attention heads; must divide n_embd", low=1)
-    n_embd: int = setting(768, "width", low=1)
+    n_embd: int = setting(768, "width", low=1, below=2**17)
     dropout: float = setting(0.0, "0 for pretraining, 0.1 or more for finetuning", low=0, below=1)
     bias: bool = setting(False, "biases in Linear and LayerNorm")
     gelu: str = setting("auto", "auto: erf for a new model, tanh for OpenAI's weights", choices=("auto", "erf", "tanh"))

@@ -1,7 +1,6 @@
 """Saves: complete after a kill at any time and on a full disk; earlier checkpoints are kept."""
 
 import errno
-import io
 import math
 import os
 import subprocess
@@ -118,24 +117,48 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
     assert k > 4 + 2 * (keep > 1)
 
 
-def test_an_interrupt_under_torchs_writer_stays_one(tmp_path, monkeypatch):
-    """A second Ctrl-C: torch raises a RuntimeError over it."""
+def test_an_interrupt_anywhere_in_torchs_writer_leaves_the_old_one(tmp_path):
+    """A second Ctrl-C, at every call of it. In another process: an error when torch frees its writer aborts that."""
+    script = """
+        import sys
+        from pathlib import Path
+        import torch
+        from tests.train.checkpoints import make_checkpoint, saved_iterations
+        from train import checkpoint
 
-    class Interrupted(io.BytesIO):
-        writes = 0
+        folder, left = Path(sys.argv[1]), 0  # calls until the interrupt
 
-        def write(self, data):
-            self.writes += 1
-            if self.writes == 3:
-                raise KeyboardInterrupt
-            return super().write(data)
+        def interrupting(kind, *names):
+            def method(name):
+                def call(self, *args):
+                    global left
+                    left -= 1
+                    if left == 0:
+                        raise KeyboardInterrupt
+                    return getattr(kind, name)(self, *args)
 
-    checkpoint.save(tmp_path, make_checkpoint(1), keep=2)
-    monkeypatch.setattr(checkpoint, "open", lambda *_: Interrupted(), raising=False)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, make_checkpoint(2), keep=2)
-    assert os.listdir(tmp_path) == ["ckpt.pt"]
-    assert saved_iterations(tmp_path) == [1]
+                return call
+
+            return type(kind.__name__, (kind,), {name: method(name) for name in names})
+
+        checkpoint.save(folder, make_checkpoint(1), keep=2)
+        torch._C.PyTorchFileWriter = interrupting(torch._C.PyTorchFileWriter, "write_record", "write_end_of_file")
+        checkpoint._Writer = interrupting(checkpoint._Writer, "write", "flush")
+        for at in range(1, 1000):
+            left = at
+            try:
+                checkpoint.save(folder, make_checkpoint(2), keep=2)
+            except KeyboardInterrupt:
+                assert saved_iterations(folder) == [1], at
+                assert len(list(folder.iterdir())) == 1
+            else:
+                break
+        assert 30 < at < 1000
+        assert saved_iterations(folder) == [2, 1]
+        """
+    argv, env = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # A full disk

@@ -60,6 +60,7 @@ def test_names_and_defaults_are_nanogpts():
         ({"eval_iters": 10**9}, ("eval_iters: got 1000000000", "below 10000000")),
         ({"block_size": 10**18}, ("block_size", "tokens in a step")),
         ({"n_layer": 10**6}, ("n_layer: got 1000000", "below 1025")),
+        ({"n_embd": 2 * 10**9, "n_head": 1}, ("n_embd: got 2000000000", "below 131072")),
     ],
     ids=lambda value: " ".join(f"{name}={came}" for name, came in value.items()) if isinstance(value, dict) else "",
 )
