@@ -184,7 +184,8 @@ def end_it(child: int, out_dir: Path, end: str, stale: set[Path], rng: random.Ra
             time.sleep(1e-3)
     time.sleep(rng.expovariate(20))
     first, *second = ENDS[end][0]
-    while end == "killed in a save" and lives() and not saves():
+    patience = time.monotonic() + 10  # if only the best is saved, there may be no other save
+    while end == "killed in a save" and lives() and not saves() and time.monotonic() < patience:
         pass
     os.kill(child, first)
     for number in second:
