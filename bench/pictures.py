@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from bench.digest import KernelRow, Run, Steps, slug
 from bench.results import Step
 from bench.tables import digits, rate, sources
-from train.plot import LIGHT, new_figure, printable
+from train.errors import printable
+from train.plot import LIGHT, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,9 +17,9 @@ from bench.digest import Run, Steps, estimates, in_order
 from bench.pictures import NARROW, WIDE, Picture
 from bench.tables import NONE, Table, counted
 from train import errors
-from train.errors import UserError, one_line
+from train.errors import UserError, one_line, printable
 from train.files import making_folder, replacing
-from train.plot import FONT, SCHEME, picture, printable, svg_style
+from train.plot import FONT, SCHEME, picture, svg_style
 from train.settings import command_line, setting
 
 ABOUT = "Report results files of `python -m bench`: MFU across devices; or two commits of one device, compared."

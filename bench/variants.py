@@ -24,7 +24,7 @@ from kernels import REFERENCE, Ops, select
 from model import GPT, GPTConfig, Precision
 from model.flops import FORMULAS, flops_per_token
 from model.groups import param_groups
-from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
+from train.choices import Layer, choose_attention, choose_mlp
 from train.compile import compile_module
 from train.data import Batch
 from train.distributed import World
@@ -202,9 +202,9 @@ def ours(
     def build(setting: Setting) -> StepFunction:
         workload, device = setting.workload, setting.device
         dtype = torch.float32 if float32 else setting.dtype
-        layer = workload.config, workload.batch_size, dtype, device
-        bundle, _ = choose_mlp(select("auto", device), MLPShape.of(*layer), World()) if ops is None else (ops, "")
-        backend, _ = choose_attention(attention, AttentionShape.of(*layer), World())
+        layer = Layer(workload.config, workload.batch_size, dtype, device)
+        bundle, _ = choose_mlp(select("auto", device), layer, World()) if ops is None else (ops, "")
+        backend, _ = choose_attention(attention, layer, World())
         precision = Precision(dtype, resolve_stream("auto", dtype, device.type))
         model = GPT(workload.config, bundle, precision=precision, attention=backend)
         model.to(device).load_state_dict(setting.weights)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,72 +36,65 @@ Clock = Callable[[Timeable, torch.device], float]  # milliseconds that the work 
 MLP = Callable[..., Tensor]
 
 
-# Attention ------------------------------------------------------------------------------------------------------------
+class Layer(NamedTuple):
+    """One layer of a model, as a micro-step computes it."""
 
-
-class AttentionShape(NamedTuple):
-    """The input of one layer's attention in a micro-step."""
-
-    batch: int
-    length: int
-    n_head: int
-    head_size: int
-    dropout: float
+    config: GPTConfig
+    batch_size: int
     dtype: torch.dtype
     device: torch.device
 
-    @classmethod
-    def of(cls, c: GPTConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> Self:
-        """The shape when this model is trained."""
-        return cls(batch_size, c.block_size, c.n_head, c.head_size, c.dropout, dtype, device)
+
+# Attention ------------------------------------------------------------------------------------------------------------
 
 
-def choose_attention(name: str, shape: AttentionShape, world: World, clock: Clock | None = None) -> tuple[str, str]:
+def choose_attention(name: str, layer: Layer, world: World, clock: Clock | None = None) -> tuple[str, str]:
     """(backend of every rank; a message about it, may be empty). `name` is one of BACKENDS.
 
     `auto` on CUDA is the backend that rank 0 measures as the fastest, forward and backward. Elsewhere it stays `auto`,
     the same in every run. Any other name is tried: UserError if it cannot run. clock: replaces CUDA's. The random state
     does not change.
     """
-    devices = [shape.device] if shape.device.type == "cuda" else []
+    devices = [layer.device] if layer.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         if name != "auto":
-            _require(name, shape)
+            _require(name, layer)
             return name, f"{name}, as set"
         if clock is None and not devices:
             return name, ""
         times, when = {}, ""
         if world.master:
-            able = [name for name in MEASURED if not why_not(name, shape)]
-            clock = clock or milliseconds
-            times, when = _times("attention", shape, able, lambda name: clock(layer_pass(name, shape), shape.device))
+
+            def time(name: str) -> float:
+                return (clock or milliseconds)(attention_pass(name, layer), layer.device)
+
+            times, when = _times("attention", layer, [name for name in MEASURED if not why_not(name, layer)], time)
     backend = BACKENDS[world.from_master(BACKENDS.index(next(iter(times), "auto")))]
     if not times:
         return backend, f"torch's own choice; none of {', '.join(MEASURED)} runs here"
     return backend, f"{backend}, {_listed(times)} a layer, forward and backward{when}"
 
 
-def layer_pass(backend: str, shape: AttentionShape) -> Callable[[], None]:
+def attention_pass(backend: str, layer: Layer) -> Callable[[], None]:
     """A function that runs one layer's attention forward and backward, from a random packed qkv to its gradient."""
-    width = shape.n_head * shape.head_size
-    options = {"dtype": shape.dtype, "device": shape.device}
-    qkv = torch.randn(shape.batch, shape.length, 3 * width, **options, requires_grad=True)
-    dy = torch.randn(shape.batch, shape.length, width, **options)
+    c, options = layer.config, {"dtype": layer.dtype, "device": layer.device}
+    qkv = torch.randn(layer.batch_size, c.block_size, 3 * c.n_embd, **options, requires_grad=True)
+    dy = torch.randn(layer.batch_size, c.block_size, c.n_embd, **options)
 
     def work() -> None:
-        y = causal_attention(qkv, shape.n_head, shape.dropout, backend)
+        y = causal_attention(qkv, c.n_head, c.dropout, backend)
         torch.autograd.grad(y, qkv, dy)
 
     return work
 
 
-def why_not(backend: str, shape: AttentionShape) -> str:
-    """Why this backend cannot compute a layer of this shape, in one line; empty if it can."""
+def why_not(backend: str, layer: Layer) -> str:
+    """Why this backend cannot compute the layer's attention, in one line; empty if it can."""
     with warnings.catch_warnings(record=True) as warned:  # torch warns why a backend of its own cannot run
         warnings.simplefilter("always")
         try:
-            layer_pass(backend, shape)()
-            synchronize(shape.device)
+            attention_pass(backend, layer)()
+            synchronize(layer.device)
         except Exception as error:  # of any type: from torch, or from a package that is missing or broken
             said = [str(w.message).split(" (Triggered internally")[0] for w in warned]
             reasons = [text for text in said if "not used because" not in text and "runtime disabled" not in text]
@@ -110,30 +103,14 @@ def why_not(backend: str, shape: AttentionShape) -> str:
     return ""
 
 
-def _require(name: str, shape: AttentionShape) -> None:
-    small = shape._replace(batch=1)
+def _require(name: str, layer: Layer) -> None:
+    small = layer._replace(batch_size=1)
     if reason := why_not(name, small):
         here = ["auto", *(other for other in BACKENDS[1:] if not why_not(other, small))]
-        raise UserError(f"attention: got {name!r}, expected one of: {', '.join(here)} (on {shape.device}): {reason}")
+        raise UserError(f"attention: got {name!r}, expected one of: {', '.join(here)} (on {layer.device}): {reason}")
 
 
 # The MLP --------------------------------------------------------------------------------------------------------------
-
-
-class MLPShape(NamedTuple):
-    """The input of one layer's MLP in a micro-step."""
-
-    rows: int
-    width: int
-    bias: bool
-    gelu: str
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, c: GPTConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> Self:
-        """The shape when this model is trained."""
-        return cls(batch_size * c.block_size, c.n_embd, c.bias, c.gelu, dtype, device)
 
 
 def has_fused_matmul(ops: Ops, width: int, dtype: torch.dtype) -> bool:
@@ -141,63 +118,68 @@ def has_fused_matmul(ops: Ops, width: int, dtype: torch.dtype) -> bool:
     return ops.name == "fused" and dtype.itemsize == 2 and width % 16 == 0
 
 
-def choose_mlp(ops: Ops, shape: MLPShape, world: World, clock: Clock | None = None) -> tuple[Ops, str]:
+def choose_mlp(ops: Ops, layer: Layer, world: World, clock: Clock | None = None) -> tuple[Ops, str]:
     """(the bundle, its MLP with the fastest matmuls; a message about them, may be empty).
 
     On CUDA cuBLAS and each of the fused matmul's tiles are timed, forward and backward separately. A candidate that
     differs from float64 more than the kernels' tests allow is not timed; the message names it. clock: replaces CUDA's.
     The random state does not change.
     """
-    devices = [shape.device] if shape.device.type == "cuda" else []
-    if not has_fused_matmul(ops, shape.width, shape.dtype) or (clock is None and not devices):
+    devices = [layer.device] if layer.device.type == "cuda" else []
+    if not has_fused_matmul(ops, layer.config.n_embd, layer.dtype) or (clock is None and not devices):
         return ops, ""
     from kernels.fused.mlp import ways  # imported here: fused kernels were chosen, so Triton is installed
 
     taken, said = {}, []
     with torch.random.fork_rng(devices):
-        both = ways(torch.empty(0, dtype=shape.dtype, device=shape.device))
+        both = ways(torch.empty(0, dtype=layer.dtype, device=layer.device))
         for direction, names in zip(("forward", "backward"), both, strict=True):
             by_name = {name: partial(ops.mlp, **{f"{direction}_tiles": n}) for n, name in enumerate(names)}
-            fastest, words = _fastest_mlp(by_name, direction, shape, clock) if world.master else (names[0], "")
+            fastest, words = _fastest_mlp(by_name, direction, layer, clock) if world.master else (names[0], "")
             taken[f"{direction}_tiles"] = world.from_master(names.index(fastest))
             said.append(f"{direction} {words}")
     return replace(ops, mlp=partial(ops.mlp, **taken)), "; ".join(said)
 
 
-def _fastest_mlp(by_name: Mapping[str, MLP], direction: str, shape: MLPShape, clock: Clock | None) -> tuple[str, str]:
+def _fastest_mlp(by_name: Mapping[str, MLP], direction: str, layer: Layer, clock: Clock | None) -> tuple[str, str]:
     """(the fastest of those that are correct; a message about it). The first one is not checked."""
-    wrong = {name: reason for name in list(by_name)[1:] if (reason := what_is_wrong(by_name[name], shape))}
+    wrong = {name: reason for name in list(by_name)[1:] if (reason := what_is_wrong(by_name[name], layer))}
     right = [name for name in by_name if name not in wrong]
 
     def time(name: str) -> float:
-        return (clock or milliseconds)(mlp_pass(by_name[name], direction, shape), shape.device)
+        return (clock or milliseconds)(mlp_pass(by_name[name], direction, layer), layer.device)
 
-    times, when = _times(f"mlp {direction}", shape, right, time)
+    times, when = _times(f"mlp {direction}", layer, right, time)
     fastest = next(iter(times))
     left_out = "".join(f", without {name}, which is wrong: {reason}" for name, reason in wrong.items())
     return fastest, f"{fastest}, {_listed(times, digits=3)} a layer{when}{left_out}"
 
 
-def mlp_inputs(shape: MLPShape, rows: int) -> dict[str, Any]:
+def rows_of(layer: Layer) -> int:
+    """Rows that the MLP gets in a micro-step."""
+    return layer.batch_size * layer.config.block_size
+
+
+def mlp_inputs(layer: Layer, rows: int) -> dict[str, Any]:
     """Random arguments of `mlp`. All tensors require gradients."""
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*size, device=shape.device)).to(shape.dtype).requires_grad_()
+        return (scale * torch.randn(*size, device=layer.device)).to(layer.dtype).requires_grad_()
 
-    K, N = shape.width, 4 * shape.width
+    K, N = layer.config.n_embd, 4 * layer.config.n_embd
     return {
         "x": randn(rows, K),
         "fc_weight": randn(N, K, scale=K**-0.5),
-        "fc_bias": randn(N) if shape.bias else None,
+        "fc_bias": randn(N) if layer.config.bias else None,
         "proj_weight": randn(K, N, scale=N**-0.5),
-        "proj_bias": randn(K) if shape.bias else None,
-        "approximate": shape.gelu,
+        "proj_bias": randn(K) if layer.config.bias else None,
+        "approximate": layer.config.gelu,
     }
 
 
-def mlp_pass(mlp: MLP, direction: str, shape: MLPShape) -> Timeable:
+def mlp_pass(mlp: MLP, direction: str, layer: Layer) -> Timeable:
     """One layer's forward pass, or the backward pass through it, with random inputs."""
-    inputs = mlp_inputs(shape, shape.rows)
+    inputs = mlp_inputs(layer, rows_of(layer))
     leaves = [x for x in inputs.values() if isinstance(x, Tensor)]
     dy = torch.randn_like(inputs["x"])
     if direction == "forward":
@@ -205,12 +187,12 @@ def mlp_pass(mlp: MLP, direction: str, shape: MLPShape) -> Timeable:
     return Staged(lambda: mlp(**inputs), lambda y: torch.autograd.grad(y, leaves, dy))
 
 
-def what_is_wrong(mlp: MLP, shape: MLPShape) -> str:
+def what_is_wrong(mlp: MLP, layer: Layer) -> str:
     """What is wrong with an MLP's first CHECKED rows, or their gradients, in one line; empty if nothing is.
 
     The criterion is that of the kernels' tests.
     """
-    inputs = mlp_inputs(shape, min(shape.rows, CHECKED))
+    inputs = mlp_inputs(layer, min(rows_of(layer), CHECKED))
     try:
         return fault(mlp, reference.mlp, inputs)
     except Exception as error:  # of any type: from Triton's compiler, its launcher, CUDA
@@ -220,12 +202,10 @@ def what_is_wrong(mlp: MLP, shape: MLPShape) -> str:
 # Times that are kept --------------------------------------------------------------------------------------------------
 
 
-def _times(
-    kind: str, shape: AttentionShape | MLPShape, names: Sequence[str], time: Callable[[str], float]
-) -> tuple[dict[str, float], str]:
+def _times(kind: str, layer: Layer, names: Sequence[str], time: Callable[[str], float]) -> tuple[dict[str, float], str]:
     """(milliseconds by name, the fastest first; a note if they are an earlier run's). Times what is not stored yet."""
     path = cache_file()
-    key = ", ".join([kind, device_name(shape.device), _versions(), *map(str, shape[:-1])])
+    key = f"{kind}, {device_name(layer.device)}, {_versions()}, {layer.batch_size} x {layer.config}, {layer.dtype}"
     known = read_times(path)
     times, when = known.get(key, {}), ", as an earlier run measured"
     if times.keys() != set(names):

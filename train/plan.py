@@ -21,7 +21,7 @@ from model.config import GPT2_SIZES
 from model.flops import num_params
 from model.pretrained import from_checkpoint, gpt2_shape
 from train.checkpoint import MODEL_ARGS
-from train.choices import AttentionShape, MLPShape, choose_attention, choose_mlp
+from train.choices import Layer, choose_attention, choose_mlp
 from train.config import TrainConfig
 from train.corpora import dataset_folder
 from train.data import Dataset, checkpoint_tokenizer, difference, weights_tokenizer
@@ -84,14 +84,14 @@ def decide(
     dataset.check(shape.block_size, shape.vocab_size)
     config = dataclasses.replace(config, **{name: getattr(shape, name) for name in (*SHAPE, "block_size")})
     free = free_memory(device)  # first: torch's allocator keeps the memory that measuring attention takes
-    layer = shape, config.batch_size, dtype, device
-    backend, attention = choose_attention(config.attention, AttentionShape.of(*layer), world)
+    layer = Layer(shape, config.batch_size, dtype, device)
+    backend, attention = choose_attention(config.attention, layer, world)
     memory = ""
     if not config.eval_only:
         at = as_planned_for(device)
         job = job_of(config, shape, ops, dtype, world, chunk, resumed=checkpoint is not None, **at)
         memory = check_memory(job, str(device), free, world.size)
-    ops, mlp = choose_mlp(ops, MLPShape.of(*layer), world)
+    ops, mlp = choose_mlp(ops, layer, world)
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
     precision = Precision(dtype, resolve_stream(config.residual_dtype, dtype, device.type))
     plan = Plan(config, dataset, device, world, shape, ops, precision, backend, peak, [], tokenizer)

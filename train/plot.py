@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.errors import UserError, run
+from train.errors import UserError, printable, run
 from train.files import replacing
 from train.log import METRICS, Record, read_metrics
 from train.settings import command_line, setting
@@ -52,11 +52,6 @@ def svg_style() -> str:
     ]
     words = f"svg text{{font-family:{FONT}!important}}"
     return f"{words}@media screen and (prefers-color-scheme:dark){{{''.join(dark)}}}"
-
-
-def printable(words: str) -> str:
-    """Without control characters: a name or a message may hold them, and XML may not."""
-    return "".join(c for c in words if c.isprintable())
 
 
 def new_figure(width: float, height: float) -> "Figure":

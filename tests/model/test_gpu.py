@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from model import GPTConfig
 from model.attention import SDPA, causal_attention
 from tests.model.test_attention import Written, truth
-from train.choices import AttentionShape, why_not
+from train.choices import Layer, why_not
 
 CUDA = torch.device("cuda")
 
@@ -17,7 +18,8 @@ pytestmark = [
 
 def need(backend: str, dtype: torch.dtype, dropout: float = 0.0) -> None:
     """Skip what the device lacks; what it surely has must run."""
-    reason = why_not(backend, AttentionShape(2, 200, 3, 64, dropout, dtype, CUDA))
+    config = GPTConfig(block_size=200, n_head=3, n_embd=192, dropout=dropout)
+    reason = why_not(backend, Layer(config, 2, dtype, CUDA))
     half = dtype != torch.float32
     surely = {"cudnn": half, "flash": half, "efficient": True, "math": True}[backend]
     if torch.cuda.get_device_capability() >= (9 if backend == "cudnn" else 8, 0) and surely:

@@ -18,13 +18,20 @@ from model.attention import BACKENDS
 from tests.model import flash_packages
 from tests.train.runs import last, logged, refusal, resume, run
 from train import choices
-from train.choices import MEASURED, AttentionShape, MLPShape, cache_file, choose_attention, choose_mlp
+from train.choices import MEASURED, Layer, cache_file, choose_attention, choose_mlp
 from train.config import TrainConfig
 from train.distributed import World
 from train.errors import UserError
 from train.settings import settings_of
 
-SHAPE = AttentionShape(3, 8, 2, 4, 0.0, torch.float32, torch.device("cpu"))
+CPU = torch.device("cpu")
+LAYER = Layer(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8), 3, torch.float32, CPU)
+MLP = Layer(GPTConfig(block_size=20, vocab_size=9, n_layer=1, n_head=2, n_embd=16), 1, torch.float16, CPU)
+
+
+def changed(layer: Layer, **changes: Any) -> Layer:
+    """The layer of a model with these changes."""
+    return layer._replace(config=replace(layer.config, **changes))
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +73,7 @@ def test_auto_takes_the_fastest_that_runs_and_says_so(
     """cudnn and efficient do not run on a CPU. Without any, torch chooses."""
     if not installed:
         flash_packages.remove(monkeypatch)
-    backend, said = choose_attention("auto", SHAPE._replace(dropout=dropout), World(), clock(*times))
+    backend, said = choose_attention("auto", changed(LAYER, dropout=dropout), World(), clock(*times))
     if expected:
         assert (backend, said) == ("flash_attn", f"{expected} a layer, forward and backward")
     else:
@@ -82,21 +89,21 @@ def test_measured_is_the_layer_that_the_run_computes() -> None:
         asked.append([(x.shape, x.dtype) for x in flash_packages.got])
         return 1.0
 
-    choose_attention("auto", SHAPE._replace(dropout=0.2), World(), clock)
+    choose_attention("auto", changed(LAYER, dropout=0.2), World(), clock)
     assert asked == [[((3, 8, 3, 2, 4), torch.float32)]]
     assert len(flash_packages.dqkvs) > 0
 
 
 def test_random_state_is_as_it_was() -> None:
     before = torch.get_rng_state()
-    choose_attention("auto", SHAPE, World(), clock(1, 2, 3, 4))
-    assert choose_attention("math", SHAPE._replace(dropout=0.2), World()) == ("math", "math, as set")
+    choose_attention("auto", LAYER, World(), clock(1, 2, 3, 4))
+    assert choose_attention("math", changed(LAYER, dropout=0.2), World()) == ("math", "math, as set")
     choose_mlp(FUSED, MLP, World(), clock(*range(6)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_off_cuda_nothing_is_measured() -> None:
-    assert choose_attention("auto", SHAPE, World()) == ("auto", "")
+    assert choose_attention("auto", LAYER, World()) == ("auto", "")
     assert not flash_packages.got
     assert choose_mlp(FUSED, MLP, World()) == (FUSED, "")
 
@@ -109,12 +116,11 @@ def test_every_rank_takes_rank_0s() -> None:
     def never(work: Timeable, device: torch.device) -> float:
         raise AssertionError("only rank 0 measures")
 
-    assert choose_attention("auto", SHAPE, Second(1, 1, 2), never)[0] == "fa3"
+    assert choose_attention("auto", LAYER, Second(1, 1, 2), never)[0] == "fa3"
 
 
 # The MLP
 
-MLP = MLPShape(20, 16, True, "erf", torch.float16, torch.device("cpu"))
 BOTH = ways(torch.empty(0, dtype=MLP.dtype, device="cuda" if torch.cuda.is_available() else "cpu"))
 _, FIRST, SECOND = BOTH[0]
 
@@ -229,15 +235,15 @@ def test_the_first_rows_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ops", "shape"),
+    ("ops", "layer"),
     [
         (REFERENCE, MLP),
         (FUSED, MLP._replace(dtype=torch.float32)),
-        (FUSED, MLP._replace(width=24)),  # rows that do not begin at multiples of 16 elements
+        (FUSED, changed(MLP, n_embd=24)),  # rows that do not begin at multiples of 16 elements
     ],
 )
-def test_where_there_is_one_way_nothing_is_measured(ops: Ops, shape: MLPShape) -> None:
-    chosen, said = choose_mlp(ops, shape, World(), clock())
+def test_where_there_is_one_way_nothing_is_measured(ops: Ops, layer: Layer) -> None:
+    chosen, said = choose_mlp(ops, layer, World(), clock())
     assert chosen is ops
     assert said == ""
 
@@ -255,22 +261,20 @@ def test_every_rank_takes_rank_0s_mlp() -> None:
     assert taken(ops, seen) == (2, 1)
 
 
-def test_the_shapes_are_a_models() -> None:
-    config = GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=16, dropout=0.1, bias=False, gelu="tanh")
-    where = torch.bfloat16, torch.device("cpu")
-    assert AttentionShape.of(config, 3, *where) == AttentionShape(3, 8, 2, 8, 0.1, *where)
-    assert MLPShape.of(config, 3, *where) == MLPShape(24, 16, False, "tanh", *where)
+def test_the_mlp_is_the_models_own() -> None:
+    inputs = choices.mlp_inputs(changed(MLP, bias=False, gelu="tanh"), 3)
+    assert [inputs[name] for name in ("fc_bias", "proj_bias", "approximate")] == [None, None, "tanh"]
 
 
 def test_a_run_computes_with_what_was_chosen(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     rows = []
 
-    def chosen(ops: Ops, shape: MLPShape, world: World) -> tuple[Ops, str]:
+    def chosen(ops: Ops, layer: Layer, world: World) -> tuple[Ops, str]:
         def mlp(x: Tensor, *given: Any) -> Tensor:
             rows.append(x.shape[:-1].numel())
             return ops.mlp(x, *given)
 
-        assert shape.rows == 4 * 16
+        assert choices.rows_of(layer) == 4 * 16
         return replace(ops, mlp=mlp), "as the test likes it"
 
     monkeypatch.setattr("train.plan.choose_mlp", chosen)
@@ -283,23 +287,23 @@ def test_a_run_computes_with_what_was_chosen(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_next_run_takes_the_same_without_measuring() -> None:
-    first = choose_attention("auto", SHAPE, World(), clock(3.0, 0.5, 1.25, 2.0))
-    again = choose_attention("auto", SHAPE, World(), clock())
+    first = choose_attention("auto", LAYER, World(), clock(3.0, 0.5, 1.25, 2.0))
+    again = choose_attention("auto", LAYER, World(), clock())
     assert again == (first[0], f"{first[1]}, as an earlier run measured")
     seen: list[dict[str, Any]] = []
     _, said = choose_mlp(spied(seen), MLP, World(), clock(3.0, 0.5, 1.25, 2.0, 4.0, 3.0))
     ops, later = choose_mlp(spied(seen), MLP, World(), clock())
     assert taken(ops, seen) == (1, 0)
     assert later == said.replace(" a layer", " a layer, as an earlier run measured")
-    assert choose_attention("auto", SHAPE, World(), clock()) == again  # neither overwrites the other
+    assert choose_attention("auto", LAYER, World(), clock()) == again  # neither overwrites the other
 
 
 @pytest.mark.parametrize("change", ["shape", "device", "torch", "candidates"])
 def test_times_of_something_else_are_not_taken(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose_attention("auto", SHAPE, World(), clock(3.0, 0.5, 1.25, 2.0))
-    shape, times = SHAPE, (1.0, 2.0, 3.0, 4.0)
+    choose_attention("auto", LAYER, World(), clock(3.0, 0.5, 1.25, 2.0))
+    shape, times = LAYER, (1.0, 2.0, 3.0, 4.0)
     if change == "shape":
-        shape = SHAPE._replace(batch=2)
+        shape = LAYER._replace(batch_size=2)
     elif change == "device":
         monkeypatch.setattr(choices, "device_name", lambda device: "another card")
     elif change == "torch":
@@ -314,19 +318,19 @@ def test_times_of_something_else_are_not_taken(change: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"a": 3}', '{"a": {"flash": "fast"}}', "\udcff", "folder"])
 def test_a_file_that_is_damaged_is_made_again(damage: str) -> None:
-    choose_attention("auto", SHAPE, World(), clock(3.0, 0.5, 1.25, 2.0))
+    choose_attention("auto", LAYER, World(), clock(3.0, 0.5, 1.25, 2.0))
     if damage == "folder":
         cache_file().unlink()
         cache_file().mkdir()
     else:
         cache_file().write_bytes(damage.encode(errors="surrogateescape"))
-    assert choose_attention("auto", SHAPE, World(), clock(1.0, 2.0, 3.0, 4.0))[0] == "flash"
+    assert choose_attention("auto", LAYER, World(), clock(1.0, 2.0, 3.0, 4.0))[0] == "flash"
     if damage != "folder":
-        assert "earlier" in choose_attention("auto", SHAPE, World(), clock())[1]
+        assert "earlier" in choose_attention("auto", LAYER, World(), clock())[1]
 
 
 def test_where_times_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose_attention("auto", SHAPE, World(), clock(3.0, 0.5, 1.25, 2.0))
+    choose_attention("auto", LAYER, World(), clock(3.0, 0.5, 1.25, 2.0))
     (path,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
     assert path == cache_file() == tmp_path / "cache" / "nanofuse" / "times.json"
     ((key, times),) = json.loads(path.read_text()).items()
@@ -348,7 +352,7 @@ def test_where_times_cannot_be_kept_they_are_measured_each_time(
         monkeypatch.setenv("XDG_CACHE_HOME", "")
         monkeypatch.setattr("os.path.expanduser", lambda path: path)
     for _ in range(2):
-        backend, said = choose_attention("auto", SHAPE, World(), clock(3.0, 0.5, 1.25, 2.0))
+        backend, said = choose_attention("auto", LAYER, World(), clock(3.0, 0.5, 1.25, 2.0))
         assert backend == "flash_attn"
         assert "earlier" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["cache"] * (home == "a file")
@@ -372,7 +376,7 @@ def test_the_setting_names_the_models_backends() -> None:
 )
 def test_a_name_that_cannot_run(name: str, dropout: float, reason: str) -> None:
     with pytest.raises(UserError) as caught:
-        choose_attention(name, SHAPE._replace(dropout=dropout), World())
+        choose_attention(name, changed(LAYER, dropout=dropout), World())
     message = str(caught.value)
     able = "auto, math, flash_attn" if dropout else "auto, flash, math, flash_attn, fa3, fa4"
     assert message.startswith(f"attention: got {name!r}, expected one of: {able} (on cpu): ")

@@ -20,7 +20,7 @@ from model.recompute import MODES
 from tests.train import test_graph as graphs
 from tests.train.runs import last, logged, resume, run
 from tests.train.test_golden import TRACES, golden_batch, golden_model, our_adamw, recorded, relative
-from train.choices import MEASURED, AttentionShape, MLPShape, choose_attention, choose_mlp, why_not
+from train.choices import MEASURED, Layer, choose_attention, choose_mlp, why_not
 from train.data import Batch
 from train.distributed import World
 from train.dryrun import Job, dry_run
@@ -210,13 +210,13 @@ def test_a_run_on_the_second_device(tmp_path: Path) -> None:
 
 def test_auto_measures_and_says_what_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shape = AttentionShape(4, 256, 6, 64, 0.0, torch.bfloat16, CUDA)
+    layer = Layer(GPTConfig(block_size=256, n_head=6, n_embd=384), 4, torch.bfloat16, CUDA)
     before = torch.get_rng_state(), torch.cuda.get_rng_state()
-    backend, said = choose_attention("auto", shape, World())
+    backend, said = choose_attention("auto", layer, World())
     assert backend in MEASURED
     assert said.startswith(f"{backend}, fastest of {backend} ")
     for name in MEASURED:
-        assert (f" {name} " in said) == (not why_not(name, shape)), why_not(name, shape)
+        assert (f" {name} " in said) == (not why_not(name, layer)), why_not(name, layer)
     assert " flash " in said  # every device with bfloat16 can do this
     assert all(
         torch.equal(x, y) for x, y in zip(before, (torch.get_rng_state(), torch.cuda.get_rng_state()), strict=True)
@@ -235,8 +235,8 @@ def test_a_run_says_which_attention_and_which_mlp_it_took(tmp_path: Path, capsys
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_all_tiles_of_the_mlp_are_right_and_timed(tmp_path: Path, dtype: torch.dtype, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shape = MLPShape(4096, 768, True, "erf", dtype, CUDA)
-    _, said = choose_mlp(FUSED, shape, World())
+    layer = Layer(GPTConfig(), 4, dtype, CUDA)
+    _, said = choose_mlp(FUSED, layer, World())
     assert "wrong" not in said
     for names, part in zip(ways(torch.empty(0, dtype=dtype, device=CUDA)), said.split("; "), strict=True):
         assert all(f"{name} " in part for name in names)
@@ -246,8 +246,9 @@ def test_all_tiles_of_the_mlp_are_right_and_timed(tmp_path: Path, dtype: torch.d
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("backend", [*SDPA, "flash_attn", "fa3", "fa4"])
 def test_every_attention_is_captured(backend: str, compile: bool, dropout: float) -> None:
-    shape = AttentionShape(graphs.B, graphs.T, 2, 8, dropout, torch.bfloat16, CUDA)  # the shape of graphs.make
-    if reason := why_not(backend, shape):
+    config = GPTConfig(block_size=graphs.T, n_head=2, n_embd=16, dropout=dropout)  # of graphs.make
+    layer = Layer(config, graphs.B, torch.bfloat16, CUDA)
+    if reason := why_not(backend, layer):
         pytest.skip(f"{backend} does not run here: {reason}")
     options = dict(dropout=dropout, dtype=torch.bfloat16, device=CUDA, attention=backend)
     eager, captured = (graphs.make(**options) for _ in range(2))
