@@ -195,6 +195,9 @@ def test_estimates_are_of_what_nobody_measured_marked_and_hatched(written: Path,
         assert 0 < float(row["MFU, %"]) < float(row["floor's MFU, %"])
     devices = [device for workload, device in found if workload == "gpt2"]
     picture = words(written / "mfu-gpt2.svg")
+    ran = [row for row in tables["Our best step on each device"] if row not in rows and row["workload"] == "gpt2"]
+    floors = [row["floor's MFU, %"] for row in ran]
+    assert [said for said in picture if "floor" in said] == [f"floor {floor} %, computed" for floor in floors]
     assert [name for name in picture if name in devices] == devices
     shown = [f"{found['gpt2', d]['MFU, %']} %, {found['gpt2', d]['median, ms']} ms, estimate" for d in devices]
     assert [value for value in picture if "estimate" in value and "%" in value] == shown
