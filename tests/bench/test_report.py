@@ -251,6 +251,10 @@ def test_the_waterfall_goes_from_the_reference_to_ours(written: Path) -> None:
     for (before, after), change in zip(pairwise(ladder), changes, strict=True):
         assert change[0] == ("+" if at[after] > at[before] else "−")
         assert close(change[1:], abs(at[after] - at[before]))
+    changed = [abs(at[after] - at[before]) for before, after in pairwise(ladder)]
+    whole, *lengths = (length for _, length in bars(written / "waterfall-gpt2-h100-2026-11-22.svg"))
+    expected = [whole * size / at[ladder[0]] for size in (*changed, at[ladder[-1]])]
+    assert lengths == pytest.approx(expected, abs=1.0)  # points
 
 
 def test_plain_torch_is_shown_as_the_references_are_though_it_is_a_rung(written: Path) -> None:
