@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from bench.digest import KernelRow, Run, Steps, slug
 from bench.results import Step
 from bench.tables import digits, rate, sources
-from train.errors import printable
 from train.plot import LIGHT, new_figure
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ class Picture:
             axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **key)
             height += 22 * -(-len(handles) // columns)
         if alone:
-            title, caption = textwrap.wrap(printable(self.title), 90), textwrap.wrap(printable(self.caption), 140)
+            title, caption = textwrap.wrap(self.title, 90), textwrap.wrap(self.caption, 140)
             at = {"x": 0.02, "ha": "left", "parse_math": False}
             figure.suptitle("\n".join(title), size=16, weight="bold", color=LIGHT["ink"], **at)
             figure.supxlabel("\n".join(caption), size=12, color=LIGHT["quiet"], **at)
@@ -110,7 +109,7 @@ class Picture:
                         _write(axes, 0, y, textwrap.shorten(words, 44), role, "axes")
                         y += 0.75
             else:
-                labels[y] = printable(line.label)
+                labels[y] = line.label
             self._line(axes, line, beside, y)
             if self.joined and last and line.value is not None:
                 _rule(axes, (last[0],) * 2, (last[1] + BAR / ROW / 2, y - BAR / ROW / 2), "quiet", 0.8)
@@ -165,7 +164,7 @@ def _write(
     across = {"data": axes.transData, "axes": axes.transAxes, "figure": axes.figure.transFigure}[x_is]
     behind = {"facecolor": LIGHT["paper"], "linewidth": 0, "pad": 0.5}  # keeps words readable on rules
     style = {"size": 13, "va": "center_baseline", "color": LIGHT[role], "parse_math": False, "bbox": behind} | style
-    text = axes.text(x, y, "\n".join(map(printable, words.splitlines())), **style)
+    text = axes.text(x, y, words, **style)
     text.set_transform(
         offset_copy(blended_transform_factory(across, axes.transData), axes.figure, x=gap, units="points")
     )

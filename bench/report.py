@@ -17,7 +17,7 @@ from bench.digest import Run, Steps, estimates, in_order
 from bench.pictures import NARROW, WIDE, Picture
 from bench.tables import NONE, Table, counted
 from train import errors
-from train.errors import UserError, one_line, printable
+from train.errors import UserError, one_line
 from train.files import making_folder, replacing
 from train.plot import FONT, SCHEME, picture, svg_style
 from train.settings import command_line, setting
@@ -69,10 +69,8 @@ def summary(runs: Sequence[Run], guesses: Sequence[Steps]) -> str:
 def html(summary: str, sections: Sequence[Section]) -> str:
     import jinja2
 
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )  # fmt: skip
+    options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(autoescape=True, **options)
     template = environment.from_string(Path(__file__).with_name("page.html").read_text())
     known = {"title": TITLE, "font": FONT, "scheme": SCHEME, "NONE": NONE, "inline": _inline, "svg_style": svg_style()}
     return template.render(summary=summary, sections=sections, widths=(WIDE, NARROW), **known)

@@ -304,6 +304,8 @@ def test_names_that_are_markup_or_paths_stay_words(tmp_path: Path) -> None:
     assert "<script" not in text
     assert "\x1b" not in text
     assert r"<script>alert(1)</script>|`*$x$\x1b[31m" in words_of(text)
+    row = tables_of(tmp_path / "out")["Our best step on each device"][0]
+    assert row["workload"] == r"../<script>alert(1)</script>|`*$x$\x1b[31m"
     assert {path.parent for path in tmp_path.rglob("*.svg")} == {tmp_path / "out"}
     assert all(words(path) for path in (tmp_path / "out").glob("*.svg"))
 
