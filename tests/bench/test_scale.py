@@ -34,7 +34,7 @@ def test_an_all_reduce(devices: int, seconds: float) -> None:
 
 @pytest.mark.parametrize(
     ("devices", "batch_size", "accumulation"),
-    [(1, 32, 15), (2, 30, 8), (64, 8, 1), (1024, 1, 1)],  # 480 sequences
+    [(1, 32, 15), (2, 30, 8), (13, 19, 2), (64, 8, 1), (1024, 1, 1)],  # 480 sequences; 37 for each of 13
 )
 def test_sharing_out_nanogpts_iteration(devices: int, batch_size: int, accumulation: int) -> None:
     job = GPT2.share_out(491520, devices)
