@@ -310,6 +310,15 @@ def test_names_that_are_markup_or_paths_stay_words(tmp_path: Path) -> None:
     assert all(words(path) for path in (tmp_path / "out").glob("*.svg"))
 
 
+def test_a_speed_up_is_over_the_same_rounds() -> None:
+    """Of a step that waited for memory, while the machine became slower."""
+    rows = {step.variant: step for step in cpu().steps}
+    theirs = replace(rows["reference eager"], seconds=[1.0, 1.0, 3.0, 3.0])
+    ours = replace(rows["ours eager"], seconds=[1.5, 1.5], first_round=2)
+    (found,) = Run(Path(), replace(cpu(), steps=[theirs, ours])).steps
+    assert found.speedup(ours) == 2.0
+
+
 def test_a_kernel_is_bounded_by_what_it_meets_first() -> None:
     def bound(matmul: float | None, copy: float | None, **fields: Any) -> tuple:
         kernel = Kernel("toy", [8, 16], "float32", "forward", "fused", [2e-3, 1e-3, 1e-3], **fields)
