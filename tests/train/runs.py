@@ -111,9 +111,10 @@ def logged(out_dir: Path, kind: str = "iter") -> dict[int, dict]:
 
 def records(out_dir: Path) -> list[dict]:
     """Every whole line of metrics.jsonl. A kill may cut the last line of a run."""
-    found = []
-    path = out_dir / "metrics.jsonl"
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    found, content = [], b""
+    with suppress(FileNotFoundError):  # none yet, or just moved aside
+        content = (out_dir / "metrics.jsonl").read_bytes()
+    for line in content.splitlines():
         with suppress(ValueError):
             found.append(json.loads(line))
     return found
