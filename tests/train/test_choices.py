@@ -301,9 +301,9 @@ def test_the_next_run_takes_the_same_without_measuring() -> None:
 @pytest.mark.parametrize("change", ["shape", "device", "torch", "candidates"])
 def test_times_of_something_else_are_not_taken(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choose_attention("auto", LAYER, World(), clock(3.0, 0.5, 1.25, 2.0))
-    shape, times = LAYER, (1.0, 2.0, 3.0, 4.0)
+    layer, times = LAYER, (1.0, 2.0, 3.0, 4.0)
     if change == "shape":
-        shape = LAYER._replace(batch_size=2)
+        layer = LAYER._replace(batch_size=2)
     elif change == "device":
         monkeypatch.setattr(choices, "device_name", lambda device: "another card")
     elif change == "torch":
@@ -311,7 +311,7 @@ def test_times_of_something_else_are_not_taken(change: str, monkeypatch: pytest.
     else:
         flash_packages.remove(monkeypatch)
         times = (1.0,)
-    backend, said = choose_attention("auto", shape, World(), clock(*times))
+    backend, said = choose_attention("auto", layer, World(), clock(*times))
     assert backend == "flash"
     assert "earlier" not in said
 
