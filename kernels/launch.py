@@ -13,16 +13,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
-from hashlib import sha256
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.compiler import config as compiler_config
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels.library import mark_graphs
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, in numpy
 
@@ -122,25 +121,13 @@ def specialised(launch: Launch) -> tuple:
 BODIES: dict[Any, Callable[..., Any]] = {}  # of each registered op, the function that runs on a device
 
 
-@lru_cache
-def _sources() -> str:
-    """A digest of the files of this folder."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
 def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
     """`torch.library.custom_op`, whose fake is its body with the launches left out: both make the same tensors.
 
     A body whose work on shapes depends on the device registers a fake of its own. `BODIES` gives the body by the op's
     overload, `torch.ops.nanofuse.X.default`: whoever wants to see the launches runs it, in `recording`.
-
-    torch.compile keeps graphs on disk. They hold an op's backward pass, but the cache's key has only its name. So
-    registering ops also marks the cache with a digest of our sources: graphs of another version are not taken.
     """
-    mark = f"nanofuse-{_sources()}"
-    if mark not in compiler_config.cache_key_tag:
-        compiler_config.cache_key_tag += mark
+    mark_graphs()
 
     def register(body: Callable[..., Any]) -> Any:
         def fake(*args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ elements a token:
 | math                  | copies of the same views: 3C | (B, H, T, Q); copied: C| dq, dk, dv; stacked: 3C         |
 | flash_attn fa3        | qkv itself                   | (B, T, H, Q)           | dqkv itself, (B, T, 3, H, Q)    |
 | fa4                   | q, k, v: (B, T, H, Q) views  | (B, T, H, Q)           | dq, dk, dv; stacked: 3C         |
-| `_by_matmuls`, CPU    | q, k, v: (BH, T, Q); 3C      | (B, H, T, Q); copied: C| dq, dk, dv; stacked: 3C         |
+| `kernels/cpu.py`      | q, k, v: (BH, T, Q); 3C      | (B, H, T, Q); copied: C| dq, dk, dv; stacked: 3C         |
 | all, with a cache     | q: a view of qkv; k, v:      | as above               | none                            |
 |                       | written to the cache: 2C     |                        |                                 |
 
@@ -18,12 +18,11 @@ c_proj reads y as (B, T, C). That is a view if y's memory is (B, T, H, Q). "Stac
 and dv once more, into one dqkv, in dqkv's own order. The cache holds (L, B, H, S, Q), S = block_size.
 
 The first four are torch's (`scaled_dot_product_attention`), and `auto` lets torch choose among them. On a CPU none of
-them is fast with dropout or in bfloat16; there `auto` uses `_by_matmuls`. The others are packages, imported when they
-are used: flash_attn 2, its version for Hopper (`flash_attn_interface`) and the one for Hopper and Blackwell
-(`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
+them is fast with dropout or in bfloat16; there `auto` uses plain matmuls (`kernels/cpu.py`). The others are packages,
+imported when they are used: flash_attn 2, its version for Hopper (`flash_attn_interface`) and the one for Hopper and
+Blackwell (`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.reference import random_mask
+from kernels import cpu
 from model.config import GPTConfig
 
 SDPA = {
@@ -91,7 +90,7 @@ def causal_attention(
     if backend in PACKAGES and not qkv.is_meta:
         y = PACKAGES[backend](packed, p)
     elif backend == "auto" and cache is None and slow_in_sdpa(qkv.device, qkv.dtype, T, p):
-        y = _by_matmuls(packed, p)
+        y = cpu.attention(packed, p)
     else:
         y = _sdpa(packed, p, backend, cache, layer)
     return y.reshape(B, T, C3 // 3).to(qkv.dtype)
@@ -144,28 +143,16 @@ def _on_shapes(q: Tensor, k: Tensor, v: Tensor, p: float, backend: str) -> Tenso
 
 
 def slow_in_sdpa(device: torch.device, dtype: torch.dtype, tokens: int, p: float) -> bool:
-    """Whether to use `_by_matmuls`: it is faster, and the (B, H, T, T) that it keeps are small, or SDPA keeps them too.
-    Never in float16: its matmuls would overflow."""
+    """Whether plain matmuls (`kernels/cpu.py`) are faster, and the (B, H, T, T) that they keep are small, or SDPA keeps
+    them too. Never in float16: they would overflow.
+
+    Of the time of SDPA in float32 they take 0.4 in bfloat16 (16 sequences of 256 tokens, 6 heads of 64, one thread,
+    forward and backward). With dropout SDPA has only its `math`, which also draws a random float for every weight:
+    they take 0.5 of its time.
+    """
     if device.type != "cpu" or dtype == torch.float16:
         return False
     return p > 0 or (dtype == torch.bfloat16 and tokens <= 256)
-
-
-def _by_matmuls(packed: Tensor, p: float) -> Tensor:
-    """The plain formula, with all T x T weights: packed (B, T, 3, H, Q) -> (B, T, H, Q); the softmax sums in float32.
-
-    It is for a CPU that multiplies bfloat16. There it takes 0.4 of the time of SDPA in float32 (16 sequences of 256
-    tokens, 6 heads of 64, one thread, forward and backward). With dropout SDPA has only its `math`, which also draws a
-    random float for every weight. There it takes 0.5 of SDPA's time.
-    """
-    B, T, _, H, Q = packed.shape
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in packed.unbind(2))  # (BH, T, Q)
-    ahead = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-    weights = torch.bmm(q * Q**-0.5, k.mT).add_(ahead).softmax(-1)
-    if p > 0:
-        keep, scale = random_mask(weights, p)
-        weights, v = weights * keep, v * scale
-    return torch.bmm(weights, v).view(B, H, T, Q).transpose(1, 2)
 
 
 def _flash_attn(packed: Tensor, p: float) -> Tensor:

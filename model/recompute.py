@@ -15,7 +15,7 @@ set back, because CUDA forbids reading its state while a graph is captured (`tra
 keeps the results of random operations: masks. (The fused kernels' masks come from seeds that a block is given.) torch
 marks these operations with a tag, `nondeterministic_seeded`. It marks attention's operations too, with dropout or
 without. That is good: attention takes the most time to repeat, and its result is small, M x C and one float32 a row and
-head. Attention by plain matmuls (`model/attention.py`) is computed again from its random bits.
+head. Attention by plain matmuls (`kernels/cpu.py`) is computed again from its mask.
 
 The policy sees single operations. The result of one that writes in place cannot be kept, since the computation writes
 over it; F.dropout on a CPU does so, `kernels/reference.py`'s does not. torch.compile follows the policy too, and warns

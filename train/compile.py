@@ -19,8 +19,7 @@ def compile_module(function: Callable) -> Callable:
     """torch.compile for a model, or a part of one, that uses our operations.
 
     torch's own generator draws random numbers, not Inductor's code. So dropout's masks are those of a run that is not
-    compiled. On a CPU Inductor would draw one by one, which is slower. On a GPU it would take two launches for the
-    seeds of the fused kernels, and torch takes one.
+    compiled, and on a GPU the seeds of the fused kernels are one launch, not two.
     """
     register_fallbacks()
     return torch.compile(function, options={"fallback_random": True})
@@ -38,8 +37,9 @@ def register_fallbacks() -> None:
     from torch._library.utils import get_layout_constraint_tag
 
     for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("nanofuse::"):
-            op = getattr(torch.ops.nanofuse, name.removeprefix("nanofuse::")).default
+        namespace, _, short = name.partition("::")
+        if namespace in ("nanofuse", "nanofuse_cpu"):
+            op = getattr(getattr(torch.ops, namespace), short).default
             if op not in lowerings:
                 make_fallback(op, tag_to_layout_constraint(get_layout_constraint_tag(op)))
 

@@ -81,7 +81,7 @@ def test_less_is_kept(ops: Ops) -> None:
 @BOTH
 def test_nothing_random_and_no_attention_is_computed_again(ops: Ops) -> None:
     def kept(made: Made) -> int:
-        names = ("aten::native_dropout", "aten::randint", "aten::_scaled_dot_product")
+        names = ("nanofuse_cpu::random_keep", "aten::native_dropout", "aten::randint", "aten::_scaled_dot_product")
         return sum(name.startswith(names) and "backward" not in name for name in made.ops)
 
     model, (idx, targets) = make(ops, "block"), batch()

@@ -59,7 +59,7 @@ def test_gradients_are_put_in_place(
     get zeros. In bfloat16 they are no further from float32's than autograd's are, but for some luck in rounding."""
     loss = functools.partial(FUSED.linear_cross_entropy, chunk_rows=chunk_rows)
     ops = dataclasses.replace(FUSED, linear_cross_entropy=loss)
-    seeds, dloss = [1, 2] if several else [1], 0.3
+    seeds, dloss = [2, 3] if several else [2], 0.3
     exact = expected = by_autograd(make(ops, torch.float32, bias=bias, dropout=dropout), seeds, dloss)
     if dtype != torch.float32:
         expected = by_autograd(make(ops, dtype, bias=bias, dropout=dropout), seeds, dloss)

@@ -1,0 +1,149 @@
+"""Operations for a CPU that torch.compile calls as they are: dropout's masks, an embedding's gradient, and attention by
+plain matmuls.
+
+Inductor can compile their parts, but its code is slower than torch's own operations. It draws random numbers, compares
+16-bit integers and adds rows one by one. It writes a softmax's float32 values to memory, and computes them again in the
+backward pass. As operations of our own they also give the same bits, compiled or not.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.library import mark_graphs
+
+BITS = 16  # random bits for an element of a mask
+
+
+def random_mask(x: Tensor, p: float, shape: Sequence[int] | None = None) -> tuple[Tensor, float]:
+    """Dropout's (keep, scale). keep has x's dtype, and this shape or x's. A share p of its elements are 0, the others
+    1. scale is 1 / (1 - p).
+
+    Each element takes 16 random bits, so p is rounded to a multiple of 2^-16, in both. numpy's SFC64 draws the bits, in
+    less than half the time that torch's generator takes, which draws its seed.
+    """
+    dropped = min(round(p * 2**BITS), 2**BITS - 1)
+    keep = torch.ops.nanofuse_cpu.random_keep.default(x.detach(), list(x.shape if shape is None else shape), dropped)
+    return keep, 1 / (1 - dropped / 2**BITS)
+
+
+def attention(packed: Tensor, p: float) -> Tensor:
+    """Causal attention by the plain formula: packed (B, T, 3, H, Q) -> (B, T, H, Q), with dropout p on the weights.
+
+    All T x T weights are kept for the backward pass. Matmuls run in packed's dtype. The softmax sums in float32.
+    """
+    B, T, _, H, _ = packed.shape
+    keep, scale = random_mask(packed, p, (B * H, T, T)) if p > 0 else (None, 1.0)
+    return _Attention.apply(packed, keep, scale)
+
+
+def embedding(idx: Tensor, weight: Tensor) -> Tensor:
+    """The rows `idx` (...) int64 of a table (V, C), widened to float32: (..., C). Gradients are summed in float32."""
+    return _Embedding.apply(idx, weight)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, idx: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(idx)
+        ctx.V, ctx.dtype = weight.shape[0], weight.dtype
+        x = F.embedding(idx, weight)
+        return x if x.dtype == torch.float64 else x.float()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[None, Tensor]:
+        return None, torch.ops.nanofuse_cpu.embedding_backward.default(dy, *ctx.saved_tensors, ctx.V).to(ctx.dtype)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, packed: Tensor, keep: Tensor | None, scale: float) -> Tensor:
+        y, *read = torch.ops.nanofuse_cpu.attention.default(packed, keep, scale)
+        ctx.save_for_backward(*read, keep)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        return torch.ops.nanofuse_cpu.attention_backward.default(dy, *ctx.saved_tensors, ctx.scale), None, None
+
+
+def _random_keep(x: Tensor, shape: list[int], dropped: int) -> Tensor:
+    """Zeros, `dropped` of 2^16, and ones, in x's dtype. x also tells calls apart: torch.compile makes one call of
+    several with equal arguments."""
+    count, seed = math.prod(shape), torch.randint(2**63 - 1, ()).item()
+    words = np.random.SFC64(seed).random_raw(-(-count * BITS // 64))
+    bits = torch.from_numpy(words.view(np.int16))[:count].view(shape)
+    return bits.ge_(dropped - 2 ** (BITS - 1)).to(x.dtype)
+
+
+def _embedding_backward(dy: Tensor, idx: Tensor, V: int) -> Tensor:
+    """The gradient of a table of V rows."""
+    return torch.ops.aten.embedding_dense_backward(dy, idx, V, -1, False)
+
+
+def _attention(packed: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, and what the backward pass reads): qkv (3, BH, T, Q), scaled; the weights (BH, T, T); what is left of them
+    after dropout, empty without."""
+    B, T, _, H, Q = packed.shape
+    qkv = packed.permute(2, 0, 3, 1, 4).reshape(3, B * H, T, Q)
+    q, k, v = qkv
+    q.mul_(Q**-0.5)
+    ahead = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+    weights = torch.bmm(q, k.mT).add_(ahead)
+    torch.softmax(weights, -1, out=weights)  # row by row, so in place; also below
+    left = weights.new_empty(0)
+    if keep is not None:
+        left = weights * keep
+        v.mul_(scale)
+    y = torch.bmm(weights if keep is None else left, v)
+    return y.view(B, H, T, Q).transpose(1, 2), qkv, weights, left
+
+
+def _attention_backward(
+    dy: Tensor, qkv: Tensor, weights: Tensor, left: Tensor, keep: Tensor | None, scale: float
+) -> Tensor:
+    """The gradient of packed, (B, T, 3, H, Q)."""
+    (q, k, v), (B, T, H, Q) = qkv, dy.shape
+    dy = dy.transpose(1, 2).reshape(B * H, T, Q)
+    dqkv = torch.empty_like(qkv)
+    dq, dk, dv = dqkv
+    torch.bmm((weights if keep is None else left).mT, dy, out=dv)
+    dweights = torch.bmm(dy, v.mT)
+    if keep is not None:
+        dv.mul_(scale)
+        dweights.mul_(keep)
+    dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype, grad_input=dweights)
+    torch.bmm(dscores, k, out=dq)
+    torch.bmm(dscores.mT, q, out=dk)
+    dq.mul_(Q**-0.5)
+    return dqkv.view(3, B, H, T, Q).permute(1, 3, 0, 2, 4).contiguous()
+
+
+# what runs for the operations that are torch's own inside, to be seen by who counts them
+BODIES = {}
+_LIBRARY = torch.library.Library("nanofuse_cpu", "DEF")
+
+
+def _register() -> None:
+    mark_graphs()
+    random = (torch.Tag.nondeterministic_seeded,)
+    for body, fake, tags in (
+        (_random_keep, lambda x, shape, dropped: x.new_empty(shape), random),
+        (_embedding_backward, _embedding_backward, ()),
+        (_attention, _attention, ()),
+        (_attention_backward, _attention_backward, ()),
+    ):
+        name = body.__name__.removeprefix("_")
+        _LIBRARY.define(name + torch.library.infer_schema(body, mutates_args=()), tags=tags)
+        _LIBRARY.impl(name, body, "CPU")
+        torch.library.register_fake(f"nanofuse_cpu::{name}", fake, lib=_LIBRARY)
+        if fake is body:
+            BODIES[getattr(torch.ops.nanofuse_cpu, name).default] = body
+
+
+_register()

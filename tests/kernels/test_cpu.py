@@ -1,0 +1,121 @@
+"""A CPU's operations: values and gradients in float64, masks that differ from call to call, and memory that is kept."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import cpu
+
+EPSILON = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", EPSILON)
+@pytest.mark.parametrize(("T", "p"), [(1, 0.5), (13, 0.0), (13, 0.3), (70, 0.1)])
+def test_attention_is_the_formula_with_the_mask_that_was_drawn(dtype: torch.dtype, T: int, p: float) -> None:
+    B, H, Q = 2, 3, 8
+    packed, dy = draw(B, T, 3, H, Q, dtype=dtype).requires_grad_(), draw(B, T, H, Q, dtype=dtype)
+    torch.manual_seed(5)
+    y = cpu.attention(packed, p)
+    (gradient,) = torch.autograd.grad(y, packed, dy)
+
+    torch.manual_seed(5)
+    keep, scale = cpu.random_mask(packed, p, (B, H, T, T))
+    exact = packed.detach().double().requires_grad_()
+    q, k, v = exact.permute(2, 0, 3, 1, 4)
+    scores = q @ k.mT / math.sqrt(Q) + torch.full((T, T), -math.inf, dtype=torch.float64).triu(1)
+    want = ((scores.softmax(-1) * keep.double() * scale) @ v).transpose(1, 2)
+    (wanted,) = torch.autograd.grad(want, exact, dy.double())
+    for got, true in ((y, want), (gradient, wanted)):
+        assert got.dtype == dtype
+        assert (got.double() - true).abs().max() <= EPSILON[dtype] * true.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (3,), (5, 7)])
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_a_mask_depends_on_torchs_seed_alone(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    masks = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        masks.append(cpu.random_mask(torch.empty(2, dtype=dtype), 0.5, (*shape, 64))[0])
+    assert masks[0].shape == (*shape, 64)
+    assert masks[0].dtype == dtype
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2]) == (masks[0].numel() == 0)
+
+
+def test_compiled_calls_draw_the_masks_of_eager_ones() -> None:
+    """As many calls, in the same order, though their arguments have equal shapes."""
+
+    def masked(x: Tensor) -> list[Tensor]:
+        parts = [x.sin(), x.cos(), x.tan()]
+        return [part * cpu.random_mask(part, 0.5)[0] for part in parts]
+
+    found = []
+    for function in (masked, torch.compile(masked, backend="aot_eager_decomp_partition", fullgraph=True)):
+        torch.manual_seed(1)
+        x = draw(40, 40).requires_grad_()
+        results = function(x)
+        sum(results).sum().backward()
+        found.append([*(result == 0 for result in results), x.grad])
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.equal(eager, compiled)
+    assert not torch.equal(found[1][0], found[1][1])
+
+
+def test_a_tables_gradients_are_summed_in_float32() -> None:
+    """In bfloat16 a sum of ones ends at 256."""
+    table = torch.zeros(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    x = cpu.embedding(torch.ones(2, 500, dtype=torch.int64), table)
+    assert x.dtype == torch.float32
+    x.sum().backward()
+    assert table.grad.dtype == torch.bfloat16
+    assert table.grad.tolist() == [[0.0] * 4, [1000.0] * 4, [0.0] * 4]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_fakes_agree_with_the_operations(p: float) -> None:
+    """opcheck also compiles each operation, and looks for results that share memory with arguments."""
+    ops = torch.ops.nanofuse_cpu
+    packed, dy = draw(2, 5, 3, 2, 4), draw(2, 5, 2, 4)
+    keep, scale = cpu.random_mask(packed, p, (4, 5, 5)) if p else (None, 1.0)
+    _, *read = ops.attention(packed, keep, scale)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.attention.default, (packed, keep, scale), test_utils=tests)
+    torch.library.opcheck(ops.attention_backward.default, (dy, *read, keep, scale), test_utils=tests)
+    idx = torch.ones(2, 5, dtype=torch.int64)
+    torch.library.opcheck(ops.embedding_backward.default, (draw(2, 5, 4), idx, 3), test_utils=tests)
+
+
+FAULTS = """
+import resource, torch
+from train.hardware import use_device
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        for size in (2**24, 2**25):
+            torch.ones(size, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+use_device(torch.device("cpu"))
+faults()  # what is kept must first be there
+print(before, faults())
+"""
+
+
+def test_a_run_on_a_cpu_keeps_the_memory_that_it_frees() -> None:
+    """Pages come from the system once, not for every tensor."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    if before < 1000:
+        pytest.skip("this C library keeps freed memory by itself, or has huge pages")
+    assert after < before / 10
