@@ -20,8 +20,8 @@ BITS = 16  # random bits for an element of a mask
 
 
 def random_mask(x: Tensor, p: float, shape: Sequence[int] | None = None) -> tuple[Tensor, float]:
-    """Dropout's (keep, scale). keep has x's dtype, and this shape or x's. A share p of its elements are 0, the others
-    1. scale is 1 / (1 - p).
+    """Dropout's (keep, scale). keep has x's dtype and, unless another shape is given, x's. A share p of its elements are
+    0, the others 1. scale is 1 / (1 - p).
 
     Each element takes 16 random bits, so p is rounded to a multiple of 2^-16, in both. numpy's SFC64 draws the bits, in
     less than half the time that torch's generator takes, which draws its seed.
@@ -90,7 +90,7 @@ def _attention(packed: Tensor, keep: Tensor | None, scale: float) -> tuple[Tenso
     """(y, and what the backward pass reads): qkv (3, BH, T, Q), scaled; the weights (BH, T, T); what is left of them
     after dropout, empty without."""
     B, T, _, H, Q = packed.shape
-    qkv = packed.permute(2, 0, 3, 1, 4).reshape(3, B * H, T, Q)
+    qkv = packed.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format).view(3, B * H, T, Q)
     q, k, v = qkv
     q.mul_(Q**-0.5)
     ahead = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)

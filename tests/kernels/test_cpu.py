@@ -38,6 +38,15 @@ def test_attention_is_the_formula_with_the_mask_that_was_drawn(dtype: torch.dtyp
         assert (got.double() - true).abs().max() <= EPSILON[dtype] * true.abs().max()
 
 
+@pytest.mark.parametrize(("B", "T", "H"), [(1, 1, 3), (1, 5, 1)])
+def test_attention_leaves_its_argument_as_it_is(B: int, T: int, H: int) -> None:
+    """Also where q, k and v lie in it as they are wanted."""
+    packed = draw(B, T, 3, H, 8)
+    before = packed.clone()
+    cpu.attention(packed, 0.3)
+    assert torch.equal(packed, before)
+
+
 @pytest.mark.parametrize("shape", [(0,), (1,), (3,), (5, 7)])
 @pytest.mark.parametrize("dtype", EPSILON)
 def test_a_mask_depends_on_torchs_seed_alone(shape: tuple[int, ...], dtype: torch.dtype) -> None:
