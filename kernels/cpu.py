@@ -20,8 +20,8 @@ BITS = 16  # random bits for an element of a mask
 
 
 def random_mask(x: Tensor, p: float, shape: Sequence[int] | None = None) -> tuple[Tensor, float]:
-    """Dropout's (keep, scale). keep has x's dtype and, unless another shape is given, x's. A share p of its elements are
-    0, the others 1. scale is 1 / (1 - p).
+    """Dropout's (keep, scale). keep has x's dtype, and x's shape unless another one is given. A share p of its elements
+    are 0, the others 1. scale is 1 / (1 - p).
 
     Each element takes 16 random bits, so p is rounded to a multiple of 2^-16, in both. numpy's SFC64 draws the bits, in
     less than half the time that torch's generator takes, which draws its seed.
