@@ -80,11 +80,11 @@ PATTERNS = tuple(
         (COPIES, r"^aten::(zero|one)s(_like)?$|^aten::full(_like)?$"),
         (ELEMENTWISE, r"at::native.*(elementwise|reduce|dropout|distribution)|^aten::_foreach_"),
         (ELEMENTWISE, r"^aten::(add|sub|mul|div|neg|abs|pow|sqrt|rsqrt|reciprocal|clamp|where|sum|mean|any|all)_?$"),
-        (ELEMENTWISE, r"^aten::(eq|ne|gt|ge|lt|le|is\w+|logical_\w+|bitwise_\w+|bernoulli_|native_dropout|dropout)$"),
+        (ELEMENTWISE, r"^aten::(eq|ne|gt|ge_?|lt|le|is\w+|logical_\w+|bitwise_\w+|bernoulli_|native_dropout|dropout)$"),
         (ELEMENTWISE, r"^aten::(rand\w*|triu_?)$|^nanofuse_cpu::random_keep"),
         (BOOKKEEPING, r"^aten::(as_strided|view|_unsafe_view|reshape|flatten|t|transpose|permute|expand|slice\w*)$"),
         (BOOKKEEPING, r"^aten::(select|narrow|unsqueeze|unbind|split|alias|detach_?|empty\w*|resize_|resolve_\w+|mT)$"),
-        (BOOKKEEPING, r"^aten::(item|_local_scalar_dense)$|^detach$"),
+        (BOOKKEEPING, r"^aten::(item|_local_scalar_dense|lift_fresh)$|^detach$"),
     )
 )
 

@@ -49,6 +49,7 @@ NAMES = {  # one of each kind in a row
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<cutlass::bfloat16_t>::Params)",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_softmax",
+        "nanofuse_cpu::attention",
     ],
     "attention backward": [
         "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x1x1_kernel0_0",
@@ -56,6 +57,7 @@ NAMES = {  # one of each kind in a row
         "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnBwdSm90<flash::CollectiveMainloopBwdSm90<2>>>>",
         "void cutlass::device_kernel<flash::FlashAttnBwdPreprocess<cute::tuple<cute::C<128>>, cutlass::bfloat16_t>>",
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+        "nanofuse_cpu::attention_backward",
     ],
     "LayerNorm forward": [
         "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float>(int, float, float const*)",
@@ -77,6 +79,7 @@ NAMES = {  # one of each kind in a row
     "embeddings": [
         "void at::native::(anonymous namespace)::indexSelectLargeIndex<float, long, unsigned int, 2, 2, -2, true>()",
         "aten::embedding_dense_backward",
+        "nanofuse_cpu::embedding_backward",
     ],
     "optimizer": [
         "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::FusedAdamMathFunctor<float, 4>>",
@@ -96,6 +99,8 @@ NAMES = {  # one of each kind in a row
     ELEMENTWISE: [
         "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>, ...>",
         "aten::add_",
+        "aten::ge_",
+        "nanofuse_cpu::random_keep",
     ],
     "communication": [
         "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
