@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import Ops, cpu
+from kernels import Ops
 from model import GPT, GPTConfig, Precision
 from model.work import Work, step_work
 from train.hardware import resolve_stream
@@ -92,9 +92,6 @@ class Recorder(TorchDispatchMode):
             return self._fused(func, args, kwargs)
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        if func in cpu.BODIES:  # torch's operations inside
-            with self:
-                return cpu.BODIES[func](*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:
                 return func.decompose(*args, **kwargs)

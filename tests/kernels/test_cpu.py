@@ -79,6 +79,10 @@ def test_compiled_calls_draw_the_masks_of_eager_ones() -> None:
     assert not torch.equal(found[1][0], found[1][1])
 
 
+def test_compiled_graphs_on_disk_are_of_these_sources() -> None:
+    assert torch.compiler.config.cache_key_tag.count("nanofuse-") == 1
+
+
 def test_a_tables_gradients_are_summed_in_float32() -> None:
     """In bfloat16 a sum of ones ends at 256."""
     table = torch.zeros(3, 4, dtype=torch.bfloat16, requires_grad=True)
