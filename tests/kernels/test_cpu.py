@@ -1,6 +1,7 @@
 """A CPU's operations: values and gradients in float64, masks that differ from call to call, and memory that is kept."""
 
 import math
+import platform
 import subprocess
 import sys
 
@@ -125,10 +126,11 @@ print(before, faults())
 """
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory in its own way")
 def test_a_run_on_a_cpu_keeps_the_memory_that_it_frees() -> None:
     """Pages come from the system once, not for every tensor."""
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     if before < 1000:
-        pytest.skip("this C library keeps freed memory by itself, or has huge pages")
+        pytest.skip("pages are huge here: there is little to keep")
     assert after < before / 10
