@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
+from torch._inductor.lowering import lowerings
 from torch._inductor.utils import fresh_cache
 
 from model import GPT, GPTConfig
 from tests.train.runs import logged, run
 from tests.train.test_graph import marked
-from train.compile import model_to_train
+from train.compile import model_to_train, register_fallbacks
 from train.config import TrainConfig
 from train.data import Batch
 from train.step import Evaluation, TrainStep
@@ -23,6 +24,13 @@ CPU = torch.device("cpu")
 def small_model(dropout: float = 0.0) -> GPT:
     torch.manual_seed(0)
     return GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, dropout=dropout))
+
+
+def test_inductor_knows_a_cpus_operations_before_the_first_graph() -> None:
+    register_fallbacks()
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("nanofuse_cpu::")]
+    assert len(names) > 3
+    assert all(getattr(torch.ops.nanofuse_cpu, name.partition("::")[2]).default in lowerings for name in names)
 
 
 @pytest.mark.slow
