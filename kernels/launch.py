@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.library import mark_graphs
+from kernels.compiled import mark_graphs
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, in numpy
 

@@ -162,7 +162,8 @@ def test_views_are_updated_in_place_and_their_neighbours_left_alone(device: torc
 )
 def test_nothing_changes_where_the_norm_is_no_number(function, value, inv_scale, max_norm, device) -> None:
     arguments = made(1030, device, max_norm=max_norm, step=scalar(7, device, torch.int64))
-    arguments["compute"] = arguments["param"].to(torch.float16)
+    copy = arguments["param"].to(torch.float16)  # the reference writes it once more, the kernel writes nothing
+    arguments["compute"] = torch.full_like(copy, 3.0) if function is adamw else copy
     arguments["grad"][1029] = value
     got = after(function, arguments | {"inv_scale": scalar(inv_scale, device)})
     assert all(same_bits(got[name], arguments[name]) for name in STATE)

@@ -1,4 +1,8 @@
-"""Peaks by device name, devices and dtypes by name, on machines with and without an accelerator."""
+"""Peaks by device name, devices and dtypes by name, on machines with and without an accelerator; kept memory."""
+
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -157,3 +161,31 @@ def test_dtypes_of_cpus(monkeypatch, fast):
 )
 def test_the_residual_streams_dtype(name: str, dtype: torch.dtype, device: str, expected: torch.dtype) -> None:
     assert resolve_stream(name, dtype, device) == expected
+
+
+FAULTS = """
+import resource, torch
+from train.hardware import use_device
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        for size in (2**24, 2**25):
+            torch.ones(size, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+use_device(torch.device("cpu"))
+faults()  # what is kept must first be there
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory in its own way")
+def test_a_run_on_a_cpu_keeps_the_memory_that_it_frees() -> None:
+    """Pages come from the system once, not for every tensor."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    if before < 1000:
+        pytest.skip("pages are huge here: there is little to keep")
+    assert after < before / 10
