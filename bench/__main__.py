@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from bench import kernels, results, steps
 from bench.results import WRONG, Failure, Tests
-from bench.rules import Budget
+from bench.rules import TimeBudget
 from bench.tables import summary
 from bench.variants import DEFAULTS, WORKLOADS, chosen, variants
 from train.errors import UserError, first_line, run
@@ -52,7 +52,7 @@ class Bench:
 
     def __init__(self, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        self.budget = Budget(60 * config.minutes)
+        self.budget = TimeBudget(60 * config.minutes)
         given = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in HIDDEN}
         words = [f"--{name}={value}" for name, value in given.items() if value != getattr(BenchConfig(), name)]
         self.results = results.started(device, dtype, " ".join(["python -m bench", *words]))

@@ -40,14 +40,14 @@ LEGEND = (
 
 
 @dataclass(frozen=True)
-class Row:
+class Rounds:
     """A row of ours of one run: logarithms of seconds, (rounds, samples of a turn)."""
 
     own: np.ndarray
     references: dict[str, np.ndarray]  # in the same rounds
 
 
-Rows = dict[str, Row]  # of one run, by name
+Rows = dict[str, Rounds]  # of one run, by name
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def verdict(a: Sequence[np.ndarray], b: Sequence[np.ndarray], rows: int) -> Verd
     return Verdict(*np.exp([middle, middle - margin, middle + margin]).tolist())
 
 
-def quiet_rounds(runs: Sequence[Row], names: set[str], within: float) -> list[np.ndarray]:
+def quiet_rounds(runs: Sequence[Rounds], names: set[str], within: float) -> list[np.ndarray]:
     """For each run, log(our time / the references') of its quiet rounds.
 
     names: the references that count; without one, every round is quiet. within: which quantile of our turn counts.
@@ -143,7 +143,7 @@ def _rows(found: Sequence[Kernel | Step]) -> Rows:
         return np.log(seconds).reshape(-1, row.turn)
 
     return {
-        row.name: Row(
+        row.name: Rounds(
             rounds(row, row.seconds),
             {
                 other.name: rounds(other, seconds)

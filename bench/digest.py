@@ -18,7 +18,7 @@ from bench.variants import WORKLOADS
 from model.flops import mfu
 from model.work import ATTAINED, SHEET, Shares, duration, step_work
 from train.errors import one_line
-from train.hardware import CARDS, lookup
+from train.hardware import CARDS, data_sheet
 
 ESTIMATED = ("gpt2", "shakespeare_char")  # workloads
 ESTIMATED_ON = ("a100", "h100", "h200", "b200", "l4", "4090")  # of CARDS
@@ -188,11 +188,13 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
 
 def estimates(runs: Iterable[Run]) -> list[Steps]:
     """The attainable step of each workload of ESTIMATED on each device of ESTIMATED_ON, unless a run measured it."""
-    measured = {(lookup(run.results.device.name), s.workload) for run in runs for s in run.results.steps if s.seconds}
+    measured = {
+        (data_sheet(run.results.device.name), s.workload) for run in runs for s in run.results.steps if s.seconds
+    }
     found = []
     for name in ESTIMATED:
         for card in ESTIMATED_ON:
-            device = lookup(CARDS[card].name)
+            device = data_sheet(CARDS[card].name)
             if (device, name) not in measured:
                 workload, rates = WORKLOADS[name], (device.bf16 * 1e12, device.bandwidth * 1e9)
                 row = workload.row("an estimate", seconds=[roofline(workload.shape, 2, *rates, ATTAINED)])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.results import WRONG, Kernel
-from bench.rules import NO_TIME, RECOMPILED, Budget, compilations, compiling, only_compiled
+from bench.rules import NO_TIME, RECOMPILED, TimeBudget, compilations, compiling, only_compiled
 from kernels import reference, select
 from kernels.cases import CASES, Case, Shape, draw
 from kernels.check import disagreement, in_float64, outputs_and_gradients
@@ -311,7 +311,7 @@ def rows(device: torch.device, seconds: float, cases: tuple[Case, ...] = TIMED) 
     dtype = resolve_dtype("auto", device)
     turns = [(i, case, shape) for case in cases for i, shape in enumerate(shapes(case, device))]
     turns.sort(key=lambda turn: turn[0])  # stable
-    budget = Budget(seconds)
+    budget = TimeBudget(seconds)
     for done, (_, case, shape) in enumerate(turns):
         contest, of_case = None, budget.part(budget.left / (len(turns) - done))
         if budget.fits(CASE):

@@ -4,7 +4,6 @@ Every time is in seconds. Every sample is kept; readers compute the medians. A p
 with its reason if that is known. No value is made up. msgspec reads and writes the classes below.
 """
 
-import dataclasses
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ from msgspec.structs import replace
 from model.config import GPTConfig
 from train.errors import one_line, shown
 from train.files import read_regular, replacing
-from train.hardware import device_name, lookup, measure_bandwidth, measure_flops, peak_flops
+from train.hardware import Peak, data_sheet, device_name, measure_bandwidth, measure_flops, peak_flops
 
 FORMAT, VERSION = "nanofuse-bench", 1
 MAX_BYTES = 1 << 28  # of a results file
@@ -66,12 +65,7 @@ class Ceiling(Struct, frozen=True):
         return max(self.rates)
 
 
-class Peak(Struct, frozen=True):
-    flops: Positive  # FLOP/s, dense, in the dtype of the matmuls
-    source: str  # data sheet, or measured
-
-
-class Row(Struct, frozen=True):
+class Measured(Struct, frozen=True):
     """What rows of kernels and of steps have in common: their samples, or why there are none."""
 
     @property
@@ -84,7 +78,7 @@ class Row(Struct, frozen=True):
         return f"not measured: {self.skipped or 'no reason given'}"
 
 
-class Kernel(Row, frozen=True):
+class Kernel(Measured, frozen=True):
     """One case, shape and dtype, one direction, one variant."""
 
     case: str
@@ -144,7 +138,7 @@ class Shape(Struct, frozen=True):
         _ = self.config  # ValueError for a shape that cannot be built
 
 
-class Step(Row, frozen=True):
+class Step(Measured, frozen=True):
     """A whole training step: one workload, one variant."""
 
     workload: str  # "gpt2", "shakespeare_char", "cpu", ...
@@ -208,7 +202,7 @@ class Results(Struct, frozen=True):
     commit: Commit
     date: str  # ISO 8601, UTC, at the start
     command: str
-    peak: Peak
+    peak: Peak  # dense, in the dtype of the matmuls
     clocks_before: dict[str, str] | None = None  # clocks, power and temperature, from nvidia-smi; CUDA only
     clocks_after: dict[str, str] | None = None
     tests: Tests | None = None
@@ -219,6 +213,10 @@ class Results(Struct, frozen=True):
     complete: bool = False  # False: stopped, by hand or by its time, or a requested part failed
     format: Literal[FORMAT] = FORMAT
     version: Literal[VERSION] = VERSION
+
+    def __post_init__(self) -> None:
+        if not self.peak.flops > 0:
+            raise ValueError(f"peak: got {self.peak.flops} FLOP/s, expected more than 0")
 
     def ceiling(self, what: str, dtype: str = "") -> float | None:
         """The rate of the best ceiling of that kind, None if it was not measured. dtype: of a matmul; empty: of any."""
@@ -286,7 +284,7 @@ def started(where: torch.device, dtype: torch.dtype, command: str) -> Results:
         commit=_commit(),
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         command=command,
-        peak=Peak(**dataclasses.asdict(peak_flops(where, dtype))),
+        peak=peak_flops(where, dtype),
         clocks_before=clocks(where),
     )
 
@@ -298,8 +296,8 @@ def with_ceilings(results: Results, where: torch.device, dtype: torch.dtype, sec
     copies = [measure_bandwidth(where, each) for _ in range(3)]
     name = str(dtype).removeprefix("torch.")
     peak = results.peak
-    if lookup(results.device.name) is None:  # no data sheet: its peak is the best matmul measured
-        peak = replace(peak, flops=max(peak.flops, *matmuls))
+    if data_sheet(results.device.name) is None:  # no data sheet: its peak is the best matmul measured
+        peak = Peak(max(peak.flops, *matmuls), peak.source)
     return replace(results, peak=peak, ceilings=[Ceiling("matmul", name, matmuls), Ceiling("copy", "float32", copies)])
 
 

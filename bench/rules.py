@@ -19,7 +19,7 @@ RECOMPILED = "it was compiled again while it was timed"
 LIMIT = 10_000  # compilations of one code object; a variant needs two: without dropout, and as it is timed
 
 
-class Budget:
+class TimeBudget:
     """Seconds for several tasks. A task that would not end in time is not started.
 
     A task is expected to take as long as the slowest one of its kind so far. The first of its kind is expected to take

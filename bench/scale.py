@@ -22,19 +22,17 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from bench import results
 from bench.digest import short_name
 from bench.results import Results
 from bench.tables import aligned
 from bench.variants import WORKLOADS, chosen
-from model import GPTConfig
 from model.flops import flops_per_token, mfu, num_params
-from model.work import floor, step_work
-from train import dryrun, errors
+from model.work import floor
+from train import errors
+from train.dryrun import Job, dry_run
 from train.errors import UserError, shown
-from train.hardware import CARDS, DTYPES, lookup
+from train.hardware import CARDS, DTYPES, data_sheet
 from train.settings import command_line, setting
 
 Rates = tuple[float, float]  # FLOP/s of one device in the compute dtype, bytes/s of its memory
@@ -57,53 +55,29 @@ class ScaleConfig:
     link_share: float = setting(0.8, "of a link's rate that is reached", low=1e-3, below=1.0000001)
 
 
-@dataclass(frozen=True)
-class Job:
-    """The work of one device in a step."""
+def floors(job: Job, rates: Rates, *, several: bool) -> tuple[float, float]:
+    """Least seconds of a micro-step and of the update. several: gradients of micro-steps or ranks are summed."""
+    work = replace(job, accumulation=2, several=several).work(fused_gelu=True)
+    seconds = {name: floor(part, *rates) for name, part in work.items()}
+    update, sums = seconds.pop("optimizer"), seconds.pop("accumulation")
+    return (sum(seconds.values()) + several * sums) / 2, update
 
-    config: GPTConfig
-    batch_size: int  # sequences of a micro-step
-    accumulation: int = 1  # micro-steps
-    dtype: torch.dtype = torch.bfloat16  # of the matmuls
 
-    @property
-    def tokens(self) -> int:
-        return self.accumulation * self.batch_size * self.config.block_size
+def least_seconds(job: Job, rates: Rates, devices: int = 1) -> float:
+    """Of a step, without the exchange."""
+    micro, update = floors(job, rates, several=devices * job.accumulation > 1)
+    return job.accumulation * micro + update
 
-    @property
-    def gradients(self) -> int:
-        """Bytes that the ranks exchange."""
-        return FLOAT32 * num_params(self.config, non_embedding=False)
 
-    def floors(self, rates: Rates, *, several: bool) -> tuple[float, float]:
-        """Least seconds of a micro-step and of the update. several: gradients of micro-steps or ranks are summed."""
-        compute = self.dtype.itemsize
-        sizes = {"compute": compute, "gradients": FLOAT32 if several else compute, "fused_gelu": True}
-        work = step_work(self.config, self.batch_size, accumulation=2, **sizes)
-        seconds = {name: floor(part, *rates) for name, part in work.items()}
-        update, sums = seconds.pop("optimizer"), seconds.pop("accumulation")
-        return (sum(seconds.values()) + several * sums) / 2, update
+def share_out(job: Job, tokens: int, devices: int) -> Job:
+    """Each device's job in an iteration of `tokens`: equal micro-steps of at most the job's batch size.
 
-    def seconds(self, rates: Rates, devices: int = 1) -> float:
-        """Least seconds of a step, without the exchange."""
-        micro, update = self.floors(rates, several=devices * self.accumulation > 1)
-        return self.accumulation * micro + update
-
-    def share_out(self, tokens: int, devices: int) -> "Job":
-        """Each device's job in an iteration of `tokens`: equal micro-steps of at most this batch size.
-
-        Shares are rounded up to whole sequences, so the iteration can be larger than requested.
-        """
-        sequences = math.ceil(tokens / (devices * self.config.block_size))
-        accumulation = math.ceil(sequences / self.batch_size)
-        return replace(self, batch_size=math.ceil(sequences / accumulation), accumulation=accumulation)
-
-    def held(self, devices: int) -> int:
-        """Bytes on each device, with the fused kernels."""
-        from kernels import FUSED  # it needs Triton
-
-        options = {"accumulation": self.accumulation, "several": devices * self.accumulation > 1, "dtype": self.dtype}
-        return dryrun.dry_run(dryrun.Job(self.config, self.batch_size, FUSED, **options)).total
+    Shares are rounded up to whole sequences, so the iteration can be larger than requested.
+    """
+    sequences = math.ceil(tokens / (devices * job.shape.block_size))
+    accumulation = math.ceil(sequences / job.batch_size)
+    batch_size = math.ceil(sequences / accumulation)
+    return replace(job, batch_size=batch_size, accumulation=accumulation, several=devices * accumulation > 1)
 
 
 @dataclass(frozen=True)
@@ -146,7 +120,7 @@ def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, fl
     """(device's name, its rates, its peak, lines about them), as the file measured, else from data sheets."""
     card = CARDS.get(config.device.lower())
     name = found.device.name if found else card.name if card else config.device
-    row = lookup(name)
+    row = data_sheet(name)
     matmul, copy = (found.ceiling(what) if found else None for what in ("matmul", "copy"))
     if row is None and found is None:
         raise UserError(f"device: got {shown(config.device)}, expected one that train/hardware.py knows")
@@ -173,7 +147,7 @@ def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, fl
 
 def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
     """The links, and lines about them and about what else is assumed."""
-    row = lookup(device)
+    row = data_sheet(device)
     link = row.link if row else None
     if link is None and not config.intranode_gbyte:
         raise UserError(f"intranode_gbyte: got 0.0, expected GB/s in one direction: no link of {device} is known")
@@ -199,16 +173,18 @@ def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
 
 def base_of(name: str, found: Results | None, rates: Rates) -> tuple[Job, float, str]:
     """(one device's step of that model, its slowness, a line about it). Our fastest in the file, else the floor's."""
+    from kernels import FUSED  # it needs Triton
+
     workload = WORKLOADS[name]
     config = replace(workload.config, dropout=0.0)
     ours = [row for row in (found.steps if found else []) if row.seconds and row.variant.startswith("ours")]
     rows = [row for row in ours if row.shape.config == config]
     if not rows:
         said = f"ESTIMATE    {name}: the roofline floor, faster than any device will be"
-        return Job(workload.config, workload.batch_size), 1.0, said
+        return Job(workload.config, workload.batch_size, FUSED), 1.0, said
     row = max(rows, key=lambda row: row.tokens / row.median)
-    job = Job(workload.config, row.shape.batch_size, row.shape.accumulation, DTYPES[row.dtype])
-    slow = row.median / job.seconds(rates)
+    job = Job(workload.config, row.shape.batch_size, FUSED, row.shape.accumulation, dtype=DTYPES[row.dtype])
+    slow = row.median / least_seconds(job, rates)
     said = f"measured    {name}: {1e3 * row.median:.2f} ms for {row.tokens:,} tokens, {row.variant}, {row.dtype}"
     return job, slow, f"{said}, median of {len(row.seconds)}: {slow:.2f} times its floor"
 
@@ -228,26 +204,28 @@ def report(config: ScaleConfig) -> str:
     head = ["devices", "batch", "tokens/iter", "ms/iter", "comm ms", "tokens/s", "MFU", "effic.", "GB each"]
     for name, (base, slow, line) in bases.items():
         rows, alone = [head], 0.0
+        gradients = FLOAT32 * num_params(base.shape, non_embedding=False)  # bytes that the ranks exchange
         for count in devices:
-            job = base.share_out(config.tokens, count)
-            exchange = fabric.all_reduce(job.gradients, count)
-            seconds = slow * job.seconds(rates, count) + exchange
-            rate = job.tokens / seconds  # of one device
+            job = share_out(base, config.tokens, count)
+            exchange = fabric.all_reduce(gradients, count)
+            seconds = slow * least_seconds(job, rates, count) + exchange
+            tokens = job.accumulation * job.batch_size * job.shape.block_size
+            rate = tokens / seconds  # of one device
             alone = alone or rate
             cells = [
                 f"{count:,}",
                 f"{job.accumulation} x {job.batch_size}",
-                f"{count * job.tokens:,}",
+                f"{count * tokens:,}",
                 f"{1e3 * seconds:.2f}",
                 f"{1e3 * exchange:.2f}",
                 f"{count * rate:,.0f}",
-                f"{mfu(flops_per_token(job.config) * job.tokens, seconds, peak):.1%}",
+                f"{mfu(flops_per_token(job.shape) * tokens, seconds, peak):.1%}",
                 f"{rate / alone:.1%}",  # relative to the first row
-                f"{job.held(count) / 1e9:.1f}",
+                f"{dry_run(job).total / 1e9:.1f}",
             ]
             rows.append(cells)
         mark = " (ESTIMATE from the floor)" if line.startswith("ESTIMATE") else ""
-        blocks.append(f"{name}{mark}: {base.gradients / 1e9:.3f} GB of gradients exchanged\n{aligned(rows)}")
+        blocks.append(f"{name}{mark}: {gradients / 1e9:.3f} GB of gradients exchanged\n{aligned(rows)}")
     return "\n\n".join(blocks)
 
 

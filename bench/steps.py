@@ -24,7 +24,7 @@ from msgspec import structs
 
 from bench import results
 from bench.results import WRONG
-from bench.rules import NO_TIME, RECOMPILED, Budget, compilations, compiling
+from bench.rules import NO_TIME, RECOMPILED, TimeBudget, compilations, compiling
 from bench.variants import Setting, StepFunction, Variant, Workload
 from model import GPT
 from train.data import Dataset, Loader
@@ -75,7 +75,7 @@ def measure(
     dtype: torch.dtype,
     *,
     seconds: float,
-    budget: Budget | None = None,
+    budget: TimeBudget | None = None,
     tell: Callable[[str], None] = lambda text: None,
     into: list[results.Step] | None = None,
 ) -> list[results.Step]:
@@ -93,7 +93,7 @@ def measure(
         Timed(v, workload.row(v.name, compares=v.compares, dtype=torch.float32 if v.float32 else dtype))
         for v in variants
     ]
-    budget, rows = budget or Budget(), [] if into is None else into
+    budget, rows = budget or TimeBudget(), [] if into is None else into
     waiting = sorted(timed, key=lambda each: not each.variant.compares)
     with _loader(workload, device) as loader:
         race = Race(setting, loader)
@@ -126,7 +126,7 @@ class Race:
         self.expected: list[float] = []  # the first losses of the first variant
         self.rounds = 0  # counted over all groups
 
-    def prepare(self, each: Timed, ready: list[Timed], budget: Budget) -> bool:
+    def prepare(self, each: Timed, ready: list[Timed], budget: TimeBudget) -> bool:
         """Build the variant and check its first losses. False if it must wait: there is no memory for it beside those
         of ours that are ready.
 
@@ -135,7 +135,7 @@ class Race:
         may_wait = any(other.row.ours for other in ready)
         try:
             self._build(each, ready, budget)
-            if may_wait and free_memory(self.device) < max(other.beside for other in (*ready, each)):
+            if may_wait and spare_memory(self.device) < max(other.beside for other in (*ready, each)):
                 raise torch.OutOfMemoryError("too little memory is left for the steps of all")
         except torch.OutOfMemoryError as error:
             each.step = None
@@ -149,9 +149,9 @@ class Race:
             each.set(turn=max(1, min(50, round(TURN / each.pace))))
         return True
 
-    def _build(self, each: Timed, ready: list[Timed], budget: Budget) -> None:
+    def _build(self, each: Timed, ready: list[Timed], budget: TimeBudget) -> None:
         device = self.device
-        free = free_memory(device)
+        free = spare_memory(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             allocated = torch.cuda.memory_allocated(device)
@@ -172,7 +172,7 @@ class Race:
             synchronize(device)
         if device.type == "cuda":
             each.set(peak_memory=torch.cuda.max_memory_allocated(device) - allocated)
-            each.beside = max(0, each.row.peak_memory - (free - free_memory(device)))
+            each.beside = max(0, each.row.peak_memory - (free - spare_memory(device)))
         tolerance = AGREE[torch.float32 if each.variant.float32 else self.setting.dtype]
         losses, expected = np.array([each.row.losses, self.expected or each.row.losses])
         worst = np.max(np.abs(losses - expected) / np.abs(expected))  # NaN if a loss is
@@ -187,7 +187,7 @@ class Race:
         step = variant.build(self.setting._replace(workload=still))
         return [step(self.loader.train(i)).item() for i in range(CHECKED)]
 
-    def run(self, timed: list[Timed], seconds: float, budget: Budget) -> None:
+    def run(self, timed: list[Timed], seconds: float, budget: TimeBudget) -> None:
         """Measure rounds of all variants that are ready."""
         deadline, rounds = time.perf_counter() + seconds, 0
         expected = sum(each.turn_seconds for each in timed if each.step)  # seconds of a round
@@ -240,7 +240,7 @@ class Race:
         return event
 
 
-def free_memory(device: torch.device) -> float:
+def spare_memory(device: torch.device) -> float:
     """Bytes that may be taken; infinite unless the device is a CUDA device."""
     if device.type != "cuda":
         return math.inf

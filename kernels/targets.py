@@ -202,7 +202,7 @@ def broken(budget: Budget, compiled: Compiled, of: Architecture) -> Iterator[str
 
 
 @dataclass(frozen=True)
-class Row:
+class Inspection:
     """One kernel of one case on one target."""
 
     case: str
@@ -222,7 +222,7 @@ def launches(case: Case, shape: Shape, dtype: torch.dtype, device: Device) -> li
     return list(found.values())
 
 
-def rows(index: int, target: int, wanted: str) -> list[Row]:
+def rows(index: int, target: int, wanted: str) -> list[Inspection]:
     """The kernels of CASES[index] with `wanted` in a name, compiled for sm_<target> and compared with their budgets."""
     case, of, made = CASES[index], ARCHITECTURES[target], []
     for launch in launches(case, case.gpt_shapes[0], torch.bfloat16, Device(target, of.multiprocessors)):
@@ -233,9 +233,9 @@ def rows(index: int, target: int, wanted: str) -> list[Row]:
             compiled = compile_launch(launch, target)
         except Exception as error:  # of any type: from the compiler
             *_, reason = str(error).strip().splitlines() or [type(error).__name__]
-            made.append(Row(case.name, kernel, target, None, [f"does not compile: {reason}"]))
+            made.append(Inspection(case.name, kernel, target, None, [f"does not compile: {reason}"]))
         else:
-            made.append(Row(case.name, kernel, target, compiled, list(broken(BUDGETS[kernel], compiled, of))))
+            made.append(Inspection(case.name, kernel, target, compiled, list(broken(BUDGETS[kernel], compiled, of))))
     return made
 
 
@@ -244,7 +244,7 @@ def rows(index: int, target: int, wanted: str) -> list[Row]:
 HEAD = f"  {'case':<44} {'kernel':<28}  sm regs spill shared warps  waves loads            stores         mma"
 
 
-def line(row: Row) -> str:
+def line(row: Inspection) -> str:
     start = f"{'!' if row.broken else ' '} {row.case:<44} {row.kernel:<28} {row.target:3}"
     if (it := row.compiled) is None:
         return start
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET: got 1, expected it unset: the interpreter takes the compiler's place")
     jobs = [(i, target, options.kernel) for i in range(len(CASES)) for target in options.target or ARCHITECTURES]
     context = multiprocessing.get_context("spawn")  # a fork would leave torch's threads behind
-    made: list[Row] = []
+    made: list[Inspection] = []
     print(HEAD)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
         for group in pool.map(rows, *zip(*jobs, strict=True)):

@@ -37,8 +37,8 @@ VIEWS = frozenset(["_unsafe_view", "lift_fresh", "_reshape_alias"])  # views tha
 ALLOCATIONS = frozenset(["empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"])
 FILLS = frozenset(["zero_", "fill_", "zeros", "zeros_like", "ones_like", "full", "full_like"])  # these only write
 SYNCS = frozenset(["_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_unique2", "masked_select"])
-MATMULS = frozenset(["mm", "addmm", "addmm_", "bmm", "baddbmm"])
-CUBLAS = 2 * 2**25  # bytes of its workspaces: 32 MiB on recent GPUs, for each of two streams
+MATMUL_OPS = frozenset(["mm", "addmm", "addmm_", "bmm", "baddbmm"])
+WORKSPACES = 2 * 2**25  # bytes of its workspaces: 32 MiB on recent GPUs, for each of two streams
 GRANULE = 512  # bytes: torch's allocator for CUDA rounds the size of every tensor up to a multiple
 
 
@@ -196,7 +196,7 @@ def _layout(x: Tensor) -> tuple:
 
 
 def _flops(name: str, args: list[Tensor]) -> int:
-    if name in MATMULS:
+    if name in MATMUL_OPS:
         a, b = args[-2:]
         return 2 * a.numel() * b.shape[-1]
     if "_dot_product_" in name and "attention" in name:
@@ -339,7 +339,7 @@ def _memory(job: Job, step: TrainStep, state: int, peaks: dict[str, Counter[str]
     beyond = {name: most[name] for name in ("activations", "logits", "workspace")}
     loading = weights * (2 if job.resumed and job.on != "cpu" else 1) // job.shards  # copies, until all is in place
     beyond["workspace"] += max(0, loading - sum(beyond.values()))
-    beyond["workspace"] += 0 if job.on == "cpu" else CUBLAS
+    beyond["workspace"] += 0 if job.on == "cpu" else WORKSPACES
     data = 2 * 16 * job.accumulation * M + max(0, state - fixed)  # two steps' tokens and targets, and small tensors
     return parts | beyond | {"data": data}
 

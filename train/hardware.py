@@ -45,8 +45,8 @@ PCIE5 = Link("PCIe 5 x16", 64, 5.7, "PCI Express 5.0: 128 GB/s, both ways")
 
 
 @dataclass(frozen=True)
-class Device:
-    """One row of the table: dense TFLOP/s by precision, GB/s of memory, and the link to others of its kind."""
+class DataSheet:
+    """Of a GPU: dense TFLOP/s by precision, GB/s of memory, and the link to others of its kind."""
 
     name: str  # torch.cuda.get_device_name() without "NVIDIA"
     tf32: float  # of float32 matmuls: a run lets them use TF32
@@ -55,33 +55,38 @@ class Device:
     link: Link
     source: str
 
+    def peak(self, dtype: torch.dtype) -> Peak:
+        """For matmuls of `dtype`."""
+        column = COLUMNS[dtype]
+        return Peak((self.tf32 if column == "tf32" else self.bf16) * 1e12, f"{self.source}, dense {column}")
+
 
 # A MIG slice, a laptop chip or any other card has another name and is measured instead.
-DEVICES = (
+DATA_SHEETS = (
     # name, tf32, bf16, GB/s, link, source
-    Device("A100-SXM4-40GB", 156, 312, 1555, NVLINK3, "NVIDIA A100 data sheet"),
-    Device("A100-SXM4-80GB", 156, 312, 2039, NVLINK3, "NVIDIA A100 data sheet"),
-    Device("A100-PCIE-40GB", 156, 312, 1555, PCIE4, "NVIDIA A100 data sheet"),
-    Device("A100 80GB PCIe", 156, 312, 1935, PCIE4, "NVIDIA A100 data sheet"),
-    Device("A10", 62.5, 125, 600, PCIE4, "NVIDIA A10 data sheet"),
-    Device("A10G", 35, 70, 600, PCIE4, "NVIDIA A10G data sheet"),
-    Device("RTX A6000", 77.4, 154.8, 768, PCIE4, "NVIDIA Ampere GA102 white paper"),
-    Device("L4", 60, 121, 300, PCIE4, "NVIDIA L4 data sheet"),
-    Device("L40S", 183, 362, 864, PCIE4, "NVIDIA L40S data sheet"),
-    Device("H100 80GB HBM3", 495, 989, 3350, NVLINK4, "NVIDIA H100 data sheet, SXM"),
-    Device("H100 PCIe", 378, 756, 2000, PCIE5, "NVIDIA H100 data sheet, PCIe"),
-    Device("H200", 495, 989, 4800, NVLINK4, "NVIDIA H200 data sheet, SXM"),
-    Device("B200", 1100, 2250, 7700, NVLINK5, "NVIDIA Blackwell data sheet, HGX B200"),
+    DataSheet("A100-SXM4-40GB", 156, 312, 1555, NVLINK3, "NVIDIA A100 data sheet"),
+    DataSheet("A100-SXM4-80GB", 156, 312, 2039, NVLINK3, "NVIDIA A100 data sheet"),
+    DataSheet("A100-PCIE-40GB", 156, 312, 1555, PCIE4, "NVIDIA A100 data sheet"),
+    DataSheet("A100 80GB PCIe", 156, 312, 1935, PCIE4, "NVIDIA A100 data sheet"),
+    DataSheet("A10", 62.5, 125, 600, PCIE4, "NVIDIA A10 data sheet"),
+    DataSheet("A10G", 35, 70, 600, PCIE4, "NVIDIA A10G data sheet"),
+    DataSheet("RTX A6000", 77.4, 154.8, 768, PCIE4, "NVIDIA Ampere GA102 white paper"),
+    DataSheet("L4", 60, 121, 300, PCIE4, "NVIDIA L4 data sheet"),
+    DataSheet("L40S", 183, 362, 864, PCIE4, "NVIDIA L40S data sheet"),
+    DataSheet("H100 80GB HBM3", 495, 989, 3350, NVLINK4, "NVIDIA H100 data sheet, SXM"),
+    DataSheet("H100 PCIe", 378, 756, 2000, PCIE5, "NVIDIA H100 data sheet, PCIe"),
+    DataSheet("H200", 495, 989, 4800, NVLINK4, "NVIDIA H200 data sheet, SXM"),
+    DataSheet("B200", 1100, 2250, 7700, NVLINK5, "NVIDIA Blackwell data sheet, HGX B200"),
     # GeForce: TF32 at the rate of the shaders' FP32, 16 bits at twice that
-    Device("GeForce RTX 3090", 35.6, 71.2, 936, PCIE4, "NVIDIA Ampere GA102 white paper, GeForce specifications"),
-    Device("GeForce RTX 4090", 82.6, 165.2, 1008, PCIE4, "NVIDIA Ada white paper, GeForce specifications"),
-    Device("GeForce RTX 5090", 104.8, 209.6, 1792, PCIE5, "NVIDIA RTX Blackwell white paper, GeForce specifications"),
+    DataSheet("GeForce RTX 3090", 35.6, 71.2, 936, PCIE4, "NVIDIA Ampere GA102 white paper, GeForce figures"),
+    DataSheet("GeForce RTX 4090", 82.6, 165.2, 1008, PCIE4, "NVIDIA Ada white paper, GeForce figures"),
+    DataSheet("GeForce RTX 5090", 104.8, 209.6, 1792, PCIE5, "NVIDIA RTX Blackwell white paper, GeForce figures"),
 )
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU that a run can be rehearsed and predicted for: what torch would say of it. `lookup` has its data sheet.
+    """A GPU that a run can be rehearsed and predicted for: what torch would say of it. `data_sheet` has its data sheet.
 
     capability: 90 is sm_90. memory: bytes that are free before a run, about: torch's total_memory of one card, less
     half a gigabyte for the CUDA context.
@@ -116,9 +121,9 @@ def card(name: str) -> Card:
     return Card(p.name, 10 * p.major + p.minor, p.multi_processor_count, free)
 
 
-def lookup(name: str) -> Device | None:
-    """The table's row for a torch.cuda.get_device_name(), None for a device that is not in it."""
-    return next((device for device in DEVICES if device.name == name.strip().removeprefix("NVIDIA ")), None)
+def data_sheet(name: str) -> DataSheet | None:
+    """That of the device with this torch.cuda.get_device_name(), None if it is not known here."""
+    return next((sheet for sheet in DATA_SHEETS if sheet.name == name.strip().removeprefix("NVIDIA ")), None)
 
 
 def device_name(device: torch.device) -> str:
@@ -133,22 +138,14 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.processor() or platform.machine()})"
 
 
-def sheet_peak(device: Device, dtype: torch.dtype) -> Peak:
-    """The data sheet's peak for matmuls of `dtype`."""
-    column = COLUMNS[dtype]
-    figure = device.tf32 if column == "tf32" else device.bf16
-    return Peak(figure * 1e12, f"{device.source}, dense {column}")
-
-
 def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
     """The dense matmul peak of one device in `dtype`: its data sheet's, or measured if the table lacks it.
 
     Measuring takes about half a second of matmuls. Nothing else should run on the device meanwhile.
     """
     name = device_name(device)
-    row = lookup(name) if device.type == "cuda" else None
-    if row is not None:
-        return sheet_peak(row, dtype)
+    if device.type == "cuda" and (sheet := data_sheet(name)):
+        return sheet.peak(dtype)
     where = f"this CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else name
     precision = str(dtype).removeprefix("torch.")
     return Peak(measure_flops(device, dtype), f"measured {precision} matmul peak of {where}")

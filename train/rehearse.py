@@ -23,7 +23,7 @@ from train.data import Dataset
 from train.distributed import World
 from train.dryrun import Call, DryRun, Job, dry_run
 from train.errors import UserError
-from train.hardware import DTYPES, Card, card, lookup, sheet_peak
+from train.hardware import DTYPES, Card, card, data_sheet
 from train.log import check_sinks
 from train.memory import amount, check_memory, job_of, rows_at_a_time
 from train.plan import check_together, check_vocabulary, model_shape
@@ -125,18 +125,18 @@ def _bytes(calls: list[Call]) -> int:
 
 def _times(run: DryRun, job: Job, config: TrainConfig, target: Card, world: World) -> Iterator[str]:
     """The least time of a step and the expected time, if the card's data sheet is known."""
-    row = lookup(target.name)
-    if row is None:
+    sheet = data_sheet(target.name)
+    if sheet is None:
         yield f"time: no data sheet of {target.name} is known here"
         return
-    peak, bandwidth = sheet_peak(row, job.dtype), row.bandwidth * 1e9
+    peak, bandwidth = sheet.peak(job.dtype), sheet.bandwidth * 1e9
     rates = config.peak_flops or peak.flops, bandwidth
     tokens = job.accumulation * job.batch_size * job.shape.block_size
     flops = flops_per_token(job.shape, config.mfu_formula) * tokens
     least = duration(job.work().items(), *rates)
     graphed = config.cuda_graphs and job.shards == 1
     best, worst = (expected(run, job, rates, graphed, *assumed) for assumed in (GOOD, BAD))
-    yield f"peak: {rates[0] / 1e12:.4g} TFLOP/s, {row.bandwidth:,} GB/s: {peak.source}"
+    yield f"peak: {rates[0] / 1e12:.4g} TFLOP/s, {sheet.bandwidth:,} GB/s: {peak.source}"
     yield f"floor: {1e3 * least:.2f} ms/iter, mfu {mfu(flops, least, rates[0]):.1%}: every part at the card's peaks"
     yield (
         f"expected: {1e3 * best:.4g} to {1e3 * worst:.4g} ms/iter, mfu {mfu(flops, worst, rates[0]):.0%} to "

@@ -282,7 +282,7 @@ class GPT2Tokenizer(Tokenizer):
     n_vocab = GPT2_TOKENS
 
     def __init__(self, bpe_dir: str | Path | None = None) -> None:
-        self._bpe = load_gpt2(bpe_dir)
+        self._bpe = gpt2_encoding(bpe_dir)
 
     def encode(self, text: str) -> list[int]:
         return self._bpe.encode(text, allowed_special={END_OF_TEXT})  # takes lone surrogates, too
@@ -305,7 +305,7 @@ def _known(token: int, n_vocab: int) -> int:
     return token
 
 
-def load_gpt2(bpe_dir: str | Path | None = None) -> tiktoken.Encoding:
+def gpt2_encoding(bpe_dir: str | Path | None = None) -> tiktoken.Encoding:
     """GPT-2's BPE from `bpe_dir`, else the offline package, else tiktoken's cache or download."""
     path = Path(bpe_dir) / "encoder.json" if bpe_dir else _packaged_encoder()
     if path is None:

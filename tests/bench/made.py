@@ -4,8 +4,9 @@ import random
 
 from msgspec.structs import replace
 
-from bench.results import Ceiling, Commit, Failure, Kernel, Machine, Peak, Results, Software, Step, Tests
+from bench.results import Ceiling, Commit, Failure, Kernel, Machine, Results, Software, Step, Tests
 from bench.variants import WORKLOADS
+from train.hardware import Peak
 
 LADDER = (  # variant, whether it compares, its time in reference times
     ("reference eager", True, 1.65),

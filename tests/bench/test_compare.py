@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from bench import compare
-from bench.compare import Row, Verdict, quiet_rounds, verdict
+from bench.compare import Rounds, Verdict, quiet_rounds, verdict
 from bench.digest import Run
 from bench.results import Commit, Results, Step
 from tests.bench.made import cpu, h100
@@ -20,7 +20,7 @@ EITHER = pytest.mark.parametrize(("within", "busy"), [(0.1, 0.15), (0.5, 0.03)])
 
 def run(
     rng: np.random.Generator, slower: float = 0.0, *, pace: float = 0.0, busy: float = 0.15, rounds: int = 90
-) -> Row:
+) -> Rounds:
     """A run with two references. Now and then all slows down by `busy` for a while, and there are spikes.
 
     slower, pace: what ours alone, and everything, takes more. All in logarithms.
@@ -35,11 +35,11 @@ def run(
         spikes = (rng.random((rounds, TURN)) < 0.05) * rng.exponential(0.3, (rounds, TURN))
         return offset + pace + states[:, None] + own + spikes
 
-    return Row(times(np.log(0.05) + slower), {"one": times(np.log(0.1)), "two": times(np.log(0.09))})
+    return Rounds(times(np.log(0.05) + slower), {"one": times(np.log(0.1)), "two": times(np.log(0.09))})
 
 
-def told(a: list[Row] | Row, b: list[Row] | Row, within: float = 0.1, rows: int = 1) -> Verdict | None:
-    a, b = ([side] if isinstance(side, Row) else side for side in (a, b))
+def told(a: list[Rounds] | Rounds, b: list[Rounds] | Rounds, within: float = 0.1, rows: int = 1) -> Verdict | None:
+    a, b = ([side] if isinstance(side, Rounds) else side for side in (a, b))
     quiet = quiet_rounds(a + b, set(a[0].references), within)
     enough = min(map(len, quiet)) >= compare.LEAST
     return verdict(quiet[: len(a)], quiet[len(a) :], rows) if enough else None
@@ -79,7 +79,7 @@ def test_a_long_table_of_equals_stays_one() -> None:
 def test_rounds_that_resemble_their_neighbours_are_not_taken_for_independent() -> None:
     rng = np.random.default_rng(12)
     drift = np.repeat(0.05 * rng.standard_normal(30), 10)[:, None]
-    alike, shuffled = Row(drift, {}), Row(rng.permutation(drift), {})
+    alike, shuffled = Rounds(drift, {}), Rounds(rng.permutation(drift), {})
     assert width(told(alike, alike, 0.5)) > 1.5 * width(told(shuffled, shuffled, 0.5))
 
 
@@ -88,7 +88,7 @@ def test_a_machine_that_changed_pace_is_told_by_what_is_not_ours() -> None:
     rng = np.random.default_rng(4)
     a, b = run(rng, busy=0.0), run(rng, pace=0.04, busy=0.0)
     assert told(a, b).words == "no difference"
-    assert told(Row(a.own, {}), Row(b.own, {})).words.startswith("slower by 4.")
+    assert told(Rounds(a.own, {}), Rounds(b.own, {})).words.startswith("slower by 4.")
     assert told(a, run(rng, pace=0.1, busy=0.0)) is None  # nobody knows what so much does to ours
 
 
@@ -96,10 +96,10 @@ def test_what_suffers_more_than_the_references_from_other_work_is_not_called_slo
     """Ours take 30 % more while another is at work, the references 15: that was longer in the second run."""
     rng = np.random.default_rng(6)
 
-    def shared(busy_rounds: int) -> Row:
+    def shared(busy_rounds: int) -> Rounds:
         still = run(rng, busy=0.0)
         states = (np.arange(90) < busy_rounds)[:, None]
-        return Row(still.own + 0.3 * states, {k: control + 0.15 * states for k, control in still.references.items()})
+        return Rounds(still.own + 0.3 * states, {k: control + 0.15 * states for k, control in still.references.items()})
 
     assert told(shared(20), shared(70)).words == "no difference"
 
@@ -116,7 +116,7 @@ def test_the_verdict_is_the_same_every_time_and_says_by_how_much() -> None:
     rng = np.random.default_rng(7)
     a, b = run(rng), run(rng)
     assert told(a, b) == told(a, b)
-    assert told(a, Row(b.own[:-1], b.references)).words == "no difference"  # it was stopped within a round
+    assert told(a, Rounds(b.own[:-1], b.references)).words == "no difference"  # it was stopped within a round
     assert Verdict(1.031, 1.022, 1.04).words == "slower by 3.1 % (2.2–4.0)"
     assert Verdict(0.969, 0.96, 0.978).words == "faster by 3.1 % (2.2–4.0)"
     assert Verdict(0.99, 0.97, 1.0).words == "no difference"
@@ -125,7 +125,7 @@ def test_the_verdict_is_the_same_every_time_and_says_by_how_much() -> None:
 def test_few_rounds_get_no_verdict_and_some_a_wide_one() -> None:
     rng = np.random.default_rng(14)
     assert told(run(rng, rounds=7), run(rng)) is None
-    pairs = [[Row(0.05 * rng.standard_normal((8, 1)), {}) for _ in range(2)] for _ in range(100)]
+    pairs = [[Rounds(0.05 * rng.standard_normal((8, 1)), {}) for _ in range(2)] for _ in range(100)]
     assert [told(a, b, 0.5).words for a, b in pairs].count("no difference") >= 90
 
 

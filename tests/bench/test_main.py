@@ -13,8 +13,8 @@ from msgspec.structs import replace
 
 import bench.__main__ as command
 from bench import results, steps
-from bench.results import WRONG, Ceiling, Peak, Results
-from bench.rules import NO_TIME, Budget, Clock
+from bench.results import WRONG, Ceiling, Results
+from bench.rules import NO_TIME, Clock, TimeBudget
 from bench.variants import WORKLOADS, Setting, Variant, Workload
 from kernels.cases import CASES
 from model import GPTConfig
@@ -68,7 +68,7 @@ def test_a_measured_peak_is_the_best_matmul_that_was_seen(monkeypatch: pytest.Mo
     monkeypatch.setattr(results, "measure_flops", lambda *given: 3.0)
     monkeypatch.setattr(results, "measure_bandwidth", lambda *given: 2.0)
     for before, after in ((1.0, 3.0), (1e18, 1e18)):
-        found = results.with_ceilings(replace(cpu(), peak=Peak(before, "")), CPU, torch.float32, 0.6)
+        found = results.with_ceilings(replace(cpu(), peak=hardware.Peak(before, "")), CPU, torch.float32, 0.6)
         assert (found.peak.flops, found.ceiling("matmul"), found.ceiling("copy")) == (after, 3.0, 2.0)
 
 
@@ -203,7 +203,7 @@ def test_the_time_is_kept_by_leaving_out_rungs_first(
 
 
 def test_a_part_of_the_time_knows_how_long_tasks_took(clock: Clock) -> None:
-    whole = Budget(100.0)
+    whole = TimeBudget(100.0)
     with whole.task("compiled"):
         clock.let_pass(30.0)
     part = whole.part(20.0)

@@ -53,7 +53,7 @@ def changed(part: str = "", **fields: object) -> str:
         (changed(version=2, new=1), "got format 'nanofuse-bench', version 2"),
         (changed(device={"name": "x"}), "missing required field `type` - at `$.device`"),
         (changed(complete=1), "Expected `bool`, got `int` - at `$.complete`"),
-        (changed(peak={"flops": 0.0, "source": ""}), "Expected `float` > 0.0 - at `$.peak.flops`"),
+        (changed(peak={"flops": 0.0, "source": ""}), "peak: got 0.0 FLOP/s, expected more than 0"),
         (changed("ceilings", rates=[]), "length >= 1 - at `$.ceilings[0].rates`"),
         (changed("kernels", seconds=["1"]), "Expected `float`, got `str` - at `$.kernels[0].seconds[0]`"),
         (changed("steps", seconds=[float("inf")]), "malformed"),

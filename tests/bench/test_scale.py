@@ -8,13 +8,16 @@ import pytest
 from msgspec import structs
 
 from bench import results, scale
-from bench.results import Ceiling, Machine, Peak, Step
-from bench.scale import Fabric, Job, ScaleConfig
+from bench.results import Ceiling, Machine, Step
+from bench.scale import Fabric, ScaleConfig, floors, least_seconds, share_out
 from bench.variants import WORKLOADS
+from kernels import FUSED
 from tests.bench.made import h100
+from train.dryrun import Job
 from train.errors import UserError
+from train.hardware import Peak
 
-GPT2 = Job(WORKLOADS["gpt2"].config, 32)
+GPT2 = Job(WORKLOADS["gpt2"].config, 32, FUSED)
 RATES = (1e15, 3e12)  # FLOP/s, bytes/s
 HAND = Fabric(8, inside=100.0, between=10.0, hop_inside=1.0, hop_between=2.0, call=5.0)
 
@@ -37,19 +40,19 @@ def test_an_all_reduce(devices: int, seconds: float) -> None:
     [(1, 32, 15), (2, 30, 8), (13, 19, 2), (64, 8, 1), (1024, 1, 1)],  # 480 sequences; 37 for each of 13
 )
 def test_sharing_out_nanogpts_iteration(devices: int, batch_size: int, accumulation: int) -> None:
-    job = GPT2.share_out(491520, devices)
+    job = share_out(GPT2, 491520, devices)
     assert (job.batch_size, job.accumulation) == (batch_size, accumulation)
 
 
 def test_floors_of_a_step() -> None:
     """Of sums in float32, an optimizer reads gradients twice as wide, twice. The first of two micro-steps writes them
     as wide, the other reads and writes them."""
-    n, alone, several = 124_373_760, GPT2.floors(RATES, several=False), GPT2.floors(RATES, several=True)
+    n, alone, several = 124_373_760, floors(GPT2, RATES, several=False), floors(GPT2, RATES, several=True)
     assert several[1] - alone[1] == pytest.approx(2 * 2 * n / 3e12)
     assert several[0] - alone[0] == pytest.approx(n * (2 + 6) / 2 / 3e12)
-    assert GPT2.seconds(RATES) == pytest.approx(sum(alone))
-    assert GPT2.seconds(RATES, 2) == pytest.approx(sum(several))
-    assert replace(GPT2, accumulation=3).seconds(RATES) == pytest.approx(3 * several[0] + several[1])
+    assert least_seconds(GPT2, RATES) == pytest.approx(sum(alone))
+    assert least_seconds(GPT2, RATES, 2) == pytest.approx(sum(several))
+    assert least_seconds(replace(GPT2, accumulation=3), RATES) == pytest.approx(3 * several[0] + several[1])
 
 
 # The command

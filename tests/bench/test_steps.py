@@ -320,7 +320,7 @@ def test_what_does_not_fit_waits_for_the_next_group_and_the_reference_takes_part
     """crowded: there is memory to hold another variant, but none for a step of all."""
     alive = Alive(100 if crowded else 3)
     if crowded:
-        monkeypatch.setattr(steps, "free_memory", lambda device: -1 if len(alive.steps) > 3 else 2**40)
+        monkeypatch.setattr(steps, "spare_memory", lambda device: -1 if len(alive.steps) > 3 else 2**40)
     every = [alive.variant("reference eager"), *(alive.variant(f"ours {i}", compares=i > 0) for i in range(4))]
     rows = steps.measure(SMALL, every, CPU, torch.float32, seconds=0.0)
     assert [row.variant for row in rows] == [variant.name for variant in every]

@@ -10,7 +10,7 @@ import torch
 from train import hardware
 from train.errors import UserError
 from train.hardware import (
-    DEVICES,
+    DATA_SHEETS,
     Peak,
     measure_bandwidth,
     measure_ceilings,
@@ -43,7 +43,7 @@ def no_accelerator(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize("row", DEVICES, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", DATA_SHEETS, ids=lambda row: row.name)
 def test_a_row_is_plausible(row):
     """Finds sparse figures, wrong columns and wrong digits. Tensor cores double their rate at half the bits."""
     assert row.source
