@@ -75,7 +75,7 @@ class Bench:
         self.bar.set_postfix_str(what)
 
     def check_writable(self) -> None:
-        """UserError where results cannot be written. It makes the folder."""
+        """UserError if results cannot be written. It makes the folder."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             check_output(self.path)

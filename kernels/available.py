@@ -10,7 +10,7 @@ OLDEST = (8, 0)  # compute capability of the oldest devices that the kernels are
 
 
 def missing(device: torch.device) -> str:
-    """What the fused kernels lack on this device, in one line; empty where they run. It launches a kernel to see."""
+    """What the fused kernels lack on this device, in one line; empty if they run. It launches a kernel to see."""
     if device.type == "cuda" and torch.version.hip:  # torch calls AMD's devices cuda too
         return f"they are written and tuned for NVIDIA's GPUs, this device is AMD's (ROCm {torch.version.hip})"
     try:
@@ -30,7 +30,7 @@ def missing(device: torch.device) -> str:
 def select(name: str, device: torch.device, lacks: Callable[[torch.device], str] = missing) -> Ops:
     """The bundle by name: "reference", "fused", or "auto": fused on a CUDA device that can run it, else reference.
 
-    ValueError, saying what is missing, where "fused" cannot run on `device`, and for another name. lacks: what the
+    ValueError if "fused" cannot run on `device`, with the reason, and for another name. lacks: what the
     fused kernels lack on a device, asked only where they are wanted.
     """
     if name not in ("auto", "fused", "reference"):

@@ -105,7 +105,7 @@ def address(x: Tensor) -> int:
 
 
 def specialised(launch: Launch) -> tuple:
-    """What Triton compiles a kernel anew for: dtypes, which numbers are 1 or multiples of 16, constants, warps."""
+    """What Triton compiles a kernel for: dtypes, which numbers are 1 or multiples of 16, constants, warps."""
 
     def kind(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -208,7 +208,7 @@ def trial_kernel(p_x):
 
 
 def why_no_launch(device: torch.device, kernel: Any = trial_kernel) -> str:
-    """Why Triton cannot run a kernel on `device`, in one line; empty where it can. Waits for the device.
+    """Why Triton cannot run a kernel on `device`, in one line; empty if it can. Waits for the device.
 
     Triton builds its launcher at the first launch, with a C compiler and Python's headers. A machine may have a GPU,
     its driver and Triton, and lack these. kernel: stores 1.0 in the one float32 it is given.

@@ -208,7 +208,7 @@ class Inspection:
     case: str
     kernel: str
     target: int
-    compiled: Compiled | None = None  # None where it does not compile
+    compiled: Compiled | None = None  # None if it does not compile
     broken: list[str] = field(default_factory=list)
 
 

@@ -268,7 +268,7 @@ def _weights(tensor: Tensor, name: str) -> Tensor:
 
 
 def _check_size(found: Mapping[str, tuple[int, ...]], config: GPTConfig, where: object) -> None:
-    """ValueError where `config` is larger than the tensors: before a model is built for it, even without memory."""
+    """ValueError if `config` is larger than the tensors: before a model is built for it, even without memory."""
     embeddings = {EMBEDDING: config.vocab_size, "transformer.wpe.weight": config.block_size}
     _check(
         {name: found[name] for name in embeddings if name in found},

@@ -1,7 +1,7 @@
-"""torch's zip archives, read with care. Others made them, or a disk damaged them: what was verified is what is loaded.
+"""torch's zip archives, read with care: others may have made them, or a disk damaged them.
 
-A load checks every CRC first, and then that torch has read what was checked. torch checks nothing: it hands out flipped
-bits as weights, and uninitialised memory where it finds no member.
+A load first checks every CRC. Then it checks that torch has read the bytes that were checked. torch itself checks
+nothing: it returns flipped bits as weights, and uninitialised memory for a member that it does not find.
 """
 
 import os
@@ -23,7 +23,7 @@ from train.metapickle import check_pickle
 def load_archive(path: Path) -> object:
     """What torch.save wrote to `path`: tensors on the CPU, plain values, and dicts, lists and tuples of those.
 
-    Every byte is verified. OSError where the file cannot be opened, ValueError where it is not a whole archive.
+    Every byte is verified. OSError if the file cannot be opened, ValueError if it is not a whole archive.
     """
     with open_regular(path) as file:  # once: a save may replace the name between the check and the load
         members = _verify(file)
@@ -41,14 +41,14 @@ def load_archive(path: Path) -> object:
 
 
 def glance(path: Path) -> object:
-    """As `load_archive`, without reading a weight: no CRC is checked. Raises whatever torch and zipfile do."""
+    """As `load_archive`, but no weight is read, and no CRC is checked. Raises whatever torch and zipfile do."""
     with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         _check_members(archive, os.fstat(file.fileno()).st_size)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def leaves(tree: object, place: str = "") -> Iterator[tuple[str, object]]:
-    """(place, value) of everything in nested dicts, lists and tuples that is none of them, the keys included."""
+    """(place, value) of every leaf of nested dicts, lists and tuples, and of every key."""
     if isinstance(tree, dict):
         for key, item in tree.items():
             yield f"a key of {place}", key
@@ -61,7 +61,7 @@ def leaves(tree: object, place: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _verify(file: BinaryIO) -> list[zipfile.ZipInfo]:
-    """The members of `file`. ValueError unless it is a zip archive, as torch.save writes, and all have their CRC."""
+    """The members of `file`. ValueError unless it is a zip archive as torch.save writes it, and all CRCs are right."""
     start, length = file.read(4), file.seek(0, os.SEEK_END)
     try:
         if not zipfile.is_zipfile(file):  # looks for the directory at the end
@@ -81,7 +81,7 @@ def _verify(file: BinaryIO) -> list[zipfile.ZipInfo]:
 
 
 def _check_members(archive: zipfile.ZipFile, length: int) -> None:
-    """ValueError for what could fill the memory or overflow the stack. length: of the file, in bytes."""
+    """ValueError for members that could fill the memory or overflow the stack. length: the file's, in bytes."""
     for member in archive.infolist():
         if member.compress_type != zipfile.ZIP_STORED or member.file_size > length:
             raise ValueError(f"its member {member.filename} is packed, which torch.save never does")

@@ -1,6 +1,6 @@
 """Checkpoints: the latest state of a run, `out_dir/ckpt.pt`; its best one, if that is another; what is in them.
 
-A save in six moves. Whichever a kill interrupts, each name is the old file or the new one, whole:
+A save has six moves. A kill may come at any time: each name is then the whole old file or the whole new one.
 
     1. write the new file in a folder .staging-<random>, fsync it
     2. shift ckpt-previous-1.pt to ckpt-previous-2.pt, and so on
@@ -8,11 +8,11 @@ A save in six moves. Whichever a kill interrupts, each name is the old file or t
     4. if ckpt.pt is the best state so far and the new one is not, give it the name ckpt-best.pt too
     5. rename the new file to ckpt.pt, which replaces the old one in one step; fsync the folder, so that the names
        survive a power cut too
-    6. delete the oldest, so that there are `keep` again, and a ckpt-best.pt that the new ckpt.pt is better than
+    6. delete the oldest, so that `keep` are left, and ckpt-best.pt if the new ckpt.pt is better
 
-`resume` goes on from the latest. Who reads weights, to sample or to export, takes the best: see `best_of`.
+`resume` goes on from the latest. Sampling and exporting take the best (`best_of`).
 
-A load verifies every byte (`archive.py`), and then every value that a run takes from it (`Rule`).
+A load verifies every byte (`archive.py`), then every value that a run takes from it (`Rule`).
 
 The file holds nanoGPT's six keys, so that either program reads the other's, and one of ours:
 
@@ -107,7 +107,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 class Held(NamedTuple):
-    """What a checkpoint file says of itself."""
+    """What a checkpoint file says about itself."""
 
     iter_num: int
     best_val_loss: float
@@ -122,12 +122,12 @@ def save(
     keep_best: bool = False,
     again: bool = False,
 ) -> None:
-    """Write `out_dir/ckpt.pt` and, of those before it, keep `keep` - 1: ckpt-previous-1.pt is the newest.
+    """Write `out_dir/ckpt.pt`. Keep `keep` - 1 of those before it: ckpt-previous-1.pt is the newest.
 
-    best: `checkpoint` is the best state so far. keep_best: the ckpt.pt that it replaces is. again: that ckpt.pt holds
-    the same weights, so it is not kept beside the new one.
+    best: `checkpoint` is the best state so far. keep_best: the ckpt.pt that it replaces is the best one. again: that
+    ckpt.pt holds the same weights, so it is not kept beside the new one.
 
-    Raises UserError where the disk is full or out_dir cannot be written; the old one is then untouched.
+    UserError if the disk is full or out_dir cannot be written. The old files are then untouched.
     """
     if keep < 1:
         raise ValueError(f"keep must be 1 or more, not {keep}")
@@ -160,7 +160,7 @@ def save(
 def load(path: Path) -> dict:
     """The checkpoint at `path`, ours or nanoGPT's, as `unpack` lays it out, its tensors on the CPU.
 
-    Raises UserError where there is none, or none that is whole, and offers the newest previous one that is.
+    UserError if there is none, or it is damaged. The message offers the newest other one that is whole.
     """
     try:
         return _read(path)
@@ -174,8 +174,7 @@ def load(path: Path) -> dict:
 
 
 def named(init_from: str) -> Path | None:
-    """The checkpoint that `init_from` names by its path or its folder's, of a folder the best one; None where it names
-    something else."""
+    """The checkpoint that `init_from` names: a file, or the best one of a folder. None if it names something else."""
     path = Path(init_from)
     if os.path.isfile(path / LATEST) and not os.path.isfile(path / "model.safetensors"):
         return best_of(path)
@@ -183,13 +182,13 @@ def named(init_from: str) -> Path | None:
 
 
 def best_of(out_dir: Path) -> Path:
-    """The checkpoint to read weights from: ckpt-best.pt, but ckpt.pt if it is the best itself, or none is."""
+    """The checkpoint to read weights from: ckpt-best.pt if it is there and not worse, else ckpt.pt."""
     best, latest = held(out_dir / BEST), held(out_dir / LATEST)
     return out_dir / (BEST if best and latest and best.best_val_loss <= latest.best_val_loss else LATEST)
 
 
 def held(path: Path) -> Held | None:
-    """What the checkpoint at `path` says of itself, None where there is none. It is not verified: no weight is read."""
+    """What the checkpoint at `path` says about itself; None if there is none. No weight is read or verified."""
     try:
         found = unpack(glance(path))
     except Exception:  # no file, a damaged one, a foreign one: all that torch raises
@@ -211,7 +210,7 @@ def set_best_aside(out_dir: Path) -> Path | None:
 def set_aside(out_dir: Path, patterns: Iterable[str] = _OF_A_RUN) -> Path | None:
     """Move an earlier run's checkpoints, metrics and curve into a new folder `out_dir/earlier-<date>-<time>`.
 
-    patterns: of the names to move. Returns that folder, or None where there was nothing to move.
+    patterns: of the names to move. Returns that folder, or None if there was nothing to move.
     """
     files = [path for pattern in patterns for path in sorted(out_dir.glob(pattern)) if not path.is_dir()]
     if not files:
@@ -232,7 +231,7 @@ def set_aside(out_dir: Path, patterns: Iterable[str] = _OF_A_RUN) -> Path | None
 
 
 def _read(path: Path) -> dict:
-    """The checkpoint at `path`. OSError where it cannot be opened, ValueError where it is not a whole one."""
+    """The checkpoint at `path`. OSError if it cannot be opened, ValueError if it is damaged, or no checkpoint."""
     raw = load_archive(path)
     try:
         return unpack(raw)
@@ -262,21 +261,21 @@ def _offer(path: Path) -> str:
 
 
 class _Writer(io.BufferedWriter):
-    """A file for torch.save, which may still write to it when it is closed: where an interrupt came before the end of
-    the archive, torch writes that end when it frees its own writer. An error there would abort the process."""
+    """A file for torch.save. After an interrupt torch still writes the archive's end, when it frees its own writer. The
+    file is closed by then. An error there would abort the process, so such a write does nothing."""
 
     def write(self, data: Any) -> int:
         return len(data) if self.closed else super().write(data)
 
 
 def _keep_previous(out_dir: Path, staging: Path, keep: int) -> None:
-    """Moves 2 and 3. The oldest becomes one too many: it goes when the new file stands."""
+    """Moves 2 and 3. Afterwards there is one file too many, until move 6."""
     latest, first = out_dir / LATEST, out_dir / _PREVIOUS.format(1)
     if not latest.exists():
         return
     if first.exists() and first.samefile(latest):
         return  # a save killed between moves 3 and 5 did this already
-    # Only up to the first gap, which a save killed within move 2 leaves: none is to be pushed out early.
+    # Only up to the first gap, which a kill within move 2 leaves: no file is pushed out too early.
     vacant = next((i for i in range(1, keep) if not (out_dir / _PREVIOUS.format(i)).exists()), keep)
     for i in range(vacant, 1, -1):
         os.replace(out_dir / _PREVIOUS.format(i - 1), out_dir / _PREVIOUS.format(i))
@@ -284,7 +283,7 @@ def _keep_previous(out_dir: Path, staging: Path, keep: int) -> None:
 
 
 def _name_also(path: Path, staging: Path, name: Path) -> None:
-    """Have the file `path` under `name` too: a hard link, or a copy on a file system without them."""
+    """Give the file `path` a second name: by a hard link, or by a copy on a file system without links."""
     second = staging / "second"
     try:
         os.link(path, second)
@@ -307,7 +306,7 @@ def _previous(out_dir: Path) -> list[tuple[int, Path]]:
 
 
 def _behind(error: BaseException | None, kind: type[E]) -> E | None:
-    """What `error` was raised over, if it is of this kind: torch's writer ends with a RuntimeError of its own."""
+    """The error of this kind that caused `error`; None if there is none. torch's writer wraps it in a RuntimeError."""
     while error is not None and not isinstance(error, kind):
         error = error.__cause__ or error.__context__
     return error
@@ -341,11 +340,11 @@ def pack(
 ) -> dict:
     """The dict to save. Its tensors are those passed in, not copies.
 
-    model_state and optimizer_state are what `state_dict()` gives; extra becomes the key "nanofuse".
-    Raises ValueError for anything that `load` would refuse: now, while the run still lives.
+    model_state and optimizer_state are what `state_dict()` returns; extra becomes the key "nanofuse". ValueError for
+    anything that `load` would refuse: now, while the run is still alive.
     """
-    # How this process ran AdamW (in a CUDA graph, its rate in a tensor) must not bind the one that resumes:
-    # nanoGPT takes both over from the file, and `capturable` fails on a CPU.
+    # The process that resumes may run AdamW in another way. nanoGPT takes `capturable` and the rate, which may be a
+    # tensor here, from the file, and `capturable` fails on a CPU.
     groups = [
         {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in group.items()} | {"capturable": False}
         for group in optimizer_state["param_groups"]
@@ -368,7 +367,7 @@ def pack(
 
 
 def unpack(raw: object) -> dict:
-    """What torch.load returned, checked, in the layout above. ValueError says what is wrong with it."""
+    """What torch.load returned, checked, in the layout above. ValueError if anything is wrong with it."""
     if not isinstance(raw, dict):
         raise ValueError(f"it holds a {type(raw).__name__}, not a dict")
     if missing := [key for key in NANOGPTS if key not in raw]:

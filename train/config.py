@@ -168,10 +168,10 @@ class Base(NamedTuple):
 
 
 def choose_base(parsed: Parsed, *, gpu: bool, stored: Mapping[str, Value] | None = None) -> Base:
-    """What lies under the settings that were named. `stored`: those in the checkpoint that is being resumed.
+    """The settings below those that the user named. stored: those in the checkpoint that is resumed.
 
-    Whoever names a preset or a config file gets it over the plain defaults, as in nanoGPT. Otherwise a
-    resumed run goes on with its own settings, and a new one is the default job, sized for the machine.
+    A preset or a config file lies over the plain defaults, as in nanoGPT. Without one, a resumed run goes on with its
+    own settings, and a new run is the default job for this machine.
     """
     init_from = parsed.settings.get("init_from", TrainConfig.init_from)
     if not parsed.sources and init_from == "resume" and stored is not None:

@@ -21,22 +21,22 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 MAX_TEXT = 1 << 24  # bytes of the text of a corpus
 TIMEOUT = 30  # seconds without a byte until a download is given up
 
-# Folders of the standard library without text to learn from, or that Debian packs apart: `docs` is the same without.
+# Folders of the standard library that are left out: without text to learn from, or not in all of Debian's packages
 LEFT_OUT = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "__phello__", "lib2to3", "turtledemo"}
 LEFT_OUT |= {"tkinter", "idlelib", "distutils", "ensurepip", "pydoc_data"}
 TYPOGRAPHY = str.maketrans(
     {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-", 0x2014: "--", 0x2026: "..."}
 )
 PART = 4000  # characters of text that stay together when the corpus is shuffled
-LONG = 64  # a paragraph of more characters is a copy when it comes again
+LONG = 64  # characters; a longer paragraph that is repeated counts as a copy
 
 
 def docs_text() -> str:
     """The text of `docs`: about 1.8 million printable ASCII characters, the same for one version of Python.
 
-    A paragraph that comes again is left out, so that validation does not ask for what training has shown. The
-    text is then cut into parts, put in the order of their sha256: a shuffle that depends on no random
-    generator, and any tenth of it is like the rest. Raises UserError where this Python has no sources.
+    Copies of paragraphs are left out, so that validation does not test what training has shown. Then the text is cut
+    into parts, which are sorted by their sha256. This shuffles them without a random generator, so that any tenth of
+    the text is like the rest. UserError if this Python has no sources.
     """
     library = Path(sysconfig.get_path("stdlib"))
     seen: set[str] = set()
@@ -80,7 +80,7 @@ def _docstrings_in(node: ast.AST) -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """`text` in typewriter quotes and dashes; nothing where that leaves more than printable ASCII."""
+    """`text` with plain quotes and dashes; "" if it still has more than printable ASCII."""
     text = text.translate(TYPOGRAPHY).strip("\n")
     return text if all(" " <= char <= "~" or char == "\n" for char in set(text)) else ""
 
@@ -102,7 +102,7 @@ def _parts(text: str, seen: set[str]) -> Iterator[str]:
 
 
 def shakespeare_text(path: Path) -> bytes:
-    """TinyShakespeare, downloaded. path: where the user can put it instead. UserError where it cannot be had."""
+    """TinyShakespeare, downloaded. UserError if that fails. path: where the user can put it instead."""
     remedy = f"put the file at {path} and run again"
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=TIMEOUT) as response:
@@ -116,7 +116,7 @@ def shakespeare_text(path: Path) -> bytes:
 
 
 def openwebtext() -> dict[str, Any]:
-    """{"train": documents, "val": documents}, split as nanoGPT splits them. Raises UserError."""
+    """{"train": documents, "val": documents}, split as nanoGPT splits them. UserError if they cannot be loaded."""
     try:
         from datasets import load_dataset
 
@@ -136,7 +136,7 @@ class Corpus:
     sha256: Callable[[], str] | None = None  # of the text; None: of what `text` makes
 
     def fetch(self, path: Path) -> None:
-        """Have the text at `path`: made or downloaded, unless it is there. UserError where another file is there."""
+        """Make or download the text as `path`, unless it is there. UserError if another file is there."""
         if not os.path.lexists(path):
             text = self.text(path)
             with replacing(path) as file:

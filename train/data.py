@@ -4,13 +4,13 @@ train.bin and val.bin are flat little-endian arrays of token ids; meta.json desc
 nanoGPT's folders are read as they are: with a meta.pkl, by an unpickler that runs nothing (`metapickle.py`); without
 any meta, as GPT-2 BPE in uint16.
 
-A batch is a function of (seed, step, rank) and of nothing else: there is no position in the data to save, and
-a resumed run continues with the batches it would have had. The start offsets of a step are one draw without
-replacement for the *global* batch, all micro-steps of all ranks, of which each rank takes its rows. So ranks
-never share a sample within a step, and two processes train on exactly what one would have trained on.
+A batch depends on (seed, step, rank) and on nothing else. So there is no position in the data to save, and a resumed
+run gets the batches that it would have had. The start offsets of a step are drawn once, without replacement, for the
+*global* batch: all micro-steps of all ranks. Each rank takes its rows of it. So ranks never share a sample within a
+step, and two processes train on exactly what one would have trained on.
 
-While the device works, a thread gathers the steps that follow. The thread touches host memory only: a CUDA
-call from a second thread would invalidate a graph capture that happens to be under way in the first.
+While the device works, a thread gathers the next steps. It uses only host memory: a CUDA call from a second thread
+would break a graph capture in the first one.
 """
 
 import math
@@ -54,10 +54,10 @@ class Dataset:
         train, val: (n,) read-only np.memmap of uint16 or uint32 token ids; no part of them is read here.
         meta: dict as in meta.json ("vocab_size", "tokenizer", "dtype", "chars", ...).
         n_vocab: ids in the files are below this.
-        vocab_size: what a new model should be given; n_vocab, or GPT-2's padded to a multiple of 64.
+        vocab_size: of a new model for this data: n_vocab, GPT-2's padded to a multiple of 64.
 
-    Raises UserError where a file is missing, empty, of a size that is no whole number of tokens, of another length than
-    meta says, or where meta is malformed.
+    UserError if a file is missing or empty, if its size is no whole number of tokens or not the one that meta says, and
+    if meta is malformed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -87,7 +87,7 @@ class Dataset:
                 if expected is not None and size != expected * dtype.itemsize:
                     raise UserError(
                         f"{path}: {size // dtype.itemsize:,} tokens, but meta.json says {expected:,}: it was cut short,"
-                        f" or is another file; make it anew with: {again}"
+                        f" or it is another file; make it again with: {again}"
                     )
                 tokens = np.memmap(file, dtype=dtype, mode="r")
                 self._files[name] = os.dup(file.fileno())
@@ -105,22 +105,22 @@ class Dataset:
         return self.folder / f"{name}.bin"
 
     def tokenizer(self, bpe_dir: str | Path | None = None) -> Tokenizer:
-        """The tokenizer that made the files. Raises UserError where that cannot be had."""
+        """The tokenizer that made the files. UserError if it is not known, or cannot be loaded."""
         return from_meta(self.meta, bpe_dir)
 
     def fingerprint(self) -> str:
-        """What tells this validation split from another: its length and a CRC, of a large file's two ends alone."""
+        """Identifies the validation split: its length and a CRC. The CRC of a large file is that of its two ends."""
         tokens = np.asarray(self.val)
         if tokens.nbytes > FULL_SCAN_BYTES:
             tokens = np.concatenate([tokens[:SCAN_TOKENS], tokens[-SCAN_TOKENS:]])
         return f"{len(self.val)} tokens, CRC {zlib.crc32(tokens):08x}"
 
     def check(self, block_size: int = 0, vocab_size: int | None = None, *, whole: bool = False) -> bool:
-        """Raise UserError where a split is too short for `block_size`, holds an id of `vocab_size` (None: n_vocab) or
-        more, or is not what its checksums are of. Returns whether meta has checksums.
+        """UserError if a split is too short for `block_size`, holds an id of `vocab_size` (None: n_vocab) or more, or
+        does not match its checksums. Returns whether meta has checksums.
 
-        Only if `whole` are files over 256 MB searched for such ids (the loader checks every batch that it draws), and
-        checksums compared for more than half a second.
+        Files over 256 MB are searched for such ids only if `whole`, but the loader checks every batch that it draws.
+        Checksums are compared for half a second; if `whole`, all of them.
         """
         self.check_length(block_size)
         limit = self.n_vocab if vocab_size is None else vocab_size
@@ -136,7 +136,7 @@ class Dataset:
         return self._checksums is not None
 
     def check_length(self, block_size: int) -> None:
-        """Raise UserError where a split does not hold one sample: block_size tokens and the one after."""
+        """UserError if a split is shorter than one sample: block_size tokens and the one after."""
         for name in ("train", "val"):
             if (length := len(self.split(name))) <= block_size:
                 raise UserError(
@@ -145,7 +145,7 @@ class Dataset:
                 )
 
     def check_ids(self, split: Split, ids: np.ndarray, start: int, limit: int) -> None:
-        """Raise UserError where one of `ids`, the split's from position `start` on, is `limit` or more."""
+        """UserError if one of `ids` is `limit` or more. They are the split's tokens from position `start` on."""
         if ids.max() >= limit:
             at = int(np.argmax(ids >= limit))
             raise UserError(
@@ -153,7 +153,7 @@ class Dataset:
             )
 
     def _check_width(self, split: Split, ids: np.ndarray) -> None:
-        """Raise UserError for ids that were written with more bytes than they are read with."""
+        """UserError if the ids were written with more bytes each than they are read with."""
         if len(ids) > 1 and ids.any() and not ids[1::2].any():
             raise UserError(
                 f"{self.path(split)}: every second token is 0, as where the file has ids of more than "
@@ -161,7 +161,7 @@ class Dataset:
             )
 
     def _check_sums(self, seconds: float) -> None:
-        """Raise UserError where a file does not have its checksums. They are compared in any order, for so long."""
+        """UserError if a file does not match its checksums. They are compared in random order, for about `seconds`."""
         size, end = self._checksums["bytes"], time.monotonic() + seconds
         parts = [(name, i) for name in ("train", "val") for i in range(-(-self.split(name).nbytes // size))]
         random.Random().shuffle(parts)  # the next run sees other parts
@@ -170,15 +170,17 @@ class Dataset:
                 file.seek(i * size)
                 if self._checksums[name][i : i + 1] != [zlib.crc32(file.read(size))]:
                     raise UserError(
-                        f"{self.path(name)}: damaged, or another file: it has not the checksum that meta.json has of "
-                        f"bytes {i * size:,} to {(i + 1) * size:,}; make it anew with: {how_to_make(self.folder)}"
+                        f"{self.path(name)}: damaged, or another file: bytes {i * size:,} to {(i + 1) * size:,} do not "
+                        f"match the checksum in meta.json; make it again with: {how_to_make(self.folder)}"
                     )
             if time.monotonic() > end:
                 break
 
     def samples(self, split: Split, starts: np.ndarray, length: int) -> np.ndarray:
-        """(n, length): the split's tokens from each of `starts` (n,) on. UserError where the file has become shorter:
-        it is read, not mapped, because touching a map past the end of its file kills the process."""
+        """(n, length): the split's tokens from each of `starts` (n,) on. UserError if the file has become shorter.
+
+        It is read, not mapped, because reading a map beyond the end of its file kills the process.
+        """
         file, dtype = self._files[split], self.split(split).dtype
         rows = np.empty((len(starts), length), dtype)
         for row, start in zip(rows, starts.tolist(), strict=True):
@@ -207,8 +209,8 @@ def _similar(folder: Path) -> str:
 def checkpoint_tokenizer(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The tokenizer of a loaded checkpoint, as in meta.json.
 
-    A checkpoint of ours holds it. Of nanoGPT's it is that of its dataset, if this lies here and has as many tokens as
-    the model; else as `unnamed_tokenizer` says.
+    Our checkpoints hold it. nanoGPT's name only their dataset: its tokenizer is taken if it is here and has as many
+    tokens as the model, else that of `unnamed_tokenizer`.
     """
     found, vocab_size = checkpoint["nanofuse"].get("tokenizer", {}), checkpoint["model_args"]["vocab_size"]
     if "vocab_size" in found:
@@ -224,7 +226,7 @@ def checkpoint_tokenizer(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def weights_tokenizer(source: str, vocab_size: int) -> dict[str, Any]:
     """The tokenizer of the weights `source`, a name, a file or a folder: that of the meta.json beside them, which
-    `python -m train.export` writes; else as `unnamed_tokenizer` says."""
+    `python -m train.export` writes, else that of `unnamed_tokenizer`."""
     folder = Path(source) if os.path.isdir(source) else Path(source).parent
     found = read_meta(folder) if os.path.exists(source) else None
     return found or unnamed_tokenizer(vocab_size)
@@ -238,7 +240,7 @@ def unnamed_tokenizer(vocab_size: int) -> dict[str, Any]:
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What tells two tokenizers apart, each as in meta.json; "" where nothing does. Equal size is not enough."""
+    """How two tokenizers differ, each as in meta.json; "" if they are the same. An equal size is not enough."""
     kinds = there.get("tokenizer"), here.get("tokenizer")
     sizes = there["vocab_size"], here["vocab_size"]
     chars = [list(meta.get("chars", ())) for meta in (there, here)]
@@ -255,7 +257,7 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     if None not in tables and tables[0] != tables[1]:
         return "the tables of tokens are two different ones"
     fits = sizes[0] == sizes[1] or max(sizes) == padded_vocab_size(min(sizes))
-    # a model may have more tokens than data of which nothing else is known
+    # if nothing else is known, the model may have more tokens than the data
     return "" if fits or kinds == (None, None) else f"{sizes[0]} different tokens there, {sizes[1]} here"
 
 
@@ -277,9 +279,9 @@ Gathered = tuple[torch.Tensor, tuple[int, ...]]
 
 @dataclass
 class Loader:
-    """Draws the batches of one rank, inside its context, whose end ends its thread.
+    """Draws the batches of one rank. Use it as a context: its end ends the loader's thread.
 
-    Raises UserError where the dataset is shorter than one sample.
+    UserError if the dataset is shorter than one sample.
     """
 
     dataset: Dataset
@@ -304,7 +306,7 @@ class Loader:
         self._runs: dict[int, Future[list[Gathered]]] = {}
 
     def train(self, step: int) -> Batch:
-        """The batch of `step`. Any order gives the same batches; in order they are ready when asked for."""
+        """The batch of `step`. Any order gives the same batches. Asked for in order, they are ready."""
         number, i = divmod(step, self._run_length)
         self._runs = {n: self._runs.get(n) or self._gather_later(n) for n in (number, number + 1)}
         xy, seeds = self._runs[number].result()[i]  # waits, and raises what the thread met
@@ -313,9 +315,8 @@ class Loader:
     def evaluation(self, split: Split, k: int) -> Batch:
         """The k-th evaluation batch of a split, (1, B, T): the same at every evaluation and on every rank.
 
-        Fixed batches take the sampling noise out of the difference between two evaluations, which is what
-        early stopping and the best checkpoint are decided by. Ranks share an evaluation out by taking
-        different k.
+        So two evaluations differ by the model alone. Early stopping and the best checkpoint depend on that. Ranks share
+        the work: each takes other k.
         """
         offsets = self._draw(split, self._generator(STREAMS[split], k), self.batch_size)
         x, y = self._gather(split, offsets, self._host_memory(2, 1)).to(self.device, non_blocking=self._pinned)
@@ -329,7 +330,7 @@ class Loader:
         self._thread.shutdown(cancel_futures=True)
 
     def _host_memory(self, *shape: int) -> torch.Tensor:
-        """Memory for so many micro-steps. Pinned memory that is let go is used again only after copies have read it."""
+        """Memory for this many micro-steps. torch uses freed pinned memory again only after the copies from it."""
         shape = (*shape, self.batch_size, self.block_size)
         return torch.empty(shape, dtype=torch.int64, pin_memory=self._pinned)
 
@@ -342,7 +343,7 @@ class Loader:
         batches = []
         for i, xy in enumerate(memory):
             batches.append(self._gather_step(number * self._run_length + i, xy))
-            time.sleep(0)  # let go of the GIL, for which the caller may be waiting
+            time.sleep(0)  # release the GIL: the caller may be waiting for it
         return batches
 
     def _gather_step(self, step: int, xy: torch.Tensor) -> Gathered:
@@ -356,7 +357,7 @@ class Loader:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, stream, number))))
 
     def _draw(self, split: Split, generator: np.random.Generator, size: int) -> np.ndarray:
-        """(size,) int64 start offsets in [0, len - block_size), distinct unless there are fewer than `size`.
+        """(size,) int64 start offsets in [0, len - block_size), distinct if there are that many.
 
         numpy draws a small sample of a large range by Floyd's method, without a table of the range.
         """

@@ -1,4 +1,4 @@
-"""What ends a command early, said in one line: the setting, what came, what was expected."""
+"""Errors that end a command with one line: the setting, what came, what was expected. Text made safe to print."""
 
 import errno
 import io
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a stream that was opened well
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # errors of an open stream, not of a file's name
 
 
 class UserError(Exception):
@@ -34,7 +34,7 @@ MAX_LINE = 1000  # characters of a whole message
 
 
 def shown(value: object) -> str:
-    """repr for a one-line message: never long, and never the ValueError that a huge integer's repr raises."""
+    """repr(value) for a message of one line. It is never long, and never raises; repr of a huge integer does."""
     try:
         text = value if isinstance(value, str) and len(value) > 4 * MAX_SHOWN else repr(value)
     except ValueError:
@@ -48,12 +48,12 @@ def shown(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with what a terminal would act upon escaped: control characters, line ends, lone surrogates."""
+    """`text` with everything escaped that a terminal would obey: control characters, line ends, lone surrogates."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def quoted(word: object) -> str:
-    """`word` as a shell reads it, and as a message shows it: one that has to be escaped is written as $'...'."""
+    """`word`, quoted for a shell, and printable. A word that needs escapes is written as $'...'."""
     text = str(word)
     if text.isprintable():
         return shlex.quote(text)
@@ -61,26 +61,25 @@ def quoted(word: object) -> str:
 
 
 def safe(text: str) -> str:
-    """`text` of several lines as a terminal may show it: only line ends and tabs act, other control characters are
-    escaped."""
+    """`text` of several lines, safe for a terminal: control characters are escaped, except line ends and tabs."""
     return "".join(printable(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 def one_line(message: object) -> str:
-    """What is said to a user, whoever wrote the words in it: one line, escaped, the middle of a long one left out."""
+    """The message as one line, escaped, because it may quote a file. The middle of a long one is left out."""
     text = printable(str(message).strip())
     return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
 
 
 def first_line(error: object) -> str:
-    """The first line that `error` says, escaped, or the name of its type where it says nothing."""
+    """The first line of the error's message, escaped. The name of its type if the message is empty."""
     return one_line(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
 
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """What ends the body early, an error of the user's or the system's, Ctrl-C or a closed pipe, ends the program: one
-    line, an exit status."""
+    """Inside, an error of the user or the system ends the program with one line and an exit status. Ctrl-C and a closed
+    pipe end it without the line."""
     try:
         yield
     except KeyboardInterrupt:
@@ -111,19 +110,19 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def any_characters() -> None:
-    r"""Let stdout and stderr take any text: what their encoding lacks is printed as \xe4, \u20ac or \udcff."""
+    r"""Let stdout and stderr take any text: characters that their encoding lacks become \xe4, \u20ac or \udcff."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started the program: the next file opened would get its number
+        if stream is None:  # it was closed before the program started; the next file opened would get its number
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def complain(line: str) -> None:
-    """Print a line on stderr; nothing happens where that fails.
+    """Print a line on stderr. If that fails, nothing happens.
 
-    In one write: print's two, text and newline, mix when several ranks fail at once and stderr is unbuffered.
+    It is one write. print makes two, text and newline, which mix if several ranks fail at once.
     """
     with suppress(OSError, ValueError):
         sys.stderr.write(f"{line}\n")
@@ -131,6 +130,6 @@ def complain(line: str) -> None:
 
 
 def drop_output() -> None:
-    """From here on nothing reaches stdout, nor what it still holds. Else the interpreter's end would fail on it."""
+    """Throw away all further output, and what stdout still holds. Python would fail on it when it ends."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

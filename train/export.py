@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         said = f"its tokenizer ({tokenizer.name}), too: transformers.AutoTokenizer.from_pretrained({str(folder)!r})"
     except UserError as error:  # GPT-2's needs a download; nanoGPT's checkpoints name only their dataset
         files, said = {}, f"without a tokenizer: {error}"
-        if "table" in meta:  # of words, that tells which data the weights are of
+        if "table" in meta:  # a table of words: it tells which data the weights belong to
             files["meta.json"] = {name: meta[name] for name in ("vocab_size", "table", "unread")}
     try:
         with making_folder(folder), staging_folder(folder) as staging:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all; files of others, read with care; folders that belong to one process."""
+"""Files that appear whole or not at all. Files of others, read with care. Folders that belong to one process."""
 
 import errno
 import functools
@@ -19,12 +19,12 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
-# what some network file systems say
+# errors of file systems that cannot lock or sync, some network ones for example
 _CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading. OSError for anything else: a pipe would wait for ever, a device has no end."""
+    """Open a regular file for reading. OSError for anything else: a pipe may never answer, a device may have no end."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         mode = os.fstat(descriptor).st_mode
@@ -39,7 +39,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """The bytes of a regular file. OSError for anything else, and for more than `most` bytes."""
+    """The bytes of a regular file. OSError for anything else, and if there are more than `most` bytes."""
     with open_regular(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
@@ -48,7 +48,7 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def check_output(path: Path) -> None:
-    """OSError unless `path` is a regular file or nothing, in a folder that can be written: it may be replaced."""
+    """OSError unless `path` may be written: it is a regular file or nothing, in a folder that can be written."""
     folder = path.parent
     try:
         mode = os.lstat(path).st_mode
@@ -63,13 +63,13 @@ def check_output(path: Path) -> None:
 
 
 def checksums(file: BinaryIO, size: int) -> list[int]:
-    """CRC-32 of every `size` bytes of an open file, from where it stands."""
+    """CRC-32 of each `size` bytes of an open file, from its current position to its end."""
     return [zlib.crc32(data) for data in iter(functools.partial(file.read, size), b"")]
 
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Make `folder` and its parents; at the end those that were made and are empty go again."""
+    """Make `folder` and its parents. At the end, delete those of them that were made here and are empty."""
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,10 +82,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def making_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` and its parents; at the end those that were made and are empty go again.
-
-    An OSError, of making it or of the body, becomes a UserError: `folder` cannot be written.
-    """
+    """As `_made`. An OSError, also one inside, becomes a UserError: `folder` cannot be written."""
     try:
         with _made(folder):
             yield
@@ -95,10 +92,10 @@ def making_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Make `folder`, the out_dir of a run, and hold it; at the end it goes again if it is empty.
+    """Make `folder`, the out_dir of a run, and lock it. At the end, delete it if it was made here and is empty.
 
-    The system drops the lock with the process, however that ends. UserError where another process holds the folder, or
-    where it cannot be made. File systems without locks, and Windows, hold nothing.
+    The system drops the lock when the process ends, however it ends. UserError if another process holds the lock, or if
+    the folder cannot be made. Windows and some file systems have no locks: there nothing is locked.
     """
     with ExitStack() as stack:
         try:
@@ -116,9 +113,9 @@ def owned(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`, gone at the end; what a killed process left of one goes too.
+    """A temporary folder inside `folder`. It is deleted at the end, and so are those that killed processes left.
 
-    A lock, which the system drops with the process, tells a folder in use from one that was left.
+    A folder in use is locked. The system drops the lock when its process ends.
     """
     for path in folder.glob(".staging-*"):
         with suppress(OSError), _locked(path):
@@ -129,7 +126,7 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, or raise BlockingIOError where another process does."""
+    """Hold the folder's lock. BlockingIOError if another process holds it."""
     if fcntl is None:
         yield
         return
@@ -147,9 +144,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; synced to disk, it becomes `path` when the body ends, nothing where the body fails.
+    """A file to write. At the end it is synced to disk and becomes `path`. If the body fails, `path` stays as it was.
 
-    OSError where `path` is no regular file, or where it cannot be written."""
+    OSError if `path` is no regular file, or cannot be written."""
     check_output(path)
     with staging_folder(path.parent) as staging:
         with open(staging / path.name, "wb") as file:
@@ -160,10 +157,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def replace_together(staging: Path, folder: Path, names: tuple[str, ...]) -> None:
-    """Move the files `names` from `staging` into `folder`; of those that staging lacks, folder's are deleted.
+    """Move the files `names` from `staging` into `folder`. Files that staging lacks are deleted from `folder`.
 
-    They are synced first. names[0] is gone first and there last: whoever looks for it finds the old files, none, or
-    the new ones. OSError before anything is moved where one of them is no regular file.
+    All are synced first. names[0] is deleted first and moved last: if it is there, all files are the old ones, or all
+    are the new ones. OSError, before anything is moved, if one of the names is no regular file.
     """
     for name in names:
         check_output(folder / name)
@@ -180,13 +177,13 @@ def replace_together(staging: Path, folder: Path, names: tuple[str, ...]) -> Non
 
 
 def sync(file: BinaryIO) -> None:
-    """Have what was written to `file` on the disk."""
+    """Wait until everything written to `file` is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in `folder` on the disk: renames survive a power cut too. Windows cannot open a folder."""
+    """Wait until the names in `folder` are on the disk, so that renames survive a power cut. Windows cannot do this."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -8,8 +8,8 @@ metrics.jsonl holds one JSON object a line, written as it happens:
     {"kind": "save", "iter", "seconds"}
 
 A "run" is written at every start. The seconds of an "iter" are the mean of one iteration since the last such
-line; the others' are what evaluating or saving took. A number that is not finite is null. The file is only
-ever appended to, and a killed run leaves at most one partial last line: `read_metrics` sorts both out.
+line; the others' are what evaluating or saving took. A number that is not finite is null. Lines are only appended,
+also by a resumed run, and a killed run leaves at most one partial line at the end. `read_metrics` handles both.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ Record = dict[str, Any]
 
 
 def say(line: str) -> None:
-    """Print one line, seen at once through a pipe too. A console that fails ends nothing: stderr says so, once."""
+    """Print one line at once, also through a pipe. If the console fails, the run goes on; stderr says so, once."""
     try:
         print(safe(line), flush=True)
     except (OSError, ValueError) as error:  # a full disk, a reader or a terminal that has gone, a closed file
@@ -48,9 +48,9 @@ class RunLog:
     """The log of a run, kept by one rank.
 
     parameters: how many the model has. resume_iter: the iteration that a resumed run goes on from, None for a new
-    run. console: prints one line. Raises UserError where out_dir cannot be written, and before anything is written
-    where wandb or TensorBoard is asked for and cannot be had. Once the run has begun, an output that fails does not end
-    it: the console says so, once for each. With eval_only nothing is written to out_dir.
+    run. console: prints one line. UserError if out_dir cannot be written; before anything is written, also if wandb
+    or TensorBoard is asked for and does not work. Later an output that fails does not end the run: the console says so,
+    once for each. With eval_only nothing is written to out_dir.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class RunLog:
                 self._write(kind, iter_num, values)
 
     def _write(self, kind: str, iter_num: int, values: Mapping[str, Any]) -> None:
-        """Append a record. OSError where it is not written whole; the next one then begins a new line."""
+        """Append a record. OSError if it is not written whole. The next one then begins on a new line."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = json.dumps({"kind": kind, "iter": iter_num, **finite}, allow_nan=False).encode() + b"\n"
         if self._path in self._failed:
@@ -169,7 +169,7 @@ class RunLog:
 
 
 def check_sinks(config: TrainConfig) -> None:
-    """UserError where a RunLog would fail for want of a package or of a folder to write to. Writes nothing."""
+    """UserError if a RunLog would fail: a package is missing, or out_dir cannot be written. Writes nothing."""
     _import_sinks(config)
     if config.eval_only:  # writes nothing
         return
@@ -186,8 +186,8 @@ def check_sinks(config: TrainConfig) -> None:
 def read_metrics(path: str | os.PathLike) -> list[Record]:
     """The records of the last run in a metrics.jsonl, in order, as if nothing had interrupted it.
 
-    Lines that a kill cut short are skipped. Where a run was resumed, what it had done past its checkpoint is
-    forgotten, and what it did twice counts the last time. Raises OSError when the file cannot be read.
+    Partial lines are skipped. If a run was resumed, the records past its checkpoint are left out, and of records that
+    are there twice the last one counts. OSError if the file cannot be read.
     """
     records: dict[tuple[str, int], Record] = {}
     with open_regular(Path(path)) as file:
@@ -221,7 +221,7 @@ def _version(package: str) -> str | None:
 
 
 def _import_sinks(config: TrainConfig) -> tuple[Any, Any]:
-    """wandb and torch.utils.tensorboard, where they are asked for. UserError where one is not installed."""
+    """wandb and torch.utils.tensorboard, if they are asked for. UserError if one is not installed."""
     found = []
     for name, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
         try:

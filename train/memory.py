@@ -82,7 +82,7 @@ def as_planned_for(device: torch.device) -> dict[str, Any]:
 def check_memory(job: Job, where: str, free: int | None, ranks: int) -> str:
     """A line for the log: what this rank's step will hold, and what its device, called `where`, has free.
 
-    free: bytes, None where the system does not say. UserError only if the step needs more than that; it names settings
+    free: bytes, None if the system does not say. UserError only if the step needs more than that; it names settings
     that would fit.
     """
     memory = dry_run(job).memory
@@ -100,7 +100,7 @@ def check_memory(job: Job, where: str, free: int | None, ranks: int) -> str:
 
 
 def free_memory(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Free bytes on the device, None where the system does not say. On a CPU all ranks see the same number."""
+    """Free bytes on the device, None if the system does not say. On a CPU all ranks see the same number."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and meminfo.exists():

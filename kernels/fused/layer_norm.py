@@ -92,7 +92,7 @@ def add_layer_norm_bwd_kernel(
     rstd_ptr,  # (M,)
     seed_ptr,  # int64, or None
     dresidual_ptr,  # out (M, C)
-    dx_ptr,  # out (M, C); None where it equals dresidual
+    dx_ptr,  # out (M, C); None if it equals dresidual
     dweight_ptr,  # out (P, C) float32: each program's sum over its rows
     dbias_ptr,  # out (P, C) float32, or None
     dy_stride,
@@ -235,9 +235,9 @@ def _add_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dresidual, dx, dweight, dbias) of dy, dstream, stream (M, C) with unit last stride.
 
-    dx is empty where dx_dtype is None. partials (1 or with a bias 2, P, C) float32: what gets the partial rows of all P
+    dx is empty if dx_dtype is None. partials (1 or with a bias 2, P, C) float32: what gets the partial rows of all P
     programs; then dweight and dbias are empty. If it is empty (torch 2.11 takes no None for what is written to), as
-    many programs run as have work and fit, and the rows are summed. dbias is empty where there is no bias.
+    many programs run as have work and fit, and the rows are summed. dbias is empty if there is no bias.
     """
     M, C = dy.shape
     BLOCK_M, BLOCK_N, num_warps = _block(C)

@@ -73,7 +73,7 @@ def padded(V: int) -> int:
 def _gradients(
     x: Tensor, weight: Tensor, dtype: torch.dtype, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Room for dx, in x's dtype, and dweight, in `dtype`; empty where not needed."""
+    """Room for dx, in x's dtype, and dweight, in `dtype`; empty if not needed."""
     (M, C), V = x.shape, weight.shape[0]
     return x.new_empty(M if need_dx else 0, C), x.new_empty(V if need_dweight else 0, C, dtype=dtype)
 
@@ -144,7 +144,7 @@ def _linear_cross_entropy_backward(
     """(dx, dweight), in x's dtype, each empty unless needed; dweight also where it is put into `into`: unless that is
     empty, since torch 2.11 takes no None for what is written to.
 
-    x and weight are None where dx and dweight are there, to be scaled only. known: the gradients are scaled already,
+    x and weight are None if dx and dweight are only to be scaled. known: the gradients are scaled already,
     and dloss is not read. It is an argument all the same: where nothing in a backward pass depends on the loss's
     gradient, torch.compile computes all of it in the forward pass.
     """

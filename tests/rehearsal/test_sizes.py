@@ -21,7 +21,7 @@ def sizes(case: Case) -> list[Shape]:
 
 
 def planned(case: Case, shape: Shape, dtype: torch.dtype) -> list[Launch]:
-    """What the case launches; nothing where it is refused."""
+    """What the case launches; nothing if it is refused."""
     try:
         return launches(case, shape, dtype, H100)
     except ValueError as error:

@@ -96,7 +96,7 @@ def test_a_checkpoint_alone_is_the_best_if_it_says_so(tmp_path, nanogpt):
 def test_a_best_loss_that_no_file_holds_is_forgotten(out, capsys):
     (out / "ckpt-best.pt").unlink()
     assert resume(out, max_iters=9) == 0
-    assert "counted anew: no file holds the state of the last one" in capsys.readouterr().out
+    assert "starts again: no file holds the best state" in capsys.readouterr().out
     assert iterations(out, "eval")[-3:] == [6, 8, 9]
     since = [(record["val_loss"], n) for n, record in logged(out, "eval").items() if n > 7]  # ckpt.pt is of iteration 7
     best = min(since)

@@ -414,7 +414,7 @@ def test_a_refused_run_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_resuming_chooses_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_chooses_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dict(dropout=0.0, compile=False)
     run(tmp_path / "out", **settings, attention="fa3", max_iters=2)
     flash_packages.remove(monkeypatch)

@@ -59,11 +59,11 @@ def test_ensure_docs_makes_it_once_and_says_what_it_is(monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "[" * 100_000])
-def test_docs_that_are_damaged_are_made_anew_by_the_command_that_is_named(damage):
+def test_docs_that_are_damaged_are_made_again_by_the_command_that_is_named(damage):
     folder = Path("data", "docs")
     ensure_docs(folder, lambda line: None)
     (folder / "meta.json").write_text(damage)
-    with pytest.raises(UserError, match=r"cannot be read: .*; python -m train\.prepare docs makes it anew"):
+    with pytest.raises(UserError, match=r"cannot be read: .*; python -m train\.prepare docs makes it again"):
         ensure_docs(folder, lambda line: None)
     make("docs")
     ensure_docs(folder, lambda line: None)

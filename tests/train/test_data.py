@@ -227,7 +227,7 @@ def test_a_file_that_was_cut_short_or_changed_is_refused(tmp_path, monkeypatch):
     meta, whole = json.loads((folder / "meta.json").read_text()), (folder / "train.bin").read_bytes()
     fewer = meta["checksums"] | {"train": meta["checksums"]["train"][:1]}
     (folder / "meta.json").write_text(json.dumps(meta | {"checksums": fewer}))
-    with pytest.raises(UserError, match=r"train\.bin: damaged, .* of bytes 10,000 to 20,000"):
+    with pytest.raises(UserError, match=r"train\.bin: damaged, .*: bytes 10,000 to 20,000"):
         Dataset(folder).check(8)
     (folder / "meta.json").write_text(json.dumps(meta))
     (folder / "train.bin").write_bytes(whole[:-200])

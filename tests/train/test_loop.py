@@ -262,7 +262,7 @@ def test_the_host_launches_little_beside_the_graphs(tmp_path: Path, monkeypatch:
     assert seen[-1] == ["fill_", "zero_", "_foreach_copy_", "graph", "graph", "clone", "stack"]
 
 
-def test_patience_begins_anew_with_every_improvement(tmp_path):
+def test_patience_starts_again_with_every_improvement(tmp_path):
     parts = Parts(tmp_path, dict(max_iters=100, eval_interval=1, patience=2))
     parts.run(Scripted(3.0, 3.5, 2.0, 2.5, 1.0, 1.5, 1.0))
     assert parts.loop.progress.iter_num == 6

@@ -229,7 +229,7 @@ def test_check_reads_all_of_a_dataset(capsys, folder):
             with pytest.raises(UserError, match=said):
                 run("--check", "data/my poems")
     run("--check", "data/my poems")
-    assert "540 and 1 tokens below 50,257; there are no checksums" in capsys.readouterr().out
+    assert "540 and 1 tokens below 50,257; its meta has no checksums" in capsys.readouterr().out
 
 
 # Bad input

@@ -45,7 +45,7 @@ def test_a_new_run_starts_from_ones_own_weights(tmp_path, monkeypatch, capsys):
         assert_same(*({key: saved[key] for key in ("model", "model_args")} for saved in (old, new)))
         assert (new["iter_num"], new["nanofuse"]["gelu"]) == (2, "tanh")
         assert {float(entry["step"]) for entry in new["optimizer"]["state"].values()} == {2.0}
-        assert iterations(more, "eval")[0] == 0  # judged anew
+        assert iterations(more, "eval")[0] == 0  # judged again
         assert f"weights of out/ckpt.pt, iteration {N}\n" in capsys.readouterr().out
     assert last(tmp_path / "out")["iter_num"] == N
 

@@ -157,7 +157,7 @@ def test_a_best_loss_of_other_data_is_forgotten(tmp_path, capsys, change):
     assert resume(tmp_path / "out", max_iters=10, **changes, **CONSTANT) == 0
     said = capsys.readouterr().out
     what = "block_size" if change == "block_size" else "dataset"
-    assert f"iteration 6; best validation loss counted anew: {what} changed" in said
+    assert f"iteration 6; best validation loss starts again: {what} changed" in said
     evaluations = [record["val_loss"] for record in logged(tmp_path / "out", "eval").values()]
     now = last(tmp_path / "out")
     assert now["best_val_loss"] == evaluations[-1] > best["best_val_loss"]

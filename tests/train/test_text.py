@@ -161,12 +161,12 @@ GERMAN, RUSSIAN = "Ob's edler im Gemüt, die Pfeil und Schleudern\n", "Быть 
     [
         ("utf-16", GERMAN, "UTF-16, expected UTF-8 text"),
         ("utf-32", GERMAN, "UTF-32, expected UTF-8 text"),
-        ("utf-16-le", GERMAN, "it has bytes of zero as UTF-16LE has, expected UTF-8 text"),
-        ("utf-16-be", GERMAN, "it has bytes of zero as UTF-16BE has, expected UTF-8 text"),
-        ("utf-16-le", RUSSIAN, "it has bytes of zero as UTF-16LE has, expected UTF-8 text"),
-        ("utf-16-be", RUSSIAN, "it has bytes of zero as UTF-16BE has, expected UTF-8 text"),
-        ("utf-32-le", RUSSIAN, "it has bytes of zero as UTF-32LE has, expected UTF-8 text"),
-        ("utf-32-be", GERMAN, "it has bytes of zero as UTF-32BE has, expected UTF-8 text"),
+        ("utf-16-le", GERMAN, "its zero bytes look like UTF-16LE, expected UTF-8 text"),
+        ("utf-16-be", GERMAN, "its zero bytes look like UTF-16BE, expected UTF-8 text"),
+        ("utf-16-le", RUSSIAN, "its zero bytes look like UTF-16LE, expected UTF-8 text"),
+        ("utf-16-be", RUSSIAN, "its zero bytes look like UTF-16BE, expected UTF-8 text"),
+        ("utf-32-le", RUSSIAN, "its zero bytes look like UTF-32LE, expected UTF-8 text"),
+        ("utf-32-be", GERMAN, "its zero bytes look like UTF-32BE, expected UTF-8 text"),
         ("latin-1", GERMAN, "byte 17 is not UTF-8 (invalid start byte), expected UTF-8 text; if it is Latin-1"),
     ],
 )
