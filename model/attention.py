@@ -170,13 +170,11 @@ def _fa3(packed: Tensor, p: float) -> Tensor:
     return flash_attn_qkvpacked_func(packed, causal=True)
 
 
-@torch.compiler.disable  # its kernels are not torch operations: torch.compile's graph breaks here
 def _fa4(packed: Tensor, p: float) -> Tensor:
     """flash_attn 4. It has no packed function."""
-    from flash_attn.cute import flash_attn_func
+    from model.fa4 import fa4
 
-    y, _ = flash_attn_func(*packed.unbind(2), causal=True)  # the second result is the log of the softmax's sums
-    return y
+    return fa4(packed)
 
 
 PACKAGES: dict[str, Callable[[Tensor, float], Tensor]] = {"flash_attn": _flash_attn, "fa3": _fa3, "fa4": _fa4}

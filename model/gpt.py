@@ -83,6 +83,10 @@ class Linear(Weights, nn.Linear):
 class Embedding(Weights, nn.Embedding):
     """A table; `ops.embedding` reads it."""
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # there torch imports Dynamo for it, which takes two seconds
+            super().reset_parameters()
+
 
 class LayerNorm(Weights):
     """LayerNorm with an optional bias. It first adds the last sub-layer's output to the stream."""
@@ -178,6 +182,8 @@ class GPT(nn.Module):
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, False, ops)
         self.transformer.wte.weight = self.lm_head.weight
+        if self.lm_head.weight.is_meta:
+            return  # there are no values
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # two a layer, their outputs add to the stream (GPT-2, section 2.3)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch._inductor.runtime.cache_dir_utils import cache_dir  # TORCHINDUCTOR_CACHE_DIR, or the default
 
 from model import GPT
 from train.config import TrainConfig
@@ -56,6 +55,8 @@ def model_to_train(
     """
     if not config.compile or config.eval_only:
         return model
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # here: importing Inductor takes two seconds
+
     say("compiling the model... (takes a ~minute)")
     begin = time.perf_counter()
     compiled = model if by_block else compile_module(model)

@@ -1,8 +1,10 @@
 """The command that samples: it prints like nanoGPT, loads its checkpoints, and gives one line for each mistake."""
 
 import gzip
+import os
 import pickle
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from model import GPT, GPTConfig, Precision
 from model.generate import generate
+from tests.train.jobs import ROOT
 from train.checkpoint import MODEL_ARGS, pack, save
 from train.errors import UserError
 from train.sample import SampleConfig, load_model, main, read_prompt, sample_text, to_inference
@@ -48,6 +51,12 @@ def samples(capsys, *argv: str) -> list[str]:
     *found, rest = text.split("\n---------------\n")
     assert rest == ""
     return found
+
+
+def test_the_first_token_does_not_wait_for_dynamo(run_dir):
+    """Importing it takes two seconds, half of the time until there is text."""
+    script = "import sys; from train.sample import main; main(['--num_samples=1']); sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
 def test_output(run_dir, capsys):
