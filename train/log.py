@@ -24,7 +24,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import set_aside
 from train.config import TrainConfig
 from train.errors import UserError, complain, drop_output, first_line, safe, shown
 from train.files import open_regular
@@ -76,6 +75,8 @@ class RunLog:
                 raise UserError(f"wandb_log: wandb.init failed: {' '.join(str(error).split())}") from error
         if config.eval_only:  # an earlier run in out_dir, or one that is under way there, keeps its log
             return
+        from train.checkpoint import set_aside  # here: torch takes two seconds, and `train.plot` needs only the log
+
         if resume_iter is None and (aside := set_aside(self._path.parent)):
             console(f"the earlier run in {config.out_dir} was moved to {aside}")
         start, folder = resume_iter or 0, self._path.parent
