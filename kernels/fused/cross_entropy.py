@@ -185,9 +185,11 @@ def tile(logits: Tensor) -> tuple[int, int, int, int]:
 
 def counted(targets: Tensor, ignore_index: int) -> Tensor:
     """How many of targets (M,) count, () float32."""
+    if not len(targets):
+        return targets.new_zeros((), dtype=torch.float32)
     count = targets.new_empty((), dtype=torch.float32)
     args = dict(targets_ptr=targets, count_ptr=count, M=len(targets), ignore_index=ignore_index)
-    run(targets, Launch(count_kernel, (min(len(targets), 1),), args, dict(BLOCK=4096), num_warps=8))
+    run(targets, Launch(count_kernel, (1,), args, dict(BLOCK=4096), num_warps=8))
     return count
 
 

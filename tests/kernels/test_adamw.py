@@ -68,6 +68,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 @implementations
+@pytest.mark.usefixtures("nan_filled")
 @settings(deadline=None, max_examples=20)
 @given(
     updates=st.one_of(st.integers(0, 20), st.integers(0, 10**6)),
@@ -104,6 +105,7 @@ def test_a_constant_gradient_keeps_its_moments(device: torch.device) -> None:
 # Any length, boundary, alignment
 
 
+@pytest.mark.usefixtures("nan_filled")
 @settings(deadline=None, max_examples=20)
 @given(
     n=st.one_of(st.integers(0, 40), st.integers(0, 2000)),

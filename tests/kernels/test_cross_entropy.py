@@ -53,6 +53,7 @@ ignore_indices = st.sampled_from([-1, -100, 0, 3])
 shares = st.sampled_from([0.0, 0.3, 1.0])
 
 
+@pytest.mark.usefixtures("nan_filled")
 @settings(deadline=None, max_examples=20)
 @given(
     # of one column, torch's error is 0
@@ -72,6 +73,7 @@ def test_any_shape_stride_and_dtype(shape, layout, dtype, ignored, ignore_index)
     assert not fault(cross_entropy, reference.cross_entropy, inputs)
 
 
+@pytest.mark.usefixtures("nan_filled")
 @settings(deadline=None, max_examples=25)
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(1, 40), st.integers(2, 200)),

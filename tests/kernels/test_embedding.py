@@ -28,6 +28,7 @@ def tables(V: int, T: int, C: int, device: torch.device, dtype: torch.dtype = to
 layouts = st.sampled_from(["packed", "part of a larger table", "transposed"])
 
 
+@pytest.mark.usefixtures("nan_filled")
 @settings(deadline=None, max_examples=10)
 @given(
     B=st.integers(0, 4),

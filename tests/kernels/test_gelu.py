@@ -73,6 +73,7 @@ def test_a_nan_stays_one_and_alone(approximate: str, device: torch.device) -> No
 # Shapes, strides, dtypes
 
 
+@pytest.mark.usefixtures("nan_filled")
 @settings(deadline=None, max_examples=15)
 @given(
     shape=st.one_of(

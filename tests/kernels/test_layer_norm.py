@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 layouts = st.sampled_from(["packed", "sliced", "transposed", "one row for all"])
 
 
+@pytest.mark.usefixtures("nan_filled")
 @settings(deadline=None, max_examples=20)
 @given(
     shape=st.one_of(

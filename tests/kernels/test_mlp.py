@@ -47,6 +47,7 @@ def drawn(M: int, K: int, N: int, dtype: torch.dtype = torch.float32, *, bias: b
 # Shapes, strides, dtypes
 
 
+@pytest.mark.usefixtures("nan_filled")
 @settings(deadline=None, max_examples=16)
 @given(
     lead=st.one_of(st.tuples(), st.tuples(st.integers(0, 70)), st.tuples(st.integers(0, 3), st.integers(0, 20))),
