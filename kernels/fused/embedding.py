@@ -356,5 +356,6 @@ def embedding(
     check_dtype("dtype", dtype)
     into = (None, None, False) if grads is None else (grads[0].weight, grads[1].weight, grads[1].accumulate)
     sorts = torch.is_grad_enabled() and wte.requires_grad
-    x, _ = _embedding(idx.reshape(-1), rows(wte), rows(wpe), dtype, seed_for(wte, p, seed), p, sorts, *into)
+    idx = idx.reshape(-1).contiguous()  # a column of a table becomes a view with a stride
+    x, _ = _embedding(idx, rows(wte), rows(wpe), dtype, seed_for(wte, p, seed), p, sorts, *into)
     return x.view(B, T, C)

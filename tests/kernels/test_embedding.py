@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,6 +39,9 @@ layouts = st.sampled_from(["packed", "part of a larger table", "transposed"])
     x_dtype=st.sampled_from(DTYPES),
     idx_dtype=st.sampled_from([torch.int64, torch.int32]),
     layout=st.tuples(layouts, layouts, layouts, st.one_of(layouts, st.just("the same everywhere"))),
+)
+@example(  # a column of a table, as when several sequences are sampled
+    2, 1, 5, 9, torch.float32, torch.float32, torch.int64, ("part of a larger table", "packed", "packed", "packed")
 )
 def test_any_shape_stride_and_dtype(B, T, C, V, dtype, x_dtype, idx_dtype, layout) -> None:
     device = torch.device("cpu" if INTERPRETED else "cuda")
