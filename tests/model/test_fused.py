@@ -71,6 +71,14 @@ def test_no_further_from_the_truth_in_bfloat16(monkeypatch: pytest.MonkeyPatch) 
         assert error < 1.5 * allowed or name == "loss", f"{name}: off by {error:.3g}, plain torch by {allowed:.3g}"
 
 
+def test_several_sequences_are_sampled_as_with_the_reference() -> None:
+    """With the cache, and past block_size, where the window slides."""
+    prompt = batch()[0][:, :8]
+    fused, plain = (make(ops).generate(prompt, 6, temperature=0) for ops in (FUSED, REFERENCE))
+    assert torch.equal(fused, plain)
+    assert len(plain[:, 8:].unique()) > 6  # tokens vary
+
+
 @pytest.mark.slow
 def test_compiled_whole_it_is_the_same(compiler: None) -> None:
     torch.compiler.reset()
