@@ -1,9 +1,11 @@
 """Small runs of the train command, in this process, and the files that they leave."""
 
+import dataclasses
+import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from unittest import mock
@@ -13,10 +15,12 @@ import torch
 
 import train.__main__ as command
 from tests.train.jobs import JOB, make_data
-from train import checkpoint
+from train import checkpoint, memory
 from train.data import Batch
+from train.dryrun import dry_run
 from train.errors import UserError
 from train.log import read_metrics
+from train.sample import sample_text
 from train.step import StepResult, TrainStep
 
 # With dropout and accumulation, so that random state must survive too. A save every other iteration.
@@ -31,6 +35,11 @@ KILLED_JOB = JOB | dict(
 CONSTANT = dict(learning_rate=0.0, decay_lr=False)  # no evaluation after the first is better
 
 Happenings = dict[int, Callable[[TrainStep], None]]
+KNOWN = functools.cache(dry_run)  # it takes half of a small run's time, and depends on the job alone
+
+
+def short_sample(model: object, tokenizer: object, config: object, generator: object) -> Iterator[str]:
+    return sample_text(model, tokenizer, dataclasses.replace(config, max_new_tokens=3), generator)
 
 
 class Stop(Exception):
@@ -60,6 +69,8 @@ def run(out_dir: Path, at: Happenings | None = None, **settings) -> int:
         mock.patch.object(sys, "argv", argv),
         mock.patch.object(command, "TrainStep", Step),
         mock.patch.object(command, "plot_run", return_value=None),  # it takes longer than all the rest
+        mock.patch.object(command, "sample_text", short_sample),
+        mock.patch.object(memory, "dry_run", KNOWN if memory.dry_run is dry_run else memory.dry_run),
     ):
         return command.main()
 
