@@ -38,7 +38,7 @@ ALLOCATIONS = frozenset(["empty", "new_empty", "empty_like", "empty_strided", "n
 FILLS = frozenset(["zero_", "fill_", "zeros", "zeros_like", "ones_like", "full", "full_like"])  # these only write
 SYNCS = frozenset(["_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_unique2", "masked_select"])
 MATMUL_OPS = frozenset(["mm", "addmm", "addmm_", "bmm", "baddbmm"])
-WORKSPACES = 2 * 2**25  # bytes of its workspaces: 32 MiB on recent GPUs, for each of two streams
+WORKSPACES = 2 * 2**25  # bytes that cuBLAS takes: 32 MiB on recent GPUs, for each of two streams
 GRANULE = 512  # bytes: torch's allocator for CUDA rounds the size of every tensor up to a multiple
 
 
