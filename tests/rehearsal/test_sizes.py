@@ -60,6 +60,7 @@ def ragged() -> Iterator[tuple[Case, Shape, torch.dtype]]:
         yield replace(case, compiled_with=(variant,)), shape, torch.bfloat16
 
 
+@pytest.mark.slow
 def test_every_kernel_at_a_ragged_size() -> None:
     found = {name.split()[-1]: (name, launch) for name, launch in distinct(ragged()).values()}
     many = {"embedding_bwd_pieces_kernel"}  # more tokens than any size here; `kernels.targets` compiles it
