@@ -194,12 +194,12 @@ def estimates(runs: Iterable[Run]) -> list[Steps]:
     found = []
     for name in ESTIMATED:
         for card in ESTIMATED_ON:
-            device = data_sheet(CARDS[card].name)
-            if (device, name) not in measured:
-                workload, rates = WORKLOADS[name], (device.bf16 * 1e12, device.bandwidth * 1e9)
+            sheet = data_sheet(CARDS[card].name)
+            if (sheet, name) not in measured:
+                workload, rates = WORKLOADS[name], (sheet.bf16 * 1e12, sheet.bandwidth * 1e9)
                 row = workload.row("an estimate", seconds=[roofline(workload.shape, 2, *rates, ATTAINED)])
                 label = short_name(CARDS[card].name)
-                found.append(Steps(name, [row], rates[0], *rates, label, device.source, estimated=True))
+                found.append(Steps(name, [row], rates[0], *rates, label, sheet.source, estimated=True))
     return found
 
 

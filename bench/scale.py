@@ -120,21 +120,21 @@ def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, fl
     """(device's name, its rates, its peak, lines about them), as the file measured, else from data sheets."""
     card = CARDS.get(config.device.lower())
     name = found.device.name if found else card.name if card else config.device
-    row = data_sheet(name)
+    sheet = data_sheet(name)
     matmul, copy = (found.ceiling(what) if found else None for what in ("matmul", "copy"))
-    if row is None and found is None:
+    if sheet is None and found is None:
         raise UserError(f"device: got {shown(config.device)}, expected one that train/hardware.py knows")
-    if row is None and not (matmul and copy):
+    if sheet is None and not (matmul and copy):
         raise UserError(f"results: {config.results}: it has no ceilings, and no data sheet of {name} is known")
     said = [
         f"measured    {matmul / 1e12:.4g} TFLOP/s of a large matmul"
         if matmul
-        else f"data sheet  {row.bf16:g} TFLOP/s, dense bfloat16, {row.source}",
+        else f"data sheet  {sheet.bf16:g} TFLOP/s, dense bfloat16, {sheet.source}",
         f"measured    {copy / 1e9:.4g} GB/s of a large copy"
         if copy
-        else f"data sheet  {row.bandwidth:g} GB/s, {row.source}",
+        else f"data sheet  {sheet.bandwidth:g} GB/s, {sheet.source}",
     ]
-    rates = matmul or row.bf16 * 1e12, copy or row.bandwidth * 1e9
+    rates = matmul or sheet.bf16 * 1e12, copy or sheet.bandwidth * 1e9
     if found is None:
         return name, rates, rates[0], said
     return (
@@ -147,8 +147,8 @@ def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, fl
 
 def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
     """The links, and lines about them and about what else is assumed."""
-    row = data_sheet(device)
-    link = row.link if row else None
+    sheet = data_sheet(device)
+    link = sheet.link if sheet else None
     if link is None and not config.intranode_gbyte:
         raise UserError(f"intranode_gbyte: got 0.0, expected GB/s in one direction: no link of {device} is known")
     gbytes, share = config.intranode_gbyte or link.bandwidth, config.link_share

@@ -122,7 +122,7 @@ def card(name: str) -> Card:
 
 
 def data_sheet(name: str) -> DataSheet | None:
-    """That of the device with this torch.cuda.get_device_name(), None if it is not known here."""
+    """The data sheet of the GPU with this torch.cuda.get_device_name(); None if it is not known here."""
     return next((sheet for sheet in DATA_SHEETS if sheet.name == name.strip().removeprefix("NVIDIA ")), None)
 
 
