@@ -6,6 +6,7 @@ With --compare it compares two commits on one device: python -m bench.report --c
 `page.html` is the page's template. The page is one file that needs no other.
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ from bench.pictures import NARROW, WIDE, Picture
 from bench.tables import NONE, Table, counted
 from train import errors
 from train.errors import UserError, one_line
-from train.files import making_folder, replacing
+from train.files import holds, making_folder, replacing
 from train.plot import FONT, SCHEME, picture, svg_style
 from train.settings import command_line, setting
 
@@ -112,7 +113,10 @@ def _present(found: Iterable) -> list:
 
 
 def write(folder: Path, runs: Sequence[Run]) -> None:
-    """Write the report. UserError if `folder` cannot be written."""
+    """Write the report. UserError if `folder` cannot be written, or holds a file of that name that is no report."""
+    for name in ("report.md", "report.html"):
+        if os.path.lexists(folder / name) and not holds(folder / name, TITLE):
+            raise UserError(f"out: {folder / name} is there, and is no report; name another folder")
     runs = in_order(runs)
     guesses = estimates(runs)
     about, parts = summary(runs, guesses), sections(runs, guesses)

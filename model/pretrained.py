@@ -31,6 +31,7 @@ from model.config import GPT2_SIZES, GPTConfig
 from model.gpt import GPT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MADE_BY = "nanofuse"  # in config.json: the folder is an export of ours
 HUB = "openai-community"  # the account that holds OpenAI's four models
 END_OF_TEXT = 50256  # the id of <|endoftext|> in GPT-2's vocabulary
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -140,6 +141,7 @@ def export_gpt2(model: GPT, folder: str | os.PathLike[str]) -> Path:
             tensors[name] = tensors[name].t().contiguous()
     end_of_text = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None
     description = {
+        "made_by": MADE_BY,
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **{theirs: getattr(config, ours) for ours, theirs in SHAPE.items()},

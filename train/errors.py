@@ -76,11 +76,20 @@ def first_line(error: object) -> str:
     return one_line(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
 
 
+def check_current_folder() -> None:
+    """UserError if the current folder was deleted. Even torch cannot be imported there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder was deleted; cd to one that exists") from None
+
+
 @contextmanager
 def ending() -> Iterator[None]:
     """Inside, an error of the user or the system ends the program with one line and an exit status. Ctrl-C and a closed
     pipe end it without the line."""
     try:
+        check_current_folder()
         yield
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -8,20 +8,22 @@ Every tokenizer here is a byte pair encoding: GPT-2's has merges, and characters
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.pretrained import CONFIG, WEIGHTS, export_gpt2, from_checkpoint
+from model.pretrained import CONFIG, MADE_BY, WEIGHTS, export_gpt2, from_checkpoint
 from train.checkpoint import best_of, load
 from train.data import checkpoint_tokenizer
 from train.errors import UserError, run
-from train.files import making_folder, replace_together, staging_folder
+from train.files import holds, making_folder, replace_together, staging_folder
 from train.settings import command_line, setting
 from train.text import END_OF_TEXT, GPT2_TOKENS, SPELLING, CharTokenizer, GPT2Tokenizer, Tokenizer, from_meta
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "meta.json")
+FILES = (WEIGHTS, CONFIG, *TOKENIZER)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,13 @@ def merged(tokens: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
             yield parts[0], parts[1]
 
 
+def check_folder(folder: Path) -> None:
+    """UserError if `folder` holds files with an export's names that no export wrote: another model's, a dataset's."""
+    there = [name for name in FILES if os.path.lexists(folder / name)]
+    if there and not holds(folder / CONFIG, f'"made_by": "{MADE_BY}"'):
+        raise UserError(f"to: {folder} holds {there[0]}, which is not of an export; name another folder")
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
     about = "Write a checkpoint as a Hugging Face GPT-2 folder."
@@ -87,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     if not config.to:
         raise UserError("to: got '', expected a folder, as in --to=my-gpt2")
     path, folder = best_of(Path(config.out_dir)), Path(config.to)
+    check_folder(folder)
     checkpoint = load(path)
     try:
         model = from_checkpoint(checkpoint)
@@ -107,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             export_gpt2(model, staging)
             for name, content in files.items():
                 (staging / name).write_bytes(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-            replace_together(staging, folder, (WEIGHTS, CONFIG, *TOKENIZER))  # those of an earlier export go
+            replace_together(staging, folder, FILES)  # those of an earlier export go
     except ImportError as error:
         raise UserError(str(error)) from error
     except UserError as error:

@@ -47,6 +47,14 @@ def read_regular(path: Path, most: int) -> bytes:
     return data
 
 
+def holds(path: Path, mark: str, most: int = 1 << 28) -> bool:
+    """Whether `path` is a regular file, of at most `most` bytes, with the text `mark` somewhere in it."""
+    try:
+        return mark.encode() in read_regular(path, most)
+    except OSError:
+        return False
+
+
 def check_output(path: Path) -> None:
     """OSError unless `path` may be written: it is a regular file or nothing, in a folder that can be written."""
     folder = path.parent

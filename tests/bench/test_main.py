@@ -270,6 +270,27 @@ def test_out_is_refused_before_anything_is_measured(
     assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
 
 
+def test_out_is_never_a_file_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(b"weights")
+    monkeypatch.setattr(command.Bench, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["bench", f"--out={path}", "--device=cpu"])
+    with pytest.raises(UserError, match=r"out: .*ckpt\.pt is there, and is no results file; name another file"):
+        command.main()
+    assert path.read_bytes() == b"weights"
+
+
+def test_a_second_measurement_of_a_day_keeps_the_first(
+    new_run: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench", "--device=cpu", "--parts=tests"])
+    for _ in range(3):
+        assert command.main() == 0
+    first, *more = sorted(path.stem for path in Path("bench", "results").iterdir())
+    assert more == [f"{first}-2", f"{first}-3"]
+
+
 @pytest.mark.parametrize("when", ["ceilings", "tests"])
 def test_a_result_that_cannot_be_stored_is_printed(
     new_run: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, when: str

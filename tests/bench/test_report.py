@@ -285,6 +285,17 @@ def test_without_a_good_file_there_is_no_report(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
+def test_a_report_goes_over_another_report_only(tmp_path: Path, name: str) -> None:
+    named = [*files(tmp_path, {"x.json": cpu()}), f"--out={tmp_path}"]
+    (tmp_path / name).write_text("my own")
+    with pytest.raises(UserError, match=f"out: .*{name} is there, and is no report; name another folder"):
+        report.main(named)
+    assert (tmp_path / name).read_text() == "my own"
+    (tmp_path / name).unlink()
+    assert [report.main(named) for _ in range(2)] == [0, 0]
+
+
 def test_runs_of_one_device_are_told_apart() -> None:
     a, b, other = Run(Path("a.json"), h100()), Run(Path("b.json"), h100()), Run(Path("x/a.json"), h100())
     assert [run.label for run in in_order([b, a, b])] == ["H100 80GB HBM3, a.json", "H100 80GB HBM3, b.json"]

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +39,15 @@ def test_what_cannot_be_shown_is_described():
 
 def test_a_text_keeps_its_lines():
     assert safe("a\tb\n\x1b[31m\r\x9b") == "a\tb\n\\x1b[31m\\r\\x9b"
+
+
+def test_a_command_says_that_its_folder_was_deleted(tmp_path):
+    (tmp_path / "gone").mkdir()
+    start = "import os, runpy, sys; os.rmdir(os.getcwd()); sys.argv[1:] = ['train']; runpy.run_module('train.commands')"
+    start = start.replace("('train.commands')", "('train.commands', run_name='__main__')")
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", start], cwd=tmp_path / "gone", env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: the current folder was deleted; cd to one that exists\n")
 
 
 def test_an_error_of_the_system_ends_a_command_in_one_line(capsys):

@@ -103,9 +103,15 @@ def test_a_failed_export_leaves_the_old_one(model, monkeypatch):
     assert not Path("new").exists()
 
 
-@pytest.mark.parametrize("name", MODEL_FILES)
-def test_an_export_goes_over_files_only(model, name):
-    Path("folder", name).mkdir(parents=True)
-    with pytest.raises(UserError, match=r"to: folder: cannot be written: it is a folder, expected a regular file"):
+@pytest.mark.parametrize("name", [*MODEL_FILES, "meta.json", "tokenizer.json"])
+@pytest.mark.parametrize("put", [Path.mkdir, lambda path: path.write_text('{"model_type": "gpt2"}')])
+def test_an_export_goes_over_another_export_only(model, name, put):
+    """Not over a model that was downloaded, nor over a dataset's meta.json."""
+    path = Path("folder", name)
+    path.parent.mkdir()
+    put(path)
+    before = path.lstat()
+    with pytest.raises(UserError, match=f"to: folder holds {name}, which is not of an export; name another folder"):
         main(["--to=folder"])
-    assert [path.name for path in Path("folder").iterdir()] == [name]
+    assert path.lstat() == before
+    assert list(Path("folder").iterdir()) == [path]
