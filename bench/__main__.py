@@ -24,7 +24,7 @@ from bench.results import WRONG, Failure, Tests
 from bench.rules import TimeBudget
 from bench.tables import summary
 from bench.variants import DEFAULTS, WORKLOADS, chosen, variants
-from train.errors import UserError, first_line, run
+from train.errors import UserError, first_line, one_line, run
 from train.files import check_output, holds
 from train.hardware import resolve_device, resolve_dtype, use_device
 from train.settings import command_line, setting
@@ -68,7 +68,7 @@ class Bench:
 
     def tell(self, text: str) -> None:
         """Print a line that stays above the progress bar."""
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(one_line(text), file=sys.stderr)
 
     def at(self, what: str) -> None:
         """Show on the progress bar what is measured now."""
@@ -192,7 +192,7 @@ def main() -> int:
     if not bench.stored:  # nothing that was measured is lost
         print(results.encoded(bench.results).decode())
         return status or 1
-    print(f"written to {bench.path}" + ("" if bench.results.complete else ", which is not complete"))
+    print(one_line(f"written to {bench.path}") + ("" if bench.results.complete else ", which is not complete"))
     return status
 
 

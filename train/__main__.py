@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from train.config import TrainConfig, choose_base, compose, notes, parse
-from train.errors import UserError, any_characters, ending, first_line, run
+from train.errors import UserError, any_characters, ending, first_line, run, safe
 from train.settings import check_values
 
 if __name__ == "__main__":  # --help and wrong settings end here: importing torch takes seconds
@@ -64,7 +64,7 @@ def main() -> int:
         if absent:
             from train.rehearse import rehearse  # imported here: only a rehearsal needs it
 
-            tell = print if world.master else lambda text: None
+            tell = (lambda text: print(safe(text))) if world.master else lambda text: None
             return rehearse(config, set(parsed.settings), why, checkpoint, world, tell)
         check_sinks(config)
         if world.master and not config.eval_only and not resumed:

@@ -17,7 +17,7 @@ from typing import Any
 from model.pretrained import CONFIG, MADE_BY, WEIGHTS, export_gpt2, from_checkpoint
 from train.checkpoint import best_of, load
 from train.data import checkpoint_tokenizer
-from train.errors import UserError, run
+from train.errors import UserError, one_line, run
 from train.files import holds, making_folder, replace_together, staging_folder
 from train.settings import command_line, setting
 from train.text import END_OF_TEXT, GPT2_TOKENS, SPELLING, CharTokenizer, GPT2Tokenizer, Tokenizer, from_meta
@@ -122,11 +122,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(str(error)) from error
     except UserError as error:
         raise UserError(f"to: {error}") from None
-    print(
-        f"{folder}: iteration {checkpoint['iter_num']} of {path}, written; read it with "
-        f"transformers.GPT2LMHeadModel.from_pretrained({str(folder)!r})"
-    )
-    print(f"{folder}: {said}")
+    how = f"read it with transformers.GPT2LMHeadModel.from_pretrained({str(folder)!r})"
+    print(one_line(f"{folder}: iteration {checkpoint['iter_num']} of {path}, written; {how}"))
+    print(one_line(f"{folder}: {said}"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.errors import UserError, printable, run
+from train.errors import UserError, one_line, printable, run
 from train.files import replacing
 from train.log import METRICS, Record, read_metrics
 from train.settings import command_line, setting
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         write_picture(path, runs)
     except OSError as error:
         raise UserError(f"out: cannot write {path}: {error.strerror}") from error
-    print(f"loss curve: {path}")
+    print(one_line(f"loss curve: {path}"))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from train.corpora import CORPORA, dataset_folder, openwebtext
-from train.errors import UserError, quoted, run, shown
+from train.errors import UserError, one_line, quoted, run, shown
 from train.files import checksums, making_folder, replace_together, staging_folder
 from train.settings import command_line, nearest, setting
 from train.text import (
@@ -71,14 +71,14 @@ def main(argv: list[str] | None = None) -> None:
     if config.check:
         if sources:
             raise UserError(f"check: got {shown(sources[0])} too, expected nothing but the dataset to check")
-        print(check(config.check))
+        print(one_line(check(config.check)))
         return
     start = time.monotonic()
     dataset, meta = prepare(sources, config)
     if sources == ["docs"]:
         print(docs_line(meta))
     for name in ("train", "val"):
-        print(f"{dataset_folder(dataset) / name}.bin: {meta[f'{name}_tokens']:,} tokens")
+        print(one_line(f"{dataset_folder(dataset) / name}.bin: {meta[f'{name}_tokens']:,} tokens"))
     print(f"vocabulary: {meta['vocab_size']:,} ({meta['tokenizer']}); text sha256 {meta['sha256']}")
     print(f"{time.monotonic() - start:.1f} s; train on it with: {how_to_train(dataset, meta)}")
 

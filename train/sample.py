@@ -17,7 +17,7 @@ from model.generate import generate
 from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint import best_of, load, named
 from train.data import checkpoint_tokenizer, weights_tokenizer
-from train.errors import UserError, first_line, quoted, run, safe, shown
+from train.errors import UserError, first_line, one_line, quoted, run, safe, shown
 from train.hardware import device_name, resolve_device, resolve_dtype
 from train.settings import command_line, setting
 from train.text import GPT2_TOKENS, CharTokenizer, Tokenizer, from_meta, read_text
@@ -150,11 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer, source = load_model(config, dtype)
     config = dataclasses.replace(config, start=read_prompt(config.start, tokenizer))
     to_inference(model, device)
-    print(
-        f"{source}: {model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.name} tokens,"
-        f" {str(dtype).removeprefix('torch.')} on {device_name(device)}",
-        file=sys.stderr,
-    )
+    size, computed = f"{model.get_num_params() / 1e6:.2f}M parameters", str(dtype).removeprefix("torch.")
+    about = f"{source}: {size}, {tokenizer.name} tokens, {computed} on {device_name(device)}"
+    print(one_line(about), file=sys.stderr)
     if config.compile:
         model = try_compile(model, device)
     generator = torch.Generator(device).manual_seed(config.seed)

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.jobs import ROOT, arguments, make_data
+from tests.train.jobs import CHARS, ROOT, arguments, make_data
 from tests.train.runs import iterations, last, run
 from train import errors
+from train.export import main as export
+from train.plot import main as plot
+from train.prepare import main as prepare
+from train.sample import main as sample
 
 
 class Broken(io.StringIO):
@@ -58,6 +62,23 @@ def test_what_the_console_cannot_print_is_escaped(tmp_path, monkeypatch, encodin
     said = console.buffer.getvalue().decode(encoding)
     assert "saving checkpoint to " in said
     assert r"-\udcff" in said
+
+
+def test_commands_escape_the_names_that_they_repeat(tmp_path, monkeypatch, capsys):
+    """A folder's name could move a terminal's cursor, or look like another line."""
+    monkeypatch.chdir(tmp_path)
+    Path("play.txt").write_text(CHARS * 30)
+    evil, shown = "a\x1b[31m\nb", r"a\x1b[31m\nb"
+    prepare([f"--dataset={evil}", "play.txt"])
+    prepare([f"--check={evil}"])
+    assert run(tmp_path / evil, dataset=tmp_path / "data" / evil, max_iters=2) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    sample([f"--out_dir={evil}", "--num_samples=1", "--max_new_tokens=1"])
+    plot([evil])
+    export([f"--out_dir={evil}", f"--to={evil}/to"])
+    streams = capsys.readouterr()
+    assert [shown in line for line in streams.err.splitlines()] == [True]
+    assert [shown in line for line in streams.out.splitlines()[-3:]] == [True] * 3
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
