@@ -1,9 +1,11 @@
-"""Operations for a CPU that torch.compile calls as they are: dropout's masks, an embedding's gradient, and attention by
-plain matmuls.
+"""Operations for a CPU that torch.compile calls as they are: dropout's masks, an embedding, and attention by plain
+matmuls.
 
 Inductor can compile their parts, but its code is slower than torch's own operations. It draws random numbers, compares
-16-bit integers and adds rows one by one. It writes a softmax's float32 values to memory, and computes them again in the
-backward pass. As operations of our own they also give the same bits, compiled or not.
+16-bit integers, reads a bfloat16 table and adds rows one by one. It writes a softmax's float32 values to memory, and
+computes them again in the backward pass. As operations of our own they also give the same bits, compiled or not.
+
+Inductor is faster at copies in another order, so attention's stay outside of its operations.
 """
 
 import math
@@ -46,30 +48,38 @@ def embedding(idx: Tensor, weight: Tensor) -> Tensor:
     return _Embedding.apply(idx, weight)
 
 
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, packed: Tensor, keep: Tensor | None, scale: float) -> Tensor:
+        B, T, _, H, Q = packed.shape
+        qkv = packed.permute(2, 0, 3, 1, 4).reshape(3, B * H, T, Q)
+        y, *read = torch.ops.nanofuse_cpu.attention.default(qkv, keep)
+        ctx.save_for_backward(qkv, *read, keep)
+        ctx.scale = scale
+        y = y if keep is None else y * scale
+        return y.view(B, H, T, Q).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        qkv, weights, left, keep = ctx.saved_tensors
+        (B, T, H, Q), dy = dy.shape, dy.transpose(1, 2)
+        dy = dy if keep is None else dy * ctx.scale
+        dy = dy.reshape(B * H, T, Q)
+        dqkv = torch.ops.nanofuse_cpu.attention_backward.default(dy, qkv, weights, left, keep)
+        return dqkv.view(3, B, H, T, Q).permute(1, 3, 0, 2, 4).contiguous(), None, None
+
+
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, idx: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(idx)
         ctx.V, ctx.dtype = weight.shape[0], weight.dtype
-        x = F.embedding(idx, weight)
+        x = torch.ops.nanofuse_cpu.embedding.default(idx, weight)
         return x if x.dtype == torch.float64 else x.float()
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[None, Tensor]:
         return None, torch.ops.nanofuse_cpu.embedding_backward.default(dy, *ctx.saved_tensors, ctx.V).to(ctx.dtype)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, packed: Tensor, keep: Tensor | None, scale: float) -> Tensor:
-        y, *read = torch.ops.nanofuse_cpu.attention.default(packed, keep, scale)
-        ctx.save_for_backward(*read, keep)
-        ctx.scale = scale
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-        return torch.ops.nanofuse_cpu.attention_backward.default(dy, *ctx.saved_tensors, ctx.scale), None, None
 
 
 def _random_keep(x: Tensor, shape: list[int], dropped: int) -> Tensor:
@@ -81,47 +91,41 @@ def _random_keep(x: Tensor, shape: list[int], dropped: int) -> Tensor:
     return bits.ge_(dropped - 2 ** (BITS - 1)).to(x.dtype)
 
 
+def _embedding(idx: Tensor, weight: Tensor) -> Tensor:
+    return F.embedding(idx, weight)
+
+
 def _embedding_backward(dy: Tensor, idx: Tensor, V: int) -> Tensor:
     """The gradient of a table of V rows."""
     return torch.ops.aten.embedding_dense_backward(dy, idx, V, -1, False)
 
 
-def _attention(packed: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, and what the backward pass reads): qkv (3, BH, T, Q), scaled; the weights (BH, T, T); what is left of them
-    after dropout, empty without."""
-    B, T, _, H, Q = packed.shape
-    qkv = packed.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format).view(3, B * H, T, Q)
+def _attention(qkv: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(y (BH, T, Q), to be divided by 1 - p; the weights (BH, T, T); what is left of them after dropout, empty without)
+    of qkv (3, BH, T, Q)."""
     q, k, v = qkv
-    q.mul_(Q**-0.5)
+    T, Q = q.shape[1:]
     ahead = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
-    weights = torch.bmm(q, k.mT).add_(ahead)
+    weights = torch.bmm(q * Q**-0.5, k.mT).add_(ahead)
     torch.softmax(weights, -1, out=weights)  # row by row, so in place; also below
-    left = weights.new_empty(0)
-    if keep is not None:
-        left = weights * keep
-        v.mul_(scale)
-    y = torch.bmm(weights if keep is None else left, v)
-    return y.view(B, H, T, Q).transpose(1, 2), qkv, weights, left
+    left = weights.new_empty(0) if keep is None else weights * keep
+    return torch.bmm(weights if keep is None else left, v), weights, left
 
 
-def _attention_backward(
-    dy: Tensor, qkv: Tensor, weights: Tensor, left: Tensor, keep: Tensor | None, scale: float
-) -> Tensor:
-    """The gradient of packed, (B, T, 3, H, Q)."""
-    (q, k, v), (B, T, H, Q) = qkv, dy.shape
-    dy = dy.transpose(1, 2).reshape(B * H, T, Q)
+def _attention_backward(dy: Tensor, qkv: Tensor, weights: Tensor, left: Tensor, keep: Tensor | None) -> Tensor:
+    """The gradient of qkv. dy (BH, T, Q): that of y, divided by 1 - p."""
+    q, k, v = qkv
     dqkv = torch.empty_like(qkv)
     dq, dk, dv = dqkv
     torch.bmm((weights if keep is None else left).mT, dy, out=dv)
     dweights = torch.bmm(dy, v.mT)
     if keep is not None:
-        dv.mul_(scale)
         dweights.mul_(keep)
     dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype, grad_input=dweights)
     torch.bmm(dscores, k, out=dq)
     torch.bmm(dscores.mT, q, out=dk)
-    dq.mul_(Q**-0.5)
-    return dqkv.view(3, B, H, T, Q).permute(1, 3, 0, 2, 4).contiguous()
+    dqkv[:2].mul_(q.shape[2] ** -0.5)
+    return dqkv
 
 
 _LIBRARY = torch.library.Library("nanofuse_cpu", "DEF")
@@ -129,16 +133,12 @@ _LIBRARY = torch.library.Library("nanofuse_cpu", "DEF")
 
 def _register() -> None:
     mark_graphs()
-    random = (torch.Tag.nondeterministic_seeded,)
-    for body, fake, tags in (
-        (_random_keep, lambda x, shape, dropped: x.new_empty(shape), random),
-        (_embedding_backward, _embedding_backward, ()),
-        (_attention, _attention, ()),
-        (_attention_backward, _attention_backward, ()),
-    ):
-        name = body.__name__.removeprefix("_")
+    for body in (_random_keep, _embedding, _embedding_backward, _attention, _attention_backward):
+        name, draws = body.__name__.removeprefix("_"), body is _random_keep
+        tags = (torch.Tag.nondeterministic_seeded,) if draws else ()
         _LIBRARY.define(name + torch.library.infer_schema(body, mutates_args=()), tags=tags)
         _LIBRARY.impl(name, body, "CPU")
+        fake = (lambda x, shape, dropped: x.new_empty(shape)) if draws else body
         torch.library.register_fake(f"nanofuse_cpu::{name}", fake, lib=_LIBRARY)
 
 

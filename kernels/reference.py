@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.adamw import adamw as torch_adamw
 
 from kernels import cpu
 
@@ -192,27 +191,12 @@ def adamw(
         factor = factor * (max_norm / (norm + CLIP_EPS)).clamp(max=1.0)
     found_inf = norm.isfinite().logical_not().float()
     g = g * factor if g is grad else g.mul_(factor)
-    beta1, beta2 = betas
+    settings = dict(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, amsgrad=False, maximize=False, found_inf=found_inf)
+    number = step.float() + 1
     for part, decay in ((slice(n_decay), weight_decay), (slice(n_decay, None), 0.0)):
-        taken = step.float().clone()
-        torch_adamw(
-            [param[part]],
-            [g[part]],
-            [exp_avg[part]],
-            [exp_avg_sq[part]],
-            [],
-            [taken],
-            fused=True,  # the one that leaves everything, the step count too, where found_inf says so
-            found_inf=found_inf,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=lr,
-            weight_decay=decay,
-            eps=eps,
-            maximize=False,
-        )
-    step.copy_(taken)
+        buffers = [[x[part]] for x in (param, g, exp_avg, exp_avg_sq)]
+        torch._fused_adamw_(*buffers, [], [number], weight_decay=decay, **settings)  # nothing, where found_inf is 1
+    step.copy_(number - found_inf)
     if compute is not None:
         compute.copy_(param)  # where nothing changed, the same once more
     return norm, found_inf

@@ -329,8 +329,7 @@ def _memory(job: Job, step: TrainStep, state: int, peaks: dict[str, Counter[str]
     """Bytes by their use, at the step's peak. CUDA graphs change nothing: they share one pool."""
     flat, M = step.optimizer.flat, job.batch_size * job.shape.block_size
     weights, copies = flat.param.nbytes, 0 if flat.compute is None else flat.compute.nbytes
-    gradients = flat.grad.nbytes + (0 if flat.added is flat.grad else flat.added.nbytes)
-    gradients += 0 if flat.partials is None else flat.partials.nbytes
+    gradients = flat.grad.nbytes + (0 if flat.partials is None else flat.partials.nbytes)
     parts = {"weights": weights, "copies": copies, "moments": 2 * weights, "gradients": gradients}
     if job.shards > 1:
         parts = _shard(job, flat.param.numel())

@@ -11,7 +11,7 @@ several to sum, over micro-steps or ranks.
 Fused operations write each gradient straight into the buffer, or add to it if there are several. So nothing is
 gathered, and a gradient that stands alone is overwritten, never cleared. A LayerNorm's gradients are the exception: its
 operation leaves partial sums, and one launch after the backward pass finishes those of all layers. Other operations
-leave their gradients to autograd, which adds them to views of a buffer that was cleared.
+leave their gradients to autograd. Then `gather` copies them into the buffer, or adds them, and frees them.
 """
 
 import torch
@@ -55,16 +55,11 @@ class FlatState:
         if self.compute is not None:
             model.read_copies(leaves)
             self.sync()
+        self._grads = {p: self.view(self.grad, p) for p in order}
         self.partials: Tensor | None = None
-        self.added = self.grad  # where autograd adds
         if ops.sum_partials is not None:
             self._sum_partials = ops.sum_partials
             self._put_gradients(model, ops)
-            return
-        if self.grad.dtype != dtype:
-            self.added = torch.zeros(end, device=device, dtype=dtype)
-        for p in order:
-            leaves[p].grad = self.view(self.added, p)
 
     def _put_gradients(self, model: GPT, ops: Ops) -> None:
         """Have the model's operations write to `grad` and, for LayerNorms, to `partials` (L, P, C)."""
@@ -74,9 +69,8 @@ class FlatState:
         self.partials = torch.zeros(len(vectors), ops.partial_rows(C, device), C, device=device)
         starts = [self.places[p].start - self.n_decay for p in vectors]
         self._offsets = torch.stack([torch.full((), n, dtype=torch.int64, device=device) for n in starts])
-        places = {p: self.view(self.grad, p) for p in self.places}
         partials = self.partials.view(len(norms), -1, *self.partials.shape[1:])  # a weight and perhaps a bias each
-        model.put_gradients(places, dict(zip(norms, partials, strict=True)), self.several)
+        model.put_gradients(self._grads, dict(zip(norms, partials, strict=True)), self.several)
 
     def view(self, buffer: Tensor, p: nn.Parameter) -> Tensor:
         """p's part of a buffer, with p's shape."""
@@ -87,20 +81,21 @@ class FlatState:
         if self.compute is not None:
             self.compute.copy_(self.param)
 
-    @property
-    def overwrites(self) -> bool:
-        """Whether a micro-step's gradient replaces what is there. Otherwise it must be cleared after the update."""
-        return self.partials is not None and not self.several
-
     def gather(self) -> None:
         """Finish what a micro-step's backward pass left."""
         if self.partials is not None:
             self._sum_partials(self.partials, self._offsets, self.grad[self.n_decay :], self.several)
-        elif self.added is not self.grad:
-            self.grad.add_(self.added)
-            self.added.zero_()
+            return
+        put = torch._foreach_add_ if self.several else torch._foreach_copy_
+        put([*self._grads.values()], [leaf.grad for leaf in self.leaves])
+        self._free()
 
     def clear(self) -> None:
         """Clear the gradients."""
         self.grad.zero_()
-        self.added.zero_()
+        self._free()
+
+    def _free(self) -> None:
+        """Free the gradients that autograd left."""
+        for leaf in self.leaves:
+            leaf.grad = None

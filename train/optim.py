@@ -105,7 +105,7 @@ class FlatAdamW(torch.optim.AdamW):
     def state_tensors(self) -> list[Tensor]:
         """All tensors that a capture must leave unchanged. A gradient that the next one replaces is none of them."""
         flat = self.flat
-        buffers = [flat.param, flat.compute, None if flat.overwrites else flat.grad, flat.exp_avg, flat.exp_avg_sq]
+        buffers = [flat.param, flat.compute, flat.grad if flat.several else None, flat.exp_avg, flat.exp_avg_sq]
         return [*(x for x in buffers if x is not None), self.lr, self.steps]
 
     def skip_next_update(self) -> None:
@@ -137,7 +137,7 @@ class FlatAdamW(torch.optim.AdamW):
             inv_scale=inv_scale,
             compute=flat.compute,
         )
-        if not flat.overwrites:
+        if flat.several:  # otherwise the next micro-step replaces it
             flat.grad.zero_()
         return results
 

@@ -95,11 +95,14 @@ def test_a_tables_gradients_are_summed_in_float32() -> None:
 def test_fakes_agree_with_the_operations(p: float) -> None:
     """opcheck also sees whether an argument is written to, or shares memory with a result."""
     ops = torch.ops.nanofuse_cpu
-    packed, dy = draw(2, 5, 3, 2, 4), draw(2, 5, 2, 4)
-    keep, scale = cpu.random_mask(packed, p, (4, 5, 5)) if p else (None, 1.0)
-    _, *read = ops.attention(packed, keep, scale)
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.attention.default, (packed, keep, scale), test_utils=tests)
-    torch.library.opcheck(ops.attention_backward.default, (dy, *read, keep, scale), test_utils=tests)
-    idx = torch.ones(2, 5, dtype=torch.int64)
-    torch.library.opcheck(ops.embedding_backward.default, (draw(2, 5, 4), idx, 3), test_utils=tests)
+    qkv, dy = draw(3, 4, 5, 4), draw(4, 5, 4)
+    keep, _ = cpu.random_mask(qkv, p, (4, 5, 5)) if p else (None, 1.0)
+    _, *read = ops.attention(qkv, keep)
+    idx, table = torch.ones(2, 5, dtype=torch.int64), draw(3, 4)
+    for op, *arguments in (
+        (ops.attention, qkv, keep),
+        (ops.attention_backward, dy, qkv, *read, keep),
+        (ops.embedding, idx, table),
+        (ops.embedding_backward, draw(2, 5, 4), idx, 3),
+    ):
+        torch.library.opcheck(op.default, tuple(arguments), test_utils=("test_schema", "test_faketensor"))

@@ -176,7 +176,7 @@ def test_an_evaluation_is_without_dropout_and_gradients_and_training_goes_on_wit
     evaluated = parts.loop.evaluation.model
     assert evaluated.calls == 3 * 2 * 3
     assert evaluated.model.training
-    assert not any(parameter.grad.any() for parameter in evaluated.parameters())
+    assert all(parameter.grad is None for parameter in evaluated.parameters())
 
 
 def test_the_loop_cannot_tell_graphs_from_what_they_hold(tmp_path):
