@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -216,7 +217,7 @@ def ours(
             weight_decay=setting.weight_decay,
             several=workload.accumulation > 1,
         )
-        module = only_compiled(model, compile_module) if compile else model
+        module = only_compiled(model, partial(compile_module, device=device)) if compile else model
         step = TrainStep(module, optimizer, grad_clip=setting.grad_clip)
         if graphed:
             step = GraphedStep(step, (workload.accumulation, workload.batch_size, workload.config.block_size))

@@ -122,7 +122,7 @@ def test_registered_fallbacks_are_inductors_own(
     def compile_again() -> list[list[str]]:
         torch.compiler.reset()
         inductor.codes.clear()
-        compile.compile_module(model)(x, x.clone())[1].backward()
+        compile.compile_module(model, gpu.device)(x, x.clone())[1].backward()
         return [statements(code) for code in inductor.codes]
 
     with monkeypatch.context() as patch:

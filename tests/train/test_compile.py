@@ -12,7 +12,7 @@ from torch._inductor.utils import fresh_cache
 from model import GPT, GPTConfig
 from tests.train.runs import logged, run
 from tests.train.test_graph import marked
-from train.compile import model_to_train, register_fallbacks
+from train.compile import compile_module, model_to_train, register_fallbacks
 from train.config import TrainConfig
 from train.data import Batch
 from train.step import Evaluation, TrainStep
@@ -43,6 +43,19 @@ def test_without_a_compiler_the_run_goes_on_in_eager_mode() -> None:
     assert [line for line in lines if line.startswith("compile: not possible on this machine, going on without")]
     assert "no/such/compiler" in lines[-1]
     assert "\n" not in lines[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("profiled", [False, True])
+def test_a_cpus_graphs_are_run_by_cpp_unless_they_are_profiled(profiled: bool) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(8, 8)
+    compiled = compile_module(lambda x: x @ x, CPU, profiled=profiled)
+    compiled(x)
+    with torch.autograd.profiler.profile() as seen:
+        assert torch.equal(compiled(x), x @ x.clone())
+    assert sum(event.name == "aten::mm" for event in seen.function_events) == 1 + profiled
 
 
 @pytest.mark.slow
