@@ -5,14 +5,12 @@ The next part may use the time that is left. Work that does not fit is left out,
 written again after every part, so an error or Ctrl-C loses no measurement.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -25,7 +23,7 @@ from bench.rules import TimeBudget
 from bench.tables import summary
 from bench.variants import DEFAULTS, WORKLOADS, chosen, variants
 from train.errors import UserError, first_line, one_line, run
-from train.files import check_output, holds
+from train.files import check_output, holds, unused
 from train.hardware import resolve_device, resolve_dtype, use_device
 from train.settings import command_line, setting
 
@@ -58,7 +56,9 @@ class Bench:
         given = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in HIDDEN}
         words = [f"--{name}={value}" for name, value in given.items() if value != getattr(BenchConfig(), name)]
         self.results = results.started(device, dtype, " ".join(["python -m bench", *words]))
-        self.path = Path(config.out) if config.out else unused_path(self.results)
+        name = "-".join(self.results.device.name.lower().split()).replace("/", "-")
+        stem = f"{name}-{self.results.date[:10]}"  # an earlier file of the day stays
+        self.path = Path(config.out) if config.out else unused(Path("bench", "results"), stem, ".json")
         self.stored = True  # whether the file has the results
         bar = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}{postfix}"
         self.bar = tqdm(total=60 * config.minutes, bar_format=bar, leave=False, disable=None)  # on a terminal only
@@ -144,13 +144,6 @@ class Bench:
                 steps.measure(WORKLOADS[name], every, self.device, self.dtype, **options)
             finally:
                 self.add(steps=[*self.results.steps, *rows])
-
-
-def unused_path(measured: results.Results) -> Path:
-    """bench/results/<device>-<date>.json, with a number after the date if that file is there already."""
-    stem = "-".join(measured.device.name.lower().split()).replace("/", "-") + f"-{measured.date[:10]}"
-    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
-    return next(path for name in names if not os.path.lexists(path := Path("bench", "results", f"{name}.json")))
 
 
 def workloads_of(config: BenchConfig, device: torch.device) -> tuple[str, ...]:

@@ -36,7 +36,6 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -44,7 +43,7 @@ import torch
 
 from train.archive import glance, leaves, load_archive
 from train.errors import UserError, shown
-from train.files import staging_folder, sync, sync_folder
+from train.files import staging_folder, sync, sync_folder, unused
 
 E = TypeVar("E", bound=BaseException)
 
@@ -215,10 +214,8 @@ def set_aside(out_dir: Path, patterns: Iterable[str] = _OF_A_RUN) -> Path | None
     files = [path for pattern in patterns for path in sorted(out_dir.glob(pattern)) if not path.is_dir()]
     if not files:
         return None
-    stem = f"earlier-{datetime.now():%Y%m%d-%H%M%S}"
-    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    folder = unused(out_dir, f"earlier-{datetime.now():%Y%m%d-%H%M%S}")
     try:
-        folder = next(out_dir / name for name in names if not os.path.lexists(out_dir / name))
         folder.mkdir()
         for path in files:
             path.rename(folder / path.name)

@@ -9,6 +9,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,6 +46,12 @@ def read_regular(path: Path, most: int) -> bytes:
     if len(data) > most:
         raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
     return data
+
+
+def unused(folder: Path, stem: str, suffix: str = "") -> Path:
+    """The path of `stem` and `suffix` in `folder`, with a number between them if something has that name."""
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    return next(path for name in names if not os.path.lexists(path := folder / f"{name}{suffix}"))
 
 
 def holds(path: Path, mark: str, most: int = 1 << 28) -> bool:
