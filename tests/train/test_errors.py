@@ -43,13 +43,10 @@ def test_a_text_keeps_its_lines():
 
 def test_a_command_says_that_its_folder_was_deleted(tmp_path):
     (tmp_path / "gone").mkdir()
-    start = (
-        "import os, sys; from train import commands; os.rmdir(os.getcwd()); sys.argv[1:] = ['train']; commands.main()"
-    )
+    start = "import os; from train.commands import main; os.rmdir(os.getcwd()); main()"
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, "-c", start, "train"], cwd=tmp_path / "gone", env=env, capture_output=True, text=True
-    )
+    argv = [sys.executable, "-c", start, "train"]
+    done = subprocess.run(argv, cwd=tmp_path / "gone", env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: the current folder was deleted; cd to one that exists\n")
 
 
