@@ -6,6 +6,7 @@ tensor of its layout. flash_attn 4 is a function that torch.compile cannot look 
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 
 got: list[Tensor] = []  # what the functions were called with
 dqkvs: list[Tensor] = []  # what the packed backward wrote
-traced: list[str] = []  # into what the compiler looked that it would not understand
 
 
 def softmax(q: Tensor, k: Tensor) -> Tensor:
@@ -30,88 +30,71 @@ def dropout(weights: Tensor, p: float) -> Tensor:
 
 
 @torch.library.custom_op("stand_in::forward", mutates_args=())
-def forward(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+def forward(qkv: Tensor, p: float) -> Tensor:
+    q, k, v = qkv.unbind(2)
     return torch.einsum("bhts,bshq->bthq", dropout(softmax(q, k), p), v).contiguous()
 
 
-@forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-@torch.library.custom_op("stand_in::backward", mutates_args=("dq", "dk", "dv"))
-def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, p: float) -> None:
+@torch.library.custom_op("stand_in::backward", mutates_args=())
+def backward(dy: Tensor, qkv: Tensor, p: float) -> Tensor:
+    q, k, v = qkv.unbind(2)
     weights = softmax(q, k)
     dweights = dropout(torch.einsum("bthq,bshq->bhts", dy, v), p)
     dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True)) * q.size(-1) ** -0.5
-    dq.copy_(torch.einsum("bhts,bshq->bthq", dscores, k))
-    dk.copy_(torch.einsum("bhts,bthq->bshq", dscores, q))
-    dv.copy_(torch.einsum("bhts,bthq->bshq", dropout(weights, p), dy))
+    dq = torch.einsum("bhts,bshq->bthq", dscores, k)
+    dk = torch.einsum("bhts,bthq->bshq", dscores, q)
+    dv = torch.einsum("bhts,bthq->bshq", dropout(weights, p), dy)
+    return torch.stack([dq, dk, dv], dim=2)
 
 
-@backward.register_fake
-def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, p: float) -> None:
-    return None
+def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+    qkv, ctx.p = inputs
+    ctx.save_for_backward(qkv)
 
 
-class Packed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv: Tensor, p: float) -> Tensor:
-        q, k, v = qkv.unbind(2)
-        ctx.save_for_backward(q, k, v)
-        ctx.p = p
-        return forward(q, k, v, p)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        q, k, v = ctx.saved_tensors
-        B, T, H, Q = q.shape
-        dqkv = torch.empty(B, T, 3, H, Q, dtype=q.dtype, device=q.device)
-        dq, dk, dv = dqkv.unbind(2)
-        backward(dy, q, k, v, dq, dk, dv, ctx.p)
-        if not torch.compiler.is_compiling():
-            dqkvs.append(dqkv)
-        return dqkv, None
-
-
-def seen(*tensors: Tensor) -> None:
+def gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    dqkv = backward(dy, *ctx.saved_tensors, ctx.p)
     if not torch.compiler.is_compiling():
-        got.extend(tensors)
+        dqkvs.append(dqkv)
+    return dqkv, None
+
+
+forward.register_fake(lambda qkv, p: qkv.new_empty(qkv[:, :, 0].shape))
+backward.register_fake(lambda dy, qkv, p: qkv.new_empty(qkv.shape))
+forward.register_autograd(gradient, setup_context=setup_context)
 
 
 def two(qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False) -> Tensor:
     assert causal
     assert softmax_scale is None
-    seen(qkv)
-    return Packed.apply(qkv, dropout_p)
+    if not torch.compiler.is_compiling():
+        got.append(qkv)
+    return forward(qkv, dropout_p)
 
 
 def three(qkv: Tensor, softmax_scale: float | None = None, causal: bool = False) -> Tensor:
-    assert causal
-    assert softmax_scale is None
-    seen(qkv)
-    return Packed.apply(qkv, 0.0)
+    return two(qkv, 0.0, softmax_scale, causal)
 
 
 def four(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
     assert causal
-    if torch.compiler.is_compiling():
-        traced.append("four")
-    seen(q, k, v)
+    got.extend((q, k, v))
     weights = softmax(q, k)
     return torch.einsum("bhts,bshq->bthq", weights, v).contiguous(), weights.detach().sum(-1)
+
+
+PACKAGES = {
+    "flash_attn": {"flash_attn_qkvpacked_func": two},
+    "flash_attn.cute": {"flash_attn_func": four},
+    "flash_attn_interface": {"flash_attn_qkvpacked_func": three},
+}
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the packages be importable until the test ends."""
     got.clear()
     dqkvs.clear()
-    traced.clear()
-    for name, functions in {
-        "flash_attn": {"flash_attn_qkvpacked_func": two},
-        "flash_attn.cute": {"flash_attn_func": four},
-        "flash_attn_interface": {"flash_attn_qkvpacked_func": three},
-    }.items():
+    for name, functions in PACKAGES.items():
         module = ModuleType(name)
         vars(module).update(functions, __path__=[])
         monkeypatch.setitem(sys.modules, name, module)
@@ -119,5 +102,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def remove(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let none of them be importable."""
-    for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
+    for name in PACKAGES:
         monkeypatch.setitem(sys.modules, name, None)

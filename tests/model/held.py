@@ -1,9 +1,10 @@
-"""What a computation holds: the tensors that it made and that are still there, and the most that was ever allocated."""
+"""What a computation does with memory: the tensors that it makes, which are still there, the most ever allocated."""
 
 import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,20 +16,24 @@ SCALAR = 16  # bytes: losses, divisors and seeds are no larger
 
 
 class Made(TorchDispatchMode):
-    """Knows the storage of every tensor that an operation made in its context, and the operations, by name."""
+    """Knows the operations done in its context, by name, and the storage of every tensor that they made."""
 
     def __init__(self) -> None:
         super().__init__()
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self.ops: list[str] = []
+        self.written: list[str] = []  # of the operations, those whose results lie in memory of their own
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ops.append(func.name())
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        for x in tree_leaves(results):
-            if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in given:
-                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        made = [x.untyped_storage() for x in tree_leaves(results) if isinstance(x, Tensor)]
+        made = [storage for storage in made if storage._cdata not in given]
+        self.ops.append(func.name())
+        if made:
+            self.written.append(func.overloadpacket.__name__)
+        for storage in made:
+            self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return results
 
     def held(self) -> int:

@@ -5,7 +5,8 @@ import torch
 
 from model import GPTConfig
 from model.attention import SDPA, causal_attention
-from tests.model.test_attention import Written, truth
+from tests.model.held import Made
+from tests.model.test_attention import truth
 from train.choices import Layer, why_not
 
 CUDA = torch.device("cuda")
@@ -57,12 +58,12 @@ def test_what_is_copied(backend: str) -> None:
     """The kernel's own results, and the three gradients into one."""
     need(backend, torch.bfloat16)
     qkv, dy = inputs(torch.bfloat16)
-    with Written() as written:
+    with Made() as made:
         y = causal_attention(qkv, 3, 0.0, backend)
         torch.autograd.grad(y, qkv, dy)
-    kernels = [name for name in written.names if name.startswith("_scaled_dot_product")]
+    kernels = [name for name in made.written if name.startswith("_scaled_dot_product")]
     assert len(kernels) == 2
-    assert [name for name in written.names if name not in kernels] == ["stack"]
+    assert [name for name in made.written if name not in kernels] == ["stack"]
 
 
 @pytest.mark.parametrize("backend", SDPA)
