@@ -13,15 +13,12 @@ LADDER = (  # variant, whether it compares, its time in reference times
     ("reference compiled", True, 1.25),
     ("ours eager", True, 1.4),
     ("ours graphed", True, 1.3),
-    ("flat state, no casts", False, 1.2),
-    ("attention", False, 1.1),
-    ("LayerNorm", False, 1.04),
-    ("cross-entropy", False, 0.99),
-    ("GELU", False, 1.01),
+    ("flat state, no casts", False, 1.1),
+    ("cross-entropy", False, 0.97),
     ("ours compiled", True, 0.98),
     ("ours compiled + graphed", True, 0.96),
 )
-SHAPES = {"add_layer_norm": [32768, 768], "linear_cross_entropy": [32768, 768, 50304], "mlp": [32768, 768, 3072]}
+SHAPES = {"add_layer_norm": [32768, 768], "mlp": [32768, 768, 3072]}
 
 
 def samples(rng: random.Random, middle: float, count: int = 40, spread: float = 0.01) -> list[float]:
@@ -49,11 +46,10 @@ def kernels(rng: random.Random, copy: float, matmul: float) -> list[Kernel]:
     return rows
 
 
-def gpu(name: str, copy: float, peak: float, base: dict[str, float], seed: int = 0) -> Results:
+def gpu(name: str, copy: float, peak: float, seconds: float, seed: int = 0) -> Results:
     rng = random.Random(seed)
     steps = [
-        step(rng, workload, variant, compares, seconds * times, int(2**30 * (8 + 12 * times)))
-        for workload, seconds in base.items()
+        step(rng, "gpt2", variant, compares, seconds * times, int(2**30 * (8 + 12 * times)))
         for variant, compares, times in LADDER
     ]
     return Results(
@@ -75,17 +71,18 @@ def gpu(name: str, copy: float, peak: float, base: dict[str, float], seed: int =
 
 
 def h100(seed: int = 0) -> Results:
-    return gpu("NVIDIA H100 80GB HBM3", 3.0e12, 989e12, {"gpt2": 0.054, "shakespeare_char": 0.005}, seed)
+    return gpu("NVIDIA H100 80GB HBM3", 3.0e12, 989e12, 0.054, seed)
 
 
 def a100_partial() -> Results:
-    """Stopped early: no kernels, a variant that failed its check, a test that failed."""
-    whole = gpu("NVIDIA A100-SXM4-80GB", 1.7e12, 312e12, {"gpt2": 0.14}, 1)
+    """Stopped early: no kernels, three steps, one of which failed its check, tests that failed."""
+    whole = gpu("NVIDIA A100-SXM4-80GB", 1.7e12, 312e12, 0.14, 1)
     steps = [
         replace(one, seconds=[], host_seconds=[], skipped="its losses are off by 3.1e-01, expected 2e-02 at most")
         if one.variant == "ours graphed"
         else one
         for one in whole.steps
+        if one.variant in ("reference compiled", "ours eager", "ours graphed")
     ]
     return replace(
         whole,
@@ -100,7 +97,7 @@ def a100_partial() -> Results:
 
 
 def cpu(seed: int = 2) -> Results:
-    """Without Triton: fused rows are skipped; nothing tells memory."""
+    """Without Triton: of kernels only the fused rows, which are skipped; nothing tells memory."""
     rng = random.Random(seed)
     steps = [
         step(rng, "cpu", variant, compares, seconds, None)
@@ -116,9 +113,9 @@ def cpu(seed: int = 2) -> Results:
         )
     ]
     rows = [
-        replace(one, seconds=[], skipped="Triton's interpreter is no benchmark") if one.variant == "fused" else one
+        replace(one, seconds=[], skipped="Triton's interpreter is no benchmark")
         for one in kernels(rng, 2e10, 8.5e11)
-        if one.variant != "liger"
+        if one.variant == "fused"
     ]
     return Results(
         Machine("AMD EPYC 9B14", "cpu", threads=2),

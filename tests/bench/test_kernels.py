@@ -1,10 +1,15 @@
 """Kernel benchmarks: what is timed is right, everything that is not has its reason, and samples come out as taken."""
 
+import json
+import os
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,34 +18,60 @@ from torch import Tensor
 
 from bench import kernels
 from bench.kernels import LIGER, TIMED, Contest, directions, rows, work_of
+from bench.results import Kernel
 from bench.rules import NO_TIME, Clock
-from kernels import reference
-from kernels.cases import CASES, Case
-from tests.bench.toys import CPU, FP32, SHAPE, TOY, inputs_of, measured, scaled
+from kernels import reference, timing
+from kernels.cases import CASES, Case, draw
 
-pytestmark = pytest.mark.usefixtures("everything_runs")
+CPU = torch.device("cpu")
+FP32 = torch.float32
+SHAPE = (8, 16)
+BY_NAME = {case.name: case for case in TIMED}
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def everything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fused functions count as runnable: the toys are plain torch. What is compiled is compiled without Inductor."""
+    """Fused functions count as runnable: the toy's is plain torch. What is compiled is compiled without Inductor."""
     monkeypatch.setattr(kernels, "why_not_fused", lambda device: "")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)  # warm caches will do here
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
-def test_every_variant_has_its_samples(direction: str) -> None:
-    found = measured(TOY, direction, least=7)
-    assert list(found) == ["fused", "reference", "compiled"]
-    for row in found.values():
-        assert len(row.seconds) == 7
-        assert min(row.seconds) > 0
-        assert row.bytes == {"forward": 100, "backward": 150, "both": 250}[direction]
-        assert (row.case, row.shape, row.dtype, row.skipped) == ("toy", [8, 16], "float32", "")
+def scaled(x: Tensor, weight: Tensor) -> Tensor:
+    return (x.float() * weight.float()).to(x.dtype)
 
 
-def test_directions_do_what_they_say() -> None:
-    """Calls of a function and of its gradient, as the clock sees them."""
+def inputs_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    randn = draw(device)
+    return {"x": randn(*shape, dtype=dtype), "weight": randn(shape[-1], dtype=dtype)}
+
+
+TOY = Case(
+    name="toy",
+    fused=scaled,
+    reference=scaled,
+    make_inputs=inputs_of,
+    shapes=(SHAPE,),
+    gpt_shapes=(SHAPE,),
+    forward_bytes=lambda shape, dtype: 100,
+    backward_bytes=lambda shape, dtype: 150,
+    cpu_shapes=(SHAPE,),
+)
+
+
+def measured(case: Case, direction: str = "forward", **options: Any) -> dict[str, Kernel]:
+    found = Contest(case, case.cpu_shapes[0], FP32, CPU).measure(direction, seconds=0, **options)
+    return {row.variant: row for row in found}
+
+
+@pytest.mark.parametrize(
+    ("direction", "timed", "moved"),
+    [("forward", ["forward"], 100), ("backward", ["backward"], 150), ("both", ["forward", "backward"], 250)],
+)
+def test_a_direction_is_timed_and_nothing_else(
+    direction: str, timed: list[str], moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls of a function and of its gradient, as the clock sees them; then samples of every variant."""
     calls: list[str] = []
 
     class Watched(torch.autograd.Function):
@@ -56,38 +87,23 @@ def test_directions_do_what_they_say() -> None:
             x, weight = ctx.saved_tensors
             return dy * weight, (dy * x).sum(0)
 
-    def watched(x: Tensor, weight: Tensor) -> Tensor:
-        return Watched.apply(x, weight)
-
-    contest = Contest(replace(TOY, fused=watched), SHAPE, FP32, CPU)
-    expected = {"forward": ["forward"], "backward": ["backward"], "both": ["forward", "backward"]}
-    for direction, within in expected.items():
-        (fused,) = (e for e in contest.entrants if e.name == "fused")
-        work = contest._work(fused, direction)
-        made = work.prepare()
-        calls.clear()
-        work.work(made)
-        assert calls == within
-
-
-def unsteady(flip: Iterator[float]) -> Callable[..., Tensor]:
-    return lambda x, weight: scaled(x, weight) * (1 + next(flip))
+    contest = Contest(replace(TOY, fused=lambda x, weight: Watched.apply(x, weight)), SHAPE, FP32, CPU)
+    work = contest._work(contest.entrants[0], direction)
+    made = work.prepare()
+    calls.clear()
+    work.work(made)
+    assert calls == timed
+    found = contest.measure(direction, seconds=0, least=7)
+    assert [row.variant for row in found] == ["fused", "reference", "compiled"]
+    for row in found:
+        assert len(row.seconds) == 7
+        assert min(row.seconds) > 0
+        assert (row.case, row.shape, row.dtype, row.direction) == ("toy", [8, 16], "float32", direction)
+        assert (row.bytes, row.skipped) == (moved, "")
 
 
-@pytest.mark.parametrize(
-    ("fused", "reason"),
-    [
-        (lambda x, weight: scaled(x, weight) + 1e-2, "output 0: 128 of 128 elements off, the worst by 0.01"),
-        (lambda x, weight: scaled(x, weight) + (x - x.detach()) * 1e-2, "dx: "),
-        (unsteady(iter((0.0, 1e-7) * 50)), "output 0: other bits the second time"),
-    ],
-)
-def test_a_wrong_kernel_is_not_timed_nor_is_its_case(fused: Callable[..., Tensor], reason: str) -> None:
-    found = measured(replace(TOY, fused=fused), "backward")
-    assert found["fused"].skipped.startswith(f"wrong: {reason}")
-    for variant in ("reference", "compiled"):
-        assert found[variant].skipped == "not timed, since fused is wrong"
-    assert not any(row.seconds for row in found.values())
+def unsteady(calls: Iterator[int]) -> Callable[..., Tensor]:
+    return lambda x, weight: scaled(x, weight) * (1 + 1e-7 * (next(calls) % 2))
 
 
 def broken(x: Tensor, weight: Tensor) -> Tensor:
@@ -106,8 +122,15 @@ def greedy(calls: Iterator[int]) -> Callable[..., Tensor]:
 @pytest.mark.parametrize(
     ("variant", "function", "skipped"),
     [
+        (
+            "fused",
+            lambda x, weight: scaled(x, weight) + 1e-2,
+            "wrong: output 0: 128 of 128 elements off, the worst by 0.01",
+        ),
+        ("fused", lambda x, weight: scaled(x, weight) + (x - x.detach()) * 1e-2, "wrong: dx: "),
+        ("fused", unsteady(count()), "wrong: output 0: other bits the second time"),
         ("fused", broken, "wrong: an illegal memory access"),
-        ("fused", greedy(iter(range(1000))), "CUDA out of memory. Tried to allocate 40 GiB"),
+        ("fused", greedy(count()), "CUDA out of memory. Tried to allocate 40 GiB"),
         ("compiled", broken, "an illegal memory access"),
         ("compiled", lambda x, weight: 0 * x * weight, "disagrees with the reference: output 0: "),
     ],
@@ -115,31 +138,34 @@ def greedy(calls: Iterator[int]) -> Callable[..., Tensor]:
 def test_what_fails_is_left_out_alone_unless_ours_is_wrong(
     variant: str, function: Callable[..., Tensor], skipped: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nothing of a case is timed if ours is wrong."""
     if variant == "compiled":
         monkeypatch.setattr(torch, "compile", lambda compiled, **options: function)
     found = measured(replace(TOY, fused=function) if variant == "fused" else TOY)
-    assert found.pop(variant).skipped.startswith(skipped)
-    assert {bool(row.seconds) for row in found.values()} == {not skipped.startswith("wrong")}
+    row = found.pop(variant)
+    assert row.skipped.startswith(skipped)
+    assert not row.seconds
+    for other in found.values():
+        if skipped.startswith("wrong"):
+            assert (other.seconds, other.skipped) == ([], "not timed, since fused is wrong")
+        else:
+            assert other.seconds
 
 
 @pytest.mark.parametrize(
     ("case", "shape", "expected"),
     [
         ("layer_norm", (32768, 768), (32768, 768)),
-        ("cross_entropy", (32768, 50304), (8192, 50304)),
         ("linear_cross_entropy", (32768, 768, 50304), (2048, 768, 50304)),
         ("adamw", (124_373_760, 124_354_560), (124_373_760, 124_354_560)),  # it has no rows
     ],
 )
 def test_where_float64_takes_too_much_fewer_rows_are_checked(case: str, shape: tuple, expected: tuple) -> None:
-    (found,) = (each for each in CASES if each.name == case)
-    assert kernels.checked(found, shape, torch.bfloat16) == expected
+    assert kernels.checked(BY_NAME[case], shape, torch.bfloat16) == expected
 
 
 def test_what_works_in_place_is_checked_by_what_it_leaves() -> None:
-    case = next(case for case in CASES if case.name == "adamw")
-    assert case.in_place is not None
-    case = replace(case, cpu_shapes=((1000, 601),), in_place=(reference.adamw, reference.adamw))
+    case = replace(BY_NAME["adamw"], cpu_shapes=((1000, 601),), in_place=(reference.adamw, reference.adamw))
     contest = Contest(case, (1000, 601), FP32, CPU)
     before = contest._inputs["param"].clone()
     found = contest.measure("forward", seconds=0, least=5)
@@ -155,13 +181,8 @@ def test_what_works_in_place_is_checked_by_what_it_leaves() -> None:
 # Cases and budgets
 
 
-@pytest.fixture
-def no_time_passes(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_rows_come_first_shapes_first_and_end_with_the_time(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     monkeypatch.setattr(kernels, "by_turns", lambda works, device, seconds, least: {name: [seconds] for name in works})
-
-
-@pytest.mark.usefixtures("no_time_passes")
-def test_rows_come_first_shapes_first_and_end_with_the_time() -> None:
     other = replace(TOY, name="other", backward_bytes=None)
     cases = (replace(TOY, cpu_shapes=(SHAPE, (2, 16))), other)
     found = list(rows(CPU, 9.0, cases))
@@ -199,18 +220,17 @@ def test_the_time_is_kept_by_leaving_out_cases(clock: Clock) -> None:
 
 
 def test_work() -> None:
-    by_name = {case.name: case for case in TIMED}
     bf16 = torch.bfloat16
-    mlp = by_name["mlp, erf, tiles 1"]
+    mlp = BY_NAME["mlp, erf, tiles 1"]
     works = [work_of(mlp, (4, 8, 16), bf16, direction) for direction in ("forward", "backward", "both")]
     assert works == [(None, 2048), (None, 4096), (None, 6144)]
-    loss = by_name["linear_cross_entropy"]
+    loss = BY_NAME["linear_cross_entropy"]
     assert work_of(loss, (4, 8, 16), bf16, "forward") == (None, None)
     assert work_of(loss, (4, 8, 16), bf16, "both") == (None, 3072)
     scores = 2 * 3 * 10 * 10 * 5 * 7  # batch, length, length, heads, head size; half of them masked
-    assert work_of(by_name["attention"], (3, 10, 5, 7), bf16, "forward") == (None, scores)
-    assert work_of(by_name["attention"], (3, 10, 5, 7), bf16, "backward") == (None, scores * 5 // 2)
-    norm = by_name["layer_norm"]
+    assert work_of(BY_NAME["attention"], (3, 10, 5, 7), bf16, "forward") == (None, scores)
+    assert work_of(BY_NAME["attention"], (3, 10, 5, 7), bf16, "backward") == (None, scores * 5 // 2)
+    norm = BY_NAME["layer_norm"]
     moved = norm.forward_bytes((4, 8), bf16), norm.backward_bytes((4, 8), bf16)
     assert work_of(norm, (4, 8), bf16, "both") == (sum(moved), None)
 
@@ -237,19 +257,18 @@ def test_ligers_counterparts(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     for module in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
     monkeypatch.setitem(sys.modules, functional.__name__, functional)
-    case = next(case for case in CASES if case.name == name)
+    case = BY_NAME[name]
     contest = Contest(replace(case, fused=case.reference), case.shapes[1], FP32, CPU)
-    for direction in directions(case):
-        for row in contest.measure(direction, seconds=0):
-            assert row.skipped == ""
-            assert row.seconds
+    for row in contest.measure("both", seconds=0):
+        assert row.skipped == ""
+        assert row.seconds
     fresh = case.make_inputs(case.shapes[1], FP32, CPU)
     for name, given in contest._inputs.items():
         assert not isinstance(given, Tensor) or torch.equal(given, fresh[name])
 
 
 def test_attention_is_timed_by_every_backend_that_runs_and_the_others_say_why_not() -> None:
-    case = next(case for case in TIMED if case.name == "attention")
+    case = BY_NAME["attention"]
     found = measured(replace(case, cpu_shapes=case.shapes), "both")
     assert {"reference", "compiled", "flash", "math"} <= {name for name, row in found.items() if row.seconds}
     assert all(found[package].seconds or found[package].skipped for package in ("flash_attn", "fa3", "fa4"))
@@ -267,3 +286,56 @@ def test_ours_is_timed_on_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
         by_variant = {row.variant: row for row in contest.measure(direction, seconds=0.01)}
         assert by_variant["fused"].skipped == ""
         assert len(by_variant["fused"].seconds) >= 5
+
+
+# pytest bench/
+
+SAMPLES = [0.1, 0.3, 1e-7, 0.7, 1.0 / 3.0]
+BENCH = f"""
+from dataclasses import replace
+import torch
+from bench import bench_kernels, kernels
+from bench.bench_kernels import contest, rows, test_kernel
+from bench.results import Kernel
+from tests.bench.test_kernels import TOY, scaled
+
+kernels.why_not_fused = lambda device: ""
+real = torch.compile
+torch.compile = lambda function, options=None: real(function, backend="eager")
+wrong = replace(TOY, name="off", fused=lambda x, weight: scaled(x, weight) * 1.5)
+bench_kernels.TIMED = tuple(replace(case, backward_bytes=None) for case in (TOY, wrong))
+
+def pytest_generate_tests(metafunc):
+    if metafunc.function is test_kernel:
+        bench_kernels.pytest_generate_tests(metafunc)
+
+def test_samples(show):
+    show(Kernel("a", [1], "float32", "forward", "fused", {SAMPLES}), "given", {{"fact": 1}})
+"""
+
+
+@pytest.mark.slow
+def test_pytest_bench(tmp_path: Path) -> None:
+    """Samples are shown to the last bit, rates beside them; a wrong kernel fails, and its case is not timed."""
+    (tmp_path / "bench_toys.py").write_text(BENCH)
+    # as a user's shell: neither the interpreter, nor a worker of xdist's, where pytest-benchmark would not measure
+    ours = ("TRITON_INTERPRET", "PYTEST_XDIST")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "bench.conftest"]
+    command += [str(tmp_path / "bench_toys.py"), "-rfs", "--benchmark-max-time=0", f"--benchmark-json={tmp_path}/out"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 4 passed, 2 skipped" in done.stdout
+    assert "wrong: output 0: " in done.stdout
+    assert "not timed, since fused is wrong" in done.stdout
+    found = {one["name"]: one for one in json.loads((tmp_path / "out").read_text())["benchmarks"]}
+    given, fused = found["test_samples"], found["test_kernel[toy-8x16-forward-fused]"]
+    assert (given["group"], given["stats"]["data"], given["extra_info"]) == ("given", SAMPLES, {"fact": 1})
+    info, median = fused["extra_info"], fused["stats"]["median"]
+    assert fused["group"] == f"toy 8x16 {info['dtype']} forward"
+    assert fused["stats"]["rounds"] == len(fused["stats"]["data"]) == 5
+    assert info["bytes_per_second"] == pytest.approx(info["bytes"] / median)
+    assert info["share_of_ceiling"] > 0
+    line = next(line for line in done.stdout.splitlines() if line.startswith("toy") and "fused" in line)
+    assert f"{1e6 * median:.1f}"[:3] in line

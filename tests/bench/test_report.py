@@ -1,6 +1,8 @@
 """The report: what it shows is what the files hold, what is missing is said, and a bad file is refused in one line."""
 
+import contextlib
 import html
+import io
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -13,22 +15,17 @@ from msgspec.structs import replace
 
 from bench import report, results
 from bench.digest import Run, in_order
-from bench.results import Ceiling, Kernel, Results
+from bench.results import Ceiling, Kernel, Results, Step
 from bench.rules import NO_TIME
-from bench.tables import summary
+from bench.tables import missing, summary
 from tests.bench.made import all_devices, cpu, h100
 from train.errors import UserError
 from train.plot import LIGHT
 
 SVG = "{http://www.w3.org/2000/svg}"
+WATERFALL = "waterfall-gpt2-h100-2026-11-22.svg"
 
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the report of three devices."""
-    folder = tmp_path_factory.mktemp("report")
-    assert report.main([*files(folder, all_devices()), f"--out={folder}"]) == 0
-    return folder
+Tables = dict[str, list[dict[str, str]]]  # by title: rows, by heading
 
 
 def files(folder: Path, made: dict[str, Results]) -> list[str]:
@@ -37,7 +34,16 @@ def files(folder: Path, made: dict[str, Results]) -> list[str]:
     return [str(folder / name) for name in made]
 
 
-Tables = dict[str, list[dict[str, str]]]  # by title: rows, by heading
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the report of three devices, and what was said of two files that are none: drawn once."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "foreign.json").write_text('{"a": 1}')
+    named = [str(folder / "foreign.json"), *files(folder, all_devices()), str(folder / "absent.json")]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert report.main([*named, f"--out={folder}"]) == 1
+    (folder / "said.txt").write_text(said.getvalue())
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +91,6 @@ def words(path: Path) -> list[str]:
     return [text.text for text in ElementTree.parse(path).getroot().iter(f"{SVG}text")]
 
 
-def grid(path: Path) -> list[float]:
-    """Where the rules of a picture's axis stand, in points."""
-    paths = ElementTree.parse(path).getroot().iter(f"{SVG}path")
-    rules = [element.get("d") for element in paths if f"stroke: {LIGHT['grid']}" in element.get("style", "")]
-    return sorted(float(re.match(r"M (\S+)", rule)[1]) for rule in rules)
-
-
 def bars(path: Path) -> list[tuple[str, float]]:
     """A picture's bars, from the top down: what paints them, and their width in points."""
     found = []
@@ -104,55 +103,55 @@ def bars(path: Path) -> list[tuple[str, float]]:
     return found
 
 
-def test_every_number_of_a_step_is_the_files(tables: Tables) -> None:
-    checked = 0
-    for found_file in all_devices().values():
-        device = found_file.device.name.removeprefix("NVIDIA ") + (", 2 threads" if found_file.device.threads else "")
-        for workload in dict.fromkeys(step.workload for step in found_file.steps):
-            rows = tables[f"{workload} on {device}"]
-            steps = [step for step in found_file.steps if step.workload == workload]
-            assert [row["step"] for row in rows] == [*(step.variant for step in steps), "floor"]
-            theirs = [s for s in steps if s.compares and s.variant.startswith(("reference", "nanoGPT"))]
-            fastest = min(median(step.seconds) for step in theirs)
-            for step, row in zip(steps, rows[:-1], strict=True):
-                if not step.seconds:
-                    assert row["note"] == f"not measured: {step.skipped}"
-                    assert {row[k] for k in ("median, ms", "MFU, %", "MFU 6N, %", "memory, GB", "speed-up, ×")} == {"–"}
-                    continue
-                seconds, ordered = median(step.seconds), sorted(step.seconds)
-                assert close(row["median, ms"], 1e3 * seconds)
-                assert close(row["p10, ms"], 1e3 * ordered[4])  # of 40
-                assert close(row["p90, ms"], 1e3 * ordered[35])
-                assert close(row["tokens, 1/s"], step.tokens / seconds)
-                assert close(row["MFU, %"], 100 * step.flops["nanogpt"] / seconds / found_file.peak.flops)
-                assert close(row["MFU 6N, %"], 100 * step.flops["6n"] / seconds / found_file.peak.flops)
-                assert close(row["speed-up, ×"], fastest / seconds)
-                assert (row["samples"], row["dtype"]) == (str(len(step.seconds)), step.dtype)
-                if step.peak_memory:
-                    assert close(row["memory, GB"], step.peak_memory / 1e9)
-                    assert close(row["host, %"], 100 * median(step.host_seconds) / seconds)
-                checked += 1
-    assert checked > 30
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("h100-2026-11-22.json", "gpt2 on H100 80GB HBM3"),
+        ("a100-2026-11-20.json", "gpt2 on A100-SXM4-80GB"),
+        ("cpu-2026-11-22.json", "cpu on AMD EPYC 9B14, 2 threads"),
+    ],
+)
+def test_every_number_of_a_step_is_the_files(tables: Tables, name: str, title: str) -> None:
+    file, (*rows, floor) = all_devices()[name], tables[title]
+    assert floor["step"] == "floor"
+    theirs = [s for s in file.steps if s.compares and s.variant.startswith(("reference", "nanoGPT"))]
+    fastest = min(median(step.seconds) for step in theirs)
+    for step, row in zip(file.steps, rows, strict=True):
+        assert (row["step"], row["dtype"], row["samples"]) == (step.variant, step.dtype, str(len(step.seconds)))
+        if not step.seconds:
+            assert row["note"] == f"not measured: {step.skipped}"
+            assert {row[k] for k in ("median, ms", "MFU, %", "MFU 6N, %", "memory, GB", "speed-up, ×")} == {"–"}
+            continue
+        seconds, ordered = median(step.seconds), sorted(step.seconds)
+        assert close(row["median, ms"], 1e3 * seconds)
+        assert close(row["p10, ms"], 1e3 * ordered[4])  # of 40
+        assert close(row["p90, ms"], 1e3 * ordered[35])
+        assert close(row["tokens, 1/s"], step.tokens / seconds)
+        assert close(row["MFU, %"], 100 * step.flops["nanogpt"] / seconds / file.peak.flops)
+        assert close(row["MFU 6N, %"], 100 * step.flops["6n"] / seconds / file.peak.flops)
+        assert close(row["speed-up, ×"], fastest / seconds)
+        if step.peak_memory:
+            assert close(row["memory, GB"], step.peak_memory / 1e9)
+            assert close(row["host, %"], 100 * median(step.host_seconds) / seconds)
 
 
 def test_every_number_of_a_kernel_is_the_files(tables: Tables) -> None:
-    found_file = h100()
-    rows = tables["Kernels on H100 80GB HBM3"]
-    copy, matmul = max(found_file.ceilings[1].rates), max(found_file.ceilings[0].rates)
-    compiled = {(k.case, k.direction): median(k.seconds) for k in found_file.kernels if k.variant == "compiled"}
-    bounds = set()
-    for kernel, row in zip(found_file.kernels, rows, strict=True):
+    file = h100()
+    copy, matmul = max(file.ceilings[1].rates), max(file.ceilings[0].rates)
+    compiled = {(k.case, k.direction): median(k.seconds) for k in file.kernels if k.variant == "compiled"}
+    for kernel, row in zip(file.kernels, tables["Kernels on H100 80GB HBM3"], strict=True):
         seconds = median(kernel.seconds)
-        least = max(kernel.bytes / copy, (kernel.flops or 0) / matmul)
-        by_flops = least > kernel.bytes / copy
-        bounds.add(by_flops)
         assert (row["kernel"], row["direction"], row["variant"]) == (kernel.case, kernel.direction, kernel.variant)
         assert close(row["median, µs"], 1e6 * seconds)
-        assert close(row["share, %"], 100 * least / seconds)
-        assert close(row["rate"], kernel.flops / seconds / 1e12 if by_flops else kernel.bytes / seconds / 1e9)
-        assert row["rate"].endswith("TFLOP/s" if by_flops else "GB/s")
+        if kernel.flops:  # the matmul rate bounds it, the copy rate the others
+            assert row["rate"].endswith(" TFLOP/s")
+            assert close(row["rate"], kernel.flops / seconds / 1e12)
+            assert close(row["share, %"], 100 * kernel.flops / matmul / seconds)
+        else:
+            assert row["rate"].endswith(" GB/s")
+            assert close(row["rate"], kernel.bytes / seconds / 1e9)
+            assert close(row["share, %"], 100 * kernel.bytes / copy / seconds)
         assert close(row["speed-up, ×"], compiled[kernel.case, kernel.direction] / seconds)
-    assert bounds == {True, False}
 
 
 def test_the_page_and_the_markdown_show_the_same(written: Path, page: str, tables: Tables) -> None:
@@ -162,16 +161,18 @@ def test_the_page_and_the_markdown_show_the_same(written: Path, page: str, table
     named = re.findall(r"!\[.*?\]\((.*?)\)", (written / "report.md").read_text())
     assert named == [f"{name}.svg" for name in re.findall(r'<figure id="(.*?)">', page)]
     assert sorted(named) == sorted(path.name for path in written.glob("*.svg"))
+    assert {name.partition("-")[0] for name in named} == {"mfu", "waterfall", "kernels"}
     assert all((written / name).with_suffix(".png").read_bytes().startswith(b"\x89PNG") for name in named)
 
 
-def test_what_is_missing_is_said(page: str, tables: Tables) -> None:
+def test_what_is_missing_is_said(written: Path, page: str, tables: Tables) -> None:
     said = words_of(page)
     for line in (
         "kernels failed: CUDA error: an illegal memory access was encountered",
         "2 of its tests failed: tests/train/test_gpu.py::test_one, <b>::test_two.",
         "gpt2, ours graphed: not measured: its losses are off by 3.1e-01, expected 2e-02 at most",
-        "6 kernel rows of fused not measured: Triton's interpreter is no benchmark",
+        "4 kernel rows of fused not measured: Triton's interpreter is no benchmark",
+        "There is no kernel row.",
         "The run is partial",
     ):
         assert line in said
@@ -180,79 +181,73 @@ def test_what_is_missing_is_said(page: str, tables: Tables) -> None:
         "a100-2026-11-20.json": ("partial", "fedcba987654 (changed)"),
         "cpu-2026-11-22.json": ("complete", "0123456789ab"),
     }
+    assert (written / "said.txt").read_text().splitlines() == [
+        f"{written}/foreign.json: is no results file of nanofuse-bench, version 1: got format '', version 0; skipped",
+        f"{written}/absent.json: cannot be read: No such file or directory; skipped",
+    ]
 
 
 def test_estimates_are_of_what_nobody_measured_marked_and_hatched(written: Path, tables: Tables) -> None:
-    rows = [row for row in tables["Our best step on each device"] if row["our best step"] == "an estimate"]
-    found = {(row["workload"], row["device"]): row for row in rows}
-    # the H100 ran both workloads, the A100 only gpt2
-    assert ("gpt2", "H100 80GB HBM3") not in found
-    assert ("gpt2", "A100-SXM4-80GB") not in found
-    assert ("shakespeare_char", "A100-SXM4-80GB") in found
-    assert ("gpt2", "H200") in found
-    for row in rows:
+    best = tables["Our best step on each device"]
+    guesses = [row for row in best if row["our best step"] == "an estimate"]
+    devices = [row["device"] for row in guesses if row["workload"] == "gpt2"]
+    assert "H200" in devices
+    assert not {"H100 80GB HBM3", "A100-SXM4-80GB"} & set(devices)  # they ran it
+    assert ("shakespeare_char", "A100-SXM4-80GB") in [(row["workload"], row["device"]) for row in guesses]
+    for row in guesses:
         assert float(row["floor, ms"].replace(",", "")) < float(row["median, ms"].replace(",", ""))
         assert 0 < float(row["MFU, %"]) < float(row["floor's MFU, %"])
-    devices = [device for workload, device in found if workload == "gpt2"]
     picture = words(written / "mfu-gpt2.svg")
-    ran = [row for row in tables["Our best step on each device"] if row not in rows and row["workload"] == "gpt2"]
-    floors = [row["floor's MFU, %"] for row in ran]
+    floors = [row["floor's MFU, %"] for row in best if row not in guesses and row["workload"] == "gpt2"]
     assert [said for said in picture if "floor" in said] == [f"floor {floor} %, computed" for floor in floors]
     assert [name for name in picture if name in devices] == devices
-    shown = [f"{found['gpt2', d]['MFU, %']} %, {found['gpt2', d]['median, ms']} ms, estimate" for d in devices]
-    assert [value for value in picture if "estimate" in value and "%" in value] == shown
-    # hatched are the estimates and nothing else: 5 and 6 steps were measured, on two devices
-    painted = [fill for fill, _ in bars(written / "mfu-gpt2.svg")]
-    assert [fill.startswith("url(#") for fill in painted] == [False] * 11 + [True] * 4
+    shown = [f"{row['MFU, %']} %, {row['median, ms']} ms, estimate" for row in guesses if row["workload"] == "gpt2"]
+    assert [said for said in picture if "estimate" in said and "%" in said] == shown
 
 
 def test_bars_are_as_long_as_their_numbers(written: Path) -> None:
     values = [re.match(r"(\d+\.\d+) %, ", text) for text in words(written / "mfu-gpt2.svg")]
     shares = [float(value[1]) for value in values if value]
-    colours, lengths = zip(*bars(written / "mfu-gpt2.svg"), strict=True)
-    assert len(lengths) == 15
-    zero, ten, *_ = grid(written / "mfu-gpt2.svg")
-    assert lengths == pytest.approx([share / 10 * (ten - zero) for share in shares], rel=0.01)
-    expected = ["reference"] * 2 + ["ours"] * 3 + ["reference"] * 2 + ["ours"] * 4  # "ours graphed" failed on one
-    assert list(colours[:11]) == [LIGHT[role] for role in expected]
+    paints, lengths = zip(*bars(written / "mfu-gpt2.svg"), strict=True)
+    assert lengths == pytest.approx([share * lengths[0] / shares[0] for share in shares], rel=0.01)
+    measured = ["reference", "ours"] + ["reference"] * 2 + ["ours"] * 4  # of two devices
+    assert list(paints[:8]) == [LIGHT[role] for role in measured]
+    assert [paint.startswith("url(#") for paint in paints[8:]] == [True] * 4  # hatched: the estimates
 
 
 def test_our_fastest_step_stands_out(page: str) -> None:
     found = re.findall(r'<tr class="ours">\s*<td[^>]*data-label="step">(.*?)</td>', page)
-    assert found == ["ours compiled + graphed"] * 3 + ["ours compiled"]
+    assert found == ["ours eager", "ours compiled + graphed", "ours compiled"]
 
 
-def test_figures_name_their_sources(page: str) -> None:
-    figures = re.findall(r'<figure id="(.*?)-.*?<figcaption>(.*?)</figcaption>', page, re.DOTALL)
-    assert {kind for kind, _ in figures} == {"mfu", "waterfall", "kernels"}
-    assert all(re.search(r"\.json \(.+, commit \w+.*, 2026-11-2\d", caption) for _, caption in figures)
-
-
-def test_the_page_needs_nothing_but_itself(page: str) -> None:
+def test_the_page_needs_nothing_but_itself_and_its_figures_name_their_sources(page: str) -> None:
     addresses = re.findall(r'\b(?:src|href|srcset|data|action)="(.*?)"', page)
     assert [address for address in addresses if not address.startswith("#")] == ["data:,"]
     assert not re.search(r"url\((?!#)|@import|<script|https?://(?!www\.w3\.org/(2000/svg|1999/xlink))", page)
     names = re.findall(r'\bid="(.+?)"', page)
     assert len(names) == len(set(names))  # or one picture would be painted with what another defines
     assert set(re.findall(r"(?:url\(|href=\")#(\w+)", page)) <= set(names)
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.DOTALL)
+    sources = [re.search(r"\.json \(.+, commit \w+.*, 2026-11-2\d", caption) for caption in captions]
+    assert sources.count(None) == 1  # the workload that nobody measured
 
 
 def test_the_waterfall_goes_from_the_reference_to_ours(written: Path) -> None:
-    at = {step.variant: 1e3 * median(step.seconds) for step in h100().steps if step.workload == "gpt2"}
+    at = {step.variant: 1e3 * median(step.seconds) for step in h100().steps}
     ladder = [
-        *("reference eager", "reference compiled", "flat state, no casts", "attention", "LayerNorm", "cross-entropy"),
-        *("GELU", "ours compiled", "ours compiled + graphed"),
+        *("reference eager", "reference compiled", "flat state, no casts", "cross-entropy"),
+        *("ours compiled", "ours compiled + graphed"),
     ]
-    shown = words(written / "waterfall-gpt2-h100-2026-11-22.svg")
+    shown = words(written / WATERFALL)
     names = shown[shown.index("reference eager") :]
-    assert names[:10] == [ladder[0], *(f"+ {name}" for name in ladder[1:]), f"{ladder[-1]}, in all"]
-    first, *changes, last = names[10:20]
+    assert names[:7] == [ladder[0], *(f"+ {name}" for name in ladder[1:]), f"{ladder[-1]}, in all"]
+    first, *changes, last = names[7:14]
     assert (first, last) == (f"{at[ladder[0]]:.2f} ms", f"{at[ladder[-1]]:.2f} ms")
     for (before, after), change in zip(pairwise(ladder), changes, strict=True):
         assert change[0] == ("+" if at[after] > at[before] else "−")
         assert close(change[1:], abs(at[after] - at[before]))
     changed = [abs(at[after] - at[before]) for before, after in pairwise(ladder)]
-    whole, *lengths = (length for _, length in bars(written / "waterfall-gpt2-h100-2026-11-22.svg"))
+    whole, *lengths = (length for _, length in bars(written / WATERFALL))
     expected = [whole * size / at[ladder[0]] for size in (*changed, at[ladder[-1]])]
     assert lengths == pytest.approx(expected, abs=1.0)  # points
 
@@ -260,20 +255,6 @@ def test_the_waterfall_goes_from_the_reference_to_ours(written: Path) -> None:
 def test_plain_torch_is_shown_as_the_references_are_though_it_is_a_rung(written: Path) -> None:
     assert "reference autocast compiled" in words(written / "mfu-cpu.svg")
     assert "cross-entropy" not in words(written / "mfu-gpt2.svg")
-
-
-def test_bad_files_are_named_and_the_others_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "foreign.json").write_text('{"a": 1}')
-    bare = replace(cpu(), ceilings=[], kernels=[], steps=[], complete=False)
-    names = [str(tmp_path / "foreign.json"), *files(tmp_path, {"bare.json": bare}), str(tmp_path / "absent.json")]
-    assert report.main([*names, f"--out={tmp_path / 'out'}"]) == 1
-    assert capsys.readouterr().err.splitlines() == [
-        f"{tmp_path}/foreign.json: is no results file of nanofuse-bench, version 1: got format '', version 0; skipped",
-        f"{tmp_path}/absent.json: cannot be read: No such file or directory; skipped",
-    ]
-    said = (tmp_path / "out" / "report.md").read_text()
-    assert "AMD EPYC 9B14" in said
-    assert all(line in said for line in ("The run is partial", "There is no training step.", "There is no kernel row."))
 
 
 def test_without_a_good_file_there_is_no_report(tmp_path: Path) -> None:
@@ -286,7 +267,8 @@ def test_without_a_good_file_there_is_no_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["report.md", "report.html"])
-def test_a_report_goes_over_another_report_only(tmp_path: Path, name: str) -> None:
+def test_a_report_goes_over_another_report_only(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "sections", lambda *given: [])  # pictures take long
     named = [*files(tmp_path, {"x.json": cpu()}), f"--out={tmp_path}"]
     (tmp_path / name).write_text("my own")
     with pytest.raises(UserError, match=f"out: .*{name} is there, and is no report; name another folder"):
@@ -305,10 +287,11 @@ def test_runs_of_one_device_are_told_apart() -> None:
     assert len({run.suffix for run in twice}) == 2
 
 
-def test_names_that_are_markup_or_paths_stay_words(tmp_path: Path) -> None:
+def test_names_that_are_markup_or_paths_stay_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "estimates", lambda runs: [])  # their pictures take long
     base = cpu()
     evil = "../<script>alert(1)</script>|`*$x$\x1b[31m"
-    steps = [replace(step, workload=evil) for step in base.steps]
+    steps = [replace(step, workload=evil) for step in base.steps[-2:]]
     named = replace(base, steps=steps, kernels=[], device=replace(base.device, name=evil))
     assert report.main([*files(tmp_path, {"x.json": named}), f"--out={tmp_path / 'out'}"]) == 0
     text = (tmp_path / "out" / "report.html").read_text()
@@ -321,13 +304,16 @@ def test_names_that_are_markup_or_paths_stay_words(tmp_path: Path) -> None:
     assert all(words(path) for path in (tmp_path / "out").glob("*.svg"))
 
 
-def test_a_speed_up_is_over_the_same_rounds() -> None:
-    """Of a step that waited for memory, while the machine became slower."""
-    rows = {step.variant: step for step in cpu().steps}
-    theirs = replace(rows["reference eager"], seconds=[1.0, 1.0, 3.0, 3.0])
-    ours = replace(rows["ours eager"], seconds=[1.5, 1.5], first_round=2)
-    (found,) = Run(Path(), replace(cpu(), steps=[theirs, ours])).steps
-    assert found.speedup(ours) == 2.0
+def test_a_speed_up_is_over_the_reference_of_the_same_rounds() -> None:
+    """In the second group of variants the machine was half as fast."""
+
+    def row(variant: str, seconds: list[float], first_round: int = 0, turn: int = 1) -> Step:
+        return replace(cpu().steps[0], variant=variant, seconds=seconds, turn=turn, first_round=first_round)
+
+    control = row("reference compiled", [1.0] * 20 + [2.0] * 20, turn=2)
+    ours = row("ours eager", [0.5] * 10), row("ours compiled", [0.5] * 30, first_round=10, turn=3)
+    (found,) = Run(Path("a.json"), replace(cpu(), steps=[control, *ours])).steps
+    assert [found.speedup(row) for row in found.rows] == [1.0, 2.0, 4.0]
 
 
 def test_a_kernel_is_bounded_by_what_it_meets_first() -> None:
@@ -335,9 +321,7 @@ def test_a_kernel_is_bounded_by_what_it_meets_first() -> None:
         kernel = Kernel("toy", [8, 16], "float32", "forward", "fused", [2e-3, 1e-3, 1e-3], **fields)
         rates = [("matmul", "float32", matmul), ("copy", "float32", copy)]
         ceilings = [Ceiling(what, dtype, [rate]) for what, dtype, rate in rates if rate]
-        compiled = replace(kernel, variant="compiled", seconds=[3e-3])
-        found, _ = Run(Path(), replace(cpu(), ceilings=ceilings, kernels=[kernel, compiled])).kernels
-        assert found.speedup == 3.0
+        (found,) = Run(Path(), replace(cpu(), ceilings=ceilings, kernels=[kernel])).kernels
         return found.bounded, found.rate, found.share
 
     assert bound(1e12, 2e12, bytes=10**9) == ("copy", 1e12, 0.5)
@@ -348,7 +332,7 @@ def test_a_kernel_is_bounded_by_what_it_meets_first() -> None:
 
 
 def test_the_terminal_is_shown_what_was_measured_and_what_was_not() -> None:
-    late = [replace(row, seconds=[], skipped=NO_TIME) for row in cpu().kernels if row.variant == "compiled"]
+    late = [replace(row, seconds=[], skipped=NO_TIME) for row in h100().kernels if row.variant == "compiled"]
     steps = [replace(step, seconds=[]) if step.variant == "reference eager" else step for step in cpu().steps]
     made = replace(cpu(), kernels=[*cpu().kernels, *late], steps=steps)
     said = summary(made)
@@ -360,6 +344,7 @@ def test_the_terminal_is_shown_what_was_measured_and_what_was_not() -> None:
     # not over plain torch in bfloat16, a rung, which nanoGPT does not do on a CPU
     assert f"{median(theirs.seconds) / median(ours.seconds):.2f}" in line.split()
     assert said.endswith(
-        "6 kernel rows of fused not measured: Triton's interpreter is no benchmark\n"
-        f"6 kernel rows not measured: {NO_TIME}"
+        "4 kernel rows of fused not measured: Triton's interpreter is no benchmark\n"
+        f"4 kernel rows not measured: {NO_TIME}"
     )
+    assert "There is no training step." in missing(Run(Path(), replace(made, steps=[])))
