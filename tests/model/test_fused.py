@@ -73,10 +73,10 @@ def test_no_further_from_the_truth_in_bfloat16(monkeypatch: pytest.MonkeyPatch) 
 
 def test_several_sequences_are_sampled_as_with_the_reference() -> None:
     """With the cache, and past block_size, where the window slides."""
-    prompt = batch()[0][:, :8]
-    fused, plain = (make(ops).generate(prompt, 6, temperature=0) for ops in (FUSED, REFERENCE))
+    prompt = batch()[0][:, :10]
+    fused, plain = (make(ops).generate(prompt, 4, temperature=0) for ops in (FUSED, REFERENCE))
     assert torch.equal(fused, plain)
-    assert len(plain[:, 8:].unique()) > 6  # tokens vary
+    assert len(plain[:, 10:].unique()) > 4  # tokens vary
 
 
 @pytest.mark.slow
@@ -92,15 +92,8 @@ def test_compiled_whole_it_is_the_same(compiler: None) -> None:
         torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_dropout_drops_in_training_only() -> None:
-    model = make(FUSED, dropout=0.3)
-    with torch.no_grad():
-        assert model(*batch())[1] != model(*batch())[1]
-        assert model.eval()(*batch())[1] == make(FUSED)(*batch())[1]
-
-
 def test_every_operation_that_drops_has_a_seed_of_its_own() -> None:
-    """One draw for all of them, a new one for each call of the model."""
+    """One draw for all of them, a new one for each call of the model. An evaluation drops nothing."""
     seeds: list[int] = []
 
     def spied(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,4 +107,5 @@ def test_every_operation_that_drops_has_a_seed_of_its_own() -> None:
     model = make(ops, dropout=0.1)
     for _ in range(2):
         model(*batch())
+    model.eval()(*batch())
     assert len(seeds) == len(set(seeds)) == 2 * (2 * len(model.transformer.h) + 1)

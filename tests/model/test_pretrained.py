@@ -19,8 +19,8 @@ SHAPE = {"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd":
 CONFIG = {"model_type": "gpt2", "n_positions": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 12}
 
 
-def make_model(seed: int = 0, **shape) -> GPT:
-    torch.manual_seed(seed)
+def make_model(**shape) -> GPT:
+    torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPE | shape)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)  # biases and LayerNorms too
@@ -32,21 +32,15 @@ def hub_tensors(config: dict = CONFIG) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     c, t = config["n_embd"], config["n_positions"]
     tensors = {"wte.weight": torch.randn(config["vocab_size"], c), "wpe.weight": torch.randn(t, c)}
+    weights = {"ln_1": (c,), "ln_2": (c,), "attn.c_attn": (c, 3 * c), "attn.c_proj": (c, c)}
+    weights |= {"mlp.c_fc": (c, 4 * c), "mlp.c_proj": (4 * c, c)}
     for i in range(config["n_layer"]):
-        for name, rows, columns in (
-            ("attn.c_attn", c, 3 * c),
-            ("attn.c_proj", c, c),
-            ("mlp.c_fc", c, 4 * c),
-            ("mlp.c_proj", 4 * c, c),
-        ):
-            tensors[f"h.{i}.{name}.weight"] = torch.randn(rows, columns)
-            tensors[f"h.{i}.{name}.bias"] = torch.randn(columns)
-        for name in ("ln_1", "ln_2"):
-            tensors[f"h.{i}.{name}.weight"], tensors[f"h.{i}.{name}.bias"] = torch.randn(2, c).clone().unbind()
+        for name, shape in weights.items():
+            tensors[f"h.{i}.{name}.weight"] = torch.randn(shape)
+            tensors[f"h.{i}.{name}.bias"] = torch.randn(shape[-1])
         tensors[f"h.{i}.attn.bias"] = torch.ones(t, t).tril()[None, None]
         tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-    tensors["ln_f.weight"], tensors["ln_f.bias"] = torch.randn(2, c).unbind()
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    return tensors | {"ln_f.weight": torch.randn(c), "ln_f.bias": torch.randn(c)}
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict | None = CONFIG) -> Path:
@@ -72,79 +66,67 @@ def test_round_trip(tmp_path, bias, gelu):
 
 @pytest.mark.parametrize(
     ("prefix", "dtype", "head"),
-    [("", torch.float32, False), ("transformer.", torch.bfloat16, True), ("", torch.float16, True)],
+    [("", torch.float32, False), ("", torch.float16, False), ("transformer.", torch.bfloat16, True)],
 )
 def test_files_of_the_hub(tmp_path, prefix, dtype, head):
+    """Loading draws no random numbers, and the model owns its memory."""
     tensors = {name: tensor.to(dtype) for name, tensor in hub_tensors().items()}
     file = {prefix + name: tensor for name, tensor in tensors.items()}
     if head:
         file["lm_head.weight"] = tensors["wte.weight"].clone()
-    model = load_gpt2(write(tmp_path, file))
-    state = model.state_dict()
-    for name, tensor in tensors.items():
-        if name.endswith((".attn.bias", ".masked_bias")):
-            assert f"transformer.{name}" not in state
-            continue
+    path = write(tmp_path, file) / "model.safetensors"
+    before = torch.get_rng_state()
+    model = load_gpt2(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    with path.open("r+b") as opened:
+        opened.write(b"\0" * path.stat().st_size)
+    parameters = dict(model.named_parameters())
+    assert len(parameters) == sum(not name.endswith((".attn.bias", ".masked_bias")) for name in tensors)
+    for name, parameter in parameters.items():
+        tensor = tensors[name.removeprefix("transformer.")]
         linear = name.endswith(".weight") and ("attn" in name or "mlp" in name)
-        expected = (tensor.T if linear else tensor).float()
-        assert torch.equal(state[f"transformer.{name}"], expected), name
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert all(p.is_contiguous() and p.requires_grad for p in model.parameters())
+        assert torch.equal(parameter, (tensor.T if linear else tensor).float()), name
+        assert parameter.dtype == torch.float32
+        assert parameter.is_contiguous()
+        assert parameter.requires_grad
     assert model.lm_head.weight is model.transformer.wte.weight
     assert model.config == GPTConfig(**SHAPE, bias=True, gelu="tanh")
 
 
 def test_arguments(tmp_path):
     write(tmp_path, hub_tensors(), CONFIG | {"activation_function": "gelu"})
-    assert load_gpt2(tmp_path).config.gelu == "erf"
-    assert load_gpt2(tmp_path, gelu="tanh").config.gelu == "tanh"
-    assert load_gpt2(str(tmp_path / "model.safetensors"), dropout=0.2).config.dropout == 0.2
-    for options in ({}, {"gelu": "tanh", "dropout": 0.2}):
-        assert gpt2_shape(tmp_path, **options) == load_gpt2(tmp_path, **options).config
+    assert load_gpt2(str(tmp_path / "model.safetensors")).config.gelu == "erf"
+    model = load_gpt2(tmp_path, gelu="tanh", dropout=0.2)
+    assert (
+        model.config == gpt2_shape(tmp_path, gelu="tanh", dropout=0.2) == GPTConfig(**SHAPE, gelu="tanh", dropout=0.2)
+    )
 
 
 def test_without_config_the_width_tells_the_heads(tmp_path):
     config = CONFIG | {"n_embd": 768, "n_layer": 1}
     model = load_gpt2(write(tmp_path, hub_tensors(config), None))
-    assert model.config == GPTConfig(
-        block_size=8, vocab_size=11, n_layer=1, n_head=12, n_embd=768, bias=True, gelu="tanh"
-    )
+    assert model.config == GPTConfig(**SHAPE | {"n_layer": 1, "n_head": 12, "n_embd": 768}, gelu="tanh")
     with pytest.raises(ValueError, match=r"width 12 is not one of OpenAI's .*config\.json must tell n_head"):
         load_gpt2(write(tmp_path, hub_tensors(), None))
 
 
-def test_loading_draws_nothing_and_owns_its_memory(tmp_path):
-    folder = write(tmp_path, hub_tensors())
-    before = torch.get_rng_state()
-    model = load_gpt2(folder)
-    assert torch.equal(torch.get_rng_state(), before)
-    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with (folder / "model.safetensors").open("r+b") as file:
-        file.write(b"\0" * (folder / "model.safetensors").stat().st_size)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-
-
-def drop(name):
-    return lambda tensors: tensors.pop(name)
-
-
-def put(name, *shape):
-    return lambda tensors: tensors.update({name: torch.zeros(*shape)})
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "tensor", "message"),
     [
-        (drop("h.1.ln_2.bias"), r"transformer\.h\.1\.ln_2\.bias is missing"),
-        (put("h.2.ln_1.bias", 12), r"h\.2\.ln_1\.bias is unknown"),
-        (put("h.0.attn.c_attn.weight", 36, 12), r"c_attn\.weight has shape \(36, 12\), expected \(12, 36\)"),
-        (put("lm_head.weight", 11, 12), r"lm_head\.weight differs from transformer\.wte\.weight"),
-        (lambda tensors: [tensors.pop(name) for name in list(tensors) if "ln" in name], "; and 7 more"),
+        ("h.1.ln_2.bias", None, r"transformer\.h\.1\.ln_2\.bias is missing"),
+        ("ln", None, "; and 7 more"),
+        ("h.2.ln_1.bias", torch.zeros(12), r"h\.2\.ln_1\.bias is unknown"),
+        ("h.0.attn.c_attn.weight", torch.zeros(36, 12), r"c_attn\.weight has shape \(36, 12\), expected \(12, 36\)"),
+        ("lm_head.weight", torch.zeros(11, 12), r"lm_head\.weight differs from transformer\.wte\.weight"),
+        ("ln_f.bias", torch.zeros(12).long(), r"ln_f\.bias is I64, expected one of BF16, F16, F32, F64"),
     ],
 )
-def test_other_tensors_are_refused(tmp_path, change, message):
+def test_other_tensors_are_refused(tmp_path, name, tensor, message):
     tensors = hub_tensors()
-    change(tensors)
+    if tensor is None:
+        tensors = {key: value for key, value in tensors.items() if name not in key}
+    else:
+        tensors[name] = tensor
     with pytest.raises(ValueError, match=message):
         load_gpt2(write(tmp_path, tensors))
 
@@ -156,18 +138,16 @@ def test_other_tensors_are_refused(tmp_path, change, message):
         ({"activation_function": "relu"}, "activation_function: got 'relu'"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon: got 1e-06, expected 1e-05"),
         ({"n_inner": 24}, "n_inner: got 24, expected None or 48"),
+        ({"n_inner": ["x" * 5000]}, r"n_inner: got \['x{70,90}, expected"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings: got False"),
         ({"n_head": 5}, "n_embd: got 12, expected a multiple of n_head"),
-        ({"n_embd": "wide"}, r"config\.json: not the config\.json of a GPT-2"),
-        ({"n_layer": 10**30}, r"config\.json: not the config\.json of a GPT-2 \(n_layer: got 1000"),
-        ({"n_layer": float("inf")}, r"not the config\.json of a GPT-2 \(n_layer: got inf"),
+        ({"n_head": -2}, r"config\.json: not the config\.json of a GPT-2 \(n_head: got -2"),
+        ({"n_layer": 10**30}, r"not the config\.json of a GPT-2 \(n_layer: got 1000"),
         ({"n_layer": 1e3}, r"not the config\.json of a GPT-2 \(n_layer: got 1000.0"),
         ({"n_layer": True}, r"not the config\.json of a GPT-2 \(n_layer: got True"),
-        ({"n_head": -2}, r"not the config\.json of a GPT-2 \(n_head: got -2"),
         ({"n_layer": 1_000_000}, r"transformer\.h\.2 is missing: n_layer is 1000000, the tensors are of 2 blocks"),
         ({"n_positions": 2**31 - 1}, r"wpe\.weight has shape \(8, 12\), expected \(2147483647, 12\)"),
         ({"n_embd": 2**30}, r"wte\.weight has shape \(11, 12\), expected \(11, 1073741824\)"),
-        ({"n_inner": ["x" * 5000]}, r"n_inner: got \['x{70,90}, expected"),
     ],
 )
 def test_other_models_are_refused(tmp_path, change, message):
@@ -175,7 +155,7 @@ def test_other_models_are_refused(tmp_path, change, message):
         load_gpt2(write(tmp_path, hub_tensors(), CONFIG | change))
 
 
-@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000, "9" * 5000, " " * (1 << 20) + "{}"], ids=len)
+@pytest.mark.parametrize("content", ["[]", "{}", "{", "[" * 100_000, " " * (1 << 20) + json.dumps(CONFIG)], ids=len)
 def test_a_config_that_is_none(tmp_path, content):
     write(tmp_path, hub_tensors())
     (tmp_path / "config.json").write_text(content)
@@ -183,7 +163,7 @@ def test_a_config_that_is_none(tmp_path, content):
         load_gpt2(tmp_path)
 
 
-@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_what_is_no_file(tmp_path, name, put):
     path = write(tmp_path, hub_tensors()) / name
@@ -193,14 +173,7 @@ def test_what_is_no_file(tmp_path, name, put):
         load_gpt2(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
-def test_weights_that_are_no_floats_are_refused(tmp_path, dtype):
-    write(tmp_path, hub_tensors() | {"ln_f.bias": torch.zeros(12, dtype=dtype)})
-    with pytest.raises(ValueError, match=r"transformer\.ln_f\.bias is \w+, expected one of BF16, F16, F32, F64"):
-        load_gpt2(tmp_path)
-
-
-@pytest.mark.parametrize("keep", [0, 100, -1])
+@pytest.mark.parametrize("keep", [0, -1])
 def test_a_cut_file_is_refused(tmp_path, keep):
     path = write(tmp_path, hub_tensors()) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
@@ -231,19 +204,19 @@ def test_by_name(tmp_path, monkeypatch):
 
     def download(repository: str, file: str) -> str:
         asked.append((repository, file))
+        if repository.endswith("gpt2"):
+            raise ConnectionError("no route\nto host")
         return str(tmp_path / file)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=download))
     assert load_gpt2("gpt2-xl").config.n_embd == 12
     assert asked == [("openai-community/gpt2-xl", name) for name in ("model.safetensors", "config.json")]
-
-    def offline(repository: str, file: str) -> str:
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=offline))
     with pytest.raises(FileNotFoundError, match=r"gpt2: cannot download .*\(no route\); give the path"):
         load_gpt2("gpt2")
+
+
+# Checkpoints
 
 
 def checkpoint_of(model: GPT, **extra) -> dict:
@@ -267,22 +240,14 @@ def test_from_checkpoint():
     assert from_checkpoint(checkpoint_of(model), dropout=0.0).config.dropout == 0.0
 
 
-def test_from_checkpoint_of_another_shape():
-    checkpoint = checkpoint_of(make_model())
-    checkpoint["model_args"]["block_size"] = 16
-    with pytest.raises(ValueError, match=r"model: transformer\.wpe\.weight has shape \(8, 12\), expected \(16, 12\)"):
-        from_checkpoint(checkpoint)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_halved_checkpoints_are_converted(dtype):
-    model = make_model()
-    checkpoint = checkpoint_of(model)
+    checkpoint = checkpoint_of(make_model())
     checkpoint["model"] = {name: tensor.to(dtype) for name, tensor in checkpoint["model"].items()}
     again = from_checkpoint(checkpoint)
     for name, p in again.named_parameters():
         assert p.dtype == torch.float32
-        assert torch.equal(p, model.get_parameter(name).to(dtype).float())
+        assert torch.equal(p, checkpoint["model"][name].float())
     assert again.lm_head.weight is again.transformer.wte.weight
 
 
@@ -290,8 +255,6 @@ def test_halved_checkpoints_are_converted(dtype):
     ("change", "message"),
     [
         (lambda tensor: tensor.long(), r"has torch\.int64"),
-        (lambda tensor: tensor.bool(), r"has torch\.bool"),
-        (lambda tensor: tensor.to(torch.complex64), r"has torch\.complex64"),
         (lambda tensor: tensor.to("meta"), "has no values"),
         (lambda tensor: tensor.to_sparse(), "sparse"),
         (lambda tensor: tensor[:1].clone().expand(12), "more elements than values"),
@@ -309,11 +272,11 @@ def test_tensors_that_are_no_weights_are_refused(change, message):
     [
         ({"n_layer": 10**9}, r"transformer\.h\.2 is missing: n_layer is 1000000000"),
         ({"vocab_size": 10**30}, r"wte\.weight has shape \(11, 12\), expected \(10{30}, 12\)"),
-        ({"n_embd": 12 * 10**12}, r"wte\.weight has shape"),
+        ({"block_size": 16}, r"model: transformer\.wpe\.weight has shape \(8, 12\), expected \(16, 12\)"),
         ({"n_head": 7}, "multiple of n_head"),
     ],
 )
-def test_absurd_shapes_are_refused_before_a_model_is_built(change, message, monkeypatch):
+def test_other_shapes_are_refused_before_a_model_is_built(change, message, monkeypatch):
     checkpoint = checkpoint_of(make_model())
     checkpoint["model_args"] |= change
     monkeypatch.setattr("model.pretrained.GPT", None)
