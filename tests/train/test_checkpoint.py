@@ -1,20 +1,17 @@
 """Saves: complete after a kill at any time and on a full disk; earlier checkpoints are kept."""
 
 import errno
+import itertools
 import math
 import os
-import subprocess
-import sys
-import textwrap
+import shutil
 
 import pytest
+import torch
 
 from tests.train.checkpoints import assert_same, make_checkpoint, saved_iterations
-from tests.train.jobs import ROOT
 from train import checkpoint
 from train.errors import UserError
-
-# One save
 
 
 def test_round_trip(tmp_path):
@@ -27,15 +24,10 @@ def test_round_trip(tmp_path):
     assert os.listdir(tmp_path / "new" / "out") == ["ckpt.pt"]
 
 
-@pytest.mark.parametrize("keep", [1, 3, 10**12])
-def test_keeps_that_many_the_newest(tmp_path, keep):
-    for iteration in range(6):
+def test_keeps_that_many_the_newest(tmp_path):
+    for iteration, keep, kept in ((1, 2, [1]), (2, 2, [2, 1]), (3, 2, [3, 2]), (4, 10**12, [4, 3, 2]), (5, 1, [5])):
         checkpoint.save(tmp_path, make_checkpoint(iteration), keep)
-    names = ["ckpt.pt", *(f"ckpt-previous-{i}.pt" for i in range(1, min(keep, 6)))]
-    assert sorted(os.listdir(tmp_path)) == sorted(names)
-    assert saved_iterations(tmp_path) == [5, 4, 3, 2, 1, 0][:keep]
-    checkpoint.save(tmp_path, make_checkpoint(6), keep=1)
-    assert saved_iterations(tmp_path) == [6]
+        assert saved_iterations(tmp_path) == kept
 
 
 def test_removes_its_own_stale_files_and_no_others(tmp_path):
@@ -55,150 +47,137 @@ class Killed(BaseException):
     """Not an Exception, so that no handler catches it: a kill cannot be caught."""
 
 
-@pytest.mark.parametrize(("links", "keep", "best"), [(True, 1, 5), (True, 2, 4), (True, 4, 5), (False, 4, 4)])
+@pytest.mark.parametrize(
+    ("links", "keep", "best", "moves"),  # moves: the calls of a save, the 5th, if nobody kills it
+    [
+        (True, 1, 4, "fsync link replace replace fsync"),
+        (True, 4, 5, "fsync replace replace replace link replace replace fsync unlink unlink"),
+        (False, 4, 4, "fsync replace replace replace link fsync replace link fsync replace replace fsync unlink"),
+    ],
+    ids=["keep 1", "keep 4", "no links"],
+)
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, after, links, keep, best):
-    """Die just before or just after the k-th call that changes the disk, for every k. Then save once more."""
-    calls = {name: getattr(os, name) for name in ("fsync", "replace", "link", "unlink")}
-    countdown = math.inf
+def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, after, links, keep, best, moves):
+    """Die just before or just after the k-th call that changes the disk, for every k. Then save once more.
 
-    def dying(name):
+    The best state is that of iteration 2, until 4 or 5 is better.
+    """
+    countdown, called = math.inf, []
+
+    def dying(name, function):
         def call(*args, **kwargs):
             nonlocal countdown
             countdown -= 1
+            called.append(name)
             if countdown < 0 or (countdown == 0 and not after):
                 raise Killed  # later clean-ups raise too, because a dead process cleans up nothing
             if name == "link" and not links:
                 raise OSError(errno.ENOTSUP, "no links here")
-            result = calls[name](*args, **kwargs)
+            result = function(*args, **kwargs)
             if countdown == 0:
                 raise Killed
             return result
 
         return call
 
-    for name in calls:
-        monkeypatch.setattr(os, name, dying(name))
-    for k in range(1, 100):
-        out_dir = tmp_path / str(k)
-        for iteration in (1, 2, 3, 4):  # 2 is the best one of the first three
-            loss = {1: 3.0}.get(iteration, 2.0) if iteration < best else 1.0
-            better = iteration in (1, 2, best)
-            made = make_checkpoint(iteration, best_val_loss=loss)
-            checkpoint.save(out_dir, made, keep, best=better, keep_best=iteration == 3)
-        countdown = k
+    for name in ("fsync", "replace", "link", "unlink"):
+        monkeypatch.setattr(os, name, dying(name, getattr(os, name)))
+    losses = {1: 3.0, 2: 2.0, 3: 2.0, 4: 2.0, 5: 1.0} | {best: 1.0}
+    for iteration in (1, 2, 3, 4):
+        better, replaces_best = iteration in (1, 2, best), iteration == 3
+        made = make_checkpoint(iteration, best_val_loss=losses[iteration])
+        checkpoint.save(tmp_path / "four", made, keep, best=better, keep_best=replaces_best)
+    fifth = make_checkpoint(5, best_val_loss=losses[5])
+    for k in itertools.count(1):
+        out_dir = shutil.copytree(tmp_path / "four", tmp_path / str(k))
+        countdown, killed = k, False
+        called.clear()
         try:
-            made = make_checkpoint(5, best_val_loss=1.0)
-            checkpoint.save(out_dir, made, keep, best=best == 5, keep_best=best == 4)
+            checkpoint.save(out_dir, fifth, keep, best=best == 5, keep_best=best == 4)
         except Killed:
             killed = True
-        else:
-            killed = False
         countdown = math.inf
-        assert (out_dir / "ckpt.pt").is_file()
         kept = saved_iterations(out_dir)  # loads every one of them
         survivor = kept[0]
         assert survivor in (4, 5)
+        assert len(set(kept)) >= keep  # also in between
         best_now = best if survivor == 5 or best == 4 else 2
         assert checkpoint.load(checkpoint.best_of(out_dir))["iter_num"] == best_now
-        assert len(set(kept)) >= keep  # also in between
-        made = make_checkpoint(6, best_val_loss=checkpoint.held(out_dir / "ckpt.pt").best_val_loss)
-        checkpoint.save(out_dir, made, keep, keep_best=survivor == best)
+        if not killed:
+            break
+        sixth = make_checkpoint(6, best_val_loss=losses[survivor])
+        checkpoint.save(out_dir, sixth, keep, keep_best=survivor == best)
         assert checkpoint.load(checkpoint.best_of(out_dir))["iter_num"] == best_now
         assert not list(out_dir.glob(".staging-*"))
         kept = saved_iterations(out_dir)
-        if links:
-            assert kept == ([6, 5, 4, 3] if survivor == 5 else [6, 4, 3, 2])[:keep]
-        else:  # a copy is not recognised as one, so the oldest may be lost
-            assert kept in ([6, 5, 4, 3][:keep], [6, 4, 3, 2][:keep], [6, 4, 4, 3][:keep])
-        if not killed:
+        wanted = [[6, 5, 4, 3] if survivor == 5 else [6, 4, 3, 2]]
+        if not links:  # a copy is not recognised as one, so the oldest may be lost
+            wanted.append([6, 4, 4, 3])
+        assert kept in [iterations[:keep] for iterations in wanted]
+    assert kept == [5, 4, 3, 2][:keep]
+    assert called == moves.split()
+
+
+def test_an_interrupt_anywhere_in_torchs_writer_leaves_the_old_one(tmp_path, monkeypatch):
+    """A second Ctrl-C, at every call of it. Without care, torch then aborts the process when it frees its writer."""
+    countdown = math.inf
+
+    def interrupting(kind, *names):
+        def method(name):
+            def call(self, *args):
+                nonlocal countdown
+                countdown -= 1
+                if countdown == 0:
+                    raise KeyboardInterrupt
+                return getattr(kind, name)(self, *args)
+
+            return call
+
+        return type(kind.__name__, (kind,), {name: method(name) for name in names})
+
+    writer = interrupting(torch._C.PyTorchFileWriter, "write_record", "write_end_of_file")
+    monkeypatch.setattr(torch._C, "PyTorchFileWriter", writer)
+    monkeypatch.setattr(checkpoint, "_Writer", interrupting(checkpoint._Writer, "write", "flush"))
+    checkpoint.save(tmp_path, make_checkpoint(1), keep=2)
+    second = make_checkpoint(2)
+    for k in itertools.count(1):
+        countdown = k
+        try:
+            checkpoint.save(tmp_path, second, keep=2)
+        except KeyboardInterrupt:
+            assert os.listdir(tmp_path) == ["ckpt.pt"]
+            assert saved_iterations(tmp_path) == [1]
+        else:
             break
-    # fsync, perhaps link and replace for the previous one, replace, fsync, unlinks: a kill in each of them
-    assert k > 4 + 2 * (keep > 1)
-
-
-def test_an_interrupt_anywhere_in_torchs_writer_leaves_the_old_one(tmp_path):
-    """A second Ctrl-C, at every call of it. In another process: an error when torch frees its writer aborts that."""
-    script = """
-        import sys
-        from pathlib import Path
-        import torch
-        from tests.train.checkpoints import make_checkpoint, saved_iterations
-        from train import checkpoint
-
-        folder, left = Path(sys.argv[1]), 0  # calls until the interrupt
-
-        def interrupting(kind, *names):
-            def method(name):
-                def call(self, *args):
-                    global left
-                    left -= 1
-                    if left == 0:
-                        raise KeyboardInterrupt
-                    return getattr(kind, name)(self, *args)
-
-                return call
-
-            return type(kind.__name__, (kind,), {name: method(name) for name in names})
-
-        checkpoint.save(folder, make_checkpoint(1), keep=2)
-        torch._C.PyTorchFileWriter = interrupting(torch._C.PyTorchFileWriter, "write_record", "write_end_of_file")
-        checkpoint._Writer = interrupting(checkpoint._Writer, "write", "flush")
-        for at in range(1, 1000):
-            left = at
-            try:
-                checkpoint.save(folder, make_checkpoint(2), keep=2)
-            except KeyboardInterrupt:
-                assert saved_iterations(folder) == [1], at
-                assert len(list(folder.iterdir())) == 1
-            else:
-                break
-        assert 30 < at < 1000
-        assert saved_iterations(folder) == [2, 1]
-        """
-    argv, env = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert k > 30
+    assert saved_iterations(tmp_path) == [2, 1]
 
 
 # A full disk
 
 
 def test_full_disk(tmp_path):
-    """Simulated by a limit on file sizes, in a separate process."""
-    script = """
-        import resource, signal, sys
-        from pathlib import Path
-        import torch
-        from train import checkpoint
-        from train.errors import UserError
+    """Simulated by a limit on the size of files."""
+    import resource  # Windows has none
 
-        folder = Path(sys.argv[1])
-        args = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, bias=False, vocab_size=8, dropout=0.0)
-        adamw = {"state": {}, "param_groups": [{"params": [0]}]}
-        make = lambda i, n: checkpoint.pack({"w": torch.full((n,), float(i))}, adamw, args, i, 1.0, {}, {})
-        checkpoint.save(folder / "second", make(1, 1000), keep=2)
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the write returns EFBIG instead
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        for name in ("first", "second"):
-            for size in (26_000, 1_000_000):  # fails in the closing flush; fails in the middle of a tensor
-                try:
-                    checkpoint.save(folder / name, make(2, size), keep=2)
-                except UserError as error:
-                    print(error)
-                else:
-                    sys.exit("no error")
-        """
-    argv = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    cases = [(name, size) for name in ("first", "second") for size in ("0.10", "4.00")]
-    for line, (name, size) in zip(done.stdout.splitlines(), cases, strict=True):
-        assert f"out_dir={tmp_path / name}: no room for the checkpoint: it needs {size} MB" in line
-        assert "MB are free (File too large)" in line
+    checkpoint.save(tmp_path / "second", make_checkpoint(1), keep=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    adamw = {"state": {}, "param_groups": [{"params": [0]}]}
+    for name in ("first", "second"):
+        for floats, needed in ((26_000, "0.10"), (1_000_000, "4.00")):  # fails in the closing flush; within a tensor
+            large = make_checkpoint(2, model={"w": torch.ones(floats)}, optimizer=adamw)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+            try:
+                with pytest.raises(UserError) as refused:
+                    checkpoint.save(tmp_path / name, large, keep=2)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            said = str(refused.value)
+            assert f"out_dir={tmp_path / name}: no room for the checkpoint: it needs {needed} MB" in said
+            assert "MB are free (File too large)" in said
     assert os.listdir(tmp_path / "first") == []
     assert os.listdir(tmp_path / "second") == ["ckpt.pt"]
-    assert checkpoint.load(tmp_path / "second" / "ckpt.pt")["iter_num"] == 1
+    assert saved_iterations(tmp_path / "second") == [1]
 
 
 def test_no_space_for_the_copy_of_the_previous_one(tmp_path, monkeypatch):
@@ -218,18 +197,14 @@ def test_no_space_for_the_copy_of_the_previous_one(tmp_path, monkeypatch):
 
 
 def test_set_aside_moves_what_a_run_wrote_and_nothing_else(tmp_path):
-    assert checkpoint.set_aside(tmp_path) is None
     assert checkpoint.set_aside(tmp_path / "not there") is None
-    for iteration in (1, 2):
-        checkpoint.save(tmp_path, make_checkpoint(iteration), keep=2)
-    for name in ("metrics.jsonl", "loss.png", "loss.svg", "notes.txt", "train_loss.png"):
+    of_a_run = ["ckpt-best.pt", "ckpt-previous-1.pt", "ckpt.pt", "loss.png", "loss.svg", "metrics.jsonl"]
+    for name in (*of_a_run, "notes.txt", "train_loss.png"):
         (tmp_path / name).write_text(name)
-    folder = checkpoint.set_aside(tmp_path)
-    assert folder.parent == tmp_path
-    assert sorted(os.listdir(tmp_path)) == [folder.name, "notes.txt", "train_loss.png"]
-    assert sorted(os.listdir(folder)) == ["ckpt-previous-1.pt", "ckpt.pt", "loss.png", "loss.svg", "metrics.jsonl"]
-    assert saved_iterations(folder) == [2, 1]
-    for text in ("second", "third"):  # of the same second
-        (tmp_path / "metrics.jsonl").write_text(text)
-        assert (checkpoint.set_aside(tmp_path) / "metrics.jsonl").read_text() == text
-    assert len(list(tmp_path.glob("earlier-*"))) == 3
+    first = checkpoint.set_aside(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [first.name, "notes.txt", "train_loss.png"]
+    assert sorted(os.listdir(first)) == of_a_run
+    (tmp_path / "metrics.jsonl").write_text("of the same second")
+    second = checkpoint.set_aside(tmp_path)
+    assert first.parent == second.parent == tmp_path
+    assert os.listdir(second) == ["metrics.jsonl"]

@@ -1,11 +1,16 @@
-"""How a run ends: done, out of time or patience, interrupted, or with a loss that is not finite."""
+"""How a run ends: done, out of time, interrupted, or with a loss that is not finite. Its folder is its own."""
 
 import os
+import pickle
 import signal
 
 import pytest
 
-from tests.train.runs import CONSTANT, iterations, last, poison, refusal, resume, run, send
+from tests.train.jobs import CHARS, make_data
+from tests.train.runs import iterations, last, poison, refusal, resume, run, send
+from train.errors import UserError
+from train.files import owned
+from train.sample import main as sample
 
 
 def test_eval_only_evaluates_once_and_changes_nothing(tmp_path, capsys):
@@ -33,13 +38,6 @@ def test_max_minutes_evaluates_and_saves(tmp_path, capsys):
     assert iterations(tmp_path / "out", "iter") == [0, 1, 2]
 
 
-def test_patience_ends_the_run(tmp_path, capsys):
-    assert run(tmp_path / "out", max_iters=100, eval_interval=2, patience=2, **CONSTANT) == 0
-    assert iterations(tmp_path / "out", "eval") == [0, 2, 4]
-    assert iterations(tmp_path / "out", "iter") == [0, 1, 2, 3]
-    assert "no better validation loss in 2 evaluations" in capsys.readouterr().out
-
-
 def test_a_second_interrupt_does_not_wait(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", at={3: send(signal.SIGINT, signal.SIGINT)}, eval_interval=2)
@@ -61,15 +59,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, log
 
 
 def test_a_huge_rate_ends_the_run_before_it_saves(tmp_path):
-    message = refusal(
-        run,
-        tmp_path / "out",
-        status=1,
-        learning_rate=1e38,
-        decay_lr=False,
-        eval_interval=1,
-        always_save_checkpoint=True,
-    )
+    settings = dict(learning_rate=1e38, decay_lr=False, eval_interval=1, always_save_checkpoint=True)
+    message = refusal(run, tmp_path / "out", status=1, **settings)
     assert "at iteration 1," in message
     assert "learning_rate" in message
     assert iterations(tmp_path / "out", "save") == []
@@ -79,10 +70,26 @@ def test_data_that_fails_costs_no_iteration(tmp_path):
     def cut(step) -> None:
         os.truncate(tmp_path / "data" / "train.bin", 100)
 
-    message = refusal(run, tmp_path / "out", {40: cut}, max_iters=1000, eval_interval=1000)
+    message = refusal(run, tmp_path / "out", {5: cut}, max_iters=1000, eval_interval=1000)
     assert "train.bin: 100 bytes, expected 6,000: it was cut short under the run" in message
-    assert last(tmp_path / "out")["iter_num"] > 40
+    assert last(tmp_path / "out")["iter_num"] > 5
     assert iterations(tmp_path / "out", "iter")[-1] == last(tmp_path / "out")["iter_num"] - 1
+
+
+def test_tokens_that_are_not_understood_cost_the_sample_alone(tmp_path, capsys):
+    data = make_data(tmp_path / "data")
+    (data / "meta.json").unlink()
+    words = [f"word{i}" for i in range(len(CHARS))]
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(words), "itos": words}))
+    assert run(tmp_path / "out", max_iters=2) == 0
+    said = capsys.readouterr().out
+    assert "no sample of text: tokenizer: the dataset's is not known (itos holds more than different single" in said
+    assert resume(tmp_path / "out", max_iters=4) == 0
+    with pytest.raises(UserError, match="tokenizer: the dataset's is not known"):
+        sample([f"--out_dir={tmp_path / 'out'}", "--device=cpu"])
+
+
+# The folder
 
 
 def test_an_earlier_run_is_moved_aside_whole(tmp_path, capsys):
@@ -94,3 +101,32 @@ def test_an_earlier_run_is_moved_aside_whole(tmp_path, capsys):
     assert f"the earlier run in {tmp_path / 'out'} was moved to {aside}" in capsys.readouterr().out
     assert last(tmp_path / "out")["iter_num"] == 2
     assert iterations(tmp_path / "out", "iter") == [0, 1]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, resumed):
+    out_dir = tmp_path / "out"
+    if resumed:
+        run(out_dir, max_iters=4)
+
+    def second(step) -> None:
+        before = {path: path.read_bytes() for path in out_dir.iterdir()}
+        for again in (run, resume):
+            message = refusal(again, out_dir)
+            assert f"out_dir: {out_dir} belongs to a run that has not ended" in message
+        assert run(out_dir, eval_only=True) == 0  # it only reads
+        if resumed:
+            assert resume(out_dir, eval_only=True) == 0
+        assert {path: path.read_bytes() for path in out_dir.iterdir()} == before
+
+    (resume if resumed else run)(out_dir, at={1: second}, max_iters=6)
+    assert iterations(out_dir, "iter") == list(range(6))
+    assert not list(out_dir.glob("earlier-*"))
+    assert resume(out_dir, max_iters=7) == 0  # the first one has let go
+
+
+def test_a_file_system_without_locks_holds_nothing(tmp_path, monkeypatch):
+    """Windows has no fcntl."""
+    monkeypatch.setattr("train.files.fcntl", None)
+    with owned(tmp_path / "out"):
+        assert run(tmp_path / "out", max_iters=2) == 0
