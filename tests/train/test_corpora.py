@@ -5,6 +5,7 @@ import pickle
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -45,70 +46,78 @@ def test_docs_is_plain_text_of_the_expected_size():
     assert "Return the sum of a 'start' value" in text or "Base class for" in text  # from a docstring
 
 
-def test_ensure_docs_makes_it_once_and_says_what_it_is(monkeypatch):
-    lines = []
-    ensure_docs(Path("data", "docs"), lines.append)
-    dataset = Dataset("data/docs")
+def test_docs_is_made_once_and_again_only_by_the_command_that_is_named(monkeypatch):
+    lines, folder = [], Path("data", "docs")
+    ensure_docs(folder, lines.append)
+    dataset = Dataset(folder)
     assert (len(dataset.train), len(dataset.val)) == (20_700, 2_300)
     assert dataset.tokenizer().decode(dataset.val) == DOCS[20_700:]
-    monkeypatch.setattr(corpora, "docs_text", lambda: pytest.fail("made again"))
-    ensure_docs(Path("data", "docs"), lines.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpora, "docs_text", lambda: pytest.fail("made again"))
+        ensure_docs(folder, lines.append)
     assert lines[0] == lines[1]
     assert "23,000 characters" in lines[0]
     assert hashlib.sha256(DOCS.encode()).hexdigest() in lines[0]
-
-
-@pytest.mark.parametrize("damage", ["", "{", "[]", "[" * 100_000])
-def test_docs_that_are_damaged_are_made_again_by_the_command_that_is_named(damage):
-    folder = Path("data", "docs")
-    ensure_docs(folder, lambda line: None)
-    (folder / "meta.json").write_text(damage)
+    (folder / "meta.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot be read: .*; python -m train\.prepare docs makes it again"):
-        ensure_docs(folder, lambda line: None)
+        ensure_docs(folder, pytest.fail)
     make("docs")
-    ensure_docs(folder, lambda line: None)
+    ensure_docs(folder, lines.append)
 
 
-def test_what_others_made_under_the_name_of_a_corpus_stays(play):
-    for name in ("docs", "shakespeare_char"):
-        with pytest.raises(UserError, match=f"no such dataset; make it with: python -m train.prepare {name}$"):
-            Dataset(Path("data", name))
-        text = Path("data", name, "input.txt")
-        text.parent.mkdir(parents=True)
-        text.write_text("my own")
-        with pytest.raises(
-            UserError, match=r"input\.txt: sha256 is .* expected .*; delete it to have the corpus's own"
-        ):
-            make(name)
-        assert [path.read_text() for path in text.parent.iterdir()] == ["my own"]
-        text.write_text(DOCS if name == "docs" else PLAY)
-        play.unlink(missing_ok=True)  # what lies there is not downloaded
-        assert len(make(name).train) == int(len(text.read_text()) * 0.9)
-        text.unlink()
-        text.mkdir()
-        with pytest.raises(UserError, match=r"input\.txt: cannot be read: Is a directory"):
-            make(name)
-    for name in ("meta.json", "train.bin", "meta.pkl"):  # nanoGPT's folder
-        Path("data/docs", name).write_bytes(pickle.dumps({"vocab_size": 300}) if name == "meta.pkl" else b"\1\0\2\0")
-    Path("data/docs/meta.json").unlink()
-    ensure_docs(Path("data/docs"), pytest.fail)
-    assert Dataset("data/docs").train.tolist() == [1, 2]
+@pytest.mark.parametrize(("name", "text"), [("docs", DOCS), ("shakespeare_char", PLAY)])
+def test_what_others_made_under_the_name_of_a_corpus_stays(play, name, text):
+    with pytest.raises(UserError, match=f"no such dataset; make it with: python -m train.prepare {name}$"):
+        Dataset(Path("data", name))
+    path = Path("data", name, "input.txt")
+    path.parent.mkdir(parents=True)
+    path.write_text("my own")
+    with pytest.raises(UserError, match=r"input\.txt: sha256 is .* expected .*; delete it to have the corpus's own"):
+        make(name)
+    assert [path.read_text() for path in path.parent.iterdir()] == ["my own"]
+    path.write_text(text)
+    play.unlink()  # what lies there is not downloaded
+    assert len(make(name).train) == int(len(text) * 0.9)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"input\.txt: cannot be read: Is a directory"):
+        make(name)
 
 
-def test_what_was_fetched_for_a_dataset_that_cannot_be_goes_again(play):
-    for name, settings, said in (
-        ("docs", {"tokenizer": "gpt2", "bpe_dir": "nowhere"}, "nowhere"),
-        ("docs", {"val_fraction": 1e-9}, "too little text"),
-        ("docs", {"dataset": "x" * 300}, "File name too long"),
-        ("shakespeare", {"val_fraction": 1e-9}, "too little text"),
-        ("shakespeare", {}, "sha256 is .* expected .*put the file at data/shakespeare/input.txt and run again"),
-        ("shakespeare_char", {}, r"cannot be downloaded \(.*put the file at data/shakespeare_char/input.txt and run"),
-    ):
-        if not settings:
-            play.write_text("another play") if name == "shakespeare" else play.unlink()
-        with pytest.raises(UserError, match=said):
-            make(name, **settings)
-        assert list(Path().iterdir()) == []
+def test_nanogpts_folder_of_the_name_docs_stays():
+    folder = Path("data/docs")
+    folder.mkdir(parents=True)
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 300}))
+    for name in ("train.bin", "val.bin"):
+        (folder / name).write_bytes(b"\1\0\2\0")
+    ensure_docs(folder, pytest.fail)
+    assert Dataset(folder).train.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "val_fraction", "downloaded", "said"),
+    [
+        ("docs", 1e-9, None, "too little text"),
+        ("shakespeare_char", 1e-9, PLAY, "too little text"),
+        (
+            "shakespeare_char",
+            0.1,
+            "another play",
+            "sha256 is .*; put the file at data/shakespeare_char/input.txt",
+        ),
+        (
+            "shakespeare_char",
+            0.1,
+            None,
+            r"cannot be downloaded \(.*; put the file at data/shakespeare_char/",
+        ),
+    ],
+)
+def test_what_was_fetched_for_a_dataset_that_cannot_be_goes_again(play, name, val_fraction, downloaded, said):
+    play.unlink() if downloaded is None else play.write_text(downloaded)
+    with pytest.raises(UserError, match=said):
+        make(name, val_fraction=val_fraction)
+    assert list(Path().iterdir()) == []
 
 
 def test_shakespeare_is_split_as_nanogpt_splits_it():
@@ -118,9 +127,6 @@ def test_shakespeare_is_split_as_nanogpt_splits_it():
     assert dataset.train.tolist() == coder.encode(PLAY[:cut])
     assert dataset.val.tolist() == coder.encode(PLAY[cut:])
     assert dataset.meta["sha256"] == hashlib.sha256(PLAY.encode()).hexdigest()
-
-
-# OpenWebText
 
 
 class Documents(list):
@@ -137,23 +143,15 @@ class Documents(list):
 
 def test_openwebtext(monkeypatch):
     """Every document ends with the token. Without the package or the network there is one line, and nothing is left."""
-
-    def offline(name, split):
-        raise ConnectionError("no route\nto host")
-
-    documents = Documents(f"Document {n}. <|endoftext|> is text here." for n in range(12))
-    package = types.ModuleType("datasets")
-    for module, load, said in (
-        (None, None, r"nanofuse\[data\]"),
-        (package, offline, r"ConnectionError: no route$"),
-    ):
+    documents = Documents(f"Document {n}. <|endoftext|>" for n in range(12))
+    load = mock.Mock(side_effect=[ConnectionError("no route\nto host"), documents])
+    package = types.SimpleNamespace(load_dataset=load)
+    monkeypatch.setattr(prepare, "DOCUMENTS", 5)
+    for module, said in ((None, r"nanofuse\[data\]"), (package, "ConnectionError: no route$")):
         monkeypatch.setitem(sys.modules, "datasets", module)
-        package.load_dataset = load
         with pytest.raises(UserError, match=said):
             make("openwebtext")
         assert not Path("data").exists()
-    package.load_dataset = lambda name, split: documents
-    monkeypatch.setattr(prepare, "DOCUMENTS", 5)
     dataset, bpe = make("openwebtext"), GPT2Tokenizer()
     want = [[*bpe.encode_ordinary(text).tolist(), 50256] for text in documents]
     assert dataset.val.tolist() == want[0]

@@ -3,16 +3,14 @@
 import collections
 import json
 import os
-import pathlib
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.data import Dataset, Loader
+from train.data import Batch, Dataset, Loader
 from train.errors import UserError
 from train.metapickle import check_pickle
 from train.prepare import PrepareConfig, prepare
@@ -43,7 +41,7 @@ def loader(dataset: Dataset, **changes) -> Loader:
     return Loader(dataset, **{"batch_size": 3, "block_size": 8, "accumulation": 2, "seed": 7} | changes)
 
 
-def same(a, b) -> bool:
+def same(a: Batch, b: Batch) -> bool:
     return torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and a.seeds == b.seeds
 
 
@@ -57,8 +55,7 @@ def test_opens_files_and_meta(tmp_path):
     assert not dataset.train.flags.writeable
     assert dataset.tokenizer().decode(dataset.train[:3]) == "ABC"
     gpt2 = Dataset(make(tmp_path / "b", None))
-    assert (gpt2.n_vocab, gpt2.vocab_size, gpt2.train.dtype) == (50257, 50304, np.uint16)
-    assert gpt2.tokenizer().name == "gpt2"
+    assert (gpt2.n_vocab, gpt2.vocab_size, gpt2.train.dtype, gpt2.tokenizer().name) == (50257, 50304, "<u2", "gpt2")
 
 
 class Evil:
@@ -75,30 +72,23 @@ class Pointer:
 
 ITOS = dict(enumerate(CHARS))
 STOI = {char: i for i, char in ITOS.items()}
-WORDS = {i: f"word{i}" for i in range(50)}
 
 
 @pytest.mark.parametrize(
     ("meta", "size", "known"),
     [
-        ({"vocab_size": 50, "itos": ITOS, "stoi": STOI}, 50, True),
-        ({"vocab_size": 50, "itos": CHARS, "stoi": None}, 50, True),
-        ({"vocab_size": 64, "itos": ITOS}, 64, True),  # padded
-        ({"vocab_size": np.int64(50), "itos": {np.int32(i): np.str_(c) for i, c in ITOS.items()}}, 50, True),
-        ({"vocab_size": np.float32(50), "stoi": {c: np.uint16(i) for c, i in STOI.items()}}, 50, True),
-        ({"vocab_size": 64.0, "itos": tuple(CHARS)}, 64, True),
-        ({"vocab_size": None, "itos": collections.OrderedDict(ITOS)}, 50, True),
-        ({"vocab_size": "50", "stoi": collections.Counter(STOI)}, 50, True),
+        ({"vocab_size": np.float32(64), "itos": {np.int32(i): np.str_(c) for i, c in ITOS.items()}}, 64, True),
+        ({"vocab_size": None, "itos": collections.OrderedDict(ITOS), "stoi": STOI}, 50, True),
+        ({"vocab_size": "50", "itos": None, "stoi": collections.Counter(STOI)}, 50, True),
         ({"itos": collections.defaultdict(int, ITOS)}, 50, True),
-        ({"itos": list(WORDS.values())}, 50, False),
-        ({"vocab_size": 50}, 50, False),
+        ({"vocab_size": np.int64(50), "itos": tuple(CHARS)}, 50, True),
+        ({"itos": [f"word{i}" for i in range(50)]}, 50, False),
         ({"vocab_size": 50, "itos": None, "stoi": None}, 50, False),
-        ({"vocab_size": 50, "itos": WORDS, "stoi": {w: i for i, w in WORDS.items()}}, 50, False),
         ({"vocab_size": 50, "itos": {**ITOS, 0: None}}, 50, False),
         ({"vocab_size": 50, "itos": {**ITOS, 1: "A"}}, 50, False),  # twice the same
         ({"vocab_size": 50, "itos": {**ITOS, 51: "!"}}, 50, False),  # a hole
         ({"vocab_size": 50, "itos": [*CHARS, "!"]}, 50, False),  # more than vocab_size
-        ({"vocab_size": 50, "itos": Evil(), "encode": os.mkdir, "tokenizer": pathlib.PurePath("a")}, 50, False),
+        ({"vocab_size": 50, "itos": Evil(), "tokenizer": Path("a")}, 50, False),
         ({"vocab_size": 50, "itos": np.array(CHARS)}, 50, False),
         ({"vocab_size": 50, "itos": {**ITOS, 0: Pointer()}}, 50, False),
     ],
@@ -121,23 +111,14 @@ def test_meta_pickles_of_forks(tmp_path, monkeypatch, meta, size, known, protoco
 @pytest.mark.parametrize(
     "meta",
     [
-        *(pickle.dumps(meta) for meta in (Evil(), [50], {"itos": {}}, {"itos": {1: "a"}})),
-        *(pickle.dumps({"vocab_size": size}) for size in (Evil(), -1, True, 10**30, "fifty")),
-        pickle.dumps({"vocab_size": 50})[:-3],
-        b"\x80\x02}r\xff\xff\xff\x7f.",  # a memo of 2^31 entries
-        b"\x80\x02}N" + b"\x85" * 1_000_000 + b"K\x01s.",  # a key nested a million times
-        b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x70.",
-        b"not a pickle",
-        b"",
-        *("{", "{}", "[]", "[" * 100_000, "9" * 5000, "null"),
-        *('{"vocab_size": 0}', '{"vocab_size": 1e30}', '{"vocab_size": Infinity}', '{"vocab_size": true}'),
-        *('{"vocab_size": 50, "dtype": "int8"}', '{"vocab_size": 50, "dtype": ["uint16"]}'),
-        '{"vocab_size": 100277, "dtype": "uint16"}',
+        *(pickle.dumps(meta) for meta in (Evil(), [50], {"itos": {1: "a"}}, {"vocab_size": Evil()})),
+        *(pickle.dumps({"vocab_size": 50})[:-3], b"\x80\x02."),
+        *("{", "[]", "[" * 100_000),
+        *(json.dumps({"vocab_size": size}) for size in (0, True, 1e30, 1 << 33)),
+        *('{"vocab_size": 50, "dtype": "int8"}', '{"vocab_size": 100277, "dtype": "uint16"}'),
         *('{"vocab_size": 50, "train_tokens": "many"}', '{"vocab_size": 50, "val_tokens": -3}'),
         '{"vocab_size": 50, "checksums": {"bytes": 0, "train": [], "val": []}}',
         *('{"vocab_size": 50, "checksums": {"bytes": 9, "train": []}}', '{"vocab_size": 50, "checksums": [1]}'),
-        '{"vocab_size": 1, "tokenizer": "char", "chars": ["a", "b"]}',
-        *('{"vocab_size": 50, "tokenizer": "char"}', '{"vocab_size": 50, "tokenizer": "char", "chars": []}'),
     ],
     ids=lambda meta: repr(meta[:40]),
 )
@@ -150,62 +131,53 @@ def test_a_malformed_meta_is_refused(tmp_path, monkeypatch, meta):
     assert not Path("pickle-was-run").exists()
 
 
-def test_a_pickle_that_asks_for_all_memory_is_not_loaded():
+def test_a_pickle_that_would_take_all_memory_or_the_stack_is_not_loaded():
     with pytest.raises(ValueError, match="asks for more memory than it has bytes"):
-        check_pickle(b"\x80\x02}r\xff\xff\xff\x7f.")
+        check_pickle(b"\x80\x02}r\xff\xff\xff\x7f.")  # a memo of 2^31 entries
+    with pytest.raises(ValueError, match="more than 50,000 tuples"):
+        check_pickle(b"\x80\x02}N" + b"\x85" * 50_001 + b"K\x01s.")  # each one holds the next
 
 
 # Files that are not what meta says
 
 
-def stated(**meta) -> bytes:
-    """A meta.pkl that states these and nothing else."""
-    return pickle.dumps(meta)
-
-
 def test_more_than_65536_tokens_are_uint32(tmp_path):
-    ids = [7, 100_276, 65_536, 1]
-    dataset = Dataset(make(tmp_path / "a", stated(vocab_size=100_277), train=ids, dtype="<u4"))
-    assert dataset.train.tolist() == ids
-    dataset.check(2)
-    for meta, dtype in ((stated(vocab_size=65_536), "<u2"), (stated(vocab_size=65_536, dtype="uint32"), "<u4")):
-        assert Dataset(make(tmp_path / "b", meta, train=[65_535, 1], dtype=dtype)).train.tolist() == [65_535, 1]
+    u2, u4, chosen = {"vocab_size": 65_536}, {"vocab_size": 65_537}, {"vocab_size": 65_536, "dtype": "uint32"}
+    for meta, dtype in ((u2, "<u2"), (u4, "<u4"), (chosen, "<u4")):
+        dataset = Dataset(make(tmp_path, meta, train=[65_535, 1], dtype=dtype))
+        dataset.check(1)
+        assert dataset.train.tolist() == [65_535, 1]
 
 
 @pytest.mark.parametrize(
     ("size", "train", "dtype", "said"),
     [
-        (100_277, [1, 2, 3], "<u2", r"train\.bin: 6 bytes, expected a positive multiple of 4 \(uint32\)"),
-        (100_277, [1, 2, 3, 4], "<u2", r"train\.bin: token 131073 at position 0, .*vocab_size=100277"),
-        (50_257, [1, 2, 3, 4], "<u4", r"train\.bin: every second token is 0, .* expected uint16 for vocab_size=50257"),
-        (100_277, [1, 2, 3], "<u8", r"train\.bin: every second token is 0, .* expected uint32"),
-        (50, [1, 2, 50], "<u2", r"train\.bin: token 50 at position 2, expected ids below vocab_size=50"),
-        (50, [], "<u2", r"train\.bin: 0 bytes, expected a positive multiple of 2"),
+        (100_277, [1, 2, 3], "<u2", r"6 bytes, expected a positive multiple of 4 \(uint32\)"),
+        (100_277, [1, 2, 3, 4], "<u2", r"token 131073 at position 0, .*vocab_size=100277"),
+        (50_257, [1, 2, 3, 4], "<u4", r"every second token is 0, .* expected uint16 for vocab_size=50257"),
+        (100_277, [1, 2, 3], "<u8", r"every second token is 0, .* expected uint32"),
+        (50, [], "<u2", r"0 bytes, expected a positive multiple of 2"),
     ],
 )
 def test_a_size_or_dtype_that_the_file_contradicts(tmp_path, size, train, dtype, said):
-    with pytest.raises(UserError, match=said):
-        Dataset(make(tmp_path, stated(vocab_size=size), train=train, dtype=dtype)).check(1)
-
-
-def test_zeros_in_every_second_place_are_tokens_where_the_table_is_known(tmp_path):
-    Dataset(make(tmp_path, stated(itos=CHARS), train=[5, 0, 7, 0])).check(1)
+    with pytest.raises(UserError, match=rf"train\.bin: {said}"):
+        Dataset(make(tmp_path, {"vocab_size": size}, train=train, dtype=dtype)).check(1)
 
 
 def test_a_file_cut_short_under_the_run(tmp_path):
     """Read on, the process would die of SIGBUS without a word."""
-    with loader(Dataset(make(tmp_path / "a"))) as batches:
-        first = batches.train(0)
-        os.truncate(tmp_path / "a" / "train.bin", 400)
+    with loader(Dataset(make(tmp_path))) as batches:
+        os.truncate(tmp_path / "train.bin", 400)
         with pytest.raises(UserError, match=r"train\.bin: 400 bytes, expected 8,000: it was cut short under the run"):
-            batches.train(100)
-        os.truncate(tmp_path / "a" / "val.bin", 0)
-        with pytest.raises(UserError, match=r"val\.bin: 0 bytes"):
-            batches.evaluation("val", 0)
-    with loader(Dataset(make(tmp_path / "b"))) as batches:  # a file that another one replaces stays whole
-        (tmp_path / "b" / "train.bin").unlink()
-        (tmp_path / "b" / "train.bin").write_bytes(b"ab")
-        assert same(batches.train(0), first)
+            batches.train(0)
+
+
+def test_a_file_that_another_one_replaces_stays_whole_for_the_run(tmp_path):
+    dataset = unique(tmp_path)
+    (tmp_path / "train.bin").unlink()
+    (tmp_path / "train.bin").write_bytes(b"ab")
+    with loader(dataset) as batches:
+        assert batches.train(0).x.max() > 8
 
 
 @pytest.mark.parametrize("name", ["meta.json", "meta.pkl", "train.bin", "val.bin"])
@@ -224,46 +196,53 @@ def test_a_file_that_was_cut_short_or_changed_is_refused(tmp_path, monkeypatch):
     prepare(["a.txt"], PrepareConfig())
     folder = Path("data", "a")
     assert Dataset(folder).check(8)
-    meta, whole = json.loads((folder / "meta.json").read_text()), (folder / "train.bin").read_bytes()
-    fewer = meta["checksums"] | {"train": meta["checksums"]["train"][:1]}
-    (folder / "meta.json").write_text(json.dumps(meta | {"checksums": fewer}))
-    with pytest.raises(UserError, match=r"train\.bin: damaged, .*: bytes 10,000 to 20,000"):
-        Dataset(folder).check(8)
-    (folder / "meta.json").write_text(json.dumps(meta))
-    (folder / "train.bin").write_bytes(whole[:-200])
-    with pytest.raises(UserError, match=r"train\.bin: 8,900 tokens, but meta\.json says 9,000: it was cut short"):
-        Dataset(folder)
-    for at in (0, len(whole) // 2, len(whole) - 2):
+    whole = (folder / "train.bin").read_bytes()
+    for at in (0, len(whole) - 2):
         (folder / "train.bin").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])  # another letter
         with pytest.raises(UserError, match=r"train\.bin: damaged, or another file.* with: python -m train\.prepare"):
             Dataset(folder).check(8)
+    (folder / "train.bin").write_bytes(whole[:-200])
+    with pytest.raises(UserError, match=r"train\.bin: 8,900 tokens, but meta\.json says 9,000: it was cut short"):
+        Dataset(folder)
+    (folder / "train.bin").write_bytes(whole)
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["checksums"]["train"][1:]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"train\.bin: damaged, .*: bytes 10,000 to 20,000"):
+        Dataset(folder).check(8)
     assert not Dataset(make(tmp_path / "old")).check(whole=True)  # without checksums
 
 
 def test_check_names_the_first_bad_token(tmp_path, monkeypatch):
     monkeypatch.setattr("train.data.SCAN_TOKENS", 100)
-    dataset = Dataset(make(tmp_path, train=[*range(50)] * 5 + [51, 52]))
-    with pytest.raises(UserError, match=r"train\.bin: token 51 at position 250, expected ids below vocab_size=50"):
+    dataset = Dataset(make(tmp_path, train=[*range(50)] * 7 + [51, 52]))
+    with pytest.raises(UserError, match=r"train\.bin: token 51 at position 350, expected ids below vocab_size=50"):
         dataset.check(8)
-    with pytest.raises(UserError, match=r"train\.bin: token 49 at position 49,.*vocab_size=49"):
-        dataset.check(8, vocab_size=49)
     dataset.check(8, vocab_size=64)
     with pytest.raises(UserError, match=r"block_size=300: .*val\.bin holds 300 tokens, expected at least 301"):
-        Dataset(make(tmp_path)).check(300)
+        dataset.check(300)
+    Dataset(make(tmp_path, train=[5, 0, 7, 0])).check(1)  # where the table is known, these are tokens
 
 
 # Loader
 
 
-def test_targets_are_the_next_tokens(tmp_path):
+def test_targets_are_the_next_tokens_and_both_go_to_the_device_in_one_copy(tmp_path, monkeypatch):
+    copies, to = [], torch.Tensor.to
+
+    def counted(tensor: torch.Tensor, *args, **how) -> torch.Tensor:
+        copies.append(tensor)
+        return to(tensor, *args, **how)
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
     with loader(unique(tmp_path)) as batches:
-        for batch in (batches.train(0), batches.evaluation("train", 0)):
-            assert batch.x.shape[1:] == batch.y.shape[1:] == (3, 8)
+        for batch, steps in ((batches.train(0), 2), (batches.evaluation("train", 0), 1)):
+            assert batch.x.shape == (steps, 3, 8)
             assert batch.x.dtype == torch.int64
             assert batch.x.is_contiguous()
             assert batch.y.is_contiguous()
             assert torch.equal(batch.x + 1, batch.y)
-            assert torch.equal(batch.x[..., 1:], batch.y[..., :-1])
+    assert len(copies) == 2
 
 
 def test_every_window_is_drawn_and_no_other(tmp_path):
@@ -274,19 +253,20 @@ def test_every_window_is_drawn_and_no_other(tmp_path):
         assert set(batches.train(0).x[0, :, 0].tolist()) <= set(range(12))
 
 
-@pytest.mark.parametrize("accumulation", [1, 5000])  # many steps gathered at once; one step at a time
-def test_a_batch_is_a_function_of_seed_and_step(tmp_path, accumulation):
+@pytest.mark.parametrize("run_bytes", [1 << 20, 1])  # many steps gathered at once; one step at a time
+def test_a_batch_is_a_function_of_seed_and_step(tmp_path, monkeypatch, run_bytes):
+    monkeypatch.setattr("train.data.RUN_BYTES", run_bytes)
     dataset = unique(tmp_path)
-    with loader(dataset, accumulation=accumulation) as ahead:
+    with loader(dataset) as ahead:
         want = [ahead.train(step) for step in range(20)]
     seeds = [seed for batch in want for seed in batch.seeds]
-    assert len(set(seeds)) == 20 * accumulation
+    assert len(set(seeds)) == 40
     assert all(0 <= seed < 2**63 for seed in seeds)
-    with loader(dataset, accumulation=accumulation) as jumping:
+    with loader(dataset) as jumping:
         for step in (17, 3, 4, 19, 0, 1, 0):
             assert same(jumping.train(step), want[step])
     assert not torch.equal(want[0].x, want[1].x)
-    with loader(dataset, accumulation=accumulation, seed=8) as other:
+    with loader(dataset, seed=8) as other:
         assert not torch.equal(other.train(0).x, want[0].x)
         assert other.train(0).seeds != want[0].seeds
 
@@ -297,10 +277,7 @@ def test_ranks_share_out_the_batch_of_one_process(tmp_path):
         want = alone.train(5)
     for rank in range(3):
         with loader(dataset, accumulation=2, rank=rank, world_size=3) as part:
-            got = part.train(5)
-        assert torch.equal(got.x, want.x[rank::3])
-        assert torch.equal(got.y, want.y[rank::3])
-        assert got.seeds == want.seeds[rank::3]
+            assert same(part.train(5), Batch(want.x[rank::3], want.y[rank::3], want.seeds[rank::3]))
     assert len(want.x[:, :, 0].unique()) == 18  # no sample twice in a step
 
 
@@ -330,15 +307,10 @@ def test_drawing_from_nine_billion_tokens_makes_no_table_of_them(tmp_path):
 
 def test_a_bad_token_in_the_thread_reaches_the_caller(tmp_path):
     with (
-        loader(unique(tmp_path / "a"), vocab_size=100) as batches,
-        pytest.raises(UserError, match=r"train\.bin: token \d+ at position \d+.*vocab_size=100"),
+        loader(unique(tmp_path, length=900), vocab_size=100) as batches,
+        pytest.raises(UserError, match=r"train\.bin: token (\d+) at position \1, .*vocab_size=100"),
     ):
         batches.train(0)
-    with (
-        loader(Dataset(make(tmp_path / "b")), vocab_size=49) as batches,
-        pytest.raises(UserError, match=r"val\.bin: token 49 at position \d*[49]9,"),
-    ):
-        [batches.evaluation("val", k) for k in range(100)]
 
 
 @pytest.mark.gpu
@@ -353,21 +325,4 @@ def test_cuda_batches_are_those_of_the_cpu(tmp_path):
             got.append(cuda.train(step))
         for step, batch in enumerate(got):
             assert batch.x.is_cuda
-            assert same(cpu.train(step), type(batch)(batch.x.cpu(), batch.y.cpu(), batch.seeds))
-
-
-def test_a_batch_goes_to_its_device_in_one_copy(tmp_path):
-    copies = []
-
-    class Watching(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            copies.extend([func] * (func is torch.ops.aten._to_copy.default))
-            return func(*args, **(kwargs or {}))
-
-    shape = dict(batch_size=3, block_size=8, accumulation=2)
-    with Loader(Dataset(make(tmp_path)), **shape, device="meta") as batches, Watching():
-        batch = batches.train(0)
-    assert len(copies) == 1
-    assert batch.x.shape == batch.y.shape == (2, 3, 8)
-    assert batch.x.is_contiguous()
-    assert batch.y.is_contiguous()
+            assert same(cpu.train(step), Batch(batch.x.cpu(), batch.y.cpu(), batch.seeds))

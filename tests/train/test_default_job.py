@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import train.__main__ as command
+from tests.train.jobs import ROOT
 from train import checkpoint
 from train.plot import main as plot_main
 from train.sample import main as sample_main
 
-ROOT = Path(__file__).parents[2]
 SHORT = ("--max_iters=20", "--eval_interval=10", "--eval_iters=2")
 # Every Python process imports this first. A connection to another machine ends the process.
 NO_NETWORK = """
@@ -26,34 +26,23 @@ socket.socket.connect = refuse
 """
 
 
-def newcomer(folder: Path) -> str:
-    """The output of `python -m train` in `folder`, without a network."""
-    (folder / "site").mkdir()
-    (folder / "site" / "sitecustomize.py").write_text(NO_NETWORK)
-    path = os.pathsep.join([str(folder / "site"), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-m", "train", *SHORT],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_from_nothing_to_a_sample(tmp_path, monkeypatch, capsys):
-    first = newcomer(tmp_path)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK)
+    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    words = [sys.executable, "-m", "train", *SHORT]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = done.stdout
     # 1. the choices, the reasons, the text
     assert "preset docs_cpu: no preset was named, and the device is a CPU" in first
     meta = json.loads((tmp_path / "data" / "docs" / "meta.json").read_text())
     assert re.search(rf"docs: [\d,]+ characters of Python's own documentation, sha256 {meta['sha256']}\n", first)
     assert "number of parameters: 0.8" in first
     # 2. the log lines, and the final losses
-    losses = {n: r"train loss (\S+), val loss (\S+)" for n in (0, 10, 20)}
-    found = {n: re.search(f"^step {n}: {pattern}$", first, re.M) for n, pattern in losses.items()}
-    assert all(found.values())
+    found = {n: re.search(rf"^step {n}: train loss (\S+), val loss (\S+)$", first, re.M) for n in (0, 10, 20)}
     assert float(found[20][2]) < float(found[0][2])
     assert f"final losses: train {found[20][1]}, val {found[20][2]} (best" in first
     # 3. a sample
@@ -62,7 +51,7 @@ def test_from_nothing_to_a_sample(tmp_path, monkeypatch, capsys):
     # 4. where the files are
     for name, path in {"checkpoint": "ckpt.pt", "metrics": "metrics.jsonl", "loss curve": "loss.png"}.items():
         said = re.search(rf"^{name}: +([^,\n]*)", first, re.M)[1]
-        assert Path(said) == Path("out", path)
+        assert said == f"out/{path}"
         assert (tmp_path / said).stat().st_size > 0
     assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 20
 

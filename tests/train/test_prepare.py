@@ -49,10 +49,9 @@ def whole_text(dataset: Dataset) -> str:
 # The result
 
 
-@pytest.mark.parametrize("chunk", [7, 1 << 20])
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
-def test_files_are_encoded_one_after_the_other(monkeypatch, capsys, folder, tokenizer, chunk):
-    monkeypatch.setattr(texts, "CHUNK", chunk)
+def test_files_are_encoded_one_after_the_other(monkeypatch, capsys, folder, tokenizer):
+    monkeypatch.setattr(texts, "CHUNK", 7)
     parts = (TEXT[:1000].encode(), TEXT[1000:].encode())
     if tokenizer == "byte":  # which stay as they are
         parts = ("\ufeff".encode() + parts[0] + b"\r\n", bytes(range(256)) + parts[1])
@@ -83,55 +82,49 @@ def test_nanogpt_reads_the_folder(folder):
 
 
 def test_an_alphabet_over_65536_takes_uint32(folder):
-    text = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)[:70000]
-    (folder / "a.txt").write_text(text, newline="")
+    text = "".join(map(chr, range(0x10000, 0x20001)))
+    (folder / "a.txt").write_text(text)
     run("a.txt")
     dataset = Dataset("data/a")
-    assert dataset.train.dtype == np.uint32
-    assert whole_text(dataset) == text.replace("\r", "\n")
+    assert (dataset.n_vocab, dataset.train.dtype) == (65537, np.uint32)
+    assert whole_text(dataset) == text
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.9])
-def test_documents_end_with_gpt2s_token(folder, fraction):
+def test_documents_end_with_gpt2s_token(folder):
     """Files, lines of .jsonl files and <|endoftext|> in a text; the parts are never divided inside the token's name."""
     poems = folder / "data" / "poems"
     (poems / "b").mkdir(parents=True)
     (poems / "a.txt").write_text("One.<|endoftext|>Two, and more")
     (poems / ".hidden").write_bytes(b"\xff")
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("Three", "Four"))
-    (poems / "b" / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (poems / "b" / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Three"}\n{"text": "Four"}\n'))
     (poems / "d.md").write_bytes("\ufeffFive\r\n".encode())
-    run("data/poems", "--tokenizer=gpt2", f"--val_fraction={fraction}")
-    dataset = Dataset("data/poems")
-    assert [*dataset.train, *dataset.val].count(END) == 4
-    assert whole_text(dataset) == "<|endoftext|>".join(["One.", "Two, and more", "Three", "Four", "Five\n"])
+    for fraction in (0.5, 0.9):  # both would begin inside a name: of the token between two files, of that in a.txt
+        run("data/poems", "--tokenizer=gpt2", f"--val_fraction={fraction}")
+        dataset = Dataset("data/poems")
+        assert [*dataset.train, *dataset.val].count(END) == 4
+        assert whole_text(dataset) == "<|endoftext|>".join(["One.", "Two, and more", "Three", "Four", "Five\n"])
     # By character they are one text. The files of the dataset, which now lie there too, and the old meta are no part.
-    run("data/poems", f"--val_fraction={fraction}")
+    run("data/poems")
     assert whole_text(Dataset("data/poems")) == "One.<|endoftext|>Two, and moreThree\nFour\nFive\n"
     run("data/poems", "--tokenizer=byte")
-    assert sorted(os.listdir("data/poems")) == sorted(
-        [".hidden", "a.txt", "b", "d.md", "meta.json", "train.bin", "val.bin"]
-    )
+    assert sorted(os.listdir(poems)) == [".hidden", "a.txt", "b", "d.md", "meta.json", "train.bin", "val.bin"]
     assert Dataset("data/poems").n_vocab == 256
 
 
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        ("my poems.txt", "my poems"),
-        ("data/poems/input.txt", "poems"),
-        (f"{os.curdir}/ABSOLUTE/data/poems/input.txt", "poems"),
+        ("ABSOLUTE/data/poems/input.txt", "poems"),
         ("data/poems/raw/a.txt", "poems"),
         ("data/poems", "poems"),
         ("a.jsonl.gz", "a"),
         ("songs/v1.2/", "v1.2"),
         ("old/2024.01.txt", "2024.01"),
-        ("$HOME; ls.txt", "$HOME; ls"),
-        ("two\nlines\x1b'.txt", "two\nlines\x1b'"),
+        ("$HOME; two\nlines\x1b'.txt", "$HOME; two\nlines\x1b'"),
     ],
 )
 def test_the_name_of_a_dataset_and_the_command_that_trains_on_it(capsys, folder, source, name):
-    source = source.replace("./ABSOLUTE", str(folder))
+    source = source.replace("ABSOLUTE", str(folder))
     path = folder / source
     if source.endswith(("/", "poems")):
         path = path / "text.txt"
@@ -144,7 +137,6 @@ def test_the_name_of_a_dataset_and_the_command_that_trains_on_it(capsys, folder,
     program, *arguments = shell(command)
     assert program == "train"
     config = compose(parse(arguments), preset("docs"))
-    assert dataset_folder(config.dataset) == Path("data", name)
     Dataset(dataset_folder(config.dataset)).check(config.block_size)
 
 
@@ -180,35 +172,30 @@ def test_a_dataset_of_other_files_is_replaced_only_by_name(folder):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("poems", r"^data/poems: no such dataset \(did you mean my poems\?\); make it with"),
-        ("data/poems", "^data/poems: no such dataset"),
+        ("poems", r"^data/poems: no such dataset \(did you mean my poems\?\); make it with: "),
         ("./data/poems/", "^data/poems: no such dataset"),
         ("my poems", "^data/my poems: no train.bin; make it with: "),
-        ("nubmers", "^data/nubmers: no such dataset; make it with: "),
-        (
-            "shakespeare_chars",
-            r"^data/shakespeare_chars: no such dataset \(did you mean shakespeare_char\?\); make it with",
-        ),
-        ("a\nb", "no such dataset"),
-        ("/abs", "/abs: no such dataset"),
+        ("shakespeare_chars", r"no such dataset \(did you mean shakespeare_char\?\); make it with: "),
+        ("a\nb", "no such dataset; make it with: "),
+        ("ABSOLUTE/abs", "/abs: no such dataset"),
     ],
 )
 def test_the_command_that_makes_a_missing_dataset(folder, name, said):
     (folder / "a.txt").write_text(TEXT)
     (folder / "data" / "my poems").mkdir(parents=True)
-    name = name.replace("/abs", str(folder / "abs"))
+    there = dataset_folder(name.replace("ABSOLUTE", str(folder)))
     with pytest.raises(UserError, match=said) as caught:
-        Dataset(dataset_folder(name))
+        Dataset(there)
     command = str(caught.value).rpartition("make it with: ")[2]
     assert command.startswith("python -m train.prepare FILE ... ")
     run(*shell(command.replace("FILE ...", "a.txt"))[1:])
-    Dataset(dataset_folder(name))
-    (folder / dataset_folder(name) / "val.bin").unlink()
-    (folder / dataset_folder(name) / "input.txt").write_text(TEXT)
+    Dataset(there)
+    (there / "val.bin").unlink()
+    (there / "input.txt").write_text(TEXT)
     with pytest.raises(UserError, match=r"val\.bin: missing; make it with: ") as caught:
-        Dataset(dataset_folder(name))
+        Dataset(there)
     run(*shell(str(caught.value).rpartition("make it with: ")[2])[1:])
-    Dataset(dataset_folder(name))
+    Dataset(there)
 
 
 def test_check_reads_all_of_a_dataset(capsys, folder):
@@ -242,22 +229,17 @@ def test_check_reads_all_of_a_dataset(capsys, folder):
         (["shakespeare_cher"], "no such file or corpus (did you mean shakespeare_char?)"),
         (["xyzzy"], "'xyzzy': no such file or corpus, expected text files or one of docs, "),
         (["a.txt", "no.txt"], "'no.txt': no such file"),
-        (["x" * 300], "no such file or corpus"),
         (["pipe"], "'pipe': not a regular file or a folder"),
         (["hollow"], "'hollow': no files in this folder"),
-        (["notes.jsonl"], "notes.jsonl: line 2: expected a JSON object with a \"text\", got 'hello'"),
         (["a.txt", "--check=nothing"], "check: got 'a.txt' too"),
         (["--check=nothing"], "data/nothing: no such dataset"),
         (["shakespeare", "--bpe_dir=nowhere"], "bpe_dir: nowhere/encoder.json"),
-        (["a.txt", "--tokenizer=gpt2", "--bpe_dir=nowhere"], "bpe_dir: nowhere/encoder.json"),
         (["a.txt", "--dataset=" + "x" * 300], "cannot be written: File name too long"),
         (["a.txt", "--dataset=new/../../a.txt/b"], "cannot be written: "),
-        (["empty.txt"], "empty.txt: empty"),
         (["empty.txt.gz", "--tokenizer=byte"], "empty.txt.gz: empty"),
         (["a.txt", "latin.txt"], "latin.txt: byte 2,003 is not UTF-8"),
         (["a.txt", "cut.txt", "--tokenizer=gpt2"], "cut.txt: byte 2,000 is not UTF-8"),
         (["short.txt"], "val part has 1 tokens"),
-        (["a.txt", "--tokenizer=bpe"], "tokenizer: got 'bpe', expected auto | char | byte | gpt2"),
         (["a.txt", "--val_fraction=1.0"], "val_fraction: got 1.0"),
         (["docs.txt"], "dataset: docs is the name of a corpus"),
         (["openwebtext", "--tokenizer=char"], "openwebtext: "),
@@ -267,11 +249,9 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, folder, arguments
     (folder / "a.txt").write_text(TEXT)
     (folder / "docs.txt").write_text(TEXT)
     (folder / "short.txt").write_text("12345678")
-    (folder / "empty.txt").touch()
     (folder / "empty.txt.gz").write_bytes(gzip.compress(b""))
     (folder / "hollow").mkdir()
     os.mkfifo(folder / "pipe")
-    (folder / "notes.jsonl").write_text('{"text": "To be"}\nhello\n')
     (folder / "latin.txt").write_bytes(b"a" * 2000 + "abé".encode()[:2] + b"c\xe9" + b"a" * 200)
     (folder / "cut.txt").write_bytes(b"a" * 2000 + "€".encode()[:2])
     monkeypatch.setattr(texts, "CHUNK", 1000)
@@ -336,13 +316,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(monkeypatch, folder, no
     assert not (folder / "data").exists()
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
-    terminal, log = Terminal(), io.StringIO()
+    terminal, log = io.StringIO(), io.StringIO()
+    terminal.isatty = lambda: True
     for stream in (terminal, log):
         monkeypatch.setattr(sys, "stderr", stream)
         with prepare.progress(100, "B") as bar:

@@ -1,6 +1,5 @@
 """Weights and data are paired by their tokenizer, never by size; losses are compared if they are of the same data."""
 
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -14,13 +13,12 @@ from model.pretrained import export_gpt2
 from tests.train.jobs import CHARS, make_data
 from tests.train.runs import CONSTANT, iterations, last, logged, refusal, resume, run
 from train.checkpoint import held
-from train.data import Dataset, checkpoint_tokenizer, difference, unnamed_tokenizer
+from train.data import checkpoint_tokenizer, difference, unnamed_tokenizer
 from train.export import main as export
 from train.metapickle import read_meta_pickle
 from train.text import checked_meta
 
 BYTES = {"vocab_size": 256, "tokenizer": "byte"}
-GPT2 = {"vocab_size": 50257, "tokenizer": "gpt2"}
 ABC = {"vocab_size": 3, "tokenizer": "char", "chars": list("abc")}
 
 
@@ -29,36 +27,29 @@ def table(itos: dict) -> dict:
     return checked_meta(read_meta_pickle(pickle.dumps({"vocab_size": 3, "itos": itos})))
 
 
-def words(*tokens: str | None) -> dict:
-    return table(dict(enumerate(tokens)))
+WORDS, OTHERS = table({0: "to", 1: "be", 2: "or"}), table({0: "be", 1: "to", 2: "or"})
+TWO_TABLES = "the tables of tokens are two different ones"
 
 
 @pytest.mark.parametrize(
     ("there", "here", "says"),
     [
-        (ABC, ABC, ""),
         (ABC, ABC | {"vocab_size": 64, "sha256": "0"}, ""),  # a padded size and another text
-        (ABC, ABC | {"chars": list("abd")}, "token 2 is 'c' there, 'd' here"),
         (ABC, ABC | {"chars": list("ab")}, "3 characters there, 2 here"),
         (ABC, ABC | {"chars": list("acb")}, "token 1 is 'b' there, 'c' here"),
-        (
-            BYTES,
-            {"vocab_size": 256, "tokenizer": "char", "chars": list(map(chr, range(256)))},
-            "is 'byte' there, 'char'",
-        ),
-        (GPT2, BYTES, "is 'gpt2' there, 'byte' here"),
-        (unnamed_tokenizer(51200), GPT2, ""),
+        (BYTES, ABC | {"vocab_size": 256}, "is 'byte' there, 'char' here"),
+        (unnamed_tokenizer(51200), {"vocab_size": 50257, "tokenizer": "gpt2"}, ""),
         (unnamed_tokenizer(50304), ABC, "is 'gpt2' there, 'char' here"),
         (unnamed_tokenizer(65), ABC, "65 different tokens there, 3 here"),  # nanoGPT's, whose table is unknown
         (ABC, {"vocab_size": 3}, ""),
         (ABC, {"vocab_size": 2}, "3 different tokens there, 2 here"),
         ({"vocab_size": 200}, {"vocab_size": 90}, ""),
-        (words("to", "be", "or"), words("to", "be", "or"), ""),
-        (words("to", "be", "or"), words("be", "to", "or"), "the tables of tokens are two different ones"),
-        (ABC, words("to", "be", "or"), "the tables of tokens are two different ones"),
-        (words("to", "be", "or"), {"vocab_size": 3}, ""),
-        (words("a", None), words(None, "a"), "the tables of tokens are two different ones"),
-        (table({1: "a", 2: "b"}), table({1: "b", 2: "a"}), "the tables of tokens are two different ones"),
+        (WORDS, WORDS, ""),
+        (WORDS, OTHERS, TWO_TABLES),
+        (ABC, WORDS, TWO_TABLES),
+        (WORDS, {"vocab_size": 3}, ""),
+        (table({0: "a", 1: None}), table({0: None, 1: "a"}), TWO_TABLES),
+        (table({1: "a", 2: "b"}), table({1: "b", 2: "a"}), TWO_TABLES),
     ],
 )
 def test_the_difference_of_two_tokenizers(there, here, says):
@@ -66,112 +57,105 @@ def test_the_difference_of_two_tokenizers(there, here, says):
     assert bool(difference(there, here)) == bool(says)
 
 
-def pickled(folder: Path, **meta) -> Path:
-    """A dataset as nanoGPT leaves it, with this meta.pkl."""
-    (make_data(folder) / "meta.json").unlink()
-    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a run of 4 iterations in out/ on data/letters. Its best state is that of iteration 4."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_data(folder / "data" / "letters")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(Path("out"), dataset="letters", max_iters=4, warmup_iters=0, always_save_checkpoint=False)
     return folder
 
 
-def test_a_run_goes_on_only_with_its_own_tokens(tmp_path, monkeypatch):
+@pytest.fixture
+def out(trained, tmp_path, monkeypatch) -> Path:
+    """The run's out_dir, in a current folder that is a copy of `trained`."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    out = tmp_path / "out"
-    run(out, max_iters=2)
+    return Path("out")
+
+
+def pickled(name: str, **meta) -> str:
+    """A dataset as nanoGPT leaves it, with this meta.pkl: its name."""
+    folder = make_data(Path("data", name))
+    (folder / "meta.json").unlink()
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return name
+
+
+def test_a_run_goes_on_only_with_its_own_tokens(out):
     before = (out / "ckpt.pt").read_bytes()
-    shifted = make_data(tmp_path / "shifted", chars="A" + CHARS[:-1])
-    message = refusal(resume, out, dataset=shifted, max_iters=4)
-    for word in (f"dataset={shifted}", "init_from=resume", "token 0 is 'a' there, 'A' here"):
+    make_data(Path("data/shifted"), chars="A" + CHARS[:-1])
+    message = refusal(resume, out, dataset="shifted", max_iters=6)
+    for word in ("dataset=shifted", "init_from=resume", "token 0 is 'a' there, 'A' here"):
         assert word in message
-    assert "token 0 is 'a'" in refusal(run, tmp_path / "new", init_from=out, dataset=shifted)
-    assert "token 0 is" in refusal(resume, out, dataset=shifted, rehearse="a100", kernels="reference")
-    fewer = make_data(tmp_path / "fewer", chars=CHARS[1:])
-    assert "token 0 is 'a' there, 'b' here" in refusal(resume, out, dataset=fewer, eval_only=True)
-    as_bytes = make_data(tmp_path / "bytes")
-    (as_bytes / "meta.json").write_text(json.dumps({"tokenizer": "byte", "vocab_size": 32}))
-    assert "the tokenizer is 'char' there, 'byte' here" in refusal(resume, out, dataset=as_bytes)
-    poem = pickled(tmp_path / "poem", itos=[f"word{i}" for i in range(32)])
-    assert "the tables of tokens are two different ones" in refusal(resume, out, dataset=poem)
+    assert "token 0 is 'a'" in refusal(run, Path("new"), init_from=out, dataset="shifted")
+    assert "token 0 is" in refusal(resume, out, dataset="shifted", rehearse="a100", kernels="reference")
     assert (out / "ckpt.pt").read_bytes() == before
-    resume(out, dataset=pickled(tmp_path / "bare", vocab_size=32), max_iters=3)
-    theirs = last(out)
-    assert theirs["nanofuse"].pop("tokenizer")["chars"] == list(CHARS)  # a table that the data lacks is kept
-    # nanoGPT's checkpoint holds no table. That of its dataset, if it lies here, tells more than the size.
-    torch.save(theirs | {"config": theirs["config"] | {"dataset": "letters"}, "nanofuse": {}}, out / "ckpt.pt")
-    assert "32 different tokens there, 31 here" in refusal(resume, out, dataset=fewer)
-    (tmp_path / "data" / "letters").mkdir()
-    shutil.copy(tmp_path / "data" / "meta.json", tmp_path / "data" / "letters")
-    assert "token 0 is 'a' there, 'A' here" in refusal(resume, out, dataset=shifted)
-    assert resume(out, dataset=tmp_path / "data", max_iters=4) == 0
+    resume(out, dataset=pickled("bare", vocab_size=32), max_iters=5)
+    assert last(out)["nanofuse"]["tokenizer"]["chars"] == list(CHARS)  # a table that the data lacks is kept
+
+
+def test_nanogpts_checkpoint_has_the_tokenizer_of_its_dataset_if_that_is_here(out):
     nanogpts = {"nanofuse": {}, "config": {"dataset": "letters"}}
     for size, known in ((32, "char"), (64, "char"), (33, None)):  # of the model: as many, padded, another data's
         assert checkpoint_tokenizer(nanogpts | {"model_args": {"vocab_size": size}}).get("tokenizer") == known
+    Path("data/letters/meta.json").unlink()
+    assert "tokenizer" not in checkpoint_tokenizer(nanogpts | {"model_args": {"vocab_size": 32}})
 
 
-def test_words_are_told_apart_too(tmp_path):
+def test_words_are_told_apart_too(out):
     words = [f"word{i}" for i in range(32)]
-    run(tmp_path / "out", dataset=pickled(tmp_path / "words", itos=words), max_iters=2)
-    other = pickled(tmp_path / "other", itos=words[::-1])
-    export([f"--out_dir={tmp_path / 'out'}", f"--to={tmp_path / 'folder'}"])
-    for start in (dict(init_from="resume"), dict(init_from=tmp_path / "folder", bias=True)):
-        out = tmp_path / ("out" if start["init_from"] == "resume" else "new")
-        assert "the tables of tokens are two different ones" in refusal(resume, out, dataset=other, **start)
-    assert resume(tmp_path / "out", max_iters=3) == 0
+    run(Path("of_words"), dataset=pickled("words", itos=words), max_iters=2)
+    other = pickled("other", itos=words[::-1])
+    assert TWO_TABLES in refusal(resume, Path("of_words"), dataset=other)
+    export(["--out_dir=of_words", "--to=exported"])
+    assert TWO_TABLES in refusal(run, Path("new"), dataset=other, init_from="exported", bias=True)
+    assert resume(Path("of_words"), max_iters=3) == 0
 
 
-def test_weights_with_gpt2s_tokens_are_not_trained_on_characters(tmp_path):
+def test_weights_with_gpt2s_tokens_are_not_trained_on_characters(out):
     torch.manual_seed(0)
-    export_gpt2(GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=32)), tmp_path / "weights")
-    message = refusal(run, tmp_path / "out", init_from=tmp_path / "weights", bias=True)
+    export_gpt2(GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=32)), Path("weights"))
+    message = refusal(run, Path("new"), dataset="letters", init_from="weights", bias=True)
     assert "the tokenizer is 'gpt2' there, 'char' here" in message
-    assert not (tmp_path / "out").exists()
+    assert not Path("new").exists()
 
 
 # The best loss
 
 
-def other_text(folder: Path) -> Path:
-    """Data with the same alphabet whose letters all have the same frequency: it cannot be learnt."""
-    make_data(folder)
-    rng = np.random.default_rng(1)
-    for name in ("train", "val"):
-        rng.integers(0, 32, 3000).astype("<u2").tofile(folder / f"{name}.bin")
-    return folder
-
-
 @pytest.mark.parametrize("change", ["another folder", "the same folder", "nanogpt", "block_size"])
-def test_a_best_loss_of_other_data_is_forgotten(tmp_path, capsys, change):
-    settings = dict(always_save_checkpoint=False, eval_interval=2, patience=3)
-    run(tmp_path / "out", max_iters=6, learning_rate=0.01, warmup_iters=0, **settings)
-    best = last(tmp_path / "out")
-    assert best["iter_num"] == 6
-    changes = {"dataset": other_text(tmp_path / "other")}
+def test_a_best_loss_of_other_data_is_forgotten(out, capsys, change):
+    best = last(out)
+    assert best["iter_num"] == best["nanofuse"]["best_iter"] == 4
+    letters, other = Path("data/letters"), make_data(Path("data/other"))
+    for name in ("train", "val"):  # the same letters, all as frequent, which cannot be learnt
+        np.random.default_rng(1).integers(0, 32, 3000).astype("<u2").tofile(other / f"{name}.bin")
+    changes = {"block_size": 1} if change == "block_size" else {"dataset": "other"}
     if change == "the same folder":
-        shutil.rmtree(tmp_path / "data")
-        changes["dataset"].rename(tmp_path / "data")
+        shutil.rmtree(letters)
+        other.rename(letters)
         changes = {}
     elif change == "nanogpt":
-        torch.save({key: value for key, value in best.items() if key != "nanofuse"}, tmp_path / "out" / "ckpt.pt")
-    elif change == "block_size":
-        changes = {"block_size": 1}
-    capsys.readouterr()
-    assert resume(tmp_path / "out", max_iters=10, **changes, **CONSTANT) == 0
+        torch.save({key: value for key, value in best.items() if key != "nanofuse"}, out / "ckpt.pt")
+    assert resume(out, max_iters=8, **changes, **CONSTANT) == 0
     said = capsys.readouterr().out
     what = "block_size" if change == "block_size" else "dataset"
-    assert f"iteration 6; best validation loss starts again: {what} changed" in said
-    evaluations = [record["val_loss"] for record in logged(tmp_path / "out", "eval").values()]
-    now = last(tmp_path / "out")
+    assert f"iteration 4; best validation loss starts again: {what} changed" in said
+    evaluations = [record["val_loss"] for record in logged(out, "eval").values()]
+    now = last(out)
     assert now["best_val_loss"] == evaluations[-1] > best["best_val_loss"]
-    assert iterations(tmp_path / "out", "eval")[-3:] == [6, 8, 10]
-    assert now["iter_num"] == 6  # the first evaluation is the best until a better one
-    (kept,) = (tmp_path / "out").glob("earlier-*/ckpt-best.pt")
-    assert held(kept) == (6, best["best_val_loss"])
-    assert f"checkpoint: {tmp_path / 'out' / 'ckpt.pt'}, iteration 6\n" in said
+    assert iterations(out, "eval")[-3:] == [4, 6, 8]
+    assert now["iter_num"] == 4  # the first evaluation is the best until a better one
+    (kept,) = out.glob("earlier-*/ckpt-best.pt")
+    assert held(kept) == (4, best["best_val_loss"])
+    assert "checkpoint: out/ckpt.pt, iteration 4\n" in said
 
 
-def test_the_same_data_in_another_place_is_the_same(tmp_path, capsys):
-    run(tmp_path / "out", max_iters=4, learning_rate=0.1)
-    before = last(tmp_path / "out")["best_val_loss"]
-    shutil.copytree(tmp_path / "data", tmp_path / "moved")
-    resume(tmp_path / "out", dataset=tmp_path / "moved", max_iters=6, **CONSTANT)
-    assert last(tmp_path / "out")["best_val_loss"] == before
-    assert Dataset(tmp_path / "moved").fingerprint() == Dataset(tmp_path / "data").fingerprint()
+def test_the_same_data_in_another_place_is_the_same(out):
+    before = last(out)["best_val_loss"]
+    shutil.copytree("data/letters", "data/moved")
+    resume(out, dataset="moved", max_iters=6, **CONSTANT)
+    assert last(out)["best_val_loss"] == before

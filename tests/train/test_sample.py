@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from train.sample import SampleConfig, load_model, main, read_prompt, sample_tex
 from train.text import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 
 CHARS = "\n abcdefghijklmnopqrstuvwxyz"
-TOKENIZER = CharTokenizer(CHARS)
 
 
 def make_model(precision: Precision = Precision(), **shape) -> GPT:
@@ -33,22 +33,21 @@ def checkpoint_of(model: GPT, config: dict, extra: dict) -> dict:
     return pack(model.state_dict(), torch.optim.AdamW(model.parameters()).state_dict(), args, 7, 1.5, config, extra)
 
 
-def write_checkpoint(tokenizer: dict, **shape) -> None:
-    save(Path("out"), checkpoint_of(make_model(**shape), {}, {"gelu": "tanh", "tokenizer": tokenizer}), keep=1)
+def write_checkpoint(tokenizer: dict) -> None:
+    save(Path("out"), checkpoint_of(make_model(), {}, {"gelu": "tanh", "tokenizer": tokenizer}), keep=1)
 
 
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch) -> Path:
     """The current folder, with a checkpoint in out/."""
     monkeypatch.chdir(tmp_path)
-    write_checkpoint(TOKENIZER.meta())
+    write_checkpoint(CharTokenizer(CHARS).meta())
     return tmp_path
 
 
 def samples(capsys, *argv: str) -> list[str]:
     main(["--device=cpu", "--num_samples=2", "--max_new_tokens=20", *argv])
-    text = capsys.readouterr().out
-    *found, rest = text.split("\n---------------\n")
+    *found, rest = capsys.readouterr().out.split("\n---------------\n")
     assert rest == ""
     return found
 
@@ -66,14 +65,11 @@ def test_output(run_dir, capsys):
     assert all(text.startswith("to be ") for text in found)
     assert found[0] != found[1]
     assert load_model(SampleConfig(), torch.float32)[0].config.gelu == "tanh"  # from the checkpoint
-    assert samples(capsys, "--start=to be ") == found
     assert samples(capsys, "--start=to be ", "--seed=1") != found
     a, b = samples(capsys, "--temperature=0")
     assert a == b
-    assert samples(capsys, "--top_k=1") == [a, b]
-    assert samples(capsys, "--top_p=0.0001") == [a, b]
+    assert samples(capsys, "--top_k=1") == samples(capsys, "--top_p=0.0001") == [a, b]
     assert samples(capsys, "--top_k=0") == samples(capsys, "--top_k=1000")
-    assert samples(capsys, "--temperature=0", "--max_new_tokens=5") == [a[:6]] * 2
     (run_dir / "out").rename("moved")
     for named in ("moved", "moved/ckpt.pt"):  # as `python -m train` takes them
         assert samples(capsys, "--start=to be ", f"--init_from={named}") == found
@@ -83,19 +79,13 @@ def test_prompt_from_a_file(run_dir, capsys, monkeypatch):
     """It is read as a corpus is."""
     monkeypatch.setenv("HOME", str(run_dir))
     Path("prompt.txt").write_bytes(gzip.compress(b"\xef\xbb\xbffrom a file\r\n"))
-    for start in ("FILE:prompt.txt", "FILE:~/prompt.txt"):
-        assert all(text.startswith("from a file\n") for text in samples(capsys, f"--start={start}"))
+    assert samples(capsys, "--start=FILE:~/prompt.txt")[0].startswith("from a file\n")
     Path("bytes").write_bytes(b"\xefa\r\n\xff")
-    prompt = read_prompt("FILE:bytes", ByteTokenizer())
-    assert ByteTokenizer().encode(prompt) == list(b"\xefa\r\n\xff")
+    assert ByteTokenizer().encode(read_prompt("FILE:bytes", ByteTokenizer())) == list(b"\xefa\r\n\xff")
 
 
 def test_a_sample_ends_at_the_end_of_text_where_asked(monkeypatch):
-    def generate(*_, **__):
-        for token in (11, 13, 50256, 13):
-            yield torch.tensor([token])
-
-    monkeypatch.setattr("train.sample.generate", generate)
+    monkeypatch.setattr("train.sample.generate", lambda *_, **__: map(torch.tensor, ([11], [13], [50256], [13])))
     model, tokenizer = make_model(), GPT2Tokenizer()
     for asked, text in ((False, "<|endoftext|>hi,.<|endoftext|>."), (True, "<|endoftext|>hi,.")):
         config = SampleConfig(start="<|endoftext|>hi", end_of_text=asked)
@@ -104,15 +94,16 @@ def test_a_sample_ends_at_the_end_of_text_where_asked(monkeypatch):
         sample_text(model, ByteTokenizer(), SampleConfig(end_of_text=True))
 
 
-@pytest.mark.parametrize("chars", [CHARS, "'\"$`", "\"'", "\r", "\u2028", "\x1b", "$`\\ "])
-@pytest.mark.parametrize("start", ["", "\n\nÜ"])
+@pytest.mark.parametrize(
+    ("chars", "start"), [(CHARS, ""), ("'\"$`", "\n\nÜ"), ("\u2028", ""), ("\x1b", "Ü"), ("$`\\ ", "")]
+)
 def test_the_prompt_that_a_message_suggests_works(run_dir, capsys, chars, start):
     write_checkpoint(CharTokenizer(chars).meta())
     with pytest.raises(UserError, match=r"^start: ") as caught:
         samples(capsys, f"--start={start}")
     argument = str(caught.value)[str(caught.value).index("--start=") :]
     shell = subprocess.run(["bash", "-c", f"printf %s {argument}"], capture_output=True, check=True)
-    assert len(samples(capsys, shell.stdout.decode(), "--max_new_tokens=1", "--dtype=float32")) == 2
+    assert len(samples(capsys, shell.stdout.decode(), "--max_new_tokens=1")) == 2
 
 
 def test_a_sample_does_nothing_to_the_terminal(run_dir, capsys):
@@ -132,34 +123,26 @@ def test_nanogpts_checkpoint(run_dir, capsys):
     checkpoint["model"]["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(16, 16).tril()[None, None]
     torch.save(checkpoint, "out/ckpt.pt")
     Path("data/letters").mkdir(parents=True)
-    table = {"vocab_size": 28, "itos": dict(enumerate(CHARS)), "stoi": {c: i for i, c in enumerate(CHARS)}}
-    Path("data/letters/meta.pkl").write_bytes(pickle.dumps(table))
-    expected = model.eval().generate(torch.tensor([TOKENIZER.encode("hey")]), 20, 0)[0].tolist()
-    text = TOKENIZER.decode(expected)
+    Path("data/letters/meta.pkl").write_bytes(pickle.dumps({"vocab_size": 28, "itos": dict(enumerate(CHARS))}))
+    tokenizer = CharTokenizer(CHARS)
+    text = tokenizer.decode(model.eval().generate(torch.tensor([tokenizer.encode("hey")]), 20, 0)[0].tolist())
     assert samples(capsys, "--start=hey", "--temperature=0", "--dtype=float32") == [text, text]
 
 
-class Parrot(torch.nn.Module):
-    """Replaces a GPT. It answers any prompt with `script`, one byte per token."""
+def test_text_streams_and_never_ends_inside_a_character(monkeypatch):
+    drawn = []
 
-    def __init__(self, script: bytes) -> None:
-        super().__init__()
-        self.config = GPTConfig(block_size=1, vocab_size=256, n_layer=1, n_head=1, n_embd=1)
-        self.lm_head = torch.nn.Linear(1, 1)
-        self.script, self.said = script, 0
+    def draw(*_, **__):
+        for byte in "aé€!".encode() + b"\xe2\x82":  # the last character is cut off
+            drawn.append(byte)
+            yield torch.tensor([byte])
 
-    def forward(self, idx: torch.Tensor) -> tuple[torch.Tensor, None]:
-        self.said += 1
-        return torch.eye(256)[self.script[self.said - 1]].view(1, 1, 256), None
-
-
-def test_text_streams_and_never_ends_inside_a_character():
-    script = "aé€!".encode() + b"\xe2\x82"  # the last character is cut off
-    parrot = Parrot(script)
-    pieces = sample_text(parrot, ByteTokenizer(), SampleConfig(start="é", max_new_tokens=len(script), temperature=0.0))
-    for piece, said in (("é", 0), ("a", 1)):
-        assert next(pieces) == piece
-        assert parrot.said == said
+    monkeypatch.setattr("train.sample.generate", draw)
+    pieces = sample_text(make_model(), ByteTokenizer(), SampleConfig(start="é"))
+    assert next(pieces) == "é"
+    assert drawn == []
+    assert next(pieces) == "a"
+    assert drawn == [ord("a")]
     assert list(pieces) == ["é", "€", "!", "\ufffd"]
 
 
@@ -178,11 +161,8 @@ def test_without_a_compiler_it_goes_on(run_dir, capsys, monkeypatch):
     expected = samples(capsys)
 
     def fail(model, **options):
-        def call(*args, **kwargs):
-            raise RuntimeError("\nno C++ compiler\nat all")
-
         broken = make_model()
-        broken.forward = call
+        broken.forward = mock.Mock(side_effect=RuntimeError("\nno C++ compiler\nat all"))
         return broken
 
     monkeypatch.setattr(torch, "compile", fail)
@@ -197,18 +177,10 @@ def test_without_a_compiler_it_goes_on(run_dir, capsys, monkeypatch):
     [
         (["--out_dir=nowhere"], r"no.* nowhere/ckpt\.pt"),
         (["--init_from=nowhere"], "init_from: nowhere: no such file or folder, and not one of gpt2"),
-        (["--start=ÿ"], "start: character 'ÿ' is not among the 28"),
-        (["--start="], r"start: got '', expected at least one token to go on from: --start=\$'\\n'"),
-        (["--start=FILE:absent.txt"], r"start: absent\.txt: cannot be read: No such file"),
         (["--start=FILE:binary.txt"], r"start: binary\.txt: byte 2 is not UTF-8"),
-        (["--temperature=-1"], "temperature: got -1"),
-        (["--top_k=-1"], "top_k: got -1"),
         (["--top_p=0"], "top_p: got 0"),
         (["--num_samples=0"], "num_samples: got 0"),
-        (["--max_new_tokens=-1"], "max_new_tokens: got -1"),
         (["--max_new_tokens=1000000000000"], "got 1000000000000, expected at least 0 and below 100000000"),
-        (["--device=abacus"], "device: got 'abacus'"),
-        (["prompt.txt"], "prompt.txt"),
     ],
 )
 def test_mistakes(run_dir, capsys, argv, message):
@@ -221,12 +193,11 @@ def test_mistakes(run_dir, capsys, argv, message):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        *(({"vocab_size": "28"}, "the checkpoint's tokenizer: "), ({"vocab_size": 3}, "the checkpoint's tokenizer: ")),
-        *(({"chars": 3}, "the checkpoint's tokenizer: "), ({"chars": ["ab"]}, "the checkpoint's tokenizer: ")),
+        ({"vocab_size": "28"}, "the checkpoint's tokenizer: "),
         (CharTokenizer(map(chr, range(33))).meta(), r"the model has 32 tokens, its tokenizer \(char\) 33"),
     ],
 )
-def test_a_checkpoint_whose_tokenizer_is_malformed(run_dir, wrong, message):
-    write_checkpoint(TOKENIZER.meta() | wrong)
+def test_a_checkpoint_whose_tokenizer_cannot_be_its_own(run_dir, wrong, message):
+    write_checkpoint(CharTokenizer(CHARS).meta() | wrong)
     with pytest.raises(UserError, match=message):
         main(["--device=cpu"])

@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiktoken
@@ -67,11 +68,9 @@ def test_what_a_tokenizer_does_not_know_is_named(gpt2):
 @pytest.mark.parametrize(
     "meta",
     [
-        *({}, {"vocab_size": 3}, {"vocab_size": 3, "tokenizer": "words"}, {"vocab_size": 3, "tokenizer": ["char"]}),
-        *("char", None, 7),
-        *({"tokenizer": "char", "vocab_size": 2} | changes for changes in ({}, {"chars": None}, {"chars": "ab"})),
-        *({"tokenizer": "char", "vocab_size": 2, "chars": chars} for chars in (["a", "a"], ["ab"], [1], [], ["a", []])),
-        *({"tokenizer": "char", "chars": ["a", "b"], "vocab_size": size} for size in (1, "2", 2.0)),
+        *("char", {}, {"vocab_size": 3}, {"vocab_size": 3, "tokenizer": "words"}),
+        *({"tokenizer": "char", "vocab_size": 2, "chars": chars} for chars in ("ab", ["a", "a"], ["ab"], [1], [])),
+        {"tokenizer": "char", "vocab_size": 1, "chars": ["a", "b"]},
     ],
 )
 def test_a_meta_that_does_not_describe_a_tokenizer_is_refused(meta):
@@ -89,11 +88,8 @@ def test_where_gpt2s_ranks_come_from(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="sha256"):
         GPT2Tokenizer(tmp_path)
 
-    def offline(name: str) -> tiktoken.Encoding:
-        raise ConnectionError("no route to host")
-
     monkeypatch.setattr(texts, "_packaged_encoder", lambda: None)
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    monkeypatch.setattr(tiktoken, "get_encoding", mock.Mock(side_effect=ConnectionError))
     with pytest.raises(UserError, match=r"offline.*--bpe_dir"):
         GPT2Tokenizer()
 
@@ -162,7 +158,6 @@ GERMAN, RUSSIAN = "Ob's edler im Gemüt, die Pfeil und Schleudern\n", "Быть 
         ("utf-16", GERMAN, "UTF-16, expected UTF-8 text"),
         ("utf-32", GERMAN, "UTF-32, expected UTF-8 text"),
         ("utf-16-le", GERMAN, "its zero bytes look like UTF-16LE, expected UTF-8 text"),
-        ("utf-16-be", GERMAN, "its zero bytes look like UTF-16BE, expected UTF-8 text"),
         ("utf-16-le", RUSSIAN, "its zero bytes look like UTF-16LE, expected UTF-8 text"),
         ("utf-16-be", RUSSIAN, "its zero bytes look like UTF-16BE, expected UTF-8 text"),
         ("utf-32-le", RUSSIAN, "its zero bytes look like UTF-32LE, expected UTF-8 text"),
@@ -170,17 +165,15 @@ GERMAN, RUSSIAN = "Ob's edler im Gemüt, die Pfeil und Schleudern\n", "Быть 
         ("latin-1", GERMAN, "byte 17 is not UTF-8 (invalid start byte), expected UTF-8 text; if it is Latin-1"),
     ],
 )
-@pytest.mark.parametrize("name", ["my 'poems'.txt", "-x\n.txt"])
-def test_another_encoding_is_named_and_the_command_that_helps_works(tmp_path, monkeypatch, encoding, text, said, name):
+def test_another_encoding_is_named_and_the_command_that_helps_works(tmp_path, monkeypatch, encoding, text, said):
     monkeypatch.chdir(tmp_path)
-    path = Path(name)
+    path = Path("-my\n'poems'.txt")
     path.write_bytes(text.encode(encoding))
     with pytest.raises(UserError) as caught:
         read(path)
     assert f"{said}: iconv " in str(caught.value)
-    command = str(caught.value).rpartition(": ")[2]
-    subprocess.run(["bash", "-c", command], check=True)
-    (made,) = set(tmp_path.iterdir()) - {tmp_path / name}
+    subprocess.run(["bash", "-c", str(caught.value).rpartition(": ")[2]], check=True)
+    (made,) = set(tmp_path.iterdir()) - {tmp_path / path}
     assert read(made) == text
     path.write_bytes(gzip.compress(text.encode(encoding)))  # iconv does not unpack
     with pytest.raises(UserError, match=r"expected UTF-8 text$"):
@@ -204,10 +197,10 @@ def test_what_is_no_text_is_refused(tmp_path):
         path.write_bytes(data)
         with pytest.raises(UserError, match=r"a\.txt: a damaged gzip file|a\.txt: byte \d+ is not UTF-8"):
             read(path)
-    for make in (os.mkdir, os.mkfifo):
-        make(tmp_path / make.__name__)
-        with pytest.raises(UserError, match=r"cannot be read: (Is a directory|not a regular file)"):
-            read(tmp_path / make.__name__)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="cannot be read: not a regular file"):
+        read(path)
 
 
 @pytest.mark.parametrize("chunk", [5, 1 << 20])
@@ -221,9 +214,7 @@ def test_documents_of_a_jsonl_file(tmp_path, monkeypatch, chunk):
     assert read(path, "|") == "|".join(expected)
 
 
-@pytest.mark.parametrize(
-    "line", ["{", '"text"', "[1]", "{}", '{"text": 1}', '{"text": null}', "[" * 9999, '{"text": "\\ud800"}']
-)
+@pytest.mark.parametrize("line", ["{", "[1]", "{}", '{"text": 1}', "[" * 9999, '{"text": "\\ud800"}'])
 def test_a_line_that_is_no_document_is_named(tmp_path, monkeypatch, line):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\n' + line + "\n")
