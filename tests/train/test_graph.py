@@ -1,20 +1,17 @@
 """GraphedStep, with a tape as its capture: the losses and weights are the eager step's, to the bit."""
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kernels import FUSED, REFERENCE, Ops
 from kernels.capture import WARM_UP
 from kernels.launch import INTERPRETED
 from model import GPT, GPTConfig, Precision
-from tests.train.tape import storage, tape
+from tests.train.tape import Tape, tape
 from train.data import Batch
 from train.errors import UserError
 from train.graph import GraphedStep, Task, Work, cuda_graphs
@@ -59,36 +56,40 @@ def train(
     return [(r.loss.item(), r.grad_norm.item()) for r in results]
 
 
+def everything(step: TrainStep) -> list[torch.Tensor]:
+    """All tensors that a capture must leave unchanged."""
+    scaler = step.scaler
+    tensors = [*step.optimizer.state_tensors(), scaler.scale, scaler.growth_tracker, step.loss, step.grad_norm]
+    return [x.clone() for x in (*tensors, *step.model.parameters(), torch.get_rng_state())]
+
+
+def assert_same(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
 @pytest.mark.parametrize(
-    ("dtype", "accumulation", "dropout"),
-    [(torch.float32, 3, 0.2), (torch.bfloat16, 1, 0.2), (torch.bfloat16, 3, 0.0), (torch.float16, 1, 0.2)],
+    ("ops", "dtype", "accumulation", "recompute"),
+    [
+        (REFERENCE, torch.float32, 3, "none"),
+        (REFERENCE, torch.bfloat16, 1, "none"),
+        (REFERENCE, torch.float16, 1, "mlp"),
+        (REFERENCE, torch.bfloat16, 2, "block"),
+        pytest.param(FUSED, torch.float32, 1, "mlp", marks=pytest.mark.slow),
+        pytest.param(FUSED, torch.bfloat16, 2, "block", marks=pytest.mark.slow),
+    ],
 )
-def test_a_replayed_step_is_the_eager_step(accumulation: int, dropout: float, dtype: torch.dtype) -> None:
-    settings = dict(accumulation=accumulation, dropout=dropout, dtype=dtype)
-    eager, captured = make(**settings), make(**settings)
-    graphed = GraphedStep(captured, (accumulation, B, T), capture=tape)
-    assert train(graphed, accumulation, 20) == train(eager, accumulation, 20)
-    for one, other in zip(captured.model.parameters(), eager.model.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("recompute", ["mlp", "block"])
-def test_what_is_computed_again_finds_the_masks_of_this_replay(recompute: str) -> None:
-    settings = dict(accumulation=2, dropout=0.2, dtype=torch.bfloat16)
-    eager, captured = make(**settings), make(**settings, recompute=recompute)
-    graphed = GraphedStep(captured, (2, B, T), capture=tape)
-    assert train(graphed, 2, 10) == train(eager, 2, 10)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("accumulation", "recompute"), [(1, "mlp"), (2, "none"), (2, "block")])
-def test_with_fused_kernels(accumulation: int, recompute: str) -> None:
-    eager = make(FUSED, accumulation=accumulation, dropout=0.2)
-    captured = make(FUSED, accumulation=accumulation, dropout=0.2, recompute=recompute)
-    graphed = GraphedStep(captured, (accumulation, B, T), capture=tape)
-    assert train(graphed, accumulation, 4) == train(eager, accumulation, 4)
-    for one, other in zip(captured.model.parameters(), eager.model.parameters(), strict=True):
-        assert torch.equal(one, other)
+def test_a_replayed_step_is_the_eager_step(ops: Ops, dtype: torch.dtype, accumulation: int, recompute: str) -> None:
+    """What is computed again finds the masks of this replay. The capture, in the middle of a run, changes nothing."""
+    settings = dict(dropout=0.2, dtype=dtype, accumulation=accumulation)
+    eager, captured = make(ops, **settings), make(ops, **settings, recompute=recompute)
+    for step in (eager, captured):  # so that moments and step count are not 0
+        train(step, accumulation, 2)
+    before = everything(captured)
+    graphed = GraphedStep(captured, (accumulation, B, T), Evaluation(captured.model), capture=tape)
+    assert_same(everything(captured), before)
+    steps = 3 if ops is FUSED else 20
+    assert train(graphed, accumulation, steps) == train(eager, accumulation, steps)
+    assert_same(everything(captured), everything(eager))
 
 
 def test_a_replayed_evaluation_is_the_eager_evaluation() -> None:
@@ -103,63 +104,7 @@ def test_a_replayed_evaluation_is_the_eager_evaluation() -> None:
         assert torch.equal(losses, eager(batches))
         assert len(set(losses.tolist())) == 3
         assert step.model.training
-        one, other = graphed(batch(i, 1), 1e-2), twin(batch(i, 1), 1e-2)
-        assert torch.equal(one.loss, other.loss)
-        assert torch.equal(one.grad_norm, other.grad_norm)
-
-
-def test_a_rate_that_is_a_python_number_is_frozen_and_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test of these tests: an optimizer that reads its rate on the host keeps the first rate."""
-
-    eager, captured = make(), make()
-    update = captured.optimizer._adamw
-    captured.optimizer._adamw = lambda param, grad, m, v, lr, *args, **kwargs: update(
-        param, grad, m, v, torch.tensor(captured.optimizer.param_groups[0]["lr"]), *args, **kwargs
-    )
-    captured.optimizer.set_lr(5e-3)
-    graphed = GraphedStep(captured, (1, B, T), capture=tape)
-    losses, expected = train(graphed, 1, 20), train(eager, 1, 20)
-    assert max(abs(a[0] - b[0]) for a, b in zip(losses, expected, strict=True)) > 1e-3
-
-
-def everything(step: TrainStep) -> list[torch.Tensor]:
-    """All tensors that a capture must leave unchanged."""
-    tensors = [
-        *step.optimizer.state_tensors(),
-        step.scaler.scale,
-        step.scaler.growth_tracker,
-        step.loss,
-        step.grad_norm,
-    ]
-    return [x.clone() for x in (*tensors, *step.model.parameters(), torch.get_rng_state())]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "accumulation", "ops"),
-    [
-        (torch.float32, 2, REFERENCE),
-        (torch.bfloat16, 1, REFERENCE),
-        (torch.float16, 1, REFERENCE),
-        pytest.param(torch.bfloat16, 1, FUSED, marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, 2, FUSED, marks=pytest.mark.slow),
-    ],
-)
-def test_capturing_leaves_everything_as_it_was(dtype: torch.dtype, accumulation: int, ops: Ops) -> None:
-    step = make(ops, dropout=0.2, dtype=dtype, accumulation=accumulation)
-    train(step, accumulation, 2)  # so that moments and step count are not 0
-    before = everything(step)
-    GraphedStep(step, (accumulation, B, T), Evaluation(step.model), capture=tape)
-    assert all(torch.equal(x, y) for x, y in zip(everything(step), before, strict=True))
-
-
-def test_a_resumed_run_is_captured_as_it_stands() -> None:
-    first, resumed = make(dtype=torch.bfloat16), make(dtype=torch.bfloat16)
-    train(first, 1, 3)
-    resumed.model.load_state_dict(first.model.state_dict())
-    resumed.optimizer.flat.sync()
-    resumed.optimizer.load_state_dict(first.optimizer.state_dict())
-    graphed = GraphedStep(resumed, (1, B, T), capture=tape)
-    assert train(graphed, 1, 5) == train(first, 1, 5)
+        assert torch.equal(torch.stack(graphed(batch(i, 1), 1e-2)), torch.stack(twin(batch(i, 1), 1e-2)))
 
 
 def test_a_failed_capture_is_one_line_and_leaves_no_trace() -> None:
@@ -169,9 +114,7 @@ def test_a_failed_capture_is_one_line_and_leaves_no_trace() -> None:
     before = everything(step)
 
     def capture(tasks: list[Task]) -> list[Work]:
-        for task in tasks:
-            task.prepare()
-            task.run()
+        tape(tasks)
         tasks[0].run()
         raise RuntimeError("\noperation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
 
@@ -181,34 +124,19 @@ def test_a_failed_capture_is_one_line_and_leaves_no_trace() -> None:
         "cuda_graphs: got True, but the step could not be captured: operation not permitted when stream is capturing; "
         "--no-cuda_graphs goes on without"
     )
-    assert all(torch.equal(x, y) for x, y in zip(everything(step), before, strict=True))
+    assert_same(everything(step), before)
     assert train(step, 1, 3) == train(twin, 1, 3)
 
 
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of new tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        inputs = {storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        new = {storage(x): x for x in tree_leaves(results) if isinstance(x, torch.Tensor)}
-        self.bytes += sum(x.untyped_storage().nbytes() for key, x in new.items() if key not in inputs)
-        return results
-
-
 def test_what_a_capture_keeps_aside_does_not_grow_with_the_model() -> None:
-    """Not counting the step's own allocations: the step does not run here."""
-    counted = []
+    """Not counting the step's own tensors: the step does not run here."""
+    sizes = []
     for width in (16, 64):
         step = make(n_embd=width)
-        with Allocations() as allocations:
+        with Tape() as made:
             GraphedStep(step, (1, B, T), Evaluation(step.model), capture=lambda tasks: [task.run for task in tasks])
-        counted.append(allocations.bytes)
-    assert 0 < counted[0] == counted[1]
+        sizes.append(sum(x.nbytes for *_, tensors in made.calls for _, x in tensors))
+    assert 0 < sizes[0] == sizes[1]
 
 
 def marked(leaves: Iterable[torch.Tensor], *, mark: bool = False) -> list[bool]:
@@ -241,68 +169,28 @@ def test_a_capture_meets_no_node_of_autograd_from_before() -> None:
 
 
 def test_another_shape_is_refused() -> None:
-    step = make()
-    graphed = GraphedStep(step, (1, B, T), Evaluation(step.model), capture=tape)
-    other = batch(0, 1)
-    smaller = Batch(other.x[:, :1], other.y[:, :1], other.seeds)
+    step = make(accumulation=2)
+    graphed = GraphedStep(step, (2, B, T), Evaluation(step.model), capture=tape)
+    smaller, fewer = batch(0, 2, size=1), batch(0, 1)
+    refused = r"x: got torch.int64 \(1, 8\), expected torch.int64 \(2, 8\), as captured"
     for call in (lambda: graphed(smaller, 1e-3), lambda: graphed.evaluation([smaller])):
-        with pytest.raises(
-            ValueError, match=r"x: got torch.int64 \(1, 8\), expected torch.int64 \(2, 8\), as captured"
-        ):
+        with pytest.raises(ValueError, match=refused):
             call()
+    with pytest.raises(ValueError, match=r"batch: got 1 micro-steps, expected 2, as captured"):
+        graphed(fewer, 1e-3)
 
 
-class Cuda:
-    """Replaces what `cuda_graphs` uses of torch.cuda, and records the calls."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, ends_badly: bool = False) -> None:
-        self.log: list[str] = []
-        self.stream, self.pools, self.ends_badly = "default", [], ends_badly
-        cuda = dict(
-            Stream=lambda: mock.Mock(name="side"),
-            current_stream=lambda: mock.Mock(name="default"),
-            graph_pool_handle=lambda: (0, len(self.pools)),
-            CUDAGraph=lambda: mock.Mock(replay=lambda: self.log.append("replay")),
-            stream=self.on,
-            graph=self.capture,
-        )
-        for name, value in cuda.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-
-    @contextmanager
-    def on(self, stream: mock.Mock) -> Iterator[None]:
-        before, self.stream = self.stream, stream
-        try:
-            yield
-        finally:
-            self.stream = before
-
-    @contextmanager
-    def capture(self, graph: mock.Mock, *, pool: tuple[int, int], stream: mock.Mock, **how: str) -> Iterator[None]:
-        """Like torch's: if its end fails, the current stream is not restored."""
-        assert how == {"capture_error_mode": "thread_local"}
-        assert self.stream is stream  # the stream of the warm-ups
-        self.pools.append(pool)
-        self.log.append("capture")
-        try:
-            yield
-        finally:
-            if self.ends_badly:
-                raise RuntimeError("operation failed due to a previous error during capture")
-
-
-def test_all_is_warmed_up_before_the_first_capture_and_captured_in_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = Cuda(monkeypatch)
-    names = ("one", "two")
-    tasks = [
-        Task(functools.partial(cuda.log.append, name), functools.partial(cuda.log.append, f"before {name}"))
-        for name in names
-    ]
-    replays = cuda_graphs(tasks)
+def test_all_is_warmed_up_before_the_first_capture_and_captured_in_one_pool() -> None:
+    log, names = [], ("one", "two")
+    tasks = [Task(partial(log.append, name), prepare=partial(log.append, f"before {name}")) for name in names]
+    used = ("Stream", "current_stream", "graph_pool_handle", "CUDAGraph", "stream", "graph")
+    with mock.patch.multiple(torch.cuda, **dict.fromkeys(used, mock.DEFAULT)) as cuda:
+        cuda["graph"].side_effect = lambda *args, **how: log.append("capture") or mock.DEFAULT
+        replays = cuda_graphs(tasks)
     warmed = [entry for name in names for entry in [f"before {name}", name] * WARM_UP]
-    assert cuda.log == [*warmed, "capture", "one", "capture", "two"]
-    assert cuda.pools == [(0, 0), (0, 0)]
-    assert cuda.stream == "default"
-    for replay in replays:
-        replay()
-    assert cuda.log[-2:] == ["replay", "replay"]
+    assert log == [*warmed, "capture", "one", "capture", "two"]
+    side, pool, graph = (cuda[name].return_value for name in ("Stream", "graph_pool_handle", "CUDAGraph"))
+    assert cuda["stream"].mock_calls[0] == mock.call(side)  # the warm-ups' too
+    captured = mock.call(graph, pool=pool, stream=side, capture_error_mode="thread_local")
+    assert cuda["graph"].call_args_list == [captured] * 2
+    assert replays == [graph.replay] * 2

@@ -22,11 +22,8 @@ def start(tmp_path):
         facts = {"device": "AMD EPYC", "parameters": 123, "console": start.lines.append}
         return RunLog(config, resume_iter=resume_iter, **facts)
 
-    logs, start.lines = [], []
-    start.path = tmp_path / "out" / METRICS
-    yield start
-    for log in logs:
-        log.close()
+    start.lines, start.path = [], tmp_path / "out" / METRICS
+    return start
 
 
 def log_iteration(log, iter_num, loss=1.0, mfu=0.5):
@@ -52,11 +49,10 @@ def test_the_lines_and_the_records(start):
     ]
     # all of it is on the disk at once, and strict JSON
     run, *records = (json.loads(line, parse_constant=pytest.fail) for line in start.path.read_text().splitlines())
-    assert run["kind"] == "run"
-    assert run["settings"] == dataclasses.asdict(TrainConfig(out_dir=str(start.path.parent)))
-    assert (run["device"], run["parameters"], run["resumed"]) == ("AMD EPYC", 123, False)
+    facts = {"kind": "run", "iter": 0, "resumed": False, "device": "AMD EPYC", "parameters": 123}
+    settings = dataclasses.asdict(TrainConfig(out_dir=str(start.path.parent)))
+    assert run == facts | {"settings": settings} | {key: run[key] for key in ("time", "torch", "triton")}
     assert run["torch"].startswith("2.")
-    assert "triton" in run
     numbers = dict(loss=0.82361, seconds=0.033219, mfu=0.11071, lr=1e-4, grad_norm=1.0, tokens_per_second=4.9e5)
     assert records[:3] == [
         {"kind": "iter", "iter": 5000} | numbers,
@@ -82,19 +78,7 @@ def test_resuming_forgets_what_was_past_the_checkpoint_and_counts_once_what_is_d
     assert kinds == ["run", "iter", "iter", "iter", "iter", "run", "eval", "iter", "iter"]
 
 
-def test_a_new_run_in_an_old_folder_starts_over_and_loses_nothing(start):
-    log = start()
-    log_iteration(log, 7, loss=3.0)
-    before = start.path.read_bytes()
-    log = start()
-    log_iteration(log, 0, loss=4.0)
-    assert losses(read_metrics(start.path)) == {0: 4.0}
-    (aside,) = start.path.parent.glob("earlier-*")
-    assert (aside / METRICS).read_bytes() == before
-    assert any(str(aside) in line for line in start.lines)
-
-
-@pytest.mark.parametrize("cut", [0, 1, 2, 40, 120, 121, 350, 600])  # bytes that the last write lacks; a line has 120
+@pytest.mark.parametrize("cut", [1, 2, 120, 350])  # bytes that the last writes lack; a line has 120
 def test_a_kill_inside_a_line_costs_that_line_alone(start, cut):
     log = start()
     for i in range(3):
@@ -112,6 +96,7 @@ def test_a_kill_inside_a_line_costs_that_line_alone(start, cut):
 def test_reading_skips_what_is_no_record(tmp_path):
     path = tmp_path / METRICS
     junk = [b"", b"[]", b"3", b"null", b"\xff", b'{"kind": "iter"}', b'{"kind": "iter", "iter": 1e999}']
+    junk += [b"[" * 10**5, b'{"kind": "iter", "iter": 2, "loss": ' + b"9" * 10**5 + b"}"]
     path.write_bytes(b"\n".join([*junk, b'{"kind": "iter", "iter": 1, "loss": 2.0}', b'{"kind": "it']))
     assert losses(read_metrics(path)) == {1: 2.0}
 
@@ -160,10 +145,8 @@ def test_wandb_gets_nanogpts_keys(start, monkeypatch):
     wandb = mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = start(wandb_log=True, wandb_project="owt", wandb_run_name="mine")
-    (called,) = wandb.init.call_args_list
-    settings = called.kwargs.pop("config")
-    assert called.kwargs == {"project": "owt", "name": "mine"}
-    assert settings["wandb_run_name"] == "mine"
+    config = TrainConfig(out_dir=str(start.path.parent), wandb_log=True, wandb_project="owt", wandb_run_name="mine")
+    wandb.init.assert_called_once_with(project="owt", name="mine", config=dataclasses.asdict(config))
     log.evaluation(0, train_loss=4.2, val_loss=4.3, lr=0.0, seconds=1.0)
     log_iteration(log, 10, loss=3.0, mfu=0.25)
     log.evaluation(20, train_loss=2.2, val_loss=2.3, lr=1e-3, seconds=1.0)
@@ -181,27 +164,21 @@ def test_tensorboard_gets_the_same_curves(start, monkeypatch):
     log = start(tensorboard_log=True, resume_iter=20)
     log.evaluation(20, train_loss=2.2, val_loss=2.3, lr=1e-3, seconds=1.0)
     log.close()
+    writer = mock.call.SummaryWriter()
     assert fake.mock_calls == [
         mock.call.SummaryWriter(str(start.path.parent / "tensorboard"), purge_step=20),
-        *(
-            mock.call.SummaryWriter().add_scalar(name, value, 20)
-            for name, value in (("train/loss", 2.2), ("val/loss", 2.3), ("lr", 1e-3))
-        ),
-        mock.call.SummaryWriter().close(),
+        writer.add_scalar("train/loss", 2.2, 20),
+        writer.add_scalar("val/loss", 2.3, 20),
+        writer.add_scalar("lr", 1e-3, 20),
+        writer.close(),
     ]
 
 
-@pytest.mark.parametrize(
-    ("setting", "module", "extra"),
-    [("wandb_log", "wandb", "wandb"), ("tensorboard_log", "torch.utils.tensorboard", "tensorboard")],
-)
-def test_a_missing_package_stops_before_anything_is_written(start, monkeypatch, setting, module, extra):
+@pytest.mark.parametrize(("package", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_missing_package_is_named_before_the_run_starts(monkeypatch, package, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"^{setting}: .*pip install 'nanofuse\[{extra}\]'$"):
-        start(**{setting: True})
-    with pytest.raises(UserError, match=rf"^{setting}: "):  # before the model is built, too
-        check_sinks(TrainConfig(out_dir=str(start.path.parent), **{setting: True}))
-    assert not start.path.parent.exists()
+    with pytest.raises(UserError, match=rf"^{package}_log: .*pip install 'nanofuse\[{package}\]'$"):
+        check_sinks(TrainConfig(**{f"{package}_log": True}))
 
 
 def test_a_console_line_does_nothing_to_the_terminal(capsys):

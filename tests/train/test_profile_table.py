@@ -11,41 +11,23 @@ from hypothesis import strategies as st
 from kernels import REFERENCE, fused
 from model.config import GPTConfig
 from model.work import MATMULS, step_work
+from train import profile
 from train.dryrun import Job
 from train.hardware import Ceilings
-from train.profile import (
-    COMPILED,
-    COPIES,
-    ELEMENTWISE,
-    GELU_BACKWARD,
-    GELU_FORWARD,
-    IDLE,
-    OTHER,
-    ROWS,
-    WINDOW,
-    Floors,
-    Span,
-    Timeline,
-    attribute,
-    breakdown,
-    read,
-    report,
-    row_of,
-)
+from train.profile import COMPILED, COPIES, ELEMENTWISE, GELU_BACKWARD, GELU_FORWARD, IDLE, OTHER, ROWS, Span, Timeline
 
-# Names that profilers show on several GPUs and on a CPU
-
-NAMES = {  # one of each kind in a row
+# Names that profilers show on several GPUs and on a CPU, one of each kind in a row; of long ones the part that tells
+NAMES = {
     "matmuls": [
         "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT",
-        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment_k_off_kernel__5x_cublas",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_execute_segment_k_off_kernel__5x_cublas",
         "ampere_bf16_s16816gemm_bf16_128x256_ldg8_f2f_stages_64x3_tn",
-        "void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16, __nv_bfloat16, float, __nv_bfloat16, true>()",
+        "void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16>()",
         "aten::mm",
     ],
     "attention forward": [
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0",
-        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, false, false, ...>>",
+        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128>>",
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<cutlass::bfloat16_t>::Params)",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_softmax",
@@ -59,21 +41,15 @@ NAMES = {  # one of each kind in a row
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
         "nanofuse_cpu::attention_backward",
     ],
-    "LayerNorm forward": [
-        "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float>(int, float, float const*)",
-    ],
+    "LayerNorm forward": ["void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float>()"],
     "LayerNorm backward": [
-        "void at::native::(anonymous namespace)::layer_norm_grad_input_kernel_vectorized<float, float>(float const*)",
+        "void at::native::(anonymous namespace)::layer_norm_grad_input_kernel_vectorized<float, float>()",
         "nanofuse::add_layer_norm_backward",
     ],
-    "GELU forward": [
-        "void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl(...)>",
-    ],
-    "GELU backward": [
-        "void at::native::vectorized_elementwise_kernel<4, at::native::GeluBackwardCUDAKernelImpl(...)>",
-    ],
+    "GELU forward": ["void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl()>"],
+    "GELU backward": ["void at::native::vectorized_elementwise_kernel<4, at::native::GeluBackwardCUDAKernelImpl()>"],
     "cross-entropy": [
-        "void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float, float, float>(...)",
+        "void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float, float, float>()",
         "aten::_log_softmax_backward_data",
     ],
     "embeddings": [
@@ -97,28 +73,21 @@ NAMES = {  # one of each kind in a row
         "aten::copy_",
     ],
     ELEMENTWISE: [
-        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>, ...>",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>",
         "aten::add_",
         "aten::ge_",
         "nanofuse_cpu::random_keep",
     ],
-    "communication": [
-        "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
-        "c10d::allreduce_",
-    ],
-    OTHER: [
-        "some_mystery_kernel",
-        "",
-    ],
+    "communication": ["ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "c10d::allreduce_"],
+    OTHER: ["some_mystery_kernel", ""],
 }
 
 
 def test_a_name_tells_its_row() -> None:
-    assert {name: row_of(name) for names in NAMES.values() for name in names} == {
-        name: row for row, names in NAMES.items() for name in names
-    }
+    expected = {name: row for row, names in NAMES.items() for name in names}
+    assert {name: profile.row_of(name) for name in expected} == expected
     ours = {
-        name: row_of(name)
+        name: profile.row_of(name)
         for module in pkgutil.iter_modules(fused.__path__, "kernels.fused.")
         for name in vars(importlib.import_module(module.name))
         if name.endswith("_kernel")
@@ -135,48 +104,40 @@ def event(name: str, ts: float, dur: float, cat: str = "kernel", tid: int = 7) -
     return {"ph": "X", "cat": cat, "name": name, "pid": 0, "tid": tid, "ts": ts, "dur": dur}
 
 
-def trace(*events: dict) -> dict:
-    """A trace whose window is 100 to 200, on thread 1."""
-    window = event(WINDOW, 100, 100, cat="user_annotation", tid=1)
-    return {"traceEvents": [{"ph": "M", "name": "process_name"}, window, *events]}
+def read(*events: dict, cuda: bool) -> Timeline:
+    """The timeline of a trace whose window is 100 to 200, on thread 1."""
+    window = event(profile.WINDOW, 100, 100, cat="user_annotation", tid=1)
+    named = {"ph": "M", "name": "process_name"}
+    return profile.read({"traceEvents": [named, window, *events]}, cuda=cuda)
 
 
-def test_kernels_copies_and_memsets_one_after_another() -> None:
+def test_on_a_gpu_kernels_copies_and_memsets_of_all_streams_count() -> None:
     timeline = read(
-        trace(
-            event("nvjet_tst_256x128_64x4", 110, 30),
-            event("Memset (Device)", 140, 5, cat="gpu_memset"),
-            event("Memcpy DtoD (Device -> Device)", 145, 5, cat="gpu_memcpy"),
-            event("nvjet_tst_256x128_64x4", 160, 10),
-            # these take no time of the device
-            event("aten::mm", 100, 90, cat="cpu_op", tid=1),
-            event("cudaLaunchKernel", 105, 3, cat="cuda_runtime", tid=1),
-            event(WINDOW, 110, 60, cat="gpu_user_annotation"),
-            event("iteration 5", 110, 60, cat="gpu_user_annotation"),
-        ),
+        event("nvjet_tst_256x128_64x4", 110, 30),
+        event("Memset (Device)", 140, 5, cat="gpu_memset"),
+        event("Memcpy DtoD (Device -> Device)", 145, 5, cat="gpu_memcpy"),
+        event("nvjet_tst_256x128_64x4", 160, 10),
+        event("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", 165, 10, tid=20),  # counts where nothing hides it
+        # these take no time of the device
+        event("aten::mm", 100, 90, cat="cpu_op", tid=1),
+        event("cudaLaunchKernel", 105, 3, cat="cuda_runtime", tid=1),
+        event(profile.WINDOW, 110, 60, cat="gpu_user_annotation"),
+        event("iteration 5", 110, 60, cat="gpu_user_annotation"),
         cuda=True,
     )
     assert timeline.wall == 100
-    assert timeline.rows == {"matmuls": 40, COPIES: 10, IDLE: 50}
+    assert timeline.rows == {"matmuls": 40, COPIES: 10, "communication": 5, IDLE: 45}
     assert timeline.names["matmuls", "nvjet_tst_256x128_64x4"] == 40
-
-
-def test_communication_counts_where_nothing_hides_it() -> None:
-    nccl = event("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", 120, 60, tid=20)
-    timeline = read(trace(event("nvjet", 110, 30), nccl, event("nvjet", 150, 10)), cuda=True)
-    assert timeline.rows == {"matmuls": 40, "communication": 10 + 20, IDLE: 10 + 20}
 
 
 def test_on_a_cpu_each_operation_has_its_own_time() -> None:
     timeline = read(
-        trace(
-            event("aten::native_layer_norm", 110, 50, cat="cpu_op", tid=1),
-            event("aten::empty", 120, 10, cat="cpu_op", tid=1),  # inside native_layer_norm: counts with it
-            event("aten::mm", 140, 10, cat="cpu_op", tid=1),  # inside too, but has its own row
-            event("aten::zeros", 170, 10, cat="cpu_op", tid=1),
-            event("some::op", 172, 2, cat="cpu_op", tid=1),
-            event("aten::mm", 100, 100, cat="cpu_op", tid=2),  # on another thread
-        ),
+        event("aten::native_layer_norm", 110, 50, cat="cpu_op", tid=1),
+        event("aten::empty", 120, 10, cat="cpu_op", tid=1),  # inside native_layer_norm: counts with it
+        event("aten::mm", 140, 10, cat="cpu_op", tid=1),  # inside too, but has its own row
+        event("aten::zeros", 170, 10, cat="cpu_op", tid=1),
+        event("some::op", 172, 2, cat="cpu_op", tid=1),
+        event("aten::mm", 100, 100, cat="cpu_op", tid=2),  # on another thread
         cuda=False,
     )
     assert timeline.rows == {"LayerNorm forward": 40, "matmuls": 10, COPIES: 8, OTHER: 2, IDLE: 40}
@@ -185,9 +146,9 @@ def test_on_a_cpu_each_operation_has_its_own_time() -> None:
 
 def test_a_trace_without_its_window_is_refused() -> None:
     with pytest.raises(ValueError, match="trace: got 0 events named"):
-        read({"traceEvents": []}, cuda=False)
+        profile.read({"traceEvents": []}, cuda=False)
     with pytest.raises(ValueError, match="trace: got 2 events named"):
-        read(trace(event(WINDOW, 0, 1, cat="user_annotation")), cuda=True)
+        read(event(profile.WINDOW, 0, 1, cat="user_annotation"), cuda=True)
 
 
 SPANS = st.lists(
@@ -199,13 +160,10 @@ SPANS = st.lists(
 def test_every_instant_is_somebodys(drawn: list[tuple[str, int, int]]) -> None:
     """Compared with the rule, applied at every instant."""
     spans = [Span(f"{row} {i}", row, min(ends), max(ends)) for i, (row, *ends) in enumerate(drawn)]
-    timeline = attribute(spans, 5, 35)
-    assert sum(timeline.rows.values()) == timeline.wall == 30
-    rows = Counter()
-    for instant in range(5, 35):
-        running = [span for span in spans if span.start <= instant < span.end]
-        rows[_owner(running)] += 1
+    timeline = profile.attribute(spans, 5, 35)
+    rows = Counter(_owner([span for span in spans if span.start <= instant < span.end]) for instant in range(5, 35))
     assert rows == +timeline.rows
+    assert timeline.wall == 30
 
 
 def _owner(running: list[Span]) -> str:
@@ -219,7 +177,8 @@ def _owner(running: list[Span]) -> str:
 # Rows and floors
 
 GPT2 = GPTConfig(vocab_size=50304, bias=False)
-FLOORS = Floors(Ceilings(flops=800e12, bandwidth=3e12), Job(GPT2, 4, REFERENCE, accumulation=2, several=True))
+CEILINGS = Ceilings(flops=800e12, bandwidth=3e12)
+FLOORS = profile.Floors(CEILINGS, Job(GPT2, 4, REFERENCE, accumulation=2, several=True))
 SETTINGS = dict(accumulation=2, compute=2, stream=2, gradients=4)
 WORK, FUSED = (step_work(GPT2, 4, **SETTINGS, fused_gelu=fused) for fused in (False, True))
 OWN = (
@@ -230,57 +189,53 @@ OWN = (
     "cross-entropy",
     "optimizer",
 )
-EVERY_ROW = ("matmuls", *OWN, "GELU forward", "GELU backward", "embeddings", ELEMENTWISE, COPIES)
+GELU = ("GELU forward", "GELU backward")
+COMMON = ("matmuls", *OWN, "embeddings", ELEMENTWISE, COPIES)
 
 
 def seconds(*parts: str) -> float:
     return sum(FLOORS.seconds(WORK[part]) for part in parts)
 
 
-def timeline(*rows: str, idle: float = 0) -> Timeline:
-    """A timeline with one operation of ten milliseconds in each row."""
-    times = Counter(dict.fromkeys(rows, 10_000.0)) + Counter({IDLE: idle})
-    return Timeline(times.total(), times, Counter({(row, f"{row}'s"): 10_000.0 for row in rows}))
+def floors(*seen: str) -> dict[str, float]:
+    """The floor of each row, where each of `seen` took ten milliseconds."""
+    timeline = Timeline(10_000.0 * len(seen), Counter(dict.fromkeys(seen, 10_000.0)), Counter())
+    return {row.name: row.floor for row in profile.breakdown(timeline, 5, FLOORS)}
 
 
 def test_floors_stand_in_the_rows_that_do_their_work() -> None:
-    floors = {row.name: row.floor for row in breakdown(timeline(*EVERY_ROW, OTHER, "communication"), 5, FLOORS)}
-    assert floors.pop("matmuls") == pytest.approx(seconds(*MATMULS))
-    assert floors.pop("embeddings") == pytest.approx(seconds("embedding forward", "embedding backward"))
-    assert floors.pop(ELEMENTWISE) == pytest.approx(seconds("accumulation"))
-    assert floors.pop(COPIES) == floors.pop(OTHER) == floors.pop("communication") == 0
-    assert floors == {part: pytest.approx(seconds(part)) for part in (*OWN, "GELU forward", "GELU backward")}
+    expected = {part: seconds(part) for part in (*OWN, *GELU)} | {
+        "matmuls": seconds(*MATMULS),
+        "embeddings": seconds("embedding forward", "embedding backward"),
+        ELEMENTWISE: seconds("accumulation"),
+        COPIES: 0,
+        OTHER: 0,
+        "communication": 0,
+    }
+    assert floors(*COMMON, *GELU, OTHER, "communication") == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("seen", "elsewhere"), [(EVERY_ROW, ""), (("matmuls", COMPILED), COMPILED), (("matmuls",), OTHER)]
-)
+@pytest.mark.parametrize(("seen", "elsewhere"), [(("matmuls", COMPILED), COMPILED), (("matmuls",), OTHER)])
 def test_no_floor_is_lost_where_a_row_was_not_seen(seen: tuple[str, ...], elsewhere: str) -> None:
-    rows = breakdown(timeline(*seen), 1, FLOORS)
-    assert sum(row.floor for row in rows) == pytest.approx(seconds(*WORK))
-    if elsewhere:
-        floors = {row.name: row.floor for row in rows}
-        assert floors[elsewhere] == pytest.approx(seconds(*WORK) - seconds(*MATMULS))
+    matmuls = seconds(*MATMULS)
+    assert floors(*seen) == pytest.approx({"matmuls": matmuls, elsewhere: seconds(*WORK) - matmuls})
 
 
 def test_gelu_in_the_epilogue_of_its_matmul() -> None:
     """The fused kernel's floor is that of its matmul, or of the bytes of both. The other two matmuls keep their row."""
-    seen = [row for row in EVERY_ROW if not row.startswith("GELU")]
-    floors = {row.name: row.floor for row in breakdown(timeline(*seen, GELU_FORWARD, GELU_BACKWARD), 1, FLOORS)}
+    found = floors(*COMMON, GELU_FORWARD, GELU_BACKWARD)
     up, down = seconds("mlp up"), seconds("mlp down")
-    assert floors[GELU_FORWARD] == pytest.approx(
-        max(up / 3, (WORK["mlp up"].bytes / 3 + FUSED["GELU forward"].bytes) / 3e12)
-    )
-    assert floors[GELU_BACKWARD] == pytest.approx(down / 3)
-    assert floors["matmuls"] == pytest.approx(seconds(*MATMULS) - up / 3 - down / 3)
-    assert "GELU forward" not in floors
-    assert OTHER not in floors
+    both = (WORK["mlp up"].bytes / 3 + FUSED["GELU forward"].bytes) / CEILINGS.bandwidth
+    assert found[GELU_FORWARD] == pytest.approx(max(up / 3, both))
+    assert found[GELU_BACKWARD] == pytest.approx(down / 3)
+    assert found["matmuls"] == pytest.approx(seconds(*MATMULS) - up / 3 - down / 3)
+    assert not {*GELU, OTHER} & {*found}
 
 
 def test_the_report() -> None:
     rows = {"matmuls": 30_000.0, OTHER: 5_000.0, IDLE: 15_000.0}
     names = {("matmuls", "nvjet"): 30_000.0, (OTHER, "mystery"): 4_000.0, (OTHER, "x" * 100): 1_000.0}
-    text = report(Timeline(50_000, Counter(rows), Counter(names)), 5, FLOORS)
+    text = profile.report(Timeline(50_000, Counter(rows), Counter(names)), 5, FLOORS)
     heading, _, *lines = text.splitlines()
     assert heading == (
         "profile: 5 steps of 10.000 ms; floors are for 800 TFLOP/s in a matmul, 3000 GB/s in a copy, as measured"
