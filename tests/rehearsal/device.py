@@ -9,7 +9,7 @@ whether Python or autograd made it.
 import ctypes
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
@@ -39,7 +39,6 @@ H100 = types.SimpleNamespace(
     is_multi_gpu_board=0,
     uuid="00000000-0000-0000-0000-000000000000",
 )
-TAKEN = 2**29  # bytes of its memory that are in use at the start
 
 Wait = tuple[int, int]  # (waiting stream, stream waited for); 0 is the default stream
 
@@ -63,7 +62,6 @@ class Gpu:
     """What a test can use: the device, the waits, and the captures in their order."""
 
     device = DEVICE
-    properties = H100
 
     def __init__(self) -> None:
         self._guard = ctypes.CDLL(os.environ["NANOFUSE_GUARD"])
@@ -126,56 +124,35 @@ class Gpu:
             def wait_stream(self, other: "Stream") -> None:
                 gpu._guard.guard_wait(ctypes.c_int64(self.stream_id), ctypes.c_int64(other.stream_id))
 
-            def record_event(self, event: "Event | None" = None) -> "Event":
-                event = event or Event()
-                event.record(self)
-                return event
-
-            def wait_event(self, event: "Event") -> None:
-                gpu._guard.guard_wait(ctypes.c_int64(self.stream_id), ctypes.c_int64(event.stream_id))
-
-            synchronize = nothing
-
-        class Event:
-            stream_id = 0
-            synchronize = nothing
-
-            def __init__(self, *args: object, **kwargs: object) -> None: ...
-
-            def record(self, stream: Stream | None = None) -> None:
-                self.stream_id = gpu._stream if stream is None else stream.stream_id
-
-            def wait(self, stream: Stream | None = None) -> None:
-                (stream or current()).wait_event(self)
-
-            def query(self) -> bool:
-                return True
-
-            def elapsed_time(self, end: "Event") -> float:
-                return 1.0
-
-        def current(device: object = None) -> Stream:
-            return Stream(stream_id=gpu._stream)
-
-        side: list[Stream] = []  # one for all captures, as in torch
-
-        def capture(graph: Graph, pool: object = None, stream: Stream | None = None, **kwargs: object) -> object:
-            if stream is None:
-                side[:] = side or [Stream()]
-                stream = side[0]
-            return gpu.capturing(graph, stream.stream_id)
-
         return {
             "Stream": Stream,
             "Event": Event,
             "CUDAGraph": Graph,
-            "graph": capture,
+            "graph": lambda graph, stream, **options: gpu.capturing(graph, stream.stream_id),
             "graph_pool_handle": lambda: (0, 1),
             "is_current_stream_capturing": lambda: gpu._capturing,
-            "current_stream": current,
+            "current_stream": lambda device=None: Stream(stream_id=gpu._stream),
             "default_stream": lambda device=None: Stream(stream_id=0),
             "stream": lambda stream: nullcontext() if stream is None else gpu.on(stream.stream_id),
         }
+
+
+def nothing(*args: object, **kwargs: object) -> None:
+    """Does nothing."""
+
+
+class Event:
+    """Replaces torch.cuda.Event."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1.0
+
+    record = synchronize = nothing
 
 
 class Graph:
@@ -192,10 +169,6 @@ class Graph:
         return (0, 1)
 
 
-def nothing(*args: object, **kwargs: object) -> None:
-    """Does nothing."""
-
-
 ANSWERS: dict[str, object] = {  # replace functions of torch.cuda
     "is_available": lambda: True,
     "is_initialized": lambda: True,
@@ -205,7 +178,7 @@ ANSWERS: dict[str, object] = {  # replace functions of torch.cuda
     "get_device_capability": lambda device=None: (H100.major, H100.minor),
     "get_device_name": lambda device=None: H100.name,
     "get_device_properties": lambda device=None: H100,
-    "mem_get_info": lambda device=None: (H100.total_memory - TAKEN, H100.total_memory),
+    "mem_get_info": lambda device=None: (H100.total_memory - 2**29, H100.total_memory),
     "memory_allocated": lambda device=None: 0,
     "max_memory_allocated": lambda device=None: 0,
     "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
@@ -256,9 +229,3 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         monkeypatch.setattr(fake_tensor, "init_gpu_context", nothing)
     with FakeTensorMode():
         yield device
-
-
-def on_device(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """The module that `make` builds, on the device. `Module.to` would untie the weights of fake tensors."""
-    with DEVICE:
-        return make()

@@ -1,7 +1,7 @@
 """A process with the device guard and the tests' imports loaded. It forks a process for every test.
 
-`python -m tests.rehearsal.server` reads one pytest node id per line. It answers each with a line of JSON: {"reports":
-[...], "output": the text that the test's process wrote}. conftest.py starts it, with the environment of build.py.
+`python -m tests.rehearsal.server` reads one pytest node id per line. It answers each with a line of JSON: [exit status,
+the text that the test's process wrote]. conftest.py starts it, with the environment of build.py.
 """
 
 import ctypes
@@ -17,50 +17,30 @@ if os.environ["NANOFUSE_TORCH"] == "cuda":  # the last guard counts: a CUDA buil
     importlib.import_module("torch")
 GUARD = ctypes.CDLL(os.environ["NANOFUSE_GUARD"])  # before a CPU build, which looks for its CUDA library only once
 
-for name in (
-    "torch._dynamo",
-    "kernels.cases",
-    "train.compile",
-    "train.graph",
-):  # once, for all tests; kernels.cases imports all kernels
+for name in ("torch._dynamo", "kernels.cases", "train.compile", "train.graph"):  # once, for all tests
     importlib.import_module(name)
 
 # no logging: pytest would print every line that torch.compile logs for tools
 OPTIONS = ["-q", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:logging"]
 
 
-class Reports:
-    """A pytest plugin that collects a run's reports as plain data."""
-
-    def __init__(self) -> None:
-        self.made: list[dict] = []
-
-    def pytest_configure(self, config: pytest.Config) -> None:
-        self.config = config
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.made.append(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
-
-
-def run(nodeid: str) -> dict:
-    """The test's reports and output, from a process of its own. A process that dies makes no reports."""
-    with tempfile.TemporaryFile("w+") as reports, tempfile.TemporaryFile("w+", errors="replace") as output:
+def run(nodeid: str) -> tuple[int, str]:
+    """The exit status and output of a test in a process of its own; a signal's number is negative."""
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
         pid = os.fork()
         if pid == 0:
+            status = 1
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
-            plugin = Reports()
             try:
-                pytest.main([*OPTIONS, nodeid], plugins=[plugin])
-                json.dump(plugin.made, reports)
+                status = int(pytest.main([*OPTIONS, nodeid]))
             finally:
-                for stream in (reports, sys.stdout, sys.stderr):
-                    stream.flush()
-                os._exit(0)  # without the parent's clean-up
-        os.waitpid(pid, 0)
-        reports.seek(0)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)  # without the parent's clean-up
+        _, ended = os.waitpid(pid, 0)
         output.seek(0)
-        return {"reports": json.loads(reports.read() or "[]"), "output": output.read()}
+        return os.waitstatus_to_exitcode(ended), output.read()
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ PINNED = {
 
 @pytest.mark.parametrize(
     ("workload", "n_layer", "fused_matmul"),
-    [pytest.param(*case, marks=[pytest.mark.slow] * (case != ("shakespeare_char", 2, False))) for case in PINNED],
+    [pytest.param(*case, marks=[] if case == ("shakespeare_char", 2, False) else pytest.mark.slow) for case in PINNED],
 )
 def test_one_graph_to_train_and_one_to_evaluate(
     gpu: Gpu,
