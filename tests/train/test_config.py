@@ -42,23 +42,17 @@ def test_names_and_defaults_are_nanogpts():
         *(({name: 0}, (f"{name}: got 0", "at least 1")) for name in AT_LEAST_1),
         *(({name: -1.0 if name in FLOATS else -1}, (f"{name}: got -1", "at least 0")) for name in AT_LEAST_0),
         *(({name: 1e308}, (f"{name}: got 1e+308", "below 3.4e+38")) for name in IN_FLOAT32),
-        ({"dropout": 1.0}, ("dropout", "1.0", "at least 0 and below 1")),
-        ({"beta1": 1.0}, ("beta1", "1.0", "below 1")),
-        ({"beta2": 1.5}, ("beta2", "1.5", "below 1")),
-        ({"learning_rate": float("inf")}, ("learning_rate", "inf", "finite")),
+        *(({name: 1.0}, (f"{name}: got 1.0", "below 1")) for name in ("dropout", "beta1", "beta2")),
         ({"weight_decay": float("nan")}, ("weight_decay", "nan", "finite")),
-        ({"dtype": "bf16"}, ("dtype", "'bf16'", "float32", "did you mean bfloat16?")),
         ({"gelu": "exact"}, ("gelu", "'exact'", "auto | erf | tanh")),
         ({"device": "cuda:x"}, ("device", "'cuda:x'", "cuda:N")),
-        ({"out_dir": ""}, ("out_dir", "''")),
+        *(({name: ""}, (f"{name}: got ''",)) for name in ("out_dir", "dataset", "init_from")),
         ({"batch_size": "12"}, ("batch_size", "'12'", "int")),
-        ({"compile": 1}, ("compile", "1", "bool")),
         # absurd sizes, refused at once
         ({"batch_size": 10**9}, ("batch_size", "got 1024000000000 tokens in a step", "at most 268435456")),
         ({"gradient_accumulation_steps": 10**9}, ("gradient_accumulation_steps", "below 1048576")),
         ({"gradient_accumulation_steps": 10**6}, ("gradient_accumulation_steps", "tokens in a step")),
         ({"eval_iters": 10**9}, ("eval_iters: got 1000000000", "below 10000000")),
-        ({"block_size": 10**18}, ("block_size", "tokens in a step")),
         ({"n_layer": 10**6}, ("n_layer: got 1000000", "below 1025")),
         ({"n_embd": 2 * 10**9, "n_head": 1}, ("n_embd: got 2000000000", "below 131072")),
     ],
@@ -70,35 +64,20 @@ def test_an_impossible_value_is_refused(change, expected):
     assert all(part in str(caught.value) for part in expected), caught.value
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"learning_rate": 3e-5},  # below min_lr: the rate rises, as in nanoGPT
-        {"warmup_iters": 10, "lr_decay_iters": 10},
-        {"warmup_iters": 11, "lr_decay_iters": 10},
-        {"learning_rate": 0.0},
-        {"learning_rate": 1e38},
-        {"device": "cuda:1"},
-        {"keep_checkpoints": 10**9},
-    ],
-    ids=str,
-)
-def test_an_odd_but_possible_value_is_allowed(change):
-    validate(TrainConfig(**change))
+def test_an_odd_but_possible_value_is_allowed():
+    validate(TrainConfig(learning_rate=3e-5, device="cuda:1"))  # below min_lr: the rate rises, as in nanoGPT
+    validate(TrainConfig(warmup_iters=11, lr_decay_iters=10, learning_rate=0.0, keep_checkpoints=10**9))
+    validate(TrainConfig(batch_size=2**18, block_size=1024, learning_rate=1e38, weight_decay=0.0))
 
 
 # How settings are put together
 
 
 def test_the_default_job_is_sized_for_the_machine():
-    for argv in ([], ["--compile", "--seed=3"]):
-        cpu, gpu = (choose_base(parse(argv), gpu=gpu) for gpu in (False, True))
-        assert (cpu.settings, gpu.settings) == (preset("docs_cpu"), preset("docs"))
-        assert cpu.why.startswith("preset docs_cpu: ")
-        assert cpu.why.endswith("is a CPU")
-        assert gpu.why.startswith("preset docs: ")
-    assert compose(parse(["--compile"]), cpu.settings).compile
-    assert compose(parse([]), cpu.settings).n_embd == 128
+    cpu, gpu = (choose_base(parse(["--seed=3"]), gpu=gpu) for gpu in (False, True))
+    assert (cpu.settings, gpu.settings) == (preset("docs_cpu"), preset("docs"))
+    assert cpu.why == "preset docs_cpu: no preset was named, and the device is a CPU"
+    assert gpu.why.startswith("preset docs: ")
 
 
 @pytest.mark.parametrize(
@@ -117,12 +96,10 @@ def test_a_resumed_run_goes_on_with_its_own_settings():
     assert config == TrainConfig(n_layer=2, seed=7, learning_rate=1e-2, init_from="resume", max_iters=5)
 
 
-def test_compose_puts_the_named_settings_over_the_base():
+def test_compose_puts_the_named_settings_over_the_base_and_checks_both():
     base = {"batch_size": 3, "seed": 9}
     assert compose(Parsed(settings={"batch_size": 5}), base) == TrainConfig(batch_size=5, seed=9)
-    for named, below, message in (
-        ({}, {"batch_size": "5"}, "batch_size: got '5'"),
-        ({"n_head": 5}, base, "multiple of n_head"),
-    ):
-        with pytest.raises(UserError, match=message):
-            compose(Parsed(settings=named), below)
+    with pytest.raises(UserError, match="batch_size: got '5'"):
+        compose(Parsed(), {"batch_size": "5"})
+    with pytest.raises(UserError, match="multiple of n_head"):
+        compose(Parsed(settings={"n_head": 5}), base)

@@ -1,6 +1,7 @@
 """A step on shapes, compared with the real step: memory and launches."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from tests.model.held import allocated
 from train.data import Batch
 from train.dryrun import DryRun, Job, build, dry_run
 
-BFLOAT16 = torch.bfloat16
-GPT2 = GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=False, dropout=0.0)
+# GPT-2's widths, in three blocks
+LARGE = Job(GPTConfig(1024, 50304, n_layer=3, n_head=12, n_embd=768, bias=False, dropout=0.0), 512, FUSED)
+M, C, H, L, V, T = 512 * 1024, 768, 12, 3, 50304, 1024
 on_a_cpu = pytest.mark.skipif(not INTERPRETED, reason="a GPU's memory is measured in tests/train/test_gpu.py")
 
 
@@ -34,8 +36,9 @@ def peak(job: Job) -> int:
 
 def scratch(job: Job) -> int:
     """The most bytes that this CPU takes for a moment inside a product of the MLP, unseen by a recorder."""
-    M, C = job.batch_size * job.shape.block_size, job.shape.n_embd
-    x, weight, y = (torch.ones(size, dtype=job.dtype) for size in ((M, C), (4 * C, C), (M, 4 * C)))
+    rows, width = job.batch_size * job.shape.block_size, job.shape.n_embd
+    sizes = (rows, width), (4 * width, width), (rows, 4 * width)
+    x, weight, y = (torch.ones(size, dtype=job.dtype) for size in sizes)
     products = (lambda: x @ weight.t()), (lambda: y @ weight), (lambda: y.t() @ x)
     return max(allocated(product) - product().nbytes for product in products)
 
@@ -46,15 +49,14 @@ def beyond_state(run: DryRun) -> int:
 
 @on_a_cpu
 @pytest.mark.parametrize(
-    ("ops", "dtype", "vocab_size", "dropout"),  # 512: the peak is in the head; 64: in the last block
+    ("ops", "dtype", "vocab_size", "dropout", "recompute"),  # 512: the peak is in the head; 64: in the last block
     [
-        (REFERENCE, torch.float32, 512, 0.0),
-        (REFERENCE, BFLOAT16, 64, 0.2),
-        pytest.param(FUSED, torch.float32, 64, 0.2, marks=pytest.mark.slow),  # the interpreter is slow
+        (REFERENCE, torch.float32, 512, 0.0, "none"),
+        *((REFERENCE, torch.bfloat16, 64, 0.2, mode) for mode in MODES),
+        *(pytest.param(FUSED, torch.float32, 64, 0.2, mode, marks=pytest.mark.slow) for mode in MODES),  # interpreted
     ],
 )
-@pytest.mark.parametrize("recompute", MODES)
-def test_what_a_step_holds(recompute: str, ops: Ops, dtype: torch.dtype, vocab_size: int, dropout: float) -> None:
+def test_what_a_step_holds(ops: Ops, dtype: torch.dtype, vocab_size: int, dropout: float, recompute: str) -> None:
     shape = GPTConfig(block_size=64, vocab_size=vocab_size, n_layer=2, n_head=4, n_embd=64, bias=False, dropout=dropout)
     job = Job(shape, 4, ops, dtype=dtype, recompute=recompute, on="cpu")
     held = peak(job)
@@ -76,40 +78,37 @@ def test_the_state() -> None:
     assert summed["gradients"] == 4 * n
 
 
-def test_gpt2_on_a_gpu_by_hand() -> None:
+@pytest.fixture(scope="module")
+def large() -> DryRun:
+    return dry_run(LARGE)
+
+
+def test_memory_on_a_gpu_by_hand(large: DryRun) -> None:
     """Kept per block and token: 32 bytes per channel (16 of 2), 16 of statistics, 4 per head."""
-    M, C = 32 * 1024, 768
-    kept = 12 * (32 * M * C + 16 * M + 4 * M * 12) + (2 + 2) * M * C + 8 * M
-    run = dry_run(Job(GPT2, 32, FUSED))
-    assert run.memory["logits"] == 2 * M * 50304
-    assert run.memory["activations"] == pytest.approx(kept, rel=1e-3)
-    assert run.memory["workspace"] == pytest.approx(2 * M * C + 2 * 2**25, rel=1e-3)
+    kept = L * (32 * M * C + 16 * M + 4 * M * H) + (2 + 2) * M * C + 8 * M
+    assert large.memory["logits"] == 2 * M * V
+    assert large.memory["activations"] == pytest.approx(kept, rel=1e-3)
+    assert large.memory["workspace"] == pytest.approx(2 * M * C + 2 * 2**25, rel=1e-3)
 
 
-def test_a_shard_holds_its_share_of_the_state() -> None:
-    whole, share = (dry_run(Job(GPT2, 4, FUSED, shards=shards)).memory for shards in (1, 8))
-    assert share["moments"] == pytest.approx(whole["moments"] / 8, rel=1e-4)
-    assert share["activations"] == whole["activations"]
-
-
-def test_a_dry_run_draws_no_random_numbers_and_takes_no_memory() -> None:
-    before = torch.get_rng_state()
-    assert dry_run(Job(GPT2, 512, FUSED)).total > 100e9
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_every_matmul_is_seen() -> None:
+def test_every_matmul_is_seen(large: DryRun) -> None:
     """6 FLOPs per weight and token, except for embeddings that are looked up. Attention counts its causal half."""
-    M, C, L, V, T = 32 * 1024, 768, 12, 50304, 1024
     linear = 6 * M * (12 * C * C * L + V * C)
-    run = dry_run(Job(GPT2, 32, FUSED))
-    assert sum(call.flops for call in run.micro_step) == linear + 7 * M * T * C * L
-    names = Counter(call.name for call in run.micro_step)
+    assert sum(call.flops for call in large.micro_step) == linear + 7 * M * T * C * L
+    names = Counter(call.name for call in large.micro_step)
     assert names["mm"] == 3 * (4 * L + 1)
     assert names["triton:gelu_fwd_kernel"] == L
 
 
-def test_chunks_hold_fewer_logits_and_launch_more() -> None:
-    whole, chunked = dry_run(Job(GPT2, 8, FUSED)), dry_run(Job(GPT2, 8, FUSED, loss_chunk=1024))
-    assert chunked.memory["logits"] == whole.memory["logits"] // 8
-    assert len(chunked.micro_step) > len(whole.micro_step)
+def test_a_shard_holds_its_share_of_the_state(large: DryRun) -> None:
+    share = dry_run(replace(LARGE, shards=8)).memory
+    assert share["moments"] == pytest.approx(large.memory["moments"] / 8, rel=1e-4)
+    assert share["activations"] == large.memory["activations"]
+
+
+def test_chunks_hold_fewer_logits_and_launch_more_and_no_random_number_is_drawn(large: DryRun) -> None:
+    before = torch.get_rng_state()
+    chunked = dry_run(replace(LARGE, loss_chunk=M // 8))
+    assert chunked.memory["logits"] == large.memory["logits"] // 8
+    assert len(chunked.micro_step) > len(large.micro_step)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -4,10 +4,10 @@ import errno
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.train.jobs import ROOT
 from train.errors import MAX_LINE, UserError, ending, first_line, safe, shown
 
 EVIL = "a\nb\r\x1b[31m\x9b\u202e\udc80"
@@ -16,8 +16,7 @@ ESCAPED = r"a\nb\r\x1b[31m\x9b\u202e\udc80"
 
 @pytest.mark.parametrize("say", [lambda text: str(UserError(text)), first_line, lambda text: shown(text)[1:-1]])
 def test_a_message_is_one_line_that_does_nothing_to_a_terminal(say):
-    said = say(EVIL)
-    assert said == (ESCAPED if say is not first_line else "a")
+    assert say(EVIL) == (ESCAPED if say is not first_line else "a")
     for long in ("x" * 5000, "\x1b" * 5000):
         assert say(long).isprintable()
         assert len(say(long)) <= MAX_LINE + 5
@@ -44,8 +43,7 @@ def test_a_text_keeps_its_lines():
 def test_a_command_says_that_its_folder_was_deleted(tmp_path):
     (tmp_path / "gone").mkdir()
     start = "import os; from train.commands import main; os.rmdir(os.getcwd()); main()"
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    argv = [sys.executable, "-c", start, "train"]
+    argv, env = [sys.executable, "-c", start, "train"], os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(argv, cwd=tmp_path / "gone", env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: the current folder was deleted; cd to one that exists\n")
 

@@ -43,36 +43,25 @@ def no_accelerator(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize("row", DATA_SHEETS, ids=lambda row: row.name)
-def test_a_row_is_plausible(row):
+def test_every_data_sheet_is_plausible():
     """Finds sparse figures, wrong columns and wrong digits. Tensor cores double their rate at half the bits."""
-    assert row.source
-    assert 200 < row.bandwidth < 10_000
-    assert 1.9 < row.bf16 / row.tf32 < 2.1
-    assert 20 < row.bf16 * 1000 / row.bandwidth < 450  # FLOPs per byte
+    for sheet in DATA_SHEETS:
+        assert sheet.source
+        assert 200 < sheet.bandwidth < 10_000, sheet
+        assert 1.9 < sheet.bf16 / sheet.tf32 < 2.1, sheet
+        assert 20 < sheet.bf16 * 1000 / sheet.bandwidth < 450, sheet  # FLOPs per byte
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [(torch.bfloat16, ("bf16", 989)), (torch.float16, ("fp16", 989)), (torch.float32, ("tf32", 495))],
+    ("dtype", "column", "tflops"),
+    [(torch.bfloat16, "bf16", 989), (torch.float16, "fp16", 989), (torch.float32, "tf32", 495)],
 )
-def test_peak_of_a_known_device(cuda, dtype, expected):
+def test_peak_of_a_known_device(cuda, dtype, column, tflops):
     cuda()
-    peak = peak_flops(CUDA, dtype)
-    column, tflops = expected
-    assert (peak.flops, peak.source) == (tflops * 1e12, f"NVIDIA H100 data sheet, SXM, dense {column}")
+    assert peak_flops(CUDA, dtype) == Peak(tflops * 1e12, f"NVIDIA H100 data sheet, SXM, dense {column}")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "NVIDIA GeForce RTX 4090 Laptop GPU",
-        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
-        "NVIDIA H100",  # SXM or PCIe: the name does not say
-        "Tesla T4",
-        "",
-    ],
-)
+@pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100"])  # SXM or PCIe: it does not say
 def test_a_device_that_the_table_lacks_is_measured(cuda, monkeypatch, name):
     cuda(name)
     monkeypatch.setattr(hardware, "measure_flops", lambda device, dtype: 5e12)
@@ -81,8 +70,8 @@ def test_a_device_that_the_table_lacks_is_measured(cuda, monkeypatch, name):
 
 def test_a_run_on_cuda_takes_tf32_so_that_inductor_can_still_ask(cuda):
     before = torch.get_float32_matmul_precision()
+    cuda()
     try:
-        cuda()
         hardware.use_device(CUDA)
         assert torch.get_float32_matmul_precision() == "high"
         assert torch.backends.cuda.matmul.allow_tf32
@@ -105,14 +94,14 @@ def test_a_copy_counts_what_is_read_and_what_is_written(monkeypatch):
     assert measure_bandwidth(CPU, budget=20, size=4096) == 2 * 4096 / 2
 
 
-def test_resolve_device_without_an_accelerator(no_accelerator):
+def test_devices_without_an_accelerator(no_accelerator):
     assert resolve_device("auto") == resolve_device("cpu") == CPU
-    for name in ("cuda", "cuda:0", "mps", "tpu", "cuda:x", ""):
+    for name in ("cuda", "mps", ""):
         with pytest.raises(UserError, match=f"device: got '{name}', expected one of: auto, cpu$"):
             resolve_device(name)
 
 
-def test_resolve_device_with_two_gpus(cuda):
+def test_devices_with_two_gpus(cuda):
     cuda(count=2)
     assert resolve_device("auto") == resolve_device("cuda") == CUDA
     assert resolve_device("cuda:1") == torch.device("cuda:1")
@@ -121,7 +110,7 @@ def test_resolve_device_with_two_gpus(cuda):
         resolve_device("cuda:2")
 
 
-def test_resolve_device_on_a_mac(no_accelerator, monkeypatch):
+def test_device_and_dtype_of_a_mac(no_accelerator, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert resolve_device("auto") == resolve_device("mps") == torch.device("mps")
     assert resolve_dtype("auto", torch.device("mps")) == torch.float32
@@ -144,9 +133,8 @@ def test_dtypes_of_cpus(monkeypatch, fast):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert resolve_dtype("auto", CPU) == (torch.bfloat16 if fast else torch.float32)
     assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
-    for name in ("float16", "float64", "bf16"):
-        with pytest.raises(UserError, match=f"dtype: got '{name}', expected one of: auto, .*float32"):
-            resolve_dtype(name, CPU)
+    with pytest.raises(UserError, match=r"dtype: got 'float16', expected one of: auto, .*float32"):
+        resolve_dtype("float16", CPU)
 
 
 @pytest.mark.parametrize(

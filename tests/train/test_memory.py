@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 import re
-import types
-from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,17 +14,13 @@ from kernels import FUSED, REFERENCE
 from model import GPTConfig
 from tests.train.runs import refusal, resume, run
 from train import memory, plan
-from train.dryrun import DryRun, Job, dry_run
+from train.dryrun import Job, dry_run
 from train.errors import UserError
 from train.memory import advice, check_memory, free_memory
 
 WIDE = Job(GPTConfig(1024, 320, n_layer=2, n_head=2, n_embd=128), 8, FUSED, accumulation=5, several=True)
 LARGE = Job(GPTConfig(64, 320, n_layer=2, n_head=8, n_embd=512), 4, FUSED, several=True)  # a large state
 JOB = dict(batch_size=8, block_size=64, n_embd=64)
-
-
-def with_room(monkeypatch: pytest.MonkeyPatch, room: int | None) -> None:
-    monkeypatch.setattr(plan, "free_memory", lambda device: room)
 
 
 def test_what_is_free(tmp_path: Path) -> None:
@@ -38,14 +33,11 @@ def test_what_is_free(tmp_path: Path) -> None:
     assert free_memory(torch.device("mps"), meminfo) is None
 
 
-@pytest.fixture(scope="module")
-def kept() -> Callable[[Job], DryRun]:
-    return functools.cache(dry_run)
+kept = functools.cache(dry_run)  # on shapes, the same job gives the same numbers; each takes half a second
 
 
 @pytest.fixture(autouse=True)
-def no_job_is_run_twice(kept: Callable[[Job], DryRun], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On shapes, the same job gives the same numbers; each takes half a second."""
+def no_job_is_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "dry_run", kept)
 
 
@@ -61,28 +53,23 @@ def no_job_is_run_twice(kept: Callable[[Job], DryRun], monkeypatch: pytest.Monke
         (LARGE, dict(shards=8), 1, "not even --batch_size=1 --recompute=block fits"),
     ],
 )
-def test_the_cheapest_change_that_fits(kept, job: Job, changes: dict, ranks: int, text: str) -> None:
+def test_the_cheapest_change_that_fits(job: Job, changes: dict, ranks: int, text: str) -> None:
     """The room is what the step takes with these changes. The message gives the accumulation of all ranks."""
     assert advice(job, kept(dataclasses.replace(job, **changes)).total, ranks) == text
 
 
 def test_advice_for_an_absurd_size_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-
-    def counted(job: Job) -> types.SimpleNamespace:
-        sizes.append(job.batch_size)
-        return types.SimpleNamespace(total=job.batch_size)
-
-    monkeypatch.setattr(memory, "dry_run", counted)
+    dry = mock.Mock(side_effect=lambda job: mock.Mock(total=job.batch_size))
+    monkeypatch.setattr(memory, "dry_run", dry)
     text = advice(dataclasses.replace(WIDE, batch_size=2**26 * 3), 10, 1)
     assert text == "--batch_size=8 --gradient_accumulation_steps=125829120 fits"
-    assert len(sizes) < 20
+    assert dry.call_count < 20
 
 
 def test_a_run_that_does_not_fit_takes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    with_room(monkeypatch, 2_000_000)
+    monkeypatch.setattr(plan, "free_memory", lambda device: 2_000_000)
     with monkeypatch.context() as patch:
         patch.setattr(command, "make_state", None)  # nothing is built
         message = refusal(run, tmp_path / "out", **JOB)
@@ -100,7 +87,7 @@ def test_a_run_that_does_not_fit_takes_nothing(
     assert len(re.findall(line, capsys.readouterr().out, re.MULTILINE)) == 1
 
 
-def test_on_a_cpu_the_weights_of_a_checkpoint_are_there_already(kept) -> None:
+def test_on_a_cpu_the_weights_of_a_checkpoint_are_there_already() -> None:
     job = Job(GPTConfig(vocab_size=50, block_size=64, n_layer=1, n_head=2, n_embd=64), 8, REFERENCE, on="cpu")
     run = kept(job)
     for resumed, least in ((False, run.total), (True, run.total - run.memory["weights"])):
@@ -111,28 +98,18 @@ def test_on_a_cpu_the_weights_of_a_checkpoint_are_there_already(kept) -> None:
 
 
 def test_resumed_with_another_mode(tmp_path: Path) -> None:
-    """Recomputation may change on resume, so that a run which needs too much memory can go on with less."""
+    """So a run that needs too much memory can go on with less."""
     modes = []
-    run(
-        tmp_path / "out",
-        at={0: lambda step: modes.append(step.model.transformer.h[0].recompute)},
-        recompute="mlp",
-        max_iters=4,
-    )
-    resume(tmp_path / "out", at={0: lambda step: modes.append(step.model.transformer.h[0].recompute)}, max_iters=6)
-    resume(
-        tmp_path / "out",
-        at={0: lambda step: modes.append(step.model.transformer.h[0].recompute)},
-        recompute="block",
-        max_iters=8,
-    )
-    assert modes == ["mlp", "mlp", "block"]
+    note = {0: lambda step: modes.append(step.model.transformer.h[0].recompute)}
+    run(tmp_path / "out", at=note, recompute="mlp", max_iters=1)
+    resume(tmp_path / "out", at=note, recompute="block", max_iters=2)
+    assert modes == ["mlp", "block"]
 
 
 def test_an_evaluation_alone_needs_no_room_to_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    with_room(monkeypatch, 0)
+    monkeypatch.setattr(plan, "free_memory", lambda device: 0)
     monkeypatch.setattr(torch, "compile", None)
     assert run(tmp_path / "out", eval_only=True, compile=True) == 0
     out = capsys.readouterr().out

@@ -1,6 +1,5 @@
 """The command line: every spelling of a setting, the order of arguments, refusals, help."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -10,70 +9,54 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.train.jobs import ROOT
 from train.config import TrainConfig, compose, parse, preset
 from train.errors import UserError
-from train.settings import PRESETS, command_line, preset_summary, setting, settings_of
+from train.sample import SampleConfig
+from train.settings import PRESETS, command_line, preset_summary, settings_of
 
-ROOT = Path(__file__).parents[2]
 FIELDS = settings_of(TrainConfig)
-
-
-def refused(argv: list[str]) -> str:
-    """The error line for `argv`."""
-    with pytest.raises(UserError) as caught:
-        compose(parse(argv), {})
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def values(field: dataclasses.Field) -> st.SearchStrategy:
-    """Values of a setting's type that a command line can hold."""
-    if field.metadata["choices"]:
-        return st.sampled_from(field.metadata["choices"])
-    kinds = {
-        bool: st.booleans(),
-        int: st.integers(-(2**63), 2**63 - 1),
-        float: st.floats(allow_nan=False, allow_infinity=False),
-        str: st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
-    }
-    if field.metadata["path"]:
-        return kinds[str].filter(lambda name: not name.startswith("~"))
-    return kinds[type(field.default)]
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
+KINDS = {
+    bool: st.booleans(),
+    int: st.integers(-(2**63), 2**63 - 1),
+    float: st.floats(allow_nan=False, allow_infinity=False),
+    str: TEXT.filter(lambda text: not text.startswith("~")),
+}
 
 
 @st.composite
 def spelled(draw) -> tuple[dict, list[str]]:
-    """Settings, and one way to write them on a command line."""
-    wanted = draw(st.fixed_dictionaries({}, optional={name: values(field) for name, field in FIELDS.items()}))
-    argv = []
-    for name in draw(st.permutations(sorted(wanted))):
-        value, key = wanted[name], draw(st.sampled_from([name, name.replace("_", "-")]))
-        text = draw(st.sampled_from([repr(value), str(value)]))
-        if isinstance(value, str) and value[:1] in ("'", '"'):
-            text = repr(value)  # text that begins with a quote must be quoted
-        ways = [[f"--{key}={text}"]]
-        if not text.startswith("--") and not FIELDS[name].metadata["bare"]:
-            ways.append([f"--{key}", text])
-        if isinstance(value, bool):
-            ways += [[f"--{key}={text.lower()}"], [f"--{key}" if value else f"--no-{key}"]]
-        argv += draw(st.sampled_from(ways))
-    return wanted, argv
+    """A setting with a value, and one way to write it on a command line."""
+    name, field = draw(st.sampled_from(list(FIELDS.items())))
+    choices = field.metadata["choices"]
+    value = draw(st.sampled_from(choices) if choices else KINDS[type(field.default)])
+    key, text = draw(st.sampled_from([name, name.replace("_", "-")])), draw(st.sampled_from([repr(value), str(value)]))
+    if isinstance(value, str) and value[:1] in ("'", '"'):
+        text = repr(value)  # text that begins with a quote must be quoted
+    ways = [[f"--{key}={text}"]]
+    if not text.startswith("--") and not field.metadata["bare"]:
+        ways.append([f"--{key}", text])
+    if isinstance(value, bool):
+        ways += [[f"--{key}={text.lower()}"], [f"--{key}" if value else f"--no-{key}"]]
+    return {name: value}, draw(st.sampled_from(ways))
 
 
 @given(spelled())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=200, deadline=None)
 @example(({"learning_rate": 1.0}, ["--learning_rate=1"]))
 @example(({"max_iters": 600000}, ["--max_iters=600_000"]))
 @example(({"max_iters": 100000}, ["--max_iters=1e5"]))
 @example(({"learning_rate": -1e-3}, ["--learning-rate", "-1e-3"]))
 @example(({"wandb_run_name": "a=b"}, ["--wandb_run_name=a=b"]))
 @example(({"wandb_run_name": "5"}, ["--wandb_run_name=5"]))
-@example(({"wandb_run_name": "a"}, ["--wandb_run_name", "'a'"]))
 @example(({"wandb_run_name": "'a', 'b'"}, ["--wandb_run_name='a', 'b'"]))
-@example(({"wandb_run_name": " 'a'"}, ["--wandb_run_name= 'a'"]))
 @example(({"wandb_run_name": "'a"}, ["--wandb_run_name='a"]))
 @example(({"compile": True}, ["--no-compile", "--compile"]))
 @example(({"batch_size": 3}, ["--batch_size=2", "--batch-size", "3"]))
+@example(({"rehearse": "auto"}, ["--rehearse"]))
+@example(({"rehearse": "auto", "seed": 1}, ["--rehearse", "--seed=1"]))
+@example(({"rehearse": "h100", "seed": 1}, ["--rehearse", "h100", "--seed=1"]))
 def test_every_spelling_gives_the_value_back(case):
     wanted, argv = case
     parsed = parse(argv)
@@ -97,18 +80,17 @@ def test_any_command_line_is_read_or_refused_in_one_line(argv):
         ("--batch_siz=1", ("'batch_siz'", "did you mean batch_size?")),
         ("--no-batch_size", ("--no-batch_size", "no switch")),
         ("--no-compile=True", ("no_compile",)),
-        ("--max_iters=1.5e0", ("max_iters", "1.5 (float)", "int")),
         ("--batch_size=5*8", ("batch_size", "'5*8'", "int")),
         ("--batch_size", ("batch_size", "no value", "--batch_size=12")),
         ("--seed=0x" + "f" * 6000, ("seed", "64 bits")),
         ("--learning_rate=" + "1+" * 100000 + "1", ("learning_rate", "float")),
-        ("--learning_rate=fast", ("learning_rate", "'fast' (str)", "float")),
         ("--learning_rate=1e999", ("learning_rate", "inf", "finite")),
+        ("--min_lr=1" + "0" * 400, ("min_lr", "too large")),
         ("--compile=1", ("compile", "1 (int)", "bool")),
+        ("--dtype=bf16", ("dtype: got 'bf16', expected auto | float32", "did you mean bfloat16?")),
         ("-batch_size=3", ("two dashes",)),
         ("batch_size=3", ("--batch_size=3",)),
         ("config/train_shakespeare_char.py", ("did you mean shakespeare_char?",)),
-        ("shakespeare-char", ("did you mean shakespeare_char?",)),
         ("wibble", ("'wibble'", "the presets are", "docs_cpu")),
         ("tests", ("'tests'", "not a regular file")),
     ],
@@ -116,8 +98,11 @@ def test_any_command_line_is_read_or_refused_in_one_line(argv):
 )
 def test_a_wrong_argument_is_refused_with_a_hint(argument, expected, monkeypatch):
     monkeypatch.chdir(ROOT)
-    line = refused([argument])
+    with pytest.raises(UserError) as caught:
+        compose(parse([argument]), {})
+    line = str(caught.value)
     assert all(part in line for part in expected), line
+    assert "\n" not in line
     assert len(line) < 300
 
 
@@ -140,65 +125,36 @@ def test_presets_files_and_overrides_apply_in_argv_order(tmp_path):
     parsed = parse(["--batch_size=3", "--seed=5", "shakespeare_char", str(mine), "--learning_rate=1", "--max_iters=11"])
     assert parsed.sources == ["shakespeare_char", str(mine)]
     named = {"seed": 5, "batch_size": 7, "max_iters": 11, "n_layer": 6, "learning_rate": 1.0}
-    read = {
-        "lr_decay_iters": preset("shakespeare_char")["max_iters"],
-        "min_lr": 1e-4,
-    }  # by the file, of what was before
+    read = {"lr_decay_iters": preset("shakespeare_char")["max_iters"], "min_lr": 1e-4}  # from what was said before
     assert {name: parsed.settings[name] for name in named | read} == named | read
 
 
-def test_a_preset_wins_over_a_folder_or_file_of_its_name(tmp_path, monkeypatch):
+def test_a_preset_wins_over_a_file_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("docs").mkdir()
     Path("gpt2").write_text("batch_size = 1\n")
-    assert parse(["docs"]).settings == preset("docs")
-    assert parse(["gpt2"]).settings == preset("gpt2")
+    assert parse(["--rehearse", "gpt2"]).settings == preset("gpt2") | {"rehearse": "auto"}
     assert parse(["./gpt2"]).settings == {"batch_size": 1}
 
 
-@dataclasses.dataclass(frozen=True)
-class Other:
-    """The settings of another command."""
+def test_another_command_has_its_own_settings_files_and_help(capsys):
+    def read(*argv: str, **options) -> tuple[SampleConfig, list[str]]:
+        return command_line(SampleConfig, list(argv), "python -m other", "About it.", **options)
 
-    start: str = setting("\n", "prompt", group="text")
-    top_k: int = setting(200, "likeliest tokens kept", low=0)
-    check: str = setting("", "a device that is not there", choices=("", "auto", "h100"), bare="auto")
-
-
-@pytest.mark.parametrize(
-    ("argv", "expected", "files"),
-    [
-        (["--start=To be"], Other(start="To be"), []),
-        (["a", "b"], Other(), ["a", "b"]),
-        (["--check"], Other(check="auto"), []),  # a setting that may stand alone
-        (["--check", "gpt2"], Other(check="auto"), ["gpt2"]),
-        (["--check", "h100", "gpt2"], Other(check="h100"), ["gpt2"]),
-        (["--check=h100"], Other(check="h100"), []),
-        (["--check", "--top_k=1"], Other(check="auto", top_k=1), []),
-    ],
-)
-def test_another_command_declares_its_own_settings(argv, expected, files):
-    assert command_line(Other, argv, "prog", "About.", positional="FILE ...") == (expected, files)
-
-
-def test_another_command_refuses_and_helps(capsys):
-    for argv, message in (
-        (["gpt2"], "not a setting"),
-        (["--batch_size=1"], "unknown setting 'batch_size'"),
-        (["--top_k=-1"], "top_k: got -1, expected at least 0"),
+    assert read("--top_k=1", "a", "b", positional="FILE ...") == (SampleConfig(top_k=1), ["a", "b"])
+    for argument, message in (
+        ("gpt2", "not a setting"),
+        ("--batch_size=1", "unknown setting 'batch_size'"),
+        ("--num_samples=0", "num_samples: got 0, expected at least 1"),
     ):
         with pytest.raises(UserError, match=message):
-            command_line(Other, argv, "prog", "About.")
+            read(argument)
     with pytest.raises(SystemExit) as ended:
-        command_line(Other, ["--help"], "python -m train.sample", "Sample text.")
+        read("--help")
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert "usage: python -m train.sample [--key=value ...]" in text
+    assert text.startswith("usage: python -m other [--key=value ...]\n\nAbout it.\n")
     assert "--top_k=200" in text
     assert "presets" not in text
-
-
-# ---- the help
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -208,35 +164,27 @@ def test_help_lists_every_setting_and_preset_on_a_line_of_its_own(flag, capsys):
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     for name, field in FIELDS.items():
-        (line,) = [line for line in lines if line.startswith(f"  --{name}=")]
-        assert line.startswith(f"  --{name}={field.default} ")
+        (line,) = [line for line in lines if line.startswith(f"  --{name}={field.default} ")]
         assert field.metadata["help"] in line
+        group = field.metadata["group"]
+        assert not group or f"{group}:" in lines
     for name in PRESETS:
         assert any(line.split()[:1] == [name] and preset_summary(name) in line for line in lines)
-    headings = ("I/O", "data", "model", "AdamW", "learning rate", "system", "presets")
-    assert all(f"{heading}:" in lines for heading in headings)
 
 
 @pytest.mark.parametrize(
     ("argument", "status", "said"),
     [
         ("--help", 0, "usage: python -m train "),
-        ("--batch_siz=1", 2, "error: unknown setting 'batch_siz' (did you mean"),
         ("--dtype=bf16", 2, "error: dtype: got 'bf16', expected auto | float32 "),
     ],
 )
 def test_help_and_refusals_come_before_torch_is_imported(argument, status, said, tmp_path):
     """Importing torch takes seconds. Here another module named torch comes first, and its import ends the process."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-m", "train", argument],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path},
-        timeout=60,
-        capture_output=True,
-        text=True,
-    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    argv = [sys.executable, "-m", "train", argument]
+    done = subprocess.run(argv, cwd=tmp_path, env=env, timeout=60, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert (done.stdout or done.stderr).startswith(said)
     assert done.stderr.count("\n") == (status != 0)
