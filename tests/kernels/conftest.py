@@ -28,8 +28,8 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory | None:
 @pytest.fixture
 def nan_filled() -> Iterator[None]:
     """torch.empty gives NaN (integers: the largest): a store that was missed shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # as use_deterministic_algorithms, which imports Inductor: seconds
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.set_deterministic_debug_mode(before)

@@ -16,7 +16,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", EPSILON)
-@pytest.mark.parametrize(("T", "p"), [(1, 0.5), (13, 0.0), (13, 0.3), (70, 0.1)])
+@pytest.mark.parametrize(("T", "p"), [(1, 0.5), (13, 0.0), (70, 0.3)])
 def test_attention_is_the_formula_with_the_mask_that_was_drawn(dtype: torch.dtype, T: int, p: float) -> None:
     B, H, Q = 2, 3, 8
     packed, dy = draw(B, T, 3, H, Q, dtype=dtype).requires_grad_(), draw(B, T, H, Q, dtype=dtype)
@@ -36,26 +36,17 @@ def test_attention_is_the_formula_with_the_mask_that_was_drawn(dtype: torch.dtyp
         assert (got.double() - true).abs().max() <= EPSILON[dtype] * true.abs().max()
 
 
-@pytest.mark.parametrize(("B", "T", "H"), [(1, 1, 3), (1, 5, 1)])
-def test_attention_leaves_its_argument_as_it_is(B: int, T: int, H: int) -> None:
-    """Also where q, k and v lie in it as they are wanted."""
-    packed = draw(B, T, 3, H, 8)
-    before = packed.clone()
-    cpu.attention(packed, 0.3)
-    assert torch.equal(packed, before)
-
-
-@pytest.mark.parametrize("shape", [(0,), (1,), (3,), (5, 7)])
 @pytest.mark.parametrize("dtype", EPSILON)
-def test_a_mask_depends_on_torchs_seed_alone(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_a_mask_depends_on_torchs_seed_alone(dtype: torch.dtype) -> None:
     masks = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        masks.append(cpu.random_mask(torch.empty(2, dtype=dtype), 0.5, (*shape, 64))[0])
-    assert masks[0].shape == (*shape, 64)
+        masks.append(cpu.random_mask(torch.empty(2, dtype=dtype), 0.5, (3, 67))[0])
+    assert masks[0].shape == (3, 67)
     assert masks[0].dtype == dtype
     assert torch.equal(masks[0], masks[1])
-    assert torch.equal(masks[0], masks[2]) == (masks[0].numel() == 0)
+    assert not torch.equal(masks[0], masks[2])
+    assert cpu.random_mask(draw(0, 7), 0.5)[0].shape == (0, 7)
 
 
 def test_compiled_calls_draw_the_masks_of_eager_ones() -> None:
@@ -89,20 +80,3 @@ def test_a_tables_gradients_are_summed_in_float32() -> None:
     x.sum().backward()
     assert table.grad.dtype == torch.bfloat16
     assert table.grad.tolist() == [[0.0] * 4, [1000.0] * 4, [0.0] * 4]
-
-
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_fakes_agree_with_the_operations(p: float) -> None:
-    """opcheck also sees whether an argument is written to, or shares memory with a result."""
-    ops = torch.ops.nanofuse_cpu
-    qkv, dy = draw(3, 4, 5, 4), draw(4, 5, 4)
-    keep, _ = cpu.random_mask(qkv, p, (4, 5, 5)) if p else (None, 1.0)
-    _, *read = ops.attention(qkv, keep)
-    idx, table = torch.ones(2, 5, dtype=torch.int64), draw(3, 4)
-    for op, *arguments in (
-        (ops.attention, qkv, keep),
-        (ops.attention_backward, dy, qkv, *read, keep),
-        (ops.embedding, idx, table),
-        (ops.embedding_backward, draw(2, 5, 4), idx, 3),
-    ):
-        torch.library.opcheck(op.default, tuple(arguments), test_utils=("test_schema", "test_faketensor"))

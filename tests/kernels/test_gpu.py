@@ -3,11 +3,13 @@
 Needs torch, triton, numpy and pytest, nothing else.
 """
 
-import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from kernels import FUSED, add_layer_norm, cross_entropy, reference
 from kernels.cases import CASES, Case, Shape
 from kernels.check import disagreement, fault, in_float64, outputs_and_gradients
 from kernels.launch import INTERPRETED
@@ -78,15 +80,32 @@ def test_one_regime(case: Case, nan_filled: None) -> None:
         test_every_regime(case, shape, dtype, None)
 
 
+def prepared(case: Case, inputs: dict) -> Callable[[], list[torch.Tensor]]:
+    """A run of the case whose kernels are compiled and whose cotangents are there: its outputs and gradients."""
+    cotangents: dict[int, torch.Tensor] = {}
+    leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def run() -> list[torch.Tensor]:
+        returned = case.fused(**inputs)
+        outputs = [o for o in (returned if isinstance(returned, tuple) else (returned,)) if isinstance(o, torch.Tensor)]
+        if not leaves:
+            return outputs
+        differentiable = [o for o in outputs if o.requires_grad]
+        for i, output in enumerate(differentiable):
+            cotangents.setdefault(i, torch.randn_like(output))
+        gradients = torch.autograd.grad(differentiable, leaves, [cotangents[i] for i in range(len(differentiable))])
+        return [o.detach() for o in outputs] + list(gradients)
+
+    run()
+    return run
+
+
 @pytest.mark.parametrize("case", BY_NAME)
 def test_the_host_never_waits_for_the_device(case: Case) -> None:
-    inputs = case.make_inputs(case.shapes[0], torch.bfloat16, CUDA)
-    outputs_and_gradients(case.fused, inputs)  # compiles
-    cotangents: dict[int, torch.Tensor] = {}
-    _with_fixed_cotangents(case, inputs, cotangents)
+    run = prepared(case, case.make_inputs(case.shapes[0], torch.bfloat16, CUDA))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        _with_fixed_cotangents(case, inputs, cotangents)
+        run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -100,52 +119,35 @@ def test_compiled(case: Case) -> None:
     assert not disagreement(got, eager, eager)
 
 
+def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """What run launches as a graph, and the results that each replay overwrites."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        run()  # compiles the kernels, fills the caches
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=side):
+        results = run()
+    return graph, results
+
+
 @pytest.mark.parametrize("case", BY_NAME)
 def test_captured_in_a_graph(case: Case) -> None:
     """Replayed on other values, the graph gives what an eager call gives."""
     inputs = case.make_inputs(case.shapes[-1], torch.bfloat16, CUDA)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        outputs_and_gradients(case.fused, inputs)  # compiles the kernels, fills the caches
-    torch.cuda.synchronize()
-    cotangents: dict[int, torch.Tensor] = {}
-    graph = torch.cuda.CUDAGraph()
-    run = functools.partial(_with_fixed_cotangents, case, inputs, cotangents)
-    run()
-    before = {n: x.detach().clone() for n, x in inputs.items() if isinstance(x, torch.Tensor)}
-    with torch.cuda.graph(graph, stream=side):
-        captured = run()
+    run = prepared(case, inputs)
+    graph, results = captured(run)
     with torch.no_grad():
-        for name, x in inputs.items():
-            if isinstance(x, torch.Tensor):
-                x.copy_(before[name].flip(0) if x.requires_grad else before[name])
-    state = {n: x.detach().clone() for n, x in inputs.items() if isinstance(x, torch.Tensor)}
+        for x in inputs.values():
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                x.copy_(x.flip(0))
     graph.replay()
     torch.cuda.synchronize()
-    got = [x.clone() for x in captured]
-    with torch.no_grad():
-        for name, x in state.items():  # what the kernel changed in place, as it was
-            inputs[name].copy_(x)
+    got = [x.clone() for x in results]
     for one, other in zip(got, run(), strict=True):
         assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
-def _with_fixed_cotangents(case: Case, inputs: dict, cotangents: dict[int, torch.Tensor]) -> list[torch.Tensor]:
-    returned = case.fused(**inputs)
-    outputs = [o for o in (returned if isinstance(returned, tuple) else (returned,)) if isinstance(o, torch.Tensor)]
-    leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-    if not leaves:
-        return outputs
-    differentiable = [o for o in outputs if o.requires_grad]
-    for i, output in enumerate(differentiable):
-        cotangents.setdefault(i, torch.randn_like(output))
-    gradients = torch.autograd.grad(differentiable, leaves, [cotangents[i] for i in range(len(differentiable))])
-    return [o.detach() for o in outputs] + list(gradients)
-
-
 def test_dropout_masks_are_new_at_every_replay_and_the_same_in_the_backward_pass() -> None:
-    from kernels import add_layer_norm
-
     x, residual = torch.ones(256, 384, device=CUDA, requires_grad=True), torch.zeros(256, 384, device=CUDA)
     weight = torch.ones(384, device=CUDA)
 
@@ -153,13 +155,7 @@ def test_dropout_masks_are_new_at_every_replay_and_the_same_in_the_backward_pass
         stream, _ = add_layer_norm(x, residual, weight, None, torch.bfloat16, 0.2)
         return stream.detach(), *torch.autograd.grad(stream.sum(), x)
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        stream, dx = step()
+    graph, (stream, dx) = captured(step)
     masks = []
     for _ in range(3):
         graph.replay()
@@ -173,8 +169,6 @@ def test_dropout_masks_are_new_at_every_replay_and_the_same_in_the_backward_pass
 
 @pytest.mark.parametrize("V", [50304, 50257])
 def test_more_logits_than_32_bits_count(V: int) -> None:
-    from kernels import cross_entropy
-
     M = 2**31 // V + 700
     assert_room_for(2 * 2 * M * V / 2**30 + 4)
     logits = torch.empty(M, V, dtype=torch.bfloat16, device=CUDA).normal_().requires_grad_()
@@ -189,8 +183,6 @@ def test_more_logits_than_32_bits_count(V: int) -> None:
 
 
 def test_adamw_on_more_elements_than_32_bits_count() -> None:
-    from kernels import FUSED, reference
-
     assert_room_for(36)
     n, options = 2**31 + 5000, dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     grad = torch.full((n,), 2.0**-10, dtype=torch.bfloat16, device=CUDA)
