@@ -8,6 +8,7 @@ such moved weights, and that of the recorded trace. (Eager, with an update tenso
 of threads, the trace is the same to the bit.)
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -111,33 +112,29 @@ def test_the_recorded_logits(name: str) -> None:
     torch.testing.assert_close(logits[-1, -1, -8:], torch.tensor(case["logits_last_last8"]), rtol=2e-5, atol=1e-6)
 
 
-def assert_recorded(name: str, *modes: dict[str, bool], calm: int = CALM) -> None:
-    case = TRACES[name]
-    golden, truth = recorded(case), train(case, dtype=torch.float64)
-    neighbours = [golden, *(train(case, dtype=torch.float64, nudge=seed) for seed in (1, 2, 3))]
+@functools.cache
+def exact(name: str, nudge: int = 0) -> Trace:
+    return train(TRACES[name], dtype=torch.float64, nudge=nudge)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graphed", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", TRACES)
+def test_the_recorded_trace(name: str, mode: str, request: pytest.FixtureRequest) -> None:
+    """Without a GPU, a tape replaces the graph."""
+    if mode == "compiled":
+        request.getfixturevalue("compiler")
+    golden, truth = recorded(TRACES[name]), exact(name)
+    neighbours = [golden, *(exact(name, nudge) for nudge in (1, 2, 3))]
     norms, sums = (
         max(relative(getattr(trace, field), getattr(truth, field)) for trace in neighbours)
         for field in ("grad_norm", "final_abs_sum")
     )
-    for mode in modes:
-        got = train(case, **mode)
-        assert relative(got.loss, golden.loss) < 2e-5
-        assert relative(got.grad_norm[:calm], golden.grad_norm[:calm]) < 2e-5
-        assert relative(got.grad_norm, truth.grad_norm) < max(3 * norms, 2e-5)
-        assert relative(got.final_abs_sum, truth.final_abs_sum) < max(3 * sums, 1e-5)
-
-
-@pytest.mark.parametrize("name", TRACES)
-def test_the_recorded_trace(name: str) -> None:
-    """Eager, and graphed. Without a GPU, a tape replaces the graph."""
-    assert_recorded(name, {}, {"graphed": True})
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("name", TRACES)
-def test_the_recorded_trace_compiled(name: str) -> None:
-    assert_recorded(name, {"compile": True}, calm=1)
+    got = train(TRACES[name], compile=mode == "compiled", graphed=mode == "graphed")
+    calm = 1 if mode == "compiled" else CALM
+    assert relative(got.loss, golden.loss) < 2e-5
+    assert relative(got.grad_norm[:calm], golden.grad_norm[:calm]) < 2e-5
+    assert relative(got.grad_norm, truth.grad_norm) < max(3 * norms, 2e-5)
+    assert relative(got.final_abs_sum, truth.final_abs_sum) < max(3 * sums, 1e-5)
 
 
 @pytest.mark.slow

@@ -1,32 +1,25 @@
 """--profile: a run that shows where its time goes, with the same results as without."""
 
 import json
+import re
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import train.__main__ as command
-from kernels import REFERENCE
-from kernels.launch import INTERPRETED
 from model.pretrained import from_checkpoint
 from model.work import duration, step_work
-from tests.train import test_graph as graphs
 from tests.train.runs import last, logged, poison, refusal, resume, run, send
-from tests.train.tape import tape
 from train.config import TrainConfig
-from train.dryrun import Job
-from train.graph import GraphedStep
 from train.hardware import Ceilings
 from train.plan import choose_graphs
-from train.profile import WINDOW, Floors, ProfiledStep, profiled_iterations, read
+from train.profile import WINDOW, profiled_iterations, read
 
 CEILINGS = Ceilings(flops=1e9, bandwidth=1e8)
 PROFILED = dict(profile=True, eval_interval=50, max_iters=12)
@@ -44,10 +37,6 @@ def trace(out_dir: Path) -> dict:
     return json.loads((out_dir / "trace.json").read_text())
 
 
-def events(out_dir: Path, name: str) -> int:
-    return sum(event["name"] == name for event in trace(out_dir)["traceEvents"])
-
-
 def annotations(out_dir: Path) -> list[str]:
     found = [e for e in trace(out_dir)["traceEvents"] if e.get("cat") == "user_annotation"]
     return [event["name"] for event in sorted(found, key=lambda event: event["ts"])]
@@ -55,14 +44,8 @@ def annotations(out_dir: Path) -> list[str]:
 
 def table(output: str) -> dict[str, list[float]]:
     """row -> its printed numbers."""
-    lines = output.partition("reached\n")[2].splitlines()
-    rows = {}
-    for line in lines[: 1 + next(i for i, line in enumerate(lines) if line.startswith("total"))]:
-        rows[line[:24].strip()] = [float(number.rstrip("%")) for number in line[24:].split()]
-    return rows
-
-
-# Which iterations
+    found = re.findall(r"^(\S.{23})((?: +[\d.]+%?)+)$", output, re.MULTILINE)
+    return {name.strip(): [float(number.rstrip("%")) for number in numbers.split()] for name, numbers in found}
 
 
 @pytest.mark.parametrize(
@@ -73,21 +56,12 @@ def table(output: str) -> dict[str, list[float]]:
         ((0, 100, 5, 1), range(6, 10)),
         ((0, 7, 2000, 1), range(5, 7)),  # fewer in a short run
         ((0, 100, 2000, 20), range(5, 7)),  # fewer if steps are long
+        ((0, 100, 2000, 41), range(5, 6)),
+        ((0, 100, 1, 1), range(0)),  # none where every iteration is evaluated
     ],
 )
 def test_which_iterations(arguments: tuple[int, int, int, int], expected: range) -> None:
     assert profiled_iterations(*arguments) == expected
-
-
-@given(st.integers(0, 50), st.integers(0, 60), st.integers(1, 30), st.integers(1, 50))
-def test_they_lie_in_the_run_between_two_evaluations(first: int, max_iters: int, interval: int, micro: int) -> None:
-    which = profiled_iterations(first, max_iters, interval, micro)
-    assert not any(i % interval == 0 for i in which)
-    assert all(first + 5 <= i < max_iters for i in which)
-    assert len(which) <= 5
-
-
-# A run
 
 
 @pytest.fixture(scope="module")
@@ -110,26 +84,21 @@ def test_a_run_prints_where_its_time_goes(done: tuple[Path, str]) -> None:
     for row in ("matmuls", "LayerNorm forward", "LayerNorm backward", "GELU backward", "optimizer", "idle"):
         assert rows[row][0] > 0, row
     assert sum(row[0] for row in rows.values()) == pytest.approx(total[0], abs=0.001 * len(rows))
-    assert sum(row[1] for row in rows.values()) == pytest.approx(100, abs=0.1 * len(rows))
     config, shape = last(out_dir)["config"], from_checkpoint(last(out_dir)).config
     micro_steps = config["gradient_accumulation_steps"]
     work = step_work(shape, config["batch_size"], accumulation=micro_steps, compute=2, stream=4, gradients=4)
     least = 1e3 * duration(work.items(), CEILINGS.flops, CEILINGS.bandwidth)
     assert total[2] == pytest.approx(least, abs=0.001 * len(rows))
-    assert total[2] == pytest.approx(sum(row[2] for row in rows.values() if len(row) > 2), abs=0.001 * len(rows))
     assert f"trace: {out_dir / 'trace.json'}" in output
-    timeline = read(trace(out_dir), cuda=False)
-    assert sum(timeline.rows.values()) == pytest.approx(timeline.wall)
-    assert timeline.wall / 3e3 == pytest.approx(total[0], abs=0.001)
+    assert read(trace(out_dir), cuda=False).wall / 3e3 == pytest.approx(total[0], abs=0.001)
 
 
 def test_the_trace_holds_these_steps_and_no_evaluation(done: tuple[Path, str]) -> None:
     out_dir, _ = done
     assert annotations(out_dir) == [WINDOW, "iteration 5", "iteration 6", "iteration 7"]
-    assert events(out_dir, "aten::_fused_adamw_") == 3 * 2  # once for the decaying group, once for the other
-    assert events(out_dir, "aten::nll_loss_forward") == 3 * 2  # micro-steps
-    names = {name for _, name in read(trace(out_dir), cuda=False).names}
-    assert {"aten::mm", "aten::native_layer_norm", "aten::gelu_backward", "aten::_fused_adamw_"} <= names
+    seen = Counter(event["name"] for event in trace(out_dir)["traceEvents"])
+    assert seen["aten::_fused_adamw_"] == 3 * 2  # once for the decaying group, once for the other
+    assert seen["aten::nll_loss_forward"] == 3 * 2  # micro-steps
 
 
 def test_the_run_is_the_same_to_the_bit(done: tuple[Path, str], tmp_path: Path) -> None:
@@ -173,41 +142,16 @@ def test_a_trace_that_cannot_be_written_ends_no_training(
     assert not list(tmp_path.glob("out/.staging-*"))
 
 
-# A step
+def test_no_graphs_where_cuda_would_misread_them() -> None:
+    def graphs(where: str = "cuda", sharded: bool = False, cuda: str = "13.0", **settings: bool) -> tuple[bool, str]:
+        return choose_graphs(TrainConfig(**settings), torch.device(where), sharded=sharded, cuda=cuda)
 
-
-@pytest.mark.skipif(not INTERPRETED, reason="on a GPU real graphs are captured: test_gpu.py")
-def test_around_a_captured_step(tmp_path: Path) -> None:
-    said: list[str] = []
-    eager, captured = graphs.make(dropout=0.2), graphs.make(dropout=0.2)
-    config = captured.model.config
-    graphed = GraphedStep(captured, (1, graphs.B, graphs.T), capture=tape)
-    floors = Floors(CEILINGS, Job(config, graphs.B, REFERENCE, dtype=torch.float32))
-    step = ProfiledStep(graphed, range(5, 8), 0, floors=floors, out_dir=tmp_path, say=said.append)
-    assert graphs.train(step, 1, 12) == graphs.train(eager, 1, 12)
-    assert step.scaler is captured.scaler
-    step.end()
-    assert [line.partition(";")[0].partition(" of")[0] for line in said] == [
-        "profile: iterations 5 to 7 run under the profiler, which takes its part",
-        "profile: 3 steps",
-        f"trace: {tmp_path / 'trace.json'}, for ui.perfetto.dev or chrome://tracing",
-    ]
-    assert annotations(tmp_path)[1:] == ["iteration 5", "iteration 6", "iteration 7"]
-
-
-@pytest.mark.parametrize("cuda", ["13.0", "13.1"])
-def test_no_graphs_where_cuda_would_misread_them(cuda: str) -> None:
-    config, device = TrainConfig(profile=True), torch.device("cuda")
-    graphs, said = choose_graphs(config, device, sharded=False, cuda=cuda)
-    assert not graphs
-    assert said.startswith(f"profile: this run makes no CUDA graphs, whose kernels CUDA {cuda}'s profiler misreads")
-    assert "\n" not in said
-    assert choose_graphs(config, device, sharded=False, cuda="12.8") == (True, "")
-    assert choose_graphs(replace(config, profile=False), device, sharded=False, cuda=cuda) == (True, "")
-    for unchanged in (replace(config, cuda_graphs=False), replace(config, eval_only=True)):
-        assert choose_graphs(unchanged, device, sharded=False, cuda=cuda) == (False, "")
-    assert choose_graphs(config, device, sharded=True, cuda=cuda) == (False, "")
-    assert choose_graphs(config, torch.device("cpu"), sharded=False, cuda=cuda) == (False, "")
+    made, said = graphs(profile=True)
+    assert not made
+    assert said.startswith("profile: this run makes no CUDA graphs, whose kernels CUDA 13.0's profiler misreads")
+    assert graphs(profile=True, cuda="12.8") == graphs() == (True, "")
+    none = [graphs("cpu"), graphs(sharded=True), graphs(cuda_graphs=False), graphs(eval_only=True, profile=True)]
+    assert none == [(False, "")] * 4
 
 
 def test_mps_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

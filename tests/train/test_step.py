@@ -19,29 +19,18 @@ LR = 2**-7  # exact in float32, the dtype in which the device holds it
 def small_model(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> GPT:
     torch.manual_seed(0)
     shape = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, dropout=dropout, bias=True)
-    stream = torch.float64 if dtype == torch.float64 else torch.float32
-    model = GPT(shape, precision=Precision(dtype, stream))
-    if dtype == torch.float64:
-        model = model.double()
-    return model
+    exact = dtype == torch.float64
+    model = GPT(shape, precision=Precision(dtype, dtype if exact else torch.float32))
+    return model.double() if exact else model
 
 
-def optimizer(
-    model: nn.Module, learning_rate: float = 1.0, weight_decay: float = 0.1, several: bool = False
-) -> FlatAdamW:
+def optimizer(model: nn.Module, several: bool = False) -> FlatAdamW:
     """Its own rate differs from the step's, which must come with the call."""
-    return FlatAdamW(
-        model,
-        REFERENCE,
-        learning_rate=learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=weight_decay,
-        several=several,
-    )
+    return FlatAdamW(model, REFERENCE, learning_rate=1.0, betas=(0.9, 0.95), weight_decay=0.1, several=several)
 
 
-def make_batch(accumulation: int = 1, rows: int = 4, seeds: tuple[int, ...] | None = None) -> Batch:
-    tokens = torch.randint(11, (accumulation, rows, 9), generator=torch.Generator().manual_seed(1))
+def make_batch(accumulation: int = 1, seeds: tuple[int, ...] | None = None) -> Batch:
+    tokens = torch.randint(11, (accumulation, 4, 9), generator=torch.Generator().manual_seed(1))
     return Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), seeds or tuple(range(accumulation)))
 
 
@@ -49,34 +38,15 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return copy.deepcopy(dict(model.state_dict()))
 
 
-@pytest.mark.parametrize("grad_clip", [0.0, 0.1])
-def test_micro_steps_are_one_large_batch(grad_clip):
-    batch = make_batch(3)
-    together = Batch(batch.x.reshape(1, -1, 8), batch.y.reshape(1, -1, 8), (0,))
-    models, results = [], []
-    for one in (batch, together):
-        model = small_model(dtype=torch.float64)
-        step = TrainStep(model, optimizer(model, several=one is batch), grad_clip=grad_clip)
-        results.append([step(one, LR) for _ in range(3)])
-        models.append(model)
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a.loss, b.loss, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-10, atol=1e-12)
-    for name, value in models[0].state_dict().items():
-        # The keys' biases have gradients of rounding errors only, and Adam turns these into full steps.
-        if not name.endswith("c_attn.bias"):
-            torch.testing.assert_close(value, models[1].state_dict()[name], rtol=1e-7, atol=1e-7)
-
-
-@pytest.mark.parametrize("grad_clip", [0.0, 0.05, 1e6])
-def test_clipping_by_hand(grad_clip):
+@pytest.mark.parametrize(("grad_clip", "accumulation"), [(0.0, 1), (0.05, 1), (1e6, 1), (0.05, 3)])
+def test_a_step_is_that_of_torch_with_one_large_batch(grad_clip, accumulation):
     ours, theirs = (small_model(dtype=torch.float64) for _ in range(2))
-    step = TrainStep(ours, optimizer(ours), grad_clip=grad_clip)
+    step = TrainStep(ours, optimizer(ours, several=accumulation > 1), grad_clip=grad_clip)
     reference = torch.optim.AdamW(param_groups(theirs, 0.1), lr=LR, betas=(0.9, 0.95), fused=True)
-    batch = make_batch()
+    batch = make_batch(accumulation)
     for _ in range(3):
         result = step(batch, LR)
-        loss = theirs(batch.x[0], batch.y[0])[1]
+        loss = theirs(batch.x.reshape(-1, 8), batch.y.reshape(-1, 8))[1]
         loss.backward()
         norm = nn.utils.clip_grad_norm_(theirs.parameters(), grad_clip or float("inf"))
         reference.step()
@@ -85,20 +55,9 @@ def test_clipping_by_hand(grad_clip):
         assert result.grad_norm.item() == pytest.approx(norm.item(), rel=1e-12)  # before clipping
         assert norm > 0.05
     results = weights(ours), weights(theirs)
-    for result in results:  # the keys' biases: see above
+    for result in results:  # the keys' biases have gradients of rounding errors only; Adam makes full steps of these
         result["transformer.h.0.attn.c_attn.bias"][16:32] = 0
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-
-
-def test_the_clipped_gradient_is_the_one_used():
-    """Adam's first step does not depend on the scale of a gradient. Its moments do."""
-    moments = []
-    for grad_clip in (0.0, 0.05):
-        model = small_model()
-        adam = optimizer(model)
-        norm = TrainStep(model, adam, grad_clip=grad_clip)(make_batch(), LR).grad_norm
-        moments.append(adam.state[model.transformer.wpe.weight]["exp_avg"])
-    torch.testing.assert_close(moments[1], moments[0] * (0.05 / norm), rtol=1e-4, atol=1e-9)
 
 
 def test_gradients_that_would_overwrite_each_other_are_refused():
@@ -123,40 +82,14 @@ def test_dropout_is_a_function_of_the_seeds():
         return result.loss.item(), result.grad_norm.item()
 
     assert loss((1, 2), state=0) == loss((1, 2), state=99)
-    assert len({loss(seeds, 0) for seeds in [(1, 2), (3, 4), (1, 4), (3, 2)]}) == 4  # every micro-step has its own seed
+    assert len({loss(seeds, 0) for seeds in [(1, 2), (1, 4), (3, 2)]}) == 3  # every micro-step has its own seed
 
 
-class Ignoring(nn.Module):
-    """A loss with a gradient of exactly zero, so that an update is only decay."""
-
-    precision = Precision()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(torch.ones(3, 4))
-        self.cube = nn.Parameter(torch.ones(2, 3, 4))
-        self.vector = nn.Parameter(torch.ones(5))
-        self.number = nn.Parameter(torch.ones(()))
-
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor, dloss: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, 0.0 * sum(parameter.sum() for parameter in self.parameters())
-
-
-def test_only_matrices_decay():
-    model = Ignoring()
-    result = TrainStep(model, optimizer(model, weight_decay=0.5), grad_clip=1.0)(make_batch(), LR)
-    assert result.grad_norm == 0
-    for name, shrunk in {"matrix": True, "cube": True, "vector": False, "number": False}.items():
-        value = getattr(model, name)
-        torch.testing.assert_close(value, torch.full_like(value, 1 - 0.5 * LR if shrunk else 1.0))
-
-
-@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
-def test_float16_skips_the_update_that_overflowed_and_goes_on(grad_clip):
+def test_float16_skips_the_update_that_overflowed_and_goes_on():
     model = small_model(dtype=torch.float16)
     adam = optimizer(model, several=True)
     scaler = LossScale(torch.device("cpu"), enabled=True, scale=2.0**40)
-    step = TrainStep(model, adam, grad_clip=grad_clip, scaler=scaler)
+    step = TrainStep(model, adam, grad_clip=1.0, scaler=scaler)
     before = weights(model)
     skipped = step(make_batch(2), LR)
     assert not skipped.grad_norm.isfinite()
