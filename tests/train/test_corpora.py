@@ -1,5 +1,6 @@
 """The corpora by name, without a network: downloads come from files, OpenWebText is replaced."""
 
+import functools
 import hashlib
 import pickle
 import sys
@@ -10,6 +11,7 @@ from unittest import mock
 import pytest
 
 from train import corpora, prepare
+from train import text as texts
 from train.corpora import docs_text
 from train.data import Dataset
 from train.errors import UserError
@@ -17,6 +19,7 @@ from train.prepare import PrepareConfig, ensure_docs
 from train.text import GPT2Tokenizer
 
 DOCS = "The library reference.\n" * 1000
+RANKS = functools.cache(texts.gpt2_encoding)  # reading them takes most of a test's time
 PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 20
 
 
@@ -25,6 +28,7 @@ def play(tmp_path, monkeypatch) -> Path:
     """In an empty current folder `docs` is the text DOCS, TinyShakespeare the text PLAY, downloaded from this file."""
     source = tmp_path / "source.txt"
     source.write_text(PLAY)
+    monkeypatch.setattr(texts, "gpt2_encoding", RANKS)
     monkeypatch.setattr(corpora, "docs_text", lambda: DOCS)
     monkeypatch.setattr(corpora, "SHAKESPEARE_URL", source.as_uri())
     monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY.encode()).hexdigest())

@@ -1,5 +1,6 @@
 """Text files to token files, by the command."""
 
+import functools
 import gzip
 import io
 import os
@@ -24,6 +25,7 @@ from train.files import staging_folder
 
 TEXT = "To be, or not to be: that's the question.\nOb's edler im Gemüt, €, die Pfeil' … 生存还是毁灭。\n" * 30
 END = 50256
+RANKS = functools.cache(texts.gpt2_encoding)  # reading them takes most of a test's time
 
 
 def run(*arguments: str) -> None:
@@ -33,6 +35,7 @@ def run(*arguments: str) -> None:
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(texts, "gpt2_encoding", RANKS)
     handler = SimpleNamespace(SIGTERM=None, signal=lambda *_: None)  # no handler of the command in the tests
     monkeypatch.setattr(prepare, "signal", handler)
     return tmp_path
