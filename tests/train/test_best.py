@@ -15,60 +15,52 @@ from train.export import main as export
 from train.sample import main as sample
 
 SAMPLE = ["--device=cpu", "--num_samples=1", "--max_new_tokens=2", "--start=a"]
-WORSE = dict(learning_rate=0.5, decay_lr=False)  # every evaluation is worse than the best one
-
-
-def worsening(out_dir: Path, always: bool) -> float:
-    """A run whose best state is that of iteration 4; then it gets worse and is interrupted after 7. The best loss."""
-    settings = dict(always_save_checkpoint=always, eval_interval=2, warmup_iters=0, lr_decay_iters=3, min_lr=0.0)
-    run(out_dir, max_iters=4, learning_rate=0.01, **settings)
-    best = last(out_dir)["best_val_loss"]
-    assert held(best_of(out_dir)) == (4, best)
-    assert resume(out_dir, at={2: send(signal.SIGINT)}, max_iters=100, **WORSE) == 130
-    return best
+ONLY_BEST = dict(always_save_checkpoint=False, eval_interval=2)
+WORSE = dict(learning_rate=0.5, decay_lr=False, max_iters=100)  # every evaluation is worse than the best one
 
 
 @pytest.fixture(scope="module")
-def worsened(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of such a run."""
-    out_dir = tmp_path_factory.mktemp("worsened") / "out"
-    worsening(out_dir, always=False)
-    return out_dir
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Of a run whose best state is that of iteration 4, when it was saved, and when it got worse up to iteration 7."""
+    best = tmp_path_factory.mktemp("runs") / "best"
+    run(best, max_iters=4, learning_rate=0.01, warmup_iters=0, lr_decay_iters=3, min_lr=0.0, **ONLY_BEST)
+    assert held(best_of(best)).iter_num == last(best)["iter_num"] == 4
+    worse = shutil.copytree(best, best.parent / "worse")
+    assert resume(worse, at={2: send(signal.SIGINT)}, **WORSE) == 130
+    return best, worse
 
 
 @pytest.fixture
-def out(tmp_path: Path, worsened: Path) -> Path:
-    """A copy of it."""
-    return shutil.copytree(worsened, tmp_path / "out")
-
-
-@pytest.mark.parametrize("always", [False, True])
-def test_the_best_survives_interruptions(tmp_path, capsys, monkeypatch, always):
+def out(tmp_path: Path, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the worse one, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    best = worsening(tmp_path / "out", always)
-    for stop in (8, 9, 10):
-        capsys.readouterr()
-        assert held(tmp_path / "out" / "ckpt.pt") == (stop - 1, best)
-        assert resume(tmp_path / "out", at={0: send(signal.SIGTERM)}) == 143
+    return shutil.copytree(folders[1], tmp_path / "out")
+
+
+def test_the_best_survives_interruptions_and_is_read(tmp_path, out, capsys):
+    best = held(out / "ckpt.pt").best_val_loss
+    for iteration in (7, 8, 9):
+        assert held(out / "ckpt.pt") == (iteration, best)
+        assert resume(out, at={0: send(signal.SIGTERM)}) == 143
         said = capsys.readouterr().out
-        assert f"iteration {stop - 1}; best validation loss {best:.4f}, of iteration 4\n" in said
-    assert last(tmp_path / "out")["iter_num"] == 10
-    assert load(tmp_path / "out" / "ckpt-best.pt")["iter_num"] == 4
+        assert f"iteration {iteration}; best validation loss {best:.4f}, of iteration 4\n" in said
+    assert last(out)["iter_num"] == 10
+    assert load(out / "ckpt-best.pt")["iter_num"] == 4
 
     sample(SAMPLE)
     assert "out/ckpt-best.pt, iteration 4: " in capsys.readouterr().err
     export(["--to=hf"])
     assert "hf: iteration 4 of out/ckpt-best.pt, written" in capsys.readouterr().out
-    run(tmp_path / "new", init_from=tmp_path / "out", eval_only=True)
-    assert f"weights of {tmp_path / 'out' / 'ckpt-best.pt'}, iteration 4\n" in capsys.readouterr().out
-    assert resume(tmp_path / "out", max_iters=10) == 0
+    run(tmp_path / "new", init_from=out, eval_only=True)
+    assert f"weights of {out / 'ckpt-best.pt'}, iteration 4\n" in capsys.readouterr().out
+    assert resume(out, max_iters=10) == 0
     said = capsys.readouterr().out
-    assert f"checkpoint: {tmp_path / 'out' / 'ckpt.pt'}, iteration 10\n" in said
-    assert f"best:       {tmp_path / 'out' / 'ckpt-best.pt'}, iteration 4\n" in said
+    assert f"checkpoint: {out / 'ckpt.pt'}, iteration 10\n" in said
+    assert f"best:       {out / 'ckpt-best.pt'}, iteration 4\n" in said
 
 
 def test_a_better_one_replaces_it(tmp_path):
-    run(tmp_path / "out", at={3: send(signal.SIGINT)}, always_save_checkpoint=False, eval_interval=2, max_iters=100)
+    run(tmp_path / "out", at={3: send(signal.SIGINT)}, max_iters=100, **ONLY_BEST)
     assert held(best_of(tmp_path / "out")).iter_num == 2
     assert last(tmp_path / "out")["iter_num"] == 4
     resume(tmp_path / "out", max_iters=6, learning_rate=0.05, decay_lr=False)
@@ -79,16 +71,14 @@ def test_a_better_one_replaces_it(tmp_path):
 
 
 @pytest.mark.parametrize("nanogpt", [False, True])
-def test_a_checkpoint_alone_is_the_best_if_it_says_so(tmp_path, nanogpt):
-    """Copied without its ckpt-best.pt, or made by nanoGPT, which saves only the best if so set."""
-    run(tmp_path / "first", max_iters=4, always_save_checkpoint=False, learning_rate=0.01, warmup_iters=0)
-    best = last(tmp_path / "first")
-    assert best["iter_num"] == 4
+def test_a_checkpoint_alone_is_the_best_if_it_says_so(tmp_path, folders, nanogpt):
+    """Copied alone, or made by nanoGPT, which saves only the best if so set."""
+    best = last(folders[0])
     (tmp_path / "out").mkdir()
-    shutil.copy(tmp_path / "first" / "ckpt.pt", tmp_path / "out")
+    shutil.copy(folders[0] / "ckpt.pt", tmp_path / "out")
     if nanogpt:
         torch.save({k: v for k, v in best.items() if k != "nanofuse"}, tmp_path / "out" / "ckpt.pt")
-    assert resume(tmp_path / "out", at={1: send(signal.SIGINT)}, max_iters=100, **WORSE) == 130
+    assert resume(tmp_path / "out", at={1: send(signal.SIGINT)}, **WORSE) == 130
     assert last(tmp_path / "out")["iter_num"] == 6
     assert held(tmp_path / "out" / "ckpt-best.pt") == (4, best["best_val_loss"])
 
@@ -98,15 +88,15 @@ def test_a_best_loss_that_no_file_holds_is_forgotten(out, capsys):
     assert resume(out, max_iters=9) == 0
     assert "starts again: no file holds the best state" in capsys.readouterr().out
     assert iterations(out, "eval")[-3:] == [6, 8, 9]
-    since = [(record["val_loss"], n) for n, record in logged(out, "eval").items() if n > 7]  # ckpt.pt is of iteration 7
-    best = min(since)
-    assert held(best_of(out)) == (best[1], best[0])
+    since = {n: logged(out, "eval")[n]["val_loss"] for n in (8, 9)}  # ckpt.pt was of iteration 7
+    best = min(since, key=since.get)
+    assert held(best_of(out)) == (best, since[best])
 
 
 def test_who_reads_weights_is_told_of_a_damaged_latest_one(out):
     (out / "ckpt.pt").write_bytes(b"")
     with pytest.raises(UserError, match="the one before it, of iteration 4, is whole: `mv"):
-        sample([*SAMPLE, f"--out_dir={out}"])
+        sample(SAMPLE)
 
 
 def test_a_damaged_best_is_not_read_and_the_advice_works(out, capsys):
@@ -115,7 +105,7 @@ def test_a_damaged_best_is_not_read_and_the_advice_works(out, capsys):
     content[len(content) // 2] ^= 1  # within a tensor
     path.write_bytes(content)
     with pytest.raises(UserError, match="the latest one, of iteration 7, is whole: `mv") as refused:
-        sample([*SAMPLE, f"--out_dir={out}"])
+        sample(SAMPLE)
     subprocess.run(str(refused.value).split("`")[1], shell=True, check=True)
-    sample([*SAMPLE, f"--out_dir={out}"])
+    sample(SAMPLE)
     assert "ckpt.pt, iteration 7: " in capsys.readouterr().err

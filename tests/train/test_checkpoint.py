@@ -16,12 +16,11 @@ from train.errors import UserError
 
 def test_round_trip(tmp_path):
     saved = make_checkpoint(7)
-    checkpoint.save(tmp_path / "new" / "out", saved, keep=2)
-    loaded = checkpoint.load(tmp_path / "new" / "out" / "ckpt.pt")
+    checkpoint.save(tmp_path, saved, keep=2)
+    loaded = checkpoint.load(tmp_path / "ckpt.pt")
     assert_same(loaded, saved)
     model = loaded["model"]
     assert model["lm_head.weight"].data_ptr() == model["transformer.wte.weight"].data_ptr()  # still tied
-    assert os.listdir(tmp_path / "new" / "out") == ["ckpt.pt"]
 
 
 def test_keeps_that_many_the_newest(tmp_path):
@@ -122,22 +121,19 @@ def test_an_interrupt_anywhere_in_torchs_writer_leaves_the_old_one(tmp_path, mon
     """A second Ctrl-C, at every call of it. Without care, torch then aborts the process when it frees its writer."""
     countdown = math.inf
 
-    def interrupting(kind, *names):
-        def method(name):
-            def call(self, *args):
-                nonlocal countdown
-                countdown -= 1
-                if countdown == 0:
-                    raise KeyboardInterrupt
-                return getattr(kind, name)(self, *args)
+    def interrupting(function):
+        def call(*args):
+            nonlocal countdown
+            countdown -= 1
+            if countdown == 0:
+                raise KeyboardInterrupt
+            return function(*args)
 
-            return call
+        return call
 
-        return type(kind.__name__, (kind,), {name: method(name) for name in names})
-
-    writer = interrupting(torch._C.PyTorchFileWriter, "write_record", "write_end_of_file")
-    monkeypatch.setattr(torch._C, "PyTorchFileWriter", writer)
-    monkeypatch.setattr(checkpoint, "_Writer", interrupting(checkpoint._Writer, "write", "flush"))
+    torchs, ours = torch._C.PyTorchFileWriter, checkpoint._Writer
+    for kind, name in ((torchs, "write_record"), (torchs, "write_end_of_file"), (ours, "write"), (ours, "flush")):
+        monkeypatch.setattr(kind, name, interrupting(getattr(kind, name)))
     checkpoint.save(tmp_path, make_checkpoint(1), keep=2)
     second = make_checkpoint(2)
     for k in itertools.count(1):
@@ -191,20 +187,3 @@ def test_no_space_for_the_copy_of_the_previous_one(tmp_path, monkeypatch):
         checkpoint.save(tmp_path, make_checkpoint(2), keep=2)
     assert os.listdir(tmp_path) == ["ckpt.pt"]
     assert saved_iterations(tmp_path) == [1]
-
-
-# An out_dir that is not empty
-
-
-def test_set_aside_moves_what_a_run_wrote_and_nothing_else(tmp_path):
-    assert checkpoint.set_aside(tmp_path / "not there") is None
-    of_a_run = ["ckpt-best.pt", "ckpt-previous-1.pt", "ckpt.pt", "loss.png", "loss.svg", "metrics.jsonl"]
-    for name in (*of_a_run, "notes.txt", "train_loss.png"):
-        (tmp_path / name).write_text(name)
-    first = checkpoint.set_aside(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [first.name, "notes.txt", "train_loss.png"]
-    assert sorted(os.listdir(first)) == of_a_run
-    (tmp_path / "metrics.jsonl").write_text("of the same second")
-    second = checkpoint.set_aside(tmp_path)
-    assert first.parent == second.parent == tmp_path
-    assert os.listdir(second) == ["metrics.jsonl"]
