@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.cases import CASES
 from kernels.check import disagreement, in_float64
 from kernels.fused.adamw import adamw
 
@@ -16,26 +17,9 @@ implementations = pytest.mark.parametrize("function", [adamw, reference.adamw], 
 
 
 def made(n: int, device: torch.device, **changes) -> dict:
-    """Arguments of adamw in the middle of a run."""
-    generator = torch.Generator(device).manual_seed(n)
-
-    def randn(scale: float) -> Tensor:
-        return torch.randn(n, generator=generator, device=device) * scale
-
-    return {
-        "param": randn(0.02),
-        "grad": randn(0.5),
-        "exp_avg": randn(0.01),
-        "exp_avg_sq": randn(0.01).square(),
-        "lr": torch.tensor(1e-2, device=device),
-        "step": torch.tensor(3.0, device=device),
-        "n_decay": n // 3,
-        "betas": (0.9, 0.95),
-        "eps": 1e-8,
-        "weight_decay": 0.1,
-        "compute": None,
-        **changes,
-    }
+    """Arguments of adamw in the middle of a run, as in a case of the registry."""
+    case = next(case for case in CASES if case.name == "adamw")
+    return case.make_inputs((n, n // 3), torch.float32, device) | {"max_norm": 0.0} | changes
 
 
 def after(function, arguments: dict) -> dict[str, Tensor]:
@@ -49,16 +33,16 @@ def after(function, arguments: dict) -> dict[str, Tensor]:
 @pytest.mark.parametrize("step_dtype", [torch.float32, torch.int64])
 def test_bias_corrections_to_a_million_steps(function, step_dtype: torch.dtype, device, nan_filled: None) -> None:
     """From nothing, with a gradient of 1, the update is made of the two corrections alone."""
-    one = torch.ones(1, device=device)
-    for betas in ((0.0, 0.5), (0.9, 0.999), (0.9999, 0.95), (0.8, 0.999999)):
-        for updates in (0, 1, 20, 999_999):
-            state = {name: torch.zeros(1, device=device) for name in ("param", "exp_avg", "exp_avg_sq")}
-            step = torch.tensor(updates, device=device, dtype=step_dtype)
-            options = dict(n_decay=1, betas=betas, eps=0.0, weight_decay=0.0)
-            function(**state, grad=one, lr=torch.ones((), device=device), step=step, **options)
-            m, v = ((1 - beta) / -math.expm1((updates + 1) * math.log(beta)) if beta else 1.0 for beta in betas)
-            assert state["param"].item() == pytest.approx(-m / math.sqrt(v), rel=4 * EPS)
-            assert step.item() == updates + 1
+    for betas, updates in (
+        ((0.0, 0.5), 0), ((0.9, 0.999), 0), ((0.9, 0.999), 20), ((0.9999, 0.95), 1), ((0.8, 0.999999), 999_999)
+    ):  # fmt: skip
+        state = {name: torch.zeros(1, device=device) for name in ("param", "exp_avg", "exp_avg_sq")}
+        grad, lr = torch.ones(1, device=device), torch.ones((), device=device)
+        step = torch.tensor(updates, device=device, dtype=step_dtype)
+        function(**state, grad=grad, lr=lr, step=step, n_decay=1, betas=betas, eps=0.0, weight_decay=0.0)
+        m, v = ((1 - beta) / -math.expm1((updates + 1) * math.log(beta)) if beta else 1.0 for beta in betas)
+        assert state["param"].item() == pytest.approx(-m / math.sqrt(v), rel=4 * EPS)
+        assert step.item() == updates + 1
 
 
 def test_int64_steps_past_what_float32_counts(device: torch.device) -> None:
@@ -136,6 +120,6 @@ def test_no_gradient_at_all_is_no_overflow(function, device: torch.device) -> No
     arguments = made(30, device, max_norm=1.0, **nothing)
     got = after(function, arguments)
     assert (got["norm"], got["found_inf"]) == (0, 0)
-    decayed = arguments["param"][:10] * (1 - 1e-2 * 0.1)
+    decayed = arguments["param"][:10] * (1 - arguments["lr"] * 0.1)
     torch.testing.assert_close(got["param"][:10], decayed, rtol=2 * EPS, atol=0)
     assert torch.equal(got["param"][10:], arguments["param"][10:])

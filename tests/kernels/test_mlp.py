@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.cases import CASES
 from kernels.check import fault
 from kernels.fused import mlp as module
 from kernels.fused.matmul import BACKWARD_TILES, FORWARD_TILES, INTERPRETED_TILES, Tiles, has_descriptors
@@ -19,23 +20,10 @@ from train import dryrun
 paths = pytest.mark.parametrize("tiles", [0, 1], ids=["cublas", "fused"])
 
 
-def drawn(
-    M: int, K: int, N: int, device: torch.device, dtype: torch.dtype = torch.float32, *, bias: bool = True
-) -> dict[str, Any]:
-    """The inputs of mlp."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*size: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*size, generator=generator) * scale).to(device, dtype).requires_grad_()
-
-    return {
-        "x": randn(M, K),
-        "fc_weight": randn(N, K, scale=2 * K**-0.5),
-        "fc_bias": randn(N) if bias else None,
-        "proj_weight": randn(K, N, scale=N**-0.5),
-        "proj_bias": randn(K) if bias else None,
-        "approximate": "erf",
-    }
+def drawn(M: int, K: int, N: int, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """The inputs of mlp, as in a case of the registry."""
+    case = next(case for case in CASES if case.name == "mlp, erf, cublas")
+    return case.make_inputs((M, K, N), dtype, device)
 
 
 # Tensor descriptors
@@ -102,7 +90,8 @@ def test_nothing_is_kept_without_a_gradient(tiles: int, device: torch.device, me
 def test_without_biases_and_float32_is_not_rounded_to_fewer_bits(tiles: int, device: torch.device) -> None:
     """As TF32 tensor cores would."""
     fused = partial(mlp, forward_tiles=tiles, backward_tiles=tiles)
-    assert not fault(fused, reference.mlp, drawn(16, 64, 48, device, bias=False))
+    inputs = drawn(16, 64, 48, device) | {"fc_bias": None, "proj_bias": None}
+    assert not fault(fused, reference.mlp, inputs)
 
 
 def launched(forward_tiles: int, backward_tiles: int, K: int = 64, N: int = 128, first: int = 0) -> list[Launch]:
