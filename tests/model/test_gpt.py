@@ -71,16 +71,7 @@ def test_the_head_is_the_embedding():
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-# Calls
-
-
-def test_logits_of_all_positions_with_targets_and_of_the_last_without():
-    model, idx = make(), tokens(3, 11)
-    logits, loss = model(idx, tokens(3, 11, seed=1))
-    last, nothing = model(idx)
-    assert (logits.shape, last.shape) == ((3, 11, 40), (3, 1, 40))
-    assert (loss.shape, loss.dtype, nothing) == ((), torch.float32, None)
-    torch.testing.assert_close(last, logits[:, -1:], rtol=1e-5, atol=1e-6)
+# Modes
 
 
 def test_dropout_only_in_training():

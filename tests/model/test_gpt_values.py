@@ -97,8 +97,11 @@ def test_float64_is_the_definition(name):
     expected_logits, expected_loss, gradients = truth(model, idx, targets)
     model.double()
     logits, loss = model(idx, targets)
+    last, nothing = model(idx)
     loss.backward()
     torch.testing.assert_close(logits, expected_logits, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(last, expected_logits[:, -1:], rtol=1e-11, atol=1e-12)
+    assert nothing is None
     torch.testing.assert_close(loss, expected_loss, rtol=1e-11, atol=1e-12)
     for parameter, p in model.named_parameters():
         torch.testing.assert_close(p.grad, gradients[parameter], rtol=1e-9, atol=1e-11, msg=parameter)
