@@ -14,7 +14,7 @@ import torch
 from model import GPT, GPTConfig, Precision
 from model.generate import generate
 from tests.train.jobs import ROOT
-from train.checkpoint import MODEL_ARGS, pack, save
+from train.checkpoint import MODEL_ARGS, load, pack, save
 from train.errors import UserError
 from train.sample import SampleConfig, load_model, main, read_prompt, sample_text, to_inference
 from train.text import ByteTokenizer, CharTokenizer, GPT2Tokenizer
@@ -28,21 +28,17 @@ def make_model(precision: Precision = Precision(), **shape) -> GPT:
     return GPT(GPTConfig(**config | shape), precision=precision)
 
 
-def checkpoint_of(model: GPT, config: dict, extra: dict) -> dict:
-    args = {name: getattr(model.config, name) for name in MODEL_ARGS}
-    return pack(model.state_dict(), torch.optim.AdamW(model.parameters()).state_dict(), args, 7, 1.5, config, extra)
-
-
 def write_checkpoint(tokenizer: dict) -> None:
-    save(Path("out"), checkpoint_of(make_model(), {}, {"gelu": "tanh", "tokenizer": tokenizer}), keep=1)
+    model, ours = make_model(), {"gelu": "tanh", "tokenizer": tokenizer}
+    args = {name: getattr(model.config, name) for name in MODEL_ARGS}
+    save(Path("out"), pack(model.state_dict(), {"state": {}, "param_groups": []}, args, 7, 1.5, {}, ours), keep=1)
 
 
 @pytest.fixture
-def run_dir(tmp_path, monkeypatch) -> Path:
-    """The current folder, with a checkpoint in out/."""
+def run_dir(tmp_path, monkeypatch) -> None:
+    """The current folder has a checkpoint in out/."""
     monkeypatch.chdir(tmp_path)
     write_checkpoint(CharTokenizer(CHARS).meta())
-    return tmp_path
 
 
 def samples(capsys, *argv: str) -> list[str]:
@@ -70,14 +66,14 @@ def test_output(run_dir, capsys):
     assert a == b
     assert samples(capsys, "--top_k=1") == samples(capsys, "--top_p=0.0001") == [a, b]
     assert samples(capsys, "--top_k=0") == samples(capsys, "--top_k=1000")
-    (run_dir / "out").rename("moved")
+    Path("out").rename("moved")
     for named in ("moved", "moved/ckpt.pt"):  # as `python -m train` takes them
         assert samples(capsys, "--start=to be ", f"--init_from={named}") == found
 
 
 def test_prompt_from_a_file(run_dir, capsys, monkeypatch):
     """It is read as a corpus is."""
-    monkeypatch.setenv("HOME", str(run_dir))
+    monkeypatch.setenv("HOME", os.getcwd())
     Path("prompt.txt").write_bytes(gzip.compress(b"\xef\xbb\xbffrom a file\r\n"))
     assert samples(capsys, "--start=FILE:~/prompt.txt")[0].startswith("from a file\n")
     Path("bytes").write_bytes(b"\xefa\r\n\xff")
@@ -116,11 +112,13 @@ def test_a_sample_does_nothing_to_the_terminal(run_dir, capsys):
 
 def test_nanogpts_checkpoint(run_dir, capsys):
     """A compiled model's keys, a mask, a tensor as loss, none of our fields; the tokenizer is that of its dataset."""
-    model = make_model(vocab_size=28)
-    checkpoint = checkpoint_of(model, {"dataset": "letters"}, {}) | {"best_val_loss": torch.tensor(1.5)}
+    checkpoint = load(Path("out/ckpt.pt"))
     del checkpoint["nanofuse"]
-    checkpoint["model"] = {f"_orig_mod.{name}": tensor for name, tensor in checkpoint["model"].items()}
-    checkpoint["model"]["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(16, 16).tril()[None, None]
+    model = make_model(vocab_size=28)
+    weights = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(16, 16).tril()[None, None]
+    checkpoint |= {"model": weights, "config": {"dataset": "letters"}, "best_val_loss": torch.tensor(1.5)}
+    checkpoint["model_args"]["vocab_size"] = 28
     torch.save(checkpoint, "out/ckpt.pt")
     Path("data/letters").mkdir(parents=True)
     Path("data/letters/meta.pkl").write_bytes(pickle.dumps({"vocab_size": 28, "itos": dict(enumerate(CHARS))}))

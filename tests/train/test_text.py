@@ -203,9 +203,7 @@ def test_what_is_no_text_is_refused(tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize("chunk", [5, 1 << 20])
-def test_documents_of_a_jsonl_file(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(texts, "CHUNK", chunk)
+def test_documents_of_a_jsonl_file(tmp_path):
     path, documents = tmp_path / "a.JSONL.gz", ["To be,\r\nor", "nót", "", "to\u2028be \U0001f600"]
     lines = [json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(documents)]
     path.write_bytes(gzip.compress("\n\n".join(lines).encode("utf-8-sig")))
