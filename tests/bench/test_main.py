@@ -15,7 +15,7 @@ from msgspec.structs import replace
 import bench.__main__ as command
 from bench import results, steps
 from bench.results import WRONG, Ceiling, Results, Step
-from bench.rules import NO_TIME, Clock
+from bench.rules import NO_TIME, Clock, TimeBudget
 from bench.variants import WORKLOADS, Setting, Variant, Workload
 from kernels.cases import CASES
 from model import GPTConfig
@@ -207,6 +207,18 @@ def test_the_time_is_kept_by_leaving_out_rungs_first(
     monkeypatch.setitem(WORKLOADS, "cpu", dataclasses.replace(WORKLOADS["cpu"], config=config))
     rows = by_the_clock("cpu", compiling)
     assert {row.variant: row.skipped for row in rows if not row.seconds} == dict.fromkeys(skipped, NO_TIME)
+
+
+def test_a_part_of_the_time_knows_how_long_tasks_took(clock: Clock) -> None:
+    whole = TimeBudget(100.0)
+    with whole.task("compiled"):
+        clock.let_pass(30.0)
+    part = whole.part(20.0)
+    assert (part.left, whole.part(1000.0).left) == (20.0, 70.0)
+    assert not part.fits("compiled")
+    with part.task("compiled"):
+        clock.let_pass(10.0)
+    assert not whole.fits("compiled", more=31.0)  # the slowest counts, and 60 seconds are left
 
 
 def test_two_workloads_share_the_time(by_the_clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,13 +98,3 @@ def test_every_figure_is_seen_and_nothing_is_cut(
     assert len(found["figures"]) == page.count("<figure")
     for figure in found["figures"]:
         assert (figure["pictures"], figure["caption"]) == (1, True), figure["id"]
-
-
-@pytest.mark.slow
-def test_a_fault_is_found(browser: str, page: str, tmp_path: Path) -> None:
-    broken = page.replace("<main>", "<main><div style='width:900px'>too wide</div>").replace(
-        "</body>", "<script>console.error('complaint')</script></body>"
-    )
-    found, console = show(browser, tmp_path, broken, 400)
-    assert "the page is too wide" in found["faults"]
-    assert "complaint" in console

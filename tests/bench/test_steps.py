@@ -23,19 +23,12 @@ SMALL = Workload("small", GPTConfig(block_size=8, vocab_size=17, n_layer=1, n_he
 DROPOUT = replace(SMALL, config=replace(SMALL.config, dropout=0.2))
 EAGER = reference(compile=False, float32=True)
 CHECKOUT = """
-from dataclasses import dataclass
-import torch
+from dataclasses import make_dataclass
 import model
+import torch
+from model.groups import param_groups
 
-@dataclass
-class GPTConfig:
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    dropout: float
-    bias: bool
+GPTConfig = make_dataclass("GPTConfig", "block_size vocab_size n_layer n_head n_embd dropout bias".split())
 
 class GPT(model.GPT):
     def __init__(self, config):
@@ -43,11 +36,7 @@ class GPT(model.GPT):
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         print("a line that nobody wants to see")
-        groups = [
-            {"params": [p for p in self.parameters() if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=learning_rate * FAULT, betas=betas)
+        return torch.optim.AdamW(param_groups(self, weight_decay), lr=learning_rate * FAULT, betas=betas)
 """
 
 
@@ -212,7 +201,6 @@ def test_the_ladder_begins_with_the_reference_and_ends_with_ours(tmp_path: Path)
     assert [variant.name for variant in every if not variant.compares] == autocast
     assert [variant.name for variant in every if not variant.float32] == names[4:]
     assert not any("autocast" in variant.name for variant in variants(CPU, torch.float32))
-    assert len(set(names)) == len(names)
 
 
 # What is called compiled
