@@ -26,8 +26,8 @@ def model(tmp_path, monkeypatch) -> GPT:
     monkeypatch.chdir(tmp_path)
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=12, gelu="tanh"))
     args = {name: getattr(model.config, name) for name in MODEL_ARGS}
-    optimizer = torch.optim.AdamW(model.parameters()).state_dict()
-    save(Path("out"), pack(model.state_dict(), optimizer, args, 7, 1.5, {}, {"gelu": "tanh"}), keep=1)
+    moments = {"state": {}, "param_groups": []}
+    save(Path("out"), pack(model.state_dict(), moments, args, 7, 1.5, {}, {"gelu": "tanh"}), keep=1)
     return model
 
 
