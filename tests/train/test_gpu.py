@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import FUSED, REFERENCE, Ops, select
+from kernels import FUSED, select
 from kernels.capture import WARM_UP
 from kernels.fused.mlp import ways
 from model import GPT, GPTConfig, Precision
@@ -82,23 +82,35 @@ def test_resume_goes_on_where_the_run_was(tmp_path: Path, compile: bool) -> None
         assert got[iteration]["loss"] == pytest.approx(record["loss"], rel=2e-3)
 
 
+def assert_same(got: list[tuple], expected: list[tuple], nan_ok: bool = False) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, nan_ok=nan_ok)
+
+
+def assert_replayed(captured: TrainStep, eager: TrainStep, accumulation: int = 1, size: int = graphs.B) -> None:
+    """`captured` in real graphs trains as `eager` does. Dropout uses the same seeds."""
+    graphed = GraphedStep(captured, (accumulation, size, graphs.T))
+    got, expected = (graphs.train(step, accumulation, 20, CUDA, size) for step in (graphed, eager))
+    assert_same(got, expected, nan_ok=captured.scaler.enabled)  # a gradient that overflowed
+
+
+def compile_both(eager: TrainStep, captured: TrainStep) -> None:
+    torch.compiler.reset()
+    eager.model, captured.model = (torch.compile(step.model) for step in (eager, captured))
+
+
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("accumulation", "dropout", "compile"), [(1, 0.0, False), (3, 0.2, False), (2, 0.2, True)])
 def test_a_replayed_step_is_the_eager_step(
     kernels: str, dtype: torch.dtype, accumulation: int, dropout: float, compile: bool
 ) -> None:
-    """With real graphs. Dropout uses the same seeds. The compiled step is captured too."""
-    ops: Ops = select(kernels, CUDA) if kernels == "fused" else REFERENCE
+    """The compiled step is captured too."""
     settings = dict(accumulation=accumulation, dropout=dropout, dtype=dtype, device=CUDA)
-    eager, captured = graphs.make(ops, **settings), graphs.make(ops, **settings)
+    eager, captured = (graphs.make(select(kernels, CUDA), **settings) for _ in range(2))
     if compile:
-        torch.compiler.reset()
-        eager.model, captured.model = (torch.compile(step.model) for step in (eager, captured))
-    graphed = GraphedStep(captured, (accumulation, graphs.B, graphs.T))
-    got, expected = (graphs.train(step, accumulation, 20, CUDA) for step in (graphed, eager))
-    for one, other in zip(got, expected, strict=True):
-        assert one == pytest.approx(other, rel=1e-3, nan_ok=True)
+        compile_both(eager, captured)
+    assert_replayed(captured, eager, accumulation)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
@@ -107,21 +119,14 @@ def test_what_a_graph_computes_again_finds_the_masks_of_its_replay(kernels: str,
     """Recomputation uses the same masks and operations, so losses differ no more than between two runs."""
     settings = dict(accumulation=2, dropout=0.2, dtype=torch.bfloat16, device=CUDA)
     ops = select(kernels, CUDA)
-    eager, captured = graphs.make(ops, **settings), graphs.make(ops, **settings, recompute=recompute)
-    graphed = GraphedStep(captured, (2, graphs.B, graphs.T))
-    got, expected = (graphs.train(step, 2, 20, CUDA) for step in (graphed, eager))
-    for one, other in zip(got, expected, strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
+    assert_replayed(graphs.make(ops, **settings, recompute=recompute), graphs.make(ops, **settings), 2)
 
 
 @pytest.mark.parametrize("kernels", ["reference", pytest.param("fused", marks=pytest.mark.smoke)])
 def test_a_batch_of_one(kernels: str) -> None:
     ops = select(kernels, CUDA)
     eager, captured = (graphs.make(ops, dropout=0.2, dtype=torch.bfloat16, device=CUDA) for _ in range(2))
-    graphed = GraphedStep(captured, (1, 1, graphs.T))
-    got, expected = (graphs.train(step, 1, 20, CUDA, size=1) for step in (graphed, eager))
-    for one, other in zip(got, expected, strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
+    assert_replayed(captured, eager, size=1)
 
 
 @pytest.mark.parametrize(("kernels", "chunk"), [("reference", 0), ("fused", 0), ("fused", 4096)])
@@ -170,7 +175,7 @@ def test_capturing_leaves_everything_as_it_was(kernels: str, dtype: torch.dtype)
     graphs.train(step, 2, 2, CUDA)
     before, generator = graphs.everything(step), torch.cuda.get_rng_state()
     GraphedStep(step, (2, graphs.B, graphs.T), Evaluation(step.model))
-    assert all(torch.equal(x, y) for x, y in zip(graphs.everything(step), before, strict=True))
+    graphs.assert_same(graphs.everything(step), before)
     assert torch.equal(torch.cuda.get_rng_state(), generator)
 
 
@@ -187,8 +192,7 @@ def test_a_capture_that_fails_is_one_line_and_the_step_goes_on(monkeypatch: pyte
     with pytest.raises(UserError, match=r"no such thing in a capture; --no-cuda_graphs goes on without"):
         GraphedStep(step, (1, graphs.B, graphs.T))
     monkeypatch.undo()
-    for one, other in zip(graphs.train(step, 1, 3, CUDA), graphs.train(twin, 1, 3, CUDA), strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
+    assert_same(graphs.train(step, 1, 3, CUDA), graphs.train(twin, 1, 3, CUDA))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices on this machine")
@@ -211,16 +215,14 @@ def test_a_run_on_the_second_device(tmp_path: Path) -> None:
 def test_auto_measures_and_says_what_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     layer = Layer(GPTConfig(block_size=256, n_head=6, n_embd=384), 4, torch.bfloat16, CUDA)
-    before = torch.get_rng_state(), torch.cuda.get_rng_state()
+    before = [torch.get_rng_state(), torch.cuda.get_rng_state()]
     backend, said = choose_attention("auto", layer, World())
     assert backend in MEASURED
     assert said.startswith(f"{backend}, fastest of {backend} ")
     for name in MEASURED:
         assert (f" {name} " in said) == (not why_not(name, layer)), why_not(name, layer)
     assert " flash " in said  # every device with bfloat16 can do this
-    assert all(
-        torch.equal(x, y) for x, y in zip(before, (torch.get_rng_state(), torch.cuda.get_rng_state()), strict=True)
-    )
+    graphs.assert_same([torch.get_rng_state(), torch.cuda.get_rng_state()], before)
 
 
 def test_a_run_says_which_attention_and_which_mlp_it_took(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -253,12 +255,8 @@ def test_every_attention_is_captured(backend: str, compile: bool, dropout: float
     options = dict(dropout=dropout, dtype=torch.bfloat16, device=CUDA, attention=backend)
     eager, captured = (graphs.make(**options) for _ in range(2))
     if compile:
-        torch.compiler.reset()
-        eager.model, captured.model = (torch.compile(step.model) for step in (eager, captured))
-    graphed = GraphedStep(captured, (1, graphs.B, graphs.T))
-    got, expected = (graphs.train(step, 1, 10, CUDA) for step in (graphed, eager))
-    for one, other in zip(got, expected, strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
+        compile_both(eager, captured)
+    assert_replayed(captured, eager)
 
 
 # The profile
