@@ -30,7 +30,6 @@ def plain_loss(**inputs: Any) -> Tensor:
 
 def draw(M: int, C: int, V: int, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The inputs of linear_cross_entropy."""
-    torch.manual_seed(0)
     x, weight = (torch.randn(n, C, device=device).to(dtype).requires_grad_() for n in (M, V))
     return {"x": x, "weight": weight, "targets": torch.arange(M, device=device) % V}
 
@@ -178,9 +177,9 @@ def test_no_gradient_no_work_of_a_head(chunk_rows: int, memory: Memory) -> None:
 
 @counted
 def test_a_chunk_of_logits_is_all_there_is(memory: Memory) -> None:
-    M, C, V = 80, 2, 200
+    M, C, V = 24, 2, 40
     inputs = draw(M, C, V, torch.device("cpu"))
-    for chunk_rows, rows in ((16, 16), (0, M), (100, M)):
+    for chunk_rows, rows in ((8, 8), (0, M), (100, M)):
         linear_cross_entropy(**inputs, chunk_rows=chunk_rows)
         assert max(end - first for first, end in memory.spans) == 4 * rows * padded(V)
 

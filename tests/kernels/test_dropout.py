@@ -26,7 +26,7 @@ def philox(counter: tuple[np.ndarray, ...], key: int) -> tuple[np.ndarray, ...]:
 
 
 def predicted(rows: int, cols: int, device: torch.device) -> Tensor:
-    """(rows, cols) bool: what the first operation after torch.manual_seed(7) keeps, as `kernels/dropout.py` says."""
+    """(rows, cols) bool: what the first operation after torch.manual_seed(7) keeps, by `kernels/fused/dropout.py`."""
     torch.manual_seed(7)
     seed = torch.randint(2**62, (1,), device=device).item()
     row, col = np.indices((rows, cols))
