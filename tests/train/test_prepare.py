@@ -240,7 +240,7 @@ def test_check_reads_all_of_a_dataset(capsys, folder):
         (["short.txt"], "val part has 1 tokens"),
         (["a.txt", "--val_fraction=1.0"], "val_fraction: got 1.0"),
         (["docs.txt"], "dataset: docs is the name of a corpus"),
-        (["openwebtext", "--tokenizer=char"], "openwebtext: "),
+        (["openwebtext", "--tokenizer=char"], "openwebtext: made as nanoGPT makes it"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, folder, arguments, message):
