@@ -146,6 +146,13 @@ def test_what_fails_is_left_out_alone_unless_ours_is_wrong(
             assert other.seconds
 
 
+def test_where_ours_cannot_run_it_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "why_not_fused", lambda device: "no CUDA device")
+    found = measured(TOY)
+    assert found["fused"].skipped == "no CUDA device"
+    assert found["reference"].seconds
+
+
 @pytest.mark.parametrize(
     ("case", "shape", "expected"),
     [
