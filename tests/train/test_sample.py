@@ -161,6 +161,7 @@ def test_without_a_compiler_it_goes_on(run_dir, capsys, monkeypatch):
     main(["--device=cpu", "--num_samples=2", "--max_new_tokens=20", "--compile"])
     out, err = capsys.readouterr()
     assert out == "".join(text + "\n---------------\n" for text in expected)
+    assert err.startswith("out/ckpt.pt, iteration 7: 0.00M parameters, char tokens, ")
     assert "compile: not possible here, going on without it: no C++ compiler\n" in err
 
 
