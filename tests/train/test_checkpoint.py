@@ -187,3 +187,10 @@ def test_no_space_for_the_copy_of_the_previous_one(tmp_path, monkeypatch):
         checkpoint.save(tmp_path, make_checkpoint(2), keep=2)
     assert os.listdir(tmp_path) == ["ckpt.pt"]
     assert saved_iterations(tmp_path) == [1]
+
+
+def test_runs_that_are_set_aside_in_the_same_second_keep_apart(tmp_path):
+    for text in ("first", "second", "third"):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert (checkpoint.set_aside(tmp_path) / "metrics.jsonl").read_text() == text
+    assert len(list(tmp_path.glob("earlier-*"))) == 3

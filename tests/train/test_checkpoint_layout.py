@@ -37,6 +37,7 @@ def test_nanogpt_loads_ours(tmp_path):
     loaded = torch.load(tmp_path / "ckpt.pt", map_location="cpu")
     assert_same(loaded["model_args"], MODEL_ARGS)
     assert_same(loaded["best_val_loss"], 1.5)
+    assert [group["capturable"] for group in loaded["optimizer"]["param_groups"]] == [False, False]
     twin = make_model(seed=9)
     twin.load_state_dict(loaded["model"])
     theirs = make_adamw(twin)

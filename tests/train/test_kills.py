@@ -12,19 +12,16 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-from tests.train.jobs import ROOT, make_data
-from tests.train.runs import KILLED_JOB, records
+from tests.train.jobs import ROOT
+from tests.train.runs import KILLED_JOB, iterations, records, run
 from train import checkpoint
-from train.__main__ import main
 
 REFERENCE = 80  # iterations of the run without kills
 KEEP, ALWAYS_SAVE = (1, 2, 3), (True, False)
@@ -63,7 +60,6 @@ def drive(folder: Path, kills: int, seed: int) -> None:
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
     rng = random.Random(seed)
-    make_data(folder / "data")
     expected, losses = reference(folder / "reference")
     inside = apart = 0
     for keep, always in itertools.product(KEEP, ALWAYS_SAVE):
@@ -73,13 +69,13 @@ def drive(folder: Path, kills: int, seed: int) -> None:
             settings = {"keep_checkpoints": keep, "always_save_checkpoint": always}
             if (out_dir / "ckpt.pt").exists():
                 settings["init_from"] = "resume"
-            child = start(out_dir, partial(command, out_dir, **settings))
+            child = start(out_dir, max_iters=10**6, **settings)
             status = end_it(child, out_dir, end, stale, rng)
             print(f"run of {keep}, {always}: {end}, status {status}; ckpt.pt had {saved}")
             assert status in ENDS[end][1], output(out_dir)
             inside += bool(set(out_dir.glob(".staging-*")) - stale)
             before, saved = saved, whole(out_dir, expected, losses)
-            assert saved >= max(before, last_save(out_dir))
+            assert saved >= max(before, *iterations(out_dir, "save"), 0)
             assert ("interrupted after" in output(out_dir)) == (f"interrupted after {saved} " in output(out_dir))
             apart += (out_dir / "ckpt-best.pt").exists()
     print(f"{inside} inside a save; {apart} times the best one was another")
@@ -89,15 +85,8 @@ def drive(folder: Path, kills: int, seed: int) -> None:
 
 def reference(out_dir: Path) -> tuple[dict[int, str], dict[tuple[str, int], float]]:
     """Of a run without kills: iteration -> digest of its state, and its losses."""
-
-    def run() -> int:
-        with (
-            mock.patch("train.checkpoint.save", lambda out_dir, state, *_, **__: print("state", digest(state))),
-            mock.patch("train.__main__.farewell"),
-        ):
-            return command(out_dir, eval_interval=1, max_iters=REFERENCE)
-
-    child = start(out_dir, run)
+    with mock.patch("train.checkpoint.save", lambda out_dir, state, *_, **__: print("state", digest(state))):
+        child = start(out_dir, eval_interval=1, max_iters=REFERENCE)
     assert os.waitpid(child, 0)[1] == 0, output(out_dir)
     digests = [line.removeprefix("state ") for line in output(out_dir).splitlines() if line.startswith("state ")]
     return dict(enumerate(digests, start=1)), logged_losses(out_dir)
@@ -139,15 +128,8 @@ def digest(state: dict) -> str:
     return hashlib.sha256(b"".join(content)).hexdigest()
 
 
-def command(out_dir: Path, **settings) -> int:
-    """`python -m train`."""
-    named = KILLED_JOB | {"out_dir": out_dir, "dataset": out_dir.parent / "data", "max_iters": 10**6} | settings
-    sys.argv = ["train", *(f"--{key}={value}" for key, value in named.items())]
-    return main()
-
-
-def start(out_dir: Path, run: Callable[[], int]) -> int:
-    """Fork a child that calls `run` and exits with what it returns. Returns its process id."""
+def start(out_dir: Path, **settings) -> int:
+    """Fork a child that trains and exits with the command's status. Returns its process id."""
     sys.stdout.flush()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child can catch it
     child, status = os.fork(), 99
@@ -159,7 +141,7 @@ def start(out_dir: Path, run: Callable[[], int]) -> int:
         descriptor = os.open(f"{out_dir}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        status = run()
+        status = run(out_dir, **settings)
     except KeyboardInterrupt:
         status = 130
     except BaseException:
@@ -199,10 +181,6 @@ def end_it(child: int, out_dir: Path, end: str, stale: set[Path], rng: random.Ra
             os.kill(child, number)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
-
-
-def last_save(out_dir: Path) -> int:
-    return max((record["iter"] for record in records(out_dir) if record["kind"] == "save"), default=0)
 
 
 def output(out_dir: Path) -> str:
