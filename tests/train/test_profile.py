@@ -54,6 +54,7 @@ def table(output: str) -> dict[str, list[float]]:
         ((37, 100, 2000, 1), range(42, 47)),  # after a warm-up
         ((0, 100, 7, 1), range(8, 13)),  # no evaluation among them
         ((0, 100, 5, 1), range(6, 10)),
+        ((0, 100, 10, 1), range(5, 10)),
         ((0, 7, 2000, 1), range(5, 7)),  # fewer in a short run
         ((0, 100, 2000, 20), range(5, 7)),  # fewer if steps are long
         ((0, 100, 2000, 41), range(5, 6)),
