@@ -19,6 +19,7 @@ from train.errors import UserError
 from train.memory import advice, check_memory, free_memory
 
 WIDE = Job(GPTConfig(1024, 320, n_layer=2, n_head=2, n_embd=128), 8, FUSED, accumulation=5, several=True)
+ALONE = dataclasses.replace(WIDE, accumulation=1, several=False)
 LARGE = Job(GPTConfig(64, 320, n_layer=2, n_head=8, n_embd=512), 4, FUSED, several=True)  # a large state
 JOB = dict(batch_size=8, block_size=64, n_embd=64)
 
@@ -48,6 +49,12 @@ def no_job_is_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         (WIDE, dict(recompute="mlp"), 8, "--recompute=mlp fits"),  # the state is not the problem
         (WIDE, dict(recompute="block"), 1, "--recompute=block fits"),
         (WIDE, dict(batch_size=4, accumulation=10), 2, "--batch_size=4 --gradient_accumulation_steps=20 fits"),
+        (
+            ALONE,
+            dict(batch_size=4, accumulation=2, several=True),
+            1,
+            "--batch_size=4 --gradient_accumulation_steps=2 fits",
+        ),
         (LARGE, dict(shards=8), 8, "--shard=True fits"),
         (LARGE, dict(shards=8, recompute="mlp"), 8, "--shard=True --recompute=mlp fits"),
         (LARGE, dict(shards=8), 1, "not even --batch_size=1 --recompute=block fits"),
