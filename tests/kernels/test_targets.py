@@ -76,7 +76,7 @@ def test_machine_code_is_read() -> None:
     ("capability", "warps", "registers", "shared", "expected"),
     [
         (90, 4, 32, 0, 64),  # by its limit
-        (90, 4, 65, 0, 28),  # by registers, which come in units of 256 a warp
+        (90, 4, 33, 0, 48),  # by registers, which come in units of 256 a warp
         (90, 8, 168, 114_712, 8),  # by shared memory: 113 KB of 228, twice, less what the system takes
         (86, 8, 32, 0, 48),
     ],
