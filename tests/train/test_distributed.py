@@ -1,9 +1,7 @@
-"""Several processes train as one, and end well or with an error. By torchrun, on the CPU."""
+"""Several processes train as one, with and without --shard, and end well or with an error. By torchrun, on the CPU."""
 
-import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -11,115 +9,67 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 import torch
 
 import bench.__main__ as bench_command
 import train.__main__ as train_command
-from model import GPTConfig
-from model.flops import flops_per_token
 from tests.train import test_graph as graphs
-from tests.train.jobs import CHARS, JOB, ROOT, arguments
-from tests.train.ranks import RUN, assert_same_losses, finish, records, start, train_alone, train_together
-from tests.train.runs import last, run
+from tests.train.jobs import ROOT, arguments
+from tests.train.runs import last, records, run
 from tests.train.tape import tape
-from train import checkpoint, plan
+from train import plan
 from train.config import TrainConfig
 from train.distributed import World, local_device, process_group, world_from_environment
 from train.errors import UserError
 from train.graph import GraphedStep
 
+CPU = torch.device("cpu")
+JOB = dict(
+    gradient_accumulation_steps=4,
+    max_iters=6,
+    eval_interval=3,
+    eval_iters=5,  # not divisible by any number of processes here
+    log_interval=1,
+)
+ENDLESS = JOB | {"max_iters": 10**6}
+
 # A place among the ranks
 
 
-def test_a_lone_process(here):
-    world = world_from_environment()
-    assert (world, world.master) == (World(0, 0, 1), True)
-    assert world.sum(torch.tensor([2.0])).tolist() == [2.0]
-    assert [world.agree(value) for value in (0, 2, 1)] == [0, 2, 1]
-    assert world.from_master(3) == 3
-    world.barrier()
-    with process_group(world, "auto", torch.device("cpu")):
-        assert not torch.distributed.is_initialized()
+def place(monkeypatch: pytest.MonkeyPatch, *values: str) -> None:
+    for name, value in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), values, strict=True):
+        monkeypatch.setenv(name, value)
 
 
 def test_the_place_that_torchrun_gives(here, monkeypatch):
-    for name, value in (("RANK", "5"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "8")):
-        monkeypatch.setenv(name, value)
+    assert world_from_environment() == World(0, 0, 1)
+    place(monkeypatch, "5", "1", "8")
     assert world_from_environment() == World(5, 1, 8)
-    assert not world_from_environment().master
-    monkeypatch.setenv("WORLD_SIZE", "eight")
+    place(monkeypatch, "5", "1", "eight")
     with pytest.raises(UserError, match=r"expected three integers as torchrun sets them .*'eight'"):
         world_from_environment()
 
 
-@pytest.mark.parametrize("place", ["5 0 2", "2 0 2", "-1 0 2", "0 2 2", "0 -1 2", "0 0 0", "0 0 -1"])
-def test_a_place_outside_the_world(monkeypatch, place):
-    for name, value in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), place.split(), strict=True):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=rf"got {place.replace(' ', ', ')}, expected ranks from 0 to WORLD_SIZE - 1"):
+@pytest.mark.parametrize("numbers", ["2 0 2", "-1 0 2", "0 2 2", "0 -1 2", "0 0 0"])
+def test_a_place_outside_the_world(monkeypatch, numbers):
+    place(monkeypatch, *numbers.split())
+    expected = rf"got {numbers.replace(' ', ', ')}, expected ranks from 0 to WORLD_SIZE - 1"
+    with pytest.raises(UserError, match=expected):
         world_from_environment()
 
 
-def test_nccl_is_not_taken_for_gloo():
-    with (
-        pytest.raises(UserError, match="backend: got 'nccl', expected auto or gloo on cpu"),
-        process_group(World(0, 0, 2), "nccl", torch.device("cpu")),
-    ):
-        pass
-    with process_group(World(), "nccl", torch.device("cpu")):  # nanoGPT's default; nothing is sent
-        pass
-
-
-def test_a_rank_without_torchrun_saves_and_ends(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_command, "world_from_environment", lambda: World(parent=os.getppid() + 1))
-    assert run(tmp_path / "out", max_iters=100) == 128 + signal.SIGTERM
-    assert "torchrun has gone: interrupted after 1 iterations" in capsys.readouterr().out
-    assert last(tmp_path / "out")["iter_num"] == 1
-
-
-def test_ranks_take_the_gpus_in_order(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert local_device(gpu, World(3, 1, 4)) == torch.device("cuda", 1)
-    assert local_device(torch.device("cuda", 1), World()) == torch.device("cuda", 1)
-    assert local_device(cpu, World(3, 3, 4)) == cpu
-    with pytest.raises(UserError, match="expected at most 2, one a GPU"):
-        local_device(gpu, World(2, 2, 4))
-
-
-@pytest.mark.parametrize(("command", "work"), [(train_command, "decide"), (bench_command, "variants")])
-def test_the_device_of_a_run_is_the_current_one(here, monkeypatch, command, work):
-    """Streams and captures belong to the current device, so it must be set before any work."""
-    current = []
-
-    def begun(*args: object) -> NoReturn:
-        assert current == [torch.device("cuda", 1)]
-        raise Begun
-
-    class Begun(Exception):
-        pass
-
-    for name, answer in {"device_count": 2, "is_available": True, "get_device_capability": (9, 0)}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    monkeypatch.setattr(command, work, begun)
-    monkeypatch.setattr(sys, "argv", ["command", "--device=cuda:1"])
-    with pytest.raises(Begun):
-        command.main()
-
-
 def test_ranks_that_cannot_meet(here, monkeypatch):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    with (
-        pytest.raises(UserError, match=r"backend: 'auto' could not join 2 ranks: .*MASTER_ADDR"),
-        process_group(World(0, 0, 2), "auto", torch.device("cpu")),
+    place(monkeypatch, "0", "0", "2")
+    for backend, message in (
+        ("nccl", "backend: got 'nccl', expected auto or gloo on cpu"),
+        ("auto", r"backend: 'auto' could not join 2 ranks: .*MASTER_ADDR"),
     ):
-        pass
+        with pytest.raises(UserError, match=message), process_group(World(0, 0, 2), backend, CPU):
+            pass
+    with process_group(World(), "nccl", CPU):  # nanoGPT's default; alone it sends nothing
+        assert not torch.distributed.is_initialized()
 
 
 def test_what_ranks_cannot_share_is_refused(here, monkeypatch):
@@ -130,11 +80,39 @@ def test_what_ranks_cannot_share_is_refused(here, monkeypatch):
     ):
         config = TrainConfig(dataset="letters", compile=False, gradient_accumulation_steps=4, **settings)
         with pytest.raises(UserError, match=message):
-            plan.decide(config, set(), "", None, world, torch.device("cpu"))
-    assert [path.name for path in here.iterdir()] == ["data"]
+            plan.decide(config, set(), "", None, world, CPU)
 
 
-# Gradients
+def test_ranks_take_the_gpus_in_order(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert local_device(first, World(3, 1, 4)) == second
+    assert local_device(second, World()) == second
+    assert local_device(CPU, World(3, 3, 4)) == CPU
+    with pytest.raises(UserError, match="expected at most 2, one a GPU"):
+        local_device(first, World(2, 2, 4))
+
+
+@pytest.mark.parametrize(("command", "work"), [(train_command, "decide"), (bench_command, "variants")])
+def test_the_device_of_a_run_is_the_current_one(here, monkeypatch, command, work):
+    """Streams and captures belong to the current device, so it must be set before any work."""
+
+    class Begun(Exception):
+        pass
+
+    def begun(*args: object) -> None:
+        assert current == [torch.device("cuda", 1)]
+        raise Begun
+
+    current = []
+    for name, answer in {"device_count": 2, "is_available": True, "get_device_capability": (9, 0)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(command, work, begun)
+    monkeypatch.setattr(sys, "argv", ["command", "--device=cuda:1"])
+    with pytest.raises(Begun):
+        command.main()
 
 
 @pytest.mark.parametrize(("graphed", "accumulation"), [(False, 1), (False, 3), (True, 3)])
@@ -152,70 +130,171 @@ def test_gradients_are_exchanged_once_a_step(graphed: bool, accumulation: int, m
     assert (loss, norm) == (expected, twice / 2)  # the mean over two ranks, one of which sent zeros
 
 
-# One driver, three ranks
+# Runs
+
+
+def start(processes: int, *command: str) -> subprocess.Popen:
+    """Start Python, or torchrun, in the current folder, in its own session, so that the test can end all processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [sys.executable, *(torchrun if processes > 1 else []), *command],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    """Wait for its end. Returns (stdout, stderr). If it hangs, its session is killed and the test fails."""
+    try:
+        return process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"it hangs\n{out}\n{err}")
+
+
+def run_script(processes: int, script: str, *words: str) -> tuple[int, str, str]:
+    """Run these lines on every rank. Returns (exit status, stdout, stderr)."""
+    Path("driver.py").write_text(textwrap.dedent(script))
+    torchrun = start(processes, "driver.py", *words)
+    out, err = finish(torchrun)
+    return torchrun.returncode, out, err
+
+
+def train(processes: int, **changes) -> str:
+    """`python -m train` on so many ranks. Returns what it prints."""
+    command = start(processes, "-m", "train", *arguments(**JOB | changes))
+    out, err = finish(command)
+    assert command.returncode == 0, out + err
+    return out
+
+
+def assert_same_losses(a: str, b: str, **tolerance: float) -> None:
+    ours, theirs = ([r for r in records(Path(name)) if r["kind"] in ("iter", "eval")] for name in (a, b))
+    assert [(r["kind"], r["iter"]) for r in ours] == [(r["kind"], r["iter"]) for r in theirs]
+    assert len(ours) > 6
+    for x, y in zip(ours, theirs, strict=True):
+        for key in ("loss", "grad_norm") if x["kind"] == "iter" else ("train_loss", "val_loss"):
+            assert x[key] == pytest.approx(y[key], rel=tolerance.get(key, 1e-5)), (x["kind"], x["iter"], key)
+
+
+def assert_same_state(a: str, b: str) -> None:
+    """Weights and moments are equal, except for sums in another order."""
+    one, two = (last(Path(name)) for name in (a, b))
+    assert list(one["model"]) == list(two["model"])
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(two["model"][name], tensor, rtol=1e-3, atol=1e-4)
+    assert two["model"]["lm_head.weight"].data_ptr() == two["model"]["transformer.wte.weight"].data_ptr()
+    assert one["optimizer"]["state"].keys() == two["optimizer"]["state"].keys()
+    for index, entry in one["optimizer"]["state"].items():
+        other = two["optimizer"]["state"][index]
+        assert float(other["step"]) == float(entry["step"]) > 0
+        torch.testing.assert_close(other["exp_avg"], entry["exp_avg"], rtol=1e-2, atol=1e-5)
+        torch.testing.assert_close(other["exp_avg_sq"], entry["exp_avg_sq"], rtol=1e-2, atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "pairs"),
+    [
+        (dict(), [(1, 2), (2, 1)]),
+        # 4 ranks get unequal shares. What is computed again finds its parameters gathered.
+        (dict(shard=True, n_layer=2, n_embd=34, bias=True, recompute="block"), [(1, 2), (2, 4), (4, 1)]),
+    ],
+    ids=["whole", "sharded"],
+)
+def test_ranks_train_as_one_and_go_on_as_any_number(here, settings, pairs):
+    changes = settings | dict(dropout=0.2)
+    train(1, out_dir="one", **changes)
+    train(1, out_dir="one", init_from="resume", max_iters=10, **changes)
+    for first, then in pairs:
+        name = f"{first}-then-{then}"
+        said = train(first, out_dir=name, **changes)
+        assert said.count("step 3:") == said.count("iter 3:") == said.count(f"saving checkpoint to {name}\n") / 2 == 1
+        assert re.search(rf"^device: .* x {first}, float32, reference kernels$", said, re.MULTILINE)
+        for record, other in zip(records(Path(name)), records(Path("one")), strict=False):
+            if record["kind"] == "iter":  # all ranks together do the work of one
+                flops, expected = (r["mfu"] * r["seconds"] for r in (record, other))
+                assert flops * first == pytest.approx(expected, rel=1e-9)
+                tokens = record["tokens_per_second"] * record["seconds"]
+                assert tokens == pytest.approx(4 * 2 * 16, rel=1e-9)
+        train(then, out_dir=name, init_from="resume", max_iters=10, **changes)
+        assert_same_losses("one", name)
+        assert_same_state("one", name)
+
+
+@pytest.mark.slow
+def test_shares_compiled_in_bfloat16(here, compiler):
+    changes = dict(shard=True, n_layer=3, bias=True, dtype="bfloat16")
+    train(1, out_dir="one", **changes)
+    said = train(2, out_dir="two", compile=True, **changes)
+    assert "going on without it" not in said
+    assert_same_losses("one", "two", loss=1e-2, grad_norm=5e-2, train_loss=1e-2, val_loss=1e-2)
+
+
+@pytest.mark.slow
+def test_each_rank_holds_its_share(here):
+    """Half of all parameters, gradients and moments, and one whole block at a time, in bfloat16."""
+    script = """
+        import os
+        import torch
+        from model import GPT, GPTConfig, Precision
+        from train.distributed import process_group, world_from_environment
+        from train.shard import ShardedAdamW, share_out
+        from train.step import TrainStep
+
+        world = world_from_environment()
+        with process_group(world, "auto", torch.device("cpu")):
+            shape = GPTConfig(block_size=8, vocab_size=32, n_layer=2, n_head=2, n_embd=16)
+            model = GPT(shape, precision=Precision(torch.bfloat16))
+            share_out(model, world, torch.device("cpu"))
+            optimizer = ShardedAdamW(model, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+            seen = set()
+            first, second = model.transformer.h
+            for block, other in ((first, second), (second, first)):  # looked at while one is gathered
+                look = lambda module, _, other=other: seen.update(
+                    {str(module.c_attn.weight.dtype), f"other {type(other.attn.c_attn.weight.data).__name__}"}
+                )
+                block.attn.register_forward_pre_hook(look)
+                block.register_forward_pre_hook(lambda module, args: seen.add(f"stream {args[0].dtype}"))
+            tokens = torch.randint(32, (1, 2, 9))
+            step = TrainStep(model, optimizer, grad_clip=1.0)
+            step.micro_step(tokens[0, :, :-1], tokens[0, :, 1:], 1)
+            half = model.get_num_params(non_embedding=False) / 2
+            assert sum(p.to_local().numel() for p in model.parameters()) == half
+            assert sum(p.grad.to_local().numel() for p in model.parameters()) == half
+            step.update()
+            assert sum(state["exp_avg"].to_local().numel() for state in optimizer.state.values()) == half
+            assert {p.dtype for p in model.parameters()} == {torch.float32}
+            assert seen == {"other DTensor", "stream torch.float32", "torch.bfloat16"}, seen
+        os._exit(0)  # as the command ends: see train/__main__.py
+    """
+    status, _, err = run_script(2, script)
+    assert status == 0, err
 
 
 @pytest.mark.slow
 def test_what_ranks_tell_each_other(here):
+    """Every answer is the largest value of the previous call, the same on all ranks."""
     script = """
-        import json, sys
         import torch
         from train.distributed import process_group, world_from_environment
 
         world = world_from_environment()
         with process_group(world, "auto", torch.device("cpu")):
+            assert (world.size, world.master) == (3, world.rank == 0)
             told = [world.agree(value) for value in (0, world.rank, 0, 2 - world.rank, 0)]
+            assert told == [0, 0, 2, 0, 2], told
             total = world.sum(torch.tensor([[1.0, world.rank]], dtype=torch.float64))
-            masters = world.from_master(7 + world.rank)
+            assert total.tolist() == [[3.0, 3.0]], total
+            assert world.from_master(7 + world.rank) == 7
             world.barrier()
-        with open(f"rank{world.rank}.json", "w") as file:
-            json.dump([world.rank, world.size, world.master, told, total.tolist(), masters], file)
     """
-    (here / "driver.py").write_text(textwrap.dedent(script))
-    torchrun = start(3, "driver.py")
-    _, err = finish(torchrun)
-    assert torchrun.returncode == 0, err
-    found = [json.loads((here / f"rank{rank}.json").read_text()) for rank in range(3)]
-    for rank, answers in enumerate(found):
-        # every answer is the largest value of the previous call, the same on all ranks
-        assert answers == [rank, 3, rank == 0, [0, 0, 2, 0, 2], [[3.0, 3.0]], 7]
-
-
-# Runs
-
-
-@pytest.mark.slow
-def test_two_ranks_train_as_one(here, monkeypatch):
-    """Losses and weights are the same. Then one rank resumes the run of two, and two ranks the run of one."""
-    changes = dict(dropout=0.2)
-    train_alone(monkeypatch, out_dir="one", **changes)
-    out = train_together(2, out_dir="two", **changes)
-    assert_same_losses("one", "two")
-    one, two = (checkpoint.load(Path(name) / "ckpt.pt") for name in ("one", "two"))
-    for name, tensor in one["model"].items():
-        torch.testing.assert_close(two["model"][name], tensor, rtol=1e-3, atol=1e-4)
-    assert out.count("step 3:") == out.count("iter 3:") == out.count("saving checkpoint to two") / 2 == 1
-
-    # MFU counts both
-    assert re.search(r"^device: .* x 2, float32, reference kernels$", out, re.MULTILINE)
-    shape = {name: JOB[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
-    tokens = RUN["gradient_accumulation_steps"] * JOB["batch_size"] * JOB["block_size"]
-    flops = flops_per_token(GPTConfig(vocab_size=len(CHARS), bias=False, **shape)) * tokens
-    assert f"tokens per iteration: {tokens:,}" in out
-    for processes, out_dir in enumerate(("one", "two"), start=1):
-        for record in records(out_dir, "iter"):
-            assert record["mfu"] * record["seconds"] * JOB["peak_flops"] * processes == pytest.approx(flops, rel=1e-9)
-            assert record["tokens_per_second"] * record["seconds"] == pytest.approx(tokens, rel=1e-9)
-
-    # two ranks resume the run of one, one rank the run of two
-    shutil.copytree("one", "then-two")
-    shutil.copytree("two", "then-one")
-    train_together(2, out_dir="then-two", init_from="resume", max_iters=10, **changes)
-    train_alone(monkeypatch, out_dir="then-one", init_from="resume", max_iters=10, **changes)
-    train_alone(monkeypatch, out_dir="one", init_from="resume", max_iters=10, **changes)
-    assert_same_losses("one", "then-two")
-    assert_same_losses("one", "then-one")
-    assert records("one", "iter")[-1]["iter"] == 9
+    status, _, err = run_script(3, script)
+    assert status == 0, err
 
 
 # Ends
@@ -240,10 +319,8 @@ def test_a_rank_that_fails_ends_the_others(here):
         data.Loader.train = failing
         run(main)
     """
-    (here / "driver.py").write_text(textwrap.dedent(script))
-    torchrun = start(2, "driver.py", *arguments(**RUN | {"max_iters": 10**6}))
-    out, err = finish(torchrun)
-    assert torchrun.returncode != 0
+    status, out, err = run_script(2, script, *arguments(**ENDLESS))
+    assert status != 0
     assert "RuntimeError: the disk of rank one has gone" in err
     assert "[rank0]: Traceback" not in err
     assert "iter 2:" in out
@@ -253,20 +330,24 @@ def test_a_rank_that_fails_ends_the_others(here):
             os.kill(int((here / f"pid{rank}").read_text()), 0)
 
 
+def await_iterations(process: subprocess.Popen) -> None:
+    while process.poll() is None and sum(record["kind"] == "iter" for record in records(Path("out"))) < 3:
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True])
-def test_a_rank_that_dies_costs_the_others_one_line(here, shard):
+def test_a_rank_that_dies_costs_the_others_one_line(here, monkeypatch, shard):
     """Without torchrun, which would end them too."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
     ranks = []
-    for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env = os.environ | {name: str(value) for name, value in place.items()}
-        argv = [sys.executable, "-m", "train", *arguments(**RUN | {"max_iters": 10**6, "shard": shard})]
-        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        ranks.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    await_iterations(here, ranks[0])
+    for rank in ("0", "1"):
+        place(monkeypatch, rank, rank, "2")
+        ranks.append(start(1, "-m", "train", *arguments(**ENDLESS, shard=shard)))
+    await_iterations(ranks[0])
     ranks[1].kill()
     _, err = finish(ranks[0])
     finish(ranks[1])
@@ -274,24 +355,26 @@ def test_a_rank_that_dies_costs_the_others_one_line(here, shard):
     assert re.fullmatch(r"error: rank 0: another rank has ended[^\n]*\n", err)
 
 
-def await_iterations(here: Path, process: subprocess.Popen) -> None:
-    path = here / "out" / "metrics.jsonl"
-    while process.poll() is None and not (path.exists() and len(records("out", "iter")) > 2):
-        time.sleep(0.05)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_torchruns_end_lets_the_ranks_save(here, number):
     """Killed outright, it ends nobody: the ranks notice."""
-    torchrun = start(2, "-m", "train", *arguments(**RUN | {"max_iters": 10**6, "eval_interval": 10**6}))
-    await_iterations(here, torchrun)
+    torchrun = start(2, "-m", "train", *arguments(**ENDLESS | {"eval_interval": 10**6}))
+    await_iterations(torchrun)
     torchrun.send_signal(number)
     out, err = finish(torchrun)
     assert torchrun.returncode != 0
     gone = "torchrun has gone: " if number == signal.SIGKILL else ""
     done = re.search(rf"^{gone}interrupted after (\d+) iterations$", out, re.MULTILINE)
     assert done, out + err
-    saved = checkpoint.load(here / "out" / "ckpt.pt")
-    assert saved["iter_num"] == int(done[1]) == records("out", "iter")[-1]["iter"] + 1
+    saved = last(here / "out")
+    iterations = [record["iter"] for record in records(here / "out") if record["kind"] == "iter"]
+    assert saved["iter_num"] == int(done[1]) == iterations[-1] + 1
     assert saved["best_val_loss"] < 1e9
+
+
+def test_a_rank_without_torchrun_saves_and_ends(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_command, "world_from_environment", lambda: World(parent=os.getppid() + 1))
+    assert run(tmp_path / "out", max_iters=100) == 128 + signal.SIGTERM
+    assert "torchrun has gone: interrupted after 1 iterations" in capsys.readouterr().out
+    assert last(tmp_path / "out")["iter_num"] == 1
