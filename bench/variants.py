@@ -26,7 +26,7 @@ from model import GPT, GPTConfig, Precision
 from model.flops import FORMULAS, flops_per_token
 from model.groups import param_groups
 from train.choices import Layer, choose_attention, choose_mlp
-from train.compile import compile_module
+from train.compile import compile_model, compile_module, in_parts
 from train.data import Batch
 from train.distributed import World
 from train.errors import UserError, shown
@@ -217,7 +217,10 @@ def ours(
             weight_decay=setting.weight_decay,
             several=workload.accumulation > 1,
         )
-        module = only_compiled(model, partial(compile_module, device=device)) if compile else model
+        module = model
+        if compile:
+            checked = partial(only_compiled, compile=partial(compile_module, device=device))
+            module = compile_model(model, checked, in_parts=in_parts(device))
         step = TrainStep(module, optimizer, grad_clip=setting.grad_clip)
         if graphed:
             step = GraphedStep(step, (workload.accumulation, workload.batch_size, workload.config.block_size))

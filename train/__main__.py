@@ -19,7 +19,7 @@ import torch
 
 from model.flops import flops_per_token, num_params
 from train import checkpoint as checkpoints
-from train.compile import model_to_train
+from train.compile import model_to_train, uncompile
 from train.data import Loader
 from train.distributed import local_device, process_group, world_from_environment
 from train.files import owned
@@ -125,7 +125,7 @@ def make_step(
 ) -> tuple[TrainStep | GraphedStep | ProfiledStep, Evaluation | GraphedEvaluation]:
     """A step, and an evaluation of the same model: compiled, captured and profiled as the settings say."""
     plan, config = state.plan, state.plan.config
-    model = model_to_train(state.model, config, plan.device, say, by_block=plan.sharded)
+    model = model_to_train(state.model, config, plan.device, say, sharded=plan.sharded)
     state.optimizer.clear()
     world = None if plan.sharded else plan.world
     step = TrainStep(model, state.optimizer, grad_clip=config.grad_clip, scaler=state.scaler, world=world)
@@ -159,6 +159,7 @@ def make_loader(plan: Plan) -> Loader:
 def farewell(state: TrainState, loop: Loop, say: Callable[[str], None]) -> None:
     """Print the final losses, a sample of text, and the paths of the run's files."""
     plan, losses, best = state.plan, loop.losses, state.progress.best_val_loss
+    uncompile(state.model)  # each length of a text would be compiled
     say(f"final losses: train {losses.train:.4f}, val {losses.val:.4f} (best {best:.4f})")
     try:
         if plan.sharded:

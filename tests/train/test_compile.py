@@ -1,5 +1,6 @@
 """Compiling the model. If a machine cannot compile, the run goes on without it."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch._inductor.utils import fresh_cache
 from model import GPT, GPTConfig
 from tests.train.runs import logged, run
 from tests.train.test_graph import marked
-from train.compile import compile_module, model_to_train, register_fallbacks
+from train.compile import compile_model, compile_module, model_to_train, register_fallbacks, uncompile
 from train.config import TrainConfig
 from train.data import Batch
 from train.step import Evaluation, TrainStep
@@ -21,9 +22,9 @@ CONFIG = TrainConfig(batch_size=2, block_size=8, n_layer=1, n_head=2, n_embd=16,
 CPU = torch.device("cpu")
 
 
-def small_model(dropout: float = 0.0) -> GPT:
+def small_model(dropout: float = 0.0, n_layer: int = 1) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, dropout=dropout))
+    return GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=n_layer, n_head=2, n_embd=16, dropout=dropout))
 
 
 def test_inductor_knows_a_cpus_operations_before_the_first_graph() -> None:
@@ -80,6 +81,25 @@ def test_compiled_is_compiled_with_the_same_dropout() -> None:
     torch.testing.assert_close(evaluated, model.eval()(idx, targets)[1][None])
 
 
+def test_in_parts_two_blocks_are_compiled_whatever_the_depth() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model, idx = small_model(dropout=0.5, n_layer=4), torch.randint(11, (2, 8))
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            model = compile_model(model, partial(torch.compile, backend="aot_eager"), in_parts=True)
+        torch.manual_seed(1)
+        loss = model(idx, idx.clone())[1]
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(*results)
+    assert counters["stats"]["unique_graphs"] == 5  # the embedding, two blocks, the last LayerNorm, the loss
+    uncompile(model)
+    for length in (3, 4):
+        model(idx[:, :length])
+    assert counters["stats"]["unique_graphs"] == 5
+
+
 def test_the_first_call_leaves_no_node_of_autograd_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node from another stream would break a capture: see `GraphedStep`."""
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
@@ -94,8 +114,13 @@ def test_the_first_call_leaves_no_node_of_autograd_behind(monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-def test_nothing_is_compiled_again_after_the_warm_up(tmp_path: Path) -> None:
-    """The warm-up makes one graph for training and one for evaluation. Later evaluations and saves make none."""
+@pytest.mark.parametrize(("in_parts", "graphs"), [(False, 2), (True, 8)])
+def test_nothing_is_compiled_again_after_the_warm_up(
+    in_parts: bool, graphs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warm-up makes the graphs for training and for evaluation. Later evaluations and saves make none, nor does the
+    sample of text. In parts: the embedding, the only block, the last LayerNorm, the loss."""
+    monkeypatch.setattr("train.compile.in_parts", lambda device, sharded: in_parts)
     torch._dynamo.reset()
     counters.clear()
     seen = []
@@ -104,8 +129,8 @@ def test_nothing_is_compiled_again_after_the_warm_up(tmp_path: Path) -> None:
         seen.append(counters["stats"]["unique_graphs"])
 
     run(tmp_path / "out", at={1: look, 6: look}, compile=True, max_iters=7, eval_interval=2, dropout=0.2)
-    assert seen == [2, 2]
-    assert counters["stats"]["unique_graphs"] == 2  # after the last evaluation and the sample of text
+    assert seen == [graphs] * 2
+    assert counters["stats"]["unique_graphs"] == graphs  # after the last evaluation and the sample of text
     assert not counters["graph_break"]
 
 
