@@ -24,6 +24,7 @@ from train.settings import (
 
 FLOAT32 = 3.4e38  # the device computes with these settings in float32
 MOST_TOKENS = 2**28  # in one step: the host holds its batch
+MOST_ROWS = 2**22  # tokens in a micro-batch: more fill no device better, and settings that fit are found in seconds
 ABOUT = "Train a GPT. With nothing else: the default job, which needs no network and no preparation."
 
 
@@ -127,6 +128,12 @@ def validate(config: TrainConfig) -> None:
         raise UserError(
             f"gradient_accumulation_steps * batch_size * block_size: got {shown(tokens)} tokens in a step, expected at "
             f"most {MOST_TOKENS}"
+        )
+    rows = config.batch_size * config.block_size
+    if rows > MOST_ROWS:
+        raise UserError(
+            f"batch_size * block_size: got {rows} tokens in a micro-batch, expected at most {MOST_ROWS}; "
+            "gradient_accumulation_steps makes a step of several"
         )
     if config.n_embd % config.n_head:
         raise UserError(f"n_embd: got {config.n_embd}, expected a multiple of n_head ({config.n_head})")

@@ -122,7 +122,11 @@ def advice(job: Job, room: int, ranks: int) -> str:
         )
 
     def fits(settings: dict[str, Any]) -> bool:
-        return dry_run(changed(settings)).total <= room
+        job = changed(settings)
+        whole = dry_run(dataclasses.replace(job, loss_chunk=0)) if job.loss_chunk else None
+        if whole and whole.total - whole.memory["logits"] > room:
+            return False  # without a run of all chunks, of which there can be a thousand
+        return dry_run(job).total <= room
 
     for group in changes(job, ranks):
         if not fits(group[-1]):

@@ -51,6 +51,7 @@ def test_names_and_defaults_are_nanogpts():
         # absurd sizes, refused at once
         ({"batch_size": 10**9}, ("batch_size", "got 1024000000000 tokens in a step", "at most 268435456")),
         ({"gradient_accumulation_steps": 10**9}, ("gradient_accumulation_steps", "below 1048576")),
+        ({"batch_size": 4097}, ("batch_size * block_size", "got 4195328 tokens in a micro-batch", "at most 4194304")),
         ({"gradient_accumulation_steps": 10**6}, ("gradient_accumulation_steps", "tokens in a step")),
         ({"eval_iters": 10**9}, ("eval_iters: got 1000000000", "below 10000000")),
         ({"n_layer": 10**6}, ("n_layer: got 1000000", "below 1025")),
@@ -67,7 +68,7 @@ def test_an_impossible_value_is_refused(change, expected):
 def test_an_odd_but_possible_value_is_allowed():
     validate(TrainConfig(learning_rate=3e-5, device="cuda:1"))  # below min_lr: the rate rises, as in nanoGPT
     validate(TrainConfig(warmup_iters=11, lr_decay_iters=10, learning_rate=0.0, keep_checkpoints=10**9))
-    validate(TrainConfig(batch_size=2**18, block_size=1024, learning_rate=1e38, weight_decay=0.0))
+    validate(TrainConfig(batch_size=2**12, gradient_accumulation_steps=2**6, learning_rate=1e38, weight_decay=0.0))
 
 
 # How settings are put together

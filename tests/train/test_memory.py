@@ -66,7 +66,7 @@ def test_the_cheapest_change_that_fits(job: Job, changes: dict, ranks: int, text
 
 
 def test_advice_for_an_absurd_size_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    dry = mock.Mock(side_effect=lambda job: mock.Mock(total=job.batch_size))
+    dry = mock.Mock(side_effect=lambda job: mock.Mock(total=job.batch_size, memory={"logits": 0}))
     monkeypatch.setattr(memory, "dry_run", dry)
     text = advice(dataclasses.replace(WIDE, batch_size=2**26 * 3), 10, 1)
     assert text == "--batch_size=8 --gradient_accumulation_steps=125829120 fits"
