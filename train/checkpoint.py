@@ -207,11 +207,13 @@ def set_best_aside(out_dir: Path) -> Path | None:
 
 
 def set_aside(out_dir: Path, patterns: Iterable[str] = _OF_A_RUN) -> Path | None:
-    """Move an earlier run's checkpoints, metrics and curve into a new folder `out_dir/earlier-<date>-<time>`.
+    """Move an earlier run's checkpoints, logs and curve into a new folder `out_dir/earlier-<date>-<time>`.
 
     patterns: of the names to move. Returns that folder, or None if there was nothing to move.
     """
-    files = [path for pattern in patterns for path in sorted(out_dir.glob(pattern)) if not path.is_dir()]
+    found = [path for pattern in patterns for path in sorted(out_dir.glob(pattern))]
+    # a run makes one folder
+    files = [path for path in found if path.is_dir() == (path.name == "tensorboard")]
     if not files:
         return None
     folder = unused(out_dir, f"earlier-{datetime.now():%Y%m%d-%H%M%S}")

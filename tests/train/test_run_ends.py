@@ -97,11 +97,15 @@ def test_an_earlier_run_is_moved_aside_whole_and_nothing_else(tmp_path, capsys):
     for name in ("loss.png", "loss.svg", "trace.json", "notes.txt", "train_loss.png"):
         (tmp_path / "out" / name).write_text(name)
     files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for name in ("tensorboard", "notes"):
+        (tmp_path / "out" / name).mkdir()
     theirs = {name: files.pop(name) for name in ("notes.txt", "train_loss.png")}
     run(tmp_path / "out", max_iters=2, seed=2)
     (aside,) = (tmp_path / "out").glob("earlier-*")
-    assert {path.name: path.read_bytes() for path in aside.iterdir()} == files
+    assert (aside / "tensorboard").is_dir()
+    assert {path.name: path.read_bytes() for path in aside.iterdir() if path.is_file()} == files
     assert {name: (tmp_path / "out" / name).read_bytes() for name in theirs} == theirs
+    assert (tmp_path / "out" / "notes").is_dir()
     assert f"the earlier run in {tmp_path / 'out'} was moved to {aside}" in capsys.readouterr().out
     assert last(tmp_path / "out")["iter_num"] == 2
     assert iterations(tmp_path / "out", "iter") == [0, 1]
