@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from bench.variants import WORKLOADS
 from kernels import FUSED
 from tests.rehearsal.device import Gpu
+from train.compile import compile_model
 from train.data import Batch
 from train.dryrun import Job, build, dry_run
 from train.errors import UserError
@@ -107,12 +108,12 @@ class Allocations(TorchDispatchMode):
     ],
 )
 def test_a_capture_is_on_one_stream(gpu: Gpu, workload: str, dropout: float, recompute: str, compiled: bool) -> None:
-    shapes = job(workload, recompute, layers=1, dropout=dropout, on="cuda", several=True, accumulation=2)
+    shapes = job(workload, recompute, layers=1 + compiled, dropout=dropout, on="cuda", several=True, accumulation=2)
     shapes = dataclasses.replace(shapes, batch_size=2)
     step = build(shapes)
     x = torch.zeros(2, shapes.shape.block_size, dtype=torch.int64, device=gpu.device)
     if compiled:  # Dynamo and autograd as with Inductor, but its code cannot run without a device
-        step.model = torch.compile(step.model, backend="aot_eager")
+        step.model = compile_model(step.model, functools.partial(torch.compile, backend="aot_eager"), in_parts=True)
         dloss = torch.ones((), device=gpu.device)
         step.model(x, x.clone(), dloss=dloss)[1].backward(dloss)  # as model_to_train does, on the default stream
     allocations = Allocations(gpu)

@@ -20,6 +20,7 @@ from kernels import FUSED, REFERENCE, Ops
 from kernels.launch import INTERPRETED
 from model import GPT, GPTConfig, Precision
 from tests.train.tape import tape
+from train.compile import compile_model, compile_module
 from train.data import Batch
 from train.graph import GraphedStep
 from train.optim import FlatAdamW
@@ -81,16 +82,19 @@ def train(
     case: dict,
     *,
     dtype: torch.dtype = torch.float32,
-    compile: bool = False,
-    graphed: bool = False,
+    mode: str = "eager",
     nudge: int = 0,
     ops: Ops = REFERENCE,
     steps: int | None = None,
 ) -> Trace:
     model = golden_model(case, dtype, nudge, ops)
     optimizer = our_adamw(model, case, ops)
-    step = TrainStep(torch.compile(model) if compile else model, optimizer, grad_clip=case["grad_clip"])
-    if graphed:
+    compiled = model
+    if mode.startswith("compiled"):
+        compile = functools.partial(compile_module, device=torch.device("cpu"))
+        compiled = compile_model(model, compile, in_parts=mode == "compiled in parts")
+    step = TrainStep(compiled, optimizer, grad_clip=case["grad_clip"])
+    if mode == "graphed":
         shape = case["gradient_accumulation_steps"], case["batch_size"], case["config"]["block_size"]
         step = GraphedStep(step, shape, capture=tape)
     results = [step(golden_batch(case, i), case["learning_rate"]) for i in range(steps or len(case["loss"]))]
@@ -117,11 +121,14 @@ def exact(name: str, nudge: int = 0) -> Trace:
     return train(TRACES[name], dtype=torch.float64, nudge=nudge)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graphed", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mode",
+    ["eager", "graphed", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("compiled", "compiled in parts"))],
+)
 @pytest.mark.parametrize("name", TRACES)
 def test_the_recorded_trace(name: str, mode: str, request: pytest.FixtureRequest) -> None:
     """Without a GPU, a tape replaces the graph."""
-    if mode == "compiled":
+    if mode.startswith("compiled"):
         request.getfixturevalue("compiler")
     golden, truth = recorded(TRACES[name]), exact(name)
     neighbours = [golden, *(exact(name, nudge) for nudge in (1, 2, 3))]
@@ -129,8 +136,8 @@ def test_the_recorded_trace(name: str, mode: str, request: pytest.FixtureRequest
         max(relative(getattr(trace, field), getattr(truth, field)) for trace in neighbours)
         for field in ("grad_norm", "final_abs_sum")
     )
-    got = train(TRACES[name], compile=mode == "compiled", graphed=mode == "graphed")
-    calm = 1 if mode == "compiled" else CALM
+    got = train(TRACES[name], mode=mode)
+    calm = 1 if mode.startswith("compiled") else CALM
     assert relative(got.loss, golden.loss) < 2e-5
     assert relative(got.grad_norm[:calm], golden.grad_norm[:calm]) < 2e-5
     assert relative(got.grad_norm, truth.grad_norm) < max(3 * norms, 2e-5)

@@ -21,6 +21,7 @@ from tests.train import test_graph as graphs
 from tests.train.runs import last, logged, resume, run
 from tests.train.test_golden import TRACES, golden_batch, golden_model, our_adamw, recorded, relative
 from train.choices import MEASURED, Layer, choose_attention, choose_mlp, why_not
+from train.compile import compile_model, compile_module, in_parts
 from train.data import Batch
 from train.distributed import World
 from train.dryrun import Job, dry_run
@@ -45,12 +46,18 @@ def whole_float32() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
 
 
+def compiled(model: GPT) -> torch.nn.Module:
+    """The model as a run compiles it."""
+    compile = functools.partial(compile_module, device=CUDA)
+    return compile_model(model, compile, in_parts=in_parts(CUDA))
+
+
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("name", TRACES)
 def test_the_recorded_losses(name: str, compile: bool) -> None:
     case = TRACES[name]
     model = golden_model(case).cuda()
-    step = TrainStep(torch.compile(model) if compile else model, our_adamw(model, case), grad_clip=case["grad_clip"])
+    step = TrainStep(compiled(model) if compile else model, our_adamw(model, case), grad_clip=case["grad_clip"])
     losses = []
     for i in range(len(case["loss"])):
         batch = golden_batch(case, i)
@@ -94,11 +101,6 @@ def assert_replayed(captured: TrainStep, eager: TrainStep, accumulation: int = 1
     assert_same(got, expected, nan_ok=captured.scaler.enabled)  # a gradient that overflowed
 
 
-def compile_both(eager: TrainStep, captured: TrainStep) -> None:
-    torch.compiler.reset()
-    eager.model, captured.model = (torch.compile(step.model) for step in (eager, captured))
-
-
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("accumulation", "dropout", "compile"), [(1, 0.0, False), (3, 0.2, False), (2, 0.2, True)])
@@ -109,7 +111,8 @@ def test_a_replayed_step_is_the_eager_step(
     settings = dict(accumulation=accumulation, dropout=dropout, dtype=dtype, device=CUDA)
     eager, captured = (graphs.make(select(kernels, CUDA), **settings) for _ in range(2))
     if compile:
-        compile_both(eager, captured)
+        torch.compiler.reset()
+        eager.model, captured.model = compiled(eager.model), compiled(captured.model)
     assert_replayed(captured, eager, accumulation)
 
 
@@ -255,7 +258,8 @@ def test_every_attention_is_captured(backend: str, compile: bool, dropout: float
     options = dict(dropout=dropout, dtype=torch.bfloat16, device=CUDA, attention=backend)
     eager, captured = (graphs.make(**options) for _ in range(2))
     if compile:
-        compile_both(eager, captured)
+        torch.compiler.reset()
+        eager.model, captured.model = compiled(eager.model), compiled(captured.model)
     assert_replayed(captured, eager)
 
 
