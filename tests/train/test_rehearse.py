@@ -80,7 +80,7 @@ def test_bare_it_is_an_h100_where_there_is_no_gpu(rehearse) -> None:
         (["--out_dir=/dev/null/x"], "out_dir"),
         (["--kernels=reference", "--loss_chunk=64"], "loss_chunk"),
         (["--init_from=gpt2-xl", "--n_layer=3"], "n_layer"),
-        (["--batch_size=1048576", "--kernels=reference"], "GB, what NVIDIA H100 80GB HBM3 has free; --"),
+        (["--batch_size=65536", "--n_embd=512", "--kernels=reference"], "GB, what NVIDIA H100 80GB HBM3 has free; --"),
     ],
 )
 def test_bad_settings_are_refused_as_for_a_run(rehearse, argv: list[str], words: str) -> None:
