@@ -75,7 +75,8 @@ class _Embedding(torch.autograd.Function):
         ctx.save_for_backward(idx)
         ctx.V, ctx.dtype = weight.shape[0], weight.dtype
         x = torch.ops.nanofuse_cpu.embedding.default(idx, weight)
-        return x if x.dtype == torch.float64 else x.float()
+        # nothing is cast in vain: Dynamo of torch 2.11 would lose the gradient
+        return x.float() if x.dtype.itemsize == 2 else x
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[None, Tensor]:
