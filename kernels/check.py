@@ -39,15 +39,13 @@ def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: widen(value) for name, value in inputs.items()}
 
 
-def fault(
-    fused: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any], summands: float = 0.0
-) -> str:
+def fault(fused: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any]) -> str:
     """What is wrong with `fused`'s results and gradients, in one line; empty if nothing is. See `disagreement`.
 
     `fused` runs first. So if it misses a store, the memory cannot hold the reference's right answer by chance.
     """
     got, plain = (outputs_and_gradients(function, inputs) for function in (fused, reference))
-    return disagreement(got, plain, outputs_and_gradients(reference, in_float64(inputs)), summands=summands)
+    return disagreement(got, plain, outputs_and_gradients(reference, in_float64(inputs)))
 
 
 def disagreement(
@@ -55,14 +53,12 @@ def disagreement(
     plain: dict[str, Tensor],
     exact: dict[str, Tensor],
     *,
-    summands: float = 0.0,
     times: float = 2.0,
 ) -> str:
     """What is wrong with `fused`, in one line; empty if nothing is.
 
     An element may differ from `exact` by `times` plain torch's largest error and one rounding. With few elements this
-    error may be 0 by chance, so four float32 ulps of the largest element are always allowed. summands: the size of the
-    summands, which counts instead if it is larger, because sums may cancel.
+    error may be 0 by chance, so four float32 ulps of the largest element are always allowed.
     """
     if not fused.keys() == plain.keys() == exact.keys():
         return f"got {', '.join(fused)}, expected {', '.join(exact)}"
@@ -71,16 +67,14 @@ def disagreement(
             return f"{name}: {got.dtype}, expected {plain[name].dtype}"
         if got.shape != exact[name].shape:
             return f"{name}: {got.shape}, expected {exact[name].shape}"
-        if reason := _off(*(x.reshape(-1).split(PIECE) for x in (got, plain[name], exact[name])), summands, times):
+        if reason := _off(*(x.reshape(-1).split(PIECE) for x in (got, plain[name], exact[name])), times):
             return f"{name}: {reason}"
     return ""
 
 
-def _off(
-    got: tuple[Tensor, ...], plain: tuple[Tensor, ...], exact: tuple[Tensor, ...], summands: float, times: float
-) -> str:
+def _off(got: tuple[Tensor, ...], plain: tuple[Tensor, ...], exact: tuple[Tensor, ...], times: float) -> str:
     slack = max(times * largest((p.double() - x.double()).abs()) for p, x in zip(plain, exact, strict=True))
-    slack += 4 * torch.finfo(torch.float32).eps * max(summands, *(largest(x.double().abs()) for x in exact))
+    slack += 4 * torch.finfo(torch.float32).eps * max(largest(x.double().abs()) for x in exact)
     count, off, worst, most = 0, 0, 0.0, 0.0
     for piece, want in zip(got, exact, strict=True):
         piece, want = piece.double(), want.double()

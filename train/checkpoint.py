@@ -212,7 +212,7 @@ def set_aside(out_dir: Path, patterns: Iterable[str] = _OF_A_RUN) -> Path | None
     patterns: of the names to move. Returns that folder, or None if there was nothing to move.
     """
     found = [path for pattern in patterns for path in sorted(out_dir.glob(pattern))]
-    # a run makes one folder
+    # TensorBoard's is the only folder that a run makes
     files = [path for path in found if path.is_dir() == (path.name == "tensorboard")]
     if not files:
         return None

@@ -54,9 +54,9 @@ def compile_model(model: GPT, compile: Callable[[Callable], Callable], *, in_par
     """`model` compiled by `compile`: as one graph, or in parts, which changes `model` itself until `uncompile`.
 
     Parts are the blocks and, if operations are plain torch's, what surrounds them. Blocks are equal, so Dynamo compiles
-    the first one, which has no branch to add yet, and one other. So it takes as long for 48 layers as for 6. As one
-    graph, 12 layers take four times as long. But calling a compiled block costs the host about half a millisecond. On
-    CUDA graphs hide that, on a CPU nothing does.
+    the first one, which has no branch to add yet, and one other, whatever the depth. As one graph, 12 layers take the
+    processor four times as long. But calling a compiled block costs the host about half a millisecond. On CUDA graphs
+    hide that, on a CPU nothing does.
     """
     if not in_parts:
         return compile(model)

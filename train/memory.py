@@ -122,11 +122,12 @@ def advice(job: Job, room: int, ranks: int) -> str:
         )
 
     def fits(settings: dict[str, Any]) -> bool:
-        job = changed(settings)
-        whole = dry_run(dataclasses.replace(job, loss_chunk=0)) if job.loss_chunk else None
-        if whole and whole.total - whole.memory["logits"] > room:
-            return False  # without a run of all chunks, of which there can be a thousand
-        return dry_run(job).total <= room
+        tried = changed(settings)
+        if tried.loss_chunk:  # there can be a thousand chunks: first, what the step holds beside all logits
+            whole = dry_run(dataclasses.replace(tried, loss_chunk=0))
+            if whole.total - whole.memory["logits"] > room:
+                return False
+        return dry_run(tried).total <= room
 
     for group in changes(job, ranks):
         if not fits(group[-1]):

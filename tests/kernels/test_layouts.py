@@ -78,7 +78,7 @@ def fault_in_layout(case: Case, shape: Shape, layout: str, device: torch.device)
             how = "sliced" if name == "weight" and layout == "one row for all" else layout
             changed = laid_out(x.detach(), how)
             inputs[name] = (changed[None] if name in several else changed).requires_grad_(x.requires_grad)
-    return fault(relaid(case.fused, layout), relaid(case.reference, layout), inputs, summands=1.0)
+    return fault(relaid(case.fused, layout), relaid(case.reference, layout), inputs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

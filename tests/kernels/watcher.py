@@ -30,6 +30,7 @@ class Memory:
 
     def access(self, visits: list[np.ndarray], ptrs: np.ndarray, mask: np.ndarray, width: int, program: int) -> int:
         """The bytes of an access of `width` bytes a lane."""
+        assert program < PROGRAMS
         ptrs, mask = np.broadcast_arrays(ptrs.astype(np.uint64), np.asarray(mask, dtype=bool))
         ptrs = ptrs[mask]
         inside = np.zeros(ptrs.shape, dtype=bool)

@@ -21,7 +21,7 @@ for name in ("torch._dynamo", "kernels.cases", "train.compile", "train.graph"): 
     importlib.import_module(name)
 
 # no logging: pytest would print every line that torch.compile logs for tools
-OPTIONS = ["-q", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:logging"]
+OPTIONS = ["-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:logging"]
 
 
 def run(nodeid: str) -> tuple[int, str]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch
 from kernels.cases import BUDGETS, CASES, Case, Shape
 from kernels.launch import Device, Launch, specialised
 from kernels.targets import compile_launch, launches
+from tests.kernels.test_gpu import EVERY_REGIME, one_regime
 
 H100 = Device(capability=90, multiprocessors=132)
 PARTS = 4  # of a walk over all kernels, so that several processes share it
@@ -76,10 +76,11 @@ def test_all_sizes_and_dtypes(part: int) -> None:
     assert [fault for regime in list(found.values())[part::PARTS] for fault in faults(*regime)] == []
 
 
-def test_every_case_launches_something_at_its_own_sizes() -> None:
-    for case in CASES:
-        for shape, dtype in product(case.shapes, case.dtypes):
-            assert planned(case, shape, dtype) or "tiles" in case.name, (case.name, shape, dtype)
+def test_no_regime_of_the_gpu_tests_is_refused_there() -> None:
+    regimes = [regime.values for regime in EVERY_REGIME]
+    regimes += [(case, *regime) for case in CASES for regime in one_regime(case)]
+    for case, shape, dtype in regimes:
+        assert launches(case, shape, dtype, H100), (case.name, shape, dtype)
 
 
 def test_no_rows_launch_nothing() -> None:
