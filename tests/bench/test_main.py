@@ -16,7 +16,7 @@ import bench.__main__ as command
 from bench import results, steps
 from bench.results import WRONG, Ceiling, Results, Step
 from bench.rules import NO_TIME, Clock, TimeBudget
-from bench.variants import WORKLOADS, Setting, Variant, Workload
+from bench.variants import WORKLOADS, Setting, Variant, Workload, variants
 from kernels.cases import CASES
 from model import GPTConfig
 from tests.bench.made import cpu
@@ -134,20 +134,19 @@ def test_what_is_refused(arguments: list[str], message: str, tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("compiler")
 def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Eager steps: how long a compilation takes is the machine's to say (`by_the_clock`)."""
     small = Workload("cpu", GPTConfig(block_size=8, vocab_size=17, n_layer=1, n_head=2, n_embd=16, bias=False), 2)
     monkeypatch.setitem(WORKLOADS, "cpu", small)
+    eager = [each for each in variants(CPU, torch.float32) if not each.compiled]
+    monkeypatch.setattr(command, "variants", lambda *asked: eager)
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "--parts=ceilings,steps", "--minutes=0.8", "--dtype", "float32", "--out", "a/b.json") == 0
+    assert call(monkeypatch, "--parts=ceilings,steps", "--minutes=0.1", "--dtype", "float32", "--out", "a/b.json") == 0
     found = results.read(Path("a/b.json"))
-    names = ["reference eager", "reference compiled", "ours eager", "ours compiled"]
-    assert [row.variant for row in found.steps] == names
-    assert all(row.seconds or row.skipped == NO_TIME for row in found.steps)  # compiling counts
-    assert found.steps[0].seconds
+    names = ["reference eager", "ours eager"]
+    assert [row.variant for row in found.steps if row.seconds] == names
     assert [len(ceiling.rates) for ceiling in found.ceilings] == [3, 3]
-    assert found.command == "python -m bench --minutes=0.8 --parts=ceilings,steps --device=cpu --dtype=float32"
+    assert found.command == "python -m bench --minutes=0.1 --parts=ceilings,steps --device=cpu --dtype=float32"
     out, err = capsys.readouterr()
     assert all(name in out for name in names)
     assert out.endswith("written to a/b.json\n")
