@@ -1,9 +1,10 @@
-"""Operations for a CPU that torch.compile calls as they are: dropout's masks, an embedding, and attention by plain
-matmuls.
+"""Operations for a CPU that torch.compile calls as they are: dropout's masks, an embedding, GELU, and attention by
+plain matmuls.
 
 Inductor can compile their parts, but its code is slower than torch's own operations. It draws random numbers, compares
 16-bit integers, reads a bfloat16 table and adds rows one by one. It writes a softmax's float32 values to memory, and
-computes them again in the backward pass. As operations of our own they also give the same bits, compiled or not.
+computes them again in the backward pass. Its GELU takes up to twice as long. As operations of our own they also give
+the same bits, compiled or not.
 
 Inductor is faster at copies in another order, so attention's stay outside of its operations.
 """
@@ -48,6 +49,11 @@ def embedding(idx: Tensor, weight: Tensor) -> Tensor:
     return _Embedding.apply(idx, weight)
 
 
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    """GELU, `approximate` as torch has it: "none" or "tanh". Only for torch.compile: elsewhere it is torch's own."""
+    return _Gelu.apply(x, approximate)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, packed: Tensor, keep: Tensor | None, scale: float) -> Tensor:
@@ -83,6 +89,18 @@ class _Embedding(torch.autograd.Function):
         return None, torch.ops.nanofuse_cpu.embedding_backward.default(dy, *ctx.saved_tensors, ctx.V).to(ctx.dtype)
 
 
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, approximate: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.approximate = approximate
+        return torch.ops.nanofuse_cpu.gelu.default(x, approximate)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.nanofuse_cpu.gelu_backward.default(dy, *ctx.saved_tensors, ctx.approximate), None
+
+
 def _random_keep(x: Tensor, shape: list[int], dropped: int) -> Tensor:
     """Zeros, `dropped` of 2^16, and ones, in x's dtype. x also tells calls apart: torch.compile makes one call of
     several with equal arguments."""
@@ -107,7 +125,7 @@ def _attention(qkv: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor
     q, k, v = qkv
     T, Q = q.shape[1:]
     ahead = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
-    weights = torch.bmm(q * Q**-0.5, k.mT).add_(ahead)
+    weights = torch.baddbmm(ahead, q, k.mT, alpha=Q**-0.5)
     torch.softmax(weights, -1, out=weights)  # row by row, so in place; also below
     left = weights.new_empty(0) if keep is None else weights * keep
     return torch.bmm(weights if keep is None else left, v), weights, left
@@ -123,10 +141,18 @@ def _attention_backward(dy: Tensor, qkv: Tensor, weights: Tensor, left: Tensor, 
     if keep is not None:
         dweights.mul_(keep)
     dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype, grad_input=dweights)
-    torch.bmm(dscores, k, out=dq)
-    torch.bmm(dscores.mT, q, out=dk)
-    dqkv[:2].mul_(q.shape[2] ** -0.5)
+    scaled = {"beta": 0, "alpha": q.shape[2] ** -0.5}
+    torch.baddbmm(dq, dscores, k, **scaled, out=dq)
+    torch.baddbmm(dk, dscores.mT, q, **scaled, out=dk)
     return dqkv
+
+
+def _gelu(x: Tensor, approximate: str) -> Tensor:
+    return F.gelu(x, approximate=approximate)
+
+
+def _gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
+    return torch.ops.aten.gelu_backward(dy, x, approximate=approximate)
 
 
 _LIBRARY = torch.library.Library("nanofuse_cpu", "DEF")
@@ -134,7 +160,8 @@ _LIBRARY = torch.library.Library("nanofuse_cpu", "DEF")
 
 def _register() -> None:
     mark_graphs()
-    for body in (_random_keep, _embedding, _embedding_backward, _attention, _attention_backward):
+    bodies = (_random_keep, _embedding, _embedding_backward, _gelu, _gelu_backward, _attention, _attention_backward)
+    for body in bodies:
         name, draws = body.__name__.removeprefix("_"), body is _random_keep
         tags = (torch.Tag.nondeterministic_seeded,) if draws else ()
         _LIBRARY.define(name + torch.library.infer_schema(body, mutates_args=()), tags=tags)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cpu
+from kernels import cpu, reference
 
 EPSILON = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -66,6 +66,18 @@ def test_compiled_calls_draw_the_masks_of_eager_ones() -> None:
     for eager, compiled in zip(*found, strict=True):
         assert torch.equal(eager, compiled)
     assert not torch.equal(found[1][0], found[1][1])
+
+
+@pytest.mark.parametrize("approximate", ["erf", "tanh"])
+def test_a_compiled_gelu_has_the_bits_of_an_eager_one(approximate: str) -> None:
+    found = []
+    for function in (reference.gelu, torch.compile(reference.gelu, backend="aot_eager_decomp_partition")):
+        torch.manual_seed(3)
+        x, dy = draw(50, 40, dtype=torch.bfloat16).requires_grad_(), draw(50, 40, dtype=torch.bfloat16)
+        y = function(x, approximate)
+        found.append((y, torch.autograd.grad(y, x, dy)[0]))
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.equal(eager, compiled)
 
 
 def test_compiled_graphs_on_disk_are_of_these_sources() -> None:

@@ -101,6 +101,8 @@ def on_a_cpu(device: torch.device) -> Calls:
     idx = torch.ones(2, 5, dtype=torch.int64)
     yield ON_CPU.embedding, idx, draw(3, 4)
     yield ON_CPU.embedding_backward, draw(2, 5, 4), idx, 3
+    yield ON_CPU.gelu, dy.detach(), "none"
+    yield ON_CPU.gelu_backward, dy, dy, "tanh"
 
 
 FAMILIES = [gelu, mlp, add_layer_norm, embedding, cross_entropy, head, head_in_chunks, adamw, linear, on_a_cpu]
