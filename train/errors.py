@@ -35,15 +35,12 @@ MAX_LINE = 1000  # characters of a whole message
 
 def shown(value: object) -> str:
     """repr(value) for a message of one line. It is never long, and never raises; repr of a huge integer does."""
+    if isinstance(value, str):
+        value = value[: 4 * MAX_SHOWN]  # a long one is cut before it is escaped
     try:
-        text = value if isinstance(value, str) and len(value) > 4 * MAX_SHOWN else repr(value)
-    except ValueError:
-        assert isinstance(value, int)
-        return f"an integer of {value.bit_length()} bits"
-    except RecursionError:
-        return f"a {type(value).__name__}, nested too deeply to be shown"
-    if text is value:  # a long one is cut before it is escaped
-        text = repr(value[: 4 * MAX_SHOWN])
+        text = repr(value)
+    except (ValueError, RecursionError):  # of an integer of thousands of digits, of lists in lists in lists
+        return f"a {type(value).__name__}, too large to be shown"
     return printable(text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "...")
 
 
@@ -76,20 +73,15 @@ def first_line(error: object) -> str:
     return one_line(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
 
 
-def check_current_folder() -> None:
-    """UserError if the current folder was deleted. Even torch cannot be imported there."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        raise UserError("the current folder was deleted; cd to one that exists") from None
-
-
 @contextmanager
 def ending() -> Iterator[None]:
     """Inside, an error of the user or the system ends the program with one line and an exit status. Ctrl-C and a closed
     pipe end it without the line."""
     try:
-        check_current_folder()
+        try:
+            os.getcwd()
+        except FileNotFoundError:  # even torch cannot be imported there
+            raise UserError("the current folder was deleted; cd to one that exists") from None
         yield
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

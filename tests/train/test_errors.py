@@ -1,14 +1,22 @@
-"""What users and files said, in messages: one line, escaped, shortened."""
+"""What a command says when it fails: one line, escaped, shortened. A console that fails ends no run."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.train.jobs import ROOT
+from tests.train.jobs import CHARS, ROOT
+from tests.train.runs import run
+from train import errors
 from train.errors import MAX_LINE, UserError, ending, first_line, safe, shown
+from train.export import main as export
+from train.plot import main as plot
+from train.prepare import main as prepare
+from train.sample import main as sample
 
 EVIL = "a\nb\r\x1b[31m\x9b\u202e\udc80"
 ESCAPED = r"a\nb\r\x1b[31m\x9b\u202e\udc80"
@@ -23,29 +31,15 @@ def test_a_message_is_one_line_that_does_nothing_to_a_terminal(say):
     assert "start" in say("start" + "x" * 5000)
 
 
-def test_a_long_message_keeps_its_end():
-    assert str(UserError("x" * 5000 + ": do this")).endswith(": do this")
-
-
-def test_what_cannot_be_shown_is_described():
+def test_what_is_long_or_cannot_be_shown():
     deep: list = []
     for _ in range(100_000):
         deep = [deep]
-    assert shown(deep) == "a list, nested too deeply to be shown"
-    assert shown(1 << 100_000) == "an integer of 100001 bits"
+    assert shown(deep) == "a list, too large to be shown"
+    assert shown(1 << 100_000) == "a int, too large to be shown"
     assert shown(["x" * 5000]) == "['" + "x" * 75 + "..."
-
-
-def test_a_text_keeps_its_lines():
+    assert str(UserError("x" * 5000 + ": do this")).endswith(": do this")
     assert safe("a\tb\n\x1b[31m\r\x9b") == "a\tb\n\\x1b[31m\\r\\x9b"
-
-
-def test_a_command_says_that_its_folder_was_deleted(tmp_path):
-    (tmp_path / "gone").mkdir()
-    start = "import os; from train.commands import main; os.rmdir(os.getcwd()); main()"
-    argv, env = [sys.executable, "-c", start, "train"], os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(argv, cwd=tmp_path / "gone", env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "error: the current folder was deleted; cd to one that exists\n")
 
 
 def test_an_error_of_the_system_ends_a_command_in_one_line(capsys):
@@ -55,3 +49,56 @@ def test_an_error_of_the_system_ends_a_command_in_one_line(capsys):
     said = capsys.readouterr().err
     assert said.endswith(f": {os.strerror(errno.ENAMETOOLONG)}\n")
     assert said[:-1].isprintable()
+
+
+# The console
+
+
+def test_commands_escape_the_names_that_they_repeat(tmp_path, monkeypatch, capsys):
+    """A folder's name could move a terminal's cursor, look like another line, or lack in the terminal's encoding."""
+    monkeypatch.chdir(tmp_path)
+    Path("play.txt").write_text(CHARS * 30)
+    evil, escaped = "a\x1b[31m\nb", r"a\x1b[31m\nb"
+    prepare([f"--dataset={evil}", "play.txt"])
+    prepare([f"--check={evil}"])
+    assert run(tmp_path / evil, dataset=tmp_path / "data" / evil, max_iters=2) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    sample([f"--out_dir={evil}", "--num_samples=1", "--max_new_tokens=1"])
+    plot([evil])
+    export([f"--out_dir={evil}", f"--to={evil}/to"])
+    streams = capsys.readouterr()
+    assert [escaped in line for line in streams.err.splitlines()] == [True]
+    assert [escaped in line for line in streams.out.splitlines()[-3:]] == [True] * 3
+
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    with pytest.raises(SystemExit, match="0"):
+        errors.run(lambda: print("Ω-\udcff"))
+    assert console.buffer.getvalue() == b"\\u03a9-\\udcff\n"
+
+
+LOST = "error: the output cannot be written: No space left on device\n"
+GOES_ON = "console: cannot be written ({}); the run goes on without it\n"
+DELETED = "error: the current folder was deleted; cd to one that exists\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("script", "streams", "status", "said"),
+    [
+        ("errors.run(lambda: [print('text'), print('text')] and 0)", {}, 1, LOST),
+        ("errors.run(lambda: [log.say('1'), log.say('2')] and 0)", {}, 0, GOES_ON.format("No space left on device")),
+        ("sys.stdout.close(); log.say('text')", {}, 0, GOES_ON.format("I/O operation on closed file.")),
+        ("errors.run(lambda: print('text'))", {"preexec_fn": lambda: (os.close(1), os.close(2))}, 0, ""),
+        ("os.rmdir(os.getcwd()); from train.commands import main; main()", {}, 2, DELETED),
+    ],
+    ids=["a full disk", "a full disk under a run", "closed by the run", "closed before", "a deleted folder"],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_streams_and_the_folder_of_a_real_process(tmp_path, script, streams, status, said, unbuffered):
+    """The end of the interpreter could fail too."""
+    argv = [sys.executable, "-c", f"import os, sys; from train import errors, log; {script}", "train"]
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(argv, cwd=tmp_path, env=env, stdout=full, stderr=subprocess.PIPE, text=True, **streams)
+    assert (done.returncode, done.stderr) == (status, said)
