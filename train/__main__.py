@@ -56,9 +56,9 @@ def main() -> int:
                     stored.pop(machine, None)
         elif path := checkpoints.named(init_from):
             checkpoint = checkpoints.load(path)
-        base = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
-        config = compose(parsed, base.settings)
-        why = " over ".join([*reversed(parsed.sources), base.why])
+        base, why = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
+        config = compose(parsed, base)
+        why = " over ".join([*reversed(parsed.sources), why])
         for note in notes(parsed, config) if world.master else ():
             say(note)
         if absent:

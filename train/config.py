@@ -8,19 +8,9 @@ or `--key=value`, the last one winning (`parse`). `compose` puts one over the ot
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from train.errors import UserError, shown
-from train.settings import (
-    Parsed,
-    Value,
-    check_values,
-    parse_settings,
-    read_settings,
-    setting,
-    settings_of,
-    typed,
-)
+from train.settings import Parsed, Value, check_values, parse_settings, setting, settings_of, typed
 
 FLOAT32 = 3.4e38  # the device computes with these settings in float32
 MOST_TOKENS = 2**28  # in one step: the host holds its batch
@@ -39,9 +29,7 @@ class TrainConfig:
     eval_only: bool = setting(False, "evaluate once and stop; nothing is written")
     always_save_checkpoint: bool = setting(True, "save after every evaluation, not only after the best so far")
     keep_checkpoints: int = setting(2, "checkpoints kept, the newest included; the best one besides", low=1)
-    init_from: str = setting(
-        "scratch", "scratch, resume, gpt2*, or a path to model.safetensors or ckpt.pt or the folder of one", path=True
-    )
+    init_from: str = setting("scratch", "scratch, resume, gpt2*, or a model.safetensors, ckpt.pt or folder", path=True)
     bpe_dir: str = setting("", "folder of GPT-2's encoder.json, for a machine without network", path=True)
 
     wandb_log: bool = setting(False, "log to Weights & Biases", group="wandb, TensorBoard")
@@ -50,9 +38,7 @@ class TrainConfig:
     tensorboard_log: bool = setting(False, "log to TensorBoard, under out_dir")
 
     dataset: str = setting("openwebtext", "folder under data/, or an absolute path", group="data", path=True)
-    gradient_accumulation_steps: int = setting(
-        1, "micro-batches in a step, over all ranks together", low=1, below=2**20
-    )
+    gradient_accumulation_steps: int = setting(1, "micro-batches in a step, over all ranks", low=1, below=2**20)
     batch_size: int = setting(12, "sequences in a micro-batch", low=1)
     block_size: int = setting(1024, "tokens in a sequence", low=1)
     seed: int = setting(1337, "seed of the weights, the batches and dropout", low=0)
@@ -64,9 +50,7 @@ class TrainConfig:
     bias: bool = setting(False, "biases in Linear and LayerNorm")
     gelu: str = setting("auto", "auto: erf for a new model, tanh for OpenAI's weights", choices=("auto", "erf", "tanh"))
 
-    learning_rate: float = setting(
-        6e-4, "largest learning rate, reached after warmup", group="AdamW", low=0, below=FLOAT32
-    )
+    learning_rate: float = setting(6e-4, "largest rate, reached after warmup", group="AdamW", low=0, below=FLOAT32)
     max_iters: int = setting(600000, "steps in all", low=0)
     max_minutes: float = setting(0.0, "stop after this many minutes; 0: no limit", low=0)
     patience: int = setting(0, "stop after this many evaluations without improvement; 0: never", low=0)
@@ -93,18 +77,14 @@ class TrainConfig:
         "dtype of the residual stream; auto: bfloat16 on a GPU that computes in it, else float32",
         choices=("auto", "float32", "bfloat16"),
     )
-    kernels: str = setting(
-        "auto", "Triton's or plain torch's; auto: fused on CUDA", choices=("auto", "fused", "reference")
-    )
+    kernels: str = setting("auto", "Triton's or torch's; auto: fused on CUDA", choices=("auto", "fused", "reference"))
     attention: str = setting(
         "auto",
         "auto: fastest on CUDA",
         choices=("auto", "cudnn", "flash", "efficient", "math", "flash_attn", "fa3", "fa4"),
     )
     loss_chunk: int = setting(-1, "rows of logits at a time, fused; 0: all; -1: all if memory allows", low=-1)
-    recompute: str = setting(
-        "none", "what the backward pass computes again, to save memory", choices=("none", "mlp", "block")
-    )
+    recompute: str = setting("none", "what is computed again, to save memory", choices=("none", "mlp", "block"))
     mfu_formula: str = setting("nanogpt", "FLOPs a token; nanogpt: 6N + 12LHQT, 6n: 6N", choices=("nanogpt", "6n"))
     peak_flops: float = setting(0.0, "FLOP/s of one device, for the MFU; 0: from the table, or measured", low=0)
     rehearse: str = setting(
@@ -123,18 +103,14 @@ def validate(config: TrainConfig) -> None:
     lr_decay_iters or more: a schedule without a cosine.
     """
     check_values(config)
-    tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
-    if tokens > MOST_TOKENS:
-        raise UserError(
-            f"gradient_accumulation_steps * batch_size * block_size: got {shown(tokens)} tokens in a step, expected at "
-            f"most {MOST_TOKENS}"
-        )
     rows = config.batch_size * config.block_size
-    if rows > MOST_ROWS:
-        raise UserError(
-            f"batch_size * block_size: got {rows} tokens in a micro-batch, expected at most {MOST_ROWS}; "
-            "gradient_accumulation_steps makes a step of several"
-        )
+    step = config.gradient_accumulation_steps * rows
+    for product, tokens, most in (
+        ("gradient_accumulation_steps * batch_size * block_size", step, MOST_TOKENS),
+        ("batch_size * block_size", rows, MOST_ROWS),
+    ):
+        if tokens > most:
+            raise UserError(f"{product}: got {shown(tokens)} tokens, expected at most {most}")
     if config.n_embd % config.n_head:
         raise UserError(f"n_embd: got {config.n_embd}, expected a multiple of n_head ({config.n_head})")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device, re.ASCII):
@@ -164,29 +140,21 @@ def parse(argv: list[str]) -> Parsed:
     return parse_settings(TrainConfig, argv, "python -m train", ABOUT, positional=usage, presets=True)
 
 
-def preset(name: str) -> dict[str, Value]:
-    """The settings of a preset or of a config file."""
-    return read_settings(name, TrainConfig)
-
-
-class Base(NamedTuple):
-    settings: Mapping[str, Value]
-    why: str  # for the console: what was chosen and the reason
-
-
-def choose_base(parsed: Parsed, *, gpu: bool, stored: Mapping[str, Value] | None = None) -> Base:
-    """The settings below those that the user named. stored: those in the checkpoint that is resumed.
+def choose_base(
+    parsed: Parsed, *, gpu: bool, stored: Mapping[str, Value] | None = None
+) -> tuple[Mapping[str, Value], str]:
+    """(the settings below those that the user named, and why these). stored: those in the checkpoint that is resumed.
 
     A preset or a config file lies over the plain defaults, as in nanoGPT. Without one, a resumed run goes on with its
     own settings, and a new run is the default job for this machine.
     """
     init_from = parsed.settings.get("init_from", TrainConfig.init_from)
     if not parsed.sources and init_from == "resume" and stored is not None:
-        return Base(stored, "the settings stored in the checkpoint")
+        return stored, "the settings stored in the checkpoint"
     if not parsed.sources and init_from == "scratch":
         name, reason = ("docs", "the device is a GPU") if gpu else ("docs_cpu", "the device is a CPU")
-        return Base(preset(name), f"preset {name}: no preset was named, and {reason}")
-    return Base({}, "the defaults")
+        return parse([name]).settings, f"preset {name}: no preset was named, and {reason}"
+    return {}, "the defaults"
 
 
 def compose(parsed: Parsed, base: Mapping[str, Value]) -> TrainConfig:

@@ -60,7 +60,7 @@ def test_what_a_config_file_holds_without_effect_is_said_first(here, start):
     status, out, err = start("fork.py", warmup_iters=5000)
     assert (status, err) == (0, "")
     first, second, third, *rest = out.splitlines()
-    assert first == "fork.py: names that are no settings here, left out: lora_rank; only read by later lines: steps"
+    assert first == "fork.py: names that are no settings here, left out: lora_rank"
     assert second.startswith("warmup_iters: 5000 is more than lr_decay_iters (20): the rate rises for 5000 steps")
     assert third.startswith("fork.py over the defaults; dataset letters")
     assert "2 iterations done" in rest
@@ -68,21 +68,14 @@ def test_what_a_config_file_holds_without_effect_is_said_first(here, start):
 
 
 SETTINGS = [
-    ("--n_embd=30 --n_head=4", ["n_embd", "got 30", "multiple of n_head (4)"]),
     ("--device=cuda:7", ["device", "'cuda:7'", "expected one of: auto, cpu"]),
     ("--dtype=float16", ["dtype", "'float16'", "expected one of", "float32", "on cpu"]),
-    ("shakespear_char", ["shakespear_char", "did you mean shakespeare_char?"]),
     (f"{'x' * 300}.py", ["neither a config file nor a preset"]),
     ("--block_size=500", ["block_size=500", "val.bin", "500 tokens", "at least 501"]),
     ("--dataset=numbers", ["data/numbers", "no such dataset", "python -m train.prepare FILE ... --dataset=numbers"]),
-    ("--dataset=a\x1b[31m", [r"data/a\x1b[31m: no such dataset"]),
-    (f"--dataset={'x' * 300}", ["no such dataset"]),
     ("--init_from=resume", ["init_from=resume", "there is no", "ckpt.pt"]),
-    ("--init_from=resume --out_dir=data/letters/train.bin", ["data/letters/train.bin/ckpt.pt"]),
-    (f"--init_from=resume --out_dir={'x' * 300}", ["File name too long"]),
     ("--init_from=gpt3", ["init_from=gpt3", "no such file", "gpt2-xl"]),
     ("--init_from=data/letters/train.bin", ["init_from=data/letters/train.bin", "not a whole safetensors file"]),
-    (f"--init_from={'x' * 300}", ["no such file or folder"]),
     ("--init_from=gpt2 --block_size=16", ["init_from=gpt2", "path of a model.safetensors"]),
     ("--out_dir=data/letters/train.bin/deeper", ["out_dir", "data/letters/train.bin is no folder"]),
     (f"--out_dir={'x' * 300}", ["out_dir", "File name too long"]),
@@ -112,22 +105,14 @@ def test_the_default_job_makes_no_corpus_for_a_run_that_cannot_be(tmp_path, monk
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-def test_the_shape_is_checked_before_memory_is_taken_for_it(refusal, monkeypatch):
-    def none(*args):
-        raise AssertionError("a model was built")
-
-    monkeypatch.setattr("train.state.GPT", none)
+def test_shape_and_tokens_are_checked_before_memory_is_taken(refusal, here, monkeypatch):
+    monkeypatch.setattr("train.state.GPT", lambda *args: pytest.fail("a model was built"))
     assert "data/letters/train.bin holds 3,000 tokens" in refusal(block_size=3000)
-
-
-def test_a_token_outside_the_vocabulary(refusal, here):
     path = here / "data" / "letters" / "val.bin"
     tokens = np.fromfile(path, "<u2")
     tokens[150] = 32
     tokens.tofile(path)
-    message = refusal()
-    for word in ("data/letters/val.bin", "token 32 at position 150", "vocab_size=32"):
-        assert word in message
+    assert re.search("data/letters/val.bin: token 32 at position 150, .*vocab_size=32", refusal())
 
 
 # Checkpoints and weights
@@ -158,4 +143,3 @@ def test_weights_that_know_less_than_is_asked(refusal, here):
     export_gpt2(GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=1, n_head=2, n_embd=32)), here / "weights")
     assert "dataset=letters: it has 32 different tokens, the model 31" in refusal(init_from="weights", bias=True)
     assert "block_size: got 17, expected at most 16" in refusal(init_from="weights", bias=True, block_size=17)
-    assert "n_head: got 4, expected 2" in refusal(init_from="weights", bias=True, n_head=4)

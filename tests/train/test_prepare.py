@@ -17,7 +17,7 @@ import pytest
 
 from train import prepare
 from train import text as texts
-from train.config import compose, parse, preset
+from train.config import compose, parse
 from train.corpora import dataset_folder
 from train.data import Dataset
 from train.errors import UserError
@@ -135,7 +135,7 @@ def test_the_name_of_a_dataset_and_the_command_that_trains_on_it(capsys, folder,
     (command,) = re.findall("train on it with: (.*)", capsys.readouterr().out)
     program, *arguments = shell(command)
     assert program == "train"
-    config = compose(parse(arguments), preset("docs"))
+    config = compose(parse(arguments), parse(["docs"]).settings)
     Dataset(dataset_folder(config.dataset)).check(config.block_size)
 
 

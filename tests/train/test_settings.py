@@ -1,98 +1,95 @@
-"""The command line: every spelling of a setting, the order of arguments, refusals, help."""
+"""The command line, config files, none of which is executed, presets, and how a run's settings are put together."""
 
+import dataclasses
+import functools
+import math
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.train.jobs import ROOT
-from train.config import TrainConfig, compose, parse, preset
+from train.config import TrainConfig, choose_base, compose, parse
 from train.errors import UserError
 from train.sample import SampleConfig
-from train.settings import PRESETS, command_line, preset_summary, settings_of
+from train.settings import PRESETS, Parsed, check_values, command_line, settings_of
 
 FIELDS = settings_of(TrainConfig)
-TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
-KINDS = {
-    bool: st.booleans(),
-    int: st.integers(-(2**63), 2**63 - 1),
-    float: st.floats(allow_nan=False, allow_infinity=False),
-    str: TEXT.filter(lambda text: not text.startswith("~")),
-}
 
 
-@st.composite
-def spelled(draw) -> tuple[dict, list[str]]:
-    """A setting with a value, and one way to write it on a command line."""
-    name, field = draw(st.sampled_from(list(FIELDS.items())))
-    choices = field.metadata["choices"]
-    value = draw(st.sampled_from(choices) if choices else KINDS[type(field.default)])
-    key, text = draw(st.sampled_from([name, name.replace("_", "-")])), draw(st.sampled_from([repr(value), str(value)]))
-    if isinstance(value, str) and value[:1] in ("'", '"'):
-        text = repr(value)  # text that begins with a quote must be quoted
-    ways = [[f"--{key}={text}"]]
-    if not text.startswith("--") and not field.metadata["bare"]:
-        ways.append([f"--{key}", text])
-    if isinstance(value, bool):
-        ways += [[f"--{key}={text.lower()}"], [f"--{key}" if value else f"--no-{key}"]]
-    return {name: value}, draw(st.sampled_from(ways))
-
-
-@given(spelled())
-@settings(max_examples=200, deadline=None)
-@example(({"learning_rate": 1.0}, ["--learning_rate=1"]))
-@example(({"max_iters": 600000}, ["--max_iters=600_000"]))
-@example(({"max_iters": 100000}, ["--max_iters=1e5"]))
-@example(({"learning_rate": -1e-3}, ["--learning-rate", "-1e-3"]))
-@example(({"wandb_run_name": "a=b"}, ["--wandb_run_name=a=b"]))
-@example(({"wandb_run_name": "5"}, ["--wandb_run_name=5"]))
-@example(({"wandb_run_name": "'a', 'b'"}, ["--wandb_run_name='a', 'b'"]))
-@example(({"wandb_run_name": "'a"}, ["--wandb_run_name='a"]))
-@example(({"compile": True}, ["--no-compile", "--compile"]))
-@example(({"batch_size": 3}, ["--batch_size=2", "--batch-size", "3"]))
-@example(({"rehearse": "auto"}, ["--rehearse"]))
-@example(({"rehearse": "auto", "seed": 1}, ["--rehearse", "--seed=1"]))
-@example(({"rehearse": "h100", "seed": 1}, ["--rehearse", "h100", "--seed=1"]))
-def test_every_spelling_gives_the_value_back(case):
-    wanted, argv = case
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["--batch-size=2", "--batch_size", "3"], {"batch_size": 3}),
+        (["--max_iters=600_000", "--seed=1e5"], {"max_iters": 600000, "seed": 100000}),
+        (["--min-lr=1", "--learning-rate", "-1e-3"], {"min_lr": 1.0, "learning_rate": -1e-3}),
+        (["--wandb_run_name=a=b", "--wandb_project=5"], {"wandb_run_name": "a=b", "wandb_project": "5"}),
+        (["--wandb_run_name='a', 'b'", "--wandb_project='a"], {"wandb_run_name": "'a', 'b'", "wandb_project": "'a"}),
+        (["--wandb_run_name='a\\nb'", "--wandb_project="], {"wandb_run_name": "a\nb", "wandb_project": ""}),
+        (["--bias", "--no-compile"], {"bias": True, "compile": False}),
+        (["--bias", "true", "--compile=FALSE", "--decay_lr=True"], {"bias": True, "compile": False, "decay_lr": True}),
+        (["--no-compile", "--compile"], {"compile": True}),
+        (["--rehearse"], {"rehearse": "auto"}),
+        (["--rehearse", "--seed=1"], {"rehearse": "auto", "seed": 1}),
+        (["--rehearse", "h100", "--seed=1"], {"rehearse": "h100", "seed": 1}),
+    ],
+)
+def test_every_spelling_of_a_setting(argv, wanted):
     parsed = parse(argv)
     assert parsed.settings == wanted
     assert all(type(value) is type(FIELDS[name].default) for name, value in parsed.settings.items())
     assert parsed.sources == []
 
 
-@given(st.lists(st.text() | st.sampled_from(["--", "--compile=", "--seed", "docs"])))
-@settings(max_examples=50, deadline=None)
-def test_any_command_line_is_read_or_refused_in_one_line(argv):
-    try:
-        parse(argv)
-    except UserError as error:
-        assert len(str(error).splitlines()) == 1  # noqa: PT017
+AT_LEAST_1 = (
+    "batch_size", "block_size", "n_layer", "n_head", "n_embd", "eval_interval", "log_interval", "eval_iters",
+    "gradient_accumulation_steps", "keep_checkpoints",
+)  # fmt: skip
+AT_LEAST_0 = ("max_iters", "patience", "seed", "max_minutes", "peak_flops", "learning_rate")
 
 
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
         ("--batch_siz=1", ("'batch_siz'", "did you mean batch_size?")),
-        ("--no-batch_size", ("--no-batch_size", "no switch")),
-        ("--no-compile=True", ("no_compile",)),
+        ("--no-batch_size", ("'no_batch_size'",)),
         ("--batch_size=5*8", ("batch_size", "'5*8'", "int")),
         ("--batch_size", ("batch_size", "no value", "--batch_size=12")),
-        ("--seed=0x" + "f" * 6000, ("seed", "64 bits")),
-        ("--learning_rate=" + "1+" * 100000 + "1", ("learning_rate", "float")),
-        ("--learning_rate=1e999", ("learning_rate", "inf", "finite")),
-        ("--min_lr=1" + "0" * 400, ("min_lr", "too large")),
+        ("--seed=0x" + "f" * 6000, ("seed: got a int, too large to be shown", "below 9223372036854775808")),
+        ("--learning_rate=1e999", ("learning_rate: got inf, expected below 3.4e+38",)),
+        ("--min_lr=1" + "0" * 400, ("min_lr: got inf",)),
         ("--compile=1", ("compile", "1 (int)", "bool")),
         ("--dtype=bf16", ("dtype: got 'bf16', expected auto | float32", "did you mean bfloat16?")),
         ("-batch_size=3", ("two dashes",)),
         ("batch_size=3", ("--batch_size=3",)),
         ("config/train_shakespeare_char.py", ("did you mean shakespeare_char?",)),
         ("wibble", ("'wibble'", "the presets are", "docs_cpu")),
-        ("tests", ("'tests'", "not a regular file")),
+        ("tests", ("'tests'", "Is a directory")),
+        # values that no machine could make work
+        ("--n_head=5", ("n_embd", "768", "multiple of n_head (5)")),
+        *((f"--{name}=0", (f"{name}: got 0, expected at least 1",)) for name in AT_LEAST_1),
+        *((f"--{name}=-1", (f"{name}: got -1", "expected at least 0")) for name in AT_LEAST_0),
+        *(
+            (f"--{name}=1e308", (f"{name}: got 1e+308, expected below 3.4e+38",))
+            for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip")
+        ),
+        *((f"--{name}=1", (f"{name}: got 1.0, expected below 1",)) for name in ("dropout", "beta1", "beta2")),
+        ("--device=cuda:x", ("device", "'cuda:x'", "cuda:N")),
+        *((f"--{name}=", (f"{name}: got ''",)) for name in ("out_dir", "dataset", "init_from")),
+        ("--batch_size=1000000000", ("batch_size", "got 1024000000000 tokens, expected at most 268435456")),
+        ("--batch_size=4097", ("batch_size * block_size: got 4195328 tokens, expected at most 4194304",)),
+        ("--gradient_accumulation_steps=1000000000", ("gradient_accumulation_steps", "below 1048576")),
+        ("--gradient_accumulation_steps=1000000", ("gradient_accumulation_steps * batch_size * block_size",)),
+        ("--eval_iters=1000000000", ("eval_iters: got 1000000000, expected below 10000000",)),
+        ("--n_layer=1000000", ("n_layer: got 1000000, expected below 1025",)),
+        ("--n_embd=2000000000", ("n_embd: got 2000000000, expected below 131072",)),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
@@ -106,17 +103,24 @@ def test_a_wrong_argument_is_refused_with_a_hint(argument, expected, monkeypatch
     assert len(line) < 300
 
 
+def test_an_odd_but_possible_value_is_allowed():
+    for argv in (
+        ["--learning_rate=3e-5", "--device=cuda:1"],  # below min_lr: the rate rises, as in nanoGPT
+        ["--warmup_iters=11", "--lr_decay_iters=10", "--learning_rate=0", f"--keep_checkpoints={10**9}"],
+        ["--batch_size=4096", "--gradient_accumulation_steps=64", "--learning_rate=1e38", "--weight_decay=0"],
+    ):
+        compose(parse(argv), {})
+    with pytest.raises(UserError, match=r"weight_decay: got nan, expected below 3\.4e\+38"):
+        check_values(TrainConfig(weight_decay=float("nan")))
+
+
 def test_a_tilde_in_front_of_a_path_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     (tmp_path / "mine.py").write_text("bpe_dir = '~/bpe'\nwandb_project = '~/x'\n")
     argv = [str(tmp_path / "mine.py"), "--out_dir=~/runs/a", "--dataset='~/data'", "--init_from", "~/b/ckpt.pt"]
-    assert parse(argv).settings == {
-        "bpe_dir": "/home/me/bpe",
-        "wandb_project": "~/x",
-        "out_dir": "/home/me/runs/a",
-        "dataset": "/home/me/data",
-        "init_from": "/home/me/b/ckpt.pt",
-    }
+    paths = {"bpe_dir": "bpe", "out_dir": "runs/a", "dataset": "data", "init_from": "b/ckpt.pt"}
+    expected = {name: f"/home/me/{path}" for name, path in paths.items()}
+    assert parse(argv).settings == expected | {"wandb_project": "~/x"}
 
 
 def test_presets_files_and_overrides_apply_in_argv_order(tmp_path):
@@ -125,51 +129,47 @@ def test_presets_files_and_overrides_apply_in_argv_order(tmp_path):
     parsed = parse(["--batch_size=3", "--seed=5", "shakespeare_char", str(mine), "--learning_rate=1", "--max_iters=11"])
     assert parsed.sources == ["shakespeare_char", str(mine)]
     named = {"seed": 5, "batch_size": 7, "max_iters": 11, "n_layer": 6, "learning_rate": 1.0}
-    read = {"lr_decay_iters": preset("shakespeare_char")["max_iters"], "min_lr": 1e-4}  # from what was said before
+    read = {"lr_decay_iters": 5000, "min_lr": 1e-4}  # from what was said before
     assert {name: parsed.settings[name] for name in named | read} == named | read
 
 
 def test_a_preset_wins_over_a_file_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("gpt2").write_text("batch_size = 1\n")
-    assert parse(["--rehearse", "gpt2"]).settings == preset("gpt2") | {"rehearse": "auto"}
+    assert parse(["--rehearse", "gpt2"]).settings["block_size"] == 1024
     assert parse(["./gpt2"]).settings == {"batch_size": 1}
 
 
-def test_another_command_has_its_own_settings_files_and_help(capsys):
-    def read(*argv: str, **options) -> tuple[SampleConfig, list[str]]:
-        return command_line(SampleConfig, list(argv), "python -m other", "About it.", **options)
-
-    assert read("--top_k=1", "a", "b", positional="FILE ...") == (SampleConfig(top_k=1), ["a", "b"])
-    for argument, message in (
-        ("gpt2", "not a setting"),
-        ("--batch_size=1", "unknown setting 'batch_size'"),
-        ("--num_samples=0", "num_samples: got 0, expected at least 1"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read(argument)
-    with pytest.raises(SystemExit) as ended:
-        read("--help")
-    assert ended.value.code == 0
-    text = capsys.readouterr().out
-    assert text.startswith("usage: python -m other [--key=value ...]\n\nAbout it.\n")
-    assert "--top_k=200" in text
-    assert "presets" not in text
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["gpt2"], "'gpt2': not a setting"),
+        (["--batch_size=1"], "unknown setting 'batch_size'"),
+        (["--num_samples=0"], "num_samples: got 0, expected at least 1"),
+    ],
+)
+def test_another_command_has_its_own_settings_and_files(argv, message):
+    read = functools.partial(command_line, SampleConfig, prog="python -m other", about="")
+    assert read(["--top_k=1", "a", "b"], positional="FILE ...") == (SampleConfig(top_k=1), ["a", "b"])
+    with pytest.raises(UserError, match=message):
+        read(argv)
 
 
-@pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_lists_every_setting_and_preset_on_a_line_of_its_own(flag, capsys):
-    with pytest.raises(SystemExit) as ended:
-        parse(["--batch_size=3", flag, "--no-such"])  # the rest is not read
-    assert ended.value.code == 0
+@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig])
+def test_help_lists_every_setting_and_preset_on_a_line_of_its_own(cls, capsys):
+    argv = ["--seed=3", "-h", "--no-such"]  # the rest is not read
+    with pytest.raises(SystemExit, match="0"):
+        parse(argv) if cls is TrainConfig else command_line(cls, argv, "python -m other", "About it.")
     lines = capsys.readouterr().out.splitlines()
-    for name, field in FIELDS.items():
-        (line,) = [line for line in lines if line.startswith(f"  --{name}={field.default} ")]
+    for name, field in settings_of(cls).items():
+        shown = field.default if name != "start" else r"'\n'"
+        (line,) = [line for line in lines if line.startswith(f"  --{name}={shown} ")]
         assert field.metadata["help"] in line
         group = field.metadata["group"]
         assert not group or f"{group}:" in lines
     for name in PRESETS:
-        assert any(line.split()[:1] == [name] and preset_summary(name) in line for line in lines)
+        found = any(line.split()[:1] == [name] and line.endswith(".") for line in lines)
+        assert found == (cls is TrainConfig)
 
 
 @pytest.mark.parametrize(
@@ -188,3 +188,242 @@ def test_help_and_refusals_come_before_torch_is_imported(argument, status, said,
     assert done.returncode == status, done.stderr
     assert (done.stdout or done.stderr).startswith(said)
     assert done.stderr.count("\n") == (status != 0)
+
+
+# How settings are put together
+
+# The defaults of nanoGPT's train.py. Ours differ in gradient_accumulation_steps, backend, device, dtype.
+NANOGPT = {
+    "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False,
+    "always_save_checkpoint": True, "init_from": "scratch", "wandb_log": False, "wandb_project": "owt",
+    "wandb_run_name": "gpt2", "dataset": "openwebtext", "batch_size": 12, "block_size": 1024,
+    "n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.0, "bias": False, "learning_rate": 6e-4,
+    "max_iters": 600000, "weight_decay": 1e-1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
+    "decay_lr": True, "warmup_iters": 2000, "lr_decay_iters": 600000, "min_lr": 6e-5, "compile": True,
+}  # fmt: skip
+
+
+def test_names_and_defaults_are_nanogpts():
+    ours = dataclasses.asdict(TrainConfig())
+    assert {name: ours.get(name) for name in NANOGPT} == NANOGPT
+    assert {name: type(ours[name]) for name in NANOGPT} == {name: type(value) for name, value in NANOGPT.items()}
+    assert ours["gradient_accumulation_steps"] == 1
+    assert [ours[name] for name in ("backend", "device", "dtype", "gelu")] == ["auto"] * 4
+    compose(Parsed(), {})
+
+
+def test_the_settings_below_those_that_are_named():
+    for name, gpu, device in (("docs_cpu", False, "a CPU"), ("docs", True, "a GPU")):  # the default job for the machine
+        why = f"preset {name}: no preset was named, and the device is {device}"
+        assert choose_base(parse(["--seed=3"]), gpu=gpu) == (parse([name]).settings, why)
+    stored = dataclasses.asdict(TrainConfig(n_layer=2, seed=7, learning_rate=1e-2)) | {"a_forks_own": 1}
+    for argv in (["gpt2"], ["--init_from=gpt2"], ["eval_gpt2"], ["shakespeare_char", "--init_from=resume"]):
+        assert choose_base(parse(argv), gpu=False, stored=stored) == ({}, "the defaults")
+    parsed = parse(["--init_from=resume", "--max_iters=5"])  # goes on with its own settings
+    base, _ = choose_base(parsed, gpu=True, stored=stored)
+    assert compose(parsed, base) == TrainConfig(n_layer=2, seed=7, learning_rate=1e-2, init_from="resume", max_iters=5)
+    with pytest.raises(UserError, match="batch_size: got '5'"):
+        compose(Parsed(), {"batch_size": "5"})
+    with pytest.raises(UserError, match="multiple of n_head"):
+        compose(Parsed(settings={"n_head": 5}), stored)
+
+
+# Config files
+
+# The statements of nanoGPT's config files for training, without comments.
+NANOGPT_CONFIGS = {
+    "train_gpt2": "wandb_log = True\nwandb_project = 'owt'\nwandb_run_name='gpt2-124M'\nbatch_size = 12\n"
+    "block_size = 1024\ngradient_accumulation_steps = 5 * 8\nmax_iters = 600000\nlr_decay_iters = 600000\n"
+    "eval_interval = 1000\neval_iters = 200\nlog_interval = 10\nweight_decay = 1e-1\n",
+    "train_shakespeare_char": "out_dir = 'out-shakespeare-char'\neval_interval = 250 # x\n"
+    "eval_iters = 200\nlog_interval = 10\n"
+    "always_save_checkpoint = False\nwandb_log = False\nwandb_project = 'shakespeare-char'\n"
+    "wandb_run_name = 'mini-gpt'\ndataset = 'shakespeare_char'\ngradient_accumulation_steps = 1\n"
+    "batch_size = 64\nblock_size = 256\nn_layer = 6\nn_head = 6\nn_embd = 384\ndropout = 0.2\n"
+    "learning_rate = 1e-3\nmax_iters = 5000\nlr_decay_iters = 5000\nmin_lr = 1e-4\nbeta2 = 0.99\n"
+    "warmup_iters = 100\n",
+    "finetune_shakespeare": "import time\nout_dir = 'out-shakespeare'\neval_interval = 5\neval_iters = 40\n"
+    "wandb_log = False\nwandb_project = 'shakespeare'\nwandb_run_name = 'ft-' + str(time.time())\n"
+    "dataset = 'shakespeare'\ninit_from = 'gpt2-xl'\nalways_save_checkpoint = False\nbatch_size = 1\n"
+    "gradient_accumulation_steps = 32\nmax_iters = 20\nlearning_rate = 3e-5\ndecay_lr = False\n",
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load a config file with the given text. It is tmp_path / "mine.py"."""
+
+    def load(text: str | bytes) -> dict:
+        path = tmp_path / "mine.py"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+        return parse([str(path)]).settings
+
+    return load
+
+
+def executed(text: str) -> dict:
+    """The settings that nanoGPT takes from a file: it runs it, with its defaults and its imports above."""
+    assigned = {}
+    exec(text, {name: field.default for name, field in FIELDS.items()} | {"os": os, "math": math}, assigned)
+    return {name: value for name, value in assigned.items() if name in FIELDS}
+
+
+@pytest.mark.parametrize("name", NANOGPT_CONFIGS)
+def test_nanogpts_own_files_load_and_are_presets(name, load):
+    got, theirs = load(NANOGPT_CONFIGS[name]), executed(NANOGPT_CONFIGS[name])
+    if name == "finetune_shakespeare":
+        assert got["wandb_run_name"].startswith("ft-1")
+        theirs["wandb_run_name"] = got["wandb_run_name"] = "ft-gpt2-xl"
+    assert list(got.items()) == list(theirs.items())
+    theirs["wandb_log"] = False  # only the user switches on logging to a service
+    assert compose(parse([name.removeprefix("train_")]), {}) == dataclasses.replace(TrainConfig(), **theirs)
+
+
+def test_every_preset_is_valid():
+    for name in PRESETS:
+        assert not compose(parse([name]), {}).wandb_log
+    for weights in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        settings = parse(["eval_" + weights.replace("-", "_")]).settings
+        assert settings == {"init_from": weights, "eval_only": True, "batch_size": 8, "eval_iters": 500}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_iters = (2 + 3) * 4 ** 2 // 3 % 7 - -1 + +2; lr_decay_iters = max_iters * 2; max_iters = max_iters + 1",
+        "learning_rate = 1 / 8; min_lr = learning_rate / 10; beta1 = 10 ** -3; dropout = float('0.5')",
+        '"""doc"""\n# comment\n\nbias = True; compile = not bias\nbatch_size = (\n    4 *\n    5\n)\r\n',
+        "",
+        "n_embd: int = 64 if n_layer > 6 and not bias else 32; n_layer = bias and 3 or 5; n_head = n_layer and 2 or 9",
+        "compile = dataset == 'openwebtext' or 'z' in dataset; bias = 'o' not in dataset or 2 >= 3",
+        "x = None; compile = x is None; eval_only = x is not None; bias = 1 <= 1; decay_lr = 1 < 1",
+        "out_dir = 'out-' + \"a\" 'b'; n_layer = 6\ndataset = f'out-{n_layer:02d}-{learning_rate:.0e}-{dataset}'",
+        "out_dir = os.path.join('runs', 'a') + str(int(3.7)) + str(round(2.5)); n_head = max(4, min(8, abs(-6)))",
+        "n_layer = math.ceil(1.5); n_embd = int(math.sqrt(4096))",
+        "lora_rank = 8; tags = [open(os.devnull), print]; batch_size = 3",  # a fork's: no settings, and of any kind
+        "import numpy as np; from model import GPT; scale = np.sqrt(2); batch_size = 3",
+    ],
+)
+def test_a_config_file_is_read_as_python_reads_it(text, load):
+    got, expected = load(text), executed(text)
+    assert got == expected
+    assert [type(value) for value in got.values()] == [type(value) for value in expected.values()]
+
+
+CUDA = torch.cuda.is_available()
+BEST = "'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'float16'"  # nanoGPT's own line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("max_iters = 1e5; eval_interval = 8 / 2", {"max_iters": 100_000, "eval_interval": 4}),
+        ("\ufeffbatch_size = 3", {"batch_size": 3}),
+        ("wandb_run_name = 'ü\\d'", {"wandb_run_name": "ü\\d"}),  # without Python's warning
+        (f"import torch\ndtype = {BEST}", {"dtype": "auto"}),
+        ("half = True\ndtype = 'float16' if half else 'bfloat16'", {"dtype": "float16"}),  # torch is not asked
+        ("device = 'cuda' if torch.cuda.is_available() else 'cpu'", {"device": "cuda" if CUDA else "cpu"}),
+    ],
+)
+def test_a_config_file_also_has_the_types_of_settings_and_the_machines_dtype(text, expected, load):
+    assert repr(load(text)) == repr(expected)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("batch_size = 9 / 2", "got 4.5 (float), expected int"),
+        ("out_dir = [1]", "refused"),
+        ("seed = " + "9" * 9999, "not Python"),
+        ("batch_size = (3 +\n    sum('a')\n)", "sum('a') is not called"),
+        ("a, b = 1, 2", "`name = value` lines"),
+        ("from base import *", "`name = value` lines"),
+        ("from base import batch_size", "`name = value` lines"),
+        # what has no value
+        ("batch_size = 1 / 0", "division by zero"),
+        ("learning_rate = (-8) ** 0.5", "(complex), expected float"),
+        ("batch_sise = 3; batch_size = batch_sise + n", "n is not assigned"),
+        # what would be too large
+        ("max_iters = 9 ** 9 ** 9 ** 9", "so large an exponent"),
+        ("seed = 2 ** 128", "128 bits"),
+        ("out_dir = 'a' * 9999", "+ for two strings"),
+        (f"out_dir = '{'a' * 4097}'", "4096 characters"),
+        ("out_dir = f'{1:9999}'", "so large a width"),
+        ("seed = round(7, -10 ** 9)", "cannot be computed"),
+        # what would run
+        ("out_dir = ''.__class__", "refused"),
+        ("import os; out_dir = os.mkdir('ran')", "os.mkdir('ran') is not called"),
+        ("wandb_run_name = str(time.time(open('ran', 'w')))", "open('ran', 'w') is not called"),
+        ("wandb_run_name = str(time.time(0))", "cannot be computed"),
+        ("if open('ran', 'w'): batch_size = 3", "refused"),
+        ("batch_size[open('ran', 'w')] = 3", "refused"),
+        ("batch_size = [x for x in [open('ran', 'w')]]", "refused"),
+        ("helper = open('ran', 'w'); out_dir = f'{helper}'", "helper, assigned in line 3: refused: open('ran', 'w')"),
+        # what repeats
+        ("seed = 10; " + "seed = seed * seed; " * 60, "128 bits"),
+        ("out_dir = 'a'; " + "out_dir = out_dir + out_dir; " * 60, "4096 characters"),
+        (
+            "x = 10; " + "x = x * x; " * 60 + "seed = x",
+            "x, assigned in line 3: refused: a whole number of more than 128",
+        ),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_a_config_file_is_refused_with_its_line_and_does_nothing(line, reason, load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load(f"# a comment\neval_only = True\n{line}\n")
+    message = str(caught.value).replace("\\'", "'").replace("\\\\", "\\")
+    assert reason in message
+    assert "\n" not in message
+    assert message.startswith(f"{tmp_path / 'mine.py'}:3: ")
+    assert not (tmp_path / "ran").exists()
+
+
+UNREADABLE = (
+    b"a = 1\0",
+    b"\xff\xfe",
+    b"# coding: no-such\n",
+    b"#" * (1 << 16) + b"\n",
+    b"seed = " + b"1+" * 32000 + b"1",
+)
+
+
+@pytest.mark.parametrize("text", UNREADABLE, ids=lambda text: str(text[:8]))
+def test_a_file_that_cannot_be_parsed_is_refused(text, load):
+    with pytest.raises(UserError, match=r"mine\.py"):
+        load(text)
+
+
+def test_a_run_name_with_the_time(load):
+    before = int(time.time())
+    got = load(
+        "import time\nfrom datetime import datetime\nwandb_run_name = 'ft-' + str(int(time.time()))\n"
+        "now = datetime.now().strftime('%Y')\nout_dir = f'out-{now}-' + time.strftime('%m%d')\n"
+    )
+    assert before <= int(got["wandb_run_name"].removeprefix("ft-")) <= time.time()
+    assert re.fullmatch(r"out-\d{4}-\d{4}", got["out_dir"])
+
+
+def test_names_that_are_no_settings_are_noted_but_slips_are_refused(load, tmp_path):
+    text = "lora_rank = 8\ntokens = 4096\ntags = [print]\nbatch_size = tokens // 1024\nn_layers = n_layer\n"
+    with pytest.raises(UserError, match=r"mine\.py:5: unknown setting 'n_layers' \(did you mean n_layer\?\)"):
+        load(text)
+    path = tmp_path / "mine.py"
+    path.write_text(text + "n_layer = n_layers\n")
+    parsed = parse(["--n_layer=3", str(path)])
+    assert parsed.settings == {"batch_size": 4, "n_layer": 3}
+    assert parsed.notes == [f"{path}: names that are no settings here, left out: lora_rank, tags"]
+
+
+PIECES = "=+-*/%()[],.:;#'\"\\\n\t\0 019einostr"
+
+
+@given(st.text() | st.text(PIECES) | st.text(PIECES).map("seed = {}".format) | st.binary())
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_junk_loads_or_is_refused_in_one_line(load, tmp_path, junk):
+    try:
+        assert all(type(value) is type(FIELDS[name].default) for name, value in load(junk).items())
+    except UserError as error:
+        assert str(error).startswith(f"{tmp_path / 'mine.py'}:")  # noqa: PT017
+        assert len(str(error).splitlines()) == 1  # noqa: PT017

@@ -1,7 +1,6 @@
 """The default job without a GPU: 0.8M parameters, Python's own documentation."""
 
 dataset = "docs"  # built from what every Python ships: no network, nothing to prepare
-out_dir = "out"
 eval_interval = 250
 eval_iters = 20
 log_interval = 10
@@ -9,7 +8,6 @@ log_interval = 10
 wandb_project = "docs"
 wandb_run_name = "cpu-gpt"
 
-gradient_accumulation_steps = 1
 batch_size = 12
 block_size = 64
 

@@ -12,7 +12,6 @@ wandb_project = "shakespeare-char"
 wandb_run_name = "mini-gpt"
 
 dataset = "shakespeare_char"
-gradient_accumulation_steps = 1
 batch_size = 64
 block_size = 256
 
