@@ -38,23 +38,17 @@ def docs_text() -> str:
     into parts, which are sorted by their sha256. This shuffles them without a random generator, so that any tenth of
     the text is like the rest. UserError if this Python has no sources.
     """
-    library = Path(sysconfig.get_path("stdlib"))
     seen: set[str] = set()
     parts: set[str] = set()
     try:
-        for text in itertools.chain(_topics(library), _docstrings(library)):
+        from pydoc_data.topics import topics  # what help("topic") shows
+
+        for text in itertools.chain(map(_plain, topics.values()), _docstrings(Path(sysconfig.get_path("stdlib")))):
             parts.update(_parts(text, seen))
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ImportError) as error:
         raise UserError(f"docs: the sources of this Python cannot be read: {error}; choose another dataset") from None
     ordered = sorted(parts, key=lambda part: hashlib.sha256(part.encode()).digest())
     return "".join(part + "\n\n\n" for part in ordered)
-
-
-def _topics(library: Path) -> Iterator[str]:
-    """What pydoc's help("topic") shows: a dict literal, read without running its module."""
-    for statement in ast.parse((library / "pydoc_data" / "topics.py").read_bytes()).body:
-        if isinstance(statement, ast.Assign):
-            yield from filter(None, map(_plain, ast.literal_eval(statement.value).values()))
 
 
 def _docstrings(library: Path) -> Iterator[str]:
@@ -101,18 +95,15 @@ def _parts(text: str, seen: set[str]) -> Iterator[str]:
         yield part
 
 
-def shakespeare_text(path: Path) -> bytes:
-    """TinyShakespeare, downloaded. UserError if that fails. path: where the user can put it instead."""
-    remedy = f"put the file at {path} and run again"
+def shakespeare_text() -> bytes:
+    """TinyShakespeare, downloaded. UserError if that fails."""
+    remedy = "put the file into the dataset's folder as input.txt and run again"
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=TIMEOUT) as response:
-            data = response.read(MAX_TEXT)
+            return response.read(MAX_TEXT)
     except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise UserError(f"{SHAKESPEARE_URL}: cannot be downloaded ({first_line(reason)}); {remedy}") from None
-    if (found := hashlib.sha256(data).hexdigest()) != SHAKESPEARE_SHA256:
-        raise UserError(f"{SHAKESPEARE_URL}: sha256 is {found}, expected {SHAKESPEARE_SHA256}; {remedy}")
-    return data
 
 
 def openwebtext() -> dict[str, Any]:
@@ -132,30 +123,29 @@ def openwebtext() -> dict[str, Any]:
 @dataclass(frozen=True)
 class Corpus:
     tokenizer: str  # what `--tokenizer=auto` stands for
-    text: Callable[[Path], bytes] | None  # for a file at this path; None: documents instead of a text, `openwebtext`
-    sha256: Callable[[], str] | None = None  # of the text; None: of what `text` makes
+    text: Callable[[], bytes] | None  # makes or downloads it; None: documents instead of a text, `openwebtext`
+    sha256: str = ""  # of the text; empty: of what `text` makes
 
     def fetch(self, path: Path) -> None:
-        """Make or download the text as `path`, unless it is there. UserError if another file is there."""
-        if not os.path.lexists(path):
-            text = self.text(path)
-            with replacing(path) as file:
-                file.write(text)
-            return
+        """Make or download the text as `path`, unless it is there. UserError if that fails, or for another text."""
+        there = os.path.lexists(path)
         try:
-            found = hashlib.sha256(read_regular(path, MAX_TEXT)).hexdigest()
+            data = read_regular(path, MAX_TEXT) if there else self.text()
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        expected = self.sha256() if self.sha256 else hashlib.sha256(self.text(path)).hexdigest()
+        found = hashlib.sha256(data).hexdigest()
+        expected = self.sha256 or (hashlib.sha256(self.text()).hexdigest() if there else found)
         if found != expected:
-            raise UserError(f"{path}: sha256 is {found}, expected {expected}; delete it to have the corpus's own")
+            raise UserError(f"{path}: the text's sha256 is {found}, expected {expected}; put the corpus's own there")
+        if not there:
+            with replacing(path) as file:
+                file.write(data)
 
 
-TINY_SHAKESPEARE = shakespeare_text, lambda: SHAKESPEARE_SHA256
 CORPORA = {
-    "docs": Corpus("char", lambda path: docs_text().encode()),  # what every Python ships: its reference and docstrings
-    "shakespeare_char": Corpus("char", *TINY_SHAKESPEARE),  # by character
-    "shakespeare": Corpus("gpt2", *TINY_SHAKESPEARE),  # by GPT-2's tokens
+    "docs": Corpus("char", lambda: docs_text().encode()),  # what every Python ships: its reference and docstrings
+    "shakespeare_char": Corpus("char", shakespeare_text, SHAKESPEARE_SHA256),  # by character
+    "shakespeare": Corpus("gpt2", shakespeare_text, SHAKESPEARE_SHA256),  # by GPT-2's tokens
     "openwebtext": Corpus("gpt2", None),  # 8 million web pages, by GPT-2's tokens; 54 GB of cache
 }
 

@@ -13,6 +13,7 @@ While the device works, a thread gathers the next steps. It uses only host memor
 would break a graph capture in the first one.
 """
 
+import itertools
 import math
 import os
 import random
@@ -23,7 +24,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -63,14 +64,16 @@ class Dataset:
     def __init__(self, folder: str | Path) -> None:
         self.folder = folder = Path(folder)
         if not os.path.isfile(self.path("train")):
-            what = "no train.bin" if os.path.isdir(folder) else f"no such dataset{_similar(folder)}"
+            there = [path.name for path in folder.parent.glob("*/")]
+            similar = "" if folder.name in CORPORA else nearest(folder.name, [*there, *CORPORA])
+            what = "no train.bin" if os.path.isdir(folder) else f"no such dataset{similar}"
             raise UserError(f"{folder}: {what}; make it with: {how_to_make(folder)}")
         self.meta = read_meta(folder) or checked_meta({"vocab_size": GPT2_TOKENS, "tokenizer": "gpt2"})
         self._checksums = self.meta.pop("checksums", None)
         self.meta.pop("sources", None)  # for `train.prepare`
         self.n_vocab: int = self.meta["vocab_size"]
         self.vocab_size = padded_vocab_size(self.n_vocab) if self.meta.get("tokenizer") == "gpt2" else self.n_vocab
-        self._files: dict[Split, int] = {}  # open, so that a file stays whole that another one replaces
+        self._files: dict[Split, BinaryIO] = {}  # open, so that a file stays whole that another one replaces
         self.train, self.val = self._open("train"), self._open("val")
 
     def _open(self, name: Split) -> np.memmap:
@@ -78,25 +81,18 @@ class Dataset:
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         again = how_to_make(self.folder)
         try:
-            with open_regular(path) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size == 0 or size % dtype.itemsize:
-                    raise UserError(
-                        f"{path}: {size:,} bytes, expected a positive multiple of {dtype.itemsize} ({dtype.name})"
-                    )
-                if expected is not None and size != expected * dtype.itemsize:
-                    raise UserError(
-                        f"{path}: {size // dtype.itemsize:,} tokens, but meta.json says {expected:,}: it was cut short,"
-                        f" or it is another file; make it again with: {again}"
-                    )
-                tokens = np.memmap(file, dtype=dtype, mode="r")
-                self._files[name] = os.dup(file.fileno())
-                weakref.finalize(self, os.close, self._files[name])
-        except FileNotFoundError:
-            raise UserError(f"{path}: missing; make it with: {again}") from None
+            self._files[name] = file = open_regular(path)
+            weakref.finalize(self, file.close)
+            count, rest = divmod(os.fstat(file.fileno()).st_size, dtype.itemsize)
+            if rest or not count or count != (expected or count):
+                known = f"the {expected:,} of meta.json" if expected else "one or more"
+                raise UserError(
+                    f"{path}: {count:,} tokens and {rest} bytes, expected {known}, {dtype.itemsize} bytes each: it was "
+                    f"cut short, or it is another file; make it again with: {again}"
+                )
+            return np.memmap(file, dtype=dtype, mode="r")
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        return tokens
+            raise UserError(f"{path}: cannot be read: {error.strerror}; make it with: {again}") from None
 
     def split(self, name: Split) -> np.memmap:
         return self.train if name == "train" else self.val
@@ -126,8 +122,13 @@ class Dataset:
         limit = self.n_vocab if vocab_size is None else vocab_size
         for name in ("train", "val"):
             tokens = np.asarray(self.split(name))
-            if self._checksums is None and self.meta.get("tokenizer") not in ("char", "byte"):
-                self._check_width(name, tokens[:SCAN_TOKENS])
+            ids = tokens[:SCAN_TOKENS]
+            wide = len(ids) > 1 and ids.any() and not ids[1::2].any()
+            if wide and self._checksums is None and self.meta.get("tokenizer") not in ("char", "byte"):
+                raise UserError(
+                    f"{self.path(name)}: every second token is 0, as where the file has ids of more than "
+                    f"{8 * ids.itemsize} bits; expected {self.meta['dtype']} for vocab_size={self.n_vocab}"
+                )
             if whole or tokens.nbytes <= FULL_SCAN_BYTES:
                 for start in range(0, len(tokens), SCAN_TOKENS):
                     self.check_ids(name, tokens[start : start + SCAN_TOKENS], start, limit)
@@ -152,14 +153,6 @@ class Dataset:
                 f"{self.path(split)}: token {ids[at]} at position {start + at:,}, expected ids below vocab_size={limit}"
             )
 
-    def _check_width(self, split: Split, ids: np.ndarray) -> None:
-        """UserError if the ids were written with more bytes each than they are read with."""
-        if len(ids) > 1 and ids.any() and not ids[1::2].any():
-            raise UserError(
-                f"{self.path(split)}: every second token is 0, as where the file has ids of more than "
-                f"{8 * ids.itemsize} bits; expected {self.meta['dtype']} for vocab_size={self.n_vocab}"
-            )
-
     def _check_sums(self, seconds: float) -> None:
         """UserError if a file does not match its checksums. They are compared in random order, for about `seconds`."""
         size, end = self._checksums["bytes"], time.monotonic() + seconds
@@ -181,7 +174,7 @@ class Dataset:
 
         It is read, not mapped, because reading a map beyond the end of its file kills the process.
         """
-        file, dtype = self._files[split], self.split(split).dtype
+        file, dtype = self._files[split].fileno(), self.split(split).dtype
         rows = np.empty((len(starts), length), dtype)
         for row, start in zip(rows, starts.tolist(), strict=True):
             data = os.pread(file, row.nbytes, start * dtype.itemsize)
@@ -192,15 +185,6 @@ class Dataset:
                 )
             row[:] = np.frombuffer(data, dtype)
         return rows
-
-
-def _similar(folder: Path) -> str:
-    """` (did you mean X?)` for a dataset of a similar name, or nothing."""
-    try:
-        there = [entry.name for entry in os.scandir(folder.parent) if entry.is_dir()]
-    except OSError:
-        there = []
-    return "" if folder.name in CORPORA else nearest(folder.name, [*there, *CORPORA])
 
 
 # Which tokenizer
@@ -242,20 +226,19 @@ def unnamed_tokenizer(vocab_size: int) -> dict[str, Any]:
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """How two tokenizers differ, each as in meta.json; "" if they are the same. An equal size is not enough."""
     kinds = there.get("tokenizer"), here.get("tokenizer")
-    sizes = there["vocab_size"], here["vocab_size"]
-    chars = [list(meta.get("chars", ())) for meta in (there, here)]
     if None not in kinds:
         if kinds[0] != kinds[1]:
             return f"the tokenizer is {shown(kinds[0])} there, {shown(kinds[1])} here"
-        for token, (one, other) in enumerate(zip(*chars, strict=False)):
+        for token, (one, other) in enumerate(itertools.zip_longest(there.get("chars", ()), here.get("chars", ()))):
             if one != other:
                 return f"token {token} is {shown(one)} there, {shown(other)} here"
-        return "" if len(chars[0]) == len(chars[1]) else f"{len(chars[0])} characters there, {len(chars[1])} here"
+        return ""
     tables = [
         digest(dict(enumerate(meta["chars"]))) if "chars" in meta else meta.get("table") for meta in (there, here)
     ]
     if None not in tables and tables[0] != tables[1]:
         return "the tables of tokens are two different ones"
+    sizes = there["vocab_size"], here["vocab_size"]
     fits = sizes[0] == sizes[1] or max(sizes) == padded_vocab_size(min(sizes))
     # if nothing else is known, the model may have more tokens than the data
     return "" if fits or kinds == (None, None) else f"{sizes[0]} different tokens there, {sizes[1]} here"
@@ -308,7 +291,10 @@ class Loader:
     def train(self, step: int) -> Batch:
         """The batch of `step`. Any order gives the same batches. Asked for in order, they are ready."""
         number, i = divmod(step, self._run_length)
-        self._runs = {n: self._runs.get(n) or self._gather_later(n) for n in (number, number + 1)}
+        self._runs = {n: run for n, run in self._runs.items() if n in (number, number + 1)}
+        for n in {number, number + 1} - self._runs.keys():
+            memory = self._host_memory(self._run_length, 2, self.accumulation)  # here: CUDA is not for the thread
+            self._runs[n] = self._thread.submit(self._gather_run, n, memory)
         xy, seeds = self._runs[number].result()[i]  # waits, and raises what the thread met
         return Batch(*xy.to(self.device, non_blocking=self._pinned), seeds)  # one copy
 
@@ -334,24 +320,16 @@ class Loader:
         shape = (*shape, self.batch_size, self.block_size)
         return torch.empty(shape, dtype=torch.int64, pin_memory=self._pinned)
 
-    def _gather_later(self, number: int) -> Future[list[Gathered]]:
-        """Hand a run to the thread."""
-        memory = self._host_memory(self._run_length, 2, self.accumulation)
-        return self._thread.submit(self._gather_run, number, memory)
-
     def _gather_run(self, number: int, memory: torch.Tensor) -> list[Gathered]:
-        batches = []
-        for i, xy in enumerate(memory):
-            batches.append(self._gather_step(number * self._run_length + i, xy))
-            time.sleep(0)  # release the GIL: the caller may be waiting for it
-        return batches
-
-    def _gather_step(self, step: int, xy: torch.Tensor) -> Gathered:
         shape = (self.accumulation, self.world_size, self.batch_size)
-        generator = self._generator(0, step)
-        offsets = self._draw("train", generator, math.prod(shape)).reshape(shape)[:, self.rank]
-        seeds = generator.integers(2**63 - 1, size=shape[:2])[:, self.rank]
-        return self._gather("train", offsets.ravel(), xy), tuple(seeds.tolist())
+        steps = []
+        for step, xy in enumerate(memory, number * self._run_length):
+            generator = self._generator(0, step)
+            offsets = self._draw("train", generator, math.prod(shape)).reshape(shape)[:, self.rank]
+            seeds = generator.integers(2**63 - 1, size=shape[:2])[:, self.rank]
+            steps.append((self._gather("train", offsets.ravel(), xy), tuple(seeds.tolist())))
+            time.sleep(0)  # release the GIL: the caller may be waiting for it
+        return steps
 
     def _generator(self, stream: int, number: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, stream, number))))

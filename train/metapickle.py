@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 MAX_TUPLES = 50_000  # in one pickle: if each one holds the next, hashing more of them overflows the stack
-DTYPE = re.compile(r"[iufb]\d\d?|U\d{1,4}")
+DTYPE = re.compile(r"[iufb]\d\d?|U\d{1,4}")  # numpy's numbers and strings
 PLAIN = (str, bytes, int, type(None))  # tokens that can be compared with another table's
 DICTS = ("OrderedDict", "defaultdict", "Counter")
 
@@ -28,13 +28,15 @@ def read_meta_pickle(data: bytes) -> dict[str, Any]:
     A table of characters becomes "tokenizer" and "chars". For any other, "unread" says why text cannot be sampled, and
     "table" is its digest. "vocab_size" is missing if there is neither a size nor a whole table.
     """
-    meta = _load(data)
+    try:
+        check_pickle(data)
+        meta = _Unpickler(io.BytesIO(data), encoding="utf-8", errors="replace").load()
+    except Exception as error:  # an unpickler fed with garbage raises almost anything
+        raise ValueError(f"not a pickle that can be read ({type(error).__name__}: {error})") from None
     if not isinstance(meta, dict):
         raise ValueError("expected a dict with a vocab_size")
     size, table = meta.get("vocab_size"), _table(meta.get("itos"), meta.get("stoi"))
     tokens = [table[i] for i in range(len(table))] if set(table) == set(range(len(table))) else []
-    if type(size) is float and size.is_integer():
-        size = int(size)
     if type(size) is not int and tokens:
         size = len(tokens)
     found = {"vocab_size": size} | ({"dtype": meta["dtype"]} if isinstance(meta.get("dtype"), str) else {})
@@ -43,15 +45,8 @@ def read_meta_pickle(data: bytes) -> dict[str, Any]:
         return found | {"tokenizer": "char", "chars": tokens}
     if table and all(type(i) is int and type(token) in PLAIN for i, token in table.items()):
         found["table"] = digest(table)
-    if not table:
-        unread = "it has no table of characters"
-    elif not tokens:
-        unread = f"the ids of itos are not those from 0 to {len(table) - 1}"
-    elif len(tokens) > size:
-        unread = f"itos has {len(tokens)} entries, vocab_size is {size}"
-    else:
-        unread = "itos holds more than different single characters"
-    return found | {"unread": unread}
+    of_words = "itos holds more than different single characters with ids from 0 on"
+    return found | {"unread": of_words if table else "it has no table of characters"}
 
 
 def _table(itos: Any, stoi: Any) -> dict[Any, Any]:
@@ -77,17 +72,6 @@ def check_pickle(data: bytes) -> None:
             raise ValueError("a pickle that asks for more memory than it has bytes")
     if tuples > MAX_TUPLES:
         raise ValueError(f"a pickle of more than {MAX_TUPLES:,} tuples")
-
-
-def _load(data: bytes) -> Any:
-    """The pickled value. ValueError for a pickle that cannot be read."""
-    try:
-        check_pickle(data)
-        return _Unpickler(io.BytesIO(data), encoding="utf-8", errors="replace").load()
-    except ValueError:
-        raise
-    except Exception as error:  # an unpickler fed with garbage raises almost anything
-        raise ValueError(f"not a pickle that can be read ({type(error).__name__}: {error})") from None
 
 
 class _StandIn:
@@ -116,15 +100,8 @@ def _scalar(dtype: Any = None, data: Any = None, *_: Any) -> Any:
     return np.frombuffer(data, dtype.text, count=1)[0].item()
 
 
-def _encode(text: Any = "", *_: Any) -> bytes:
-    """Bytes, as pickles of protocol 2 spell them."""
-    return text.encode("latin-1") if isinstance(text, str) else b""
-
-
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return _encode
         if module.partition(".")[0] == "numpy" and name in ("dtype", "scalar"):
             return _Dtype if name == "dtype" else _scalar
         return getattr(collections, name) if module == "collections" and name in DICTS else _StandIn

@@ -12,10 +12,10 @@ import pickle
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ from train.text import (
     END_OF_TEXT,
     GPT2_TOKENS,
     NAMES,
-    ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
     code_points,
+    from_meta,
     read_meta,
     read_text,
     split_at,
@@ -71,32 +71,22 @@ def main(argv: list[str] | None = None) -> None:
     if config.check:
         if sources:
             raise UserError(f"check: got {shown(sources[0])} too, expected nothing but the dataset to check")
-        print(one_line(check(config.check)))
+        from train.data import Dataset  # imported here: torch takes seconds
+
+        dataset = Dataset(dataset_folder(config.check))
+        compared = "" if dataset.check(whole=True) else "; its meta has no checksums to compare the files with"
+        tokens = f"{len(dataset.train):,} and {len(dataset.val):,} tokens below {dataset.n_vocab:,}"
+        print(one_line(f"{dataset.folder}: whole, {tokens}{compared}"))
         return
     start = time.monotonic()
     dataset, meta = prepare(sources, config)
-    if sources == ["docs"]:
-        print(docs_line(meta))
     for name in ("train", "val"):
         print(one_line(f"{dataset_folder(dataset) / name}.bin: {meta[f'{name}_tokens']:,} tokens"))
     print(f"vocabulary: {meta['vocab_size']:,} ({meta['tokenizer']}); text sha256 {meta['sha256']}")
-    print(f"{time.monotonic() - start:.1f} s; train on it with: {how_to_train(dataset, meta)}")
-
-
-def how_to_train(dataset: str, meta: Mapping[str, Any]) -> str:
-    """The command that trains on a dataset. The default job's sequences must fit into its smaller part."""
-    command, tokens = f"python -m train --dataset={quoted(dataset)}", min(meta["train_tokens"], meta["val_tokens"])
-    return command if tokens > DEFAULT_BLOCK_SIZE else f"{command} --block_size={min(tokens - 1, 64)}"
-
-
-def check(name: str) -> str:
-    """Compare a dataset with its meta and checksums. Returns a line about it. UserError for any difference."""
-    from train.data import Dataset  # imported here: torch takes seconds
-
-    dataset = Dataset(dataset_folder(name))
-    has_checksums = dataset.check(whole=True)
-    whole = f"{dataset.folder}: whole, {len(dataset.train):,} and {len(dataset.val):,} tokens below {dataset.n_vocab:,}"
-    return whole if has_checksums else f"{whole}; its meta has no checksums to compare the files with"
+    command, shortest = f"python -m train --dataset={quoted(dataset)}", min(meta["train_tokens"], meta["val_tokens"])
+    if shortest <= DEFAULT_BLOCK_SIZE:  # sequences must fit into the smaller part
+        command += f" --block_size={min(shortest - 1, 64)}"
+    print(f"{time.monotonic() - start:.1f} s; train on it with: {command}")
 
 
 def prepare(sources: list[str], config: PrepareConfig) -> tuple[str, dict[str, Any]]:
@@ -105,18 +95,26 @@ def prepare(sources: list[str], config: PrepareConfig) -> tuple[str, dict[str, A
     files = [] if name else text_files(sources)
     dataset = config.dataset or name or default_name(sources[0])
     folder = dataset_folder(dataset)
-    if not name and not config.dataset:
-        _check_replaces(folder, dataset, files)
+    unasked = not name and not config.dataset and any(os.path.lexists(folder / file) for file in FILES)
+    if unasked and (read_meta(folder) or {}).get("sources") != sources_of(files):  # not known for datasets of nanoGPT
+        raise UserError(
+            f"dataset: {folder} holds a dataset of other files; to replace it, name it: --dataset={quoted(dataset)}; "
+            "to keep it, choose another name: --dataset=NAME"
+        )
     tokenizer = config.tokenizer
     if tokenizer == "auto":
         tokenizer = CORPORA[name].tokenizer if name else "char"
-    if name == "openwebtext":
-        if tokenizer != "gpt2" or config.val_fraction != PrepareConfig.val_fraction:
-            raise UserError("openwebtext: made as nanoGPT makes it, expected no --tokenizer and no --val_fraction")
-        return dataset, write_openwebtext(folder, config.bpe_dir)
-    if name:
-        return dataset, write_corpus(folder, name, tokenizer, config)
-    return dataset, write_dataset(folder, files, tokenizer, config)
+    known = {"tokenizer": tokenizer, "vocab_size": GPT2_TOKENS}
+    coder = None if tokenizer == "char" else from_meta(known, config.bpe_dir)
+    if name == "openwebtext" and (tokenizer != "gpt2" or config.val_fraction != PrepareConfig.val_fraction):
+        raise UserError("openwebtext: made as nanoGPT makes it, expected no --tokenizer and no --val_fraction")
+    with making_folder(folder):
+        if name == "openwebtext":
+            return dataset, write_openwebtext(folder, coder)
+        if name:
+            files = [folder / "input.txt"]
+            CORPORA[name].fetch(files[0])
+        return dataset, write_dataset(folder, files, coder, config.val_fraction)
 
 
 # Which files, and what the dataset is called
@@ -131,18 +129,13 @@ def text_files(sources: list[str]) -> list[Path]:
         raise UserError(f"nothing to prepare: expected a name ({', '.join(CORPORA)}) or text files")
     files: list[Path] = []
     for source in sources:
-        if os.path.isfile(source):
-            files.append(Path(source))
-        elif os.path.isdir(source):
-            inside = sorted(_below(source))
-            if not inside:
-                raise UserError(f"{shown(source)}: no files in this folder, expected text files")
-            files.extend(inside)
-        elif os.path.lexists(source):
-            raise UserError(f"{shown(source)}: not a regular file or a folder, expected a text file")
-        else:
+        inside = sorted(_below(source)) if os.path.isdir(source) else [Path(source)]
+        if not inside:
+            raise UserError(f"{shown(source)}: no files in this folder, expected text files")
+        if not os.path.isfile(inside[0]):
             hint = nearest(source, CORPORA) or f", expected text files or one of {', '.join(CORPORA)}"
-            raise UserError(f"{shown(source)}: no such file or corpus{hint}")
+            raise UserError(f"{shown(source)}: no regular file, folder or corpus{hint}")
+        files.extend(inside)
     return files
 
 
@@ -167,24 +160,8 @@ def default_name(source: str) -> str:
         name = os.path.basename(os.path.abspath(source))
         name = name if os.path.isdir(source) else Path(name.removesuffix(".gz")).stem
     if not name or name in CORPORA:
-        what = f"{name} is the name of a corpus" if name else f"{shown(source)} gives it no name"
-        raise UserError(f"dataset: {what}, expected another: --dataset=NAME")
+        raise UserError(f"dataset: got {shown(name)}, expected a name, and not that of a corpus: --dataset=NAME")
     return name
-
-
-def _check_replaces(folder: Path, dataset: str, files: Sequence[Path]) -> None:
-    """UserError if `folder` holds a dataset of other files, and the user did not name it."""
-    if not any(os.path.lexists(folder / name) for name in FILES):
-        return
-    try:
-        meta = read_meta(folder) or {}
-    except UserError:
-        meta = {}
-    if meta.get("sources") != sources_of(files):  # not known for datasets of nanoGPT
-        raise UserError(
-            f"dataset: {folder} holds a dataset of other files; to replace it, name it: --dataset={quoted(dataset)}; "
-            "to keep it, choose another name: --dataset=NAME"
-        )
 
 
 def sources_of(files: Sequence[Path]) -> str:
@@ -197,46 +174,20 @@ def sources_of(files: Sequence[Path]) -> str:
 
 
 def ensure_docs(folder: Path, say: Callable[[str], None] = print) -> None:
-    """Make the dataset `docs` in `folder` if it is missing, in seconds. Say its size and sha256.
+    """Make the dataset `docs` in `folder`, data/docs, if it is missing, in seconds. Say its size and sha256.
 
     A dataset of that name that was made by another program is left as it is.
     """
     if not os.path.isfile(folder / "train.bin"):
-        write_corpus(folder, "docs", "char", PrepareConfig())
-    try:
-        meta = read_meta(folder) or {}
-    except UserError as error:
-        raise UserError(f"{error}; python -m train.prepare docs makes it again") from None
+        prepare(["docs"], PrepareConfig())
+    meta = read_meta(folder) or {}
     if {"train_tokens", "val_tokens", "tokenizer", "sha256"} <= meta.keys():
-        say(docs_line(meta))
+        tokens, unit = meta["train_tokens"] + meta["val_tokens"], "characters" if "chars" in meta else "tokens"
+        say(f"docs: {tokens:,} {unit} of Python's own documentation, sha256 {meta['sha256']}")
 
 
-def docs_line(meta: dict[str, Any]) -> str:
-    """A line about `docs`: its tokens and sha256."""
-    tokens = meta["train_tokens"] + meta["val_tokens"]
-    unit = "characters" if meta["tokenizer"] == "char" else "tokens"
-    return f"docs: {tokens:,} {unit} of Python's own documentation, sha256 {meta['sha256']}"
-
-
-def write_corpus(folder: Path, name: str, tokenizer: str, config: PrepareConfig) -> dict[str, Any]:
-    """Fetch the text of a corpus as `folder`/input.txt, and make its dataset with `write_dataset`."""
-    path = folder / "input.txt"
-    if tokenizer == "gpt2":
-        GPT2Tokenizer(config.bpe_dir or None)  # before anything is fetched for it
-    with making_folder(folder):
-        there = os.path.lexists(path)
-        CORPORA[name].fetch(path)
-        try:
-            return write_dataset(folder, [path], tokenizer, config)
-        except UserError:
-            if not there:
-                path.unlink(missing_ok=True)
-            raise
-
-
-def write_openwebtext(folder: Path, bpe_dir: str) -> dict[str, Any]:
+def write_openwebtext(folder: Path, bpe: GPT2Tokenizer) -> dict[str, Any]:
     """Write OpenWebText in nanoGPT's split, <|endoftext|> after every document. Returns the meta."""
-    bpe = GPT2Tokenizer(bpe_dir or None)
     documents, digest = openwebtext(), hashlib.sha256()
     end = np.array([GPT2_TOKENS - 1])
 
@@ -252,70 +203,60 @@ def write_openwebtext(folder: Path, bpe_dir: str) -> dict[str, Any]:
         return np.concatenate([ids for text in batch for ids in (bpe.encode_ordinary(text), end)])
 
     with progress(sum(map(len, documents.values())), " documents") as bar:
-        return write_tokens(folder, bpe, in_order(encode, texts()), digest.hexdigest)
+        return write_tokens(folder, bpe, in_order(encode, texts()), digest)
 
 
 # The files
 
 
-def write_dataset(folder: Path, paths: Sequence[Path], tokenizer: str, config: PrepareConfig) -> dict[str, Any]:
+def write_dataset(folder: Path, paths: Sequence[Path], coder: Tokenizer | None, val_fraction: float) -> dict[str, Any]:
     """Encode the files, one after the other, into `folder`, the last part of them for validation.
 
-    tokenizer: "char", "byte" or "gpt2", in place of config's. Parts are measured in characters, for "byte" in bytes.
-    Returns what meta.json says. UserError if a file is not UTF-8, if all are empty, and if a part would have fewer than
-    2 tokens; then `folder` stays as it was.
+    coder: None for one id a character. Parts are measured in characters, for a byte tokenizer in bytes. Returns what
+    meta.json says. UserError if a file is not UTF-8, if all are empty, and if a part would have fewer than 2 tokens;
+    then `folder` stays as it was.
     """
     named = ", ".join(map(str, paths))
-    changed = UserError(f"{named}: changed while being read; run again")
-    coder = GPT2Tokenizer(config.bpe_dir or None) if tokenizer == "gpt2" else ByteTokenizer()
-    between = END_OF_TEXT if tokenizer == "gpt2" else ""
-    first, second = hashlib.sha256(), hashlib.sha256()
+    of_bytes, of_words = (coder is not None and coder.name == name for name in ("byte", "gpt2"))
+    between = END_OF_TEXT if of_words else ""
+    digest = hashlib.sha256()
     with progress(2 * sum(os.stat(path).st_size for path in paths), "B") as bar:
 
         def reading(digest: Any) -> Iterator[str | bytes]:
-            pieces = read_text(paths, between, raw=tokenizer == "byte")
-            for piece in whole_words(pieces) if tokenizer == "gpt2" else pieces:
+            pieces = read_text(paths, between, raw=of_bytes)
+            for piece in whole_words(pieces) if of_words else pieces:
                 data = piece.encode("utf-8", "surrogateescape")
                 digest.update(data)
                 bar.update(len(data))
-                yield data if tokenizer == "byte" else piece
-
-        def sha256() -> str:
-            if first.digest() != second.digest():
-                raise changed
-            return first.hexdigest()
+                yield data if of_bytes else piece
 
         length, alphabet = 0, np.zeros(0x110000, dtype=bool)
-        for piece in reading(first):
+        for piece in reading(hashlib.sha256()):
             length += len(piece)
-            if tokenizer == "char":
+            if coder is None:
                 alphabet[code_points(piece)] = True
         if length == 0:
             raise UserError(f"{named}: empty, expected text")
-        if tokenizer == "char":
-            coder = CharTokenizer([chr(code) for code in np.flatnonzero(alphabet)])
-        parts = split_at(reading(second), int(length * (1 - config.val_fraction)), between)
+        coder = coder or CharTokenizer([chr(code) for code in np.flatnonzero(alphabet)])
+        parts = split_at(reading(digest), int(length * (1 - val_fraction)), between)
+        tokens = in_order(coder.encode_array, parts)
         try:
-            return write_tokens(folder, coder, in_order(coder.encode_array, parts), sha256, sources=sources_of(paths))
+            return write_tokens(folder, coder, tokens, digest, sources=sources_of(paths))
         except ValueError:  # a character that the first pass did not meet
-            raise changed from None
+            raise UserError(f"{named}: changed while being read; run again") from None
 
 
 def write_tokens(
-    folder: Path,
-    tokenizer: Tokenizer,
-    tokens: Iterable[tuple[str, np.ndarray]],
-    sha256: Callable[[], str],
-    **facts: Any,
+    folder: Path, tokenizer: Tokenizer, tokens: Iterable[tuple[str, np.ndarray]], digest: Any, **facts: Any
 ) -> dict[str, Any]:
     """Write train.bin, val.bin and meta from arrays of ids, each with the name of its part. Returns the meta.
 
-    sha256: of the text; called last. facts: more for meta.json. UserError if a part has fewer than 2 tokens; then
-    `folder` stays as it was.
+    digest: of the text; whole when all arrays are made. facts: more for meta.json. UserError if a part has fewer than 2
+    tokens; then `folder` stays as it was.
     """
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
     meta, sums = tokenizer.meta() | {"dtype": dtype.name} | facts, {"bytes": CHECKSUM_BYTES}
-    with making_folder(folder), staging_folder(folder) as staging:
+    with staging_folder(folder) as staging:
         with open(staging / "train.bin", "w+b") as train, open(staging / "val.bin", "w+b") as val:
             files = {"train": train, "val": val}
             for name, ids in tokens:
@@ -326,7 +267,7 @@ def write_tokens(
                     raise UserError(f"too little text: the {name} part has {count} tokens, expected 2 or more")
                 file.seek(0)
                 sums[name] = checksums(file, CHECKSUM_BYTES)
-        meta |= {"sha256": sha256(), "checksums": sums}
+        meta |= {"sha256": digest.hexdigest(), "checksums": sums}
         (staging / "meta.json").write_text(json.dumps(meta))
         if isinstance(tokenizer, CharTokenizer):  # nanoGPT's own form, for its scripts
             itos = dict(enumerate(tokenizer.chars))
@@ -337,28 +278,20 @@ def write_tokens(
     return meta
 
 
-def in_order(encode: Callable[[Any], np.ndarray], parts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, encode(item)) of every (name, item), on all cores, in order, a few items ahead."""
-    ahead = 2 * (os.cpu_count() or 1)
-    waiting: deque[tuple[str, Future[np.ndarray]]] = deque()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, item in parts:
-            waiting.append((name, pool.submit(encode, item)))
-            if len(waiting) > ahead:
-                name, ids = waiting.popleft()
-                yield name, ids.result()
-        yield from ((name, ids.result()) for name, ids in waiting)
+def in_order(encode: Callable[[Any], np.ndarray], parts: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, encode(item)) of every (name, item), on all cores, in order. Only a few items are held at a time."""
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        while batch := list(islice(parts, 4 * cores)):
+            names, items = zip(*batch, strict=True)
+            yield from zip(names, pool.map(encode, items), strict=True)
 
 
 def progress(total: int, unit: str) -> Any:
-    """A progress bar on a terminal, else a line every half minute. Nothing is shown in the first second."""
+    """A progress bar, if stderr is a terminal. Nothing is shown in the first second."""
     from tqdm import tqdm  # only here: a run that trains does without
 
-    style = {"mininterval": 0.1, "delay": 1}
-    if not sys.stderr.isatty():
-        line = "{percentage:3.0f}%, {rate_fmt}, {remaining} left\n"
-        style = {"mininterval": 30, "delay": 30, "bar_format": line}
-    return tqdm(total=total, unit=unit, unit_scale=True, leave=False, **style)
+    return tqdm(total=total, unit=unit, unit_scale=True, leave=False, delay=1, disable=None)
 
 
 if __name__ == "__main__":

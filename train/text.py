@@ -18,20 +18,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, TextIO
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, TextIO
 
+import msgspec
 import numpy as np
 import tiktoken
 
-from train.errors import UserError, quoted, shown
+from train.errors import UserError, shown
 from train.files import open_regular, read_regular
 from train.metapickle import read_meta_pickle
 
 CHUNK = 1 << 20  # characters read at once
-LONGEST_WORD = 16 << 20  # characters without a certain cut after which BPE text is cut all the same
-LONGEST_LINE = 1 << 28  # characters of a line of a .jsonl file, which is held whole
 MAX_META = 64 << 20  # bytes of a meta.json or meta.pkl
-MAX_VOCAB = 1 << 32  # ids are uint32 at most
 
 GPT2_TOKENS = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
 END_OF_TEXT = "<|endoftext|>"
@@ -45,17 +43,12 @@ SPELLING = {byte: chr(byte) for byte in range(256)} | {byte: chr(256 + n) for n,
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 ENCODER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
 
-SIGNATURES = {  # first bytes of files that are not UTF-8 text: what such a file is, and its encoding if it is text
-    codecs.BOM_UTF32_LE: ("UTF-32", "UTF-32"),  # before UTF-16, whose mark it begins with
-    codecs.BOM_UTF32_BE: ("UTF-32", "UTF-32"),
-    codecs.BOM_UTF16_LE: ("UTF-16", "UTF-16"),
-    codecs.BOM_UTF16_BE: ("UTF-16", "UTF-16"),
-    b"PK\x03\x04": ("a zip archive", ""),
-    b"BZh": ("a bzip2 archive", ""),
-    b"\xfd7zXZ\0": ("an xz archive", ""),
-    b"\x28\xb5\x2f\xfd": ("a zstd archive", ""),
-    b"%PDF": ("a PDF", ""),
-    b"PAR1": ("a Parquet file", ""),
+UTF16 = "UTF-16, expected UTF-8 text: iconv -f UTF-16 -t UTF-8 OLD > NEW makes it"
+ZEROS = "zero bytes, as in UTF-16 or in a file that is no text, expected UTF-8 text"
+SIGNATURES = {  # first bytes of files that are not UTF-8 text: what such a file is, and what helps
+    codecs.BOM_UTF16_LE: UTF16,
+    codecs.BOM_UTF16_BE: UTF16,
+    b"PK\x03\x04": "a zip archive, expected UTF-8 text: unpack it first",
 }
 
 
@@ -80,16 +73,20 @@ def read_text(paths: Iterable[Path], between: str = "", *, raw: bool = False) ->
             if raw and not has_lines:
                 text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
             else:
-                _check_text(path, file)
+                head = file.peek(4096)
+                found = next((found for signature, found in SIGNATURES.items() if head.startswith(signature)), "")
+                if found or b"\0" in head:  # UTF-16 without a mark often is valid UTF-8
+                    raise UserError(f"{path}: {found or ZEROS}")
                 text = io.TextIOWrapper(file, "utf-8-sig")
             pieces = _documents(path, text, between) if has_lines else iter(functools.partial(text.read, CHUNK), "")
             try:
                 yield from pieces
             except UnicodeDecodeError as error:  # its object is what was read last
                 at = file.tell() - len(error.object) + error.start
-                remedy = _remedy(path, file, "ISO-8859-1").replace(": ", "; if it is Latin-1: ", 1)
-                message = f"{path}: byte {at:,} is not UTF-8 ({error.reason}), expected UTF-8 text{remedy}"
-                raise UserError(message) from None
+                raise UserError(
+                    f"{path}: byte {at:,} is not UTF-8 ({error.reason}), expected UTF-8 text; "
+                    "if it is Latin-1: iconv -f ISO-8859-1 -t UTF-8 OLD > NEW makes it"
+                ) from None
 
 
 @contextmanager
@@ -108,46 +105,10 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _check_text(path: Path, file: BinaryIO) -> None:
-    """UserError if the file does not begin as UTF-8 text does."""
-    head = file.peek(4096)[:4096]
-    found = next((found for signature, found in SIGNATURES.items() if head.startswith(signature)), None)
-    if head[257:262] == b"ustar":
-        found = "a tar archive", ""
-    elif found is None and (encoding := _wide(head)):
-        found = f"its zero bytes look like {encoding}", encoding
-    if found:
-        raise UserError(f"{path}: {found[0]}, expected UTF-8 text{_remedy(path, file, found[1])}")
-
-
-def _wide(head: bytes) -> str:
-    """UTF-32 or UTF-16 without a byte order mark: its name. "" for other bytes. Such text often is valid UTF-8."""
-    first, second, third, fourth = (set(head[i::4]) for i in range(4))
-    even, odd = first | third, second | fourth
-    if len(head) < 8 or 0 not in even | odd:
-        return ""
-    if third | fourth == {0} or first | second == {0}:
-        return "UTF-32LE" if third | fourth == {0} else "UTF-32BE"
-    if 0 in odd and 3 * len(odd) < len(even):  # the higher bytes of characters have few values
-        return "UTF-16LE"
-    return "UTF-16BE" if 0 in even and 3 * len(even) < len(odd) else ""
-
-
-def _remedy(path: Path, file: BinaryIO, encoding: str) -> str:
-    """A command that makes UTF-8 of a file."""
-    if not encoding:
-        return ": unpack it, or save it as text, first"
-    new = path.with_name(f"{path.stem}-utf8{path.suffix}")
-    packed = isinstance(file, gzip.GzipFile)
-    return "" if packed else f": iconv -f {encoding} -t UTF-8 < {quoted(path)} > {quoted(new)}"
-
-
 def _documents(path: Path, file: TextIO, between: str) -> Iterator[str]:
     """The field "text" of every line, `between` between two. Without `between`, a newline follows each."""
     separator = ""
-    for number, line in enumerate(iter(functools.partial(file.readline, LONGEST_LINE + 1), ""), 1):
-        if len(line) > LONGEST_LINE:
-            raise UserError(f"{path}: line {number:,} has more than {LONGEST_LINE:,} characters")
+    for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
@@ -189,8 +150,7 @@ def whole_words(pieces: Iterable[str]) -> Iterator[str]:
         if len(held) < CHUNK:
             continue
         cuts = (at for at in reversed(range(searched, len(held))) if held[at] in " \n" and not held[at - 1].isspace())
-        cut = next(cuts, len(held) if len(held) > LONGEST_WORD else 0)
-        if cut:
+        if cut := next(cuts, 0):
             yield held[:cut]
             held = held[cut:]
     if held:
@@ -212,7 +172,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`, which may end inside a UTF-8 character. ValueError for an unknown id."""
+        """The bytes of `ids`, all below n_vocab. They may end inside a UTF-8 character."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt. ValueError for a character without one."""
@@ -249,7 +209,7 @@ class CharTokenizer(Tokenizer):
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return "".join(self.chars[_known(i, self.n_vocab)] for i in ids).encode("utf-8", "replace")
+        return "".join(self.chars[i] for i in ids).encode("utf-8", "replace")
 
     def meta(self) -> dict[str, Any]:
         return super().meta() | {"chars": list(self.chars)}
@@ -272,7 +232,7 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(data, dtype=np.uint8)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return bytes(_known(i, 256) for i in ids)
+        return bytes(ids)
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -296,13 +256,7 @@ class GPT2Tokenizer(Tokenizer):
         return self._bpe.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self._bpe.decode_bytes([_known(i, GPT2_TOKENS) for i in ids])
-
-
-def _known(token: int, n_vocab: int) -> int:
-    if not 0 <= token < n_vocab:
-        raise ValueError(f"token {token} is outside the vocabulary of {n_vocab}")
-    return token
+        return self._bpe.decode_bytes(list(ids))
 
 
 def gpt2_encoding(bpe_dir: str | Path | None = None) -> tiktoken.Encoding:
@@ -341,6 +295,24 @@ def _packaged_encoder() -> Path | None:
 # What a dataset says of its tokens
 
 
+class _Checksums(msgspec.Struct):
+    bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)]
+    train: list[int]
+    val: list[int]
+
+
+class _Meta(msgspec.Struct):
+    """What is read of a meta.json."""
+
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]  # ids are uint32 at most
+    train_tokens: Annotated[int, msgspec.Meta(ge=1)] = 1
+    val_tokens: Annotated[int, msgspec.Meta(ge=1)] = 1
+    dtype: Literal["uint16", "uint32", ""] = ""
+    tokenizer: str | None = None
+    chars: list[str] | None = None
+    checksums: _Checksums | None = None
+
+
 def read_meta(folder: Path) -> dict[str, Any] | None:
     """The meta.json of a folder, or nanoGPT's meta.pkl in the same form, completed and checked. None if it has neither.
     UserError if it cannot be read."""
@@ -352,65 +324,39 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
         return checked_meta(read_meta_pickle(data) if path.suffix == ".pkl" else json.loads(data))
     except OSError as error:
         reason = error.strerror
-    except RecursionError:
-        reason = "nested too deeply"
-    except (ValueError, UserError) as error:
+    except (ValueError, RecursionError) as error:
         reason = str(error)
     raise UserError(f"{path}: cannot be read: {reason}")
 
 
 def checked_meta(meta: Any) -> dict[str, Any]:
     """The meta of a dataset, with its dtype. ValueError for a field that is wrong or missing."""
-    if not isinstance(meta, Mapping):
-        raise ValueError(f"it is {shown(meta)}, expected an object with a vocab_size")
-    if meta.get("vocab_size") is None:
-        raise ValueError("no 'vocab_size' in it")
-    for name, most in {"vocab_size": MAX_VOCAB, "train_tokens": 1 << 60, "val_tokens": 1 << 60}.items():
-        value = meta.get(name, 1)
-        if type(value) is not int or not 1 <= value <= most:
-            raise ValueError(f"{name} is {shown(value)}, expected a positive int of at most {most:,}")
-    size = meta["vocab_size"]
-    fitting = ["uint16", "uint32"] if size <= 1 << 16 else ["uint32"]
-    dtype = meta.get("dtype", fitting[0])
-    if dtype not in fitting:
-        found = dtype if dtype == "uint16" else shown(dtype)
-        raise ValueError(f"dtype is {found}, expected {' or '.join(fitting)} for vocab_size={size}")
-    sums, kinds = meta.get("checksums"), {"bytes": int, "train": list, "val": list}
-    if sums is not None and not (
-        isinstance(sums, dict)
-        and all(type(sums.get(name)) is kind for name, kind in kinds.items())
-        and 1 <= sums["bytes"] <= 1 << 30
-    ):
-        raise ValueError(f"checksums is {shown(sums)}, expected those that train.prepare writes")
-    if meta.get("tokenizer") == "char":
-        chars = meta.get("chars")
-        if not isinstance(chars, list):
-            raise ValueError(f"chars is {shown(chars)}, expected a list of characters")
-        if (count := CharTokenizer(chars).n_vocab) > size:  # fewer: padded
-            raise ValueError(f"chars has {count} characters, vocab_size is {size}")
+    known = msgspec.convert(meta, _Meta)  # its ValidationError is a ValueError
+    fitting = "uint16" if known.vocab_size <= 1 << 16 else "uint32"
+    dtype = known.dtype or fitting
+    if dtype < fitting:
+        raise ValueError(f"dtype is {dtype}, expected {fitting} for vocab_size={known.vocab_size}")
+    if known.tokenizer == "char" and (count := CharTokenizer(known.chars or ()).n_vocab) > known.vocab_size:
+        raise ValueError(f"chars has {count} characters, vocab_size is {known.vocab_size}")  # fewer: padded
     return {**meta, "dtype": dtype}
 
 
-def from_meta(meta: Mapping[str, Any], bpe_dir: str | Path | None = None, vocab_size: int = MAX_VOCAB) -> Tokenizer:
+def from_meta(meta: Mapping[str, Any], bpe_dir: str | Path | None = None, vocab_size: int = 1 << 32) -> Tokenizer:
     """The tokenizer that a meta.json, or `Tokenizer.meta`, describes. vocab_size: of the model that it is for.
 
     UserError if it describes none, and if it has more tokens than the model.
     """
     try:
-        match checked_meta(meta).get("tokenizer"):
-            case "char":
-                tokenizer = CharTokenizer(meta["chars"])
-            case "byte":
-                tokenizer = ByteTokenizer()
-            case "gpt2":
-                tokenizer = GPT2Tokenizer(bpe_dir)
-            case None:
-                why = shown(meta.get("unread") or "it has no table of characters")[1:-1]
-                raise UserError(f"tokenizer: the dataset's is not known ({why}), so its text cannot be shown")
-            case name:
-                raise UserError(f"tokenizer: the dataset names {shown(name)}, expected one of {', '.join(NAMES)}")
+        name = checked_meta(meta).get("tokenizer")
     except ValueError as error:
         raise UserError(f"tokenizer: {error}") from None
+    if name not in NAMES:
+        why = meta.get("unread") or f"got {shown(name)}, expected one of {', '.join(NAMES)}"
+        raise UserError(f"tokenizer: the dataset's is not known ({why}), so its text cannot be shown")
+    if name == "char":
+        tokenizer = CharTokenizer(meta["chars"])
+    else:
+        tokenizer = GPT2Tokenizer(bpe_dir) if name == "gpt2" else ByteTokenizer()
     if tokenizer.n_vocab > vocab_size:
         raise UserError(
             f"tokenizer: the model has {vocab_size} tokens, its tokenizer ({tokenizer.name}) {tokenizer.n_vocab}; they "

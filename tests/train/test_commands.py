@@ -1,6 +1,8 @@
-"""The command `nanofuse`, run as by its console script, in a folder like nanoGPT's."""
+"""The commands as a user starts them: `nanofuse`, in a folder like nanoGPT's, and the default job in an empty one."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -8,6 +10,7 @@ import tomllib
 import pytest
 
 from tests.train.jobs import ROOT
+from train import checkpoint
 from train.commands import COMMANDS, main
 
 
@@ -36,14 +39,69 @@ def test_in_a_folder_of_nanogpts_ours_runs_and_arguments_and_status_go_through(t
     entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["nanofuse"]
     module, _, function = entry.partition(":")
     script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
-    for arguments, status, line in (
-        (["prepare", "x.txt", "--dataset=be"], 0, ""),
-        (["rehearse", "h200", "--rehearse=h10"], 2, "error: rehearse: got 'h10', expected auto | a100 | h100"),
-        (["trian"], 2, "error: unknown command 'trian' (did you mean train?); nanofuse --help lists them all\n"),
+    for words, status, said in (
+        ("prepare x.txt --dataset=be", 0, ""),
+        ("rehearse h200 --rehearse=h10", 2, r"error: rehearse: got 'h10', expected auto \| a100 \| h100.*\n"),
+        ("trian", 2, r"error: unknown command 'trian' \(did you mean train\?\); nanofuse --help lists them all\n"),
     ):
-        argv, env = [sys.executable, str(script), *arguments], os.environ | {"PYTHONPATH": str(ROOT)}
+        argv, env = [sys.executable, str(script), *words.split()], os.environ | {"PYTHONPATH": str(ROOT)}
         ended = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
         assert ended.returncode == status, ended.stderr
-        assert ended.stderr.startswith(line)
-        assert ended.stderr.count("\n") == line.startswith("error")
+        assert re.fullmatch(said, ended.stderr)
     assert (folder / "data" / "be" / "train.bin").is_file()
+
+
+# The default job: the first run of a new user
+
+SHORT = ("train", "--max_iters=20", "--eval_interval=10", "--eval_iters=2")
+# Every Python process imports this first. A connection to another machine ends the process.
+NO_NETWORK = """
+import socket
+def refuse(*args, **kwargs):
+    raise OSError("no network in this test")
+socket.getaddrinfo = socket.create_connection = refuse
+socket.socket.connect = refuse
+"""
+
+
+@pytest.mark.slow
+def test_from_nothing_to_a_sample(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK)
+    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def said(*words: str) -> str:
+        argv = [sys.executable, "-m", *words]
+        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    first = said(*SHORT)
+    meta = json.loads((tmp_path / "data" / "docs" / "meta.json").read_text())
+    losses = {n: re.search(rf"^step {n}: train loss (\S+), val loss (\S+)$", first, re.M) for n in (0, 10, 20)}
+    assert float(losses[20][2]) < float(losses[0][2])
+    for line in (
+        rf"docs: [\d,]+ characters of Python's own documentation, sha256 {meta['sha256']}",
+        "preset docs_cpu: no preset was named, and the device is a CPU; .*",
+        "number of parameters: 0.8.*",
+        rf"final losses: train {losses[20][1]}, val {losses[20][2]} \(best .*",
+        r"a sample:\n[\s\S]{250,}\n---------------",
+        *("checkpoint: out/ckpt.pt, .*", "metrics:    out/metrics.jsonl", "loss curve: out/loss.png"),
+    ):
+        assert re.search(f"^{line}$", first, re.M), line
+    for name in ("ckpt.pt", "metrics.jsonl", "loss.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 20
+
+    # The other commands find the run without a path.
+    assert "import" in said("train.sample", "--num_samples=1", "--max_new_tokens=50", "--start=import")
+    assert "loss curve: out/loss." in said("train.plot")
+
+    # Again: the corpus is there, the seed is the same, and nothing is overwritten.
+    second = said(*SHORT)
+    (aside,) = tmp_path.glob("out/earlier-*")
+    assert f"the earlier run in out was moved to out/{aside.name}" in second
+    assert checkpoint.load(aside / "ckpt.pt")["iter_num"] == 20
+    assert re.findall("^step .*", second, re.M) == re.findall("^step .*", first, re.M)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out", "site"]

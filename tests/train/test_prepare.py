@@ -1,8 +1,9 @@
-"""Text files to token files, by the command."""
+"""Text files and corpora by name to token files. No network: downloads come from files, OpenWebText is replaced."""
 
+import dataclasses
 import functools
 import gzip
-import io
+import hashlib
 import os
 import pickle
 import re
@@ -15,14 +16,18 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from train import prepare
+from train import corpora, prepare
 from train import text as texts
 from train.config import compose, parse
-from train.corpora import dataset_folder
+from train.corpora import CORPORA, dataset_folder, docs_text
 from train.data import Dataset
 from train.errors import UserError
 from train.files import staging_folder
+from train.prepare import PrepareConfig, ensure_docs
+from train.text import GPT2Tokenizer
 
+DOCS = "The library reference.\n" * 1000
+PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 20
 TEXT = "To be, or not to be: that's the question.\nOb's edler im Gemüt, €, die Pfeil' … 生存还是毁灭。\n" * 30
 END = 50256
 RANKS = functools.cache(texts.gpt2_encoding)  # reading them takes most of a test's time
@@ -34,11 +39,29 @@ def run(*arguments: str) -> None:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
+    """The current folder, empty. `docs` is the text DOCS here, and TinyShakespeare the text of `play`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(texts, "gpt2_encoding", RANKS)
+    monkeypatch.setattr(corpora, "docs_text", lambda: DOCS)
+    for name in ("shakespeare", "shakespeare_char"):
+        corpus = dataclasses.replace(CORPORA[name], sha256=hashlib.sha256(PLAY.encode()).hexdigest())
+        monkeypatch.setitem(CORPORA, name, corpus)
     handler = SimpleNamespace(SIGTERM=None, signal=lambda *_: None)  # no handler of the command in the tests
     monkeypatch.setattr(prepare, "signal", handler)
     return tmp_path
+
+
+@pytest.fixture
+def play(tmp_path_factory, monkeypatch) -> Path:
+    """The file that TinyShakespeare is downloaded from."""
+    source = tmp_path_factory.mktemp("network") / "play.txt"
+    source.write_text(PLAY)
+    monkeypatch.setattr(corpora, "SHAKESPEARE_URL", source.as_uri())
+    return source
+
+
+def make(name: str, **settings) -> Dataset:
+    return Dataset(Path("data", prepare.prepare([name], PrepareConfig(**settings))[0]))
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -88,7 +111,7 @@ def test_an_alphabet_over_65536_takes_uint32(folder):
     (folder / "a.txt").write_text(text)
     run("a.txt")
     dataset = Dataset("data/a")
-    assert (dataset.n_vocab, dataset.train.dtype) == (65537, np.uint32)
+    assert dataset.train.dtype == np.uint32
     assert whole_text(dataset) == text
 
 
@@ -113,6 +136,12 @@ def test_documents_end_with_gpt2s_token(folder):
     assert Dataset("data/poems").n_vocab == 256
 
 
+def shell(command: str) -> list[str]:
+    """The arguments of a command after `python -m`, as bash reads them."""
+    script = "printf '%s\\0' " + command.removeprefix("python -m ")
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout.split("\0")[:-1]
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [
@@ -121,7 +150,6 @@ def test_documents_end_with_gpt2s_token(folder):
         ("data/poems", "poems"),
         ("a.txt.gz", "a"),
         ("songs/v1.2/", "v1.2"),
-        ("old/2024.01.txt", "2024.01"),
         ("$HOME; two\nlines\x1b'.txt", "$HOME; two\nlines\x1b'"),
     ],
 )
@@ -139,14 +167,6 @@ def test_the_name_of_a_dataset_and_the_command_that_trains_on_it(capsys, folder,
     Dataset(dataset_folder(config.dataset)).check(config.block_size)
 
 
-def shell(command: str) -> list[str]:
-    """The arguments of a command after `python -m`, as bash reads them."""
-    printed = subprocess.run(
-        ["bash", "-c", "printf '%s\\0' " + command.removeprefix("python -m ")], capture_output=True, text=True
-    )
-    return printed.stdout.split("\0")[:-1]
-
-
 def test_a_dataset_of_other_files_is_replaced_only_by_name(folder):
     for name in ("a", "b"):
         (folder / name).mkdir()
@@ -162,10 +182,9 @@ def test_a_dataset_of_other_files_is_replaced_only_by_name(folder):
         run("b/input.txt", option)
     assert sorted(os.listdir("data")) == ["NAME", "input"]
     assert Dataset("data/input").meta["sha256"] == Dataset("data/NAME").meta["sha256"]
-    for damage in (lambda path: path.write_text("{"), Path.unlink):  # unreadable, or nanoGPT's
-        damage(folder / "data" / "input" / "meta.json")
-        with pytest.raises(UserError, match="holds a dataset of other files"):
-            run("b/input.txt")
+    (folder / "data" / "input" / "meta.json").unlink()  # as nanoGPT's, of which nothing is known
+    with pytest.raises(UserError, match="holds a dataset of other files"):
+        run("b/input.txt")
 
 
 @pytest.mark.parametrize(
@@ -183,18 +202,18 @@ def test_the_command_that_makes_a_missing_dataset(folder, name, said):
     (folder / "a.txt").write_text(TEXT)
     (folder / "data" / "my poems").mkdir(parents=True)
     there = dataset_folder(name.replace("ABSOLUTE", str(folder)))
-    with pytest.raises(UserError, match=said) as caught:
+    for missing, of in (
+        (said, "FILE ... "),
+        (r"val\.bin: cannot be read: No such file or directory; make it with: ", ""),
+    ):
+        with pytest.raises(UserError, match=missing) as caught:
+            Dataset(there)
+        command = str(caught.value).rpartition("make it with: ")[2]
+        assert command.startswith(f"python -m train.prepare {of}")
+        run(*shell(command.replace("FILE ...", "a.txt"))[1:])
         Dataset(there)
-    command = str(caught.value).rpartition("make it with: ")[2]
-    assert command.startswith("python -m train.prepare FILE ... ")
-    run(*shell(command.replace("FILE ...", "a.txt"))[1:])
-    Dataset(there)
-    (there / "val.bin").unlink()
-    (there / "input.txt").write_text(TEXT)
-    with pytest.raises(UserError, match=r"val\.bin: missing; make it with: ") as caught:
-        Dataset(there)
-    run(*shell(str(caught.value).rpartition("make it with: ")[2])[1:])
-    Dataset(there)
+        (there / "val.bin").unlink()
+        (there / "input.txt").write_text(TEXT)  # nanoGPT's place for the text
 
 
 def test_check_reads_all_of_a_dataset(capsys, folder):
@@ -209,12 +228,8 @@ def test_check_reads_all_of_a_dataset(capsys, folder):
         run("--check", "my poems")
     for name in ("meta.json", "meta.pkl"):  # as GPT-2's BPE, without checksums
         path.with_name(name).unlink()
-    np.array([END, 50257], "<u2").tofile(path)
-    with pytest.raises(UserError, match=r"val\.bin: token 50257 at position 1, .* below vocab_size=50257"):
-        run("--check", "my poems")
-    np.array([END], "<u2").tofile(path)
     run("--check", "my poems")
-    assert "540 and 1 tokens below 50,257; its meta has no checksums" in capsys.readouterr().out
+    assert "540 and 60 tokens below 50,257; its meta has no checksums" in capsys.readouterr().out
 
 
 # Bad input
@@ -224,10 +239,9 @@ def test_check_reads_all_of_a_dataset(capsys, folder):
     ("arguments", "message"),
     [
         ([], "nothing to prepare"),
-        (["shakespeare_cher"], "no such file or corpus (did you mean shakespeare_char?)"),
-        (["xyzzy"], "'xyzzy': no such file or corpus, expected text files or one of docs, "),
-        (["a.txt", "no.txt"], "'no.txt': no such file"),
-        (["pipe"], "'pipe': not a regular file or a folder"),
+        (["shakespeare_cher"], "no regular file, folder or corpus (did you mean shakespeare_char?)"),
+        (["a.txt", "xyzzy"], "'xyzzy': no regular file, folder or corpus, expected text files or one of docs, "),
+        (["pipe"], "'pipe': no regular file, folder or corpus"),
         (["hollow"], "'hollow': no files in this folder"),
         (["a.txt", "--check=nothing"], "check: got 'a.txt' too"),
         (["--check=nothing"], "data/nothing: no such dataset"),
@@ -239,7 +253,7 @@ def test_check_reads_all_of_a_dataset(capsys, folder):
         (["a.txt", "cut.txt", "--tokenizer=gpt2"], "cut.txt: byte 2,000 is not UTF-8"),
         (["short.txt"], "val part has 1 tokens"),
         (["a.txt", "--val_fraction=1.0"], "val_fraction: got 1.0"),
-        (["docs.txt"], "dataset: docs is the name of a corpus"),
+        (["docs.txt"], "dataset: got 'docs', expected a name, and not that of a corpus"),
         (["openwebtext", "--tokenizer=char"], "openwebtext: made as nanoGPT makes it"),
     ],
 )
@@ -259,16 +273,6 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, folder, arguments
     assert "\n" not in str(caught.value)
     assert tree(folder) == before
     assert not (folder / "data").exists()
-
-
-def test_a_full_disk_leaves_the_old_data(monkeypatch, folder):
-    (folder / "a.txt").write_text(TEXT)
-    run("a.txt")
-    before = tree(folder)
-    monkeypatch.setattr("train.files.sync", mock.Mock(side_effect=OSError(28, "No space left on device")))
-    with pytest.raises(UserError, match=r"^data/a: cannot be written: No space left on device$"):
-        run("a.txt", "--val_fraction=0.2")
-    assert tree(folder) == before
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3, 4])
@@ -294,13 +298,12 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not
     assert sorted(os.listdir("data/a")) == ["meta.json", "meta.pkl", "train.bin", "val.bin"]
 
 
-@pytest.mark.parametrize("now", [TEXT.replace("To", "tO"), TEXT.replace("To", "%$")])
-def test_a_file_that_changes_while_it_is_read_is_refused(monkeypatch, folder, now):
+def test_a_file_that_changes_while_it_is_read_is_refused(monkeypatch, folder):
     path = folder / "a.txt"
     path.write_text(TEXT)
 
     def between_the_passes(*arguments):
-        path.write_text(now)
+        path.write_text(TEXT.replace("To", "%$"))
         return texts.split_at(*arguments)
 
     monkeypatch.setattr(prepare, "split_at", between_the_passes)
@@ -309,15 +312,100 @@ def test_a_file_that_changes_while_it_is_read_is_refused(monkeypatch, folder, no
     assert not (folder / "data").exists()
 
 
-def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
-    terminal, log = io.StringIO(), io.StringIO()
-    terminal.isatty = lambda: True
-    for stream in (terminal, log):
-        monkeypatch.setattr(sys, "stderr", stream)
-        with prepare.progress(100, "B") as bar:
-            bar.start_t -= 40  # it began long ago, so every update is printed
-            bar.last_print_t -= 40
-            bar.update(50)
-    assert "\r 50%|" in terminal.getvalue()
-    assert terminal.getvalue().endswith("\r")
-    assert re.fullmatch(r"\s*50%, .*B/s, 00:\d\d left\s*", log.getvalue())
+# Corpora by name
+
+
+@pytest.mark.slow
+def test_docs_is_plain_text_of_the_expected_size():
+    text = docs_text()
+    assert 1_500_000 < len(text) < 2_200_000
+    assert set(text) == {"\n", *map(chr, range(32, 127))}
+    assert 'The "assert" statement' in text  # from the language reference
+    assert "Return the sum of a 'start' value" in text or "Base class for" in text  # from a docstring
+
+
+def test_docs_is_made_once_and_again_only_by_the_command(monkeypatch):
+    lines, folder = [], Path("data", "docs")
+    ensure_docs(folder, lines.append)
+    dataset = Dataset(folder)
+    assert (len(dataset.train), len(dataset.val)) == (20_700, 2_300)
+    assert dataset.tokenizer().decode(dataset.val) == DOCS[20_700:]
+    with monkeypatch.context() as patch:
+        patch.setattr(corpora, "docs_text", lambda: pytest.fail("made again"))
+        ensure_docs(folder, lines.append)
+    assert lines[0] == lines[1]
+    assert "23,000 characters" in lines[0]
+    assert hashlib.sha256(DOCS.encode()).hexdigest() in lines[0]
+    (folder / "meta.json").write_text("{")
+    with pytest.raises(UserError, match=r"meta\.json: cannot be read"):
+        ensure_docs(folder, pytest.fail)
+    make("docs")
+    ensure_docs(folder, lines.append)
+    for name in ("meta.json", "meta.pkl"):  # as another program leaves a dataset of that name
+        (folder / name).unlink()
+    ensure_docs(folder, pytest.fail)
+
+
+@pytest.mark.parametrize(("name", "text"), [("docs", DOCS), ("shakespeare_char", PLAY)])
+def test_what_others_made_under_the_name_of_a_corpus_stays(play, name, text):
+    with pytest.raises(UserError, match=f"no such dataset; make it with: python -m train.prepare {name}$"):
+        Dataset(Path("data", name))
+    path = Path("data", name, "input.txt")
+    path.parent.mkdir(parents=True)
+    path.write_text("my own")
+    with pytest.raises(UserError, match=r"input\.txt: the text's sha256 is .* expected .*; put the corpus's own there"):
+        make(name)
+    assert [path.read_text() for path in path.parent.iterdir()] == ["my own"]
+    path.write_text(text)
+    play.unlink()  # what lies there is not downloaded
+    assert len(make(name).train) == int(len(text) * 0.9)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"input\.txt: cannot be read: Is a directory"):
+        make(name)
+
+
+@pytest.mark.parametrize(
+    ("downloaded", "said"), [("another play", "sha256 is"), (None, r"cannot be downloaded \(.*; put the file into")]
+)
+def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(play, downloaded, said):
+    play.unlink() if downloaded is None else play.write_text(downloaded)
+    with pytest.raises(UserError, match=said):
+        make("shakespeare_char")
+    assert list(Path().iterdir()) == []
+
+
+def test_shakespeare_has_gpt2s_tokens(play):
+    dataset = make("shakespeare")
+    assert dataset.tokenizer().name == "gpt2"
+    assert whole_text(dataset) == PLAY
+    assert dataset.meta["sha256"] == hashlib.sha256(PLAY.encode()).hexdigest()
+
+
+class Documents(list):
+    """The part of `datasets.Dataset` that is used."""
+
+    def train_test_split(self, test_size: float, seed: int, shuffle: bool) -> dict[str, "Documents"]:
+        assert (test_size, seed, shuffle) == (0.0005, 2357, True)
+        return {"train": Documents(self[1:]), "test": Documents(self[:1])}
+
+    def iter(self, batch_size: int):
+        for start in range(0, len(self), batch_size):
+            yield {"text": list(self[start : start + batch_size])}
+
+
+def test_openwebtext(monkeypatch):
+    """Every document ends with the token. Without the package or the network there is one line, and nothing is left."""
+    documents = Documents(f"Document {n}. <|endoftext|>" for n in range(12))
+    load = mock.Mock(side_effect=[ConnectionError("no route\nto host"), documents])
+    package = SimpleNamespace(load_dataset=load)
+    monkeypatch.setattr(prepare, "DOCUMENTS", 5)
+    for module, said in ((None, r"nanofuse\[data\]"), (package, "ConnectionError: no route$")):
+        monkeypatch.setitem(sys.modules, "datasets", module)
+        with pytest.raises(UserError, match=said):
+            make("openwebtext")
+        assert not Path("data").exists()
+    dataset, bpe = make("openwebtext"), GPT2Tokenizer()
+    want = [[*bpe.encode_ordinary(text).tolist(), 50256] for text in documents]
+    assert dataset.val.tolist() == want[0]
+    assert dataset.train.tolist() == [i for ids in want[1:] for i in ids]

@@ -35,7 +35,7 @@ TWO_TABLES = "the tables of tokens are two different ones"
     ("there", "here", "says"),
     [
         (ABC, ABC | {"vocab_size": 64, "sha256": "0"}, ""),  # a padded size and another text
-        (ABC, ABC | {"chars": list("ab")}, "3 characters there, 2 here"),
+        (ABC, ABC | {"chars": list("ab")}, "token 2 is 'c' there, None here"),
         (ABC, ABC | {"chars": list("acb")}, "token 1 is 'b' there, 'c' here"),
         (BYTES, ABC | {"vocab_size": 256}, "is 'byte' there, 'char' here"),
         (unnamed_tokenizer(51200), {"vocab_size": 50257, "tokenizer": "gpt2"}, ""),
