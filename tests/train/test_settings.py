@@ -321,7 +321,7 @@ BEST = "'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported
         ("\ufeffbatch_size = 3", {"batch_size": 3}),
         ("wandb_run_name = 'ü\\d'", {"wandb_run_name": "ü\\d"}),  # without Python's warning
         (f"import torch\ndtype = {BEST}", {"dtype": "auto"}),
-        ("half = True\ndtype = 'float16' if half else 'bfloat16'", {"dtype": "float16"}),  # torch is not asked
+        ("dtype = 'float16' if time.time() > 0 else 'bfloat16'", {"dtype": "float16"}),  # torch is not asked
         ("device = 'cuda' if torch.cuda.is_available() else 'cpu'", {"device": "cuda" if CUDA else "cpu"}),
     ],
 )
@@ -349,6 +349,7 @@ def test_a_config_file_also_has_the_types_of_settings_and_the_machines_dtype(tex
         ("out_dir = 'a' * 9999", "+ for two strings"),
         (f"out_dir = '{'a' * 4097}'", "4096 characters"),
         ("out_dir = f'{1:9999}'", "so large a width"),
+        ("out_dir = f'{dataset!r}'", "refused"),
         ("seed = round(7, -10 ** 9)", "cannot be computed"),
         # what would run
         ("out_dir = ''.__class__", "refused"),
