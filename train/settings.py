@@ -221,7 +221,7 @@ def read_config_file(name: str, known: Mapping[str, Field], parsed: Parsed) -> N
     try:
         source = read_regular(path, MAX_BYTES)
     except OSError as error:
-        raise UserError(f"{shown(name)}: cannot be read as a config file: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read as a config file: {error.strerror}") from None
     file = _ConfigFile(known, parsed.settings)
     try:
         with warnings.catch_warnings(action="ignore"):  # an odd backslash in a string is not worth a warning

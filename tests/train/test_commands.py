@@ -79,6 +79,8 @@ def test_from_nothing_to_a_sample(tmp_path):
 
     first = said(*SHORT)
     meta = json.loads((tmp_path / "data" / "docs" / "meta.json").read_text())
+    assert 1_500_000 < meta["train_tokens"] + meta["val_tokens"] < 2_200_000
+    assert set(meta["chars"]) == {"\n", *map(chr, range(32, 127))}  # plain text
     losses = {n: re.search(rf"^step {n}: train loss (\S+), val loss (\S+)$", first, re.M) for n in (0, 10, 20)}
     assert float(losses[20][2]) < float(losses[0][2])
     for line in (

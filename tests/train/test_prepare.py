@@ -19,7 +19,7 @@ import pytest
 from train import corpora, prepare
 from train import text as texts
 from train.config import compose, parse
-from train.corpora import CORPORA, dataset_folder, docs_text
+from train.corpora import CORPORA, dataset_folder
 from train.data import Dataset
 from train.errors import UserError
 from train.files import staging_folder
@@ -313,15 +313,6 @@ def test_a_file_that_changes_while_it_is_read_is_refused(monkeypatch, folder):
 
 
 # Corpora by name
-
-
-@pytest.mark.slow
-def test_docs_is_plain_text_of_the_expected_size():
-    text = docs_text()
-    assert 1_500_000 < len(text) < 2_200_000
-    assert set(text) == {"\n", *map(chr, range(32, 127))}
-    assert 'The "assert" statement' in text  # from the language reference
-    assert "Return the sum of a 'start' value" in text or "Base class for" in text  # from a docstring
 
 
 def test_docs_is_made_once_and_again_only_by_the_command(monkeypatch):
