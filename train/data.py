@@ -16,7 +16,6 @@ would break a graph capture in the first one.
 import itertools
 import math
 import os
-import random
 import time
 import weakref
 import zlib
@@ -38,9 +37,8 @@ from train.text import GPT2_TOKENS, Tokenizer, checked_meta, from_meta, padded_v
 
 Split = Literal["train", "val"]
 
-FULL_SCAN_BYTES = 256 << 20  # files up to this size are checked whole before the first step
+FULL_SCAN_BYTES = 256 << 20  # files up to this size are read whole before the first step
 SCAN_TOKENS = 4 << 20  # tokens looked at together in such a check
-CHECK_SECONDS = 0.5  # how long a run compares its files with their checksums
 GPT2_PADDED = 51200  # GPT-2's vocabulary, padded to the next multiple of 1024
 # Small steps are gathered many at a time: waking the thread costs more than filling 12 x 64 tokens.
 RUN_BYTES = 1 << 20
@@ -115,26 +113,32 @@ class Dataset:
         """UserError if a split is too short for `block_size`, holds an id of `vocab_size` (None: n_vocab) or more, or
         does not match its checksums. Returns whether meta has checksums.
 
-        Files over 256 MB are searched for such ids only if `whole`, but the loader checks every batch that it draws.
-        Checksums are compared for half a second; if `whole`, all of them.
+        Files over 256 MB are read only if `whole`, but the loader checks the ids of every batch that it draws.
         """
         self.check_length(block_size)
         limit = self.n_vocab if vocab_size is None else vocab_size
+        sums = self._checksums
         for name in ("train", "val"):
-            tokens = np.asarray(self.split(name))
+            tokens, path = np.asarray(self.split(name)), self.path(name)
             ids = tokens[:SCAN_TOKENS]
             wide = len(ids) > 1 and ids.any() and not ids[1::2].any()
-            if wide and self._checksums is None and self.meta.get("tokenizer") not in ("char", "byte"):
+            if wide and sums is None and self.meta.get("tokenizer") not in ("char", "byte"):
                 raise UserError(
-                    f"{self.path(name)}: every second token is 0, as where the file has ids of more than "
-                    f"{8 * ids.itemsize} bits; expected {self.meta['dtype']} for vocab_size={self.n_vocab}"
+                    f"{path}: every second token is 0, as where the file has ids of more than {8 * ids.itemsize} bits; "
+                    f"expected {self.meta['dtype']} for vocab_size={self.n_vocab}"
                 )
-            if whole or tokens.nbytes <= FULL_SCAN_BYTES:
-                for start in range(0, len(tokens), SCAN_TOKENS):
-                    self.check_ids(name, tokens[start : start + SCAN_TOKENS], start, limit)
-        if self._checksums is not None:
-            self._check_sums(math.inf if whole else CHECK_SECONDS)
-        return self._checksums is not None
+            if tokens.nbytes > FULL_SCAN_BYTES and not whole:
+                continue
+            count = sums["bytes"] // tokens.itemsize if sums else SCAN_TOKENS
+            for i, start in enumerate(range(0, len(tokens), count)):
+                ids = tokens[start : start + count]
+                self.check_ids(name, ids, start, limit)
+                if sums and sums[name][i : i + 1] != [zlib.crc32(ids)]:
+                    raise UserError(
+                        f"{path}: damaged, or another file: tokens {start:,} to {start + count:,} do not match the "
+                        f"checksum in meta.json; make it again with: {how_to_make(self.folder)}"
+                    )
+        return sums is not None
 
     def check_length(self, block_size: int) -> None:
         """UserError if a split is shorter than one sample: block_size tokens and the one after."""
@@ -152,22 +156,6 @@ class Dataset:
             raise UserError(
                 f"{self.path(split)}: token {ids[at]} at position {start + at:,}, expected ids below vocab_size={limit}"
             )
-
-    def _check_sums(self, seconds: float) -> None:
-        """UserError if a file does not match its checksums. They are compared in random order, for about `seconds`."""
-        size, end = self._checksums["bytes"], time.monotonic() + seconds
-        parts = [(name, i) for name in ("train", "val") for i in range(-(-self.split(name).nbytes // size))]
-        random.Random().shuffle(parts)  # the next run sees other parts
-        for name, i in parts:
-            with open_regular(self.path(name)) as file:
-                file.seek(i * size)
-                if self._checksums[name][i : i + 1] != [zlib.crc32(file.read(size))]:
-                    raise UserError(
-                        f"{self.path(name)}: damaged, or another file: bytes {i * size:,} to {(i + 1) * size:,} do not "
-                        f"match the checksum in meta.json; make it again with: {how_to_make(self.folder)}"
-                    )
-            if time.monotonic() > end:
-                break
 
     def samples(self, split: Split, starts: np.ndarray, length: int) -> np.ndarray:
         """(n, length): the split's tokens from each of `starts` (n,) on. UserError if the file has become shorter.

@@ -296,7 +296,7 @@ def _packaged_encoder() -> Path | None:
 
 
 class _Checksums(msgspec.Struct):
-    bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)]
+    bytes: Annotated[int, msgspec.Meta(ge=4, le=1 << 30, multiple_of=4)]  # that each one is of
     train: list[int]
     val: list[int]
 

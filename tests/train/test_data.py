@@ -114,7 +114,7 @@ def test_meta_pickles_of_forks(tmp_path, monkeypatch, meta, size, known):
         *(json.dumps({"vocab_size": size}) for size in (0, True, 1e30, 1 << 33)),
         *('{"vocab_size": 50, "dtype": "int8"}', '{"vocab_size": 100277, "dtype": "uint16"}'),
         *('{"vocab_size": 50, "train_tokens": "many"}', '{"vocab_size": 50, "val_tokens": -3}'),
-        '{"vocab_size": 50, "checksums": {"bytes": 0, "train": [], "val": []}}',
+        '{"vocab_size": 50, "checksums": {"bytes": 2, "train": [], "val": []}}',
         *('{"vocab_size": 50, "checksums": {"bytes": 9, "train": []}}', '{"vocab_size": 50, "checksums": [1]}'),
     ],
     ids=lambda meta: repr(meta[:40]),
@@ -186,9 +186,9 @@ def test_a_file_that_was_cut_short_or_changed_is_refused(tmp_path, monkeypatch):
     path = Path("data", "a", "train.bin")
     assert Dataset(path.parent).check(8)
     whole = path.read_bytes()
-    for at, part in ((0, "0 to 10,000"), (len(whole) - 2, "10,000 to 20,000")):
+    for at, part in ((0, "0 to 5,000"), (len(whole) - 2, "5,000 to 10,000")):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])  # another letter
-        said = rf"train\.bin: damaged, or another file: bytes {part} .* with: python -m train\.prepare"
+        said = rf"train\.bin: damaged, or another file: tokens {part} .* with: python -m train\.prepare"
         with pytest.raises(UserError, match=said):
             Dataset(path.parent).check(8)
     path.write_bytes(whole[:-200])
