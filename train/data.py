@@ -280,9 +280,10 @@ class Loader:
         """The batch of `step`. Any order gives the same batches. Asked for in order, they are ready."""
         number, i = divmod(step, self._run_length)
         self._runs = {n: run for n, run in self._runs.items() if n in (number, number + 1)}
-        for n in {number, number + 1} - self._runs.keys():
-            memory = self._host_memory(self._run_length, 2, self.accumulation)  # here: CUDA is not for the thread
-            self._runs[n] = self._thread.submit(self._gather_run, n, memory)
+        for n in (number, number + 1):
+            if n not in self._runs:
+                memory = self._host_memory(self._run_length, 2, self.accumulation)  # here: CUDA is not for the thread
+                self._runs[n] = self._thread.submit(self._gather_run, n, memory)
         xy, seeds = self._runs[number].result()[i]  # waits, and raises what the thread met
         return Batch(*xy.to(self.device, non_blocking=self._pinned), seeds)  # one copy
 
