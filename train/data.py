@@ -16,6 +16,7 @@ would break a graph capture in the first one.
 import itertools
 import math
 import os
+import random
 import time
 import weakref
 import zlib
@@ -38,6 +39,7 @@ from train.text import GPT2_TOKENS, Tokenizer, checked_meta, from_meta, padded_v
 Split = Literal["train", "val"]
 
 FULL_SCAN_BYTES = 256 << 20  # files up to this size are read whole before the first step
+CHECK_SECONDS = 0.5  # for a larger one
 SCAN_TOKENS = 4 << 20  # tokens looked at together in such a check
 GPT2_PADDED = 51200  # GPT-2's vocabulary, padded to the next multiple of 1024
 # Small steps are gathered many at a time: waking the thread costs more than filling 12 x 64 tokens.
@@ -113,7 +115,8 @@ class Dataset:
         """UserError if a split is too short for `block_size`, holds an id of `vocab_size` (None: n_vocab) or more, or
         does not match its checksums. Returns whether meta has checksums.
 
-        Files over 256 MB are read only if `whole`, but the loader checks the ids of every batch that it draws.
+        Files over 256 MB are read for half a second, in random order, unless `whole`. The loader checks the ids of
+        every batch that it draws.
         """
         self.check_length(block_size)
         limit = self.n_vocab if vocab_size is None else vocab_size
@@ -127,11 +130,14 @@ class Dataset:
                     f"{path}: every second token is 0, as where the file has ids of more than {8 * ids.itemsize} bits; "
                     f"expected {self.meta['dtype']} for vocab_size={self.n_vocab}"
                 )
-            if tokens.nbytes > FULL_SCAN_BYTES and not whole:
-                continue
             count = sums["bytes"] // tokens.itemsize if sums else SCAN_TOKENS
-            for i, start in enumerate(range(0, len(tokens), count)):
-                ids = tokens[start : start + count]
+            starts, end = range(0, len(tokens), count), math.inf
+            if tokens.nbytes > FULL_SCAN_BYTES and not whole:
+                starts, end = random.Random().sample(starts, len(starts)), time.monotonic() + CHECK_SECONDS
+            for start in starts:
+                if time.monotonic() > end:
+                    break
+                ids, i = tokens[start : start + count], start // count
                 self.check_ids(name, ids, start, limit)
                 if sums and sums[name][i : i + 1] != [zlib.crc32(ids)]:
                     raise UserError(

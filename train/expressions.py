@@ -1,7 +1,7 @@
 """The value of a Python expression in a config file, computed without running Python.
 
 The expression is walked as a syntax tree. It may hold numbers, text, names with a value, arithmetic, comparisons,
-`a if b else c`, f-strings, and calls of the functions in FUNCTIONS: what config files of nanoGPT and its forks hold.
+`a if b else c`, three ways to fill in text, and calls of FUNCTIONS: what config files of nanoGPT and its forks hold.
 Everything else is refused. The work and the size of each result are bounded.
 """
 
@@ -29,9 +29,23 @@ def _power(base: Any, exponent: Any) -> Any:
 
 
 def _format(value: Any, spec: str = "") -> str:
-    if re.search(r"\d{4}", spec):  # it would make text of that size
+    return format(value, _narrow(spec))
+
+
+def _percent(template: str, *values: Any) -> str:
+    return _narrow(template.replace("*", "0000")) % values  # of *, a value is the width
+
+
+def _fill(template: str, *values: Any) -> str:
+    if not re.fullmatch(r"([^{}]|\{\{|\}\}|\{\d*(:[^{}]*)?\})*", template):  # no attributes, no items, no nesting
+        raise ValueError("expected plain fields such as {} or {0:.2f}")
+    return _narrow(template).format(*values)
+
+
+def _narrow(template: str) -> str:
+    if re.search(r"\d{4}", template):  # a width that makes text of that size
         raise ValueError("so large a width")
-    return format(value, spec)
+    return template
 
 
 def _now(form: str) -> str:
@@ -101,6 +115,10 @@ def evaluate(node: ast.AST, named: Callable[[str], Any]) -> Any:
             result = named(name)
         case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
             result = _called(OPERATORS[type(op)], value(operand))
+        case ast.BinOp(op=ast.Mod(), left=ast.Constant(value=str() as template), right=right):
+            result = _called(_percent, template, *map(value, right.elts if isinstance(right, ast.Tuple) else [right]))
+        case ast.Call(func=ast.Attribute(ast.Constant(value=str() as template), "format"), args=args, keywords=[]):
+            result = _called(_fill, template, *map(value, args))
         case ast.BinOp(op=op, left=left, right=right) if type(op) in OPERATORS:
             operands = value(left), value(right)
             if str in map(type, operands) and not isinstance(op, ast.Add):

@@ -40,6 +40,7 @@ Value = int | float | bool | str
 
 PRESETS = {path.stem: path for path in sorted(Path(__file__).parent.glob("configs/[!_]*.py"))}
 MAX_BYTES = 1 << 16  # a config file is a page long; this only bounds the work of reading it
+ONLY_ASSIGNMENTS = "refused: a config file may only hold `name = value` lines"
 MISSPELLED = 0.85  # a name that nothing reads, and that is so similar to a setting, counts as a misspelling
 
 
@@ -263,11 +264,17 @@ class _ConfigFile:
         """Take in the next statement. UserError if it does anything but give a name a value."""
         self.line = statement.lineno
         match statement:
-            case (
-                ast.Assign(targets=[ast.Name(id=name)], value=value)
-                | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
-            ):
+            case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Tuple(elts=values)) if len(names) == len(values):
+                held = [ast.Constant(evaluate(value, self._named)) for value in values]  # all first: `a, b = b, a`
+                for name, value in zip(names, held, strict=True):
+                    self._assign(name, value)
+            case ast.Assign(targets=names, value=value):
+                for name in names:
+                    self._assign(name, value)
+            case ast.AnnAssign(target=name, value=ast.expr() as value):
                 self._assign(name, value)
+            case ast.AugAssign(target=name, op=op, value=value):
+                self._assign(name, ast.BinOp(name, op, value))
             case ast.Expr(value=ast.Constant(value=str())):
                 pass  # a docstring
             case ast.Import(names=names) | ast.ImportFrom(names=names) if not (
@@ -275,7 +282,7 @@ class _ConfigFile:
             ):
                 pass  # nothing is imported; a call of what is not known is refused
             case _:
-                raise UserError("refused: a config file may only hold `name = value` lines")
+                raise UserError(ONLY_ASSIGNMENTS)
 
     def ended(self) -> list[str]:
         """The names that are no settings and that no line reads. UserError for one like a misspelled setting."""
@@ -286,7 +293,10 @@ class _ConfigFile:
                 raise UserError(f"unknown setting {shown(name)}{hint}")
         return unread
 
-    def _assign(self, name: str, value: ast.expr) -> None:
+    def _assign(self, target: ast.expr, value: ast.expr) -> None:
+        if not isinstance(target, ast.Name):
+            raise UserError(ONLY_ASSIGNMENTS)
+        name = target.id
         if name in self._known:
             best = name == "dtype" and _is_best_dtype(value)
             result = "auto" if best else typed(self._known[name], evaluate(value, self._named))

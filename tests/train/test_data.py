@@ -189,8 +189,12 @@ def test_a_file_that_was_cut_short_or_changed_is_refused(tmp_path, monkeypatch):
     for at, part in ((0, "0 to 5,000"), (len(whole) - 2, "5,000 to 10,000")):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])  # another letter
         said = rf"train\.bin: damaged, or another file: tokens {part} .* with: python -m train\.prepare"
-        with pytest.raises(UserError, match=said):
-            Dataset(path.parent).check(8)
+        for most, seconds, all_of_it in ((2**20, 0, False), (0, 60, False), (0, 0, True)):
+            monkeypatch.setattr("train.data.FULL_SCAN_BYTES", most)
+            monkeypatch.setattr("train.data.CHECK_SECONDS", seconds)
+            with pytest.raises(UserError, match=said):
+                Dataset(path.parent).check(8, whole=all_of_it)
+        assert Dataset(path.parent).check(8)  # a large file, and no time
     path.write_bytes(whole[:-200])
     with pytest.raises(
         UserError, match=r"train\.bin: 8,900 tokens and 0 bytes, expected the 9,000 of meta\.json, .*: it was cut"

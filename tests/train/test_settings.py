@@ -298,6 +298,8 @@ AS_IN_PYTHON = (
     "out_dir = 'out-' + \"a\" 'b'; n_layer = 6\ndataset = f'out-{n_layer:02d}-{learning_rate:.0e}-{dataset}'",
     "out_dir = os.path.join('runs', 'a') + str(int(3.7)) + str(round(2.5)); n_head = max(4, min(8, abs(-6)))",
     "n_layer = math.ceil(1.5); n_embd = int(math.sqrt(4096))",
+    "beta1, beta2 = 0.5, 0.75; beta1, beta2 = beta2, beta1; n_layer = n_head = 2; n_layer += n_head",
+    "out_dir = 'out-%d-%s' % (n_layer, dataset); dataset = '%05.1f%%' % 1; device = '{{{:.2f}-{}}}'.format(1, 'b')",
     "lora_rank = 8; tags = [open(os.devnull), print]; batch_size = 3",  # a fork's: no settings, and of any kind
     "import numpy as np; from model import GPT; scale = np.sqrt(2); batch_size = 3",
 )
@@ -329,7 +331,8 @@ def test_a_config_file_is_read_as_python_reads_it(text, expected, load):
         ("out_dir = [1]", "refused"),
         ("seed = " + "9" * 9999, "not Python"),
         ("batch_size = (3 +\n    sum('a')\n)", "sum('a') is not called"),
-        ("a, b = 1, 2", "`name = value` lines"),
+        ("batch_size, seed.a = 1, 2", "`name = value` lines"),
+        ("seed, batch_size = [1, 2]", "`name = value` lines"),
         ("from base import *", "`name = value` lines"),
         ("from base import batch_size", "`name = value` lines"),
         # what has no value
@@ -343,9 +346,14 @@ def test_a_config_file_is_read_as_python_reads_it(text, expected, load):
         (f"out_dir = '{'a' * 4097}'", "4096 characters"),
         ("out_dir = f'{1:9999}'", "so large a width"),
         ("out_dir = f'{dataset!r}'", "refused"),
+        ("out_dir = '%9999d' % 1", "so large a width"),
+        ("out_dir = '%*d' % (9999, 1)", "so large a width"),
+        ("out_dir = '{:9999}'.format(1)", "so large a width"),
+        ("out_dir = '{:{}}'.format(1, 9999)", "plain fields"),
         ("seed = round(7, -10 ** 9)", "cannot be computed"),
         # what would run
         ("out_dir = ''.__class__", "refused"),
+        ("out_dir = '{0.__class__}'.format(1)", "plain fields"),
         ("import os; out_dir = os.mkdir('ran')", "os.mkdir('ran') is not called"),
         ("wandb_run_name = str(time.time(open('ran', 'w')))", "open('ran', 'w') is not called"),
         ("wandb_run_name = str(time.time(0))", "cannot be computed"),
