@@ -14,8 +14,8 @@ a long table.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 from msgspec.structs import asdict
@@ -39,8 +39,7 @@ LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class Rounds:
+class Rounds(NamedTuple):
     """A row of ours of one run: logarithms of seconds, (rounds, samples of a turn)."""
 
     own: np.ndarray
@@ -50,8 +49,7 @@ class Rounds:
 Rows = dict[str, Rounds]  # of one run, by name
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     ratio: float  # B/A, over the references'
     low: float
     high: float
@@ -80,44 +78,57 @@ def verdict(a: Sequence[np.ndarray], b: Sequence[np.ndarray], rows: int) -> Verd
     return Verdict(*np.exp([middle, middle - margin, middle + margin]).tolist())
 
 
-def quiet_rounds(runs: Sequence[Rounds], names: set[str], within: float) -> list[np.ndarray]:
-    """For each run, log(our time / the references') of its quiet rounds.
+def quiet_rounds(sides: Sequence[Sequence[Rounds]], within: float, *, paced: bool = True) -> list[list[np.ndarray]]:
+    """For each run of each side, log(our time / the references') of its quiet rounds.
 
-    names: the references that count; without one, every round is quiet. within: which quantile of our turn counts.
+    within: which quantile of our turn counts. paced: whether references show the pace; those that all runs have count.
+    Without one, every round is quiet.
     """
-    paces = []
-    for run in runs:
-        references = [run.references[name] for name in sorted(names)]
+    common = set.intersection(*(set(run.references) for side in sides for run in side)) if paced else set()
+
+    def pace(run: Rounds) -> np.ndarray:
+        references = [run.references[name] for name in sorted(common)]
         rounds = min(map(len, (run.own, *references)))  # a run can stop within a round
         medians = [np.median(reference[:rounds], axis=1) for reference in references] or [np.zeros(rounds)]
-        paces.append(np.mean(medians, axis=0))
-    best = min(np.quantile(pace, 0.05) for pace in paces)
+        return np.mean(medians, axis=0)
+
+    runs = [[(run.own, pace(run)) for run in side] for side in sides]
+    best = min(np.quantile(pace, 0.05) for side in runs for _, pace in side)
     return [
-        (np.quantile(run.own[: len(pace)], within, axis=1) - pace)[pace <= best + QUIET]
-        for run, pace in zip(runs, paces, strict=True)
+        [(np.quantile(own[: len(pace)], within, axis=1) - pace)[pace <= best + QUIET] for own, pace in side]
+        for side in runs
     ]
 
 
 def report(runs: Sequence[Run]) -> str:
     """The comparison of two files, or of the files of two commits, as text. UserError if they cannot be compared."""
-    a, b = sides(runs)
-    lines = [f"{name}: {'; '.join(run.source for run in side)}" for name, side in (("A", a), ("B", b))]
+    sides = split(runs)
+    lines = [f"{name}: {'; '.join(run.source for run in side)}" for name, side in zip("AB", sides, strict=True)]
     versions = [asdict(run.results.software) for run in runs]
     if differing := ", ".join(name for name in versions[0] if len({version[name] for version in versions}) > 1):
         lines.append(f"They differ in {differing}. So do their references, and these do not show the machine's pace.")
     within = 0.1 if runs[0].results.device.type == "cpu" else 0.5  # other programs on a CPU only add time
-    found = 0
+    found = False
     for title, part in (("Steps", "steps"), ("Kernels", "kernels")):
-        rows_a, rows_b = ([_rows(getattr(run.results, part)) for run in side] for side in (a, b))
-        count, table = _table(title, rows_a, rows_b, within, paced=not differing)
-        found, lines = found + count, lines + table
+        rows = [[_rows(getattr(run.results, part)) for run in side] for side in sides]
+        in_a, in_b = (dict.fromkeys(name for of_run in side for name in of_run) for side in rows)
+        both = [name for name in in_a if name in in_b]
+        if both:
+            found = True
+            heads = [title, "A, ms", "B, ms", "quiet rounds", "B/A", f"{100 * LEVEL:.0f} % interval", "verdict"]
+            named = {name: [[of_run[name] for of_run in side if name in of_run] for side in rows] for name in both}
+            cells = [[name, *_cells(own, within, not differing, len(both))] for name, own in named.items()]
+            lines += ["", aligned([heads, *cells])]
+        for side, here, there in (("A", in_a, in_b), ("B", in_b, in_a)):
+            if alone := [name for name in here if name not in there]:
+                lines += ["", f"{title} only in {side}: {'; '.join(alone)}"]
     if not found:
         raise UserError("compare: got nothing of ours that both have measured, expected a workload or a kernel")
     return "\n".join([*lines, "", LEGEND])
 
 
-def sides(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Split the runs into A and B. Two files are A and B in this order. More files are split by commit, the first is A.
+def split(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs of A and of B. Two files are A and B in this order. More files are split by commit, the first is A.
 
     UserError unless all runs are of one device, and each workload has one shape.
     """
@@ -138,44 +149,21 @@ def sides(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 
 def _rows(found: Sequence[Kernel | Step]) -> Rows:
     """Our rows, and those of others that took turns with them."""
-
-    def rounds(row: Kernel | Step, seconds: list[float]) -> np.ndarray:
-        return np.log(seconds).reshape(-1, row.turn)
-
-    return {
-        row.name: Rounds(
-            rounds(row, row.seconds),
-            {
-                other.name: rounds(other, seconds)
-                for other in found
-                if other.group == row.group and not other.ours and (seconds := other.beside(row))
-            },
-        )
-        for row in found
-        if row.ours and row.seconds
-    }
+    rows = {}
+    for row in (row for row in found if row.ours and row.seconds):
+        others = [other for other in found if other.group == row.group and not other.ours and other.beside(row)]
+        references = {other.name: np.log(other.beside(row)).reshape(-1, other.turn) for other in others}
+        rows[row.name] = Rounds(np.log(row.seconds).reshape(-1, row.turn), references)
+    return rows
 
 
-def _table(title: str, a: Sequence[Rows], b: Sequence[Rows], within: float, *, paced: bool) -> tuple[int, list[str]]:
-    """(how many rows both sides have, a table of them and the names of the others). paced: references show the pace."""
-    names_a, names_b = (dict.fromkeys(name for rows in side for name in rows) for side in (a, b))
-    names = [name for name in names_a if name in names_b]
-    cells = [[title, "A, ms", "B, ms", "quiet rounds", "B/A", f"{100 * LEVEL:.0f} % interval", "verdict"]]
-    for name in names:
-        own = [[rows[name] for rows in side if name in rows] for side in (a, b)]
-        runs = own[0] + own[1]
-        common = set.intersection(*(set(run.references) for run in runs)) if paced else set()
-        rounds = quiet_rounds(runs, common, within)
-        quiet = rounds[: len(own[0])], rounds[len(own[0]) :]
-        times = [digits(np.exp(np.median(np.concatenate([run.own.ravel() for run in side]))), 1e3) for side in own]
-        counts = [sum(map(len, side)) for side in (*quiet, *([run.own for run in side] for side in own))]
-        rest = [NONE, NONE, f"too few quiet rounds, expected {LEAST} in each run"]
-        if min(map(len, rounds)) >= LEAST:
-            found = verdict(*quiet, len(names))
-            rest = [f"{found.ratio:.3f}", f"{found.low:.3f}–{found.high:.3f}", found.words]
-        cells.append([name, *times, "{} and {} of {} and {}".format(*counts), *rest])
-    lines = ["", aligned(cells)] if names else []
-    for side, here, there in (("A", names_a, names_b), ("B", names_b, names_a)):
-        if alone := [name for name in here if name not in there]:
-            lines += ["", f"{title} only in {side}: {'; '.join(alone)}"]
-    return len(names), lines
+def _cells(own: Sequence[Sequence[Rounds]], within: float, paced: bool, rows: int) -> list[str]:
+    """A line of the table. own: a row of ours, by side, in each run that has it."""
+    quiet = quiet_rounds(own, within, paced=paced)
+    times = [digits(np.exp(np.median(np.concatenate([run.own.ravel() for run in side]))), 1e3) for side in own]
+    counts = [*(sum(map(len, side)) for side in quiet), *(sum(len(run.own) for run in side) for side in own)]
+    cells = [*times, "{} and {} of {} and {}".format(*counts)]
+    if min(len(rounds) for side in quiet for rounds in side) < LEAST:
+        return [*cells, NONE, NONE, f"too few quiet rounds, expected {LEAST} in each run"]
+    found = verdict(*quiet, rows)
+    return [*cells, f"{found.ratio:.3f}", f"{found.low:.3f}–{found.high:.3f}", found.words]

@@ -36,8 +36,7 @@ def run(rng: np.random.Generator, slower: float = 0.0, busy: float = 0.15) -> Ro
 
 
 def told(a: Rounds, b: Rounds) -> Verdict:
-    of_a, of_b = quiet_rounds([a, b], set(a.references), within=0.1)
-    return verdict([of_a], [of_b], rows=1)
+    return verdict(*quiet_rounds([[a], [b]], within=0.1), rows=1)
 
 
 def width(found: Verdict) -> float:
@@ -57,19 +56,17 @@ def test_equal_runs_are_no_different_and_a_step_slowed_by_five_per_cent_is_found
     assert found >= 18
 
 
-def test_rounds_that_resemble_their_neighbours_are_not_taken_for_independent() -> None:
+def test_intervals() -> None:
     rng = np.random.default_rng(12)
-    alike = np.repeat(0.05 * rng.standard_normal(30), 10)
+    alike = np.repeat(0.05 * rng.standard_normal(30), 10)  # rounds that resemble their neighbours
     shuffled = rng.permutation(alike)
     assert width(verdict([alike], [alike], rows=1)) > 1.5 * width(verdict([shuffled], [shuffled], rows=1))
-
-
-def test_several_runs_of_a_side_count_together() -> None:
-    rng = np.random.default_rng(10)
-    a, b = ([at + 0.02 * rng.standard_normal(12) for _ in range(4)] for at in (0.0, 0.02))
+    a, b = ([at + 0.02 * rng.standard_normal(12) for _ in range(4)] for at in (0.0, 0.02))  # several runs of a side
     many, one = verdict(a, b, rows=1), verdict(a[:1], b[:1], rows=1)
     assert many.ratio == pytest.approx(1.02, rel=0.01)
     assert width(many) < 0.6 * width(one)
+    few = 0.05 * rng.standard_normal((100, 2, compare.LEAST))
+    assert [verdict([a], [b], rows=1).words for a, b in few].count("no difference") >= 90
 
 
 def test_what_suffers_more_than_the_references_from_other_work_is_not_called_slower() -> None:
@@ -93,17 +90,11 @@ def test_the_verdict_is_the_same_every_time_and_says_by_how_much() -> None:
     assert Verdict(0.99, 0.97, 1.0).words == "no difference"
 
 
-def test_an_interval_over_few_rounds_is_wide_enough() -> None:
-    rng = np.random.default_rng(14)
-    pairs = 0.05 * rng.standard_normal((100, 2, compare.LEAST))
-    assert [verdict([a], [b], rows=1).words for a, b in pairs].count("no difference") >= 90
-
-
 # Files
 
 
-def compared(**runs: Results) -> str:
-    return compare.report([Run(Path(f"{name}.json"), results) for name, results in runs.items()])
+def compared(*runs: Results) -> str:
+    return compare.report([Run(Path(f"{name}.json"), each) for name, each in zip("abcd", runs, strict=False)])
 
 
 def slowed(results: Results, times: float, variant: str = "") -> Results:
@@ -115,42 +106,33 @@ def slowed(results: Results, times: float, variant: str = "") -> Results:
     return replace(results, steps=steps, commit=Commit("feedbeefcafe", clean=True))
 
 
-def interval(said: str) -> float:
-    """How wide the interval of our compiled step is."""
-    line = next(line for line in said.splitlines() if " ours compiled bfloat16" in line)
-    low, high = re.search(r"(\d\.\d+)–(\d\.\d+)", line).groups()
-    return float(high) - float(low)
+def line_of(said: str, words: str) -> str:
+    (line,) = (line for line in said.splitlines() if words in line)
+    return line
 
 
 def test_equal_commits_and_one_slowed_step() -> None:
-    equal = compared(a=h100(), b=h100(7))
-    ours = [*(s for s in h100().steps if s.ours), *(k for k in h100().kernels if k.variant == "fused")]
-    assert equal.count("no difference") == len(ours)
-    alone = [
-        replace(
-            each,
-            kernels=[],
-            steps=[s for s in each.steps if s.variant.endswith(("reference compiled", "ours compiled"))],
-        )
-        for each in (h100(), h100(7))
-    ]
-    assert interval(compared(a=alone[0], b=alone[1])) < 0.9 * interval(equal)  # of one row, not of many at once
-    said = compared(a=h100(), b=slowed(h100(7), 1.05, "ours compiled"))
-    (line,) = (line for line in said.splitlines() if " slower by " in line or " faster by " in line)
-    assert line.startswith("gpt2 ours compiled bfloat16")
-    assert " slower by " in line
+    equal = compared(h100(), h100(7))
+    assert equal.count("no difference") == len([row for row in (*h100().steps, *h100().kernels) if row.ours])
+    said = compared(h100(), slowed(h100(7), 1.05, "ours compiled"))
+    assert line_of(said, " slower by ").startswith("gpt2 ours compiled bfloat16")
+    assert " faster by " not in said
     assert said.startswith("A: a.json (H100 80GB HBM3, commit 0123456789ab, 2026-11-22)\nB: b.json")
+    few = ("reference eager", "reference compiled", "ours compiled")
+    alone = [replace(each, steps=[s for s in each.steps if s.variant in few]) for each in (h100(), h100(7))]
+    lines = (line_of(text, " ours compiled bfloat16") for text in (compared(*alone), equal))
+    one, of_many = ([float(x) for x in re.search(r"(\d\.\d+)–(\d\.\d+)", line).groups()] for line in lines)
+    assert one[1] - one[0] < 0.9 * (of_many[1] - of_many[0])
 
 
 def test_several_files_are_grouped_by_their_commits_and_what_one_side_lacks_is_said() -> None:
     new = [slowed(cpu(seed), 0.8, "ours compiled") for seed in (5, 6)]
-    fewer = [replace(each, steps=[s for s in each.steps if s.variant != "ours eager"]) for each in new]
-    said = compared(a=cpu(3), c=fewer[0], b=cpu(4), d=fewer[1])
+    c, d = (replace(each, steps=[s for s in each.steps if s.variant != "ours eager"]) for each in new)
+    said = compared(cpu(3), c, cpu(4), d)
     first, second = said.splitlines()[:2]
-    assert ("a.json" in first, "b.json" in first, "c.json" in second, "d.json" in second) == (True,) * 4
-    (line,) = (line for line in said.splitlines() if "faster" in line)
-    assert line.startswith("cpu ours compiled")
-    assert " of 80 and 80 " in line
+    assert ("a.json" in first, "c.json" in first, "b.json" in second, "d.json" in second) == (True,) * 4
+    assert line_of(said, "faster").startswith("cpu ours compiled")
+    assert " of 80 and 80 " in line_of(said, "faster")
     assert "Steps only in A: cpu ours eager bfloat16" in said
 
 
@@ -165,38 +147,33 @@ def test_half_of_a_turn_counts_on_a_gpu_and_not_on_a_cpu(results: Results, words
         for step in steps
     ]
     a, b = (replace(results, steps=each, kernels=[]) for each in (steps, half))
-    (line,) = (line for line in compared(a=a, b=b).splitlines() if " ours compiled bfloat16 " in line)
-    assert words in line
+    assert words in line_of(compared(a, b), " ours compiled bfloat16 ")
 
 
 def test_rounds_of_another_group_and_references_of_another_workload_tell_nothing() -> None:
     """The second group's rounds were 4 % slower in A, for all that took part."""
     rng = np.random.default_rng(0)
 
-    def step(variant: str, *stretches: tuple[float, float], first: int = 0) -> Step:
-        seconds = [t for at, pace in stretches for t in (at * pace * (1 + 1e-3 * rng.standard_normal(30))).tolist()]
+    def step(variant: str, *stretches: float, first: int = 0) -> Step:
+        seconds = [t for pace in stretches for t in (pace * (1 + 1e-3 * rng.standard_normal(30))).tolist()]
         return replace(h100().steps[0], variant=variant, seconds=seconds, host_seconds=[], first_round=first)
 
     def grouped(pace: float) -> Results:
-        other = replace(step("reference eager", (1.0, 1 / pace)), workload="shakespeare_char")
-        found = [
-            step("reference compiled", (1.0, 1.0), (1.0, pace)),
-            step("ours eager", (0.5, 1.0)),
-            step("ours compiled", (0.4, pace), first=30),
-        ]
-        return replace(h100(), steps=[*found, other], kernels=[])
+        other = replace(step("reference eager", 1 / pace), workload="shakespeare_char")
+        ours = step("ours eager", 0.5), step("ours compiled", 0.4 * pace, first=30)
+        return replace(h100(), steps=[step("reference compiled", 1.0, pace), *ours, other], kernels=[])
 
-    assert compared(a=grouped(1.04), b=grouped(1.0)).count("no difference") == 2
+    assert compared(grouped(1.04), grouped(1.0)).count("no difference") == 2
 
 
 def test_references_of_other_software_tell_nothing_of_the_pace() -> None:
     """A new torch made all of it 5 % faster: so are ours, and the references do not take that out."""
     new = slowed(cpu(5), 1 / 1.05)
-    said = compared(a=cpu(), b=replace(new, software=replace(new.software, torch="2.14.0")))
+    said = compared(cpu(), replace(new, software=replace(new.software, torch="2.14.0")))
     assert "They differ in torch." in said
     assert said.count("faster by 4.") == 2
-    assert compared(a=cpu(), b=new).count("no difference") == 2
-    too_slow = compared(a=cpu(), b=slowed(cpu(5), 1.1))  # nobody knows what so much does to ours
+    assert compared(cpu(), new).count("no difference") == 2
+    too_slow = compared(cpu(), slowed(cpu(5), 1.1))  # nobody knows what so much does to ours
     assert too_slow.count("too few quiet rounds, expected 8 in each run") == 2
 
 
@@ -217,7 +194,7 @@ def test_references_of_other_software_tell_nothing_of_the_pace() -> None:
 )
 def test_what_cannot_be_compared_is_refused(runs: tuple[Results, ...], message: str) -> None:
     with pytest.raises(UserError, match=f"compare: {message}"):
-        compared(**{f"run{i}": each for i, each in enumerate(runs)})
+        compared(*runs)
 
 
 def test_the_command_prints_the_verdicts_and_names_of_files_do_nothing_to_a_terminal(
