@@ -6,7 +6,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.digest import KernelRow, Run, Steps, slug
 from bench.results import Step
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 WIDE, NARROW = 1000, 352  # points, which a page shows as pixels
 ROW, BAR = 25, 14  # points: from one bar to the next, and its height
-MARKS = {"reference": ("o", "reference", True), "compiled": ("o", "ink", False), "fused": ("o", "ours", True)}
-OTHERS = ("worse", "better", "floor")  # colours of other variants
+OTHERS = ("worse", "better", "floor")  # colours of other people's kernels
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,14 @@ class Picture:
     groups: Sequence[Group]
     unit: str  # of the axis
     joined: bool = False  # each bar begins where the last one ended; a thin rule joins them
-    marks: Mapping[str, tuple[str, str, bool]] = field(default_factory=dict)  # by variant: marker, colour, filled
+    marks: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # by variant: how its dots are plotted
+
+    @property
+    def most(self) -> float:
+        """Where the axis ends."""
+        lines = [line for group in self.groups for line in group.lines]
+        ends = [end for line in lines for end in (line.value or 0.0, *line.dots.values())]
+        return max([*ends, *(group.floor or 0.0 for group in self.groups), 100.0 * bool(self.marks)]) or 1.0
 
     def draw(self, width: int, *, alone: bool = False) -> "Figure":
         """width: points. alone: with its title above and its caption below, for a file of its own."""
@@ -73,7 +79,7 @@ class Picture:
         axes.spines[:].set_visible(False)
         height = ROW * y + 28
         if self.marks:
-            handles = [axes.plot([], [], label=variant, **self._mark(variant))[0] for variant in self.marks]
+            handles = [axes.plot([], [], label=variant, **mark)[0] for variant, mark in self.marks.items()]
             key = {"labelcolor": LIGHT["ink"], "frameon": False, "fontsize": 13, "handletextpad": 0.1}
             columns = 2 if narrow else 6
             axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **key)
@@ -94,7 +100,8 @@ class Picture:
         if group.heading:
             heading = textwrap.fill(group.heading, 38 if narrow else 100)
             y += 0.7 * heading.count("\n") + 0.6 * (y > 0)
-            _write(axes, left, y + 0.3, heading, "ink", "axes" if narrow else "figure", weight="bold", va="bottom")
+            sheet = "axes fraction" if narrow else "figure fraction"
+            _write(axes, left, y + 0.3, heading, "ink", sheet, weight="bold", va="bottom")
             y += 1
         if group.floor is not None:
             side = "right" if group.floor > 0.3 * self.most else "left"
@@ -102,12 +109,12 @@ class Picture:
             y += 1
         top = y - 0.6
         for line in group.lines:
-            beside = "" if narrow and len(line.words) > 12 else line.words
+            beside = line.words
             if narrow:
-                for words, role in ((line.label, "ink"), (line.words if not beside else "", "quiet")):
-                    if words:
-                        _write(axes, 0, y, textwrap.shorten(words, 44), role, "axes")
-                        y += 0.75
+                beside = "" if len(line.words) > 12 else line.words
+                for words, role in [(line.label, "ink"), (line.words, "quiet")][: 1 if beside else 2]:
+                    _write(axes, 0, y, textwrap.shorten(words, 44), role, "axes fraction")
+                    y += 0.75
             else:
                 labels[y] = line.label
             self._line(axes, line, beside, y)
@@ -119,21 +126,13 @@ class Picture:
             _rule(axes, (group.floor,) * 2, (top, y - 0.5), "floor", 1.5)
         return y
 
-    @property
-    def most(self) -> float:
-        """Where the axis ends."""
-        lines = [line for group in self.groups for line in group.lines]
-        ends = [end for line in lines for end in (line.value or 0.0, *line.dots.values())]
-        return max([*ends, *(group.floor or 0.0 for group in self.groups), 100.0 * bool(self.marks)]) or 1.0
-
     def _line(self, axes: "Axes", line: Line, words: str, y: float) -> None:
         """Draw a bar or dots at row y, and the words beside them."""
         if line.dots:
             _rule(axes, (0, self.most), (y, y), "grid", 1.0)
-            for variant in self.marks:
-                if variant in line.dots:
-                    axes.plot(line.dots[variant], y, clip_on=False, zorder=3, **self._mark(variant))
-            _write(axes, 1.01, y, words, "ink", x_is="axes")
+            for variant in (variant for variant in self.marks if variant in line.dots):
+                axes.plot(line.dots[variant], y, clip_on=False, zorder=3, **self.marks[variant])
+            _write(axes, 1.01, y, words, "ink", "axes fraction")
         elif line.value is None:
             _write(axes, 0, y, textwrap.shorten(words, 90), "quiet", gap=6)
         else:
@@ -144,10 +143,10 @@ class Picture:
             axes.barh(y, max(length, 0.001 * self.most), BAR / ROW, start, clip_on=False, **paint)
             _write(axes, start + length, y, words, "ink", gap=6)
 
-    def _mark(self, variant: str) -> dict:
-        marker, role, filled = self.marks[variant]
-        face = LIGHT[role] if filled else "none"
-        return {"marker": marker, "color": LIGHT[role], "markersize": 8, "markerfacecolor": face, "linestyle": ""}
+
+def _mark(marker: str, role: str, *, filled: bool = False) -> dict[str, Any]:
+    face = LIGHT[role] if filled else "none"
+    return {"marker": marker, "color": LIGHT[role], "markersize": 8, "markerfacecolor": face, "linestyle": ""}
 
 
 def _rule(axes: "Axes", x: tuple[float, float], y: tuple[float, float], role: str, width: float) -> None:
@@ -157,17 +156,10 @@ def _rule(axes: "Axes", x: tuple[float, float], y: tuple[float, float], role: st
 def _write(
     axes: "Axes", x: float, y: float, words: str, role: str, x_is: str = "data", gap: float = 0, **style: str
 ) -> None:
-    """Write words at row y. x: in the axis's unit, or as a share of the axes or of the figure, from 0 to 1. gap: points
-    between x and the words."""
-    from matplotlib.transforms import blended_transform_factory, offset_copy
-
-    across = {"data": axes.transData, "axes": axes.transAxes, "figure": axes.figure.transFigure}[x_is]
+    """Write words at row y. x_is: matplotlib's name of x's unit. gap: points between x and the words."""
     behind = {"facecolor": LIGHT["paper"], "linewidth": 0, "pad": 0.5}  # keeps words readable on rules
     style = {"size": 13, "va": "center_baseline", "color": LIGHT[role], "parse_math": False, "bbox": behind} | style
-    text = axes.text(x, y, words, **style)
-    text.set_transform(
-        offset_copy(blended_transform_factory(across, axes.transData), axes.figure, x=gap, units="points")
-    )
+    text = axes.annotate(words, (x, y), (gap, 0), (x_is, "data"), "offset points", **style)
     text.set_in_layout(x_is == "data" or x > 1)  # the other words lie within the picture
 
 
@@ -236,10 +228,12 @@ def kernels(run: Run) -> Picture | None:
         line = f"{row.kernel.sizes} {row.kernel.direction}, {row.kernel.dtype}"
         cases.setdefault(row.kernel.case, {}).setdefault(line, []).append(row)
     groups = [Group(case, [_dotted(name, line) for name, line in lines.items()]) for case, lines in cases.items()]
-    variants = dict.fromkeys(row.kernel.variant for row in rows)
-    others = {v: ("sD^v"[i % 4], OTHERS[i % 3], False) for i, v in enumerate(v for v in variants if v not in MARKS)}
-    every = MARKS | others
-    marks = {v: every[v] for v in sorted(every, key=lambda v: v == "fused") if v in variants}  # ours last, on top
+    variants = list(dict.fromkeys(row.kernel.variant for row in rows))
+    others = [v for v in variants if v not in ("reference", "compiled", "fused")]
+    marks = {"reference": _mark("o", "reference", filled=True), "compiled": _mark("o", "ink")}
+    marks |= {v: _mark("sD^v"[i % 4], OTHERS[i % 3]) for i, v in enumerate(others)}
+    marks["fused"] = _mark("o", "ours", filled=True)  # the last one lies on top
+    marks = {v: mark for v, mark in marks.items() if v in variants}
     caption = "Of the copy bandwidth, or of the matmul rate where that comes first, measured in the same run. "
     caption += f"The figure at the end of a line is fused's; without one, the fastest's. From {run.source}."
     title, name = f"Kernels, share of the measured ceiling, {run.label}", f"kernels-{run.suffix}"
