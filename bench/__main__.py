@@ -14,11 +14,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from msgspec.structs import replace
 from tqdm import tqdm
 
 from bench import kernels, results, steps
-from bench.results import WRONG, Failure, Tests
+from bench.results import WRONG, Failure, Session, Tests
 from bench.rules import TimeBudget
 from bench.tables import summary
 from bench.variants import DEFAULTS, WORKLOADS, chosen, variants
@@ -47,24 +46,23 @@ class BenchConfig:
     out: str = setting("", "the results file; empty: bench/results/<device>-<date>.json", path=True)
 
 
-class Bench:
-    """A run in progress: its results so far, the file that they go to, and the time left."""
+class Bench(Session):
+    """A run in progress: also the file that its results go to, and the time left."""
 
     def __init__(self, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.config, self.device, self.dtype = config, device, dtype
+        """UserError for an unknown workload, and for a folder that is no nanoGPT checkout."""
+        self.workloads = chosen("workloads", config.workloads or DEFAULTS.get(device.type, "cpu"), WORKLOADS)
+        self.variants = variants(device, dtype, config.nanogpt_dir)
         self.budget = TimeBudget(60 * config.minutes)
-        given = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in HIDDEN}
+        given = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in HIDDEN}
         words = [f"--{name}={value}" for name, value in given.items() if value != getattr(BenchConfig(), name)]
-        self.results = results.started(device, dtype, " ".join(["python -m bench", *words]))
+        super().__init__(device, dtype, " ".join(["python -m bench", *words]))
         name = "-".join(self.results.device.name.lower().split()).replace("/", "-")
         stem = f"{name}-{self.results.date[:10]}"  # an earlier file of the day stays
         self.path = Path(config.out) if config.out else unused(Path("bench", "results"), stem, ".json")
         self.stored = True  # whether the file has the results
         bar = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}{postfix}"
         self.bar = tqdm(total=60 * config.minutes, bar_format=bar, leave=False, disable=None)  # on a terminal only
-
-    def add(self, **found: object) -> None:
-        self.results = replace(self.results, **found)
 
     def tell(self, text: str) -> None:
         """Print a line that stays above the progress bar."""
@@ -103,22 +101,19 @@ class Bench:
             try:
                 getattr(self, name)(SHARES[name] * self.budget.left)
             except KeyboardInterrupt:
-                self.add(failures=[*self.results.failures, Failure(name, "interrupted")])
+                self.results.failures.append(Failure(name, "interrupted"))
                 status = 130
                 break
             except Exception as error:  # a driver, a compiler or a test's process can raise anything
-                self.add(failures=[*self.results.failures, Failure(name, first_line(error))])
+                self.results.failures.append(Failure(name, first_line(error)))
                 self.tell(f"{name}: {first_line(error)}")
                 status = 1
             self.write()
-        wrong = any(row.skipped.startswith(WRONG) for row in (*self.results.kernels, *self.results.steps))
-        status = status or int(wrong)
-        self.add(clocks_after=results.clocks(self.device), complete=status == 0)
+        if any(row.skipped.startswith(WRONG) for row in (*self.results.kernels, *self.results.steps)):
+            status = status or 1
+        self.add(clocks_after=self.clocks(), complete=status == 0)
         self.write()
         return status
-
-    def ceilings(self, seconds: float) -> None:
-        self.results = results.with_ceilings(self.results, self.device, self.dtype, seconds)
 
     def tests(self, seconds: float) -> None:
         if self.device.type != "cuda":
@@ -130,26 +125,15 @@ class Bench:
 
     def kernels(self, seconds: float) -> None:
         for row in kernels.rows(self.device, seconds):
-            self.add(kernels=[*self.results.kernels, row])
+            self.results.kernels.append(row)
             self.at(f"{row.case} {'x'.join(map(str, row.shape))} {row.direction}")
 
     def steps(self, seconds: float) -> None:
-        names = workloads_of(self.config, self.device)
-        every = variants(self.device, self.dtype, self.config.nanogpt_dir)
-        for i, name in enumerate(names):
-            share = self.budget.left / (len(names) - i)
-            rows: list[results.Step] = []
-            options = {"seconds": share, "budget": self.budget.part(share), "tell": self.at, "into": rows}
-            try:
-                steps.measure(WORKLOADS[name], every, self.device, self.dtype, **options)
-            finally:
-                self.add(steps=[*self.results.steps, *rows])
-
-
-def workloads_of(config: BenchConfig, device: torch.device) -> tuple[str, ...]:
-    """The workloads to measure. UserError for an unknown name."""
-    by_device = ",".join(DEFAULTS.get(device.type, ("cpu",)))
-    return chosen("workloads", config.workloads or by_device, WORKLOADS)
+        for i, name in enumerate(self.workloads):
+            share = self.budget.left / (len(self.workloads) - i)
+            options = {"seconds": share, "budget": self.budget.part(share), "tell": self.at}
+            # the rows are there even if an interruption ends this
+            steps.measure(WORKLOADS[name], self.variants, self.device, self.dtype, into=self.results.steps, **options)
 
 
 def run_tests(seconds: float, command: tuple[str, ...] = SMOKE) -> Tests:
@@ -174,10 +158,7 @@ def run_tests(seconds: float, command: tuple[str, ...] = SMOKE) -> Tests:
 def main() -> int:
     config, _ = command_line(BenchConfig, None, "python -m bench", ABOUT)
     parts, device = chosen("parts", config.parts, PARTS), use_device(resolve_device(config.device))
-    workloads_of(config, device)
-    dtype = resolve_dtype(config.dtype, device)
-    variants(device, dtype, config.nanogpt_dir)  # a wrong folder is refused before anything runs
-    bench = Bench(config, device, dtype)
+    bench = Bench(config, device, resolve_dtype(config.dtype, device))
     bench.check_writable()
     status = bench.measure(parts)
     bench.bar.close()

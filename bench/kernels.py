@@ -9,8 +9,7 @@ pass. Cotangents are random, or 1 for a scalar, as in training.
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,49 +35,30 @@ OTHERS_TIMES = 16.0  # others' largest error, as a multiple of plain torch's
 CHECKED_BYTES = 1e9  # of a forward pass; with more, fewer rows are checked
 LEAST_SECONDS = 0.02  # of timing, even if less time is left
 CASE = "case"  # the budget's task of compiling and checking a case's variants
-COMPILED = "compiled"  # the entrant that is the reference under torch.compile
+OURS, PLAIN, COMPILED = "fused", "reference", "compiled"  # variants; the last is the second one under torch.compile
 
 
-@dataclass(frozen=True)
-class Entrant:
-    """One variant of a case. `make()` returns a function of the case's inputs, or raises if it cannot run here.
-
-    `ours`: it must meet the tests' own criterion; if it does not, the run fails.
-    """
-
-    name: str
-    make: Callable[[], Function]
-    ours: bool = False
-
-
-def entrants(case: Case, device: torch.device) -> list[Entrant]:
-    """The variants of a case, also those that cannot run here."""
+def variants(case: Case, device: torch.device) -> dict[str, Callable[[], Function]]:
+    """The variants of a case, also those that cannot run here. Each gives a function of the case's inputs, or raises
+    ImportError or ValueError."""
     fused, plain = case.in_place or (case.fused, case.reference)
-    compiled = Entrant(COMPILED, lambda: only_compiled(plain))
+    found = {PLAIN: lambda: plain, COMPILED: lambda: only_compiled(plain)}
     if case.name == ATTENTION.name:
-        others = [Entrant(name, partial(partial, plain, backend=name)) for name in BACKENDS if name != "auto"]
-        return [Entrant("reference", lambda: plain), compiled, *others]
+        return found | {name: partial(partial, plain, backend=name) for name in BACKENDS if name != "auto"}
 
     def ours() -> Function:
-        if reason := why_not_fused(device):
-            raise ValueError(reason)
+        require_gpu(device)
         return fused
 
-    found = [Entrant("fused", ours, ours=True), Entrant("reference", lambda: plain), compiled]
-    if case.name in LIGER:
-        found.append(Entrant("liger", partial(liger, case.name)))
-    return found
+    liger = {"liger": partial(ligers, case.name)} if case.name in LIGER else {}
+    return {OURS: ours} | found | liger
 
 
-def why_not_fused(device: torch.device) -> str:
-    """Why our kernels are not timed on this device; empty if they are."""
+def require_gpu(device: torch.device) -> None:
+    """ValueError if our kernels are not timed on this device."""
     if INTERPRETED or device.type != "cuda":
-        return "Triton's kernels need a CUDA device; its interpreter is no benchmark"
-    try:
-        select("fused", device)
-    except ValueError as error:
-        return str(error)
-    return ""
+        raise ValueError("Triton's kernels need a CUDA device; its interpreter is no benchmark")
+    select("fused", device)
 
 
 # Liger-Kernel (https://github.com/linkedin/Liger-Kernel): how its module is called for each case that it has too.
@@ -94,7 +74,7 @@ LIGER: dict[str, Function] = {
 LIGER["linear_cross_entropy in chunks"] = LIGER["linear_cross_entropy"]  # it chooses its own chunks
 
 
-def liger(case: str) -> Function:
+def ligers(case: str) -> Function:
     """Liger-Kernel's function for a case. ImportError if it is not installed."""
     return partial(LIGER[case], importlib.import_module("liger_kernel.transformers.functional"))
 
@@ -146,15 +126,16 @@ def work_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str) -> tup
     linear_cross_entropy has FLOPs only for `both`: ours computes gradients in the forward pass, torch in the backward
     pass.
     """
-    if case.flops is not None:
-        if case.name.startswith("linear_cross_entropy") and direction != "both":
-            return None, None
+    if case.flops and case.name.startswith("linear_cross_entropy") and direction != "both":
+        return None, None
+    if case.flops:
         forward = case.flops(shape)
         backward = forward * 5 // 2 if case.name == ATTENTION.name else 2 * forward
-        return None, {"forward": forward, "backward": backward, "both": forward + backward}[direction]
-    forward = case.forward_bytes(shape, dtype)
-    backward = case.backward_bytes(shape, dtype) if case.backward_bytes else 0
-    return {"forward": forward, "backward": backward, "both": forward + backward}[direction], None
+    else:
+        forward = case.forward_bytes(shape, dtype)
+        backward = case.backward_bytes(shape, dtype) if case.backward_bytes else 0
+    least = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    return (None, least) if case.flops else (least, None)
 
 
 class Contest:
@@ -169,32 +150,26 @@ class Contest:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         self.case, self.shape, self.dtype, self.device = case, shape, dtype, device
-        self.entrants: list[Entrant] = entrants(case, device)
         self.skipped: dict[str, str] = {}
         self._functions: dict[str, Function] = {}
-        for entrant in self.entrants:
+        self._cotangents: list[Tensor] = []
+        for name, make in variants(case, device).items():
             try:
-                self._functions[entrant.name] = entrant.make()
+                self._functions[name] = make()
             except (ImportError, ValueError) as error:
-                self._skip(entrant.name, first_line(error))
+                self.skipped[name] = first_line(error)
         try:
             self._check()
             self._inputs = case.make_inputs(shape, dtype, device)
         except torch.OutOfMemoryError as error:
-            for name in list(self._functions):
-                self._skip(name, first_line(error))
-        self._cotangents: list[Tensor] = []
+            self._skip(list(self._functions), first_line(error))
 
     @compiling()
     def measure(self, direction: str, seconds: float, least: int = 5) -> list[Kernel]:
         """A row of every variant, in order; about `seconds` of samples, at least `least` of each variant."""
-        skipped, works = dict(self.skipped), {}
-        for entrant in self._running():
-            work = self._work(entrant, direction)
-            if reason := _why_not_timed(entrant, work):
-                skipped[entrant.name] = reason
-            else:
-                works[entrant.name] = work
+        works = {name: self._work(name, direction) for name in self._functions}
+        skipped = {name: reason for name, work in works.items() if (reason := _fault(name, work))}
+        works = {name: work for name, work in works.items() if name not in skipped}
         samples: dict[str, list[float]] = {}
         before = compilations()
         try:
@@ -204,56 +179,44 @@ class Contest:
         if compilations() > before:
             samples.pop(COMPILED, None)
             skipped[COMPILED] = WRONG + RECOMPILED
-        return _rows(self.case, self.shape, self.dtype, direction, self.entrants, samples, skipped)
+        skipped |= self.skipped
+        names = variants(self.case, self.device)
+        given = self.case, self.shape, self.dtype, direction
+        return [row(*given, name, samples.get(name, []), skipped.get(name, "")) for name in names]
 
-    def _running(self) -> list[Entrant]:
-        return [entrant for entrant in self.entrants if entrant.name in self._functions]
-
-    def _skip(self, name: str, reason: str) -> None:
-        self._functions.pop(name, None)
-        self.skipped[name] = reason
+    def _skip(self, names: list[str], reason: str) -> None:
+        for name in names:
+            del self._functions[name]
+            self.skipped[name] = reason
 
     def _check(self) -> None:
         """Skip variants that disagree with the reference. If ours does, skip all."""
         inputs = self.case.make_inputs(checked(self.case, self.shape, self.dtype), self.dtype, self.device)
-        reference = self._functions["reference"]
-        plain, exact = self._tensors_of(reference, inputs), self._tensors_of(reference, in_float64(inputs))
-        for entrant in self._running():
-            if entrant.name == "reference":
-                continue
-            attempt = partial(self._disagreement, entrant, inputs, plain, exact)
-            if reason := _why_not_timed(entrant, attempt):
-                self._skip(entrant.name, reason)
-                if entrant.ours:
-                    for other in self._running():
-                        self._skip(other.name, f"not timed, since {entrant.name} is wrong")
-                    return
+        plain, exact = (self._tensors_of(PLAIN, given) for given in (inputs, in_float64(inputs)))
 
-    def _disagreement(
-        self, entrant: Entrant, inputs: Inputs, plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
-    ) -> str:
-        """What is wrong with an entrant's results; empty if nothing is."""
-        function = self._functions[entrant.name]
-        got = self._tensors_of(function, inputs)
-        if not entrant.ours:
-            return disagreement(got, plain, exact, times=OTHERS_TIMES)
-        if reason := disagreement(got, plain, exact):
-            return reason
-        again = self._tensors_of(function, inputs)
-        others = [name for name, x in got.items() if not torch.equal(x.nan_to_num(), again[name].nan_to_num())]
-        return f"{others[0]}: other bits the second time" if others else ""
+        def compare(name: str) -> str:
+            got = self._tensors_of(name, inputs)
+            if name != OURS:
+                return disagreement(got, plain, exact, times=OTHERS_TIMES)
+            again = self._tensors_of(name, inputs)
+            unsteady = (key for key, x in got.items() if not torch.equal(x.nan_to_num(), again[key].nan_to_num()))
+            wrong = disagreement(got, plain, exact)
+            return wrong or next((f"{key}: other bits the second time" for key in unsteady), "")
 
-    def _tensors_of(self, function: Function, inputs: Inputs) -> dict[str, Tensor]:
+        for name in [name for name in self._functions if name != PLAIN]:
+            if reason := _fault(name, partial(compare, name)):
+                self._skip([name], reason)
+                if name == OURS:
+                    return self._skip(list(self._functions), f"not timed, since {OURS} is wrong")
+
+    def _tensors_of(self, name: str, inputs: Inputs) -> dict[str, Tensor]:
         """The tensors to compare: results, gradients and, if the function works in place, its changed inputs."""
         inputs = copied(inputs)
-        results = outputs_and_gradients(function, inputs)
+        results = outputs_and_gradients(self._functions[name], inputs)
         return results | {name: x for name, x in inputs.items() if self.case.in_place and isinstance(x, Tensor)}
 
-    def _work(self, entrant: Entrant, direction: str) -> Timeable:
-        function = self._functions[entrant.name]
-
-        def given() -> Inputs:
-            return copied(self._inputs)  # some write over their inputs
+    def _work(self, name: str, direction: str) -> Timeable:
+        function = self._functions[name]
 
         def forward(given: Inputs) -> Graph:
             returned = function(**given)
@@ -266,6 +229,7 @@ class Contest:
                 self._cotangents = [torch.randn_like(o) if o.ndim else torch.ones_like(o) for o in outputs]
             return torch.autograd.grad(outputs, leaves, self._cotangents)
 
+        given = partial(copied, self._inputs)
         if direction == "forward":
             return Staged(given, forward)
         if direction == "backward":
@@ -273,15 +237,16 @@ class Contest:
         return Staged(given, lambda given: backward(forward(given)))
 
 
-def _why_not_timed(entrant: Entrant, attempt: Callable[[], object]) -> str:
-    """Why an entrant is not timed: the attempt's error or returned text; empty if all is well."""
+def _fault(name: str, attempt: Callable[[], str | None]) -> str:
+    """Why a variant is not timed: the attempt's error or returned text; empty if all is well."""
+    wrong = WRONG if name == OURS else ""
     try:
         said = attempt()
     except torch.OutOfMemoryError as error:
         return first_line(error)
     except Exception as error:  # any kind: a compiler may be missing, a package may be of another version
-        return (WRONG if entrant.ours else "") + first_line(error)
-    return f"{WRONG if entrant.ours else 'disagrees with the reference: '}{said}" if said else ""
+        return wrong + first_line(error)
+    return f"{wrong or 'disagrees with the reference: '}{said}" if said else ""
 
 
 def checked(case: Case, shape: Shape, dtype: torch.dtype) -> Shape:
@@ -292,10 +257,9 @@ def checked(case: Case, shape: Shape, dtype: torch.dtype) -> Shape:
 
 
 def copied(inputs: Inputs) -> Inputs:
-    def copy(x: Any) -> Any:
-        return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
-
-    return {name: copy(x) for name, x in inputs.items()}
+    """Some functions write over their inputs."""
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+    return inputs | {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in tensors.items()}
 
 
 def _differentiable(x: Any) -> bool:
@@ -319,26 +283,21 @@ def rows(device: torch.device, seconds: float, cases: tuple[Case, ...] = TIMED) 
                 contest = Contest(case, shape, dtype, device)
         for nth, direction in enumerate(directions(case)):
             if contest is None or not budget.left:
-                every = entrants(case, device)
-                yield from _rows(case, shape, dtype, direction, every, {}, {one.name: NO_TIME for one in every})
+                given = case, shape, dtype, direction
+                yield from (row(*given, name, skipped=NO_TIME) for name in variants(case, device))
             else:
                 share = of_case.left / (len(directions(case)) - nth)
                 yield from contest.measure(direction, max(share, LEAST_SECONDS))
 
 
-def _rows(
+def row(
     case: Case,
     shape: Shape,
     dtype: torch.dtype,
     direction: str,
-    entrants: list[Entrant],
-    samples: Mapping[str, list[float]],
-    skipped: Mapping[str, str],
-) -> list[Kernel]:
-    """A row for each entrant. samples, skipped: by entrant's name."""
-    work = work_of(case, shape, dtype, direction)
-    what = case.name, list(shape), str(dtype).removeprefix("torch."), direction
-    return [
-        Kernel(*what, name, samples.get(name, []), *work, skipped.get(name, ""))
-        for name in (entrant.name for entrant in entrants)
-    ]
+    variant: str,
+    seconds: Sequence[float] = (),
+    skipped: str = "",
+) -> Kernel:
+    what = case.name, list(shape), str(dtype).removeprefix("torch."), direction, variant
+    return Kernel(*what, list(seconds), *work_of(case, shape, dtype, direction), skipped)

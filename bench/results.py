@@ -6,10 +6,11 @@ with its reason if that is known. No value is made up. msgspec reads and writes 
 
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 import torch
@@ -17,13 +18,15 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from model.config import GPTConfig
-from train.errors import one_line, shown
+from train.errors import one_line
 from train.files import read_regular, replacing
 from train.hardware import Peak, data_sheet, device_name, measure_bandwidth, measure_flops, peak_flops
 
 FORMAT, VERSION = "nanofuse-bench", 1
 MAX_BYTES = 1 << 28  # of a results file
 WRONG = "wrong: "  # a row's `skipped` begins with this if its check failed
+
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")  # of a model
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1, le=1 << 40)]
@@ -60,13 +63,12 @@ class Ceiling(Struct, frozen=True):
     dtype: str
     rates: Annotated[list[Positive], Meta(min_length=1)]  # FLOP/s, or bytes/s read and written together
 
-    @property
-    def rate(self) -> float:
-        return max(self.rates)
-
 
 class Measured(Struct, frozen=True):
     """What rows of kernels and of steps have in common: their samples, or why there are none."""
+
+    turn: ClassVar[int] = 1  # samples of one turn, before the next variant's turn
+    first_round: ClassVar[int] = 0  # the round of the first sample
 
     @property
     def median(self) -> float | None:
@@ -76,6 +78,11 @@ class Measured(Struct, frozen=True):
     def missing(self) -> str:
         """Why there are no samples."""
         return f"not measured: {self.skipped or 'no reason given'}"
+
+    def beside(self, row: Self) -> list[float]:
+        """Its samples of the rounds in which `row` took part."""
+        first = (row.first_round - self.first_round) * self.turn
+        return self.seconds[first:][: len(row.seconds) // row.turn * self.turn] if first >= 0 else []
 
 
 class Kernel(Measured, frozen=True):
@@ -91,8 +98,6 @@ class Kernel(Measured, frozen=True):
     flops: Natural | None = None
     skipped: str = ""  # why there are no samples
 
-    turn: ClassVar[int] = 1  # samples of one turn
-
     @property
     def ours(self) -> bool:
         return self.variant == "fused"
@@ -103,21 +108,17 @@ class Kernel(Measured, frozen=True):
         return "×".join(map(str, self.shape))
 
     @property
-    def group(self) -> tuple:
+    def group(self) -> str:
         """The same for all variants that took turns."""
-        return self.case, tuple(self.shape), self.dtype, self.direction
+        return f"{self.case} {self.sizes} {self.dtype} {self.direction}"
 
     @property
     def name(self) -> str:
-        return f"{self.case} {self.sizes} {self.dtype} {self.direction} {self.variant}"
-
-    def beside(self, row: "Kernel") -> list[float]:
-        """Its samples of the rounds in which `row` took part."""
-        return self.seconds
+        return f"{self.group} {self.variant}"
 
 
 class Shape(Struct, frozen=True):
-    """The shape of a training step."""
+    """The shape of a training step. ValueError for one that cannot be built."""
 
     n_layer: Layers
     n_head: Count
@@ -130,12 +131,11 @@ class Shape(Struct, frozen=True):
 
     @property
     def config(self) -> GPTConfig:
-        """The model's. ValueError if no such model can be built."""
-        sizes = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
-        return GPTConfig(**sizes, bias=bool(self.bias))
+        """The model's."""
+        return GPTConfig(**{name: getattr(self, name) for name in SIZES}, bias=bool(self.bias))
 
     def __post_init__(self) -> None:
-        _ = self.config  # ValueError for a shape that cannot be built
+        _ = self.config
 
 
 class Step(Measured, frozen=True):
@@ -149,9 +149,9 @@ class Step(Measured, frozen=True):
     flops: dict[Literal["nanogpt", "6n"], Positive]  # of an iteration, by formula
     shape: Shape
     seconds: list[Positive] = []
-    turn: Count = 1  # samples of one turn, before the next variant's turn
-    # the round of the first sample, counted over the workload's groups; variants that do not fit into memory together
-    # are measured in groups, one after the other, each with the reference
+    turn: Count = 1
+    # counted over the workload's groups; variants that do not fit into memory together are measured in groups, one
+    # after the other, each with the reference
     first_round: Natural = 0
     host_seconds: list[Annotated[float, Meta(ge=0)]] = []  # until the call returned; the device may still be working
     peak_memory: Natural | None = None  # bytes on the device; CUDA only
@@ -168,24 +168,16 @@ class Step(Measured, frozen=True):
         return not self.variant.startswith(("reference ", "nanoGPT "))
 
     @property
-    def group(self) -> tuple:
-        """The same for all variants that took turns."""
-        return (self.workload,)
+    def group(self) -> str:
+        return self.workload
 
     @property
     def name(self) -> str:
         return f"{self.workload} {self.variant} {self.dtype}"
 
-    def beside(self, row: "Step") -> list[float]:
-        """Its samples of the rounds in which `row` took part."""
-        first = (row.first_round - self.first_round) * self.turn
-        return self.seconds[first:][: len(row.seconds) // row.turn * self.turn] if first >= 0 else []
-
 
 class Tests(Struct, frozen=True):
-    """How many GPU tests passed, failed and were skipped."""
-
-    passed: Natural
+    passed: Natural  # GPU tests
     failed: Natural
     skipped: Natural
     failures: list[str] = []  # names of tests
@@ -220,8 +212,8 @@ class Results(Struct, frozen=True):
 
     def ceiling(self, what: str, dtype: str = "") -> float | None:
         """The rate of the best ceiling of that kind, None if it was not measured. dtype: of a matmul; empty: of any."""
-        found = (each for each in self.ceilings if each.what == what)
-        return max((each.rate for each in found if what == "copy" or dtype in ("", each.dtype)), default=None)
+        found = (each for each in self.ceilings if each.what == what and (what == "copy" or dtype in ("", each.dtype)))
+        return max((max(each.rates) for each in found), default=None)
 
 
 def encoded(results: Results) -> bytes:
@@ -243,12 +235,7 @@ def read(path: Path) -> Results:
     """The results in a file; control characters in its words are escaped. If they cannot be read: ValueError, one line
     that names the file and the field."""
     try:
-        found = _printable(msgspec.json.decode(read_regular(path, MAX_BYTES)))
-        if isinstance(found, dict):
-            said = found.get("format", ""), found.get("version", 0)
-            if said != (FORMAT, VERSION):
-                raise ValueError(f"got format {shown(said[0])}, version {shown(said[1])}")
-        return msgspec.convert(found, Results)
+        return msgspec.convert(_printable(msgspec.json.decode(read_regular(path, MAX_BYTES))), Results)
     except OSError as error:
         raise ValueError(one_line(f"{path}: cannot be read: {error.strerror}")) from error
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
@@ -268,45 +255,61 @@ def _printable(value: Any) -> Any:
 # Where the numbers come from
 
 
-def started(where: torch.device, dtype: torch.dtype, command: str) -> Results:
-    """Results without measurements. Only the peak is measured, if no data sheet gives it."""
-    on_cuda = where.type == "cuda"
-    driver, threads = (_nvidia_smi("driver_version", where), None) if on_cuda else (None, torch.get_num_threads())
-    try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = None
-    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
-    versions = platform.python_version(), str(torch.__version__), triton, torch.version.cuda  # torch's is no plain str
-    return Results(
-        device=Machine(device_name(where), where.type, driver, threads),
-        software=Software(*versions, cudnn and str(cudnn)),
-        commit=_commit(),
-        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        command=command,
-        peak=peak_flops(where, dtype),
-        clocks_before=clocks(where),
-    )
+class Session:
+    """A measurement in progress: its device, the dtype of its matmuls, and its results so far."""
 
+    def __init__(self, device: torch.device, dtype: torch.dtype, command: str) -> None:
+        """Nothing is measured yet, except the peak, if no data sheet gives it."""
+        self.device, self.dtype = device, dtype
+        try:
+            from triton import __version__ as triton
+        except ImportError:
+            triton = None
+        cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+        torch_version = str(torch.__version__)  # it is no plain str
+        driver = self._nvidia_smi("driver_version").get("driver_version")
+        threads = None if device.type == "cuda" else torch.get_num_threads()
+        self.results = Results(
+            device=Machine(device_name(device), device.type, driver, threads),
+            software=Software(
+                platform.python_version(), torch_version, triton, torch.version.cuda, cudnn and str(cudnn)
+            ),
+            commit=_commit(),
+            date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            command=command,
+            peak=peak_flops(device, dtype),
+            clocks_before=self.clocks(),
+        )
 
-def with_ceilings(results: Results, where: torch.device, dtype: torch.dtype, seconds: float) -> Results:
-    """The results with the device's ceilings, measured in about `seconds`."""
-    each = max(0.1, min(0.5, seconds / 6))
-    matmuls = [measure_flops(where, dtype, each) for _ in range(3)]
-    copies = [measure_bandwidth(where, each) for _ in range(3)]
-    name = str(dtype).removeprefix("torch.")
-    peak = results.peak
-    if data_sheet(results.device.name) is None:  # no data sheet: its peak is the best matmul measured
-        peak = Peak(max(peak.flops, *matmuls), peak.source)
-    return replace(results, peak=peak, ceilings=[Ceiling("matmul", name, matmuls), Ceiling("copy", "float32", copies)])
+    def add(self, **found: object) -> None:
+        self.results = replace(self.results, **found)
 
+    def ceilings(self, seconds: float) -> None:
+        """Add the device's ceilings, measured in about `seconds`."""
+        each, peak = max(0.1, min(0.5, seconds / 6)), self.results.peak
+        matmuls = [measure_flops(self.device, self.dtype, each) for _ in range(3)]
+        copies = [measure_bandwidth(self.device, each) for _ in range(3)]
+        if data_sheet(self.results.device.name) is None:  # then its peak is the best matmul measured
+            peak = Peak(max(peak.flops, *matmuls), peak.source)
+        dtype = str(self.dtype).removeprefix("torch.")
+        self.add(peak=peak, ceilings=[Ceiling("matmul", dtype, matmuls), Ceiling("copy", "float32", copies)])
 
-def clocks(where: torch.device) -> dict[str, str] | None:
-    """A CUDA device's clocks, power, temperature and what slows it, now; None for other devices."""
-    if where.type != "cuda":
-        return None
-    fields = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.active")
-    return {field: answer for field in fields if (answer := _nvidia_smi(field, where))}
+    def clocks(self) -> dict[str, str] | None:
+        """A CUDA device's clocks, power, temperature and what slows it, now; None for other devices."""
+        fields = ["clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu"]
+        return self._nvidia_smi(*fields, "clocks_event_reasons.active") or None
+
+    def _nvidia_smi(self, *fields: str) -> dict[str, str]:
+        """What nvidia-smi says of a CUDA device, with units, without the fields that it does not know."""
+        found = {}
+        for field in fields if self.device.type == "cuda" else ():
+            # CUDA_VISIBLE_DEVICES changes torch's numbers of devices, but not their UUIDs
+            uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+            with suppress(OSError, subprocess.SubprocessError):
+                answer = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "-i", uuid)
+                if answer and "not" not in answer.lower():
+                    found[field] = answer
+        return found
 
 
 def _commit() -> Commit:
@@ -317,18 +320,6 @@ def _commit() -> Commit:
         return Commit(name, clean=not _output(*git, "status", "--porcelain"))
     except (OSError, subprocess.SubprocessError):
         return Commit("unknown", clean=False)
-
-
-def _nvidia_smi(field: str, where: torch.device) -> str | None:
-    """A field of the device, with its unit, from nvidia-smi; None if there is no nvidia-smi, or it does not know the
-    field."""
-    # CUDA_VISIBLE_DEVICES changes torch's numbers of devices, but not their UUIDs
-    uuid = f"GPU-{torch.cuda.get_device_properties(where).uuid}"
-    try:
-        answer = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "-i", uuid)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return None if not answer or "not" in answer.lower() else answer
 
 
 def _output(*command: str) -> str:

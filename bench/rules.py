@@ -32,7 +32,6 @@ class TimeBudget:
 
     @property
     def left(self) -> float:
-        """Seconds left."""
         return max(0.0, self._deadline - time.perf_counter())
 
     def part(self, seconds: float) -> Self:
@@ -89,22 +88,3 @@ def only_compiled(function: Callable[..., Any], compile: Callable[[Callable], Ca
         return function(*args, **kwargs)
 
     return (compile or torch.compile)(compiled)
-
-
-class Clock:
-    """A clock that is moved by hand. It gives pytest-benchmark samples that were taken before, by turns."""
-
-    __name__ = "Clock"  # what pytest-benchmark calls it in its files
-
-    def __init__(self) -> None:
-        self._now = 0.0
-
-    def __call__(self) -> float:
-        return self._now
-
-    def restart(self) -> None:
-        """Set the clock to 0. Then adding a sample rounds nothing."""
-        self._now = 0.0
-
-    def let_pass(self, seconds: float) -> None:
-        self._now += seconds

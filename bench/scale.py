@@ -55,18 +55,13 @@ class ScaleConfig:
     link_share: float = setting(0.8, "of a link's rate that is reached", low=1e-3, below=1.0000001)
 
 
-def floors(job: Job, rates: Rates, *, several: bool) -> tuple[float, float]:
-    """Least seconds of a micro-step and of the update. several: gradients of micro-steps or ranks are summed."""
-    work = replace(job, accumulation=2, several=several).work(fused_gelu=True)
+def least_seconds(job: Job, rates: Rates, devices: int = 1) -> float:
+    """Of a step, without the exchange. Gradients of several micro-steps or devices are summed in float32."""
+    several = devices * job.accumulation > 1
+    work = replace(job, accumulation=2, several=several).work(fused_gelu=True)  # two: one starts the sum, one adds
     seconds = {name: floor(part, *rates) for name, part in work.items()}
     update, sums = seconds.pop("optimizer"), seconds.pop("accumulation")
-    return (sum(seconds.values()) + several * sums) / 2, update
-
-
-def least_seconds(job: Job, rates: Rates, devices: int = 1) -> float:
-    """Of a step, without the exchange."""
-    micro, update = floors(job, rates, several=devices * job.accumulation > 1)
-    return job.accumulation * micro + update
+    return job.accumulation * (sum(seconds.values()) + several * sums) / 2 + update
 
 
 def share_out(job: Job, tokens: int, devices: int) -> Job:
@@ -105,15 +100,12 @@ class Fabric:
 
 def counts(text: str, node: int) -> list[int]:
     """Numbers of devices, sorted. UserError for no number, and for one above `node` that is no multiple of it."""
-    found = set()
-    for part in text.split(","):
-        count = int(part) if part.strip().isdecimal() else 0
-        if count < 1:
-            raise UserError(f"devices: got {shown(part)}, expected whole numbers from 1, separated by commas")
-        if count > node and count % node:
-            raise UserError(f"devices: got {count}, expected at most {node}, which a node has, or a multiple of it")
-        found.add(count)
-    return sorted(found)
+    found = [int(part) if part.strip().isdecimal() else part for part in text.split(",")]
+    for count in found:
+        if not isinstance(count, int) or count < 1 or (count > node and count % node):
+            expected = f"whole numbers from 1 to {node}, which a node has, or multiples of {node}, separated by commas"
+            raise UserError(f"devices: got {shown(count)}, expected {expected}")
+    return sorted(set(found))
 
 
 def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, float, list[str]]:
@@ -126,23 +118,14 @@ def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, fl
         raise UserError(f"device: got {shown(config.device)}, expected one that train/hardware.py knows")
     if sheet is None and not (matmul and copy):
         raise UserError(f"results: {config.results}: it has no ceilings, and no data sheet of {name} is known")
-    said = [
-        f"measured    {matmul / 1e12:.4g} TFLOP/s of a large matmul"
-        if matmul
-        else f"data sheet  {sheet.bf16:g} TFLOP/s, dense bfloat16, {sheet.source}",
-        f"measured    {copy / 1e9:.4g} GB/s of a large copy"
-        if copy
-        else f"data sheet  {sheet.bandwidth:g} GB/s, {sheet.source}",
-    ]
+    said = [f"measured    {matmul / 1e12:.4g} TFLOP/s of a large matmul"] if matmul else []
+    said += [] if matmul else [f"data sheet  {sheet.bf16:g} TFLOP/s, dense bfloat16, {sheet.source}"]
+    said += [f"measured    {copy / 1e9:.4g} GB/s of a large copy"] if copy else []
+    said += [] if copy else [f"data sheet  {sheet.bandwidth:g} GB/s, {sheet.source}"]
     rates = matmul or sheet.bf16 * 1e12, copy or sheet.bandwidth * 1e9
-    if found is None:
-        return name, rates, rates[0], said
-    return (
-        name,
-        rates,
-        found.peak.flops,
-        [*said, f"MFU         of {found.peak.flops / 1e12:.4g} TFLOP/s: {found.peak.source}"],
-    )
+    peak = found.peak.flops if found else rates[0]
+    said += [f"MFU         of {peak / 1e12:.4g} TFLOP/s: {found.peak.source}"] if found else []
+    return name, rates, peak, said
 
 
 def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:

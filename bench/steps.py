@@ -96,18 +96,18 @@ def measure(
     budget, rows = budget or TimeBudget(), [] if into is None else into
     waiting = sorted(timed, key=lambda each: not each.variant.compares)
     with _loader(workload, device) as loader:
-        race = Race(setting, loader)
+        race = Race(setting, loader, budget)
         try:
             while waiting:
                 ready, later = [each for each in timed if each.step], []
                 for each in waiting:
                     tell(f"{workload.name}: {each.variant.name}")
-                    if not race.prepare(each, ready, budget):
+                    if not race.prepare(each, ready):
                         later.append(each)
                     elif each.step:
                         ready.append(each)
                 share = len(ready) / (len(ready) + len(later)) * min(seconds, budget.left) if ready else 0.0
-                race.run(ready, share, budget)
+                race.run(ready, share)
                 seconds -= share
                 for each in ready:
                     if each.row.ours or not later:
@@ -121,12 +121,12 @@ def measure(
 class Race:
     """The measurement of one workload: what its variants share, and how far it is."""
 
-    def __init__(self, setting: Setting, loader: Loader) -> None:
-        self.setting, self.loader, self.device = setting, loader, setting.device
+    def __init__(self, setting: Setting, loader: Loader, budget: TimeBudget) -> None:
+        self.setting, self.loader, self.budget, self.device = setting, loader, budget, setting.device
         self.expected: list[float] = []  # the first losses of the first variant
         self.rounds = 0  # counted over all groups
 
-    def prepare(self, each: Timed, ready: list[Timed], budget: TimeBudget) -> bool:
+    def prepare(self, each: Timed, ready: list[Timed]) -> bool:
         """Build the variant and check its first losses. False if it must wait: there is no memory for it beside those
         of ours that are ready.
 
@@ -134,23 +134,21 @@ class Race:
         """
         may_wait = any(other.row.ours for other in ready)
         try:
-            self._build(each, ready, budget)
+            self._build(each, ready)
             if may_wait and spare_memory(self.device) < max(other.beside for other in (*ready, each)):
                 raise torch.OutOfMemoryError("too little memory is left for the steps of all")
-        except torch.OutOfMemoryError as error:
-            each.step = None
-            if may_wait:
-                return False
-            each.give_up(first_line(error))
         except Exception as error:  # of torch, a compiler or a driver: the other variants go on
+            each.step = None
+            if may_wait and isinstance(error, torch.OutOfMemoryError):
+                return False
             each.give_up(first_line(error))
         if each.step and (found := self._turn(each, 0, 2)):
             each.pace = found[0][-1]
             each.set(turn=max(1, min(50, round(TURN / each.pace))))
         return True
 
-    def _build(self, each: Timed, ready: list[Timed], budget: TimeBudget) -> None:
-        device = self.device
+    def _build(self, each: Timed, ready: list[Timed]) -> None:
+        device, workload = self.device, self.setting.workload
         free = spare_memory(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -158,14 +156,17 @@ class Race:
         turns = [other.turn_seconds for other in ready]
         after = LEAST * (sum(turns) + max(turns, default=0.0))  # turns of those that are ready, and of this one
         first = "compiled" if each.variant.compiled else "eager"
-        second = first if self.setting.workload.config.dropout else "eager"  # without dropout it is already compiled
-        if not budget.fits(first, second, more=after):
+        second = first if workload.config.dropout else "eager"  # without dropout it is already compiled
+        if not self.budget.fits(first, second, more=after):
             raise TimeoutError(NO_TIME)
-        with budget.task(first):
-            each.set(losses=self._first_losses(each.variant))
-        if not budget.fits(second, more=after):
+        with self.budget.task(first):  # without dropout, because two implementations never draw the same masks
+            still = replace(workload, config=replace(workload.config, dropout=0.0))
+            step = each.variant.build(self.setting._replace(workload=still))
+            each.set(losses=[step(self.loader.train(i)).item() for i in range(CHECKED)])
+            del step  # frees its memory
+        if not self.budget.fits(second, more=after):
             raise TimeoutError(NO_TIME)
-        with budget.task(second):
+        with self.budget.task(second):
             step = each.variant.build(self.setting)
             for i in range(2):
                 step(self.loader.train(i))
@@ -180,20 +181,13 @@ class Race:
             raise ValueError(f"{WRONG}its losses are off by {worst:.1e}, expected {tolerance:.0e} at most")
         self.expected, each.step = expected.tolist(), step
 
-    def _first_losses(self, variant: Variant) -> list[float]:
-        """Losses of a step without dropout, because two implementations never draw the same masks."""
-        workload = self.setting.workload
-        still = replace(workload, config=replace(workload.config, dropout=0.0))
-        step = variant.build(self.setting._replace(workload=still))
-        return [step(self.loader.train(i)).item() for i in range(CHECKED)]
-
-    def run(self, timed: list[Timed], seconds: float, budget: TimeBudget) -> None:
+    def run(self, timed: list[Timed], seconds: float) -> None:
         """Measure rounds of all variants that are ready."""
         deadline, rounds = time.perf_counter() + seconds, 0
         expected = sum(each.turn_seconds for each in timed if each.step)  # seconds of a round
         while ready := [each for each in timed if each.step]:
             begin = time.perf_counter()
-            if (rounds >= LEAST and begin >= deadline) or budget.left < expected:
+            if (rounds >= LEAST and begin >= deadline) or self.budget.left < expected:
                 break
             for each in ready:
                 if not each.row.seconds:

@@ -40,14 +40,9 @@ class Table:
 
 def aligned(rows: list[list[str]]) -> str:
     """Columns, the first aligned to the left, the others to the right; a rule under the first row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    form = "  ".join([f"{{:<{first}}}", *(f"{{:>{width}}}" for width in others)])
+    lines = [form.format(*row) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -217,14 +212,9 @@ def missing(run: Run) -> list[str]:
     if tests is None:
         lines.append("It ran no tests.")
     elif tests.failed:
-        names = ", ".join(tests.failures)
-        lines.append(f"{tests.failed} of its tests failed{': ' if names else ''}{names}.")
-    present = {
-        "matmul ceiling": results.ceiling("matmul"),
-        "copy ceiling": results.ceiling("copy"),
-        "kernel row": results.kernels,
-        "training step": results.steps,
-    }
+        lines.append(f"{tests.failed} of its tests failed: {', '.join(tests.failures)}.")
+    present = {f"{what} ceiling": results.ceiling(what) for what in ("matmul", "copy")}
+    present |= {"kernel row": results.kernels, "training step": results.steps}
     return [*lines, *(f"There is no {what}." for what, value in present.items() if not value), *skipped(run)]
 
 
@@ -247,7 +237,7 @@ def summary(results: Results) -> str:
     lines.append(f"peak {digits(results.peak.flops, 1e-12)} TFLOP/s: {results.peak.source}")
     for each in results.ceilings:
         times, unit = (1e-12, "TFLOP/s") if each.what == "matmul" else (1e-9, "GB/s")
-        lines.append(f"measured ceiling of a {each.what}: {digits(each.rate, times)} {unit} ({each.dtype})")
+        lines.append(f"measured ceiling of a {each.what}: {digits(max(each.rates), times)} {unit} ({each.dtype})")
     if results.tests:
         lines.append(f"GPU tests: {results.tests.passed} passed, {results.tests.failed} failed")
     blocks = ["\n".join(lines)]

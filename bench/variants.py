@@ -4,25 +4,24 @@ A variant's `build` makes a step with given weights. A step takes a batch and re
 """
 
 import contextlib
-import dataclasses
 import importlib.util
 import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bench import results
-from bench.results import Shape
+from bench.results import SIZES, Shape, Step
 from bench.rules import only_compiled
 from kernels import REFERENCE, Ops, select
 from model import GPT, GPTConfig, Precision
+from model.config import GPT2_SIZES
 from model.flops import FORMULAS, flops_per_token
 from model.groups import param_groups
 from train.choices import Layer, choose_attention, choose_mlp
@@ -51,42 +50,35 @@ class Workload:
     @property
     def shape(self) -> Shape:
         """The shape as a results file stores it."""
-        sizes = {
-            name: getattr(self.config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-        }
-        return Shape(**sizes, bias=int(self.config.bias), batch_size=self.batch_size, accumulation=self.accumulation)
+        sizes = (getattr(self.config, name) for name in SIZES)
+        return Shape(*sizes, int(self.config.bias), self.batch_size, self.accumulation)
 
     def row(
         self, variant: str, *, compares: bool = True, dtype: torch.dtype = torch.bfloat16, seconds: Sequence[float] = ()
-    ) -> results.Step:
+    ) -> Step:
         """A row of a results file. seconds: its samples."""
         flops = {formula: float(flops_per_token(self.config, formula) * self.tokens) for formula in FORMULAS}
         computed = str(dtype).removeprefix("torch.")
-        return results.Step(
-            self.name, variant, compares, computed, self.tokens, flops, self.shape, seconds=list(seconds)
-        )
-
-
-def _gpt2(name: str, batch_size: int, **shape: int) -> Workload:
-    return Workload(name, GPTConfig(bias=False, **shape), batch_size)
+        return Step(self.name, variant, compares, computed, self.tokens, flops, self.shape, list(seconds))
 
 
 _CHAR = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65, "bias": False}
 _CPU = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 96, "bias": False}
+_GPT2 = GPTConfig(bias=False)
 WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("cpu", GPTConfig(**_CPU), 12),  # what a machine without a GPU runs by default
         Workload("shakespeare_char", GPTConfig(**_CHAR, dropout=0.2), 64),  # many small launches
-        _gpt2("gpt2", 32),
-        _gpt2("gpt2-batch-1", 1),  # shows the host's overhead
-        _gpt2("gpt2-batch-4", 4),
-        _gpt2("gpt2-medium", 16, n_layer=24, n_head=16, n_embd=1024),
-        _gpt2("gpt2-large", 8, n_layer=36, n_head=20, n_embd=1280),
-        _gpt2("gpt2-xl", 4, n_layer=48, n_head=25, n_embd=1600),
+        Workload("gpt2", _GPT2, 32),
+        Workload("gpt2-batch-1", _GPT2, 1),  # shows the host's overhead
+        Workload("gpt2-batch-4", _GPT2, 4),
+        Workload("gpt2-medium", replace(_GPT2, **GPT2_SIZES["gpt2-medium"]), 16),
+        Workload("gpt2-large", replace(_GPT2, **GPT2_SIZES["gpt2-large"]), 8),
+        Workload("gpt2-xl", replace(_GPT2, **GPT2_SIZES["gpt2-xl"]), 4),
     )
 }
-DEFAULTS = {"cpu": ("cpu",), "cuda": ("gpt2", "shakespeare_char", "gpt2-batch-1")}
+DEFAULTS = {"cpu": "cpu", "cuda": "gpt2,shakespeare_char,gpt2-batch-1"}
 
 
 def chosen(setting: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
@@ -122,21 +114,30 @@ class Variant(NamedTuple):
     compiled: bool = False  # by torch.compile
 
 
+def _plain(setting: Setting) -> Trained:
+    """This tree's reference, with torch's fused AdamW."""
+    model = GPT(setting.workload.config, REFERENCE).to(setting.device)
+    groups = param_groups(model, setting.weight_decay)
+    fused = setting.device.type == "cuda"
+    return model, torch.optim.AdamW(groups, lr=setting.learning_rate, betas=setting.betas, fused=fused)
+
+
 def reference(
+    name: str = "reference",
+    make: Callable[[Setting], Trained] = _plain,
     *,
     compile: bool,
     float32: bool,
-    name: str = "reference",
+    kind: str = "",
     compares: bool = True,
-    make: Callable[[Setting], Trained] | None = None,
 ) -> Variant:
     """Plain torch, as nanoGPT trains: autocast unless `float32`, gradients clipped, then freed after the update.
 
-    make: makes model and optimizer; None: this tree's reference, with torch's fused AdamW.
+    make: makes model and optimizer. kind: goes between its name and its mode.
     """
 
     def build(setting: Setting) -> StepFunction:
-        model, optimizer = (make or _plain)(setting)
+        model, optimizer = make(setting)
         model.load_state_dict(setting.weights)
         parameters = list(model.parameters())
         if compile:
@@ -156,19 +157,12 @@ def reference(
 
         return step
 
-    return Variant(f"{name} {'compiled' if compile else 'eager'}", build, compares, float32, compile)
+    return Variant(f"{name}{kind} {'compiled' if compile else 'eager'}", build, compares, float32, compile)
 
 
-def _plain(setting: Setting) -> Trained:
-    model = GPT(setting.workload.config, REFERENCE).to(setting.device)
-    fused = setting.device.type == "cuda"
-    groups = param_groups(model, setting.weight_decay)
-    return model, torch.optim.AdamW(groups, lr=setting.learning_rate, betas=setting.betas, fused=fused)
-
-
-def nanogpt(folder: str, *, compile: bool, float32: bool, name: str = "nanoGPT", compares: bool = True) -> Variant:
-    """A nanoGPT checkout's model and optimizer, otherwise as `reference`. Its files are not changed. UserError if
-    `folder` has no model.py."""
+def nanogpt(folder: str, **mode: Any) -> Variant:
+    """A nanoGPT checkout's model and optimizer, otherwise `reference` in that mode. Its files are not changed.
+    UserError if `folder` has no model.py."""
     path = Path(folder, "model.py")
     if not os.path.isfile(path):
         raise UserError(f"nanogpt_dir: got {shown(folder)}, expected a nanoGPT checkout, with its model.py")
@@ -178,14 +172,14 @@ def nanogpt(folder: str, *, compile: bool, float32: bool, name: str = "nanoGPT",
     spec.loader.exec_module(theirs)
 
     def make(setting: Setting) -> Trained:
-        fields = {f.name: getattr(setting.workload.config, f.name) for f in dataclasses.fields(theirs.GPTConfig)}
+        config = {f.name: getattr(setting.workload.config, f.name) for f in fields(theirs.GPTConfig)}
         with contextlib.redirect_stdout(io.StringIO()):
-            model = theirs.GPT(theirs.GPTConfig(**fields)).to(setting.device)
+            model = theirs.GPT(theirs.GPTConfig(**config)).to(setting.device)
             return model, model.configure_optimizers(
                 setting.weight_decay, setting.learning_rate, setting.betas, setting.device.type
             )
 
-    return reference(compile=compile, float32=float32, name=name, compares=compares, make=make)
+    return reference("nanoGPT", make, **mode)
 
 
 def ours(
@@ -195,18 +189,16 @@ def ours(
     compile: bool = False,
     graphed: bool = False,
     attention: str = "auto",
-    float32: bool = False,
     compares: bool = True,
 ) -> Variant:
     """The project's step. ops: None for the device's own choice."""
 
     def build(setting: Setting) -> StepFunction:
         workload, device = setting.workload, setting.device
-        dtype = torch.float32 if float32 else setting.dtype
-        layer = Layer(workload.config, workload.batch_size, dtype, device)
+        layer = Layer(workload.config, workload.batch_size, setting.dtype, device)
         bundle, _ = choose_mlp(select("auto", device), layer, World()) if ops is None else (ops, "")
         backend, _ = choose_attention(attention, layer, World())
-        precision = Precision(dtype, resolve_stream("auto", dtype, device.type))
+        precision = Precision(setting.dtype, resolve_stream("auto", setting.dtype, device.type))
         model = GPT(workload.config, bundle, precision=precision, attention=backend)
         model.to(device).load_state_dict(setting.weights)
         optimizer = FlatAdamW(
@@ -226,40 +218,36 @@ def ours(
             step = GraphedStep(step, (workload.accumulation, workload.batch_size, workload.config.block_size))
         return lambda batch: step(batch, setting.learning_rate).loss
 
-    return Variant(name, build, compares, float32, compile)
+    return Variant(name, build, compares, compiled=compile)
 
 
 def variants(device: torch.device, dtype: torch.dtype, nanogpt_dir: str = "") -> list[Variant]:
     """All variants, in the order from the reference's modes to ours."""
     on_cpu = device.type != "cuda"
-    float32 = on_cpu or dtype == torch.float32  # nanoGPT has no autocast on a CPU
+    modes = [{"float32": on_cpu or dtype == torch.float32}]  # nanoGPT has no autocast on a CPU
+    if on_cpu and dtype != torch.float32:  # but plain torch has: this shows how much of our gain is only bfloat16
+        modes.append({"float32": False, "kind": " autocast", "compares": False})
     every = []
-    for compile in (False, True):
-        every += [nanogpt(nanogpt_dir, compile=compile, float32=float32)] if nanogpt_dir else []
-        every.append(reference(compile=compile, float32=float32))
-    if on_cpu and dtype != torch.float32:
-        # nanoGPT has no autocast on a CPU, but plain torch has: this shows how much of our gain is only bfloat16
+    for mode in modes:
         for compile in (False, True):
-            rung = {"compile": compile, "float32": False, "compares": False}
-            every += [nanogpt(nanogpt_dir, name="nanoGPT autocast", **rung)] if nanogpt_dir else []
-            every.append(reference(name="reference autocast", **rung))
+            every += [nanogpt(nanogpt_dir, compile=compile, **mode)] if nanogpt_dir else []
+            every.append(reference(compile=compile, **mode))
     every.append(ours("ours eager"))
     if on_cpu:
         return [*every, ours("ours compiled", compile=True)]
     every.append(ours("ours graphed", graphed=True))
     fused, bundle = select("auto", device), REFERENCE
     if fused is not REFERENCE:
-        every += [
-            ours("flat state, no casts", ops=REFERENCE, attention="flash", compile=True, compares=False),
-            ours("attention", ops=REFERENCE, compile=True, compares=False),
-        ]
-        for name, fields in (
+        rung = {"compile": True, "compares": False}
+        every.append(ours("flat state, no casts", ops=REFERENCE, attention="flash", **rung))
+        every.append(ours("attention", ops=REFERENCE, **rung))
+        for name, operations in (
             ("LayerNorm", ("layer_norm", "add_layer_norm")),
             ("cross-entropy", ("linear_cross_entropy",)),
             ("GELU", ("mlp",)),
             ("embedding", ("embedding",)),
         ):
-            bundle = dataclasses.replace(bundle, **{field: getattr(fused, field) for field in fields})
-            every.append(ours(name, ops=bundle, compile=True, compares=False))
+            bundle = replace(bundle, **{operation: getattr(fused, operation) for operation in operations})
+            every.append(ours(name, ops=bundle, **rung))
     # the last one is what `python -m train --compile` runs on a GPU
     return [*every, ours("ours compiled", compile=True), ours("ours compiled + graphed", compile=True, graphed=True)]

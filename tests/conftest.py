@@ -36,7 +36,7 @@ def compiler() -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch):
     """In place of the host's: it shows what it is told."""
-    from bench.rules import Clock
+    from tests.clock import Clock
 
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)

@@ -14,30 +14,25 @@ from msgspec.structs import replace
 
 import bench.__main__ as command
 from bench import results, steps
-from bench.results import WRONG, Ceiling, Results, Step
-from bench.rules import NO_TIME, Clock, TimeBudget
-from bench.variants import WORKLOADS, Setting, Variant, Workload, variants
+from bench.results import WRONG, Ceiling, Results
+from bench.rules import NO_TIME
+from bench.variants import WORKLOADS, Variant, Workload, variants
 from kernels.cases import CASES
 from model import GPTConfig
-from tests.bench.made import cpu
+from tests.bench.made import cpu, fake
+from tests.clock import Clock
 from train import hardware
-from train.data import Batch
 from train.errors import UserError
 
 CPU = torch.device("cpu")
 
 
-def fail(seconds: float) -> None:
-    raise RuntimeError("\nthe driver has gone\nfar away")
-
-
-def interrupt(seconds: float) -> None:
-    raise KeyboardInterrupt
-
-
 @pytest.fixture(autouse=True)
-def known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, an empty one. No peak is measured."""
     monkeypatch.setattr(results, "peak_flops", lambda device, dtype: hardware.Peak(1.0, "made up"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def new_run(**settings: Any) -> command.Bench:
@@ -67,33 +62,48 @@ def measured(run: command.Bench, parts: tuple[str, ...] = command.PARTS) -> tupl
 
 
 def test_the_file_is_written_after_every_part_and_complete_at_the_end(run: command.Bench) -> None:
+    shares = {}
+    for part in ("tests", "kernels", "steps"):
+        setattr(run, part, lambda seconds, part=part: shares.__setitem__(part, seconds))
     status, written = measured(run)
     assert status == 0
     assert [each.complete for each in written] == [False] * 4 + [True]
     assert written[0].ceiling("copy") == 1e10
     assert written[-1].failures == []
+    assert 0 < shares["tests"] < shares["kernels"] < shares["steps"] <= 60 * 8.0  # of what is left
 
 
 def test_a_measured_peak_is_the_best_matmul_that_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "measure_flops", lambda *given: 3.0)
     monkeypatch.setattr(results, "measure_bandwidth", lambda *given: 2.0)
     for before, after in ((1.0, 3.0), (1e18, 1e18)):
-        found = results.with_ceilings(replace(cpu(), peak=hardware.Peak(before, "")), CPU, torch.float32, 0.6)
+        run = new_run()
+        run.add(peak=hardware.Peak(before, ""))
+        run.ceilings(0.6)
+        found = run.results
         assert (found.peak.flops, found.ceiling("matmul"), found.ceiling("copy")) == (after, 3.0, 2.0)
 
 
 @pytest.mark.parametrize(
-    ("part", "status", "error", "others"), [(fail, 1, "the driver has gone", 1), (interrupt, 130, "interrupted", 0)]
+    ("error", "status", "said", "others"),
+    [
+        (RuntimeError("\nthe driver has gone\nfar away"), 1, "the driver has gone", 1),
+        (KeyboardInterrupt(), 130, "interrupted", 0),
+    ],
 )
 def test_what_ends_a_part_is_recorded_and_what_was_measured_is_kept(
-    run: command.Bench, part: Callable, status: int, error: str, others: int
+    run: command.Bench, error: BaseException, status: int, said: str, others: int
 ) -> None:
     """After an error the other parts go on, after Ctrl-C they do not."""
-    run.tests, seen = part, []
+
+    def failing(seconds: float) -> None:
+        raise error
+
+    run.tests, seen = failing, []
     run.steps = seen.append
     ended, written = measured(run)
     assert ended == status
-    assert [(failure.part, failure.error) for failure in written[-1].failures] == [("tests", error)]
+    assert [(failure.part, failure.error) for failure in written[-1].failures] == [("tests", said)]
     assert written[-1].ceiling("copy") == 1e10
     assert len(seen) == others
     assert not written[-1].complete
@@ -103,16 +113,7 @@ def test_a_row_that_is_wrong_is_a_failure(run: command.Bench) -> None:
     row = replace(cpu().steps[-1], seconds=[], skipped=f"{WRONG}its losses are off by 1")
     run.steps = lambda seconds: run.add(steps=[row])
     status, written = measured(run)
-    assert status == 1
-    assert not written[-1].complete
-
-
-def test_each_part_has_its_share_of_the_time_that_is_left(run: command.Bench) -> None:
-    shares = {}
-    for part in ("tests", "kernels", "steps"):
-        setattr(run, part, lambda seconds, part=part: shares.__setitem__(part, seconds))
-    measured(run)
-    assert 0 < shares["tests"] < shares["kernels"] < shares["steps"] <= 60 * run.config.minutes
+    assert (status, written[-1].complete) == (1, False)
 
 
 @pytest.mark.parametrize(
@@ -126,67 +127,31 @@ def test_each_part_has_its_share_of_the_time_that_is_left(run: command.Bench) ->
         (["results.json"], "'results.json': not a setting"),
     ],
 )
-def test_what_is_refused(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_is_refused(arguments: list[str], message: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as caught:
         call(monkeypatch, *arguments)
     assert message in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
 
 
-def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Eager steps: how long a compilation takes is the machine's to say (`by_the_clock`)."""
+def test_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Few samples of eager steps, in a minute: how long a compilation takes is the machine's to say."""
     small = Workload("cpu", GPTConfig(block_size=8, vocab_size=17, n_layer=1, n_head=2, n_embd=16, bias=False), 2)
     monkeypatch.setitem(WORKLOADS, "cpu", small)
     eager = [each for each in variants(CPU, torch.float32) if not each.compiled]
     monkeypatch.setattr(command, "variants", lambda *asked: eager)
-    monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "--parts=ceilings,steps", "--minutes=0.1", "--dtype", "float32", "--out", "a/b.json") == 0
+    measure = steps.measure
+    monkeypatch.setattr(steps, "measure", lambda *given, **options: measure(*given, **options | {"seconds": 0.0}))
+    assert call(monkeypatch, "--parts=ceilings,steps", "--minutes=1", "--dtype", "float32", "--out", "a/b.json") == 0
     found = results.read(Path("a/b.json"))
     names = ["reference eager", "ours eager"]
     assert [row.variant for row in found.steps if row.seconds] == names
     assert [len(ceiling.rates) for ceiling in found.ceilings] == [3, 3]
-    assert found.command == "python -m bench --minutes=0.1 --parts=ceilings,steps --device=cpu --dtype=float32"
+    assert found.command == "python -m bench --minutes=1.0 --parts=ceilings,steps --device=cpu --dtype=float32"
     out, err = capsys.readouterr()
     assert all(name in out for name in names)
     assert out.endswith("written to a/b.json\n")
     assert [line.partition(" ")[0] for line in err.splitlines()] == ["ceilings", "steps"]  # no bar without a terminal
-
-
-def slow(clock: Clock, name: str, build: float, **fields: bool) -> Variant:
-    """A variant that takes `build` seconds to make and half a second a step, by a clock that is told."""
-
-    def make(setting: Setting):
-        clock.let_pass(build)
-
-        def step(batch: Batch) -> torch.Tensor:
-            clock.let_pass(0.5)
-            return torch.tensor(1.0)
-
-        return step
-
-    return Variant(name, make, **fields)
-
-
-@pytest.fixture
-def by_the_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, float], list[Step]]:
-    """Measures the steps of workloads in 90 seconds of the clock; a compilation takes `compiling` of them."""
-
-    def measure(workloads: str, compiling: float) -> list[Step]:
-        every = [
-            slow(clock, "reference eager", 1.0),
-            slow(clock, "reference compiled", compiling, compiled=True),
-            *(slow(clock, f"rung {i}", compiling, compiled=True, compares=False) for i in range(4)),
-            slow(clock, "ours compiled", compiling, compiled=True),
-        ]
-        monkeypatch.setattr(command, "variants", lambda *settings: every)
-        status, written = measured(new_run(minutes=1.5, workloads=workloads), ("steps",))
-        assert status == 0
-        assert clock() <= 90.0
-        assert all(row.skipped or len(row.seconds) >= steps.LEAST * row.turn for row in written[-1].steps)
-        return written[-1].steps
-
-    return measure
 
 
 @pytest.mark.parametrize(
@@ -199,42 +164,40 @@ def by_the_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     ],
 )
 def test_the_time_is_kept_by_leaving_out_rungs_first(
-    compiling: float, skipped: list[str], by_the_clock, monkeypatch: pytest.MonkeyPatch
+    compiling: float, skipped: list[str], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the first compilation is begun without knowing how long it takes."""
+    """In 90 seconds of the clock; a compilation takes `compiling` of them, a step half a second. Only the first
+    compilation is begun without knowing how long it takes."""
     config = dataclasses.replace(WORKLOADS["cpu"].config, dropout=0.1)  # every variant is built, and compiled, twice
-    monkeypatch.setitem(WORKLOADS, "cpu", dataclasses.replace(WORKLOADS["cpu"], config=config))
-    rows = by_the_clock("cpu", compiling)
+    for name in ("cpu", "other"):
+        monkeypatch.setitem(WORKLOADS, name, dataclasses.replace(WORKLOADS["cpu"], name=name, config=config))
+
+    def slow(name: str, build: float, **fields: bool) -> Variant:
+        return fake(name, lambda call: clock.let_pass(0.5) or 1.0, lambda setting: clock.let_pass(build), **fields)
+
+    every = [
+        slow("reference eager", 1.0),
+        slow("reference compiled", compiling, compiled=True),
+        *(slow(f"rung {i}", compiling, compiled=True, compares=False) for i in range(4)),
+        slow("ours compiled", compiling, compiled=True),
+    ]
+    monkeypatch.setattr(command, "variants", lambda *settings: every)
+    status, written = measured(new_run(minutes=1.5, workloads="cpu"), ("steps",))
+    rows = written[-1].steps
+    assert (status, clock() <= 90.0) == (0, True)
+    assert all(row.skipped or len(row.seconds) >= steps.LEAST * row.turn for row in rows)
     assert {row.variant: row.skipped for row in rows if not row.seconds} == dict.fromkeys(skipped, NO_TIME)
+    if compiling < 70.0:
+        _, written = measured(new_run(minutes=1.5, workloads="cpu,other"), ("steps",))
+        assert {row.workload for row in written[-1].steps if row.seconds} == {"cpu", "other"}
 
 
-def test_a_part_of_the_time_knows_how_long_tasks_took(clock: Clock) -> None:
-    whole = TimeBudget(100.0)
-    with whole.task("compiled"):
-        clock.let_pass(30.0)
-    part = whole.part(20.0)
-    assert (part.left, whole.part(1000.0).left) == (20.0, 70.0)
-    assert not part.fits("compiled")
-    with part.task("compiled"):
-        clock.let_pass(10.0)
-    assert not whole.fits("compiled", more=31.0)  # the slowest counts, and 60 seconds are left
-
-
-def test_two_workloads_share_the_time(by_the_clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WORKLOADS, "other", dataclasses.replace(WORKLOADS["cpu"], name="other"))
-    assert {row.workload for row in by_the_clock("cpu,other", 2.0) if row.seconds} == {"cpu", "other"}
-
-
-def test_gpu_tests_run_in_a_process_of_their_own(tmp_path: Path) -> None:
-    (tmp_path / "run.py").write_text(
-        "import sys\n"
-        'cases = \'<testcase classname="a" name="one"/><testcase name="two"><skipped/></testcase>\'\n'
-        'cases += \'<testcase classname="a" name="three"><failure/></testcase>\'\n'
-        'cases += \'<testcase classname="b" name="four"><error/></testcase>\'\n'
-        "open(sys.argv[-1].partition('=')[2], 'w').write(f'<testsuites><testsuite>{cases}</testsuite></testsuites>')\n"
-    )
-    found = command.run_tests(60.0, (str(tmp_path / "run.py"),))
-    assert (found.passed, found.failed, found.skipped, found.failures) == (1, 2, 1, ["a::three", "b::four"])
+def test_gpu_tests_run_in_a_process_of_their_own(here: Path) -> None:
+    marks = {"one": "", "two": "<skipped/>", "three": "<failure/>", "four": "<error/>"}
+    cases = "".join(f'<testcase classname="a" name="{name}">{mark}</testcase>' for name, mark in marks.items())
+    (here / "run.py").write_text(f"import sys; open(sys.argv[-1][11:], 'w').write('<testsuite>{cases}</testsuite>')")
+    found = command.run_tests(60.0, (str(here / "run.py"),))
+    assert (found.passed, found.failed, found.skipped, found.failures) == (1, 2, 1, ["a::three", "a::four"])
     with pytest.raises(RuntimeError, match=r"pytest ended with status 1: .*No module named nowhere"):
         command.run_tests(60.0, ("-m", "nowhere"))
     with pytest.raises(RuntimeError, match="did not end within 0 s"):
@@ -263,9 +226,9 @@ def test_the_smoke_set_is_small_and_whole() -> None:
     ],
 )
 def test_out_is_refused_before_anything_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put: Callable, message: str
+    here: Path, monkeypatch: pytest.MonkeyPatch, put: Callable, message: str
 ) -> None:
-    path = tmp_path / "out.json"
+    path = here / "out.json"
     put(path)
     before = path.lstat()
     monkeypatch.setattr(command.Bench, "measure", lambda *_: pytest.fail("measured"))
@@ -274,20 +237,19 @@ def test_out_is_refused_before_anything_is_measured(
     assert path.lstat() == before
 
 
-def test_a_second_measurement_of_a_day_keeps_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_second_measurement_of_a_day_keeps_the_first(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         assert call(monkeypatch, "--parts=tests") == 0
-    first, *more = sorted(path.stem for path in Path("bench", "results").iterdir())
+    first, *more = sorted(path.stem for path in (here / "bench" / "results").iterdir())
     assert more == [f"{first}-2", f"{first}-3"]
 
 
 @pytest.mark.parametrize("when", ["ceilings", "tests"])
 def test_a_result_that_cannot_be_stored_is_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, when: str
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, when: str
 ) -> None:
     """The disk is full, or the folder is gone, after the first part or the last."""
-    path = tmp_path / "folder" / "out.json"
+    path = here / "folder" / "out.json"
 
     def part(run: command.Bench, name: str) -> None:
         run.add(ceilings=[*run.results.ceilings, Ceiling("copy", "float32", [1e10])])
@@ -300,6 +262,5 @@ def test_a_result_that_cannot_be_stored_is_printed(
     assert call(monkeypatch, f"--out={path}", "--parts=ceilings,tests") == 1
     out, err = capsys.readouterr()
     assert f"out: {path} cannot be written: it is a folder" in err
-    file = tmp_path / "printed.json"
-    file.write_text(out[out.index("{\n") :])
-    assert len(results.read(file).ceilings) == 2
+    (here / "printed.json").write_text(out[out.index("{\n") :])
+    assert len(results.read(here / "printed.json").ceilings) == 2

@@ -8,8 +8,8 @@ import pytest
 from msgspec import structs
 
 from bench import results, scale
-from bench.results import Machine, Step
-from bench.scale import Fabric, ScaleConfig, floors, least_seconds, share_out
+from bench.results import Machine
+from bench.scale import Fabric, ScaleConfig, least_seconds, share_out
 from bench.variants import WORKLOADS
 from kernels import FUSED
 from tests.bench.made import h100
@@ -43,22 +43,18 @@ def test_sharing_out_nanogpts_iteration(devices: int, batch_size: int, accumulat
     assert (job.batch_size, job.accumulation) == (batch_size, accumulation)
 
 
-def test_floors_of_a_step() -> None:
+def test_the_least_time_of_a_step() -> None:
     """Of sums in float32, an optimizer reads gradients twice as wide, twice. The first of two micro-steps writes them
     as wide, the other reads and writes them."""
-    n, alone, several = 124_373_760, floors(GPT2, RATES, several=False), floors(GPT2, RATES, several=True)
-    assert several[1] - alone[1] == pytest.approx(2 * 2 * n / 3e12)
-    assert several[0] - alone[0] == pytest.approx(n * (2 + 6) / 2 / 3e12)
-    assert least_seconds(GPT2, RATES) == pytest.approx(sum(alone))
-    assert least_seconds(GPT2, RATES, 2) == pytest.approx(sum(several))
-    assert least_seconds(replace(GPT2, accumulation=3), RATES) == pytest.approx(3 * several[0] + several[1])
+    alone, several, two, three, four = (
+        least_seconds(replace(GPT2, accumulation=accumulation), RATES, devices)
+        for accumulation, devices in ((1, 1), (1, 2), (2, 1), (3, 1), (4, 1))
+    )
+    assert several - alone == pytest.approx(124_373_760 * (2 * 2 + (2 + 6) / 2) / 3e12)
+    assert two - several == pytest.approx(three - two) == pytest.approx(four - three)  # a micro-step
 
 
 # The command
-
-
-def row(variant: str, seconds: float, compares: bool = True) -> Step:
-    return WORKLOADS["gpt2"].row(variant, compares=compares, seconds=[seconds] * 3)
 
 
 def cells(text: str, size: str) -> list[list[str]]:
@@ -69,13 +65,9 @@ def cells(text: str, size: str) -> list[list[str]]:
 
 def test_a_measured_step_in_the_table(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    steps = [
-        row("reference compiled", 0.01),  # not ours
-        row("LayerNorm", 0.01, compares=False),
-        row("ours eager", 0.09),
-        row("ours graphed", 0.07),
-        structs.replace(row("ours compiled", 0.01), seconds=[], skipped="no compiler"),
-    ]
+    times = {"reference compiled": 0.01, "LayerNorm": 0.01, "ours eager": 0.09, "ours graphed": 0.07}
+    steps = [WORKLOADS["gpt2"].row(name, seconds=[time] * 3) for name, time in times.items()]  # the first two: not ours
+    steps.append(structs.replace(WORKLOADS["gpt2"].row("ours compiled"), skipped="no compiler"))
     results.write(path, structs.replace(h100(), steps=steps))
     config = ScaleConfig(str(path), sizes="gpt2,gpt2-medium", devices="1,8", tokens=32 * 1024)
     text = scale.report(config)
@@ -105,11 +97,11 @@ def test_estimates_need_no_file() -> None:
     ("argument", "message"),
     [
         ("--results=none.json", "results: none.json: cannot be read: No such file or directory"),
-        ("--results=bad.json", "results: bad.json: is no results file of nanofuse-bench, version 1: got format"),
+        ("--results=bad.json", "results: bad.json: is no results file of nanofuse-bench, version 1: Object missing"),
         ("--results=bare.json", "results: bare.json: it has no ceilings, and no data sheet of AMD EPYC is known"),
         ("--device=H1000", "device: got 'H1000', expected one that train/hardware.py knows"),
-        ("--devices=1,two", "devices: got 'two', expected whole numbers from 1, separated by commas"),
-        ("--devices=12", "devices: got 12, expected at most 8, which a node has, or a multiple of it"),
+        ("--devices=1,two", "devices: got 'two', expected whole numbers from 1 to 8, which a node has, or multiples"),
+        ("--devices=12", "devices: got 12, expected whole numbers from 1 to 8, which a node has, or multiples"),
         ("--sizes=gpt3", "sizes: got 'gpt3', expected some of: cpu, shakespeare_char, gpt2,"),
     ],
 )

@@ -4,7 +4,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,10 @@ import torch
 
 from bench import rules, steps
 from bench.results import Step
-from bench.rules import Clock
 from bench.variants import Setting, Variant, Workload, nanogpt, ours, reference, variants
 from model import GPTConfig
+from tests.bench.made import fake
+from tests.clock import Clock
 from tests.train.test_golden import TRACES, golden_batch, golden_model, recorded, relative
 from train.data import Batch
 
@@ -47,6 +48,7 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def checkout(folder: Path, fault: float = 1.0) -> str:
     """A stand-in for nanoGPT's: its interface over our own model. fault: multiplies its learning rate."""
+    folder.mkdir(exist_ok=True)
     (folder / "model.py").write_text(CHECKOUT.replace("FAULT", str(fault)))
     return str(folder)
 
@@ -55,19 +57,10 @@ def measure(*variants: Variant, workload: Workload = SMALL, dtype: torch.dtype =
     return steps.measure(workload, list(variants), CPU, dtype, seconds=0.0)
 
 
-def fake(name: str, loss: Callable[[int], float] = lambda call: 1.0) -> Variant:
-    """A variant that computes nothing. loss: of the number of its call."""
-
-    def build(setting: Setting) -> Callable[[Batch], torch.Tensor]:
-        calls = count()
-        return lambda batch: torch.tensor(loss(next(calls)))
-
-    return Variant(name, build)
-
-
 def test_every_variant_is_checked_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     theirs = nanogpt(checkout(tmp_path), compile=False, float32=True)
-    rows = measure(theirs, EAGER, ours("ours eager"), ours("a rung", compares=False))
+    wrong = nanogpt(checkout(tmp_path / "wrong", fault=3.0), compile=False, float32=True)
+    *rows, faulty = measure(theirs, EAGER, ours("ours eager"), ours("a rung", compares=False), wrong)
     assert [row.variant for row in rows] == ["nanoGPT eager", "reference eager", "ours eager", "a rung"]
     assert [row.compares for row in rows] == [True, True, True, False]
     for row in rows:
@@ -79,7 +72,12 @@ def test_every_variant_is_checked_and_timed(tmp_path: Path, capsys: pytest.Captu
         assert (row.workload, row.dtype, row.tokens) == ("small", "float32", 2 * 2 * 8)
         assert row.flops["nanogpt"] > row.flops["6n"] > 0
         assert row.shape.accumulation == 2
+    assert faulty.skipped.startswith("wrong: its losses are off by ")  # it trains at another rate
     assert capsys.readouterr().out == ""
+    lower = measure(EAGER, ours("ours eager"), dtype=torch.bfloat16)  # may differ by what it costs
+    assert [row.dtype for row in lower] == ["float32", "bfloat16"]
+    assert all(row.seconds for row in lower)
+    assert lower[1].losses != lower[0].losses
 
 
 def test_the_first_iteration_after_another_variant_had_its_turn_is_not_counted(monkeypatch, clock: Clock) -> None:
@@ -87,16 +85,13 @@ def test_the_first_iteration_after_another_variant_had_its_turn_is_not_counted(m
     monkeypatch.setattr(steps, "TURN", 0.25)
     last = ""
 
-    def napping(name: str) -> Variant:
-        def nap(call: int) -> float:
-            nonlocal last
-            clock.let_pass(0.005 if last == name else 0.15)
-            last = name
-            return 1.0
+    def nap(name: str, call: int) -> float:
+        nonlocal last
+        clock.let_pass(0.005 if last == name else 0.15)
+        last = name
+        return 1.0
 
-        return fake(name, nap)
-
-    for row in measure(napping("one"), napping("two")):
+    for row in measure(*(fake(name, partial(nap, name)) for name in ("one", "two"))):
         assert row.turn > 1
         assert row.seconds == pytest.approx([0.005] * len(row.seconds))
 
@@ -116,7 +111,7 @@ def out_of_memory(call: int) -> float:
     [
         (fake("another", lambda call: 1.001), "wrong: its losses are off by 1.0e-03, expected 1e-04"),
         (fake("overflows", lambda call: float("nan") if call == 3 else 1.0), "wrong: its losses are off by nan"),
-        (Variant("unbuilt", unbuilt), "no such kernel"),
+        (fake("unbuilt", built=unbuilt), "no such kernel"),
         (fake("fails", out_of_memory), "CUDA out of memory"),
     ],
 )
@@ -128,19 +123,9 @@ def test_what_is_wrong_is_not_timed_and_the_others_are(wrong: Variant, skipped: 
     assert third.seconds
 
 
-def test_a_checkout_that_trains_at_another_rate_is_not_timed(tmp_path: Path) -> None:
-    wrong = nanogpt(checkout(tmp_path, fault=3.0), compile=False, float32=True)
-    assert measure(EAGER, wrong)[1].skipped.startswith("wrong: its losses are off by ")
-
-
 def test_dropout_is_off_where_losses_are_compared_and_on_where_they_are_timed() -> None:
     seen = []
-
-    def build(setting: Setting) -> Callable[[Batch], torch.Tensor]:
-        seen.append(setting.workload.config.dropout)
-        return lambda batch: torch.tensor(1.0)
-
-    measure(Variant("watched", build), workload=DROPOUT)
+    measure(fake("watched", built=lambda setting: seen.append(setting.workload.config.dropout)), workload=DROPOUT)
     assert seen == [0.0, 0.2]
 
 
@@ -157,38 +142,20 @@ def test_an_interruption_keeps_what_was_measured() -> None:
     assert all(row.seconds for row in rows)
 
 
-def test_low_precision_may_differ_by_what_it_costs() -> None:
-    rows = measure(EAGER, ours("ours eager"), ours("flat", float32=True), dtype=torch.bfloat16)
-    assert [row.dtype for row in rows] == ["float32", "bfloat16", "float32"]
-    assert all(row.seconds for row in rows)
-    assert rows[1].losses != rows[0].losses
-
-
 @pytest.mark.parametrize("name", ["accumulate_4", "odd_sizes"])
 def test_the_reference_in_this_tree_trains_as_nanogpt_does(name: str) -> None:
     """Held to traces that nanoGPT computed."""
     case = TRACES[name]
     workload = Workload(name, GPTConfig(**case["config"]), case["batch_size"], case["gradient_accumulation_steps"])
-    model = golden_model(case)
-    setting = Setting(
-        workload,
-        model.state_dict(),
-        CPU,
-        torch.float32,
-        learning_rate=case["learning_rate"],
-        betas=tuple(case["betas"]),
-        weight_decay=case["weight_decay"],
-        grad_clip=case["grad_clip"],
-    )
-    step = EAGER.build(setting)
+    given = {key: case[key] for key in ("learning_rate", "weight_decay", "grad_clip")} | {"betas": tuple(case["betas"])}
+    step = EAGER.build(Setting(workload, golden_model(case).state_dict(), CPU, torch.float32, **given))
     losses = torch.stack([step(golden_batch(case, i)) for i in range(len(case["loss"]))]).double()
     assert relative(losses, recorded(case).loss) < 2e-5
 
 
 @pytest.mark.skipif("NANOGPT_DIR" not in os.environ, reason="NANOGPT_DIR names no nanoGPT checkout")
 def test_a_checkout_of_nanogpt_gives_the_same_losses() -> None:
-    theirs = nanogpt(os.environ["NANOGPT_DIR"], compile=False, float32=True)
-    first, second = measure(theirs, EAGER)
+    first, second = measure(nanogpt(os.environ["NANOGPT_DIR"], compile=False, float32=True), EAGER)
     assert second.losses == pytest.approx(first.losses, rel=1e-6)
 
 
@@ -259,27 +226,10 @@ def test_every_compiled_step_runs_compiled_code_made_for_its_shape(compiled: Rec
     assert compiled.calls == micro_steps
 
 
-def test_what_torch_leaves_as_python_is_not_timed_as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, options=None: function)
-    first, second, third = measure(EAGER, reference(compile=True, float32=True), ours("compiled", compile=True))
-    assert first.seconds
-    assert {second.skipped, third.skipped} == {"torch.compile left it as Python"}
-
-
-def test_what_reaches_a_limit_of_torch_fails(compiled: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It needs two compilations: without dropout, and as it is timed."""
-    monkeypatch.setattr(rules, "LIMIT", 1)
-    first, second = measure(EAGER, ours("compiled", compile=True), workload=DROPOUT)
-    assert first.seconds
-    assert second.seconds == []
-    assert "limit" in second.skipped
-
-
-def test_what_compiles_under_the_clock_is_not_timed(compiled: Recorded) -> None:
-    """After the warm-up, whatever the clock says."""
+def test_what_is_not_compiled_code_alone_is_not_timed(compiled: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     function = torch.compile(lambda x, n: x * n)
 
-    def restless(call: int) -> float:
+    def restless(call: int) -> float:  # it compiles under the clock, after the warm-up, whatever the clock says
         function(torch.ones(2), float(call // 6))
         return 1.0
 
@@ -287,6 +237,12 @@ def test_what_compiles_under_the_clock_is_not_timed(compiled: Recorded) -> None:
     assert first.seconds
     assert second.skipped == "wrong: it was compiled again while it was timed"
     assert second.seconds == second.host_seconds == []
+    monkeypatch.setattr(rules, "LIMIT", 1)  # with dropout it needs two compilations
+    assert "limit" in measure(EAGER, ours("compiled", compile=True), workload=DROPOUT)[1].skipped
+    monkeypatch.setattr(torch, "compile", lambda function, options=None: function)
+    first, *others = measure(EAGER, reference(compile=True, float32=True), ours("compiled", compile=True))
+    assert first.seconds
+    assert {row.skipped for row in others} == {"torch.compile left it as Python"}
 
 
 # Variants that do not fit into memory together
@@ -295,22 +251,23 @@ def test_what_compiles_under_the_clock_is_not_timed(compiled: Recorded) -> None:
 class Alive:
     """A device that holds `room` steps at a time."""
 
+    class Memory:
+        """Of one step."""
+
     def __init__(self, room: int) -> None:
         self.steps: weakref.WeakSet = weakref.WeakSet()
         self.room, self.built = room, []
 
     def variant(self, name: str, **fields: bool) -> Variant:
-        def build(setting: Setting) -> Callable[[Batch], torch.Tensor]:
-            def step(batch: Batch) -> torch.Tensor:
-                return torch.ones(())
-
+        def built(setting: Setting) -> Alive.Memory:
             if len(self.steps) == self.room:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            self.steps.add(step)
+            memory = self.Memory()
+            self.steps.add(memory)
             self.built.append(name)
-            return step
+            return memory
 
-        return Variant(name, build, **fields)
+        return fake(name, built=built, **fields)
 
 
 @pytest.mark.parametrize("crowded", [False, True])
@@ -320,7 +277,7 @@ def test_what_does_not_fit_waits_for_the_next_group_and_the_reference_takes_part
     if crowded:
         monkeypatch.setattr(steps, "spare_memory", lambda device: -1 if len(alive.steps) > 3 else 2**40)
     every = [alive.variant("reference eager"), *(alive.variant(f"ours {i}", compares=i > 0) for i in range(4))]
-    rows = steps.measure(SMALL, every, CPU, torch.float32, seconds=0.0)
+    rows = measure(*every)
     assert [row.variant for row in rows] == [variant.name for variant in every]
     assert [row.skipped for row in rows] == [""] * 5
     assert alive.built.count("reference eager") == 2  # without dropout, and as it is timed: never again
@@ -334,12 +291,6 @@ def test_what_does_not_fit_waits_for_the_next_group_and_the_reference_takes_part
 
 def test_what_does_not_fit_beside_the_reference_alone_is_left_out() -> None:
     alive = Alive(1)
-    first, *others = steps.measure(
-        SMALL,
-        [alive.variant(name) for name in ("reference eager", "ours 1", "ours 2")],
-        CPU,
-        torch.float32,
-        seconds=0.0,
-    )
+    first, *others = measure(*(alive.variant(name) for name in ("reference eager", "ours 1", "ours 2")))
     assert first.seconds
     assert [row.skipped for row in others] == ["CUDA out of memory"] * 2

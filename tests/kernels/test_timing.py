@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from bench.rules import Clock
 from kernels.timing import CudaMeter, Staged, by_turns, milliseconds
+from tests.clock import Clock
 
 CPU = torch.device("cpu")
 
