@@ -15,7 +15,7 @@ from msgspec.structs import replace
 import bench.__main__ as command
 from bench import results, steps
 from bench.results import WRONG, Ceiling, Results
-from bench.rules import NO_TIME
+from bench.rules import NO_TIME, TimeBudget
 from bench.variants import WORKLOADS, Variant, Workload, variants
 from kernels.cases import CASES
 from model import GPTConfig
@@ -190,6 +190,18 @@ def test_the_time_is_kept_by_leaving_out_rungs_first(
     if compiling < 70.0:
         _, written = measured(new_run(minutes=1.5, workloads="cpu,other"), ("steps",))
         assert {row.workload for row in written[-1].steps if row.seconds} == {"cpu", "other"}
+
+
+def test_a_part_of_the_time_knows_how_long_tasks_took(clock: Clock) -> None:
+    whole = TimeBudget(100.0)
+    with whole.task("compiled"):
+        clock.let_pass(30.0)
+    part = whole.part(20.0)
+    assert (part.left, whole.part(1000.0).left) == (20.0, 70.0)
+    assert not part.fits("compiled")
+    with part.task("compiled"):
+        clock.let_pass(10.0)
+    assert not whole.fits("compiled", more=31.0)  # the slowest counts, and 60 seconds are left
 
 
 def test_gpu_tests_run_in_a_process_of_their_own(here: Path) -> None:
