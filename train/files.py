@@ -1,6 +1,7 @@
 """Files that appear whole or not at all. Files of others, read with care. Folders that belong to one process."""
 
 import errno
+import fcntl
 import functools
 import os
 import shutil
@@ -15,28 +16,14 @@ from typing import BinaryIO
 
 from train.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None
-
-# errors of file systems that cannot lock or sync, some network ones for example
-_CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)
-
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. OSError for anything else: a pipe may never answer, a device may have no end."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
 
 
 def read_regular(path: Path, most: int) -> bytes:
@@ -54,27 +41,23 @@ def unused(folder: Path, stem: str, suffix: str = "") -> Path:
     return next(path for name in names if not os.path.lexists(path := folder / f"{name}{suffix}"))
 
 
-def holds(path: Path, mark: str, most: int = 1 << 28) -> bool:
-    """Whether `path` is a regular file, of at most `most` bytes, with the text `mark` somewhere in it."""
+def holds(path: Path, mark: str) -> bool:
+    """Whether `path` is a regular file, not a huge one, with the text `mark` somewhere in it."""
     try:
-        return mark.encode() in read_regular(path, most)
+        return mark.encode() in read_regular(path, 1 << 28)
     except OSError:
         return False
 
 
 def check_output(path: Path) -> None:
     """OSError unless `path` may be written: it is a regular file or nothing, in a folder that can be written."""
-    folder = path.parent
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        mode = stat.S_IFREG
+    mode = os.lstat(path).st_mode if os.path.lexists(path) else stat.S_IFREG
     if not stat.S_ISREG(mode):
         what = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link"}.get(stat.S_IFMT(mode), "a device or a pipe")
         raise OSError(errno.EINVAL, f"it is {what}, expected a regular file or nothing", str(path))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        found = errno.EACCES if os.path.isdir(folder) else errno.ENOENT
-        raise OSError(found, os.strerror(found), str(folder))
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        found = errno.EACCES if path.parent.is_dir() else errno.ENOENT
+        raise OSError(found, os.strerror(found), str(path.parent))
 
 
 def checksums(file: BinaryIO, size: int) -> list[int]:
@@ -110,17 +93,14 @@ def owned(folder: Path) -> Iterator[None]:
     """Make `folder`, the out_dir of a run, and lock it. At the end, delete it if it was made here and is empty.
 
     The system drops the lock when the process ends, however it ends. UserError if another process holds the lock, or if
-    the folder cannot be made. Windows and some file systems have no locks: there nothing is locked.
+    the folder cannot be made. Some file systems have no locks: there nothing is locked.
     """
     with ExitStack() as stack:
         try:
             stack.enter_context(_made(folder))
             stack.enter_context(_locked(folder))
         except BlockingIOError:
-            raise UserError(
-                f"out_dir: {folder} belongs to a run that has not ended; wait for its end, or name another folder with "
-                "--out_dir=FOLDER"
-            ) from None
+            raise UserError(f"out_dir: {folder} belongs to a run that has not ended; name another folder") from None
         except OSError as error:
             raise UserError(f"out_dir: cannot write {folder}: {error.strerror}") from None
         yield
@@ -142,19 +122,10 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock. BlockingIOError if another process holds it."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
+    with _opened(folder) as descriptor:
+        with _if_possible():
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _CANNOT:
-                raise
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -166,23 +137,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     with staging_folder(path.parent) as staging:
         with open(staging / path.name, "wb") as file:
             yield file
-            sync(file)
-        os.replace(staging / path.name, path)
-        sync_folder(path.parent)
+        replace_together(staging, path.parent, (path.name,))
 
 
 def replace_together(staging: Path, folder: Path, names: tuple[str, ...]) -> None:
     """Move the files `names` from `staging` into `folder`. Files that staging lacks are deleted from `folder`.
 
-    All are synced first. names[0] is deleted first and moved last: if it is there, all files are the old ones, or all
-    are the new ones. OSError, before anything is moved, if one of the names is no regular file.
+    All are synced first. Of several, names[0] is deleted first and moved last: if it is there, all files are the old
+    ones, or all are the new ones. OSError, before anything is moved, if one of the names is no regular file.
     """
     for name in names:
         check_output(folder / name)
     for path in staging.iterdir():
         with open(path, "rb") as file:
             sync(file)
-    (folder / names[0]).unlink(missing_ok=True)
+    if len(names) > 1:
+        (folder / names[0]).unlink(missing_ok=True)
     for name in (*names[1:], names[0]):
         if (staging / name).exists():
             os.replace(staging / name, folder / name)
@@ -198,14 +168,26 @@ def sync(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on the disk, so that renames survive a power cut. Windows cannot do this."""
-    if os.name == "nt":
-        return
+    """Wait until the names in `folder` are on the disk, so that renames survive a power cut."""
+    with _opened(folder) as descriptor, _if_possible():
+        os.fsync(descriptor)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """A descriptor of the folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _CANNOT:
-            raise
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _if_possible() -> Iterator[None]:
+    """Nothing happens inside on a file system that cannot lock or sync, some network ones for example."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF):
+            raise

@@ -1,8 +1,10 @@
 """How a run ends: done, out of time, interrupted, or with a loss that is not finite. Its folder is its own."""
 
+import errno
 import os
 import pickle
 import signal
+from unittest import mock
 
 import pytest
 
@@ -134,7 +136,6 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, resumed):
 
 
 def test_a_file_system_without_locks_holds_nothing(tmp_path, monkeypatch):
-    """Windows has no fcntl."""
-    monkeypatch.setattr("train.files.fcntl", None)
+    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     with owned(tmp_path / "out"):
         assert run(tmp_path / "out", max_iters=2) == 0
