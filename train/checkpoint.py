@@ -12,87 +12,78 @@ A save has six moves. A kill may come at any time: each name is then the whole o
 
 `resume` goes on from the latest. Sampling and exporting take the best (`best_of`).
 
-A load verifies every byte (`archive.py`), then every value that a run takes from it (`Rule`).
-
-The file holds nanoGPT's six keys, so that either program reads the other's, and one of ours:
-
-    model          {parameter name: tensor}, without the prefixes of torch.compile and DDP
-    optimizer      AdamW.state_dict(): first the group of tensors with 2 or more dimensions, then the others
-    model_args     the seven arguments of nanoGPT's GPTConfig, no more and no fewer
-    iter_num       optimizer steps done
-    best_val_loss  float
-    config         {setting: value} of the run
-    nanofuse       what nanoGPT has no place for (absent in nanoGPT's own files, {} once read)
-
-Everything is a tensor, a plain value, or a list, tuple or dict of those, so that both programs read it with
+A load verifies what it reads (`archive.py`), then every value that a run takes from it (`Checkpoint`). Everything is a
+tensor, a plain value, or a list, tuple or dict of those, so that nanoGPT too reads it with
 torch.load(weights_only=True), which runs no code.
 """
 
-import errno
 import io
 import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
+import msgspec
 import torch
+from msgspec import Meta, Struct, field
 
 from train.archive import glance, leaves, load_archive
-from train.errors import UserError, shown
+from train.errors import UserError, first_line
 from train.files import staging_folder, sync, sync_folder, unused
 
 E = TypeVar("E", bound=BaseException)
+Size = Annotated[int, Meta(ge=1, lt=2**24)]
 
 
-class Rule(NamedTuple):
-    """What a value in a checkpoint must be."""
-
-    what: str
-    kinds: type | tuple[type, ...]
-    fits: Callable[[Any], bool] = lambda value: True  # asked about values of these kinds
+# What a checkpoint must hold. msgspec compares what was read with these classes; a bool is no number to it.
 
 
-def _are_weights(model: dict) -> bool:
-    return bool(model) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in model.items())
+class ModelArgs(Struct, forbid_unknown_fields=True):
+    n_layer: Size
+    n_head: Size
+    n_embd: Size
+    block_size: Size
+    bias: bool
+    vocab_size: Size
+    dropout: Annotated[float, Meta(ge=0, le=1)]
 
 
-def _is_optimizer(state: dict) -> bool:
-    groups = state.get("param_groups")
-    return (
-        isinstance(state.get("state"), dict)
-        and isinstance(groups, list)
-        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
-        and all(type(index) is int for group in groups for index in group["params"])
-    )
+class Group(Struct):
+    params: list[int]
 
 
-def _is_scale(state: dict) -> bool:
-    return not state or all(type(state.get(name)) in (int, float) for name in ("scale", "_growth_tracker"))
+class Moments(Struct):
+    state: dict
+    param_groups: list[Group]
 
 
-_SIZE = Rule("a whole number of 1 or more", int, lambda value: value >= 1)
-MODEL_ARGS = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"), _SIZE) | {
-    "bias": Rule("True or False", bool),
-    "vocab_size": _SIZE,
-    "dropout": Rule("a number from 0 to 1", (int, float), lambda value: 0 <= value <= 1),
-}
-NANOGPTS = {
-    "model": Rule("a dict of named tensors", dict, _are_weights),
-    "optimizer": Rule("the state of a torch optimizer", dict, _is_optimizer),
-    "model_args": Rule("a dict", dict),
-    "iter_num": Rule("a count of iterations", int, lambda value: value >= 0),
-    "best_val_loss": Rule("a number", (int, float)),
-    "config": Rule("a dict", dict),
-}
-OURS = dict.fromkeys(("stale_evals", "judged_at", "best_iter"), Rule("a whole number", int)) | {
-    "gelu": Rule("a str", str),
-    "tokenizer": Rule("a dict", dict),
-    "scaler": Rule("the state of a loss scale", dict, _is_scale),
-}
+class Ours(Struct):
+    stale_evals: int = 0
+    judged_at: int = 0
+    best_iter: int = 0
+    gelu: str = ""
+    tokenizer: dict = {}
+    scaler: dict[str, float] = {}
+
+
+class Checkpoint(Struct):
+    """nanoGPT's six keys, so that either program reads the other's, and one of ours."""
+
+    model: Annotated[dict[str, torch.Tensor], Meta(min_length=1)]  # without the prefixes of torch.compile and DDP
+    optimizer: Moments  # AdamW.state_dict(): first the group of tensors with 2 or more dimensions, then the others
+    model_args: ModelArgs  # of nanoGPT's GPTConfig
+    iter_num: Annotated[int, Meta(ge=0)]  # optimizer steps done
+    best_val_loss: float
+    config: dict  # {setting: value} of the run
+    nanofuse: Ours = field(default_factory=Ours)  # what nanoGPT has no place for
+
+
+MODEL_ARGS = ModelArgs.__struct_fields__
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter, beside its count of steps
 
 _WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module)\.)+")  # torch.compile's and DDP's
@@ -101,8 +92,6 @@ _MASK = re.compile(r"\.attn\.bias$")  # the causal mask, a 4-D buffer of nanoGPT
 LATEST, BEST = "ckpt.pt", "ckpt-best.pt"
 _PREVIOUS = "ckpt-previous-{}.pt"
 _OF_A_RUN = ("ckpt*.pt", "metrics.jsonl", "loss.png", "loss.svg", "tensorboard", "trace.json")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 class Held(NamedTuple):
@@ -128,8 +117,6 @@ def save(
 
     UserError if the disk is full or out_dir cannot be written. The old files are then untouched.
     """
-    if keep < 1:
-        raise ValueError(f"keep must be 1 or more, not {keep}")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with staging_folder(out_dir) as staging:
@@ -142,9 +129,8 @@ def save(
                 _name_also(out_dir / LATEST, staging, out_dir / BEST)
             os.replace(staging / LATEST, out_dir / LATEST)
             sync_folder(out_dir)
-        for index, path in _previous(out_dir):
-            if index >= keep:
-                path.unlink()
+        for path in _previous(out_dir)[keep - 1 :]:
+            path.unlink()
         if best:
             (out_dir / BEST).unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
@@ -153,7 +139,8 @@ def save(
         cause = _behind(error, OSError)
         if cause is None:
             raise  # not the disk's doing
-        raise UserError(_why_not_saved(out_dir, checkpoint, cause)) from error
+        left = f"{out_dir / LATEST} is still whole" if (out_dir / LATEST).is_file() else "there is none"
+        raise UserError(f"out_dir={out_dir}: the checkpoint could not be written ({cause}); {left}") from error
 
 
 def load(path: Path) -> dict:
@@ -162,7 +149,7 @@ def load(path: Path) -> dict:
     UserError if there is none, or it is damaged. The message offers the newest other one that is whole.
     """
     try:
-        return _read(path)
+        return unpack(load_archive(path))
     except FileNotFoundError:
         problem = f"init_from=resume: there is no {path}; out_dir={path.parent} should be an earlier run's"
     except OSError as error:
@@ -226,33 +213,14 @@ def set_aside(out_dir: Path, patterns: Iterable[str] = _OF_A_RUN) -> Path | None
     return folder
 
 
-# Reading
-
-
-def _read(path: Path) -> dict:
-    """The checkpoint at `path`. OSError if it cannot be opened, ValueError if it is damaged, or no checkpoint."""
-    raw = load_archive(path)
-    try:
-        return unpack(raw)
-    except ValueError as error:
-        raise ValueError(f"is not a GPT's checkpoint: {error}") from error
-
-
 def _offer(path: Path) -> str:
-    others = [previous for _, previous in _previous(path.parent)]
-    for other in [path.with_name(LATEST), *others, path.with_name(BEST)]:
-        if other.name == path.name:
-            continue
-        try:
-            iteration = _read(other)["iter_num"]
-        except (OSError, ValueError):
-            continue
-        if path.name == BEST:
-            move, then = shlex.join(["mv", str(path), f"{path}.damaged"]), f"{other.name} is read instead"
-        else:
-            move, then = shlex.join(["mv", str(other), str(path)]), "resume again"
-        which = {LATEST: "the latest one", BEST: "the best one"}.get(other.name, "the one before it")
-        return f"; {which}, of iteration {iteration}, is whole: `{move}`, then {then}"
+    """The newest other checkpoint of the folder that is whole, and the command with which it is read instead."""
+    for other in (path.with_name(LATEST), *_previous(path.parent), path.with_name(BEST)):
+        with suppress(OSError, ValueError):
+            if other != path:
+                iteration = unpack(load_archive(other))["iter_num"]
+                move = ["mv", str(path), f"{path}.damaged"] if path.name == BEST else ["mv", str(other), str(path)]
+                return f"; {other.name}, of iteration {iteration}, is whole: `{shlex.join(move)}`, then try again"
     return ""
 
 
@@ -286,22 +254,17 @@ def _name_also(path: Path, staging: Path, name: Path) -> None:
     second = staging / "second"
     try:
         os.link(path, second)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
+    except OSError:
         with path.open("rb") as source, second.open("wb") as copy:
             shutil.copyfileobj(source, copy)
             sync(copy)
     os.replace(second, name)
 
 
-def _previous(out_dir: Path) -> list[tuple[int, Path]]:
-    """(index, path) of every ckpt-previous-<index>.pt, the newest first."""
-    found = ((re.fullmatch(r"ckpt-previous-(\d+)\.pt", path.name), path) for path in out_dir.glob("ckpt-previous-*"))
-    return sorted((int(match[1]), path) for match, path in found if match)
-
-
-# What went wrong
+def _previous(out_dir: Path) -> list[Path]:
+    """Every ckpt-previous-<number>.pt, the newest first."""
+    found = {path.name[len("ckpt-previous-") : -len(".pt")]: path for path in out_dir.glob("ckpt-previous-*.pt")}
+    return [found[number] for number in sorted(filter(str.isdecimal, found), key=int)]
 
 
 def _behind(error: BaseException | None, kind: type[E]) -> E | None:
@@ -309,20 +272,6 @@ def _behind(error: BaseException | None, kind: type[E]) -> E | None:
     while error is not None and not isinstance(error, kind):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _why_not_saved(out_dir: Path, checkpoint: dict, error: OSError) -> str:
-    path = out_dir / LATEST
-    left = f"{path} is still whole" if path.is_file() else f"there is no {path}"
-    if error.errno not in _NO_ROOM:
-        return f"out_dir={out_dir}: the checkpoint could not be written ({error}); {left}"
-    storages = (value.untyped_storage() for _, value in leaves(checkpoint) if isinstance(value, torch.Tensor))
-    needed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # tied weights count once
-    free = shutil.disk_usage(out_dir).free
-    return (
-        f"out_dir={out_dir}: no room for the checkpoint: it needs {needed / 1e6:.2f} MB, "
-        f"{free / 1e6:.2f} MB are free ({error.strerror}); {left}"
-    )
 
 
 # What is in the file
@@ -337,11 +286,8 @@ def pack(
     config: dict,
     extra: dict,
 ) -> dict:
-    """The dict to save. Its tensors are those passed in, not copies.
-
-    model_state and optimizer_state are what `state_dict()` returns; extra becomes the key "nanofuse". ValueError for
-    anything that `load` would refuse: now, while the run is still alive.
-    """
+    """The dict to save, with the same tensors, of what `state_dict()` returns; extra becomes "nanofuse". ValueError for
+    anything that `load` would refuse: now, while the run is still alive."""
     # The process that resumes may run AdamW in another way. nanoGPT takes `capturable` and the rate, which may be a
     # tensor here, from the file, and `capturable` fails on a CPU.
     groups = [
@@ -365,36 +311,21 @@ def pack(
     )
 
 
-def unpack(raw: object) -> dict:
+def unpack(raw: Any) -> dict:
     """What torch.load returned, checked, in the layout above. ValueError if anything is wrong with it."""
     if not isinstance(raw, dict):
-        raise ValueError(f"it holds a {type(raw).__name__}, not a dict")
-    if missing := [key for key in NANOGPTS if key not in raw]:
-        raise ValueError(f"it has no {', '.join(missing)}")
-    best = raw["best_val_loss"]
+        raise ValueError(f"is not a GPT's checkpoint: it holds a {type(raw).__name__}, not a dict")
+    best = raw.get("best_val_loss")
     if isinstance(best, torch.Tensor) and best.numel() == 1 and not best.is_meta:
-        best = best.item()  # as nanoGPT keeps it
-    raw = {"nanofuse": {}, **raw, "best_val_loss": best}
-    _check(raw, NANOGPTS | {"nanofuse": Rule("a dict", dict)})
-    if odd := set(raw["model_args"]) ^ set(MODEL_ARGS):
-        raise ValueError(f"its model_args and those of a GPT differ in {', '.join(sorted(map(str, odd)))}")
-    _check(raw["model_args"], MODEL_ARGS)
-    _check(raw["nanofuse"], OURS)
+        raw = {**raw, "best_val_loss": best.item()}  # as nanoGPT keeps it
+    try:
+        checked = msgspec.convert(raw, Checkpoint)
+    except Exception as error:  # msgspec's own, and a tensor's, which it takes for a dict
+        raise ValueError(f"is not a GPT's checkpoint: {first_line(error)}") from error
     model = {
         _WRAPPERS.sub("", name): tensor
-        for name, tensor in raw["model"].items()
+        for name, tensor in checked.model.items()
         if not (_MASK.search(name) and tensor.ndim == 4)
     }
-    found = {key: raw[key] for key in (*NANOGPTS, "nanofuse")}
-    return found | {"model": model, "best_val_loss": float(best)}
-
-
-def _check(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
-    """ValueError for a value that breaks its rule. A bool is no number."""
-    for key, rule in rules.items():
-        if key not in values:
-            continue
-        value = values[key]
-        fits = isinstance(value, rule.kinds) and (rule.kinds is bool or type(value) is not bool) and rule.fits(value)
-        if not fits:
-            raise ValueError(f"its {key} is {shown(value)}, not {rule.what}")
+    found = {key: raw.get(key, {}) for key in Checkpoint.__struct_fields__}
+    return found | {"model": model, "best_val_loss": checked.best_val_loss}

@@ -51,10 +51,7 @@ class SampleConfig:
 
 
 def load_model(config: SampleConfig, dtype: torch.dtype) -> tuple[GPT, Tokenizer, str]:
-    """The model that the settings name, on the CPU, to compute in `dtype`; its tokenizer; where it came from.
-
-    Raises UserError.
-    """
+    """The model that the settings name, on the CPU, to compute in `dtype`; its tokenizer; where it came from."""
     source, precision = config.init_from, Precision(compute=dtype)
     path = best_of(Path(config.out_dir)) if source == "resume" else named(source)
     try:
@@ -72,9 +69,7 @@ def load_model(config: SampleConfig, dtype: torch.dtype) -> tuple[GPT, Tokenizer
 
 def to_inference(model: GPT, device: torch.device) -> None:
     """Prepare for sampling alone: linear layers keep their weights in the compute dtype, cast once, not at every token.
-
-    The logits are bit for bit those of before.
-    """
+    The logits are bit for bit those of before."""
     model.to(device).eval()
     for layer in model.modules():
         if isinstance(layer, nn.Linear):  # the head too, which leaves the embedding its float32
@@ -120,15 +115,15 @@ def sample_text(
     config: only its group "sampling" counts. generator: on the model's device. UserError, at the call, if the prompt
     cannot be encoded or a number is out of range.
     """
-    hint = f"--start={quoted(example_start(tokenizer))}"
-    try:
-        ids = tokenizer.encode(config.start)
-    except ValueError as error:
-        raise UserError(f"start: {error}; for example {hint}") from error
-    if not ids:
-        raise UserError(f"start: got {shown(config.start)}, expected at least one token to go on from: {hint}")
+    hint = f"for example --start={quoted(example_start(tokenizer))}"
     if config.end_of_text and tokenizer.name != "gpt2":
         raise UserError(f"end_of_text: got True, but the tokenizer, {tokenizer.name}, has no end-of-text token")
+    try:
+        ids = tokenizer.encode(config.start)
+        if not ids:
+            raise ValueError(f"got {shown(config.start)}, expected at least one token to go on from")
+    except ValueError as error:
+        raise UserError(f"start: {error}; {hint}") from error
     idx = torch.tensor([ids], device=model.lm_head.weight.device)
     draw = config.max_new_tokens, config.temperature, config.top_k or None, config.top_p
     try:
@@ -143,7 +138,7 @@ def sample_text(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command. Samples go to stdout, a line about the model to stderr. Raises UserError."""
+    """The command. Samples go to stdout, a line about the model to stderr."""
     config, _ = command_line(SampleConfig, argv, "python -m train.sample", "Draw samples from a trained model.")
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import GPT
 from train import checkpoint
 from train.errors import UserError
 
@@ -36,18 +37,6 @@ def train(model: torch.nn.Module, optimizer: torch.optim.AdamW, steps: int, seed
         optimizer.step()
 
 
-def make_checkpoint(iteration: int = 3, **changes) -> dict:
-    """A checkpoint in which every weight equals its iteration, so that a mix of two would show."""
-    model = make_model()
-    optimizer = make_adamw(model)
-    train(model, optimizer, 1)
-    for p in model.parameters():
-        torch.nn.init.constant_(p, iteration)
-    weights, moments = model.state_dict(), optimizer.state_dict()
-    packed = checkpoint.pack(weights, moments, MODEL_ARGS, iteration, 1.5, {"dataset": "docs"}, {"gelu": "erf"})
-    return packed | changes
-
-
 def make_nanogpt(**changes) -> dict:
     """A checkpoint as nanoGPT's train.py saves it."""
     model = make_model()
@@ -61,6 +50,22 @@ def make_nanogpt(**changes) -> dict:
         "best_val_loss": torch.tensor(1.25),
         "config": {"out_dir": "out", "dropout": 0.0, "compile": True},
     } | changes
+
+
+def make_checkpoint(iteration: int = 3, **changes) -> dict:
+    """A checkpoint in which every weight equals its iteration, so that a mix of two would show."""
+    theirs = make_nanogpt()
+    for tensor in theirs["model"].values():
+        torch.nn.init.constant_(tensor, iteration)
+    what = theirs["model"], theirs["optimizer"], MODEL_ARGS, iteration, 1.5, {"dataset": "docs"}, {"gelu": "erf"}
+    return checkpoint.pack(*what) | changes
+
+
+def save_gpt(model: GPT, **ours) -> None:
+    """Write out/ckpt.pt in the current folder, of iteration 7."""
+    args = {name: getattr(model.config, name) for name in MODEL_ARGS}
+    what = {"state": {}, "param_groups": []}, args, 7, 1.5, {}, {"gelu": model.config.gelu} | ours
+    checkpoint.save(Path("out"), checkpoint.pack(model.state_dict(), *what), keep=1)
 
 
 def assert_same(a: object, b: object) -> None:

@@ -93,18 +93,12 @@ def test_a_best_loss_that_no_file_holds_is_forgotten(out, capsys):
     assert held(best_of(out)) == (best, since[best])
 
 
-def test_who_reads_weights_is_told_of_a_damaged_latest_one(out):
-    (out / "ckpt.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="the one before it, of iteration 4, is whole: `mv"):
-        sample(SAMPLE)
-
-
 def test_a_damaged_best_is_not_read_and_the_advice_works(out, capsys):
     path = out / "ckpt-best.pt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1  # within a tensor
     path.write_bytes(content)
-    with pytest.raises(UserError, match="the latest one, of iteration 7, is whole: `mv") as refused:
+    with pytest.raises(UserError, match=r"; ckpt\.pt, of iteration 7, is whole: `mv") as refused:
         sample(SAMPLE)
     subprocess.run(str(refused.value).split("`")[1], shell=True, check=True)
     sample(SAMPLE)

@@ -27,8 +27,6 @@ def test_truncated_at_many_lengths(tmp_path, whole):
     for length in {*range(8), *range(0, len(whole), 101), *range(len(whole) - 30, len(whole))}:
         path.write_bytes(whole[:length])
         assert str(path) in refusal(path)
-    path.write_bytes(whole[: len(whole) // 2])
-    assert "is cut short" in refusal(path)
 
 
 def test_a_flipped_bit_is_refused_or_harmless(tmp_path, whole):
@@ -60,14 +58,7 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path, whole):
             assert_same(loaded, saved)
     assert refused.keys() >= {(position, bit) for position in attributes for bit in range(8)}
     for position in within:
-        assert f"is damaged: its member {member.filename} does not have its CRC" in refused[position, position % 8]
-
-
-def test_what_torch_reads_is_compared_with_what_was_verified(tmp_path, whole, monkeypatch):
-    path = tmp_path / "ckpt.pt"
-    path.write_bytes(whole)
-    monkeypatch.setattr(torch, "load", lambda *args, **options: make_checkpoint(4))
-    assert "torch does not read the bytes" in refusal(path)
+        assert "is damaged: the bytes of" in refused[position, position % 8]
 
 
 # Files of other kinds
@@ -77,6 +68,8 @@ def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
+        for info in archive.infolist():
+            info.external_attr = 0  # as in torch's
 
 
 def rewritten(path: Path, pickled: bytes = b"", **options) -> None:
@@ -92,38 +85,40 @@ TUPLES_IN_TUPLES = b"\x80\x02}N" + b"\x85" * 100_000 + b"K\x01s."
 FILES = {  # how a file is made, and what the refusal says
     "empty": (lambda path: path.write_bytes(b""), "0 bytes"),
     "folder": (lambda path: path.mkdir(), "Is a directory"),
-    "legacy": (lambda path: torch.save({}, path, _use_new_zipfile_serialization=False), "not the zip archive"),
-    "another zip": (lambda path: zipped(path, {"document.xml": b""}), "not a checkpoint that torch can read"),
+    "legacy": (lambda path: torch.save({}, path, _use_new_zipfile_serialization=False), "not a zip file"),
+    "another zip": (lambda path: zipped(path, {"document.xml": b""}), "is not loaded"),
     "a tensor": (lambda path: torch.save(torch.zeros(3), path), "it holds a Tensor"),
-    "an object": (lambda path: torch.save({"x": Path("x")}, path), "more than tensors and plain values (pathlib"),
-    "a state_dict": (lambda path: torch.save(make_model().state_dict(), path), "it has no model, optimizer"),
+    "an object": (lambda path: torch.save({"x": Path("x")}, path), "it holds pathlib"),
+    "a state_dict": (lambda path: torch.save(make_model().state_dict(), path), "missing required field `model`"),
     "a pipe": (os.mkfifo, "cannot be read (not a regular file)"),
     "packed": (lambda path: rewritten(path, compression=zipfile.ZIP_DEFLATED), "is packed"),
     "a deep pickle": (lambda path: rewritten(path, TUPLES_IN_TUPLES), "tuples"),
 }
-VALUES = [  # what a nanoGPT's checkpoint holds instead of its own, and what the refusal says
-    ({"model": {"w": 1.0}}, "its model is {'w': 1.0}, not a dict of named tensors"),
-    ({"model": {}}, "its model is {}, not a dict of named tensors"),
-    ({"optimizer": {"state": {}}}, "its optimizer is {'state': {}}, not the state"),
-    ({"optimizer": {"state": [], "param_groups": []}}, "its optimizer is {"),
-    ({"optimizer": {"state": {}, "param_groups": [{"params": [[0]]}]}}, "its optimizer is {"),
-    ({"iter_num": "5"}, "its iter_num is '5'"),
-    ({"iter_num": -1}, "its iter_num is -1"),
-    ({"iter_num": True}, "its iter_num is True"),
-    ({"best_val_loss": torch.zeros(2)}, "its best_val_loss is tensor([0., 0.]), not a number"),
-    ({"config": None}, "its config is None, not a dict"),
-    ({"model_args": [1]}, "its model_args is [1], not a dict"),
-    ({"model_args": {"n_layer": 1}}, "differ in bias, block_size, dropout"),
-    ({"model_args": MODEL_ARGS | {"rope": True}}, "differ in rope"),
-    ({"model_args": MODEL_ARGS | {"n_layer": 0}}, "its n_layer is 0"),
-    ({"model_args": MODEL_ARGS | {"bias": 1}}, "its bias is 1"),
-    ({"model_args": MODEL_ARGS | {"dropout": 1.5}}, "its dropout is 1.5"),
-    ({"nanofuse": []}, "its nanofuse is [], not a dict"),
-    ({"nanofuse": {"gelu": 3}}, "its gelu is 3, not a str"),
-    ({"nanofuse": {"tokenizer": "char"}}, "its tokenizer is 'char', not a dict"),
-    ({"nanofuse": {"scaler": {"scale": "1", "_growth_tracker": 0}}}, "its scaler is {'scale': '1'"),
-    ({"nanofuse": {"best_iter": "3"}}, "its best_iter is '3', not a whole number"),
-    ({"nanofuse": {"judged_at": 1.5}}, "its judged_at is 1.5, not a whole number"),
+VALUES = [  # what a nanoGPT's checkpoint holds instead of its own, and of which place the refusal tells
+    ({"model": {"w": 1.0}}, "$.model"),
+    ({"model": {}}, "$.model"),
+    ({"optimizer": {"state": {}}}, "`param_groups` - at `$.optimizer"),
+    ({"optimizer": {"state": [], "param_groups": []}}, "$.optimizer.state"),
+    ({"optimizer": {"state": {}, "param_groups": [{"params": [[0]]}]}}, "$.optimizer.param_groups[0].params[0]"),
+    ({"iter_num": "5"}, "Expected `int`, got `str` - at `$.iter_num"),
+    ({"iter_num": -1}, "$.iter_num"),
+    ({"iter_num": True}, "$.iter_num"),
+    ({"best_val_loss": torch.zeros(2)}, "Expected `float`, got `Tensor` - at `$.best_val_loss"),
+    ({"config": None}, "$.config"),
+    ({"model_args": [1]}, "$.model_args"),
+    *(({key: torch.zeros(3)}, "not a GPT's checkpoint") for key in make_nanogpt() | {"nanofuse": {}}),
+    ({"model_args": {"n_layer": 1}}, "missing required field `n_head` - at `$.model_args"),
+    ({"model_args": MODEL_ARGS | {"rope": True}}, "unknown field `rope`"),
+    ({"model_args": MODEL_ARGS | {"n_layer": 0}}, "Expected `int` >= 1 - at `$.model_args.n_layer"),
+    ({"model_args": MODEL_ARGS | {"vocab_size": 10**30}}, "$.model_args.vocab_size"),
+    ({"model_args": MODEL_ARGS | {"bias": 1}}, "$.model_args.bias"),
+    ({"model_args": MODEL_ARGS | {"dropout": 1.5}}, "$.model_args.dropout"),
+    ({"nanofuse": []}, "$.nanofuse"),
+    ({"nanofuse": {"gelu": 3}}, "$.nanofuse.gelu"),
+    ({"nanofuse": {"tokenizer": "char"}}, "$.nanofuse.tokenizer"),
+    ({"nanofuse": {"scaler": {"scale": "1"}}}, "$.nanofuse.scaler"),
+    ({"nanofuse": {"best_iter": "3"}}, "$.nanofuse.best_iter"),
+    ({"nanofuse": {"judged_at": 1.5}}, "$.nanofuse.judged_at"),
 ]
 
 
@@ -134,21 +129,24 @@ def assert_refused(path: Path, says: str) -> None:
     assert checkpoint.held(path) is None  # a glance at it is as careful
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_files_of_other_kinds(tmp_path, kind):
-    make, says = FILES[kind]
-    make(tmp_path / "ckpt.pt")
-    assert_refused(tmp_path / "ckpt.pt", says)
-
-
-def test_values_of_other_kinds(tmp_path):
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # torch's, of a tensor that is taken for a dict
+def test_files_and_values_of_other_kinds(tmp_path):
+    for kind, (make, says) in FILES.items():
+        make(tmp_path / kind)
+        assert_refused(tmp_path / kind, says)
     path, good = tmp_path / "ckpt.pt", make_nanogpt()
     for changes, says in VALUES:
         torch.save(good | changes, path)
         assert_refused(path, says)
     for key in good:
         torch.save({name: value for name, value in good.items() if name != key}, path)
-        assert_refused(path, f"it has no {key}")
+        assert_refused(path, f"missing required field `{key}`")
+    for tensor, kind in (
+        (torch.zeros(2).to_sparse(), "sparse_coo tensor on cpu"),
+        (torch.zeros(2, device="meta"), "meta"),
+    ):
+        torch.save(good | {"model": {"w": tensor}}, path)
+        assert kind in refusal(path)
 
 
 # What the refusal offers
@@ -164,7 +162,7 @@ def test_the_newest_whole_one_is_offered_and_the_offer_works(tmp_path, damage):
     path.unlink()
     if damage == "cut":
         path.write_bytes(whole[:-100])
-    assert "iteration 2, is whole" in refusal(path)
+    assert "ckpt-previous-1.pt, of iteration 2, is whole" in refusal(path)
     previous.write_bytes(previous.read_bytes()[:-100])
     message = refusal(path)
     assert "iteration 1, is whole" in message

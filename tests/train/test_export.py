@@ -10,7 +10,7 @@ import torch
 
 from model import GPT, GPTConfig
 from model.pretrained import load_gpt2
-from train.checkpoint import MODEL_ARGS, load, pack, save
+from tests.train.checkpoints import save_gpt
 from train.errors import UserError
 from train.export import main, tokenizer_files
 from train.sample import main as sample
@@ -25,9 +25,7 @@ def model(tmp_path, monkeypatch) -> GPT:
     """A model. Its checkpoint is in out/ of the current folder."""
     monkeypatch.chdir(tmp_path)
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=12, gelu="tanh"))
-    args = {name: getattr(model.config, name) for name in MODEL_ARGS}
-    moments = {"state": {}, "param_groups": []}
-    save(Path("out"), pack(model.state_dict(), moments, args, 7, 1.5, {}, {"gelu": "tanh"}), keep=1)
+    save_gpt(model)
     return model
 
 
@@ -37,9 +35,7 @@ def files(folder: str = "folder") -> dict[str, bytes]:
 
 def test_export(model, capsys):
     """With its tokenizer, if the checkpoint holds one. That of an earlier export does not stay in the folder."""
-    nameless = load(Path("out", "ckpt.pt"))
-    meta = CharTokenizer("abcdefghijk").meta()
-    save(Path("out"), nameless | {"nanofuse": nameless["nanofuse"] | {"tokenizer": meta}}, keep=1)
+    save_gpt(model, tokenizer=CharTokenizer("abcdefghijk").meta())
     main(["--to=folder"])
     said = capsys.readouterr().out
     assert said.startswith("folder: iteration 7 of out/ckpt.pt, written")
@@ -51,7 +47,7 @@ def test_export(model, capsys):
     sample(["--init_from=folder", "--device=cpu", "--start=ba", "--num_samples=1", "--max_new_tokens=9"])
     assert set(capsys.readouterr().out.split("\n")[0]) <= set("abcdefghijk")
     Path("folder/notes.md").write_text("mine")
-    save(Path("out"), nameless, keep=1)
+    save_gpt(model)
     main(["--to=folder"])
     assert "folder: without a tokenizer: tokenizer: the dataset's is not known" in capsys.readouterr().out
     assert sorted(files()) == [*MODEL_FILES, "notes.md"]
@@ -65,18 +61,15 @@ def test_the_tokenizer_is_that_of_the_checkpoint(make):
     assert theirs.decode(ours.encode(TEXT), skip_special_tokens=False) == TEXT
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
+def test_mistakes(model):
+    for argv, message in (
         ([], "to: got '', expected a folder"),
         (["--to=folder", "--out_dir=nowhere"], r"no.* nowhere/ckpt\.pt"),
         (["--to=out/ckpt.pt"], r"to: out/ckpt\.pt: cannot be written: File exists"),
-    ],
-)
-def test_mistakes(model, argv, message):
-    with pytest.raises(UserError, match=message):
-        main(argv)
-    assert [path.name for path in Path().iterdir()] == ["out"]
+    ):
+        with pytest.raises(UserError, match=message):
+            main(argv)
+        assert [path.name for path in Path().iterdir()] == ["out"]
 
 
 def test_a_failed_export_leaves_the_old_one(model, monkeypatch):

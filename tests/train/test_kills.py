@@ -25,12 +25,10 @@ from train import checkpoint
 
 REFERENCE = 80  # iterations of the run without kills
 KEEP, ALWAYS_SAVE = (1, 2, 3), (True, False)
-ENDS = {  # how a run is ended: by which signals, and the exit statuses that it may have
-    "killed": ((signal.SIGKILL,), {-signal.SIGKILL}),
-    "killed in a save": ((signal.SIGKILL,), {-signal.SIGKILL}),
-    "interrupted": ((signal.SIGINT,), {130}),
-    "interrupted twice": ((signal.SIGINT, signal.SIGINT), {130}),
-    "terminated": ((signal.SIGTERM,), {143, -signal.SIGTERM}),  # before the loop begins, the system ends it
+ENDS = {  # how a run is ended: by which signal, whether inside a save, and the exit statuses that it may have
+    "killed": (signal.SIGKILL, False, {-signal.SIGKILL}),
+    "killed in a save": (signal.SIGKILL, True, {-signal.SIGKILL}),
+    "terminated": (signal.SIGTERM, False, {143, -signal.SIGTERM}),  # before the loop begins, the system ends it
 }
 
 
@@ -58,7 +56,6 @@ def drive(folder: Path, kills: int, seed: int) -> None:
     import torch._dynamo  # noqa: F401  AdamW's first step imports it: once here, not in every child
 
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
     rng = random.Random(seed)
     expected, losses = reference(folder / "reference")
     inside = apart = 0
@@ -72,7 +69,7 @@ def drive(folder: Path, kills: int, seed: int) -> None:
             child = start(out_dir, max_iters=10**6, **settings)
             status = end_it(child, out_dir, end, stale, rng)
             print(f"run of {keep}, {always}: {end}, status {status}; ckpt.pt had {saved}")
-            assert status in ENDS[end][1], output(out_dir)
+            assert status in ENDS[end][2], output(out_dir)
             inside += bool(set(out_dir.glob(".staging-*")) - stale)
             before, saved = saved, whole(out_dir, expected, losses)
             assert saved >= max(before, *iterations(out_dir, "save"), 0)
@@ -131,19 +128,14 @@ def digest(state: dict) -> str:
 def start(out_dir: Path, **settings) -> int:
     """Fork a child that trains and exits with the command's status. Returns its process id."""
     sys.stdout.flush()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child can catch it
-    child, status = os.fork(), 99
-    if child:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if child := os.fork():
         return child
+    status = 99
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         descriptor = os.open(f"{out_dir}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         status = run(out_dir, **settings)
-    except KeyboardInterrupt:
-        status = 130
     except BaseException:
         traceback.print_exc()
     finally:
@@ -158,27 +150,18 @@ def end_it(child: int, out_dir: Path, end: str, stale: set[Path], rng: random.Ra
     def lives() -> bool:
         return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
-    def saves() -> bool:
-        with suppress(FileNotFoundError):  # a folder in which nothing was saved goes with its run
-            return bool(set(out_dir.glob(".staging-*")) - stale)
-        return False
-
     lines = len(records(out_dir))
     if rng.random() < 0.8:  # else while it starts
         while lives() and len(records(out_dir)) < lines + 3:
             time.sleep(1e-3)
     time.sleep(rng.expovariate(20))
-    first, *second = ENDS[end][0]
+    number, in_a_save, _ = ENDS[end]
     patience = time.monotonic() + 10  # if only the best is saved, there may be no other save
-    while end == "killed in a save" and lives() and not saves() and time.monotonic() < patience:
-        pass
-    os.kill(child, first)
-    for number in second:
-        while lives() and not saves() and rng.random() < 0.999:  # most often in the save that the first one began
-            pass
-        time.sleep(rng.expovariate(500))
-        if lives():
-            os.kill(child, number)
+    while in_a_save and lives() and time.monotonic() < patience:
+        with suppress(FileNotFoundError):  # a folder in which nothing was saved goes with its run
+            if set(out_dir.glob(".staging-*")) - stale:
+                break
+    os.kill(child, number)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 
