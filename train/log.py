@@ -18,8 +18,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,9 @@ def say(line: str) -> None:
 class RunLog:
     """The log of a run, kept by one rank.
 
-    parameters: how many the model has. resume_iter: the iteration that a resumed run goes on from, None for a new
-    run. console: prints one line. UserError if out_dir cannot be written; before anything is written, also if wandb
-    or TensorBoard is asked for and does not work. Later an output that fails does not end the run: the console says so,
-    once for each. With eval_only nothing is written to out_dir.
+    resume_iter: the iteration that a resumed run goes on from, None for a new run. UserError if out_dir cannot be
+    written, or if wandb or TensorBoard is asked for and does not work. Later an output that fails does not end the run:
+    the console says so, once for each. With eval_only nothing is written to out_dir.
     """
 
     def __init__(
@@ -61,18 +60,19 @@ class RunLog:
         resume_iter: int | None = None,
         console: Callable[[str], None] = say,
     ) -> None:
-        self._console = console
+        self.message = self._console = console
         self._path = Path(config.out_dir) / METRICS
         self._mfu: float | None = None  # the last one logged; nanoGPT sends it to wandb with an evaluation
-        self._failed: set[str] = set()  # outputs that the console has named
+        self._failed: set[str | Path] = set()  # outputs that the console has named
         self._file = self._tensorboard = None
+        self._torn = False  # whether the file ends within a line
         self._wandb, tensorboard = _import_sinks(config)
         settings = dataclasses.asdict(config)
         if self._wandb:
             try:
                 self._wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=settings)
             except Exception as error:  # no login, no network: theirs to say, in one line
-                raise UserError(f"wandb_log: wandb.init failed: {' '.join(str(error).split())}") from error
+                raise UserError(f"wandb_log: wandb.init failed: {first_line(error)}") from error
         if config.eval_only:  # an earlier run in out_dir, or one that is under way there, keeps its log
             return
         from train.checkpoint import set_aside  # here: torch takes two seconds, and `train.plot` needs only the log
@@ -91,7 +91,8 @@ class RunLog:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _end_partial_line(self._path)
+            with suppress(FileNotFoundError), open_regular(self._path) as file:
+                self._torn = not file.read().endswith(b"\n")
             self._file = self._path.open("ab", buffering=0)  # so that a line is one write, at once
             # purge_step hides what an earlier run logged from there on
             self._tensorboard = tensorboard and tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=start)
@@ -99,26 +100,20 @@ class RunLog:
         except OSError as error:
             raise UserError(f"out_dir: cannot write {self._path}: {error.strerror}") from error
 
-    def message(self, text: str) -> None:
-        """A line for the console only."""
-        self._console(text)
-
     def iteration(self, iter_num: int, loss: float, seconds: float, mfu: float, **others: float) -> None:
         """The log line of an iteration. seconds: the mean of one since the last line; mfu: from 0 to 1."""
         self._console(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
         values = {"loss": loss, "seconds": seconds, "mfu": mfu, **others}
         self._append("iter", iter_num, **values)
-        self._mfu = mfu
-        self._chart(iter_num, {**values, "mfu": mfu * 100})
+        self._mfu = mfu * 100
+        self._chart(iter_num, values | {"mfu": self._mfu})
 
     def evaluation(self, iter_num: int, train_loss: float, val_loss: float, lr: float, seconds: float) -> None:
         """The line of an evaluation: the mean loss of each split. seconds: what evaluating took."""
         self._console(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self._append("eval", iter_num, train_loss=train_loss, val_loss=val_loss, lr=lr, seconds=seconds)
-        values = {"train/loss": train_loss, "val/loss": val_loss, "lr": lr}
-        if self._mfu is not None:
-            values["mfu"] = self._mfu * 100
-        self._chart(iter_num, values)
+        known = {} if self._mfu is None else {"mfu": self._mfu}
+        self._chart(iter_num, {"train/loss": train_loss, "val/loss": val_loss, "lr": lr, **known})
 
     def saved(self, iter_num: int, seconds: float) -> None:
         """A checkpoint was written, in so many seconds: recorded, not printed."""
@@ -126,43 +121,39 @@ class RunLog:
 
     def close(self) -> None:
         """The run is over."""
-        for name, end in (
-            (self._path, self._file and self._file.close),
-            ("wandb", self._wandb and self._wandb.finish),
-            ("TensorBoard", self._tensorboard and self._tensorboard.close),
-        ):
-            if end:
-                with self._surviving(name):
-                    end()
+        if self._file:
+            self._try(self._path, self._file.close)
+        if self._wandb:
+            self._try("wandb", self._wandb.finish)
+        if self._tensorboard:
+            self._try("TensorBoard", self._tensorboard.close)
 
     def _append(self, kind: str, iter_num: int, **values: Any) -> None:
         if self._file:
-            with self._surviving(self._path):
-                self._write(kind, iter_num, values)
+            self._try(self._path, self._write, kind, iter_num, values)
 
     def _write(self, kind: str, iter_num: int, values: Mapping[str, Any]) -> None:
-        """Append a record. OSError if it is not written whole. The next one then begins on a new line."""
+        """Append a record, on a line of its own. OSError if it is not written whole."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = json.dumps({"kind": kind, "iter": iter_num, **finite}, allow_nan=False).encode() + b"\n"
-        if self._path in self._failed:
+        if self._torn:
             line = b"\n" + line
+        self._torn = True
         if self._file.write(line) != len(line):
             raise OSError(0, "the disk is full")  # a short write is all a full disk says at first
+        self._torn = False
 
     def _chart(self, iter_num: int, values: Mapping[str, float]) -> None:
         if self._wandb:
-            with self._surviving("wandb"):
-                self._wandb.log({"iter": iter_num, **values})
+            self._try("wandb", self._wandb.log, {"iter": iter_num, **values})
         if self._tensorboard:
-            with self._surviving("TensorBoard"):
-                for name, value in values.items():
-                    self._tensorboard.add_scalar(name, value, iter_num)
+            for name, value in values.items():
+                self._try("TensorBoard", self._tensorboard.add_scalar, name, value, iter_num)
 
-    @contextmanager
-    def _surviving(self, output: str | Path) -> Iterator[None]:
-        """An error of `output` inside does not end the run. Every line is tried again: a full disk may be freed."""
+    def _try(self, output: str | Path, call: Callable[..., object], *args: Any) -> None:
+        """call(*args). Its error does not end the run. Every line is tried again: a full disk may be freed."""
         try:
-            yield
+            call(*args)
         except Exception as error:  # wandb's and TensorBoard's are of many types
             if output not in self._failed:
                 self._failed.add(output)
@@ -206,14 +197,6 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
     return list(records.values())
 
 
-def _end_partial_line(path: Path) -> None:
-    if path.exists() and path.stat().st_size:
-        with open(path, "rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-
-
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -221,15 +204,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _import_sinks(config: TrainConfig) -> tuple[Any, Any]:
-    """wandb and torch.utils.tensorboard, if they are asked for. UserError if one is not installed."""
+def _import_sinks(config: TrainConfig) -> list[Any]:
+    """wandb and torch.utils.tensorboard, None for one that is not asked for. UserError if one is not installed."""
     found = []
     for name, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
         try:
             found.append(importlib.import_module(module) if getattr(config, f"{name}_log") else None)
-        except ImportError as error:
-            raise UserError(
-                f"{name}_log: got True, but {name} is not installed; pip install 'nanofuse[{name}]'"
-            ) from error
-    wandb, tensorboard = found
-    return wandb, tensorboard
+        except ImportError:
+            said = f"{name}_log: got True, but {name} is not installed; pip install 'nanofuse[{name}]'"
+            raise UserError(said) from None
+    return found

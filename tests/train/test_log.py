@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import os
+import resource
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -101,22 +102,28 @@ def test_reading_skips_what_is_no_record(tmp_path):
     assert losses(read_metrics(path)) == {1: 2.0}
 
 
-@pytest.mark.parametrize("obstacle", ["a file where the folder should be", "a folder where the file should be"])
-def test_a_folder_that_cannot_be_written(start, obstacle):
-    if obstacle.startswith("a file"):
-        start.path.parent.write_text("")
-    else:
-        start.path.mkdir(parents=True)
-    with pytest.raises(UserError, match=r"^out_dir: cannot write .*metrics.jsonl: [A-Z][a-z ]+$"):
-        start()
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk(start):
-    start.path.parent.mkdir()
-    start.path.symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"^out_dir: cannot write .*: No space left on device$"):
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda path: path.parent.touch(),
+        lambda path: path.mkdir(parents=True),
+        lambda path: (path.parent.mkdir(), os.mkfifo(path)),
+    ],
+)
+def test_what_cannot_be_written(start, put):
+    put(start.path)
+    with pytest.raises(UserError, match=r"^out_dir: cannot write .*metrics.jsonl: [A-Za-z ]+$"):
         start(resume_iter=0)
+
+
+def test_a_full_disk(start):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"^out_dir: cannot write .*: the disk is full$"):
+            start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("output", ["metrics", "wandb", "tensorboard"])
@@ -141,37 +148,29 @@ def test_an_output_that_fails_under_the_run_does_not_end_it(start, monkeypatch, 
     assert 2 in losses(read_metrics(start.path))
 
 
-def test_wandb_gets_nanogpts_keys(start, monkeypatch):
-    wandb = mock.Mock()
+def test_wandb_gets_nanogpts_keys_and_tensorboard_the_same_curves(start, monkeypatch):
+    wandb, tensorboard = mock.Mock(), mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    log = start(wandb_log=True, wandb_project="owt", wandb_run_name="mine")
-    config = TrainConfig(out_dir=str(start.path.parent), wandb_log=True, wandb_project="owt", wandb_run_name="mine")
-    wandb.init.assert_called_once_with(project="owt", name="mine", config=dataclasses.asdict(config))
-    log.evaluation(0, train_loss=4.2, val_loss=4.3, lr=0.0, seconds=1.0)
-    log_iteration(log, 10, loss=3.0, mfu=0.25)
-    log.evaluation(20, train_loss=2.2, val_loss=2.3, lr=1e-3, seconds=1.0)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    settings = dict(wandb_log=True, wandb_project="owt", wandb_run_name="mine", tensorboard_log=True)
+    log = start(resume_iter=20, **settings)
+    config = dataclasses.asdict(TrainConfig(out_dir=str(start.path.parent), **settings))
+    wandb.init.assert_called_once_with(project="owt", name="mine", config=config)
+    tensorboard.SummaryWriter.assert_called_once_with(str(start.path.parent / "tensorboard"), purge_step=20)
+    log.evaluation(20, train_loss=4.2, val_loss=4.3, lr=0.0, seconds=1.0)
+    log_iteration(log, 30, loss=3.0, mfu=0.25)
+    log.evaluation(40, train_loss=2.2, val_loss=2.3, lr=1e-3, seconds=1.0)
     log.close()
     first, iteration, second = (call.args[0] for call in wandb.log.call_args_list)
-    assert first == {"iter": 0, "train/loss": 4.2, "val/loss": 4.3, "lr": 0.0}
-    assert second == {"iter": 20, "train/loss": 2.2, "val/loss": 2.3, "lr": 1e-3, "mfu": 25.0}
-    assert (iteration["iter"], iteration["loss"], iteration["mfu"]) == (10, 3.0, 25.0)
-    wandb.finish.assert_called_once_with()
-
-
-def test_tensorboard_gets_the_same_curves(start, monkeypatch):
-    fake = mock.Mock()
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    log = start(tensorboard_log=True, resume_iter=20)
-    log.evaluation(20, train_loss=2.2, val_loss=2.3, lr=1e-3, seconds=1.0)
-    log.close()
-    writer = mock.call.SummaryWriter()
-    assert fake.mock_calls == [
-        mock.call.SummaryWriter(str(start.path.parent / "tensorboard"), purge_step=20),
-        writer.add_scalar("train/loss", 2.2, 20),
-        writer.add_scalar("val/loss", 2.3, 20),
-        writer.add_scalar("lr", 1e-3, 20),
-        writer.close(),
-    ]
+    assert first == {"iter": 20, "train/loss": 4.2, "val/loss": 4.3, "lr": 0.0}
+    assert second == {"iter": 40, "train/loss": 2.2, "val/loss": 2.3, "lr": 1e-3, "mfu": 25.0}
+    assert (iteration["iter"], iteration["loss"], iteration["mfu"]) == (30, 3.0, 25.0)
+    writer = tensorboard.SummaryWriter()
+    curves = [call.args for call in writer.add_scalar.call_args_list]
+    sent = (first, iteration, second)
+    assert curves == [(name, values[name], values["iter"]) for values in sent for name in values if name != "iter"]
+    for end in (wandb.finish, writer.close):
+        end.assert_called_once_with()
 
 
 @pytest.mark.parametrize(("package", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
