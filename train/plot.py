@@ -105,10 +105,7 @@ def write_picture(path: Path, runs: dict[str, list[Record]]) -> Path:
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot(facecolor=LIGHT["paper"])
     for i, (name, records) in enumerate(runs.items()):
-        if len(runs) == 1:
-            _draw_alone(axes, records)
-        else:
-            _draw_among_others(axes, name, records, COLOURS[i % len(COLOURS)])
+        _draw(axes, records, COLOURS[i % len(COLOURS)], name if len(runs) > 1 else "")
     if not axes.lines:
         raise UserError(f"{METRICS}: no losses yet in {', '.join(runs)}")
     axes.set_title(printable(title), loc="left", color=LIGHT["ink"], parse_math=False)
@@ -127,33 +124,23 @@ def write_picture(path: Path, runs: dict[str, list[Record]]) -> Path:
     return path
 
 
-def _draw_alone(axes: "Axes", records: list[Record]) -> None:
-    """One run: training in one colour, validation in another."""
+def _draw(axes: "Axes", records: list[Record], colour: str, name: str) -> None:
+    """A run. name: if it is one of several. Then all is in its colour, and the training losses are faint."""
     x, y = _points(records, "iter", "loss")
+    evaluated, means = _points(records, "eval", "train_loss")
+    judged, losses = _points(records, "eval", "val_loss")
+    if len(x) and not name:
+        axes.plot(*_thin(x, y), color=colour, linewidth=0.8, alpha=0.2)
     if len(x):
-        axes.plot(*_thin(x, y), color=COLOURS[0], linewidth=0.8, alpha=0.2)
-        axes.plot(*_thin(x, _smooth(y)), color=COLOURS[0], linewidth=1.5, label="training")
-    x, y = _points(records, "eval", "train_loss")
-    if len(x):
-        axes.plot(x, y, "o", color=COLOURS[0], markerfacecolor="none", label="training, evaluated")
-    _draw_validation(axes, records, COLOURS[1], "validation")
-
-
-def _draw_among_others(axes: "Axes", name: str, records: list[Record], colour: str) -> None:
-    """One run of several: training faint, validation over it, both in the run's colour."""
-    (x, y), evaluated = _points(records, "iter", "loss"), len(_points(records, "eval", "val_loss")[0])
-    if len(x):
-        axes.plot(*_thin(x, _smooth(y)), color=colour, alpha=0.5, label=None if evaluated else name)
-    _draw_validation(axes, records, colour, name)
-
-
-def _draw_validation(axes: "Axes", records: list[Record], colour: str, name: str) -> None:
-    """The validation losses, the best one ringed."""
-    x, y = _points(records, "eval", "val_loss")
-    if len(x):
-        best = int(np.argmin(y))
-        axes.plot(x, y, "o-", color=colour, linewidth=2, label=f"{name}, best {y[best]:.4f} at {x[best]}")
-        axes.plot(x[best], y[best], "o", color=colour, markersize=12, markerfacecolor="none")
+        label = "training" if not name else None if len(judged) else name
+        axes.plot(*_thin(x, _smooth(y)), color=colour, alpha=0.5 if name else 1.0, label=label)
+    if len(evaluated) and not name:
+        axes.plot(evaluated, means, "o", color=colour, markerfacecolor="none", label="training, evaluated")
+    if len(judged):
+        best, colour = int(np.argmin(losses)), colour if name else COLOURS[1]
+        label = f"{name or 'validation'}, best {losses[best]:.4f} at {judged[best]}"
+        axes.plot(judged, losses, "o-", color=colour, linewidth=2, label=label)
+        axes.plot(judged[best], losses[best], "o", color=colour, markersize=12, markerfacecolor="none")
 
 
 def _points(records: list[Record], kind: str, name: str) -> Points:
