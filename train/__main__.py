@@ -29,7 +29,7 @@ from train.log import RunLog, check_sinks, say
 from train.loop import Loop
 from train.plan import Plan, choose_graphs, decide
 from train.plot import plot_run
-from train.profile import ProfiledStep, profiled_step
+from train.profile import ProfiledStep
 from train.sample import SampleConfig, example_start, sample_text
 from train.state import TrainState, make_state
 from train.step import Evaluation, TrainStep
@@ -137,7 +137,7 @@ def make_step(
         step = GraphedStep(step, (plan.accumulation, config.batch_size, config.block_size), evaluation)
         evaluation = step.evaluation
     if config.profile and plan.world.master:
-        step = profiled_step(step, plan, state.progress.iter_num, say)
+        step = ProfiledStep(step, plan, state.progress.iter_num, say)
     return step, evaluation
 
 

@@ -6,19 +6,19 @@
 `report` prints the rows beside their floors: the least time of their work, at the rates measured on this device.
 """
 
+import functools
 import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from model.work import MATMULS, Work, floor
+from model.work import MATMULS, floor
 from train.data import Batch
 from train.dryrun import Job
 from train.files import replace_together, staging_folder
@@ -36,62 +36,51 @@ ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}  # categories of a trace's ev
 NAMED = 8  # operations that no row knows: so many are listed by name
 
 # The rows of the table, in order. A part of `step_work` without a row of its own has one in ROW_OF_PART.
-COMPILED, ELEMENTWISE, COPIES, BOOKKEEPING = "torch.compile", "elementwise, sums", "copies, memsets", "bookkeeping"
-GELU_FORWARD, GELU_BACKWARD = "matmul + GELU forward", "matmul + GELU backward"  # one kernel each
+COMPILED, ELEMENTWISE, COPIES = "torch.compile", "elementwise, sums, views", "copies, memsets"
 OTHER, IDLE = "other", "idle"
-ROWS = ("matmuls", GELU_FORWARD, GELU_BACKWARD, "attention forward", "attention backward")
-ROWS += ("LayerNorm forward", "LayerNorm backward", "GELU forward", "GELU backward", "cross-entropy", "embeddings")
-ROWS += ("optimizer", COMPILED, ELEMENTWISE, COPIES, "communication", BOOKKEEPING, OTHER, IDLE)
+ROWS = ("matmuls", "attention forward", "attention backward", "LayerNorm forward", "LayerNorm backward")
+ROWS += ("GELU forward", "GELU backward", "cross-entropy", "embeddings", "optimizer", COMPILED, ELEMENTWISE, COPIES)
+ROWS += ("communication", OTHER, IDLE)
 ROW_OF_PART = dict.fromkeys(MATMULS, "matmuls") | {
     "embedding forward": "embeddings",
     "embedding backward": "embeddings",
     "accumulation": ELEMENTWISE,
 }
-UNSPECIFIC = {ELEMENTWISE, COPIES, BOOKKEEPING, OTHER}  # part of whatever operation they run in, if any
+UNSPECIFIC = {ELEMENTWISE, COPIES, OTHER}  # part of whatever operation they run in, if any
+FUSED_GELU = "linear_gelu"  # so begin the names of kernels that compute a matmul and GELU
 
 # The first pattern that is found in a name decides. Special ones come first: Inductor's names list what they fuse, and
 # many attention kernels have CUTLASS in theirs.
-PATTERNS = tuple(
-    (row, re.compile(pattern))
-    for row, pattern in (
-        ("communication", r"^nccl|^gloo:|^c10d::|^_?all_?reduce"),
-        ("matmuls", r"^triton_(tem|mm)_\w*?(mm|matmul)"),
-        (COMPILED, r"^triton_[a-z0-9]+_|^cpp_fused|CompiledFxGraph|Torch-Compiled|CompiledFunction|AOTDispatcher"),
-        (COMPILED, r"^TorchDynamo|^Pregraph"),
-        (BOOKKEEPING, r"^autograd::|^torch::autograd::|^\w+Backward\d*$"),
-        # cuDNN's fprop and bprop, flash-attn 2, 3 and 4, xformers' fmha; torch's on a CPU, where bmm is attention's
-        ("attention backward", r"(flash|Flash|[aA]tt(entio)?n).*([bB]wd|bprop|[bB]ackward)|fmha_cutlassB"),
-        ("attention backward", r"dot_do_o|convert_dq|^aten::_softmax_backward"),
-        ("attention forward", r"flash|Flash|fmha|sdpa|[aA]ttention|^aten::(bmm|baddbmm|_?softmax|_safe_softmax)$"),
-        (GELU_FORWARD, r"^linear_gelu_fwd_kernel"),
-        (GELU_BACKWARD, r"^linear_gelu_bwd_kernel"),
-        ("matmuls", r"^nanofuse::mlp"),
-        ("LayerNorm backward", r"layer_norm_(bwd|backward|grad)|^sum_partials|GammaBeta|cuComputeGradInput"),
-        ("LayerNorm forward", r"layer_norm|LayerNorm|RowwiseMoments"),
-        ("GELU backward", r"gelu_b(wd|ackward)|GeluBackward"),
-        ("GELU forward", r"gelu|Gelu"),
-        ("cross-entropy", r"cross_entropy|nll_loss|[sS]oft_?[mM]ax|^(scale|count)_kernel"),
-        ("embeddings", r"[eE]mbedding|index_?[sS]elect|gather_kernel|RadixSort|SortKV|sum_and_scatter|krn_partial"),
-        ("embeddings", r"compute_grad_weight|compute_num_of_partial|^aten::(sort|bincount|searchsorted)"),
-        ("optimizer", r"adamw|Adam|multi_tensor_apply|NormTwoOps|vector_norm|_amp_"),
-        ("matmuls", r"nvjet|gemm|gemv|cutlass|xmma|cublas|splitK|sm\d\d_|mkldnn"),
-        ("matmuls", r"^aten::(mm|addmm|_addmm|linear|matmul)"),
-        (COPIES, r"^Mem(cpy|set)|copy|Copy|FillFunctor|^aten::(to|clone|contiguous|cat|stack|fill_|zero_)$"),
-        (COPIES, r"^aten::(zero|one)s(_like)?$|^aten::full(_like)?$"),
-        (ELEMENTWISE, r"at::native.*(elementwise|reduce|dropout|distribution)|^aten::_foreach_"),
-        (ELEMENTWISE, r"^aten::(add|sub|mul|div|neg|abs|pow|sqrt|rsqrt|reciprocal|clamp|where|sum|mean|any|all)_?$"),
-        (ELEMENTWISE, r"^aten::(eq|ne|gt|ge_?|lt|le|is\w+|logical_\w+|bitwise_\w+|bernoulli_|native_dropout|dropout)$"),
-        (ELEMENTWISE, r"^aten::(rand\w*|triu_?)$|^nanofuse_cpu::random_keep"),
-        (BOOKKEEPING, r"^aten::(as_strided|view|_unsafe_view|reshape|flatten|t|transpose|permute|expand|slice\w*)$"),
-        (BOOKKEEPING, r"^aten::(select|narrow|unsqueeze|unbind|split|alias|detach_?|empty\w*|resize_|resolve_\w+|mT)$"),
-        (BOOKKEEPING, r"^aten::(item|_local_scalar_dense|lift_fresh)$|^detach$"),
-    )
+PATTERNS = (
+    ("communication", r"^nccl|^gloo:|^c10d::|^_?all_?reduce"),
+    ("matmuls", r"^triton_(tem|mm)_\w*?(mm|matmul)"),
+    (COMPILED, r"^triton_[a-z0-9]+_|^cpp_fused|CompiledFxGraph|Torch-Compiled|CompiledFunction|AOTDispatcher"),
+    (COMPILED, r"^TorchDynamo|^Pregraph"),
+    (ELEMENTWISE, r"^autograd::|^torch::autograd::|^\w+Backward\d*$"),
+    # cuDNN's fprop and bprop, flash-attn 2, 3 and 4, xformers' fmha; torch's on a CPU, where bmm is attention's
+    ("attention backward", r"(flash|Flash|[aA]tt(entio)?n).*([bB]wd|bprop|[bB]ackward)|fmha_cutlassB"),
+    ("attention backward", r"dot_do_o|convert_dq|^aten::_softmax_backward"),
+    ("attention forward", r"flash|Flash|fmha|sdpa|[aA]ttention|^aten::(bmm|baddbmm|_?softmax|_safe_softmax)$"),
+    ("matmuls", rf"^{FUSED_GELU}|^nanofuse::mlp"),
+    ("LayerNorm backward", r"layer_norm_(bwd|backward|grad)|^sum_partials|GammaBeta|cuComputeGradInput"),
+    ("LayerNorm forward", r"layer_norm|LayerNorm|RowwiseMoments"),
+    ("GELU backward", r"gelu_b(wd|ackward)|GeluBackward"),
+    ("GELU forward", r"gelu|Gelu"),
+    ("cross-entropy", r"cross_entropy|nll_loss|[sS]oft_?[mM]ax|^(scale|count)_kernel"),
+    ("embeddings", r"[eE]mbedding|index_?[sS]elect|gather_kernel|RadixSort|SortKV|sum_and_scatter|krn_partial"),
+    ("embeddings", r"compute_grad_weight|compute_num_of_partial|^aten::(sort|bincount|searchsorted)"),
+    ("optimizer", r"adamw|Adam|multi_tensor_apply|NormTwoOps|vector_norm|_amp_"),
+    ("matmuls", r"nvjet|gemm|gemv|cutlass|xmma|cublas|splitK|sm\d\d_|mkldnn|^aten::(_?addmm|mm|linear|matmul)"),
+    (COPIES, r"^Mem(cpy|set)|copy|Copy|FillFunctor|^aten::(to|clone|contiguous|cat|stack|fill_|zero_)$"),
+    (COPIES, r"^aten::(zeros|ones|full)(_like)?$"),
+    (ELEMENTWISE, r"at::native.*(elementwise|reduce|dropout|distribution)|^aten::|^nanofuse_cpu::random_keep|^detach$"),
 )
 
 
+@functools.cache
 def row_of(name: str) -> str:
     """The row of ROWS that an operation of this name belongs to. OTHER where nothing is known of it."""
-    return next((row for row, pattern in PATTERNS if pattern.search(name)), OTHER)
+    return next((row for row, pattern in PATTERNS if re.search(pattern, name)), OTHER)
 
 
 # Steps under the profiler
@@ -110,34 +99,22 @@ def profiled_iterations(first: int, max_iters: int, eval_interval: int, accumula
     return range(begin, min(begin + count, max_iters))
 
 
-def profiled_step(step: TrainStep | GraphedStep, plan: Plan, first: int, say: Callable[[str], None]) -> "ProfiledStep":
-    """`step` of a run, profiled as its plan says. first: the run's first iteration."""
-    config, dtype = plan.config, plan.precision.compute
-    at = as_planned_for(plan.device)  # the residual stream's dtype depends on it
-    job = job_of(config, plan.shape, plan.ops, dtype, plan.world, chunk=0, resumed=False, **at)
-    floors = Floors(measure_ceilings(plan.device, dtype), job)
-    which = profiled_iterations(first, config.max_iters, config.eval_interval, plan.accumulation)
-    return ProfiledStep(step, which, first, floors=floors, out_dir=Path(config.out_dir), say=say)
-
-
-@dataclass
 class ProfiledStep:
-    """`step`, the same call and the same results; iterations `which` of a run that begins with `first` are profiled.
+    """`step` of a run, the same call and the same results; some of its iterations are profiled.
 
     The profile spans from the end of the step before them to the end of the last of them: what the loop does between
-    two steps counts too. say: prints lines.
+    two steps counts too. first: the run's first iteration. say: prints lines.
     """
 
-    step: TrainStep | GraphedStep
-    which: range
-    first: int
-    floors: "Floors"
-    out_dir: Path
-    say: Callable[[str], None]
-
-    def __post_init__(self) -> None:
-        self.scaler = self.step.scaler
-        self._iteration, self._device = self.first, self.scaler.scale.device
+    def __init__(self, step: TrainStep | GraphedStep, plan: Plan, first: int, say: Callable[[str], None]) -> None:
+        config, dtype = plan.config, plan.precision.compute
+        at = as_planned_for(plan.device)  # the residual stream's dtype depends on it
+        self._job = job_of(config, plan.shape, plan.ops, dtype, plan.world, chunk=0, resumed=False, **at)
+        self._ceilings = measure_ceilings(plan.device, dtype)
+        self.which = profiled_iterations(first, config.max_iters, config.eval_interval, plan.accumulation)
+        self._named = f"iterations {self.which.start} to {self.which.stop - 1}"
+        self.step, self.scaler, self.say, self._path = step, step.scaler, say, Path(config.out_dir) / TRACE
+        self._iteration, self._device = first, plan.device
         self._running = ExitStack()  # the profiler and the annotation of its window
 
     def __call__(self, batch: Batch, lr: float) -> StepResult:
@@ -160,14 +137,10 @@ class ProfiledStep:
         if not self.which:
             self.say(f"profile: none; it takes more than {WARM_UP} iterations, and two of them between evaluations")
         elif self._iteration < self.which.stop:
-            self.say(f"profile: none; the run ended before {self._iterations} were done")
-
-    @property
-    def _iterations(self) -> str:
-        return f"iterations {self.which.start} to {self.which.stop - 1}"
+            self.say(f"profile: none; the run ended before {self._named} were done")
 
     def _begin(self) -> None:
-        self.say(f"profile: {self._iterations} run under the profiler, which takes its part of their times")
+        self.say(f"profile: {self._named} run under the profiler, which takes its part of their times")
         on_device = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
         synchronize(self._device)
         self._profile = profile(activities=[ProfilerActivity.CPU, *on_device], acc_events=True)
@@ -177,17 +150,17 @@ class ProfiledStep:
     def _finish(self) -> None:
         synchronize(self._device)
         self._running.close()
-        path, on_cuda = self.out_dir / TRACE, self._device.type == "cuda"
         try:
-            with staging_folder(self.out_dir) as staging:
+            with staging_folder(self._path.parent) as staging:
                 self._profile.export_chrome_trace(str(staging / TRACE))
                 trace = json.loads((staging / TRACE).read_bytes())
-                replace_together(staging, self.out_dir, (TRACE,))
+                replace_together(staging, self._path.parent, (TRACE,))
+            timeline = read(trace, cuda=self._device.type == "cuda")
         except (OSError, ValueError) as error:  # a full disk, for example, must not end a training run
-            self.say(f"profile: {path} could not be written: {error}")
+            self.say(f"profile: {self._path} could not be written: {error}")
         else:
-            self.say(report(read(trace, cuda=on_cuda), len(self.which), self.floors))
-            self.say(f"trace: {path}, for ui.perfetto.dev or chrome://tracing")
+            self.say(report(timeline, len(self.which), self._job, self._ceilings))
+            self.say(f"trace: {self._path}, for ui.perfetto.dev or chrome://tracing")
         del self._profile  # its events take memory
 
 
@@ -208,16 +181,13 @@ class Timeline(NamedTuple):
 
 
 def read(trace: dict[str, Any], *, cuda: bool) -> Timeline:
-    """The timeline of a parsed Chrome trace. ValueError if it has no event named WINDOW, or more than one.
+    """The timeline of a parsed Chrome trace. ValueError unless it has one event named WINDOW.
 
     On a CUDA device operations are kernels, copies and memsets of every stream, and those of replayed graphs. On a CPU
     they are torch's operations on the training thread.
     """
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    windows = [e for e in events if e.get("name") == WINDOW and e.get("cat") == "user_annotation"]
-    if len(windows) != 1:
-        raise ValueError(f"trace: got {len(windows)} events named {WINDOW!r}, expected 1")
-    (window,) = windows
+    (window,) = [e for e in events if e.get("name") == WINDOW and e.get("cat") == "user_annotation"]
     if cuda:
         spans = [_span(e) for e in events if e.get("cat") in ON_DEVICE]
     else:
@@ -269,63 +239,38 @@ def attribute(spans: list[Span], begin: float, end: float) -> Timeline:
 # The table
 
 
-class Row(NamedTuple):
-    name: str
-    seconds: float  # a step
-    floor: float = 0.0  # seconds a step, at least; 0: nothing that a step needs
+def floors(timeline: Timeline, job: Job, ceilings: Ceilings) -> Counter[str]:
+    """row -> seconds of a step, at least: of the job's work, on a device of these ceilings.
+
+    Work whose own row took no time was done by torch.compile's kernels; without those, by some unknown operation.
+    """
+    fused = any(name.startswith(FUSED_GELU) for _, name in timeline.names)
+    work, least = dict(job.work(fused_gelu=fused)), Counter[str]()
+    if fused:
+        for linear, gelu in (("mlp up", "GELU forward"), ("mlp down", "GELU backward")):
+            work[linear] += work.pop(gelu)
+    elsewhere = COMPILED if timeline.rows[COMPILED] > 0 else OTHER
+    for part, needed in work.items():
+        row = ROW_OF_PART.get(part, part)
+        least[row if timeline.rows[row] > 0 else elsewhere] += floor(needed, ceilings.flops, ceilings.bandwidth)
+    return least
 
 
-class Floors:
-    """The least time of the parts of a job's step, on a device of these ceilings."""
-
-    def __init__(self, ceilings: Ceilings, job: Job) -> None:
-        self.ceilings = ceilings
-        self._apart, self._fused = (job.work(fused_gelu=fused) for fused in (False, True))
-
-    def seconds(self, work: Work) -> float:
-        return floor(work, self.ceilings.flops, self.ceilings.bandwidth)
-
-    def by_row(self, seen: set[str]) -> Counter[str]:
-        """row -> seconds of a step, at least. seen: the rows that took time.
-
-        Work whose own row took no time was done by torch.compile's kernels; without those, by some unknown operation.
-        """
-        work, floors = dict(self._apart), Counter[str]()
-        fused = (GELU_FORWARD, "mlp up", "GELU forward"), (GELU_BACKWARD, "mlp down", "GELU backward")
-        for row, linear, gelu in fused:
-            if row in seen:  # one of the linear layer's three products is not among the other matmuls
-                product = Work(work[linear].flops // 3, work[linear].bytes // 3)
-                work[linear] = product * 2
-                floors[row] = self.seconds(product + self._fused[gelu])
-                del work[gelu]
-        elsewhere = COMPILED if COMPILED in seen else OTHER
-        for part, least in work.items():
-            row = ROW_OF_PART.get(part, part)
-            floors[row if row in seen else elsewhere] += self.seconds(least)
-        return floors
-
-
-def breakdown(timeline: Timeline, steps: int, floors: Floors) -> list[Row]:
-    """The rows that took time or must, in the order of ROWS. Their seconds add up to those of a step, by the wall."""
-    least = floors.by_row({row for row, microseconds in timeline.rows.items() if microseconds > 0})
-    rows = [Row(name, timeline.rows[name] / 1e6 / steps, least[name]) for name in ROWS]
-    return [row for row in rows if row.seconds > 0 or row.floor > 0]
-
-
-def report(timeline: Timeline, steps: int, floors: Floors) -> str:
-    """The table as text."""
-    rows, wall = breakdown(timeline, steps, floors), timeline.wall / 1e6 / steps
-    flops, bandwidth = floors.ceilings.flops / 1e12, floors.ceilings.bandwidth / 1e9
-    rates = f"{flops:.4g} TFLOP/s in a matmul, {bandwidth:.4g} GB/s in a copy"
+def report(timeline: Timeline, steps: int, job: Job, ceilings: Ceilings) -> str:
+    """The table as text: the rows that took time or must. Their seconds add up to those of a step, by the wall."""
+    wall, least = timeline.wall / 1e6 / steps, floors(timeline, job, ceilings)
+    rates = f"{ceilings.flops / 1e12:.4g} TFLOP/s in a matmul, {ceilings.bandwidth / 1e9:.4g} GB/s in a copy"
     lines = [
         f"profile: {steps} steps of {1e3 * wall:.3f} ms; floors are for {rates}, as measured",
         f"{'':<24}{'ms':>10}{'share':>9}{'floor ms':>11}{'reached':>10}",
     ]
-    for row in [*rows, Row("total", sum(row.seconds for row in rows), sum(row.floor for row in rows))]:
-        line = f"{row.name:<24}{1e3 * row.seconds:>10.3f}{row.seconds / wall:>9.1%}"
-        if row.floor:
-            line += f"{1e3 * row.floor:>11.3f}" + (f"{row.floor / row.seconds:>10.0%}" if row.seconds else "")
-        lines.append(line)
+    rows = [(name, timeline.rows[name] / 1e6 / steps, least[name]) for name in ROWS]
+    for name, seconds, needed in [*rows, ("total", wall, least.total())]:
+        line = f"{name:<24}{1e3 * seconds:>10.3f}{seconds / wall:>9.1%}"
+        if needed:
+            line += f"{1e3 * needed:>11.3f}" + (f"{needed / seconds:>10.0%}" if seconds else "")
+        if seconds or needed:
+            lines.append(line)
     unknown = [(name, time) for (row, name), time in timeline.names.most_common() if row == OTHER][:NAMED]
     if unknown:
         lines.append("other: " + ", ".join(f"{name[:60]} {time / 1e3 / steps:.3f} ms" for name, time in unknown))

@@ -4,9 +4,6 @@ import json
 import re
 import signal
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -25,12 +22,10 @@ CEILINGS = Ceilings(flops=1e9, bandwidth=1e8)
 PROFILED = dict(profile=True, eval_interval=50, max_iters=12)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def ceilings() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fixed ceilings, because measuring takes a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.profile.measure_ceilings", lambda device, dtype: CEILINGS)
-        yield
+    monkeypatch.setattr("train.profile.measure_ceilings", lambda device, dtype: CEILINGS)
 
 
 def trace(out_dir: Path) -> dict:
@@ -48,9 +43,8 @@ def table(output: str) -> dict[str, list[float]]:
     return {name.strip(): [float(number.rstrip("%")) for number in numbers.split()] for name, numbers in found}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
+def test_which_iterations() -> None:
+    for arguments, expected in (
         ((37, 100, 2000, 1), range(42, 47)),  # after a warm-up
         ((0, 100, 7, 1), range(8, 13)),  # no evaluation among them
         ((0, 100, 5, 1), range(6, 10)),
@@ -59,27 +53,24 @@ def table(output: str) -> dict[str, list[float]]:
         ((0, 100, 2000, 20), range(5, 7)),  # fewer if steps are long
         ((0, 100, 2000, 41), range(5, 6)),
         ((0, 100, 1, 1), range(0)),  # none where every iteration is evaluated
-    ],
-)
-def test_which_iterations(arguments: tuple[int, int, int, int], expected: range) -> None:
-    assert profiled_iterations(*arguments) == expected
+    ):
+        assert profiled_iterations(*arguments) == expected, arguments
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A profiled run with an evaluation every four iterations: its folder and its output."""
-    out_dir = tmp_path_factory.mktemp("profiled") / "out"
-    out_dir.mkdir()
-    (out_dir / "trace.json").write_text("{}")
-    with redirect_stdout(StringIO()) as output:
-        run(out_dir, **PROFILED | {"eval_interval": 4}, dtype="bfloat16")
-    return out_dir, output.getvalue()
+def test_a_run_shows_where_its_time_goes_and_is_the_same_to_the_bit(tmp_path: Path, capsys) -> None:
+    """With an evaluation every four iterations."""
+    out_dir, plain = tmp_path / "out", tmp_path / "plain"
+    for folder, profiled in ((plain, False), (out_dir, True)):
+        run(folder, **PROFILED | {"profile": profiled, "eval_interval": 4}, dtype="bfloat16")
+    assert not (plain / "trace.json").exists()
+    for kind in ("iter", "eval"):
+        assert logged(out_dir, kind) == logged(plain, kind)
+    assert all(torch.equal(last(out_dir)["model"][name], tensor) for name, tensor in last(plain)["model"].items())
 
-
-def test_a_run_prints_where_its_time_goes(done: tuple[Path, str]) -> None:
-    out_dir, output = done
+    output = capsys.readouterr().out
     assert "profile: iterations 5 to 7 run under the profiler" in output
     assert "floors are for 0.001 TFLOP/s in a matmul, 0.1 GB/s in a copy, as measured" in output
+    assert f"trace: {out_dir / 'trace.json'}" in output
     rows = table(output)
     total = rows.pop("total")
     for row in ("matmuls", "LayerNorm forward", "LayerNorm backward", "GELU backward", "optimizer", "idle"):
@@ -90,30 +81,22 @@ def test_a_run_prints_where_its_time_goes(done: tuple[Path, str]) -> None:
     work = step_work(shape, config["batch_size"], accumulation=micro_steps, compute=2, stream=4, gradients=4)
     least = 1e3 * duration(work.items(), CEILINGS.flops, CEILINGS.bandwidth)
     assert total[2] == pytest.approx(least, abs=0.001 * len(rows))
-    assert f"trace: {out_dir / 'trace.json'}" in output
+
     assert read(trace(out_dir), cuda=False).wall / 3e3 == pytest.approx(total[0], abs=0.001)
-
-
-def test_the_trace_holds_these_steps_and_no_evaluation(done: tuple[Path, str]) -> None:
-    out_dir, _ = done
     assert annotations(out_dir) == [WINDOW, "iteration 5", "iteration 6", "iteration 7"]
     seen = Counter(event["name"] for event in trace(out_dir)["traceEvents"])
     assert seen["aten::_fused_adamw_"] == 3 * 2  # once for the decaying group, once for the other
     assert seen["aten::nll_loss_forward"] == 3 * 2  # micro-steps
 
 
-def test_the_run_is_the_same_to_the_bit(done: tuple[Path, str], tmp_path: Path) -> None:
-    run(tmp_path / "plain", **PROFILED | {"profile": False, "eval_interval": 4}, dtype="bfloat16")
-    assert not (tmp_path / "plain" / "trace.json").exists()
-    for kind in ("iter", "eval"):
-        assert logged(done[0], kind) == logged(tmp_path / "plain", kind)
-    plain, profiled = last(tmp_path / "plain")["model"], last(done[0])["model"]
-    assert all(torch.equal(profiled[name], tensor) for name, tensor in plain.items())
-
-
-def test_a_run_that_is_stopped_amidst_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_that_is_stopped_or_fails_amidst_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A process that exits while the profiler runs ends with a segmentation fault."""
+    none = "profile: none; the run ended before iterations 5 to 9 were done"
+    assert "loss: got nan" in refusal(run, tmp_path / "bad", {7: poison}, status=1, **PROFILED)
+    assert none in capsys.readouterr().out
+    assert not torch.autograd.profiler._is_profiler_enabled
     assert run(tmp_path / "out", at={7: send(signal.SIGTERM)}, **PROFILED) == 128 + signal.SIGTERM
-    assert "profile: none; the run ended before iterations 5 to 9 were done" in capsys.readouterr().out
+    assert none in capsys.readouterr().out
     assert not (tmp_path / "out" / "trace.json").exists()
     # Resumed with the same setting: after its own warm-up, as many as the run still has.
     resume(tmp_path / "out", max_iters=15)
@@ -123,16 +106,7 @@ def test_a_run_that_is_stopped_amidst_them(tmp_path: Path, capsys: pytest.Captur
     assert annotations(tmp_path / "out")[1:] == ["iteration 13", "iteration 14"]
 
 
-def test_a_run_that_fails_amidst_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A process that exits while the profiler runs ends with a segmentation fault."""
-    assert "loss: got nan" in refusal(run, tmp_path / "out", {7: poison}, status=1, **PROFILED)
-    assert "profile: none; the run ended before iterations 5 to 9 were done" in capsys.readouterr().out
-    assert not torch.autograd.profiler._is_profiler_enabled
-
-
-def test_a_trace_that_cannot_be_written_ends_no_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trace_that_cannot_be_written_ends_no_training(tmp_path: Path, capsys, monkeypatch) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
