@@ -23,8 +23,7 @@ imported when they are used: flash_attn 2, its version for Hopper (`flash_attn_i
 Blackwell (`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +39,8 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+PACKAGES = ("flash_attn", "fa3", "fa4")
+BACKENDS = ("auto", *SDPA, *PACKAGES)
 
 
 def attention_dtype(device: torch.device, compute_dtype: torch.dtype) -> torch.dtype:
@@ -88,7 +89,7 @@ def causal_attention(
     if reason := why_not_dropout(backend, p):
         raise ValueError(f"attention: {reason}, got {p}")
     if backend in PACKAGES and not qkv.is_meta:
-        y = PACKAGES[backend](packed, p)
+        y = _packaged(packed, p, backend)
     elif backend == "auto" and cache is None and slow_in_sdpa(qkv.device, qkv.dtype, T, p):
         y = cpu.attention(packed, p)
     else:
@@ -108,7 +109,11 @@ def _sdpa(packed: Tensor, p: float, backend: str, cache: KVCache | None, layer: 
         k, v = cache.extend(layer, k, v)
     if q.is_meta:  # torch chooses by the device, and a meta tensor has none
         return _on_shapes(q, k, v, p, backend).transpose(1, 2)
-    with _kernels(backend, p):
+    if backend == "auto" and why_not_dropout("cudnn", p):
+        allowed = sdpa_kernel([kernel for name, kernel in SDPA.items() if name != "cudnn"])
+    else:
+        allowed = sdpa_kernel(SDPA[backend]) if backend in SDPA else nullcontext()
+    with allowed:
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal)
     return y.transpose(1, 2)
 
@@ -120,13 +125,6 @@ def why_not_dropout(backend: str, p: float) -> str:
     if backend == "cudnn" and (16 * p) % 1 != 0:  # some versions round silently: pytorch #174245
         return "cudnn may round dropout to sixteenths"
     return ""
-
-
-def _kernels(backend: str, p: float) -> AbstractContextManager[None]:
-    """A context in which SDPA uses only the kernels of `backend`; for `auto`, all kernels that have this dropout."""
-    if backend == "auto" and why_not_dropout("cudnn", p):
-        return sdpa_kernel([kernel for name, kernel in SDPA.items() if name != "cudnn"])
-    return sdpa_kernel(SDPA[backend]) if backend in SDPA else nullcontext()
 
 
 def _on_shapes(q: Tensor, k: Tensor, v: Tensor, p: float, backend: str) -> Tensor:
@@ -155,27 +153,17 @@ def slow_in_sdpa(device: torch.device, dtype: torch.dtype, tokens: int, p: float
     return p > 0 or (dtype == torch.bfloat16 and tokens <= 256)
 
 
-def _flash_attn(packed: Tensor, p: float) -> Tensor:
-    """flash_attn 2: packed (B, T, 3, H, Q) -> (B, T, H, Q). Its kernels are registered as torch operations, so
-    torch.compile can put them into its graph."""
-    from flash_attn import flash_attn_qkvpacked_func
+def _packaged(packed: Tensor, p: float, backend: str) -> Tensor:
+    """Attention of a package: packed (B, T, 3, H, Q) -> (B, T, H, Q). The kernels of flash_attn 2 and 3 are registered
+    as torch operations, so torch.compile can put them into its graph. flash_attn 4 has no packed function."""
+    if backend == "flash_attn":
+        from flash_attn import flash_attn_qkvpacked_func
 
-    return flash_attn_qkvpacked_func(packed, dropout_p=p, causal=True)
+        return flash_attn_qkvpacked_func(packed, dropout_p=p, causal=True)
+    if backend == "fa3":
+        from flash_attn_interface import flash_attn_qkvpacked_func
 
-
-def _fa3(packed: Tensor, p: float) -> Tensor:
-    """flash_attn 3. Its kernels are torch operations too."""
-    from flash_attn_interface import flash_attn_qkvpacked_func
-
-    return flash_attn_qkvpacked_func(packed, causal=True)
-
-
-def _fa4(packed: Tensor, p: float) -> Tensor:
-    """flash_attn 4. It has no packed function."""
+        return flash_attn_qkvpacked_func(packed, causal=True)
     from model.fa4 import fa4
 
     return fa4(packed)
-
-
-PACKAGES: dict[str, Callable[[Tensor, float], Tensor]] = {"flash_attn": _flash_attn, "fa3": _fa3, "fa4": _fa4}
-BACKENDS = ("auto", *SDPA, *PACKAGES)

@@ -25,7 +25,6 @@ def generate(
     *,
     n_vocab: int | None = None,
     generator: torch.Generator | None = None,
-    use_cache: bool = True,
 ) -> Iterator[Tensor]:
     """Continue idx with a GPT. Yields the next token of each row, (B,) int64, as it is drawn.
 
@@ -37,27 +36,24 @@ def generate(
 
     The model is in eval mode from the first token until the iterator ends or is closed. Then it gets its old mode back.
     The call checks its arguments and raises ValueError. After the call, only reading a token waits for the device.
-    Without `use_cache` every step computes the whole window; the tokens are the same up to rounding.
     """
     vocab_size = model.config.vocab_size
     n_vocab = vocab_size if n_vocab is None else n_vocab
-    if idx.dim() != 2 or idx.numel() == 0 or idx.dtype != torch.int64:
-        raise ValueError(
-            f"idx: got shape {tuple(idx.shape)} of {idx.dtype}, expected a non-empty (B, T) of torch.int64"
-        )
+    fits = idx.dim() == 2 and idx.numel() > 0 and idx.dtype == torch.int64
+    checked = (
+        ("idx", f"shape {tuple(idx.shape)} of {idx.dtype}", fits, "a non-empty (B, T) of torch.int64"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or a finite number above it"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "1 or more, or None to keep every token"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "more than 0 and at most 1"),
+        ("n_vocab", n_vocab, 1 <= n_vocab <= vocab_size, f"1 to vocab_size ({vocab_size})"),
+    )
+    for name, value, good, expected in checked:
+        if not good:
+            raise ValueError(f"{name}: got {value}, expected {expected}")
     low, high = (int(bound) for bound in idx.aminmax())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"idx: got ids from {low} to {high}, expected 0 to {vocab_size - 1}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected 0 or more")
-    if not 0 <= temperature < math.inf:  # NaN fails too
-        raise ValueError(f"temperature: got {temperature}, expected 0 (greedy) or a finite number above it")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: got {top_k}, expected 1 or more, or None to keep every token")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: got {top_p}, expected more than 0 and at most 1")
-    if not 1 <= n_vocab <= vocab_size:
-        raise ValueError(f"n_vocab: got {n_vocab}, expected 1 to vocab_size ({vocab_size})")
 
     def draw(logits: Tensor) -> Tensor:
         logits = logits[:, :n_vocab].float()
@@ -65,17 +61,15 @@ def generate(
             return logits.argmax(dim=-1)
         return sample(probabilities(logits, temperature, top_k, top_p), generator)
 
-    return _stream(model, idx, max_new_tokens, draw, use_cache)
+    return _stream(model, idx, max_new_tokens, draw)
 
 
 @torch.no_grad()
-def _stream(
-    model: nn.Module, idx: Tensor, max_new_tokens: int, draw: Callable[[Tensor], Tensor], use_cache: bool
-) -> Iterator[Tensor]:
+def _stream(model: nn.Module, idx: Tensor, max_new_tokens: int, draw: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     (batch, length), block_size = idx.shape, model.config.block_size
     tokens = torch.cat([idx, idx.new_empty(batch, max_new_tokens)], dim=1)
     cache = None
-    if use_cache and length < block_size:
+    if length < block_size:
         cache = KVCache(model.config, batch, idx.device, attention_dtype(idx.device, model.precision.compute))
     was_training = model.training
     model.eval()

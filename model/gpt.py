@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from kernels import REFERENCE, Grads, Ops
 from model.attention import KVCache, causal_attention
 from model.config import GPTConfig
-from model.flops import flops_per_token
+from model.flops import flops_per_token, num_params
 from model.generate import generate
 from model.groups import param_groups
-from model.recompute import recompute_block, recompute_mlp
+from model.recompute import recomputed
 
 A100_FLOPS = 312e12  # a second, bfloat16, of which nanoGPT estimates the MFU
 
@@ -145,9 +145,9 @@ class Block(nn.Module):
         def compute(x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
             x, h = self.ln_1(x, branch, seeds[0])
             x, h = self.ln_2(x, self.attn(h, cache), seeds[1])
-            return x, recompute_mlp(self.mlp, h) if self.recompute == "mlp" else self.mlp(h)
+            return x, recomputed(self.mlp, h, keep_random=False) if self.recompute == "mlp" else self.mlp(h)
 
-        return recompute_block(compute, x, branch) if self.recompute == "block" else compute(x, branch)
+        return recomputed(compute, x, branch, keep_random=True) if self.recompute == "block" else compute(x, branch)
 
 
 class GPT(nn.Module):
@@ -184,17 +184,14 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight
         if self.lm_head.weight.is_meta:
             return  # there are no values
-        self.apply(self._init_weights)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # two a layer, their outputs add to the stream (GPT-2, section 2.3)
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
-
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
 
     def forward(
         self,
@@ -220,10 +217,8 @@ class GPT(nn.Module):
         n = 2 * len(tr.h) + 1
         seeds = self.ops.seeds(n, idx.device) if p > 0 else (None,) * n
         grads = None if tr.wte.grads is None else (tr.wte.grads, tr.wpe.grads)
-        x, branch = (
-            self.ops.embedding(idx, wte, wpe[start : start + T], self.precision.stream, p, seeds[0], grads),
-            None,
-        )
+        x = self.ops.embedding(idx, wte, wpe[start : start + T], self.precision.stream, p, seeds[0], grads)
+        branch = None
         seeds = (None, *seeds[1:])  # the embedding had the first one, and the first LayerNorm drops nothing
         for i, block in enumerate(tr.h):
             x, branch = block(x, branch, cache, seeds[2 * i : 2 * i + 2])
@@ -258,10 +253,8 @@ class GPT(nn.Module):
                 module.grads = Grads(own[module.weight], own.get(getattr(module, "bias", None)), accumulate)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters, by default without the position embeddings. The head's weight, also the token
-        embedding, counts once."""
-        n = sum(parameter.numel() for parameter in self.parameters())
-        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+        """Number of parameters, by default without the position embeddings; the tied head counts once."""
+        return num_params(self.config, non_embedding)
 
     def crop_block_size(self, block_size: int) -> None:
         """Keep only the first `block_size` positions, for shorter sequences. ValueError if it would grow."""
@@ -272,8 +265,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, float] | None = None) -> "GPT":
-        """One of OpenAI's models by name, or a folder of `model.safetensors`; only `dropout` may be overridden, as in
-        nanoGPT. Raises as `model.pretrained.load_gpt2`, and ValueError for another override."""
+        """`model.pretrained.load_gpt2`; only `dropout` may be overridden, as in nanoGPT, else ValueError."""
         from model.pretrained import load_gpt2  # imported here, because it imports this file
 
         options = override_args or {}
@@ -284,14 +276,12 @@ class GPT(nn.Module):
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
     ) -> torch.optim.AdamW:
-        """torch's AdamW: tensors of two or more dimensions decay, the others do not. It is fused on "cuda". (`python -m
-        train` has its own, `train/optim.py`.)"""
+        """torch's AdamW, fused on "cuda". (`python -m train` has its own, `train/optim.py`.)"""
         groups = param_groups(self, weight_decay)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type == "cuda")
 
     def estimate_mfu(self, fwdbwd_per_iter: int, dt: float) -> float:
-        """Model FLOPs utilisation, from 0 to 1, of an A100's 312 TFLOP/s in bfloat16, as in nanoGPT. fwdbwd_per_iter:
-        sequences in an iteration. dt: its seconds."""
+        """Model FLOPs utilisation of an A100, as in nanoGPT, of `fwdbwd_per_iter` sequences in `dt` seconds."""
         flops = flops_per_token(self.config) * self.config.block_size * fwdbwd_per_iter
         return flops / dt / A100_FLOPS
 

@@ -17,7 +17,7 @@ and then get the tensors. So the weights are in memory once, and nothing is init
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,10 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 MASKS = (".attn.bias", ".attn.masked_bias")
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}  # Hugging Face's names -> ours
-FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' dtypes that are weights; people halve their files
+FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' dtypes that are weights; people halve their files
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_CONFIG = 1 << 20  # bytes of a config.json
-MAX_SIZE = 1 << 31  # of a dimension
+MAX_SIZE = 1 << 24  # of a dimension
 SHAPE = {  # our field -> config.json's
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
@@ -61,50 +61,50 @@ def load_gpt2(
 ) -> GPT:
     """A GPT with the weights of `source`, float32 on the CPU.
 
-    source: a `model.safetensors` file, a folder that holds one, or a name of GPT2_SIZES, which `huggingface_hub`
-    downloads once and keeps. The shape comes from the `config.json` beside the file. Without one it comes from the
-    tensors. Then the width must be that of one of OpenAI's models, because the tensors do not give the number of heads.
-    gelu: None takes config.json's, or "tanh" without one. options: `GPT`'s precision, attention, recompute.
+    source: a `model.safetensors` file with its `config.json` beside it, the folder of both, or a name of GPT2_SIZES,
+    which `huggingface_hub` downloads once and keeps. gelu: None takes config.json's. options: `GPT`'s precision,
+    attention, recompute.
 
     Raises FileNotFoundError (no file, or no network), ImportError (a package is missing), ValueError (not the tensors
     of a GPT-2, or a config.json that our GPT does not support).
     """
-    with _open(source, dropout, gelu) as (file, path, names, config):
-        state = {name: _read_tensor(file, key, name) for key, name in names.items()}
-    return _assemble(config, state, path, ops, options)
+    with _open(source, dropout, gelu, ops, options) as (file, names, model):
+        # float32, contiguous, not a view of the mapped file
+        how = {"dtype": torch.float32, "memory_format": torch.contiguous_format, "copy": True}
+        state = {name: _transposed(name, file.get_tensor(key)).to(**how) for key, name in names.items()}
+    return _filled(model, state, source)
 
 
 def gpt2_shape(source: str | os.PathLike[str], *, dropout: float = 0.0, gelu: str | None = None) -> GPTConfig:
     """The shape of the model that `load_gpt2` would load. It reads no weights, and raises the same errors."""
-    with _open(source, dropout, gelu) as (*_, config):
-        return config
+    with _open(source, dropout, gelu, REFERENCE, {}) as (*_, model):
+        return model.config
 
 
 @contextmanager
 def _open(
-    source: str | os.PathLike[str], dropout: float, gelu: str | None
-) -> Iterator[tuple[Any, Path, dict[str, str], GPTConfig]]:
-    """(the open file, its path, our name of each of its tensors, the model's shape). ValueError if reading fails."""
+    source: str | os.PathLike[str], dropout: float, gelu: str | None, ops: Ops, options: dict[str, Any]
+) -> Iterator[tuple[Any, dict[str, str], GPT]]:
+    """(the open file, our name of each of its tensors, a model without values). ValueError if reading fails."""
     safetensors = _safetensors()
     path, config_path = _locate(source)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            names = {key: _our_name(key) for key in file.keys() if not key.endswith(MASKS)}  # noqa: SIM118
+            names = {
+                key: key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
+                for key in file.keys()  # noqa: SIM118
+                if not key.endswith(MASKS)
+            }
             shapes = {}
             for key, name in names.items():
                 part = file.get_slice(key)
                 if part.get_dtype() not in FLOATS:
-                    raise ValueError(
-                        f"{path}: {name} is {part.get_dtype()}, expected one of {', '.join(sorted(FLOATS))}"
-                    )
-                shapes[name] = tuple(part.get_shape())
-            settings = _read_config(config_path) if config_path else _infer_config(shapes, path)
-            if gelu is not None:
-                settings["gelu"] = gelu
-            config = GPTConfig(**settings, dropout=dropout)
-            _check_size(shapes, config, path)
-            _check(shapes, {name: _transposed(name, shape) for name, shape in _shapes(config).items()}, path)
-            yield file, path, names, config
+                    raise ValueError(f"{path}: {name} is {part.get_dtype()}, expected one of {', '.join(FLOATS)}")
+                shape = tuple(part.get_shape())
+                shapes[name] = shape[::-1] if name.endswith(CONV1D) else shape
+            settings = _read_config(config_path)
+            config = GPTConfig(**settings | ({} if gelu is None else {"gelu": gelu}), dropout=dropout)
+            yield file, names, _empty(config, shapes, path, ops, options)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 
@@ -121,24 +121,25 @@ def from_checkpoint(
     config = GPTConfig(**checkpoint["model_args"], gelu=checkpoint.get("nanofuse", {}).get("gelu", "erf"))
     if dropout is not None:
         config = dataclasses.replace(config, dropout=dropout)
-    state = checkpoint["model"]
-    _check_size({name: tuple(tensor.shape) for name, tensor in state.items()}, config, "model")
-    return _assemble(config, {name: _weights(tensor, name) for name, tensor in state.items()}, "model", ops, options)
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["model"].items()}
+    model = _empty(config, shapes, "model", ops, options)
+    return _filled(model, {name: _weights(tensor, name) for name, tensor in checkpoint["model"].items()}, "model")
 
 
-def export_gpt2(model: GPT, folder: str | os.PathLike[str]) -> Path:
-    """Write `model` into `folder` for `transformers`' GPT2LMHeadModel.from_pretrained; returns `folder`.
+def export_gpt2(model: GPT, folder: str | os.PathLike[str]) -> None:
+    """Write `model` into `folder` for `transformers`' GPT2LMHeadModel.from_pretrained.
 
     Weights are float32. Biases that the model lacks are written as zeros, because the layout always has them. A padded
     vocabulary keeps its size. `train.export` calls this on a temporary folder, so that no file is ever half written.
     """
     folder, config, save_file = Path(folder), model.config, _safetensors().torch.save_file
     tensors = {name: tensor.to("cpu", torch.float32) for name, tensor in model.state_dict().items() if name != HEAD}
-    for name, shape in _shapes(dataclasses.replace(config, bias=True)).items():
-        if name not in tensors and name != HEAD:
-            tensors[name] = torch.zeros(shape)
-        elif name.endswith(CONV1D):
-            tensors[name] = tensors[name].t().contiguous()
+    with torch.device("meta"):
+        layout = GPT(dataclasses.replace(config, bias=True)).state_dict()
+    for name, tensor in layout.items():
+        if name != HEAD:
+            ours = tensors[name] if name in tensors else torch.zeros(tensor.shape)
+            tensors[name] = _transposed(name, ours).contiguous()
     end_of_text = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None
     description = {
         "made_by": MADE_BY,
@@ -155,40 +156,32 @@ def export_gpt2(model: GPT, folder: str | os.PathLike[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    return folder
 
 
-def _locate(source: str | os.PathLike[str]) -> tuple[Path, Path | None]:
-    """The safetensors file that `source` names, downloaded if necessary, and the config.json beside it, if any."""
+def _locate(source: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The safetensors file that `source` names, downloaded if necessary, and the config.json beside it."""
     path = Path(source)
     if os.path.isdir(path):
         path = path / WEIGHTS
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path.parent}: no {WEIGHTS} in this folder")
-    if not os.path.isfile(path):
-        if str(source) not in GPT2_SIZES:
-            names = ", ".join(GPT2_SIZES)
-            raise FileNotFoundError(f"{source}: no such file or folder, and not one of {names}")
-        path = _download(str(source), WEIGHTS)
-        return path, _download(str(source), CONFIG)
-    config = path.with_name(CONFIG)
-    return path, config if os.path.lexists(config) else None
-
-
-def _download(name: str, file: str) -> Path:
+    if os.path.isfile(path):
+        return path, path.with_name(CONFIG)
+    name = str(source)
+    if name not in GPT2_SIZES:
+        raise FileNotFoundError(f"{name}: no such file or folder, and not one of {', '.join(GPT2_SIZES)}")
+    instead = f"give the path of a {WEIGHTS} instead"
     try:
         from huggingface_hub import hf_hub_download
+
+        path, config = (Path(hf_hub_download(f"{HUB}/{name}", file)) for file in (WEIGHTS, CONFIG))
     except ImportError:
-        raise ImportError(
-            f"{name}: downloading needs huggingface_hub: pip install 'nanofuse[data]', or give the path of a {WEIGHTS}"
-        ) from None
-    try:
-        return Path(hf_hub_download(f"{HUB}/{name}", file))
+        message = f"{name}: downloading needs huggingface_hub: pip install 'nanofuse[data]', or {instead}"
+        raise ImportError(message) from None
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{name}: cannot download {HUB}/{name}/{file} ({reason}); give the path of a {WEIGHTS} instead"
-        ) from error
+        raise FileNotFoundError(f"{name}: cannot download {HUB}/{name} ({reason}); {instead}") from error
+    return path, config
 
 
 def _safetensors() -> Any:
@@ -227,92 +220,51 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {**shape, "bias": True, "gelu": GELUS[found.get("activation_function", "gelu_new")]}
 
 
-def _infer_config(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
-    """GPTConfig's fields from the tensors of one of OpenAI's models, perhaps with fewer layers or positions."""
-    try:
-        (vocab_size, n_embd), (block_size, _) = shapes[EMBEDDING], shapes["transformer.wpe.weight"]
-    except (KeyError, ValueError):
-        raise ValueError(
-            f"{path}: no wte.weight and wpe.weight of two dimensions, expected a GPT-2's tensors"
-        ) from None
-    heads = {size["n_embd"]: size["n_head"] for size in GPT2_SIZES.values()}
-    if n_embd not in heads:
-        widths = ", ".join(map(str, heads))
-        raise ValueError(f"{path}: width {n_embd} is not one of OpenAI's ({widths}): a {CONFIG} must tell n_head")
-    n_layer = len({name.split(".")[2] for name in shapes if name.startswith("transformer.h.")})
-    shape = {"n_layer": n_layer, "n_head": heads[n_embd], "n_embd": n_embd}
-    return {**shape, "vocab_size": vocab_size, "block_size": block_size, "bias": True, "gelu": "tanh"}
+def _blocks(names: Iterable[str]) -> int:
+    """The number of blocks that tensors of these names belong to."""
+    return len({name.split(".")[2] for name in names if name.startswith("transformer.h.")})
 
 
-def _our_name(key: str) -> str:
-    return key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
-
-
-def _transposed(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[::-1] if name.endswith(CONV1D) else shape
-
-
-def _read_tensor(file: Any, key: str, name: str) -> Tensor:
-    """The tensor `key` as our parameter `name`: float32, contiguous, not a view of the mapped file."""
-    tensor = file.get_tensor(key)
-    tensor = tensor.t() if name.endswith(CONV1D) else tensor
-    return tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+def _transposed(name: str, tensor: Tensor) -> Tensor:
+    return tensor.t() if name.endswith(CONV1D) else tensor
 
 
 def _weights(tensor: Tensor, name: str) -> Tensor:
     """A tensor of a checkpoint in float32: itself, or converted. ValueError for one that holds no weights."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.dtype not in FLOAT_DTYPES:
-        what = "no values" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
-        raise ValueError(f"model: {name} has {what}, expected float32, float16, bfloat16 or float64")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"model: {name} has {tensor.dtype}, expected float32, float16, bfloat16 or float64")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise ValueError(f"model: {name} has more elements than values")
     return tensor.to(torch.float32)
 
 
-def _check_size(found: Mapping[str, tuple[int, ...]], config: GPTConfig, where: object) -> None:
-    """ValueError if `config` is larger than the tensors: before a model is built for it, even without memory."""
-    embeddings = {EMBEDDING: config.vocab_size, "transformer.wpe.weight": config.block_size}
-    _check(
-        {name: found[name] for name in embeddings if name in found},
-        {name: (rows, config.n_embd) for name, rows in embeddings.items()},
-        where,
-    )
-    blocks = len({name.split(".")[2] for name in found if name.startswith("transformer.h.")})
-    if config.n_layer > blocks:
-        raise ValueError(
-            f"{where}: transformer.h.{blocks} is missing: "
-            f"n_layer is {config.n_layer}, the tensors are of {blocks} blocks"
-        )
-
-
-def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
-
-
-def _assemble(
-    config: GPTConfig, state: Mapping[str, Tensor], where: object, ops: Ops, options: Mapping[str, Any]
+def _empty(
+    config: GPTConfig, found: Mapping[str, tuple[int, ...]], where: object, ops: Ops, options: Mapping[str, Any]
 ) -> GPT:
-    """A GPT that owns the tensors of `state`, under our names."""
-    _check({name: tuple(tensor.shape) for name, tensor in state.items()}, _shapes(config), where)
-    if HEAD in state and not torch.equal(state[HEAD], state[EMBEDDING]):
-        raise ValueError(f"{where}: {HEAD} differs from {EMBEDDING}, expected a head tied to the embedding")
+    """A GPT without values, for tensors of these shapes; the tied head may be absent. ValueError, with the first three
+    differences, if the tensors are not its own; of other than n_layer blocks, before it is built, which could take
+    forever."""
+    if config.n_layer > (blocks := _blocks(found)):
+        raise ValueError(f"{where}: transformer.h.{blocks} is missing: n_layer is {config.n_layer}")
     with torch.device("meta"):  # no memory, no initialisation, no random numbers
         model = GPT(config, ops, **options)
-    model.load_state_dict({**state, HEAD: state[EMBEDDING]}, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight  # one parameter again, not two that share memory
-    return model
-
-
-def _check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object) -> None:
-    """ValueError, with the first three differences, unless names and shapes agree. The tied head may be absent."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = [f"{name} is missing" for name in expected if name not in found and name != HEAD]
-    wrong += [f"{name} is unknown" for name in found if name not in expected]
-    wrong += [
-        f"{name} has shape {found[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
+    for name, shape in found.items():
+        if name not in expected:
+            wrong.append(f"{name} is unknown")
+        elif shape != expected[name]:
+            wrong.append(f"{name} has shape {shape}, expected {expected[name]}")
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{where}: {'; '.join(wrong[:3])}{more}")
+    return model
+
+
+def _filled(model: GPT, state: Mapping[str, Tensor], where: object) -> GPT:
+    """`model`, which now owns the tensors of `state`, under our names."""
+    if HEAD in state and not torch.equal(state[HEAD], state[EMBEDDING]):
+        raise ValueError(f"{where}: {HEAD} differs from {EMBEDDING}, expected a head tied to the embedding")
+    model.load_state_dict({**state, HEAD: state[EMBEDDING]}, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight  # one parameter again, not two that share memory
+    return model

@@ -12,14 +12,11 @@ also its second matmul, which is not needed.
 
 Random operations are never repeated: the backward pass needs the forward pass's dropout masks. The generator cannot be
 set back, because CUDA forbids reading its state while a graph is captured (`train/graph.py`). So a selective policy
-keeps the results of random operations: masks. (The fused kernels' masks come from seeds that a block is given.) torch
-marks these operations with a tag, `nondeterministic_seeded`. It marks attention's operations too, with dropout or
-without. That is good: attention takes the most time to repeat, and its result is small, M x C and one float32 a row and
-head. Attention by plain matmuls (`kernels/cpu.py`) is computed again from its mask.
-
-The policy sees single operations. The result of one that writes in place cannot be kept, since the computation writes
-over it; F.dropout on a CPU does so, `kernels/reference.py`'s does not. torch.compile follows the policy too, and warns
-once about such operations. Without gradients, as in an evaluation, these are plain calls.
+keeps the results of random operations: masks, or the seeds of the fused kernels' masks. torch marks these operations
+with a tag, `nondeterministic_seeded`. It marks attention's operations too. That is good: attention takes the most time
+to repeat, and its result is small, M x C and one float32 a row and head. Attention by plain matmuls (`kernels/cpu.py`)
+is computed again from its mask. The result of an operation that writes in place cannot be kept; F.dropout on a CPU
+does so, `kernels/reference.py`'s does not.
 """
 
 import functools
@@ -32,20 +29,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 MODES = ("none", "mlp", "block")
 
 
-def recompute_mlp(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args). Only the arguments are kept for the backward pass. `function` must draw no random numbers."""
-    return _checkpointed(function, *args)
-
-
-def recompute_block(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args). Only the arguments, attention's results and random results are kept for the backward pass.
-    Random results are dropout's masks, or their seeds."""
-    return _checkpointed(function, *args, context_fn=_contexts)
-
-
-def _checkpointed(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def recomputed(function: Callable[..., Any], *args: Any, keep_random: bool) -> Any:
+    """function(*args). Only the arguments are kept for the backward pass; with `keep_random` attention's results and
+    random results too, which are dropout's masks or their seeds. Without it `function` must draw no random numbers."""
     if not torch.is_grad_enabled():  # torch 2.11's `checkpoint` would do more than this call
         return function(*args)
+    options = {"context_fn": _contexts} if keep_random else {}
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
 

@@ -1,10 +1,10 @@
 """Attention by every backend: the same function, and no copies but those that its table names."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -76,18 +76,17 @@ def test_what_is_copied(backend: str, written: list[str]) -> None:
         y = causal_attention(qkv, H, 0.0, backend)
         torch.autograd.grad(y, qkv, dy)
     assert made.written == written
-
-
-def test_flash_attn_4_gets_views() -> None:
-    qkv, _ = inputs()
-    causal_attention(qkv, H, 0.0, "fa4")
+    causal_attention(qkv, H, 0.3, "flash_attn")
+    assert flash_packages.dropped[-1] == 0.3
+    flash_packages.got.clear()
+    causal_attention(qkv, H, 0.0, "fa4")  # it gets views
     assert {x.untyped_storage().data_ptr() for x in flash_packages.got} == {qkv.data_ptr()}
 
 
 # Dropout
 
 
-@pytest.mark.parametrize("backend", ["auto", "math", "flash_attn"])
+@pytest.mark.parametrize("backend", ["auto", "math"])
 def test_dropout_falls_on_the_weights_and_again_in_the_backward_pass(backend: str) -> None:
     qkv, dy = inputs(B=64, T=32)
     with torch.no_grad():
@@ -117,39 +116,23 @@ def test_dropout_compiled() -> None:
         assert compiled(qkv, H, p).float().mean().item() == pytest.approx(1, abs=0.03)
 
 
-def kernels_allowed(backend: str, p: float, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that torch may choose from, where it is asked."""
-    allowed: list[str] = []
-
-    def asked(q: Tensor, *args: object, **options: object) -> Tensor:
-        cuda = torch.backends.cuda
-        enabled = (cuda.cudnn_sdp_enabled, cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled)
-        allowed.extend(name for name, on in zip(SDPA, (*enabled, cuda.math_sdp_enabled), strict=True) if on())
-        return q
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", asked)
-    causal_attention(inputs(torch.float16)[0], H, p, backend)
-    return allowed
-
-
 def test_cudnn_is_not_asked_for_dropout_that_it_may_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "cudnn" in kernels_allowed("auto", 0.1875, monkeypatch)
-    assert kernels_allowed("auto", 0.2, monkeypatch) == ["flash", "efficient", "math"]
-    assert kernels_allowed("math", 0.2, monkeypatch) == kernels_allowed("math", 0.25, monkeypatch) == ["math"]
+    asked = []
+    monkeypatch.setattr("model.attention.sdpa_kernel", lambda kernels: asked.append(kernels) or nullcontext())
+    for backend, p in (("auto", 0.1875), ("auto", 0.2), ("math", 0.2), ("math", 0.25)):
+        causal_attention(inputs(torch.float16)[0], H, p, backend)
+    assert asked == [[SDPA[name] for name in ("flash", "efficient", "math")], SDPA["math"], SDPA["math"]]
 
 
-@pytest.mark.parametrize(
-    ("backend", "message"),
-    [
+def test_refused() -> None:
+    for backend, message in (
         ("cudnn", r"attention: cudnn may round dropout to sixteenths, got 0\.2"),
         ("fa3", "attention: fa3 has no dropout, got 0.2"),
         ("fa4", "attention: fa4 has no dropout, got 0.2"),
         ("flesh", r"attention: got 'flesh', expected auto \| cudnn \| .* \| fa4"),
-    ],
-)
-def test_refused(backend: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        causal_attention(inputs(torch.float16)[0], H, 0.2, backend)
+    ):
+        with pytest.raises(ValueError, match=message):
+            causal_attention(inputs(torch.float16)[0], H, 0.2, backend)
 
 
 # In the model
@@ -181,18 +164,6 @@ def test_sampling_needs_no_backend_that_this_machine_lacks(monkeypatch: pytest.M
 # Compiled
 
 
-def compiled(net: GPT, graphs: list[str], *, fullgraph: bool):
-    """By the compiler's front half; the forward graphs' code is kept."""
-    torch._dynamo.reset()
-
-    def keep(graph: torch.fx.GraphModule, _):
-        graphs.append(graph.code)
-        return make_boxed_func(graph)
-
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=lambda graph, _: make_boxed_func(graph))
-    return torch.compile(net, backend=backend, fullgraph=fullgraph)
-
-
 def loss_and_gradient(net: torch.nn.Module, of: GPT) -> tuple[Tensor, Tensor]:
     loss = net(*batch())[1]
     loss.backward()
@@ -200,21 +171,25 @@ def loss_and_gradient(net: torch.nn.Module, of: GPT) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "called"), [("auto", KERNEL), ("flash_attn", "stand_in")])
-def test_compiled_whole(backend: str, called: str) -> None:
-    eager, net, graphs = model(backend), model(backend), []
-    got = loss_and_gradient(compiled(net, graphs, fullgraph=True), net)
-    torch.testing.assert_close(got, loss_and_gradient(eager, eager))
-    assert len(graphs) == 1
-    assert called in graphs[0]
+@pytest.mark.parametrize(("backend", "called"), [("auto", KERNEL), ("flash_attn", "stand_in"), ("fa4", "")])
+def test_compiled_whole_or_around_a_backend_that_the_compiler_does_not_know(backend: str, called: str) -> None:
+    """By the compiler's front half; the forward graphs' code is kept."""
+    torch._dynamo.reset()
+    layers, graphs = 2 if called else 12, []
 
+    def keep(graph: torch.fx.GraphModule, _):
+        graphs.append(graph.code)
+        return make_boxed_func(graph)
 
-@pytest.mark.slow
-def test_a_backend_that_the_compiler_does_not_know_is_called_between_graphs() -> None:
-    eager, net, graphs = model("fa4", 12), model("fa4", 12), []
-    run = compiled(net, graphs, fullgraph=False)
+    front = aot_autograd(fw_compiler=keep, bw_compiler=lambda graph, _: make_boxed_func(graph))
+    eager, net = model(backend, layers), model(backend, layers)
+    run = torch.compile(net, backend=front, fullgraph=bool(called))
     torch.testing.assert_close(loss_and_gradient(run, net), loss_and_gradient(eager, eager))
-    assert graphs
-    assert "triu" not in "".join(graphs)  # its mask
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        run(*batch())[1].backward()
+    if called:
+        assert len(graphs) == 1
+        assert called in graphs[0]
+    else:
+        assert graphs
+        assert "scaled_dot_product" not in "".join(graphs)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            run(*batch())[1].backward()

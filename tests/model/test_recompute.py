@@ -60,20 +60,6 @@ def test_the_same_gradients_compiled(recompute: str, ops: Ops, compiler: None) -
 
 
 @BOTH
-def test_less_is_kept(ops: Ops) -> None:
-    held = []
-    for mode in MODES:
-        model = make(ops, mode)
-        with Made() as made:
-            loss = model(*batch())[1]
-        held.append(made.held())
-        del loss
-    none, mlp, block = held
-    assert none > 1.3 * mlp
-    assert mlp > 1.5 * block
-
-
-@BOTH
 def test_nothing_random_and_no_attention_is_computed_again(ops: Ops) -> None:
     random = ["nanofuse_cpu::random_keep", "aten::native_dropout", "aten::randint"]
     if not INTERPRETED:

@@ -62,16 +62,11 @@ def test_shards_share_the_update_alone() -> None:
         assert work.bytes == pytest.approx(whole[part].bytes / (4 if shared else 1), rel=1e-6), part
 
 
-def test_the_floor_is_the_slower_of_two() -> None:
+def test_time_is_that_of_the_slower_of_two_by_kernels_that_reach_a_share_of_the_rates() -> None:
     assert floor(Work(100, 10), 50.0, 10.0) == 2.0
     assert floor(Work(100, 50), 50.0, 10.0) == 5.0
-    assert floor(Work(), 50.0, 10.0) == 0.0
-
-
-def test_kernels_that_reach_a_share_of_the_rates() -> None:
     shares, matmul, copy = Shares(matmul=0.5, attention=0.25, bandwidth=0.2), Work(100, 1), Work(0, 50)
     assert duration([("qkv", matmul), ("x", copy)], 50.0, 10.0) == 2.0 + 5.0
     assert duration([("qkv", matmul), ("x", copy)], 50.0, 10.0, shares) == 4.0 + 25.0
     assert duration([("attention projection", matmul)], 50.0, 10.0, shares) == 4.0
-    assert duration([("attention forward", matmul)], 50.0, 10.0, shares) == 8.0
     assert duration([("_scaled_dot_product_cudnn_attention", matmul)], 50.0, 10.0, shares) == 8.0
