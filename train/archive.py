@@ -1,7 +1,7 @@
 """torch's zip archives, read with care: others may have made them, or a disk damaged them.
 
-torch checks nothing itself: it returns flipped bits as weights, and uninitialised memory for a member that it does not
-find. So a load checks the CRC of the pickle, and then that of the bytes which torch has read for each tensor.
+A load first checks every CRC. Then it checks that torch has read the bytes that were checked. torch itself checks
+nothing: it returns flipped bits as weights, and uninitialised memory for a member that it does not find.
 """
 
 import os
@@ -22,10 +22,10 @@ from train.metapickle import check_pickle
 def load_archive(path: Path) -> object:
     """What torch.save wrote to `path`: tensors on the CPU, plain values, and dicts, lists and tuples of those.
 
-    What is returned is verified. OSError if the file cannot be opened, ValueError if it is not a whole archive.
+    Every byte is verified. OSError if the file cannot be opened, ValueError if it is not a whole archive.
     """
     with open_regular(path) as file:  # once: a save may replace the name between the check and the load
-        known = _members(file)
+        known = _members(file, verify=True)
         file.seek(0)
         try:
             raw = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
@@ -43,7 +43,7 @@ def load_archive(path: Path) -> object:
         if storage.data_ptr() not in seen:  # tied weights share one
             content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
             if (storage.nbytes(), zlib.crc32(content)) not in known:
-                raise ValueError(f"is damaged: the bytes of {place} do not have the CRC that the file says")
+                raise ValueError(f"is damaged: torch does not read the bytes of {place} that the archive holds")
             seen.add(storage.data_ptr())
     return raw
 
@@ -51,7 +51,7 @@ def load_archive(path: Path) -> object:
 def glance(path: Path) -> object:
     """As `load_archive`, but no weight is read, and no weight's CRC is checked. Raises whatever torch does."""
     with open_regular(path) as file:
-        _members(file)
+        _members(file, verify=False)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -68,9 +68,9 @@ def leaves(tree: object, place: str = "") -> Iterator[tuple[str, object]]:
         yield place, tree
 
 
-def _members(file: BinaryIO) -> set[tuple[int, int]]:
+def _members(file: BinaryIO, *, verify: bool) -> set[tuple[int, int]]:
     """(size, CRC) of the members of `file`. ValueError unless it is a zip archive as torch.save writes it, whose pickle
-    has its CRC and can be read without filling the memory or overflowing the stack."""
+    can be read without filling the memory or overflowing the stack. verify: whether all CRCs must be right."""
     length = file.seek(0, os.SEEK_END)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -82,6 +82,8 @@ def _members(file: BinaryIO) -> set[tuple[int, int]]:
                     raise ValueError(f"its member {member.filename} is packed or marked, as torch.save never does")
                 if member.filename.endswith("/data.pkl"):
                     check_pickle(archive.read(member))
+            if verify and (name := archive.testzip()):
+                raise ValueError(f"its member {name} does not have its CRC")
     except Exception as error:  # zipfile raises half a dozen kinds, depending on the field that is hit
         raise ValueError(f"is no checkpoint, or a damaged one of {length} bytes ({first_line(error)})") from error
     return {(member.file_size, member.CRC) for member in members}

@@ -58,7 +58,14 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path, whole):
             assert_same(loaded, saved)
     assert refused.keys() >= {(position, bit) for position in attributes for bit in range(8)}
     for position in within:
-        assert "is damaged: the bytes of" in refused[position, position % 8]
+        assert f"its member {member.filename} does not have its CRC" in refused[position, position % 8]
+
+
+def test_what_torch_reads_is_compared_with_what_was_verified(tmp_path, whole, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(whole)
+    monkeypatch.setattr(torch, "load", lambda *args, **options: make_checkpoint(4))
+    assert "torch does not read the bytes" in refusal(path)
 
 
 # Files of other kinds
