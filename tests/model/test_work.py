@@ -45,21 +45,16 @@ def test_every_part_by_hand() -> None:
     assert fused == work | {name: Work(bytes=2 * 2 * M * 24) for name in ("GELU forward", "GELU backward")}
 
 
-def test_accumulation_repeats_all_but_the_update() -> None:
-    once, thrice = (step_work(GPT2, 2, accumulation=times, gradients=4) for times in (1, 3))
+def test_accumulation_repeats_all_but_the_update_which_alone_is_shared_out() -> None:
+    once, thrice, share = (
+        step_work(GPT2, 2, accumulation=times, gradients=4, shards=shards) for times, shards in ((1, 1), (3, 1), (3, 4))
+    )
     n = once["accumulation"].bytes // (4 - 2)
+    assert thrice.pop("accumulation") == Work(bytes=n * (2 * (4 + 4 - 2) + 4 - 2))
     for part, work in thrice.items():
-        if part == "accumulation":
-            assert work == Work(bytes=n * (2 * (4 + 4 - 2) + 4 - 2))
-        else:
-            assert work == once[part] * (1 if part == "optimizer" else 3)
-
-
-def test_shards_share_the_update_alone() -> None:
-    whole, share = (step_work(GPT2, 2, accumulation=2, gradients=4, shards=shards) for shards in (1, 4))
-    for part, work in share.items():
-        shared = part in ("accumulation", "optimizer")
-        assert work.bytes == pytest.approx(whole[part].bytes / (4 if shared else 1), rel=1e-6), part
+        assert work == once[part] * (1 if part == "optimizer" else 3)
+        assert share[part].bytes == pytest.approx(work.bytes / (4 if part == "optimizer" else 1), rel=1e-6), part
+    assert share["accumulation"].bytes == pytest.approx(n * 14 / 4, rel=1e-6)
 
 
 def test_time_is_that_of_the_slower_of_two_by_kernels_that_reach_a_share_of_the_rates() -> None:
