@@ -135,7 +135,11 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, resumed):
     assert resume(out_dir, max_iters=7) == 0  # the first one has let go
 
 
-def test_a_file_system_without_locks_holds_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+@pytest.mark.parametrize("windows", [True, False])
+def test_without_locks_nothing_is_held(windows, tmp_path, monkeypatch):
+    if windows:
+        monkeypatch.setattr("train.files.fcntl", None)
+    else:
+        monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     with owned(tmp_path / "out"):
         assert run(tmp_path / "out", max_iters=2) == 0
