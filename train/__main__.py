@@ -17,44 +17,43 @@ if __name__ == "__main__":  # --help and wrong settings end here: importing torc
 
 import torch
 
-from model.flops import flops_per_token, num_params
+from model.flops import num_params
 from train import checkpoint as checkpoints
 from train.compile import model_to_train, uncompile
 from train.data import Loader
 from train.distributed import local_device, process_group, world_from_environment
 from train.files import owned
-from train.graph import GraphedEvaluation, GraphedStep
+from train.graph import GraphedStep
 from train.hardware import device_name, resolve_device, use_device
 from train.log import RunLog, check_sinks, say
 from train.loop import Loop
-from train.plan import Plan, choose_graphs, decide
+from train.plan import choose_graphs, decide
 from train.plot import plot_run
 from train.profile import ProfiledStep
 from train.sample import SampleConfig, example_start, sample_text
 from train.state import TrainState, make_state
-from train.step import Evaluation, TrainStep
+from train.step import TrainStep
 
 
 def main() -> int:
     parsed = parse(sys.argv[1:])
-    absent = bool(parsed.settings.get("rehearse"))  # a rehearsal: all is checked, nothing is trained
-    device = None if absent else resolve_device(str(parsed.settings.get("device", TrainConfig.device)))
+    named = TrainConfig(**parsed.settings)  # what was not named has its plain default
+    absent = bool(named.rehearse)  # a rehearsal: all is checked, nothing is trained
+    device = None if absent else resolve_device(named.device)
     world = world_from_environment()
-    init_from = str(parsed.settings.get("init_from", TrainConfig.init_from))
-    resumed = init_from == "resume"
+    resumed = named.init_from == "resume"
     with ExitStack() as held:
         checkpoint = stored = None
         if resumed:
-            name = str(parsed.settings.get("out_dir", TrainConfig.out_dir))
-            out_dir = Path(name)
-            if world.master and not absent and not parsed.settings.get("eval_only") and os.path.isdir(out_dir):
+            out_dir = Path(named.out_dir)
+            if world.master and not absent and not named.eval_only and os.path.isdir(out_dir):
                 held.enter_context(owned(out_dir))  # before the load: a run that still goes on will save again
             checkpoint = checkpoints.load(out_dir / checkpoints.LATEST)
-            stored = {**checkpoint["config"], "out_dir": name}
+            stored = {**checkpoint["config"], "out_dir": named.out_dir}
             if not checkpoint["nanofuse"]:  # nanoGPT's: it holds values for the machine that wrote it
                 for machine in ("device", "dtype", "backend"):
                     stored.pop(machine, None)
-        elif path := checkpoints.named(init_from):
+        elif path := checkpoints.named(named.init_from):
             checkpoint = checkpoints.load(path)
         base, why = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
         config = compose(parsed, base)
@@ -64,8 +63,10 @@ def main() -> int:
         if absent:
             from train.rehearse import rehearse  # imported here: only a rehearsal needs it
 
-            tell = (lambda text: print(safe(text))) if world.master else lambda text: None
-            return rehearse(config, set(parsed.settings), why, checkpoint, world, tell)
+            for line in rehearse(config, set(parsed.settings), why, checkpoint, world):
+                if world.master:
+                    print(safe(line))
+            return 0
         check_sinks(config)
         if world.master and not config.eval_only and not resumed:
             held.enter_context(owned(Path(config.out_dir)))
@@ -96,17 +97,19 @@ def train(state: TrainState, *, resumed: bool) -> int:
         say(line)
     if log is not None and state.other_data and not config.eval_only:
         say(f"the best checkpoint until now was kept in {checkpoints.set_best_aside(Path(config.out_dir))}")
-    step, evaluation = make_step(state, say)
-    with make_loader(plan) as loader:
-        loop = Loop(
-            state,
-            step=step,
-            evaluation=evaluation,
-            loader=loader,
-            log=log,
-            flops=flops_per_token(plan.shape, config.mfu_formula) * plan.tokens,
-            peak_flops=world.size * plan.peak.flops,
-        )
+    step = make_step(state, say)
+    with Loader(
+        plan.dataset,
+        batch_size=config.batch_size,
+        block_size=config.block_size,
+        accumulation=plan.accumulation,
+        seed=config.seed,
+        device=plan.device,
+        rank=world.rank,
+        world_size=world.size,
+        vocab_size=plan.shape.vocab_size,
+    ) as loader:
+        loop = Loop(state, step, loader, log)
         try:
             status = loop.run()
         finally:
@@ -120,40 +123,21 @@ def train(state: TrainState, *, resumed: bool) -> int:
     return 128 + status if status else 0
 
 
-def make_step(
-    state: TrainState, say: Callable[[str], None]
-) -> tuple[TrainStep | GraphedStep | ProfiledStep, Evaluation | GraphedEvaluation]:
-    """A step, and an evaluation of the same model: compiled, captured and profiled as the settings say."""
+def make_step(state: TrainState, say: Callable[[str], None]) -> TrainStep | ProfiledStep:
+    """The step, compiled, captured and profiled as the settings say."""
     plan, config = state.plan, state.plan.config
     model = model_to_train(state.model, config, plan.device, say, sharded=plan.sharded)
     state.optimizer.clear()
     world = None if plan.sharded else plan.world
     step = TrainStep(model, state.optimizer, grad_clip=config.grad_clip, scaler=state.scaler, world=world)
-    evaluation = Evaluation(model)
     graphs, without = choose_graphs(config, plan.device, sharded=plan.sharded)
     if without:
         say(without)
     if graphs:
-        step = GraphedStep(step, (plan.accumulation, config.batch_size, config.block_size), evaluation)
-        evaluation = step.evaluation
+        step = GraphedStep(step, (plan.accumulation, config.batch_size, config.block_size), evaluates=True)
     if config.profile and plan.world.master:
         step = ProfiledStep(step, plan, state.progress.iter_num, say)
-    return step, evaluation
-
-
-def make_loader(plan: Plan) -> Loader:
-    """This rank's batches."""
-    return Loader(
-        plan.dataset,
-        batch_size=plan.config.batch_size,
-        block_size=plan.config.block_size,
-        accumulation=plan.accumulation,
-        seed=plan.config.seed,
-        device=plan.device,
-        rank=plan.world.rank,
-        world_size=plan.world.size,
-        vocab_size=plan.shape.vocab_size,
-    )
+    return step
 
 
 def farewell(state: TrainState, loop: Loop, say: Callable[[str], None]) -> None:

@@ -10,10 +10,8 @@ from torch import nn
 
 from model import GPT
 from train.config import TrainConfig
-from train.data import Batch
 from train.errors import first_line
 from train.hardware import synchronize
-from train.step import Evaluation
 
 
 def compile_module(function: Callable, device: torch.device, *, profiled: bool = False) -> Callable:
@@ -105,7 +103,8 @@ def model_to_train(
         compiled = compile_model(model, compile, in_parts=in_parts(device, sharded=sharded))
         dloss = torch.ones((), device=device)
         compiled(idx, targets, dloss=dloss)[1].backward(dloss)
-        Evaluation(compiled)([Batch(idx[None], targets[None], (0,))])
+        with torch.no_grad():
+            compiled.eval()(idx, targets)
         synchronize(device)
         say(f"compiled in {time.perf_counter() - begin:.1f} s, kept for the next run in {cache_dir()}")
     except torch.OutOfMemoryError:
@@ -113,5 +112,5 @@ def model_to_train(
     except Exception as error:  # of any type: from Dynamo, Inductor, Triton, a driver, a missing C++ compiler
         say(f"compile: not possible on this machine, going on without it: {first_line(error)}")
         uncompile(model)
-        return model
-    return compiled
+        compiled = model
+    return compiled.train()

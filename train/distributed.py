@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.errors import RunError, UserError
+from train.errors import RunError, UserError, shown
 
 
 @dataclass
@@ -44,8 +44,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        if self.size > 1:
-            self.sum(torch.zeros(1))
+        self.sum(torch.zeros(1))
 
     def agree(self, value: int) -> int:
         """Send `value` to the others. Returns the largest value sent in the *previous* call, 0 in the first.
@@ -78,17 +77,12 @@ def world_from_environment() -> World:
     if "RANK" not in os.environ:
         return World()
     parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-    try:
-        rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"RANK, LOCAL_RANK, WORLD_SIZE: expected three integers as torchrun sets them ({error})"
-        ) from error
-    if not (0 <= rank < size and 0 <= local_rank < size):
-        raise UserError(
-            f"RANK, LOCAL_RANK, WORLD_SIZE: got {rank}, {local_rank}, {size}, expected ranks from 0 to WORLD_SIZE - 1"
-        )
-    return World(rank, local_rank, size, parent)
+    given = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    numbers = [int(text) for text in given if text.isdecimal()]
+    if len(numbers) < 3 or max(numbers[:2]) >= numbers[2]:
+        came = shown(", ".join(given))
+        raise UserError(f"RANK, LOCAL_RANK, WORLD_SIZE: got {came}, expected ranks from 0 to WORLD_SIZE - 1")
+    return World(*numbers, parent)
 
 
 def local_device(device: torch.device, world: World) -> torch.device:
@@ -96,10 +90,8 @@ def local_device(device: torch.device, world: World) -> torch.device:
     if world.size == 1 or device.type != "cuda":
         return device
     if world.local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"nproc_per_node: got more than {world.local_rank}, expected at most {torch.cuda.device_count()}, one a "
-            f"GPU; with --device=cpu any number runs"
-        )
+        most = f"{torch.cuda.device_count()}, one a GPU; with --device=cpu any number runs"
+        raise UserError(f"nproc_per_node: got more than {world.local_rank}, expected at most {most}")
     return torch.device("cuda", world.local_rank)
 
 
@@ -107,8 +99,7 @@ def local_device(device: torch.device, world: World) -> torch.device:
 def process_group(world: World, backend: str, device: torch.device) -> Iterator[None]:
     """Join the ranks; at the end, leave them. NCCL sends gradients between GPUs, gloo everything else.
 
-    A rank that fails does not wait for the others: they may never reach the barrier. It exits, and torchrun stops them.
-    RunError on those that lose it meanwhile.
+    A rank that fails does not wait for the others: it exits, and torchrun stops them. RunError on those that lose it.
     """
     if world.size == 1:
         yield

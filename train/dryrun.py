@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import weakref
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from model import GPT, GPTConfig, Precision
 from model.work import Work, step_work
 from train.hardware import resolve_stream
 from train.optim import FlatAdamW, LossScale
-from train.step import Evaluation, TrainStep
+from train.step import TrainStep
 
 if TYPE_CHECKING:
     from kernels.launch import Device, Launch
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 VIEWS = frozenset(["_unsafe_view", "lift_fresh", "_reshape_alias"])  # views that torch does not mark as views
 ALLOCATIONS = frozenset(["empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"])
 FILLS = frozenset(["zero_", "fill_", "zeros", "zeros_like", "ones_like", "full", "full_like"])  # these only write
-SYNCS = frozenset(["_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_unique2", "masked_select"])
 MATMUL_OPS = frozenset(["mm", "addmm", "addmm_", "bmm", "baddbmm"])
 WORKSPACES = 2 * 2**25  # bytes that cuBLAS takes: 32 MiB on recent GPUs, for each of two streams
 GRANULE = 512  # bytes: torch's allocator for CUDA rounds the size of every tensor up to a multiple
@@ -55,9 +54,8 @@ class Call:
 class Recorder(TorchDispatchMode):
     """Sees every operation below autograd and records what a device would have to do.
 
-    calls: all launches, in order. launches: only those of Triton kernels. peak: the most bytes alive at a time since
-    `restart`. parts: these bytes by label. syncs: operations that make the host wait for the device. mixed: operations
-    whose tensors lie on different devices. mismatches: operations whose fake disagrees with their body.
+    calls: all launches since `restart`, in order. launches: only those of Triton kernels, since the beginning. parts:
+    the most bytes that were alive at a time since `restart`, by label.
     """
 
     def __init__(self, device: "Device | None", on: str, vocab_size: int = 0) -> None:
@@ -67,24 +65,15 @@ class Recorder(TorchDispatchMode):
         self.device, self.on = device, on
         self.granule = 1 if on == "cpu" else GRANULE
         self._logits = {vocab_size, -(-vocab_size // 16) * 16} - {0}
-        self.label = "state"
-        self.calls: list[Call] = []
         self.launches: list[Launch] = []
-        self.syncs: list[str] = []
-        self.mixed: list[str] = []
-        self.mismatches: list[str] = []
         self.alive: Counter[str] = Counter()  # bytes by label
         self._sizes: dict[int, tuple[int, str]] = {}
         self._op = ""
         self.restart("state")
 
     def restart(self, label: str) -> None:
-        """From now on new tensors get this label. The peak starts at the bytes that are alive now."""
-        self.label, self.parts = label, Counter(self.alive)
-
-    @property
-    def peak(self) -> int:
-        return self.parts.total()
+        """From now on new tensors get this label. The peak starts at the bytes that are alive now, the calls anew."""
+        self.label, self.parts, self.calls = label, Counter(self.alive), []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -103,7 +92,6 @@ class Recorder(TorchDispatchMode):
             result = None  # no torch can run it on shapes; it writes in place
         else:
             result = func(*args, **kwargs)
-        self._note_faults(func, name, inputs, kwargs)
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         self._track(outputs)
         if func.is_view or name in VIEWS or name in ALLOCATIONS or not any(map(self._on_device, inputs + outputs)):
@@ -118,7 +106,6 @@ class Recorder(TorchDispatchMode):
         """Run the body of one of our operations, planned for the device."""
         from kernels.launch import BODIES, recording
 
-        fake = func(*args, **kwargs)
         outer, self._op = self._op, func.overloadpacket.__name__
         with recording(self.device) as launches, self:
             result = BODIES[func](*args, **kwargs)
@@ -126,25 +113,9 @@ class Recorder(TorchDispatchMode):
             moved = sum(x.nbytes for x in map(_tensor, launch.args.values()) if x is not None)
             self.calls.append(Call(f"triton:{launch.kernel.fn.__name__}", self._op, moved, 0))
             self.launches.append(dataclasses.replace(launch, args=_shapes_of(launch.args)))
-        for i, (a, b) in enumerate(zip(tree_leaves(fake), tree_leaves(result), strict=True)):
-            if isinstance(a, Tensor) and _layout(a) != _layout(b):
-                self.mismatches.append(f"{self._op}[{i}]: fake {_layout(a)}, body {_layout(b)}")
         self._op = outer
         self._track(tree_leaves(result))
         return result
-
-    def _note_faults(self, func: Any, name: str, inputs: list[Tensor], kwargs: dict[str, Any]) -> None:
-        """Record what a captured step must not do."""
-        devices = {x.device for x in inputs}
-        copied = name in ("_to_copy", "copy_")
-        target = kwargs.get("device")
-        moves = target is not None and inputs and torch.device(target).type != inputs[0].device.type
-        crosses = copied and (len(devices) > 1 or moves)
-        where = f"{self.label} {self._op} {func}: {[(tuple(x.shape), str(x.device)) for x in inputs]}"
-        if name in SYNCS or crosses:
-            self.syncs.append(where)
-        if len(devices) > 1 and not copied:
-            self.mixed.append(where)
 
     def _track(self, made: list[Any]) -> None:
         for x in made:
@@ -159,7 +130,7 @@ class Recorder(TorchDispatchMode):
                 label = "workspace"
             self._sizes[key] = size, label
             self.alive[label] += size
-            if self.alive.total() > self.peak:
+            if self.alive.total() > self.parts.total():
                 self.parts = Counter(self.alive)
             weakref.finalize(storage, self._free, key).atexit = False
 
@@ -183,16 +154,11 @@ def _shapes_of(args: dict[str, Any]) -> dict[str, Any]:
     for name, value in args.items():
         x = _tensor(value)
         if x is not None:
-            size = x.storage_offset() + 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-            whole = torch.empty(max(size, 0), dtype=x.dtype, device="meta")
+            whole = torch.empty(x.untyped_storage().nbytes() // x.itemsize, dtype=x.dtype, device="meta")
             twin = whole.as_strided(x.shape, x.stride(), x.storage_offset())
             value = twin if value is x else dataclasses.replace(value, base=twin)
         twins[name] = value
     return twins
-
-
-def _layout(x: Tensor) -> tuple:
-    return tuple(x.shape), x.stride(), x.dtype, str(x.device)
 
 
 def _flops(name: str, args: list[Tensor]) -> int:
@@ -250,10 +216,8 @@ class DryRun:
 
     micro_step: list[Call]
     update: list[Call]
-    evaluation: list[Call]
-    launches: "list[Launch]"  # Triton's, of all three parts
+    launches: "list[Launch]"  # Triton's, of these and of an evaluation
     memory: dict[str, int]
-    faults: list[str]  # what no captured step may do: syncs, mixed devices, wrong fakes
 
     @property
     def total(self) -> int:
@@ -263,44 +227,30 @@ class DryRun:
 
 def dry_run(job: Job) -> DryRun:
     """Run a micro-step, an update and an evaluation of the job on shapes."""
-    recorder = Recorder(_plans_for(job), job.on, job.shape.vocab_size)
-    peaks, calls = {}, {}
-    with FakeTensorMode() if job.on != "meta" else nullcontext(), recorder:
+    device, planning = None, nullcontext()
+    if job.ops.name != "reference":
+        from kernels.launch import INTERPRETER, Device, recording
+
+        device = INTERPRETER if job.on == "cpu" else Device(job.capability, job.multiprocessors)
+        planning = recording(device)  # the device decides how many partial sums there are
+    recorder = Recorder(device, job.on, job.shape.vocab_size)
+    calls, peaks = [], []  # of each part
+    with planning, FakeTensorMode() if job.on != "meta" else nullcontext(), recorder:
         step = build(job)
         x, y = (torch.zeros(job.batch_size, job.shape.block_size, dtype=torch.int64, device=job.on) for _ in range(2))
         step.micro_step(x, y, job.accumulation)  # not counted: the first one makes things that later ones reuse
-        for name, work in {
-            "micro_step": lambda: step.micro_step(x, y, job.accumulation),
-            "update": step.update,
-            "evaluation": lambda: evaluate(step.model, x, y),
-        }.items():
-            first = len(recorder.calls)
-            recorder.restart("activations" if name == "micro_step" else "workspace")
-            if name == "micro_step":
-                state, recorder.launches = recorder.alive.total(), []
-            work()
-            calls[name], peaks[name] = recorder.calls[first:], recorder.parts
+        state, recorder.launches = recorder.alive.total(), []
+        for label, part in (
+            ("activations", lambda: step.micro_step(x, y, job.accumulation)),
+            ("workspace", step.update),
+            ("workspace", lambda: step.evaluate(x, y)),
+        ):
+            recorder.restart(label)
+            part()
+            calls.append(recorder.calls)
+            peaks.append(recorder.parts)
         memory = _memory(job, step, state, peaks)
-    faults = recorder.syncs + recorder.mixed + recorder.mismatches
-    return DryRun(**calls, launches=recorder.launches, memory=memory, faults=faults)
-
-
-def _plans_for(job: Job) -> "Device | None":
-    if job.ops.name == "reference":
-        return None
-    from kernels.launch import INTERPRETER, Device
-
-    return INTERPRETER if job.on == "cpu" else Device(job.capability, job.multiprocessors)
-
-
-def _planned_for(job: Job) -> AbstractContextManager[object]:
-    """A context in which fused operations plan for the job's device."""
-    device = _plans_for(job)
-    if device is None:
-        return nullcontext()
-    from kernels.launch import recording
-
-    return recording(device)
+    return DryRun(*calls[:2], recorder.launches, memory)
 
 
 def build(job: Job) -> TrainStep:
@@ -312,34 +262,28 @@ def build(job: Job) -> TrainStep:
     with torch.device(job.on):
         precision = Precision(job.dtype, job.stream)
         model = GPT(job.shape, ops, precision=precision, attention=job.attention, recompute=job.recompute)
-    with _planned_for(job):  # the device decides how many partial sums there are
-        optimizer = FlatAdamW(model, ops, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.1, several=job.several)
+    optimizer = FlatAdamW(model, ops, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.1, several=job.several)
     scaler = LossScale(torch.device(job.on), enabled=job.dtype == torch.float16)
     return TrainStep(model, optimizer, grad_clip=1.0, scaler=scaler)
 
 
-def evaluate(model: GPT, x: Tensor, y: Tensor) -> None:
-    """One batch of an evaluation."""
-    evaluation = Evaluation(model)
-    with evaluation.mode():
-        evaluation.loss(x, y)
-
-
-def _memory(job: Job, step: TrainStep, state: int, peaks: dict[str, Counter[str]]) -> dict[str, int]:
-    """Bytes by their use, at the step's peak. CUDA graphs change nothing: they share one pool."""
-    flat, M = step.optimizer.flat, job.batch_size * job.shape.block_size
-    weights, copies = flat.param.nbytes, 0 if flat.compute is None else flat.compute.nbytes
-    gradients = flat.grad.nbytes + (0 if flat.partials is None else flat.partials.nbytes)
-    parts = {"weights": weights, "copies": copies, "moments": 2 * weights, "gradients": gradients}
+def _memory(job: Job, step: TrainStep, state: int, peaks: list[Counter[str]]) -> dict[str, int]:
+    """Bytes by their use, at the step's peak. CUDA graphs change nothing: they share one pool. state: bytes that are
+    alive before a micro-step. peaks: of the step's parts."""
+    flat = step.optimizer.flat
+    weights, copies, gradients, partials = (
+        0 if buffer is None else buffer.nbytes for buffer in (flat.param, flat.compute, flat.grad, flat.partials)
+    )
+    parts = {"weights": weights, "copies": copies, "moments": 2 * weights, "gradients": gradients + partials}
+    # two steps' tokens and targets, and small tensors
+    data = 2 * 16 * job.accumulation * job.batch_size * job.shape.block_size + max(0, state - sum(parts.values()))
     if job.shards > 1:
         parts = _shard(job, flat.param.numel())
-    fixed = sum({"weights": weights, "copies": copies, "moments": 2 * weights, "gradients": gradients}.values())
-    most = max(peaks.values(), key=Counter.total)
+    most = max(peaks, key=Counter.total)
     beyond = {name: most[name] for name in ("activations", "logits", "workspace")}
     loading = weights * (2 if job.resumed and job.on != "cpu" else 1) // job.shards  # copies, until all is in place
     beyond["workspace"] += max(0, loading - sum(beyond.values()))
     beyond["workspace"] += 0 if job.on == "cpu" else WORKSPACES
-    data = 2 * 16 * job.accumulation * M + max(0, state - fixed)  # two steps' tokens and targets, and small tensors
     return parts | beyond | {"data": data}
 
 

@@ -54,7 +54,7 @@ class FlatState:
         self.leaves = [leaf.requires_grad_() for leaf in leaves.values()]
         if self.compute is not None:
             model.read_copies(leaves)
-            self.sync()
+            self.compute.copy_(self.param)
         self._grads = {p: self.view(self.grad, p) for p in order}
         self.partials: Tensor | None = None
         if ops.sum_partials is not None:
@@ -75,11 +75,6 @@ class FlatState:
     def view(self, buffer: Tensor, p: nn.Parameter) -> Tensor:
         """p's part of a buffer, with p's shape."""
         return buffer[self.places[p]].view(p.shape)
-
-    def sync(self) -> None:
-        """Write the copies again, after something other than the optimizer changed the parameters."""
-        if self.compute is not None:
-            self.compute.copy_(self.param)
 
     def gather(self) -> None:
         """Finish what a micro-step's backward pass left."""

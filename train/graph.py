@@ -11,7 +11,7 @@ replays follow each other on one stream.
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from kernels.capture import capture_graphs
-from train.data import Batch
 from train.errors import UserError, first_line
-from train.step import Evaluation, StepResult, TrainStep
+from train.step import TrainStep
 
 Work = Callable[[], None]
 
@@ -47,78 +46,42 @@ def cuda_graphs(tasks: list[Task]) -> list[Work]:
     return capture_graphs([task.warm_up for task in tasks], [task.run for task in tasks], side, pool)
 
 
-class Inputs:
-    """The micro-batch that graphs read: x, y of `shape` (batch_size, block_size), int64."""
-
-    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
-        self.x, self.y = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
-
-    def put(self, x: Tensor, y: Tensor) -> None:
-        """Copy a micro-batch in. ValueError, with the name, for another shape or dtype."""
-        for name, there, value in (("x", self.x, x), ("y", self.y, y)):
-            if value.shape != there.shape or value.dtype != there.dtype:
-                got, expected = ((x.dtype, tuple(x.shape)) for x in (value, there))
-                raise ValueError(f"{name}: got {got[0]} {got[1]}, expected {expected[0]} {expected[1]}, as captured")
-        torch._foreach_copy_([self.x, self.y], [x, y])  # one launch
-
-
-class GraphedEvaluation:
-    """A captured `Evaluation`, with the same call and the same results."""
-
-    def __init__(self, replay: Work, inputs: Inputs, loss: Tensor) -> None:
-        """replay: computes the loss of the batch in `inputs` and writes it to `loss`."""
-        self._replay, self._inputs, self._loss = replay, inputs, loss
-
-    def __call__(self, batches: Iterable[Batch]) -> Tensor:
-        losses = []
-        for batch in batches:
-            self._inputs.put(batch.x[0], batch.y[0])
-            self._replay()
-            losses.append(self._loss.clone())  # the next replay overwrites it
-        return torch.stack(losses)
-
-
-class GraphedStep:
-    """A captured `step`, with the same call and the same results. ValueError for inputs of another shape.
+class GraphedStep(TrainStep):
+    """A `step` whose micro-steps and updates are replayed. ValueError for inputs of another shape.
 
     shape: (accumulation, batch_size, block_size) of all batches. Make it between two steps, when there are no
     gradients. Capturing runs the parts of a step a few times. Afterwards `step` is as before: parameters, moments, step
     count, loss scale, random state. This also holds if capturing fails, with a UserError. `capture` is `cuda_graphs`
     on CUDA; tests pass a tape.
 
-    evaluation: of the same model, captured too, for batches of the same size; the result is the attribute `evaluation`.
-    Both are captured together, so that all warm-ups end before a capture takes memory.
+    evaluates: whether evaluations are captured too, of batches of the same size. All is captured together, so that all
+    warm-ups end before a capture takes memory.
     """
 
     def __init__(
         self,
         step: TrainStep,
         shape: tuple[int, int, int],
-        evaluation: Evaluation | None = None,
+        evaluates: bool = False,
         capture: Capture = cuda_graphs,
     ) -> None:
-        self.step, self.scaler = step, step.scaler
+        vars(self).update(vars(step))  # the same model, optimizer and tensors
         self.accumulation, *micro = shape
-        self._inputs = inputs = Inputs(micro, step.loss.device)
+        self._x, self._y = x, y = [torch.zeros(micro, dtype=torch.int64, device=step.loss.device) for _ in range(2)]
+        self._evaluated = torch.zeros_like(step.loss)
         tasks = [
-            Task(lambda: step.micro_step(inputs.x, inputs.y, self.accumulation)),
+            Task(lambda: step.micro_step(x, y, self.accumulation)),
             Task(step.update, prepare=step.optimizer.skip_next_update),
         ]
-        if evaluation is not None:
-            loss = torch.zeros_like(step.loss)
-
-            def evaluate() -> None:
-                with evaluation.mode():
-                    loss.copy_(evaluation.loss(inputs.x, inputs.y))
-
-            tasks.append(Task(evaluate))
+        if evaluates:
+            tasks.append(Task(lambda: self._evaluated.copy_(step.evaluate(x, y))))
         # An AccumulateGrad node remembers the stream that it was made on. It lives as long as a loss computed from it.
         # A node of another stream makes the capture fail (torch 2.13) or wait for that stream (2.11). `micro_step`
         # keeps no loss, but a cycle of unused objects may, for example a traceback. The collector frees it.
         gc.collect()
         try:
             with unchanged(step):
-                self._micro_step, self._update, *more = capture(tasks)
+                self._replay_micro_step, self._replay_update, *self._replay_evaluation = capture(tasks)
         except torch.OutOfMemoryError:  # its message says what to do, and graphs are not the cause
             raise
         except Exception as error:  # of any type: from CUDA, Triton, or a library that cannot be captured
@@ -126,20 +89,29 @@ class GraphedStep:
                 f"cuda_graphs: got True, but the step could not be captured: {first_line(error)}; "
                 f"--no-cuda_graphs goes on without"
             ) from error
-        if evaluation is not None:
-            self.evaluation = GraphedEvaluation(*more, inputs, loss)
 
-    def __call__(self, batch: Batch, lr: float) -> StepResult:
-        if len(batch.seeds) != self.accumulation:
-            raise ValueError(f"batch: got {len(batch.seeds)} micro-steps, expected {self.accumulation}, as captured")
-        self.step.begin(lr)
-        for micro, seed in enumerate(batch.seeds):
-            self.step.seed(seed)
-            self._inputs.put(batch.x[micro], batch.y[micro])
-            self._micro_step()
-        self.step.reduce()
-        self._update()
-        return self.step.result()
+    def micro_step(self, x: Tensor, y: Tensor, accumulation: int) -> None:
+        if accumulation != self.accumulation:
+            raise ValueError(f"batch: got {accumulation} micro-steps, expected {self.accumulation}, as captured")
+        self._put(x, y)
+        self._replay_micro_step()
+
+    def update(self) -> None:
+        self._replay_update()
+
+    def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
+        (replay,) = self._replay_evaluation
+        self._put(x, y)
+        replay()
+        return self._evaluated.clone()  # the next replay overwrites it
+
+    def _put(self, x: Tensor, y: Tensor) -> None:
+        """Copy a micro-batch to where graphs read it. ValueError, with the name, for another shape or dtype."""
+        for name, there, value in (("x", self._x, x), ("y", self._y, y)):
+            if value.shape != there.shape or value.dtype != there.dtype:
+                got, expected = ((x.dtype, tuple(x.shape)) for x in (value, there))
+                raise ValueError(f"{name}: got {got[0]} {got[1]}, expected {expected[0]} {expected[1]}, as captured")
+        torch._foreach_copy_([self._x, self._y], [x, y])  # one launch
 
 
 @contextmanager

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from train.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COLUMNS = {torch.float32: "tf32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # how data sheets call them
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class DataSheet:
 
     def peak(self, dtype: torch.dtype) -> Peak:
         """For matmuls of `dtype`."""
-        column = COLUMNS[dtype]
+        column = {torch.float32: "tf32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
         return Peak((self.tf32 if column == "tf32" else self.bf16) * 1e12, f"{self.source}, dense {column}")
 
 
@@ -84,21 +84,16 @@ DATA_SHEETS = (
 )
 
 
-@dataclass(frozen=True)
-class Card:
-    """A GPU that a run can be rehearsed and predicted for: what torch would say of it. `data_sheet` has its data sheet.
+class Card(NamedTuple):
+    """A GPU that a run can be rehearsed and predicted for: what torch would say of it."""
 
-    capability: 90 is sm_90. memory: bytes that are free before a run, about: torch's total_memory of one card, less
-    half a gigabyte for the CUDA context.
-    """
-
-    name: str  # torch.cuda.get_device_name()
-    capability: int
+    name: str  # torch.cuda.get_device_name(), by which `data_sheet` finds its data sheet
+    capability: int  # 90 is sm_90
     multiprocessors: int
-    memory: int
+    memory: int  # bytes that are free before a run
 
 
-CARDS = {  # by the names that settings have for them
+CARDS = {  # by the names that settings have for them; memory: torch's total_memory, less 0.5 GB for the CUDA context
     "a100": Card("NVIDIA A100-SXM4-80GB", 80, 108, int(84.5e9)),
     "h100": Card("NVIDIA H100 80GB HBM3", 90, 132, int(84.5e9)),
     "h200": Card("NVIDIA H200", 90, 132, int(149.6e9)),
@@ -112,13 +107,15 @@ CARDS = {  # by the names that settings have for them
 
 def card(name: str) -> Card:
     """The card of that name in CARDS; `auto`: the GPU at hand, an H100 where there is none."""
-    if name != "auto":
-        return CARDS[name]
-    if not torch.cuda.is_available():
-        return CARDS["h100"]
-    p = torch.cuda.get_device_properties(0)
-    free, _ = torch.cuda.mem_get_info(0)
-    return Card(p.name, 10 * p.major + p.minor, p.multi_processor_count, free)
+    if name == "auto" and torch.cuda.is_available():
+        return card_at(torch.device("cuda:0"))
+    return CARDS[name if name != "auto" else "h100"]
+
+
+def card_at(device: torch.device) -> Card:
+    """The GPU at hand."""
+    p = torch.cuda.get_device_properties(device)
+    return Card(p.name, 10 * p.major + p.minor, p.multi_processor_count, torch.cuda.mem_get_info(device)[0])
 
 
 def data_sheet(name: str) -> DataSheet | None:
@@ -139,10 +136,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The dense matmul peak of one device in `dtype`: its data sheet's, or measured if the table lacks it.
-
-    Measuring takes about half a second of matmuls. Nothing else should run on the device meanwhile.
-    """
+    """The dense matmul peak of one device in `dtype`: its data sheet's, or measured if the table lacks it."""
     name = device_name(device)
     if device.type == "cuda" and (sheet := data_sheet(name)):
         return sheet.peak(dtype)
@@ -152,24 +146,23 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype, budget: float = 0.5) -> float:
-    """The best FLOP/s of square matmuls of three sizes, in about `budget` seconds."""
+    """The best FLOP/s of square matmuls of three sizes, in about `budget` seconds, in which nothing else should run."""
     sizes = (256, 512, 1024) if device.type == "cpu" else (1024, 2048, 4096)
-    generator = torch.Generator(device)  # the run's own random state stays as it is
     best = 0.0
     for size in sizes:
         flops = 2 * size**3
         if best and flops / best > budget:
             break
-        a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         best = max(best, flops / _least_seconds(lambda a=a, b=b: a @ b, device, budget / len(sizes)))
     return best
 
 
-COPIED = 2**28  # bytes of the tensor that is copied: an H100 caches 50 MB, a B200 126 MB, a CPU seldom more than this
+def measure_bandwidth(device: torch.device, budget: float = 0.5, size: int = 2**28) -> float:
+    """The best rate of copying `size` bytes from memory to memory, in about `budget` seconds; bytes/s, both ways.
 
-
-def measure_bandwidth(device: torch.device, budget: float = 0.5, size: int = COPIED) -> float:
-    """The best rate of copying `size` bytes from memory to memory, in about `budget` seconds; bytes/s, both ways."""
+    An H100 caches 50 MB, a B200 126 MB, a CPU seldom more than `size`.
+    """
     source = torch.ones(size // 4, device=device)  # written: pages that nobody wrote to may all be one
     target = torch.empty_like(source)
     return 2 * size / _least_seconds(lambda: target.copy_(source), device, budget)
@@ -193,8 +186,7 @@ def _least_seconds(call: Callable[[], object], device: torch.device, budget: flo
             return best
 
 
-@dataclass(frozen=True)
-class Ceilings:
+class Ceilings(NamedTuple):
     """What a device did at best when it was measured."""
 
     flops: float  # FLOP/s of a large matmul
@@ -202,38 +194,30 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Both, the first in `dtype`, in about a second. Nothing else should run on the device meanwhile."""
+    """Both, the first in `dtype`, in about a second."""
     return Ceilings(measure_flops(device, dtype), measure_bandwidth(device))
 
 
 def use_device(device: torch.device) -> torch.device:
-    """Make `device` the current one, and return it. On CUDA, let float32 matmuls run in TF32, as nanoGPT does. On a
-    CPU, keep freed memory (`keep_memory`).
+    """Make `device` the current one, and return it. On CUDA, let float32 matmuls run in TF32, as nanoGPT does.
 
     Streams, graph captures and events belong to the current device, wherever their tensors lie: without this,
     `--device=cuda:1` captures an empty graph on device 0. TF32 is not set by
     `torch.backends.cuda.matmul.fp32_precision`: after it `torch.get_float32_matmul_precision()` raises, which Inductor
     asks under max-autotune. Both understand this setting.
+
+    On a CPU, have glibc keep the memory that tensors free, for the next ones. Otherwise it asks the system for large
+    ones at every step. Each page of them costs an interruption and is filled with zeros: a third of the time of
+    `shakespeare_char`'s step on two cores.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    elif device.type == "cpu":
-        keep_memory()
-    return device
-
-
-def keep_memory() -> None:
-    """Have glibc keep the memory that tensors on the host free, for the next ones. Elsewhere nothing changes.
-
-    Otherwise it gives back what large tensors free, and asks the system for as much at every step. Each page of it
-    costs an interruption and is filled with zeros: a third of the time of `shakespeare_char`'s step on two cores.
-    """
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
+    elif device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)  # never
+    return device
 
 
 def synchronize(device: torch.device) -> None:
@@ -245,10 +229,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that auto (the best there is), cpu, cuda (the first), cuda:N or mps names.
-
-    Raises UserError, naming the devices that exist, for any other.
-    """
+    """The device that auto (the best there is), cpu, cuda (the first), cuda:N or mps names. UserError for any other."""
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     devices += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     wanted = {"auto": devices[0], "cuda": "cuda:0"}.get(name, name)
@@ -258,14 +239,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype that auto, float32, bfloat16 or float16 means on `device`.
+    """The compute dtype that auto, float32, bfloat16 or float16 means on `device`. auto is the first of those that it
+    offers. UserError for others.
 
-    auto is bfloat16 on a CUDA device that has it (sm_80 and later) and on a CPU with instructions for it
-    (AVX512_BF16, AMX), float16 on an older CUDA device, else float32. Raises UserError for a dtype that the
-    device lacks. bfloat16, when asked for, runs on every CPU, slowly where the instructions are missing:
-    good enough to try things out. float16 is refused on a CPU: no faster there, and it costs loss scaling.
+    bfloat16 runs on every CPU, slowly where the instructions are missing: good enough to try things out. float16 is
+    refused on a CPU: no faster there, and it costs loss scaling.
     """
-    offered = ["float32"]
+    offered = ["float32", "bfloat16", "float16"]  # mps
     if device.type == "cuda":
         # not torch.cuda.is_bf16_supported(): it counts emulation
         new = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -274,13 +254,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         # Private names, but stable since torch 2.6. Every CPU with AMX tiles multiplies bfloat16 with them.
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         offered = ["bfloat16", "float32"] if fast else ["float32", "bfloat16"]
-    elif device.type == "mps":
-        offered = ["float32", "bfloat16", "float16"]
-    if name == "auto":
-        return DTYPES[offered[0]]
-    if name not in offered:
+    if name not in ("auto", *offered):
         raise UserError(f"dtype: got {name!r}, expected one of: auto, {', '.join(offered)} (on {device})")
-    return DTYPES[name]
+    return DTYPES[offered[0] if name == "auto" else name]
 
 
 def resolve_stream(name: str, dtype: torch.dtype, device_type: str) -> torch.dtype:

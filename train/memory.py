@@ -22,6 +22,7 @@ from train.config import TrainConfig
 from train.distributed import World
 from train.dryrun import Job, dry_run
 from train.errors import UserError
+from train.hardware import card_at
 
 LOSS_CHUNK = 4096  # rows of logits in a chunk: enough to keep the matmuls large
 
@@ -74,9 +75,8 @@ def as_planned_for(device: torch.device) -> dict[str, Any]:
     """The fields of a `Job` that describe `device`."""
     if device.type != "cuda":
         return {"on": "cpu" if device.type == "cpu" else "meta"}
-    properties = torch.cuda.get_device_properties(device)
-    capability = 10 * properties.major + properties.minor
-    return {"on": "meta", "capability": capability, "multiprocessors": properties.multi_processor_count}
+    card = card_at(device)
+    return {"capability": card.capability, "multiprocessors": card.multiprocessors}
 
 
 def check_memory(job: Job, where: str, free: int | None, ranks: int) -> str:
@@ -85,18 +85,18 @@ def check_memory(job: Job, where: str, free: int | None, ranks: int) -> str:
     free: bytes, None if the system does not say. UserError only if the step needs more than that; it names settings
     that would fit.
     """
-    memory = dry_run(job).memory
-    total = sum(memory.values())
+    run = dry_run(job)
+    total, listed = amount(run.total), parts(run.memory)
     if free is None:
-        return f"memory: {amount(total)} estimated: {listed(memory)}"
+        return f"memory: {total} estimated: {listed}"
     loaded = job.on == "cpu" and job.resumed  # the checkpoint's weights already lie in this memory
-    room = free + memory["weights"] if loaded else free
-    if total > room:
+    room = free + run.memory["weights"] if loaded else free
+    if run.total > room:
         raise UserError(
-            f"memory: got a step of {amount(total)} ({listed(memory)}), expected at most {amount(room)}, what {where} "
-            f"has free; {advice(job, room, ranks)}"
+            f"memory: got a step of {total} ({listed}), expected at most {amount(room)}, what {where} has free; "
+            f"{advice(job, room, ranks)}"
         )
-    return f"memory: {amount(total)} estimated: {listed(memory)}; {where} has {amount(room)} free"
+    return f"memory: {total} estimated: {listed}; {where} has {amount(room)} free"
 
 
 def free_memory(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> int | None:
@@ -114,12 +114,10 @@ def advice(job: Job, room: int, ranks: int) -> str:
 
     def changed(settings: dict[str, Any]) -> Job:
         times = job.batch_size // settings.get("batch_size", job.batch_size)  # a step keeps its number of tokens
-        fields = {name: value for name, value in settings.items() if name != "shard"}
-        if "shard" in settings:
-            fields |= {"shards": ranks}
-        return dataclasses.replace(
-            job, accumulation=times * job.accumulation, several=job.several or times > 1, **fields
-        )
+        fields = {"accumulation": times * job.accumulation, "several": job.several or times > 1, **settings}
+        if fields.pop("shard", False):
+            fields["shards"] = ranks
+        return dataclasses.replace(job, **fields)
 
     def fits(settings: dict[str, Any]) -> bool:
         tried = changed(settings)
@@ -130,9 +128,10 @@ def advice(job: Job, room: int, ranks: int) -> str:
         return dry_run(tried).total <= room
 
     for group in changes(job, ranks):
-        if not fits(group[-1]):
+        least = bisect_left(group, True, key=fits)
+        if least == len(group):
             continue
-        settings = group[bisect_left(group, True, key=fits)]
+        settings = group[least]
         after = changed(settings)
         if after.batch_size < job.batch_size:
             settings = settings | {"gradient_accumulation_steps": after.accumulation * ranks}
@@ -169,7 +168,7 @@ def amount(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def listed(memory: dict[str, int]) -> str:
+def parts(memory: dict[str, int]) -> str:
     """Each part of at least 1 %, in the unit of the sum."""
     whole = sum(memory.values())
     unit = 1e9 if whole >= 1e9 else 1e6

@@ -1,7 +1,5 @@
 """AdamW over a GPT's flat state. Parameter groups and state_dict are the same as nanoGPT's."""
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -12,17 +10,19 @@ from train.distributed import World
 from train.flat import FlatState
 
 
-class Optimizer(Protocol):
-    """The interface that a step, a checkpoint and the loop use. several: whether an update takes the sum of several
-    gradients, of micro-steps or ranks; otherwise a micro-step's gradient replaces the one before."""
+class Optimizer:
+    """What a step asks of an optimizer, beside torch's own methods. Its state_dict is AdamW's, as in nanoGPT.
 
-    several: bool
+    several: whether an update takes the sum of several gradients, of micro-steps or ranks; otherwise a micro-step's
+    gradient replaces the one before.
+    """
 
-    def scalar(self) -> Tensor:
-        """A new zero, with the parameters' dtype and device."""
+    several = True
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next updates."""
+        for group in self.param_groups:
+            group["lr"] = lr
 
     def gather(self) -> None:
         """Finish the gradients of a micro-step, after its backward pass."""
@@ -30,34 +30,25 @@ class Optimizer(Protocol):
     def reduce(self, world: World) -> None:
         """Sum the gradients over the ranks."""
 
-    def update(self, max_norm: float = 0.0, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def update(self, max_norm: float, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Clip, update, clear the gradients. Returns (gradient norm, found_inf), float32 scalars on the device.
 
         max_norm: 0 for no clipping. inv_scale: gradients are multiplied by it first. found_inf: 1 if a gradient is not
         finite; then gradients are cleared and nothing else changes.
         """
+        raise NotImplementedError
 
     def clear(self) -> None:
         """Clear the gradients."""
-
-    def state_dict(self) -> dict:
-        """The state of torch's AdamW, as in nanoGPT's checkpoints."""
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Load what `state_dict` returned, with or without moments."""
-
-
-class CapturedOptimizer(Optimizer, Protocol):
-    """An optimizer whose `update` a CUDA graph can capture: all that it reads or changes lies on the device."""
+        self.zero_grad()
 
     def skip_next_update(self) -> None:
-        """Make the next update clear the gradients and do nothing else. For a capture's warm-ups."""
+        """Make the next update clear the gradients and do nothing else. For a capture's warm-ups, of an optimizer whose
+        `update` a CUDA graph can capture: all that it reads or changes lies on the device."""
+        raise NotImplementedError
 
-    def state_tensors(self) -> list[Tensor]:
-        """All tensors that a capture must leave unchanged."""
 
-
-class FlatAdamW(torch.optim.AdamW):
+class FlatAdamW(Optimizer, torch.optim.AdamW):
     """torch's AdamW, with the same rule and state_dict. Its update is one call of `ops.adamw` over flat buffers.
 
     lr (), steps (): float32 on the device, so that a captured update reads their values at its replay.
@@ -86,41 +77,24 @@ class FlatAdamW(torch.optim.AdamW):
             moments = {name: self.flat.view(getattr(self.flat, name), p) for name in ("exp_avg", "exp_avg_sq")}
             self.state[p] = {"step": self.steps, **moments}
 
-    def scalar(self) -> Tensor:
-        """A new zero, with the parameters' dtype and device."""
-        return self.flat.param.new_zeros(())
-
     def gather(self) -> None:
-        """Finish the gradients of a micro-step, after its backward pass."""
         self.flat.gather()
 
     def reduce(self, world: World) -> None:
-        """Sum the gradients over the ranks, all in one exchange."""
-        world.sum(self.flat.grad)
+        world.sum(self.flat.grad)  # all in one exchange
 
     def clear(self) -> None:
-        """Clear the gradients."""
         self.flat.clear()
 
-    def state_tensors(self) -> list[Tensor]:
-        """All tensors that a capture must leave unchanged. A gradient that the next one replaces is none of them."""
-        flat = self.flat
-        buffers = [flat.param, flat.compute, flat.grad if flat.several else None, flat.exp_avg, flat.exp_avg_sq]
-        return [*(x for x in buffers if x is not None), self.lr, self.steps]
-
     def skip_next_update(self) -> None:
-        """Make one gradient NaN: then the next update clears the gradients and does nothing else."""
-        self.flat.grad[:1].fill_(float("nan"))
+        self.flat.grad[:1].fill_(float("nan"))  # then the update is skipped
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next updates, also of captured ones."""
-        self.lr.fill_(lr)
-        for group in self.param_groups:
-            group["lr"] = lr
+        self.lr.fill_(lr)  # captured updates read it
+        super().set_lr(lr)
 
     @torch.no_grad()
-    def update(self, max_norm: float = 0.0, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Clip, update, write the copies, clear the gradients. Returns (gradient norm, found_inf) of `ops.adamw`."""
+    def update(self, max_norm: float, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         flat, group = self.flat, self.param_groups[0]
         results = self._adamw(
             flat.param,
@@ -155,14 +129,10 @@ class FlatAdamW(torch.optim.AdamW):
         """Load the state of torch's AdamW or ours. Without moments, they start at zero."""
         super().load_state_dict(state_dict)
         loaded = dict(self.state)
-        for buffer in (self.flat.exp_avg, self.flat.exp_avg_sq, self.steps):
-            buffer.zero_()
-        for p, entry in loaded.items():
-            self.flat.view(self.flat.exp_avg, p).copy_(entry["exp_avg"])
-            self.flat.view(self.flat.exp_avg_sq, p).copy_(entry["exp_avg_sq"])
-        if loaded:
-            self.steps.copy_(max(entry["step"] for entry in loaded.values()))
         self._make_state_views()
+        for p, own in self.state.items():
+            for name, buffer in own.items():
+                buffer.copy_(loaded[p][name] if p in loaded else torch.zeros(()))
 
 
 class LossScale:
@@ -174,9 +144,9 @@ class LossScale:
 
     GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
 
-    def __init__(self, device: torch.device, *, enabled: bool, scale: float = 65536.0) -> None:
+    def __init__(self, device: torch.device, *, enabled: bool) -> None:
         self.enabled = enabled
-        self.scale = torch.full((), scale, device=device)
+        self.scale = torch.full((), 65536.0, device=device)
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
 
     def update(self, found_inf: Tensor) -> None:

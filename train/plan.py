@@ -6,7 +6,7 @@ run (`__main__.py`) and a rehearsal (`rehearse.py`) share these checks. Only the
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from kernels import Ops, missing, select
 from model import GPTConfig, Precision
 from model.attention import BACKENDS, why_not_dropout
 from model.config import GPT2_SIZES
-from model.flops import num_params
+from model.flops import flops_per_token, num_params
 from model.pretrained import from_checkpoint, gpt2_shape
 from train.checkpoint import MODEL_ARGS
 from train.choices import Layer, choose_attention, choose_mlp
@@ -69,47 +69,52 @@ class Plan:
         """Tokens of all ranks in one step."""
         return self.config.gradient_accumulation_steps * self.config.batch_size * self.config.block_size
 
+    @property
+    def flops(self) -> float:
+        """FLOPs of all ranks in one step."""
+        return flops_per_token(self.shape, self.config.mfu_formula) * self.tokens
+
 
 def decide(
     config: TrainConfig, named: set[str], why: str, checkpoint: dict | None, world: World, device: torch.device
 ) -> Plan:
-    """The plan of one rank. named: the settings that the user wrote. why: where the others come from. checkpoint: the
-    one to resume from. UserError if the run is not possible."""
+    """The plan of one rank. UserError if the run is not possible.
+
+    named: the settings that the user wrote. why: where the others come from. checkpoint: the one to resume from, or
+    whose weights a new run takes.
+    """
     dtype = resolve_dtype(config.dtype, device)
     check_together(config, world, device.type, dtype)
     dataset = open_dataset(config.dataset, world)
     ops, chunk, kernels = choose_ops(config, device, dtype, dataset.vocab_size)
     shape = model_shape(config, named, checkpoint, dataset.vocab_size)
-    tokenizer = check_vocabulary(config, dataset, shape, checkpoint)
-    dataset.check(shape.block_size, shape.vocab_size)
+    tokenizer = check_data(config, dataset, shape, checkpoint)
     config = dataclasses.replace(config, **{name: getattr(shape, name) for name in (*SHAPE, "block_size")})
     free = free_memory(device)  # first: torch's allocator keeps the memory that measuring attention takes
     layer = Layer(shape, config.batch_size, dtype, device)
     backend, attention = choose_attention(config.attention, layer, world)
     memory = ""
     if not config.eval_only:
-        at = as_planned_for(device)
-        job = job_of(config, shape, ops, dtype, world, chunk, resumed=checkpoint is not None, **at)
+        resumed = checkpoint is not None
+        job = job_of(config, shape, ops, dtype, world, chunk, resumed=resumed, **as_planned_for(device))
         memory = check_memory(job, str(device), free, world.size)
     ops, mlp = choose_mlp(ops, layer, world)
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
     precision = Precision(dtype, resolve_stream(config.residual_dtype, dtype, device.type))
     plan = Plan(config, dataset, device, world, shape, ops, precision, backend, peak, [], tokenizer)
-    plan.lines.extend(
-        [
-            f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on",
-            f"device: {device_name(device)} x {world.size}, {str(dtype).removeprefix('torch.')}, {ops.name} kernels",
-            *([kernels] if kernels else []),
-            f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}",
-            *([f"attention: {attention}"] if attention else []),
-            *([f"mlp: {mlp}"] if mlp else []),
-            f"number of parameters: {num_params(shape) / 1e6:.2f}M; tokens per iteration: {plan.tokens:,}",
-            *([memory] if memory else []),
-        ]
+    shared = f"parameters, gradients and moments shared out over {world.size} processes; no CUDA graphs"
+    lines = (
+        f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on",
+        f"device: {device_name(device)} x {world.size}, {str(dtype).removeprefix('torch.')}, {ops.name} kernels",
+        kernels,
+        f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}",
+        attention,
+        mlp,
+        f"number of parameters: {num_params(shape) / 1e6:.2f}M; tokens per iteration: {plan.tokens:,}",
+        memory,
+        config.shard and f"shard: {shared if plan.sharded else 'one process, nothing to share out'}",
     )
-    if config.shard:
-        shared = f"parameters, gradients and moments shared out over {world.size} processes; no CUDA graphs"
-        plan.lines.append(f"shard: {shared if plan.sharded else 'one process, nothing to share out'}")
+    plan.lines.extend(line for line in lines if line)
     return plan
 
 
@@ -141,41 +146,33 @@ def open_dataset(name: str, world: World) -> Dataset:
     return Dataset(folder)
 
 
-def choose_ops(
-    config: TrainConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    vocab_size: int,
-    lacks: Callable[[torch.device], str] = missing,
-) -> tuple[Ops, int, str]:
+def choose_ops(config: TrainConfig, device: torch.device, dtype: torch.dtype, vocab_size: int) -> tuple[Ops, int, str]:
     """(the run's kernels; how many rows of logits their loss holds at a time, 0 for all; a message about the choice,
-    may be empty). UserError for kernels that cannot run. lacks: as for `kernels.select`.
-    """
-    lacks = functools.cache(lacks)  # a call compiles and launches a kernel
+    may be empty). UserError for kernels that cannot run."""
+    lacks = functools.cache(missing)  # a call compiles and launches a kernel
     try:
         ops = select(config.kernels, device, lacks)
     except ValueError as error:
         raise UserError(f"kernels: {error}") from error
     reason = lacks(device) if config.kernels == "auto" and device.type == "cuda" else ""
     said = reason and f"kernels: the fused ones cannot run here, going on with the reference's: {reason}"
-    ask = device.type == "cuda" and ops.name == "fused" and config.loss_chunk < 0
-    room = torch.cuda.get_device_properties(device).total_memory if ask else float("inf")
+    fused_on_cuda = device.type == "cuda" and ops.name == "fused"
+    room = torch.cuda.get_device_properties(device).total_memory if fused_on_cuda else float("inf")
     why = reason and f" (the fused ones cannot run here: {reason})"
     chunk = rows_at_a_time(config, ops, dtype, vocab_size, config.block_size, room, why)
-    if ops.name == "reference":
-        return ops, 0, said
-    loss = functools.partial(ops.linear_cross_entropy, chunk_rows=chunk)
-    return dataclasses.replace(ops, linear_cross_entropy=loss), chunk, said
+    if chunk:
+        loss = functools.partial(ops.linear_cross_entropy, chunk_rows=chunk)
+        ops = dataclasses.replace(ops, linear_cross_entropy=loss)
+    return ops, chunk, said
 
 
 def model_shape(
     config: TrainConfig, named: set[str], checkpoint: dict | None, vocab_size: int, *, download: bool = True
 ) -> GPTConfig:
-    """The model's shape: from the settings, from the checkpoint, or from the weights that init_from names. named: the
-    settings that the user wrote. vocab_size: the data's. download: False does not fetch OpenAI's weights; their shape
-    is known without them.
+    """The model's shape: from the settings, from the checkpoint, or from the weights that init_from names. UserError if
+    a setting that the user `named` contradicts the weights, and if the weights cannot be loaded.
 
-    UserError if a setting in `named` contradicts the weights, and if the weights cannot be loaded.
+    vocab_size: the data's. download: False does not fetch OpenAI's weights; their shape is known without them.
     """
     gelu = None if config.gelu == "auto" else config.gelu
     own = {name: getattr(config, name) for name in MODEL_ARGS if name != "vocab_size"}
@@ -189,18 +186,25 @@ def model_shape(
             shape = GPTConfig(**GPT2_SIZES[config.init_from], **given, dropout=config.dropout)
         else:
             shape = gpt2_shape(config.init_from, dropout=config.dropout, gelu=gelu)
-    check_shape(config, named, shape)
+    weights = f"weights of init_from={config.init_from}"
+    for name in SHAPE:
+        came, fixed = getattr(config, name), getattr(shape, name)
+        if name in named and came not in (fixed, "auto"):
+            raise UserError(f"{name}: got {came}, expected {fixed}, as the {weights} have")
+    if "block_size" in named and config.block_size > shape.block_size:
+        known = f"{shape.block_size}, the positions that the {weights} know"
+        raise UserError(f"block_size: got {config.block_size}, expected at most {known}")
     return dataclasses.replace(shape, block_size=config.block_size) if "block_size" in named else shape
 
 
-def check_vocabulary(
-    config: TrainConfig, dataset: Dataset, shape: GPTConfig, checkpoint: dict | None
-) -> dict[str, Any]:
-    """The run's tokenizer, as in meta.json. UserError if the data's tokens are not those of the loaded weights."""
+def check_data(config: TrainConfig, dataset: Dataset, shape: GPTConfig, checkpoint: dict | None) -> dict[str, Any]:
+    """The run's tokenizer, as in meta.json. UserError if the data are too short, if a token is not in the vocabulary,
+    and if the data's tokens are not those of the loaded weights."""
     if dataset.n_vocab > shape.vocab_size:
         raise UserError(
             f"dataset={config.dataset}: it has {dataset.n_vocab} different tokens, the model {shape.vocab_size}"
         )
+    dataset.check(shape.block_size, shape.vocab_size)
     if config.init_from == "scratch":
         return dataset.meta
     if checkpoint is not None:
@@ -213,21 +217,6 @@ def check_vocabulary(
             "the text with the tokenizer of the weights, or train a new model with --init_from=scratch"
         )
     return dataset.meta if "tokenizer" in dataset.meta else tokenizer
-
-
-def check_shape(config: TrainConfig, named: set[str], shape: GPTConfig) -> None:
-    """UserError if a setting in `named` contradicts the shape of the loaded weights."""
-    for name in SHAPE:
-        came, fixed = getattr(config, name), getattr(shape, name)
-        if name in named and came not in (fixed, "auto"):
-            raise UserError(
-                f"{name}: got {came}, expected {fixed}, as the weights of init_from={config.init_from} have"
-            )
-    if "block_size" in named and config.block_size > shape.block_size:
-        raise UserError(
-            f"block_size: got {config.block_size}, expected at most {shape.block_size}, the positions that the "
-            f"weights of init_from={config.init_from} know"
-        )
 
 
 @contextmanager

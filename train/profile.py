@@ -106,14 +106,15 @@ class ProfiledStep:
     two steps counts too. first: the run's first iteration. say: prints lines.
     """
 
-    def __init__(self, step: TrainStep | GraphedStep, plan: Plan, first: int, say: Callable[[str], None]) -> None:
+    def __init__(self, step: TrainStep, plan: Plan, first: int, say: Callable[[str], None]) -> None:
         config, dtype = plan.config, plan.precision.compute
         at = as_planned_for(plan.device)  # the residual stream's dtype depends on it
         self._job = job_of(config, plan.shape, plan.ops, dtype, plan.world, chunk=0, resumed=False, **at)
         self._ceilings = measure_ceilings(plan.device, dtype)
         self.which = profiled_iterations(first, config.max_iters, config.eval_interval, plan.accumulation)
         self._named = f"iterations {self.which.start} to {self.which.stop - 1}"
-        self.step, self.scaler, self.say, self._path = step, step.scaler, say, Path(config.out_dir) / TRACE
+        self.step, self.scaler, self.evaluation = step, step.scaler, step.evaluation
+        self.say, self._path = say, Path(config.out_dir) / TRACE
         self._iteration, self._device = first, plan.device
         self._running = ExitStack()  # the profiler and the annotation of its window
 

@@ -9,7 +9,7 @@ setting to change.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -26,7 +26,7 @@ from train.errors import UserError
 from train.hardware import DTYPES, Card, card, data_sheet
 from train.log import check_sinks
 from train.memory import amount, check_memory, job_of, rows_at_a_time
-from train.plan import check_together, check_vocabulary, model_shape
+from train.plan import check_data, check_together, model_shape
 from train.text import GPT2_TOKENS, padded_vocab_size
 
 # What good and poor kernels reach, and seconds between two launches: of a graph, and of the host. Estimates from
@@ -34,24 +34,22 @@ from train.text import GPT2_TOKENS, padded_vocab_size
 GOOD, BAD = (ATTAINED, 1e-6, 8e-6), (POOR, 3e-6, 25e-6)
 
 
-def rehearse(
-    config: TrainConfig, named: set[str], why: str, checkpoint: dict | None, world: World, say: Callable[[str], None]
-) -> int:
-    """Report what the run would do on the card `config.rehearse`. Returns 0. UserError if it would not run.
+def rehearse(config: TrainConfig, named: set[str], why: str, checkpoint: dict | None, world: World) -> Iterator[str]:
+    """What the run would do on the card `config.rehearse`, line by line. UserError if it would not run.
 
     named, why, checkpoint: as for `decide`. world: the ranks that the run would have.
     """
     target = card(config.rehearse)
     dtype = torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype]
     check_together(config, world, "cuda", dtype)
-    say(f"rehearsal on {target.name} x {world.size}: nothing is trained, nothing is written")
-    say(f"settings: {why}")
+    yield f"rehearsal on {target.name} x {world.size}: nothing is trained, nothing is written"
+    yield f"settings: {why}"
     check_sinks(config)
-    dataset, vocab_size = _data(config, say)
+    dataset, vocab_size, line = _data(config)
+    yield line
     shape = model_shape(config, named, checkpoint, vocab_size, download=False)
     if dataset is not None:
-        check_vocabulary(config, dataset, shape, checkpoint)
-        dataset.check(shape.block_size, shape.vocab_size)
+        check_data(config, dataset, shape, checkpoint)
     ops, without = _ops(config.kernels)
     chunk = 0  # without Triton the reference is counted: it holds all logits
     if ops.name == config.kernels or ops.name == "fused":
@@ -59,42 +57,35 @@ def rehearse(
     at = {"capability": target.capability, "multiprocessors": target.multiprocessors}
     job = job_of(config, shape, ops, dtype, world, chunk, resumed=checkpoint is not None, **at)
     tokens = config.gradient_accumulation_steps * config.batch_size * shape.block_size
-    say(f"number of parameters: {num_params(shape) / 1e6:.2f}M; tokens per iteration: {tokens:,}")
-    say(check_memory(job, target.name, target.memory, world.size))
+    yield f"number of parameters: {num_params(shape) / 1e6:.2f}M; tokens per iteration: {tokens:,}"
+    yield check_memory(job, target.name, target.memory, world.size)
     measured = ["attention"] * (config.attention == "auto")
     measured += ["the MLP's matmuls"] * has_fused_matmul(ops, shape.n_embd, dtype)
     if measured:
-        say(f"measured on the card when the run starts: {', '.join(measured)}; counted here: torch's own and cuBLAS")
+        yield f"measured on the card when the run starts: {', '.join(measured)}; counted here: torch's own and cuBLAS"
     run = dry_run(job)
-    for line in _launches(run, job):
-        say(line)
-    for line in _times(run, job, config, target, world):
-        say(line)
-    if without:
-        say(f"kernels: not compiled: {without}")
-    else:
-        for line in compiled(run, target.capability):
-            say(line)
-    say(f"it would run: {amount(target.memory - run.total)} of memory would be left")
-    return 0
+    yield from _launches(run, job)
+    yield from _times(run, job, config, target, world)
+    yield from [f"kernels: not compiled: {without}"] if without else compiled(run, target.capability)
+    yield f"it would run: {amount(target.memory - run.total)} of memory would be left"
 
 
-def _data(config: TrainConfig, say: Callable[[str], None]) -> tuple[Dataset | None, int]:
-    """(the dataset, None if it is not prepared; a new model's vocabulary size, without a dataset an assumption)."""
+def _data(config: TrainConfig) -> tuple[Dataset | None, int, str]:
+    """(the dataset, None if it is not prepared; a new model's vocabulary size, without a dataset an assumption; a line
+    about them)."""
     folder = dataset_folder(config.dataset)
     if os.path.isfile(folder / "train.bin"):
         dataset = Dataset(folder)
-        say(f"data: {folder}, {len(dataset.train):,} tokens to train on, a vocabulary of {dataset.vocab_size:,}")
-        return dataset, dataset.vocab_size
+        size = f"{len(dataset.train):,} tokens to train on, a vocabulary of {dataset.vocab_size:,}"
+        return dataset, dataset.vocab_size, f"data: {folder}, {size}"
+    how = f"{how_to_make(folder)} makes it"
     if config.dataset == "docs":
-        size = len(set(docs_text()))
+        size, how = len(set(docs_text())), "the run makes it"
     elif config.dataset in CORPORA and CORPORA[config.dataset].tokenizer == "char":
         size = 65
     else:
         size = padded_vocab_size(GPT2_TOKENS)
-    how = "the run makes it" if config.dataset == "docs" else f"{how_to_make(folder)} makes it"
-    say(f"data: {folder} is not prepared yet: {how}; its vocabulary is taken to be {size:,}")
-    return None, size
+    return None, size, f"data: {folder} is not prepared yet: {how}; its vocabulary is taken to be {size:,}"
 
 
 def _ops(kernels: str) -> tuple[Ops, str]:
@@ -173,15 +164,11 @@ def compiled(run: DryRun, capability: int) -> Iterator[str]:
         name = launch.kernel.fn.__name__
         try:
             it = compile_launch(launch, capability)
+            wrong = "" if it.resident_warps else "it does not fit a multiprocessor"
         except Exception as error:  # the compiler raises many types
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"kernels: {name} does not compile for sm_{capability}: {reason}; --kernels=reference runs"
-            ) from None
-        if not it.resident_warps:
-            raise UserError(
-                f"kernels: {name} does not fit a multiprocessor of sm_{capability}; --kernels=reference runs"
-            )
+            wrong = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        if wrong:
+            raise UserError(f"kernels: {name} does not run on sm_{capability}: {wrong}; --kernels=reference runs")
         yield (
             f"  {name:<34} x{counts[key]:<3} {it.registers:3} registers, {it.spills} spills, {it.shared:6} B shared, "
             f"{it.resident_warps:2} warps at once"

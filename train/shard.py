@@ -17,11 +17,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils._pytree import tree_map_only
 
 from model import GPT
 from model.groups import param_groups
 from train.checkpoint import MOMENTS
 from train.distributed import World
+from train.optim import Optimizer
 
 
 def share_out(model: GPT, world: World, device: torch.device) -> None:
@@ -44,39 +46,19 @@ def share_out(model: GPT, world: World, device: torch.device) -> None:
     fully_shard(model, **settings)
 
 
-class ShardedAdamW(torch.optim.AdamW):
-    """torch's AdamW over a sharded model, with the interface of `FlatAdamW`.
+class ShardedAdamW(Optimizer, torch.optim.AdamW):
+    """torch's AdamW over a sharded model. FSDP adds up the gradients of micro-steps, and takes the mean over the ranks.
 
-    Every method must be called on all ranks. Gradients are means over the ranks. There is no loss scale for float16.
+    Every method must be called on all ranks. There is no loss scale for float16.
     """
-
-    several = True  # FSDP adds
 
     def __init__(self, model: GPT, *, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> None:
         super().__init__(param_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
         self._params = [p for group in self.param_groups for p in group["params"]]
         assert all(isinstance(p, DTensor) for p in self._params)
 
-    def scalar(self) -> Tensor:
-        """A new float32 zero on the parameters' device."""
-        return torch.zeros((), device=self._params[0].device)
-
-    def set_lr(self, lr: float) -> None:
-        for group in self.param_groups:
-            group["lr"] = lr
-
-    def gather(self) -> None:
-        """Nothing to do: FSDP accumulates the gradients itself."""
-
-    def reduce(self, world: World) -> None:
-        """Nothing to do: FSDP sums them itself."""
-
-    def clear(self) -> None:
-        self.zero_grad()
-
     @torch.no_grad()
-    def update(self, max_norm: float = 0.0, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Clip, update, clear the gradients. Returns (gradient norm, 0), float32 scalars on the device."""
+    def update(self, max_norm: float, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         assert inv_scale is None
         norm = get_total_norm([p.grad for p in self._params]).full_tensor()
         if max_norm > 0:
@@ -105,12 +87,12 @@ def whole(tree: Any, *, keep: bool) -> Any:
 
     Every rank must call it with the same tree, because the ranks gather one tensor after the other.
     """
-    if isinstance(tree, Tensor):
-        put_together = tree.full_tensor() if isinstance(tree, DTensor) else tree
-        return put_together.cpu() if keep else None
-    if isinstance(tree, dict):
-        return {key: whole(value, keep=keep) for key, value in tree.items()}
-    return [whole(value, keep=keep) for value in tree] if isinstance(tree, list) else tree
+
+    def put_together(x: Tensor) -> Tensor | None:
+        x = x.full_tensor() if isinstance(x, DTensor) else x
+        return x.cpu() if keep else None
+
+    return tree_map_only(Tensor, put_together, tree)
 
 
 def whole_model(model: GPT, *, keep: bool) -> dict[str, Tensor]:

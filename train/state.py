@@ -178,9 +178,8 @@ def place(plan: Plan, model: GPT) -> Optimizer:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Give an AdamW the step counts and moments of `state`, a checkpoint's "optimizer".
 
-    The rate, betas and decay stay this run's; fused, foreach and capturable this device's; load_state_dict alone takes
-    them from the file. Tensors that need no cast or move are not copied. UserError if the number or the shapes of its
-    parameters are not the checkpoint's, or if the checkpoint has no moments for them.
+    The rate, betas and decay stay this run's; fused, foreach and capturable this device's. UserError if the number or
+    the shapes of its parameters are not the checkpoint's, or if the checkpoint has no moments for them.
     """
     own = optimizer.state_dict()["param_groups"]
     here, there = ([str(len(group["params"])) for group in groups] for groups in (own, state["param_groups"]))
@@ -196,10 +195,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
         moments = {
             i: _moments(state["state"].get(old), p, i) for i, (old, p) in enumerate(zip(ids, params, strict=True))
         }
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": moments, "param_groups": own})
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)  # load_state_dict copies them, and a rate in a tensor must stay that very tensor
 
 
 def _moments(entry: object, param: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
@@ -209,12 +205,11 @@ def _moments(entry: object, param: torch.Tensor, index: int) -> dict[str, torch.
         raise UserError(f"{saved} no step, {' and '.join(MOMENTS)}: it is not an AdamW's")
     for key in MOMENTS:
         moment = entry[key]
-        if not (isinstance(moment, torch.Tensor) and moment.is_floating_point() and moment.layout == torch.strided):
+        dense = isinstance(moment, torch.Tensor) and moment.layout == torch.strided and not moment.is_meta
+        if not (dense and moment.is_floating_point()):
             raise UserError(f"{saved} {shown(moment)} as {key}, expected a tensor of floats")
         if moment.shape != param.shape:
             raise UserError(f"{saved} the shape {list(moment.shape)}, this model {list(param.shape)}")
-        if moment.is_meta or moment.numel() * moment.element_size() > moment.untyped_storage().nbytes():
-            raise UserError(f"{saved} {key} without all its values")
     # A number or a tensor, as the AdamW of the file had it; load_state_dict moves it where this one wants it.
     step = entry["step"]
     if isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_meta:

@@ -1,11 +1,10 @@
 """One optimizer step (micro-steps, accumulation, clipping, update), and an evaluation. `loop.py` calls both.
 
 Everything that changes from step to step lies in device memory. Nothing here waits for the device or branches on its
-results. So `graph.py` can capture `micro_step` and `update` and replay them.
+results. So `graph.py` can capture `micro_step`, `update` and `evaluate` and replay them.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -41,7 +40,8 @@ class TrainStep:
         world: World | None = None,
     ) -> None:
         self.model, self.optimizer, self.grad_clip = model, optimizer, grad_clip
-        self._results = torch.stack([optimizer.scalar(), optimizer.scalar()])
+        weight = optimizer.param_groups[0]["params"][0]
+        self._results = torch.zeros(2, dtype=weight.dtype, device=weight.device)
         self.loss, self.grad_norm = self._results[0], self._results[1]
         self.scaler = scaler or LossScale(self.loss.device, enabled=False)
         self.world = world or World()
@@ -109,31 +109,15 @@ class TrainStep:
         """Results of the step just made. They are copies, because the next step overwrites the originals."""
         return StepResult(*self._results.clone())
 
+    def evaluation(self, batches: Iterable[Batch]) -> Tensor:
+        """The loss of each batch, of one micro-step, (n,) float32 on the device."""
+        return torch.stack([self.evaluate(batch.x[0], batch.y[0]) for batch in batches])
 
-class Evaluation:
-    """evaluation(batches) -> the loss of each, (n,) float32 on the device: without dropout, gradients or a host sync.
-
-    `model` maps (idx, targets) to (logits, loss) and may be compiled. Outside of an evaluation it is in training mode.
-    A batch holds one micro-step.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, batches: Iterable[Batch]) -> Tensor:
-        with self.mode():
-            return torch.stack([self.loss(batch.x[0], batch.y[0]) for batch in batches])
-
-    @contextmanager
-    def mode(self) -> Iterator[None]:
-        """The context in which `loss` must be called."""
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of one micro-batch, without dropout. Outside of an evaluation the model is in training mode."""
         self.model.eval()
         try:
-            with torch.no_grad():
-                yield
+            return self.model(x, y)[1]
         finally:
             self.model.train()
-
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Loss of one micro-batch, float32 scalar."""
-        return self.model(x, y)[1]

@@ -12,11 +12,12 @@ from kernels.launch import Device
 from tests.rehearsal.device import Gpu, nothing
 from tests.rehearsal.inductor import Inductor, inductor  # noqa: F401
 from tests.rehearsal.test_step import job
+from tests.rehearsal.watching import Watching
 from train import compile, dryrun
 from train.config import TrainConfig
 
 
-class Counting(dryrun.Recorder):
+class Counting(Watching):
     """A recorder that lets compiled code run unchanged."""
 
     @classmethod
@@ -71,9 +72,9 @@ def test_two_blocks_are_compiled_whatever_the_depth(
                 step.micro_step(x, y, 1)
             seen = [call.bytes for call in recorder.calls] + inductor.launches
             step.update()
-            dryrun.evaluate(step.model, x, y)
+            step.evaluate(x, y)
     assert (len(seen), round(sum(seen) / 1e9, 2)) == PINNED[workload, n_layer, fused_matmul]
-    assert recorder.syncs + recorder.mixed == []
+    assert recorder.faults == []
     assert len(inductor.codes) == 6
     assert counters["stats"]["unique_graphs"] == 4
     assert not counters["graph_break"]

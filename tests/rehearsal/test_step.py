@@ -17,12 +17,13 @@ from torch.utils._pytree import tree_leaves
 from bench.variants import WORKLOADS
 from kernels import FUSED
 from tests.rehearsal.device import Gpu
+from tests.rehearsal.watching import Watching
+from train import dryrun
 from train.compile import compile_model
 from train.data import Batch
 from train.dryrun import Job, build, dry_run
 from train.errors import UserError
 from train.graph import GraphedStep
-from train.step import Evaluation
 
 # Launches of a micro-step, GB that they move, the same of an update. Change this table only on purpose.
 PINNED = {
@@ -71,14 +72,18 @@ VARIANTS = [("gpt2", 0.0, "none"), ("gpt2", 0.0, "mlp"), ("shakespeare_char", 0.
     ("workload", "dropout", "recompute", "layers"),
     [*((*variant, 2) for variant in VARIANTS), pytest.param("gpt2", 0.2, "block", 12, marks=pytest.mark.slow)],
 )
-def test_a_step_waits_for_nothing(gpu: Gpu, workload: str, dropout: float, recompute: str, layers: int) -> None:
+def test_a_step_waits_for_nothing(
+    gpu: Gpu, workload: str, dropout: float, recompute: str, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No host sync, no mixed devices, no fake that differs from its body. Launches and memory with the real autograd
     engine, its threads and the device's tensors are the same as on shapes alone."""
     several = recompute == "mlp"
     shapes = job(workload, recompute, layers, dropout=dropout, several=several, accumulation=3 if several else 1)
-    run = dry_run(dataclasses.replace(shapes, on="cuda"))
-    assert run.faults == []
     expected = dry_run(shapes)
+    watching: list[Watching] = []
+    monkeypatch.setattr(dryrun, "Recorder", lambda *given: watching.append(Watching(*given)) or watching[0])
+    run = dry_run(dataclasses.replace(shapes, on="cuda"))
+    assert watching[0].faults == []
     assert [call.name for call in run.micro_step] == [call.name for call in expected.micro_step]
     assert [call.name for call in run.update] == [call.name for call in expected.update]
     assert run.total == pytest.approx(expected.total, rel=0.01)
@@ -118,7 +123,7 @@ def test_a_capture_is_on_one_stream(gpu: Gpu, workload: str, dropout: float, rec
         step.model(x, x.clone(), dloss=dloss)[1].backward(dloss)  # as model_to_train does, on the default stream
     allocations = Allocations(gpu)
     with allocations:
-        graphed = GraphedStep(step, (2, *x.shape), Evaluation(step.model))
+        graphed = GraphedStep(step, (2, *x.shape), evaluates=True)
     assert len(gpu.captures) == 3  # micro-step, update, evaluation
     assert allocations.streams == {capture.stream for capture in gpu.captures}
     assert len(allocations.streams) == 1

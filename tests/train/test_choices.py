@@ -1,6 +1,5 @@
 """The attention and the MLP of a run: the fastest that runs here and is correct, or the named one, or an error."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,8 @@ from train.settings import settings_of
 CPU = torch.device("cpu")
 LAYER = Layer(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8), 3, torch.float32, CPU)
 MLP = Layer(GPTConfig(block_size=20, vocab_size=9, n_layer=1, n_head=2, n_embd=16), 1, torch.float16, CPU)
+Way = tuple[int, int]  # the tiles of an MLP, forward and backward; 0: cuBLAS
+_, FIRST, SECOND = ways(torch.empty(0, dtype=MLP.dtype, device="cuda" if torch.cuda.is_available() else "cpu"))[0]
 
 
 def changed(layer: Layer, **changes: Any) -> Layer:
@@ -35,73 +36,67 @@ def changed(layer: Layer, **changes: Any) -> Layer:
 
 
 @pytest.fixture(autouse=True)
-def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A CPU on which all is timed, by a clock that a test must set."""
     flash_packages.install(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(choices, "TIMED", ("cpu",))
+    monkeypatch.setattr(choices, "milliseconds", None)
 
 
-def clock(*milliseconds: float):
-    """A clock that runs the work and returns these times, one after the other."""
-    times = iter(milliseconds)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets a clock: a function of the work, or what works take, one after the other. Without any, nothing is timed."""
 
-    def clock(work: Timeable, device: torch.device) -> float:
-        work()
-        return next(times)
+    def set(*times: float | Callable[[Timeable], float]) -> None:
+        shown = iter(times)
 
-    return clock
+        def milliseconds(work: Timeable, device: torch.device) -> float:
+            if callable(times[0]):
+                return times[0](work)
+            work()
+            return next(shown)
+
+        monkeypatch.setattr(choices, "milliseconds", milliseconds if times else None)
+
+    return set
 
 
-# auto
+FOUR = (3.0, 0.5, 1.25, 2.0)  # of flash, flash_attn, fa3, fa4; cudnn and efficient do not run on a CPU
 
 
 @pytest.mark.parametrize(
     ("dropout", "times", "listed"),
     [
-        (0.0, (3.0, 0.5, 1.25, 2.0), "flash_attn 0.50 ms, fa3 1.25 ms, fa4 2.00 ms, flash 3.00 ms"),
+        (0.0, FOUR, "flash_attn 0.50 ms, fa3 1.25 ms, fa4 2.00 ms, flash 3.00 ms"),
         (0.2, (1.0,), "flash_attn 1.00 ms"),
     ],
 )
-def test_auto_takes_the_fastest_that_runs_and_says_so(dropout: float, times: tuple[float, ...], listed: str) -> None:
-    """cudnn and efficient do not run on a CPU."""
-    backend, said = choose_attention("auto", changed(LAYER, dropout=dropout), World(), clock(*times))
-    assert (backend, said) == ("flash_attn", f"flash_attn, fastest of {listed} a layer, forward and backward")
+def test_auto_takes_the_fastest_that_runs_and_says_so(clock, dropout: float, times: tuple, listed: str) -> None:
+    clock(*times)
+    backend, said = choose_attention("auto", changed(LAYER, dropout=dropout), World())
+    assert backend == "flash_attn"
+    assert said == f"attention: flash_attn, fastest of {listed} a layer, forward and backward"
+    assert {(x.shape, x.dtype) for x in flash_packages.got} >= {((3, 8, 3, 2, 4), torch.float32)}
+    assert len(flash_packages.dqkvs) > 0
 
 
 def test_where_none_runs_torch_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     flash_packages.remove(monkeypatch)
-    said = f"torch's own choice; none of {', '.join(MEASURED)} runs here"
-    assert choose_attention("auto", changed(LAYER, dropout=0.2), World(), clock()) == ("auto", said)
+    said = f"attention: torch's own choice; none of {', '.join(MEASURED)} runs here"
+    assert choose_attention("auto", changed(LAYER, dropout=0.2), World()) == ("auto", said)
 
 
-def test_measured_is_the_layer_that_the_run_computes() -> None:
-    def clock(work: Timeable, device: torch.device) -> float:
-        flash_packages.got.clear()
-        work()
-        assert [(x.shape, x.dtype) for x in flash_packages.got] == [((3, 8, 3, 2, 4), torch.float32)]
-        return 1.0
-
-    assert "1.00 ms" in choose_attention("auto", changed(LAYER, dropout=0.2), World(), clock)[1]
-    assert len(flash_packages.dqkvs) > 0
-
-
-def test_random_state_is_as_it_was() -> None:
-    before = torch.get_rng_state()
-    choose_attention("auto", LAYER, World(), clock(1, 2, 3, 4))
-    assert choose_attention("math", changed(LAYER, dropout=0.2), World()) == ("math", "math, as set")
-    choose_mlp(FUSED, MLP, World(), clock(*range(6)))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_off_cuda_nothing_is_measured() -> None:
+def test_off_cuda_and_where_there_is_one_way_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ragged = changed(MLP, n_embd=24)  # rows that do not begin at multiples of 16 elements
+    for ops, layer in ((REFERENCE, MLP), (FUSED, MLP._replace(dtype=torch.float32)), (FUSED, ragged)):
+        assert choose_mlp(ops, layer, World()) == (ops, "")
+    monkeypatch.undo()
     assert choose_attention("auto", LAYER, World()) == ("auto", "")
-    assert not flash_packages.got
     assert choose_mlp(FUSED, MLP, World()) == (FUSED, "")
 
 
 # The MLP
-
-Way = tuple[int, int]  # the tiles of an MLP, forward and backward; 0: cuBLAS
-_, FIRST, SECOND = ways(torch.empty(0, dtype=MLP.dtype, device="cuda" if torch.cuda.is_available() else "cpu"))[0]
 
 
 class Spied:
@@ -125,23 +120,14 @@ class Spied:
         return self.way
 
 
-def test_the_mlp_is_the_fastest_in_each_direction_and_says_so() -> None:
-    spied = Spied()
-    ops, said = choose_mlp(spied.ops, MLP, World(), clock(3.0, 0.5, 1.25, 2.0, 4.0, 3.0))
-    assert spied.taken(ops) == (1, 0)
-    assert said == (
-        f"forward {FIRST}, fastest of {FIRST} 0.500 ms, {SECOND} 1.250 ms, cuBLAS 3.000 ms a layer; "
-        f"backward cuBLAS, fastest of cuBLAS 2.000 ms, {SECOND} 3.000 ms, {FIRST} 4.000 ms a layer"
-    )
-    assert replace(ops, mlp=FUSED.mlp) == FUSED
+def test_the_mlp_is_the_fastest_in_each_direction_and_the_next_run_takes_the_same(clock) -> None:
+    """Measured is the MLP that the run computes; backward, the forward pass runs before the clock starts. The next run
+    does not measure. Neither choice overwrites the other's times."""
+    clock(*FOUR)
+    attention = choose_attention("auto", LAYER, World())
+    spied, asked, times = Spied(), [], iter((3.0, 0.5, 1.25, 2.0, 4.0, 3.0))
 
-
-def test_measured_is_the_mlp_that_the_run_computes() -> None:
-    """In the backward direction the forward pass runs before the clock starts."""
-    spied = Spied()
-    asked = []
-
-    def clock(work: Timeable, device: torch.device) -> float:
+    def look(work: Timeable) -> float:
         spied.seen.clear()
         backward = isinstance(work, choices.Staged)
         made = work.prepare() if backward else work()
@@ -153,12 +139,26 @@ def test_measured_is_the_mlp_that_the_run_computes() -> None:
         assert (given["approximate"], made.shape, made.requires_grad) == ("erf", (20, 16), True)
         if backward:
             assert [gradient.shape for gradient in work.work(made)] == [x.shape for x in leaves]
-        asked.append((spied.way, backward))
-        return 1.0
+        asked.append((*spied.way, backward))
+        return next(times)
 
-    choose_mlp(spied.ops, MLP, World(), clock)
-    forward, backward = [(0, 0), (1, 0), (2, 0)], [(0, 0), (0, 1), (0, 2)]
-    assert asked == [(way, False) for way in forward] + [(way, True) for way in backward]
+    clock(look)
+    ops, said = choose_mlp(spied.ops, MLP, World())
+    assert asked == [(0, 0, False), (1, 0, False), (2, 0, False), (0, 0, True), (0, 1, True), (0, 2, True)]
+    assert spied.taken(ops) == (1, 0)
+    assert said == (
+        f"mlp: forward {FIRST}, fastest of {FIRST} 0.500 ms, {SECOND} 1.250 ms, cuBLAS 3.000 ms a layer; "
+        f"backward cuBLAS, fastest of cuBLAS 2.000 ms, {SECOND} 3.000 ms, {FIRST} 4.000 ms a layer"
+    )
+    assert replace(ops, mlp=FUSED.mlp) == FUSED
+    clock()
+    ops, later = choose_mlp(spied.ops, MLP, World())
+    assert spied.taken(ops) == (1, 0)
+    assert later == said.replace(" a layer", " a layer, as an earlier run measured")
+    again = (attention[0], f"{attention[1]}, as an earlier run measured")
+    assert choose_attention("auto", LAYER, World()) == again
+    other = choices.mlp_inputs(changed(MLP, bias=False, gelu="tanh"))
+    assert [other[name] for name in ("fc_bias", "proj_bias", "approximate")] == [None, None, "tanh"]
 
 
 def last_element(y: Tensor) -> Tensor:
@@ -183,17 +183,18 @@ def raises(y: Tensor) -> Tensor:
     ],
 )
 def test_what_is_wrong_is_neither_timed_nor_taken(
-    spoil: Callable, direction: str, wrong: Way, best: Way, reason: str
+    clock, spoil: Callable, direction: str, wrong: Way, best: Way, reason: str
 ) -> None:
     """Even if it would be the fastest."""
     spied = Spied(spoil, wrong)
 
-    def clock(work: Timeable, device: torch.device) -> float:
+    def look(work: Timeable) -> float:
         work()
         assert spied.way != wrong
         return {0: 2.0, 1: 1.0, 2: 1.5}[sum(spied.way)]
 
-    ops, said = choose_mlp(spied.ops, MLP, World(), clock)
+    clock(look)
+    ops, said = choose_mlp(spied.ops, MLP, World())
     assert spied.taken(ops) == best
     assert (
         f"{direction} {SECOND}, fastest of {SECOND} 1.500 ms, cuBLAS 2.000 ms a layer, "
@@ -209,18 +210,6 @@ def test_the_first_rows_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [given["x"].shape for given in spied.seen] == [(7, 16)]
 
 
-@pytest.mark.parametrize(
-    ("ops", "layer"),
-    [
-        (REFERENCE, MLP),
-        (FUSED, MLP._replace(dtype=torch.float32)),
-        (FUSED, changed(MLP, n_embd=24)),  # rows that do not begin at multiples of 16 elements
-    ],
-)
-def test_where_there_is_one_way_nothing_is_measured(ops: Ops, layer: Layer) -> None:
-    assert choose_mlp(ops, layer, World(), clock()) == (ops, "")
-
-
 def test_every_rank_takes_rank_0s() -> None:
     told = iter([BACKENDS.index("fa3"), 2, 1])
 
@@ -229,35 +218,21 @@ def test_every_rank_takes_rank_0s() -> None:
             return next(told)
 
     world, spied = Second(1, 1, 2), Spied()
-    assert choose_attention("auto", LAYER, world, clock())[0] == "fa3"
-    ops, _ = choose_mlp(spied.ops, MLP, world, clock())
+    assert choose_attention("auto", LAYER, world)[0] == "fa3"
+    ops, _ = choose_mlp(spied.ops, MLP, world)
     assert not spied.seen  # only rank 0 checks and measures
     assert spied.taken(ops) == (2, 1)
-
-
-def test_the_mlp_is_the_models_own() -> None:
-    inputs = choices.mlp_inputs(changed(MLP, bias=False, gelu="tanh"), 3)
-    assert [inputs[name] for name in ("fc_bias", "proj_bias", "approximate")] == [None, None, "tanh"]
 
 
 # Times that are kept
 
 
-def test_the_next_run_takes_the_same_without_measuring() -> None:
-    first = choose_attention("auto", LAYER, World(), clock(3.0, 0.5, 1.25, 2.0))
-    again = choose_attention("auto", LAYER, World(), clock())
-    assert again == (first[0], f"{first[1]}, as an earlier run measured")
-    spied = Spied()
-    _, said = choose_mlp(spied.ops, MLP, World(), clock(3.0, 0.5, 1.25, 2.0, 4.0, 3.0))
-    ops, later = choose_mlp(spied.ops, MLP, World(), clock())
-    assert spied.taken(ops) == (1, 0)
-    assert later == said.replace(" a layer", " a layer, as an earlier run measured")
-    assert choose_attention("auto", LAYER, World(), clock()) == again  # neither overwrites the other
-
-
-@pytest.mark.parametrize("change", ["shape", "device", "torch", "candidates"])
-def test_times_of_something_else_are_not_taken(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose_attention("auto", LAYER, World(), clock(3.0, 0.5, 1.25, 2.0))
+@pytest.mark.parametrize("change", ["shape", "device", "torch", "candidates", "{", "[]", '{"a": {"flash": []}}'])
+def test_times_of_something_else_and_a_damaged_file_are_not_taken(
+    clock, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock(*FOUR)
+    choose_attention("auto", LAYER, World())
     layer = LAYER._replace(batch_size=2) if change == "shape" else LAYER
     if change == "device":
         monkeypatch.setattr(choices, "device_name", lambda device: "another card")
@@ -265,25 +240,20 @@ def test_times_of_something_else_are_not_taken(change: str, monkeypatch: pytest.
         monkeypatch.setattr(torch, "__version__", "3.0")
     elif change == "candidates":
         flash_packages.remove(monkeypatch)
-    backend, said = choose_attention("auto", layer, World(), clock(1.0, 2.0, 3.0, 4.0))
+    elif change != "shape":
+        cache_file().write_text(change)
+    clock(1.0, 2.0, 3.0, 4.0)
+    backend, said = choose_attention("auto", layer, World())
     assert backend == "flash"
     assert "earlier" not in said
+    clock()
+    assert "earlier" in choose_attention("auto", layer, World())[1]
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"a": {"flash": []}}'])
-def test_a_file_that_is_damaged_is_made_again(damage: str) -> None:
-    cache_file().parent.mkdir(parents=True)
-    cache_file().write_text(damage)
-    assert choose_attention("auto", LAYER, World(), clock(1.0, 2.0, 3.0, 4.0))[0] == "flash"
-    assert "earlier" in choose_attention("auto", LAYER, World(), clock())[1]
-
-
-def test_where_times_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose_attention("auto", LAYER, World(), clock(3.0, 0.5, 1.25, 2.0))
+def test_where_times_are_kept(clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock(*FOUR)
+    choose_attention("auto", LAYER, World())
     assert list((tmp_path / "cache").rglob("*.*")) == [cache_file()] == [tmp_path / "cache" / "nanofuse" / "times.json"]
-    ((key, times),) = json.loads(cache_file().read_text()).items()
-    assert times == {"flash": 3.0, "flash_attn": 0.5, "fa3": 1.25, "fa4": 2.0}
-    assert f"torch {torch.__version__}" in key
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert cache_file() == Path("/home/somebody/.cache/nanofuse/times.json")
@@ -291,7 +261,7 @@ def test_where_times_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("cache", ["is a folder", "has no home"])
 def test_where_times_cannot_be_kept_they_are_measured_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+    clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if cache == "is a folder":
@@ -301,17 +271,14 @@ def test_where_times_cannot_be_kept_they_are_measured_each_time(
         monkeypatch.setattr("os.path.expanduser", lambda path: path)
     before = sorted(tmp_path.rglob("*"))
     for _ in range(2):
-        backend, said = choose_attention("auto", LAYER, World(), clock(3.0, 0.5, 1.25, 2.0))
+        clock(*FOUR)
+        backend, said = choose_attention("auto", LAYER, World())
         assert backend == "flash_attn"
         assert "earlier" not in said
     assert sorted(tmp_path.rglob("*")) == before
 
 
 # A name
-
-
-def test_the_setting_names_the_models_backends() -> None:
-    assert settings_of(TrainConfig)["attention"].metadata["choices"] == BACKENDS
 
 
 @pytest.mark.parametrize(
@@ -323,6 +290,7 @@ def test_the_setting_names_the_models_backends() -> None:
     ],
 )
 def test_a_name_that_cannot_run(name: str, dropout: float, reason: str) -> None:
+    assert settings_of(TrainConfig)["attention"].metadata["choices"] == BACKENDS
     with pytest.raises(UserError) as caught:
         choose_attention(name, changed(LAYER, dropout=dropout), World())
     message = str(caught.value)
@@ -338,6 +306,7 @@ def test_a_name_that_cannot_run(name: str, dropout: float, reason: str) -> None:
 def test_a_run_learns_the_same_by_another_and_chooses_again_when_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(choices, "TIMED", ())
     settings = dict(dropout=0.0, max_iters=2)
     run(tmp_path / "auto", **settings)
     said = capsys.readouterr().out
@@ -363,20 +332,9 @@ def test_a_run_computes_with_the_mlp_that_was_chosen(
             rows.append(x.shape[:-1].numel())
             return ops.mlp(x, *given)
 
-        return replace(ops, mlp=mlp), f"chosen for {choices.rows_of(layer)} rows"
+        return replace(ops, mlp=mlp), f"mlp: chosen for {layer.batch_size} x {layer.config.block_size} rows"
 
     monkeypatch.setattr("train.plan.choose_mlp", chosen)
-    run(tmp_path / "out", eval_only=True, batch_size=4, block_size=16)
-    assert "\nmlp: chosen for 64 rows\n" in capsys.readouterr().out
+    run(tmp_path / "out", eval_only=True, attention="math", batch_size=4, block_size=16)
+    assert "\nmlp: chosen for 4 x 16 rows\n" in capsys.readouterr().out
     assert 64 in rows
-
-
-def test_a_refused_run_writes_nothing(tmp_path: Path) -> None:
-    said = refusal(run, tmp_path / "out", attention="efficient", dropout=0.25)
-    assert said.startswith("attention: got 'efficient', expected one of")
-    assert "(on cpu): " in said
-    assert refusal(run, tmp_path / "out", attention="cudnn", dropout=0.2) == (
-        "attention: got 'cudnn', expected one of: auto, flash, efficient, math, flash_attn (with dropout=0.2): "
-        "cudnn may round dropout to sixteenths"
-    )
-    assert not (tmp_path / "out").exists()

@@ -26,6 +26,7 @@ from train.graph import GraphedStep
 from train.optim import FlatAdamW
 from train.step import TrainStep
 
+CPU = torch.device("cpu")
 TRACES = json.loads((Path(__file__).parents[1] / "golden" / "training_traces.json").read_text())["cases"]
 CALM = 2  # steps before rounding errors grow: the first gradient, and the one after an update. A compiled step rounds
 # differently, so only its first gradient counts.
@@ -58,24 +59,14 @@ def golden_model(case: dict, dtype: torch.dtype = torch.float32, nudge: int = 0,
     return model
 
 
-def golden_batch(case: dict, step: int) -> Batch:
+def golden_batch(case: dict, step: int, device: torch.device = CPU) -> Batch:
     accumulation, config = case["gradient_accumulation_steps"], case["config"]
     n = (step * accumulation + torch.arange(accumulation)).view(-1, 1, 1)
     b = torch.arange(case["batch_size"]).view(1, -1, 1)
     t = torch.arange(config["block_size"] + 1).view(1, 1, -1)
     tokens = (7 * b * b + 3 * t + 5 * b * t + 11 * n + (t * t) // 5) % config["vocab_size"]
+    tokens = tokens.to(device)
     return Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), (0,) * accumulation)
-
-
-def our_adamw(model: GPT, case: dict, ops: Ops = REFERENCE) -> FlatAdamW:
-    return FlatAdamW(
-        model,
-        ops,
-        learning_rate=case["learning_rate"],
-        betas=tuple(case["betas"]),
-        weight_decay=case["weight_decay"],
-        several=case["gradient_accumulation_steps"] > 1,
-    )
 
 
 def train(
@@ -86,21 +77,26 @@ def train(
     nudge: int = 0,
     ops: Ops = REFERENCE,
     steps: int | None = None,
+    device: torch.device = CPU,
 ) -> Trace:
-    model = golden_model(case, dtype, nudge, ops)
-    optimizer = our_adamw(model, case, ops)
+    """mode: eager, graphed (a tape replaces the graph), compiled, compiled in parts."""
+    model = golden_model(case, dtype, nudge, ops).to(device)
+    several = case["gradient_accumulation_steps"] > 1
+    settings = {name: case[name] for name in ("learning_rate", "betas", "weight_decay")}
+    optimizer = FlatAdamW(model, ops, **settings, several=several)
     compiled = model
     if mode.startswith("compiled"):
-        compile = functools.partial(compile_module, device=torch.device("cpu"))
+        compile = functools.partial(compile_module, device=device)
         compiled = compile_model(model, compile, in_parts=mode == "compiled in parts")
     step = TrainStep(compiled, optimizer, grad_clip=case["grad_clip"])
     if mode == "graphed":
         shape = case["gradient_accumulation_steps"], case["batch_size"], case["config"]["block_size"]
         step = GraphedStep(step, shape, capture=tape)
-    results = [step(golden_batch(case, i), case["learning_rate"]) for i in range(steps or len(case["loss"]))]
+    batches = [golden_batch(case, i, device) for i in range(steps or len(case["loss"]))]
+    results = [step(batch, case["learning_rate"]) for batch in batches]
     parameters = dict(model.named_parameters())
     sums = torch.stack([parameters[name].detach().double().abs().sum() for name in case["parameters"]])
-    return Trace(*(torch.stack(column).double() for column in zip(*results, strict=True)), sums)
+    return Trace(*(torch.stack(column).double().cpu() for column in zip(*results, strict=True)), sums.cpu())
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -127,7 +123,6 @@ def exact(name: str, nudge: int = 0) -> Trace:
 )
 @pytest.mark.parametrize("name", TRACES)
 def test_the_recorded_trace(name: str, mode: str, request: pytest.FixtureRequest) -> None:
-    """Without a GPU, a tape replaces the graph."""
     if mode.startswith("compiled"):
         request.getfixturevalue("compiler")
     golden, truth = recorded(TRACES[name]), exact(name)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,22 +15,20 @@ import torch
 from kernels import FUSED, select
 from kernels.capture import WARM_UP
 from kernels.fused.mlp import ways
-from model import GPT, GPTConfig, Precision
+from model import GPT, GPTConfig
 from model.attention import SDPA
 from model.recompute import MODES
-from tests.train import test_graph as graphs
+from tests.train import steps
 from tests.train.runs import last, logged, resume, run
-from tests.train.test_golden import TRACES, golden_batch, golden_model, our_adamw, recorded, relative
+from tests.train.test_golden import TRACES, recorded, relative, train
 from train.choices import MEASURED, Layer, choose_attention, choose_mlp, why_not
 from train.compile import compile_model, compile_module, in_parts
 from train.data import Batch
 from train.distributed import World
-from train.dryrun import Job, dry_run
+from train.dryrun import Job, build, dry_run
 from train.errors import UserError
 from train.graph import GraphedStep
-from train.optim import FlatAdamW
 from train.profile import OTHER, read
-from train.step import Evaluation, TrainStep
 
 CUDA = torch.device("cuda")
 
@@ -52,17 +51,11 @@ def compiled(model: GPT) -> torch.nn.Module:
     return compile_model(model, compile, in_parts=in_parts(CUDA))
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("mode", ["eager", "compiled in parts"])
 @pytest.mark.parametrize("name", TRACES)
-def test_the_recorded_losses(name: str, compile: bool) -> None:
-    case = TRACES[name]
-    model = golden_model(case).cuda()
-    step = TrainStep(compiled(model) if compile else model, our_adamw(model, case), grad_clip=case["grad_clip"])
-    losses = []
-    for i in range(len(case["loss"])):
-        batch = golden_batch(case, i)
-        losses.append(step(Batch(batch.x.cuda(), batch.y.cuda(), batch.seeds), case["learning_rate"]).loss.item())
-    assert relative(torch.tensor(losses, dtype=torch.float64), recorded(case).loss) < 1e-4  # sums in another order
+def test_the_recorded_losses(name: str, mode: str) -> None:
+    got = train(TRACES[name], mode=mode, device=CUDA)
+    assert relative(got.loss, recorded(TRACES[name]).loss) < 1e-4  # sums in another order
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -94,10 +87,18 @@ def assert_same(got: list[tuple], expected: list[tuple], nan_ok: bool = False) -
         assert one == pytest.approx(other, rel=1e-3, nan_ok=nan_ok)
 
 
-def assert_replayed(captured: TrainStep, eager: TrainStep, accumulation: int = 1, size: int = graphs.B) -> None:
-    """`captured` in real graphs trains as `eager` does. Dropout uses the same seeds."""
-    graphed = GraphedStep(captured, (accumulation, size, graphs.T))
-    got, expected = (graphs.train(step, accumulation, 20, CUDA, size) for step in (graphed, eager))
+def assert_replayed(
+    *, kernels: str, compile: bool = False, size: int = steps.B, recompute: str = "none", **settings: Any
+) -> None:
+    """A step in real graphs trains as an eager one does. Dropout uses the same seeds, also where it is recomputed."""
+    ops, accumulation = select(kernels, CUDA), settings.get("accumulation", 1)
+    eager = steps.make(ops, device=CUDA, **settings)
+    captured = steps.make(ops, device=CUDA, recompute=recompute, **settings)
+    if compile:
+        torch.compiler.reset()
+        eager.model, captured.model = compiled(eager.model), compiled(captured.model)
+    graphed = GraphedStep(captured, (accumulation, size, steps.T))
+    got, expected = (steps.train(step, accumulation, 20, CUDA, size) for step in (graphed, eager))
     assert_same(got, expected, nan_ok=captured.scaler.enabled)  # a gradient that overflowed
 
 
@@ -108,28 +109,18 @@ def test_a_replayed_step_is_the_eager_step(
     kernels: str, dtype: torch.dtype, accumulation: int, dropout: float, compile: bool
 ) -> None:
     """The compiled step is captured too."""
-    settings = dict(accumulation=accumulation, dropout=dropout, dtype=dtype, device=CUDA)
-    eager, captured = (graphs.make(select(kernels, CUDA), **settings) for _ in range(2))
-    if compile:
-        torch.compiler.reset()
-        eager.model, captured.model = compiled(eager.model), compiled(captured.model)
-    assert_replayed(captured, eager, accumulation)
+    assert_replayed(kernels=kernels, dtype=dtype, accumulation=accumulation, dropout=dropout, compile=compile)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
 def test_what_a_graph_computes_again_finds_the_masks_of_its_replay(kernels: str, recompute: str) -> None:
-    """Recomputation uses the same masks and operations, so losses differ no more than between two runs."""
-    settings = dict(accumulation=2, dropout=0.2, dtype=torch.bfloat16, device=CUDA)
-    ops = select(kernels, CUDA)
-    assert_replayed(graphs.make(ops, **settings, recompute=recompute), graphs.make(ops, **settings), 2)
+    assert_replayed(kernels=kernels, accumulation=2, dropout=0.2, dtype=torch.bfloat16, recompute=recompute)
 
 
 @pytest.mark.parametrize("kernels", ["reference", pytest.param("fused", marks=pytest.mark.smoke)])
 def test_a_batch_of_one(kernels: str) -> None:
-    ops = select(kernels, CUDA)
-    eager, captured = (graphs.make(ops, dropout=0.2, dtype=torch.bfloat16, device=CUDA) for _ in range(2))
-    assert_replayed(captured, eager, size=1)
+    assert_replayed(kernels=kernels, dropout=0.2, dtype=torch.bfloat16, size=1)
 
 
 @pytest.mark.parametrize(("kernels", "chunk"), [("reference", 0), ("fused", 0), ("fused", 4096)])
@@ -142,48 +133,43 @@ def test_the_memory_that_a_step_takes_is_the_estimate(recompute: str, dropout: f
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     shape = GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=False, dropout=dropout)
-    ops = select(kernels, CUDA)
-    loss = functools.partial(ops.linear_cross_entropy, chunk_rows=chunk)
-    chunked = dataclasses.replace(ops, linear_cross_entropy=loss) if chunk else ops
-    model = GPT(shape, chunked, precision=Precision(*[torch.bfloat16] * 2), recompute=recompute).to(CUDA)
-    optimizer = FlatAdamW(model, ops, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    step = TrainStep(model, optimizer, grad_clip=1.0)
+    job = Job(shape, 8, select(kernels, CUDA), recompute=recompute, loss_chunk=chunk)
+    step = build(dataclasses.replace(job, on="cuda"))
     x, y = torch.randint(50304, (2, 1, 8, 1024), device=CUDA)
     torch.cuda.reset_peak_memory_stats()
     for i in range(3):
         step(Batch(x, y, (i,)), 1e-4)
     torch.cuda.synchronize()
-    expected = dry_run(Job(shape, 8, ops, recompute=recompute, loss_chunk=chunk)).total
-    assert torch.cuda.max_memory_allocated() - before == pytest.approx(expected, rel=0.05)
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(dry_run(job).total, rel=0.05)
 
 
 @pytest.mark.parametrize("kernels", ["reference", pytest.param("fused", marks=pytest.mark.smoke)])
 def test_a_replayed_evaluation_is_the_eager_one_and_changes_nothing(kernels: str) -> None:
     settings = dict(dropout=0.2, dtype=torch.bfloat16, device=CUDA)
-    step, twin = (graphs.make(select(kernels, CUDA), **settings) for _ in range(2))
-    eager, shape = Evaluation(step.model), (1, graphs.B, graphs.T)
-    graphed, alone = GraphedStep(step, shape, eager), GraphedStep(twin, shape)
+    step, twin = (steps.make(select(kernels, CUDA), **settings) for _ in range(2))
+    shape = 1, steps.B, steps.T
+    graphed, alone = GraphedStep(step, shape, evaluates=True), GraphedStep(twin, shape)
     for i in range(5):
-        batch = graphs.batch(i, 1, CUDA)
+        batch = steps.batch(i, 1, CUDA)
         one, other = graphed(batch, 1e-2), alone(batch, 1e-2)
         assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-3)
-        batches = [graphs.batch(100 + k, 1, CUDA) for k in range(3)]
-        assert torch.equal(graphed.evaluation(batches), eager(batches))
+        batches = [steps.batch(100 + k, 1, CUDA) for k in range(3)]
+        assert torch.equal(graphed.evaluation(batches), step.evaluation(batches))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
 def test_capturing_leaves_everything_as_it_was(kernels: str, dtype: torch.dtype) -> None:
-    step = graphs.make(select(kernels, CUDA), accumulation=2, dropout=0.2, dtype=dtype, device=CUDA)
-    graphs.train(step, 2, 2, CUDA)
-    before, generator = graphs.everything(step), torch.cuda.get_rng_state()
-    GraphedStep(step, (2, graphs.B, graphs.T), Evaluation(step.model))
-    graphs.assert_same(graphs.everything(step), before)
+    step = steps.make(select(kernels, CUDA), accumulation=2, dropout=0.2, dtype=dtype, device=CUDA)
+    steps.train(step, 2, 2, CUDA)
+    before, generator = steps.everything(step), torch.cuda.get_rng_state()
+    GraphedStep(step, (2, steps.B, steps.T), evaluates=True)
+    steps.assert_same(steps.everything(step), before)
     assert torch.equal(torch.cuda.get_rng_state(), generator)
 
 
 def test_a_capture_that_fails_is_one_line_and_the_step_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    step, twin = (graphs.make(dropout=0.2, device=CUDA) for _ in range(2))
+    step, twin = (steps.make(dropout=0.2, device=CUDA) for _ in range(2))
     gather, runs = step.optimizer.gather, iter(range(WARM_UP))
 
     def fails() -> None:
@@ -193,9 +179,9 @@ def test_a_capture_that_fails_is_one_line_and_the_step_goes_on(monkeypatch: pyte
 
     monkeypatch.setattr(step.optimizer, "gather", fails)
     with pytest.raises(UserError, match=r"no such thing in a capture; --no-cuda_graphs goes on without"):
-        GraphedStep(step, (1, graphs.B, graphs.T))
+        GraphedStep(step, (1, steps.B, steps.T))
     monkeypatch.undo()
-    assert_same(graphs.train(step, 1, 3, CUDA), graphs.train(twin, 1, 3, CUDA))
+    assert_same(steps.train(step, 1, 3, CUDA), steps.train(twin, 1, 3, CUDA))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices on this machine")
@@ -215,21 +201,24 @@ def test_a_run_on_the_second_device(tmp_path: Path) -> None:
 # Attention
 
 
-def test_auto_measures_and_says_what_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_auto_measures_and_says_what_it_took() -> None:
     layer = Layer(GPTConfig(block_size=256, n_head=6, n_embd=384), 4, torch.bfloat16, CUDA)
-    before = [torch.get_rng_state(), torch.cuda.get_rng_state()]
     backend, said = choose_attention("auto", layer, World())
     assert backend in MEASURED
-    assert said.startswith(f"{backend}, fastest of {backend} ")
+    assert said.startswith(f"attention: {backend}, fastest of {backend} ")
     for name in MEASURED:
         assert (f" {name} " in said) == (not why_not(name, layer)), why_not(name, layer)
     assert " flash " in said  # every device with bfloat16 can do this
-    graphs.assert_same([torch.get_rng_state(), torch.cuda.get_rng_state()], before)
 
 
-def test_a_run_says_which_attention_and_which_mlp_it_took(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+@pytest.mark.usefixtures("empty_cache")
+def test_a_run_says_which_attention_and_which_mlp_it_took(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for run_again in ("", ", as an earlier run measured"):
         run(tmp_path / f"out{run_again[:2]}", device="cuda", dtype="bfloat16")
         said = capsys.readouterr().out
@@ -237,9 +226,9 @@ def test_a_run_says_which_attention_and_which_mlp_it_took(tmp_path: Path, capsys
         assert re.search(rf"^mlp: forward .* a layer{run_again}; backward .* a layer{run_again}$", said, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("empty_cache")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_all_tiles_of_the_mlp_are_right_and_timed(tmp_path: Path, dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_all_tiles_of_the_mlp_are_right_and_timed(dtype: torch.dtype) -> None:
     layer = Layer(GPTConfig(), 4, dtype, CUDA)
     _, said = choose_mlp(FUSED, layer, World())
     assert "wrong" not in said
@@ -251,16 +240,12 @@ def test_all_tiles_of_the_mlp_are_right_and_timed(tmp_path: Path, dtype: torch.d
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("backend", [*SDPA, "flash_attn", "fa3", "fa4"])
 def test_every_attention_is_captured(backend: str, compile: bool, dropout: float) -> None:
-    config = GPTConfig(block_size=graphs.T, n_head=2, n_embd=16, dropout=dropout)  # of graphs.make
-    layer = Layer(config, graphs.B, torch.bfloat16, CUDA)
+    config = GPTConfig(block_size=steps.T, n_head=2, n_embd=16, dropout=dropout)  # of steps.make
+    layer = Layer(config, steps.B, torch.bfloat16, CUDA)
     if reason := why_not(backend, layer):
         pytest.skip(f"{backend} does not run here: {reason}")
-    options = dict(dropout=dropout, dtype=torch.bfloat16, device=CUDA, attention=backend)
-    eager, captured = (graphs.make(**options) for _ in range(2))
-    if compile:
-        torch.compiler.reset()
-        eager.model, captured.model = compiled(eager.model), compiled(captured.model)
-    assert_replayed(captured, eager)
+    options = dict(dropout=dropout, dtype=torch.bfloat16, attention=backend)
+    assert_replayed(kernels="reference", compile=compile, **options)
 
 
 # The profile

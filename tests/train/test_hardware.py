@@ -28,19 +28,13 @@ def cuda(monkeypatch):
     """Make torch see one CUDA device with this name and compute capability."""
 
     def pretend(name="NVIDIA H100 80GB HBM3", capability=(9, 0), count=1):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     return pretend
-
-
-@pytest.fixture
-def no_accelerator(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
 def test_every_data_sheet_is_plausible():
@@ -52,20 +46,18 @@ def test_every_data_sheet_is_plausible():
         assert 20 < sheet.bf16 * 1000 / sheet.bandwidth < 450, sheet  # FLOPs per byte
 
 
-@pytest.mark.parametrize(
-    ("dtype", "column", "tflops"),
-    [(torch.bfloat16, "bf16", 989), (torch.float16, "fp16", 989), (torch.float32, "tf32", 495)],
-)
-def test_peak_of_a_known_device(cuda, dtype, column, tflops):
+def test_the_peak_is_the_data_sheets_and_is_measured_where_the_table_lacks_the_device(cuda, monkeypatch):
     cuda()
-    assert peak_flops(CUDA, dtype) == Peak(tflops * 1e12, f"NVIDIA H100 data sheet, SXM, dense {column}")
-
-
-@pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100"])  # SXM or PCIe: it does not say
-def test_a_device_that_the_table_lacks_is_measured(cuda, monkeypatch, name):
-    cuda(name)
+    for dtype, column, tflops in (
+        (torch.bfloat16, "bf16", 989),
+        (torch.float16, "fp16", 989),
+        (torch.float32, "tf32", 495),
+    ):
+        assert peak_flops(CUDA, dtype) == Peak(tflops * 1e12, f"NVIDIA H100 data sheet, SXM, dense {column}")
     monkeypatch.setattr(hardware, "measure_flops", lambda device, dtype: 5e12)
-    assert peak_flops(CUDA, torch.bfloat16) == Peak(5e12, f"measured bfloat16 matmul peak of {name}")
+    for name in ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100"):  # SXM or PCIe: it does not say
+        cuda(name)
+        assert peak_flops(CUDA, torch.bfloat16) == Peak(5e12, f"measured bfloat16 matmul peak of {name}")
 
 
 def test_a_run_on_cuda_takes_tf32_so_that_inductor_can_still_ask(cuda):
@@ -79,62 +71,60 @@ def test_a_run_on_cuda_takes_tf32_so_that_inductor_can_still_ask(cuda):
         torch.set_float32_matmul_precision(before)
 
 
-def test_ceilings_are_what_computers_have():
-    before = torch.random.get_rng_state()
+def test_ceilings_are_what_computers_have(monkeypatch):
+    """A copy counts what is read and what is written: with a clock on which every copy takes two seconds."""
     ceilings = measure_ceilings(CPU, torch.float32)
     assert 1e8 < ceilings.flops < 1e15
     assert 1e8 < ceilings.bandwidth < 1e13
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_a_copy_counts_what_is_read_and_what_is_written(monkeypatch):
-    """With a clock on which every copy takes two seconds."""
     seconds = iter(range(0, 10**6, 2))
     monkeypatch.setattr("train.hardware.time.perf_counter", lambda: next(seconds))
     assert measure_bandwidth(CPU, budget=20, size=4096) == 2 * 4096 / 2
 
 
-def test_devices_without_an_accelerator(no_accelerator):
-    assert resolve_device("auto") == resolve_device("cpu") == CPU
-    for name in ("cuda", "mps", ""):
-        with pytest.raises(UserError, match=f"device: got '{name}', expected one of: auto, cpu$"):
+@pytest.mark.parametrize(
+    ("gpus", "mac", "named", "refused", "expected"),
+    [
+        (0, False, {"auto": "cpu", "cpu": "cpu"}, ("cuda", "mps", ""), "auto, cpu$"),
+        (
+            2,
+            False,
+            {"auto": "cuda:0", "cuda": "cuda:0", "cuda:1": "cuda:1", "cpu": "cpu"},
+            ("cuda:2",),
+            ".*cuda:1, cpu",
+        ),
+        (0, True, {"auto": "mps", "mps": "mps"}, ("cuda",), "auto, mps, cpu"),
+    ],
+)
+def test_devices(cuda, monkeypatch, gpus, mac, named, refused, expected):
+    cuda(count=gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mac)
+    assert {name: str(resolve_device(name)) for name in named} == named
+    for name in refused:
+        with pytest.raises(UserError, match=f"device: got '{name}', expected one of: {expected}"):
             resolve_device(name)
 
 
-def test_devices_with_two_gpus(cuda):
-    cuda(count=2)
-    assert resolve_device("auto") == resolve_device("cuda") == CUDA
-    assert resolve_device("cuda:1") == torch.device("cuda:1")
-    assert resolve_device("cpu") == CPU
-    with pytest.raises(UserError, match=r"device: got 'cuda:2', expected one of: auto, cuda:0, cuda:1, .*cpu"):
-        resolve_device("cuda:2")
-
-
-def test_device_and_dtype_of_a_mac(no_accelerator, monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert resolve_device("auto") == resolve_device("mps") == torch.device("mps")
-    assert resolve_dtype("auto", torch.device("mps")) == torch.float32
-
-
-def test_dtypes_of_gpus(cuda):
-    cuda(capability=(8, 0))
-    assert resolve_dtype("auto", CUDA) == resolve_dtype("bfloat16", CUDA) == torch.bfloat16
-    assert resolve_dtype("float16", CUDA) == torch.float16
-    cuda(capability=(7, 5))
-    assert resolve_dtype("auto", CUDA) == torch.float16
-    assert resolve_dtype("float32", CUDA) == torch.float32
-    with pytest.raises(UserError, match="dtype: got 'bfloat16', expected one of: auto, float16, float32"):
-        resolve_dtype("bfloat16", CUDA)
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_dtypes_of_cpus(monkeypatch, fast):
+@pytest.mark.parametrize(
+    ("device", "fast", "offered", "refused"),
+    [
+        ("cuda:0", True, "bfloat16, float16, float32", "float64"),
+        ("cuda:0", False, "float16, float32", "bfloat16"),
+        ("cpu", True, "bfloat16, float32", "float16"),
+        ("cpu", False, "float32, bfloat16", "float16"),
+        ("mps", False, "float32, bfloat16, float16", "float64"),
+    ],
+)
+def test_dtypes(cuda, monkeypatch, device, fast, offered, refused):
+    """auto is the first that a device offers. fast: whether it has instructions for bfloat16."""
+    cuda(capability=(8, 0) if fast else (7, 5))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert resolve_dtype("auto", CPU) == (torch.bfloat16 if fast else torch.float32)
-    assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
-    with pytest.raises(UserError, match=r"dtype: got 'float16', expected one of: auto, .*float32"):
-        resolve_dtype("float16", CPU)
+    names = offered.split(", ")
+    for name in names:
+        assert str(resolve_dtype(name, torch.device(device))) == f"torch.{name}"
+    assert str(resolve_dtype("auto", torch.device(device))) == f"torch.{names[0]}"
+    with pytest.raises(UserError, match=f"dtype: got '{refused}', expected one of: auto, {offered}"):
+        resolve_dtype(refused, torch.device(device))
 
 
 @pytest.mark.parametrize(

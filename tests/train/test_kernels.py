@@ -1,8 +1,5 @@
 """`--kernels` and `--loss_chunk` change only the speed of a run."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +7,6 @@ import torch
 
 from kernels import REFERENCE, Ops
 from kernels.launch import INTERPRETED
-from tests.train.jobs import ROOT, arguments, make_data
 from tests.train.runs import logged, resume, run
 from train import plan
 from train.config import TrainConfig
@@ -41,12 +37,6 @@ def test_a_fused_run_its_checkpoint_and_the_loss_in_chunks(tmp_path: Path) -> No
     assert_same_losses(tmp_path / "reference", tmp_path / "moved")
 
 
-def test_chunks_need_fused_kernels(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="loss_chunk: got 5, expected 0 or -1: the reference kernels hold all logits"):
-        run(tmp_path / "out", kernels="reference", loss_chunk=5)
-    assert not (tmp_path / "out").exists()
-
-
 # Where they cannot run
 
 CUDA = torch.device("cuda")
@@ -59,8 +49,9 @@ def test_auto_goes_on_without_and_says_why(
     """The rest of the run is the CPU's."""
 
     def as_on_cuda(config: TrainConfig, device: torch.device, dtype: torch.dtype, vocab_size: int) -> tuple:
-        return choose_ops(config, CUDA, dtype, vocab_size, lambda device: BROKEN)
+        return choose_ops(config, CUDA, dtype, vocab_size)
 
+    monkeypatch.setattr(plan, "missing", lambda device: BROKEN)
     monkeypatch.setattr(plan, "choose_ops", as_on_cuda)
     assert run(tmp_path / "out", max_iters=1) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "kernels" in line]
@@ -68,27 +59,15 @@ def test_auto_goes_on_without_and_says_why(
     assert lines[1:] == [f"kernels: the fused ones cannot run here, going on with the reference's: {BROKEN}"]
 
 
-def test_fused_is_refused_and_nothing_is_said_of_what_was_not_asked_for() -> None:
+def test_fused_is_refused_and_nothing_is_said_of_what_was_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(**settings) -> tuple[Ops, int, str]:
-        return choose_ops(TrainConfig(**settings), CUDA, torch.float32, 50, lambda device: BROKEN)
+        return choose_ops(TrainConfig(**settings), CUDA, torch.float32, 50)
 
+    monkeypatch.setattr(plan, "missing", lambda device: BROKEN)
     with pytest.raises(UserError, match=f"kernels: got fused, expected reference or auto: {BROKEN}"):
         choose(kernels="fused")
     with pytest.raises(UserError, match=rf"loss_chunk: got 5, .* all logits \(the fused ones .* here: {BROKEN}\)"):
         choose(loss_chunk=5)
+    with pytest.raises(UserError, match=r"loss_chunk: got 5, expected 0 or -1: the reference kernels hold all logits$"):
+        choose(loss_chunk=5, kernels="reference")
     assert choose(kernels="reference") == (REFERENCE, 0, "")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without CUDA")
-def test_fused_without_a_gpu_says_what_is_missing(tmp_path: Path) -> None:
-    make_data(tmp_path / "data" / "letters")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    argv = [sys.executable, "-m", "train", *arguments(kernels="fused")]
-    ended = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert ended.stderr == (
-        "error: kernels: got fused, expected reference or auto: Triton's kernels need a CUDA device, this is cpu "
-        "(TRITON_INTERPRET=1 tries them on a CPU, slowly)\n"
-    )
-    assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ import torch
 import train.__main__ as command
 from kernels import FUSED, REFERENCE
 from model import GPTConfig
-from tests.train.runs import refusal, resume, run
+from tests.train.runs import refusal, run
 from train import memory, plan
 from train.dryrun import Job, dry_run
 from train.errors import UserError
@@ -102,15 +102,6 @@ def test_on_a_cpu_the_weights_of_a_checkpoint_are_there_already() -> None:
         assert check_memory(step, "cpu", least, ranks=1)
         with pytest.raises(UserError, match="memory: got a step of"):
             check_memory(step, "cpu", least - 1, ranks=1)
-
-
-def test_resumed_with_another_mode(tmp_path: Path) -> None:
-    """So a run that needs too much memory can go on with less."""
-    modes = []
-    note = {0: lambda step: modes.append(step.model.transformer.h[0].recompute)}
-    run(tmp_path / "out", at=note, recompute="mlp", max_iters=1)
-    resume(tmp_path / "out", at=note, recompute="block", max_iters=2)
-    assert modes == ["mlp", "block"]
 
 
 def test_an_evaluation_alone_needs_no_room_to_train(

@@ -10,7 +10,7 @@ import pytest
 
 import train.__main__ as command
 from tests.train.jobs import ROOT, make_data
-from train.errors import UserError
+from tests.train.runs import refusal
 from train.hardware import CARDS, data_sheet
 from train.settings import settings_of
 
@@ -35,14 +35,6 @@ def rehearse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     return go
 
 
-def refused(rehearse, *argv: str) -> str:
-    with pytest.raises(UserError) as caught:
-        rehearse(*argv)
-    assert caught.value.status == 2
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def test_gpt2_on_an_h100(rehearse) -> None:
     said = rehearse("gpt2", "--compile", "--rehearse=h100")
     assert "data/openwebtext is not prepared yet" in said
@@ -64,12 +56,6 @@ def test_every_card_that_the_setting_names_is_known() -> None:
         assert data_sheet(card.name), card
 
 
-def test_bare_it_is_an_h100_where_there_is_no_gpu(rehearse) -> None:
-    said = rehearse(*SMALL, "--rehearse", "--max_iters=5")
-    assert "H100" in said.splitlines()[0]
-    assert re.search(r"^data: data/mine, [\d,]+ tokens to train on, a vocabulary of \d+$", said, re.MULTILINE)
-
-
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -84,20 +70,20 @@ def test_bare_it_is_an_h100_where_there_is_no_gpu(rehearse) -> None:
     ],
 )
 def test_bad_settings_are_refused_as_for_a_run(rehearse, argv: list[str], words: str) -> None:
-    assert words in refused(rehearse, *SMALL, "--rehearse=h100", *argv)
+    assert words in refusal(rehearse, *SMALL, "--rehearse=h100", *argv)
 
 
-def test_weights_by_name_are_not_downloaded(rehearse) -> None:
+def test_weights_by_name_and_what_the_card_would_measure(rehearse) -> None:
+    """Weights are not downloaded. Of the fused kernels, the MLP's matmuls are measured too: `test_gpt2_on_an_h100`."""
     said = rehearse("--init_from=gpt2", "--dataset=openwebtext", "--batch_size=1", "--rehearse=b200")
     assert re.search(r"^number of parameters: 123\.\d\dM", said, re.MULTILINE)
-
-
-def test_what_the_card_would_measure_is_said(rehearse) -> None:
-    """Of the fused kernels, the MLP's matmuls too: `test_gpt2_on_an_h100`."""
     said = rehearse(*SMALL, "--kernels=reference", "--rehearse=a10")
     assert "\nmeasured on the card when the run starts: attention; " in said
     assert "kernels: not compiled: the reference has none of its own" in said
-    assert "measured on the card" not in rehearse(*SMALL, "--dtype=float32", "--attention=flash", "--rehearse=h100")
+    said = rehearse(*SMALL, "--dtype=float32", "--attention=flash", "--rehearse")  # bare: an H100, if there is no GPU
+    assert "measured on the card" not in said
+    assert "H100" in said.splitlines()[0]
+    assert re.search(r"^data: data/mine, [\d,]+ tokens to train on, a vocabulary of \d+$", said, re.MULTILINE)
 
 
 @pytest.mark.slow

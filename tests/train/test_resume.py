@@ -131,11 +131,14 @@ def test_it_is_evaluated_and_left_as_it_is(out):
     assert_same(last(out), before)
 
 
-def test_it_goes_on_with_the_stored_settings(out):
-    stored = last(out)["config"]
-    resume(out, max_iters=6, weight_decay=0.25)
+def test_it_goes_on_with_the_stored_settings_and_those_that_are_changed(out):
+    """Memory too: a run that needs too much can go on with less."""
+    stored, modes = last(out)["config"], []
+    at = {0: lambda step: modes.append(step.model.transformer.h[0].recompute)}
+    resume(out, at, max_iters=6, weight_decay=0.25, recompute="block")
     after = last(out)
-    changed = {"init_from": "resume", "out_dir": str(out), "max_iters": 6, "weight_decay": 0.25}
+    changed = {"init_from": "resume", "out_dir": str(out), "max_iters": 6, "weight_decay": 0.25, "recompute": "block"}
+    assert modes == ["block"]
     assert after["config"] == stored | changed
     assert after["model_args"]["dropout"] == 0.3
     group = after["optimizer"]["param_groups"][0]
