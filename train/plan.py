@@ -95,8 +95,8 @@ def decide(
     backend, attention = choose_attention(config.attention, layer, world)
     memory = ""
     if not config.eval_only:
-        resumed = checkpoint is not None
-        job = job_of(config, shape, ops, dtype, world, chunk, resumed=resumed, **as_planned_for(device))
+        at = as_planned_for(device)
+        job = job_of(config, shape, ops, dtype, world, chunk, resumed=checkpoint is not None, **at)
         memory = check_memory(job, str(device), free, world.size)
     ops, mlp = choose_mlp(ops, layer, world)
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)

@@ -88,13 +88,8 @@ class TrainState:
 def make_state(plan: Plan, checkpoint: dict | None) -> TrainState:
     """A new run's state, or the checkpoint's. UserError if weights or moments cannot be loaded."""
     model = build_model(plan, checkpoint)
-    state = TrainState(
-        plan,
-        model,
-        place(plan, model),
-        LossScale(plan.device, enabled=plan.precision.compute == torch.float16),
-        Progress(),
-    )
+    scaler = LossScale(plan.device, enabled=plan.precision.compute == torch.float16)
+    state = TrainState(plan, model, place(plan, model), scaler, Progress())
     if checkpoint is not None and plan.config.init_from == "resume":
         load_optimizer(state.optimizer, optimizer_state(checkpoint, model))
         ours = checkpoint["nanofuse"]

@@ -93,8 +93,9 @@ def send(*numbers: int) -> Callable[[TrainStep], None]:
 
 
 def poison(step: TrainStep) -> None:
-    """Make a weight NaN, so that the loss of this step is not finite."""
-    step.optimizer.flat.param.fill_(float("nan"))
+    """Make the weights that the model reads NaN, so that the loss of this step is not finite."""
+    flat = step.optimizer.flat
+    (flat.param if flat.compute is None else flat.compute).fill_(float("nan"))
 
 
 def crash(step: TrainStep) -> None:

@@ -7,6 +7,7 @@ import signal
 from unittest import mock
 
 import pytest
+import torch
 
 from tests.train.jobs import CHARS, make_data
 from tests.train.runs import iterations, last, poison, refusal, resume, run, send
@@ -47,11 +48,15 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
     assert last(tmp_path / "out")["iter_num"] == 2
 
 
-@pytest.mark.parametrize(("end", "log_interval"), [("logged", 1), ("evaluated", 100), ("signal", 100)])
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, log_interval, end):
+@pytest.mark.parametrize(
+    ("end", "log_interval"), [("logged", 1), ("evaluated", 100), ("signal", 100), ("in float16", 1)]
+)
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, monkeypatch, log_interval, end):
     """The message names the iteration of this loss, even if losses are read much later."""
     at = {4: poison} | ({5: send(signal.SIGTERM)} if end == "signal" else {})
     settings = dict(eval_interval=3, max_iters=5 if end == "evaluated" else 100, log_interval=log_interval)
+    if end == "in float16":  # where gradients may be infinite
+        monkeypatch.setattr("train.plan.resolve_dtype", lambda name, device: torch.float16)
     message = refusal(run, tmp_path / "out", at, status=1, **settings)
     assert "loss: got nan at iteration 4" in message
     assert last(tmp_path / "out")["iter_num"] == 3
