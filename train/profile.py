@@ -22,7 +22,6 @@ from model.work import MATMULS, floor
 from train.data import Batch
 from train.dryrun import Job
 from train.files import replace_together, staging_folder
-from train.graph import GraphedStep
 from train.hardware import Ceilings, measure_ceilings, synchronize
 from train.memory import as_planned_for, job_of
 from train.plan import Plan
