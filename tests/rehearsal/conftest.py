@@ -1,56 +1,53 @@
 """Rehearsals: the code path for CUDA, on a device that is not there.
 
 Every test in this folder runs in its own process, with the device guard (guard.cpp) loaded and Triton's interpreter
-off. A test file only asks for the fixture `gpu` of device.py; it runs like all others. server.py forks the processes.
-The tests are skipped if there is no C++ compiler. In its process no test may skip.
+off. A test file only asks for the fixture `gpu` of device.py; it runs like all others. The tests are skipped if there
+is no C++ compiler. In its process no test may skip.
 """
 
-import json
-import os
-import subprocess
-import sys
+import multiprocessing
+import tempfile
+from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 
+from tests.rehearsal import inside
 from tests.rehearsal.build import CannotBuild, environment
 from tests.rehearsal.device import gpu  # noqa: F401
-
-INSIDE = "NANOFUSE_GUARD" in os.environ
-SERVER = pytest.StashKey[subprocess.Popen]()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if not INSIDE:
+    if not inside.GUARD:
         item.fixturenames.clear()  # the test's own process sets them up
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    if INSIDE:
+    if inside.GUARD:
         return None  # pytest's own way
-    server = _server(pyfuncitem.config)
-    try:
-        print(pyfuncitem.nodeid, file=server.stdin, flush=True)
-        status, output = json.loads(server.stdout.readline())
-    except (OSError, ValueError):
-        pytest.fail(f"the rehearsal's server ended with {server.wait()}", pytrace=False)
-    if status or "1 passed" not in output:
-        pytest.fail(f"the test's process ended with {status}:\n{output}", pytrace=False)
+    start_server(pyfuncitem.config.rootpath)
+    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
+        given = pyfuncitem.nodeid, output.name
+        process = multiprocessing.get_context("forkserver").Process(target=inside.run, args=given)
+        process.start()
+        process.join()
+        text = output.read()
+    if process.exitcode or "1 passed" not in text:
+        pytest.fail(f"the test's process ended with {process.exitcode}:\n{text}", pytrace=False)
     return True
 
 
-def _server(config: pytest.Config) -> subprocess.Popen:
-    if SERVER not in config.stash:
-        try:
-            guard = environment()
-        except CannotBuild as error:
-            pytest.skip(str(error))
-        env = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-        env |= {"TRITON_INTERPRET": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"} | guard
-        command = [sys.executable, "-m", "tests.rehearsal.server"]
-        pipe = subprocess.PIPE
-        server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env, cwd=config.rootpath)
-        config.stash[SERVER] = server
-        config.add_cleanup(lambda: server.communicate(timeout=60))  # the server ends when its input ends
-    return config.stash[SERVER]
+def start_server(root: Path) -> None:
+    """Start multiprocessing's fork server, unless it runs: with the device guard, and what tests import."""
+    try:
+        guard = environment()
+    except CannotBuild as error:
+        pytest.skip(str(error))
+    env = {"TRITON_INTERPRET": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTEST_ADDOPTS": "", "PYTHONPATH": str(root)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (env | guard).items():
+            patch.setenv(name, value)
+        multiprocessing.set_forkserver_preload([inside.__name__])
+        forkserver.ensure_running()

@@ -112,7 +112,7 @@ class Gpu:
             graph.capture.waits = self.waits()
 
     def stand_ins(self) -> dict[str, object]:
-        """Names in torch.cuda, and what replaces them while the fixture is used."""
+        """More of these, of this device's streams."""
         gpu = self
 
         class Stream:
@@ -126,10 +126,7 @@ class Gpu:
 
         return {
             "Stream": Stream,
-            "Event": Event,
-            "CUDAGraph": Graph,
             "graph": lambda graph, stream, **options: gpu.capturing(graph, stream.stream_id),
-            "graph_pool_handle": lambda: (0, 1),
             "is_current_stream_capturing": lambda: gpu._capturing,
             "current_stream": lambda device=None: Stream(stream_id=gpu._stream),
             "default_stream": lambda device=None: Stream(stream_id=0),
@@ -144,7 +141,7 @@ def nothing(*args: object, **kwargs: object) -> None:
 class Event:
     """Replaces torch.cuda.Event."""
 
-    def __init__(self, *args: object, **kwargs: object) -> None: ...
+    __init__ = record = synchronize = nothing
 
     def query(self) -> bool:
         return True
@@ -152,24 +149,21 @@ class Event:
     def elapsed_time(self, end: "Event") -> float:
         return 1.0
 
-    record = synchronize = nothing
-
 
 class Graph:
     """Replaces torch.cuda.CUDAGraph."""
 
     capture: Capture
-
-    def __init__(self, keep_graph: bool = False) -> None: ...
+    __init__ = nothing
 
     def replay(self) -> None:
         self.capture.replays += 1
 
-    def pool(self) -> tuple[int, int]:
-        return (0, 1)
 
-
-ANSWERS: dict[str, object] = {  # replace functions of torch.cuda
+ANSWERS: dict[str, object] = {  # what replaces names in torch.cuda
+    "Event": Event,
+    "CUDAGraph": Graph,
+    "graph_pool_handle": lambda: (0, 1),
     "is_available": lambda: True,
     "is_initialized": lambda: True,
     "is_bf16_supported": lambda *args, **kwargs: True,
@@ -191,30 +185,19 @@ ANSWERS: dict[str, object] = {  # replace functions of torch.cuda
 
 
 @torch.compiler.assume_constant_result
-def attention_kernel() -> str:
-    """The kernel that torch's CUDA library would choose among the enabled ones (torch.nn.attention.sdpa_kernel)."""
-    cuda = torch.backends.cuda
-    if cuda.cudnn_sdp_enabled():
-        return "cudnn"
-    if cuda.flash_sdp_enabled():
-        return "flash"
-    return "efficient" if cuda.mem_efficient_sdp_enabled() else "math"
+def takes_cudnn() -> bool:
+    return torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, dropout_p: float = 0.0, is_causal: bool = False
 ) -> Tensor:
-    """Replaces F.scaled_dot_product_attention, which uses CUDA's kernels only in a CUDA build with a driver."""
-    aten, kernel = torch.ops.aten, attention_kernel()
-    if kernel == "cudnn":
-        grad = torch.is_grad_enabled() and q.requires_grad
-        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, grad, dropout_p, is_causal, False)[0]
-    if kernel == "flash":
-        return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False)[0]
-    if kernel == "efficient":
-        grad = torch.is_grad_enabled() and q.requires_grad
-        return aten._scaled_dot_product_efficient_attention(q, k, v, None, grad, dropout_p, is_causal)[0]
-    return aten._scaled_dot_product_attention_math(q, k, v, None, dropout_p, is_causal)[0]
+    """Replaces F.scaled_dot_product_attention, which uses CUDA's kernels only in a CUDA build with a driver: by cuDNN's
+    where `torch.nn.attention.sdpa_kernel` enables it, else flash attention."""
+    if not takes_cudnn():
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False)[0]
+    grad = torch.is_grad_enabled() and q.requires_grad
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, grad, dropout_p, is_causal, False)[0]
 
 
 @pytest.fixture

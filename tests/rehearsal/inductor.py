@@ -8,7 +8,6 @@ import functools
 import shutil
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -29,21 +28,12 @@ from kernels import targets
 from tests.rehearsal.device import DEVICE, H100, Gpu, nothing
 
 
-@dataclass
-class Kernel:
-    """A kernel of Inductor, in one of the configurations that it would time on the device."""
-
-    name: str
-    registers: int  # per thread
-    spills: int
-
-
 class Inductor:
     """What Inductor made, in order."""
 
     def __init__(self) -> None:
         self.codes: list[str] = []  # a Python module for each graph: forward, backward, evaluation
-        self.kernels: list[Kernel] = []
+        self.spills: dict[str, int] = {}  # of each kernel, in the configuration with the most of those it would time
         self.unknown: list[torch._ops.OpOverload] = []  # our operations without a lowering when their graph came
         self.launches: list[int] = []  # bytes of each launch of those kernels, if every tensor is touched once
 
@@ -61,37 +51,21 @@ class Inductor:
         """Replaces `CachingAutotuner.precompile`, which would load and time the kernels."""
         autotuner._precompile_worker()
         for result in autotuner.compile_results:
-            cubin = result.kernel.asm["cubin"]
-            registers, spills = targets.resources(cubin)["REG"], targets.spills(targets.disassemble(cubin))
-            self.kernels.append(Kernel(autotuner.fn.__name__, registers, spills))
+            spills = targets.spills(targets.disassemble(result.kernel.asm["cubin"]))
+            name = autotuner.fn.__name__
+            self.spills[name] = max(spills, self.spills.get(name, 0))
 
 
-class Driver:
-    """Replaces the driver that Triton and Inductor query before they compile."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 10 * H100.major + H100.minor, H100.warp_size)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return DEVICE
-
-    def get_device_interface(self) -> types.ModuleType:
-        return torch.cuda
-
-    def get_benchmarker(self) -> Callable:
-        return lambda *args, **kwargs: 0.0
-
-    def is_active(self) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, name: str) -> str:
-        return name
+DRIVER = types.SimpleNamespace(  # replaces the one that Triton and Inductor query before they compile
+    get_current_target=lambda: GPUTarget("cuda", 10 * H100.major + H100.minor, H100.warp_size),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device=0: 0,
+    get_active_torch_device=lambda: DEVICE,
+    get_device_interface=lambda: torch.cuda,
+    get_benchmarker=lambda: lambda *args, **kwargs: 0.0,
+    is_active=lambda: True,
+    map_python_to_cpp_type=lambda name: name,
+)
 
 
 def empty(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -126,7 +100,7 @@ def inductor(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
         monkeypatch.setattr(CudaInterface, name, staticmethod(getattr(torch.cuda, name)))
     for name in ("exchange_device", "maybe_exchange_device"):
         monkeypatch.setattr(CudaInterface, name, staticmethod(lambda device: 0))
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(DRIVER)
     settings = {
         "fx_graph_cache": False,
         "joint_graph_constant_folding": False,  # it would compute values

@@ -5,11 +5,9 @@ import signal
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch._inductor import lowering
-from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 from kernels.launch import Device
-from tests.rehearsal.device import Gpu, nothing
+from tests.rehearsal.device import Gpu
 from tests.rehearsal.inductor import Inductor, inductor  # noqa: F401
 from tests.rehearsal.test_step import job
 from tests.rehearsal.watching import Watching
@@ -57,8 +55,8 @@ def test_two_blocks_are_compiled_whatever_the_depth(
     # of the first block and of all others: forward, backward, evaluation, all before step 0
     assert len(inductor.codes) == 6
     assert sum(f"_scaled_dot_product_{attention}_attention_backward" in code for code in inductor.codes) == 2
-    assert inductor.kernels
-    assert [kernel for kernel in inductor.kernels if kernel.spills] == []
+    assert inductor.spills
+    assert not any(inductor.spills.values()), inductor.spills
     assert inductor.unknown == []
 
     x, y = (torch.zeros(shape, dtype=torch.int64, device=gpu.device) for _ in range(2))
@@ -78,41 +76,3 @@ def test_two_blocks_are_compiled_whatever_the_depth(
     assert len(inductor.codes) == 6
     assert counters["stats"]["unique_graphs"] == 4
     assert not counters["graph_break"]
-
-
-@pytest.mark.slow
-def test_registered_fallbacks_are_inductors_own(
-    gpu: Gpu,
-    inductor: Inductor,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The code is the same as Inductor's own after it has seen our operations. One layer is enough in every torch."""
-    monkeypatch.setattr(CachingAutotuner, "precompile", nothing)
-    model = dryrun.build(job("shakespeare_char", layers=1, on="cuda")).model
-    x = torch.zeros(2, model.config.block_size, dtype=torch.int64, device=gpu.device)
-
-    def compile_again() -> list[list[str]]:
-        torch.compiler.reset()
-        inductor.codes.clear()
-        compile.compile_module(model, gpu.device)(x, x.clone())[1].backward()
-        return [statements(code) for code in inductor.codes]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(compile, "register_fallbacks", nothing)
-        compile_again()
-        assert inductor.unknown
-        by_itself = compile_again()
-    for table in (lowering.lowerings, lowering._maybe_layout_constraints):  # forget our operations
-        for op in [op for op in table if "nanofuse" in str(op)]:
-            del table[op]
-    for names in (lowering.needs_realized_inputs, lowering.fallbacks):
-        for op in [op for op in names if "nanofuse" in str(op)]:
-            names.remove(op)
-    inductor.unknown.clear()
-    assert compile_again() == by_itself
-    assert inductor.unknown == []
-
-
-def statements(code: str) -> list[str]:
-    """Its lines without comments, because comments hold graph numbers and temporary paths."""
-    return [line for line in code.splitlines() if not line.lstrip().startswith("#")]
