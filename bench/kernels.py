@@ -41,7 +41,7 @@ OURS, PLAIN, COMPILED = "fused", "reference", "compiled"  # variants; the last i
 def variants(case: Case, device: torch.device) -> dict[str, Callable[[], Function]]:
     """The variants of a case, also those that cannot run here. Each gives a function of the case's inputs, or raises
     ImportError or ValueError."""
-    fused, plain = case.in_place or (case.fused, case.reference)
+    fused, plain = case.fused, case.reference
     found = {PLAIN: lambda: plain, COMPILED: lambda: only_compiled(plain)}
     if case.name == ATTENTION.name:
         return found | {name: partial(partial, plain, backend=name) for name in BACKENDS if name != "auto"}
@@ -84,10 +84,9 @@ def _qkv(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, An
     return {"qkv": draw(device)(B, T, 3 * H * Q, dtype=dtype), "n_head": H}
 
 
-def _attention_bytes(shape: Shape, dtype: torch.dtype) -> int:
+def _attention_bytes(B: int, T: int, H: int, Q: int, b: int) -> int:
     """Bytes of qkv and y, or of their gradients."""
-    B, T, H, Q = shape
-    return 4 * B * T * H * Q * dtype.itemsize
+    return 4 * B * T * H * Q * b
 
 
 ATTENTION = Case(  # no kernel of ours: its entrants are the backends of model/attention.py
@@ -100,7 +99,7 @@ ATTENTION = Case(  # no kernel of ours: its entrants are the backends of model/a
     cpu_shapes=((4, 256, 6, 64),),
     forward_bytes=_attention_bytes,
     backward_bytes=_attention_bytes,
-    flops=lambda shape: 2 * shape[0] * shape[1] ** 2 * shape[2] * shape[3],  # two matmuls, half of each masked
+    flops=lambda B, T, H, Q: 2 * B * T**2 * H * Q,  # two matmuls, half of each masked
 )
 
 TIMED: tuple[Case, ...] = (*CASES, ATTENTION)
@@ -129,11 +128,11 @@ def work_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str) -> tup
     if case.flops and case.name.startswith("linear_cross_entropy") and direction != "both":
         return None, None
     if case.flops:
-        forward = case.flops(shape)
+        forward = case.flops(*shape)
         backward = forward * 5 // 2 if case.name == ATTENTION.name else 2 * forward
     else:
-        forward = case.forward_bytes(shape, dtype)
-        backward = case.backward_bytes(shape, dtype) if case.backward_bytes else 0
+        forward = case.forward_bytes(*shape, dtype.itemsize)
+        backward = case.backward_bytes(*shape, dtype.itemsize) if case.backward_bytes else 0
     least = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
     return (None, least) if case.flops else (least, None)
 
@@ -210,10 +209,8 @@ class Contest:
                     return self._skip(list(self._functions), f"not timed, since {OURS} is wrong")
 
     def _tensors_of(self, name: str, inputs: Inputs) -> dict[str, Tensor]:
-        """The tensors to compare: results, gradients and, if the function works in place, its changed inputs."""
-        inputs = copied(inputs)
-        results = outputs_and_gradients(self._functions[name], inputs)
-        return results | {name: x for name, x in inputs.items() if self.case.in_place and isinstance(x, Tensor)}
+        """The tensors to compare: results, gradients, and inputs that the function writes over."""
+        return outputs_and_gradients(self._functions[name], inputs)
 
     def _work(self, name: str, direction: str) -> Timeable:
         function = self._functions[name]
@@ -251,7 +248,7 @@ def _fault(name: str, attempt: Callable[[], str | None]) -> str:
 
 def checked(case: Case, shape: Shape, dtype: torch.dtype) -> Shape:
     """The shape at which a case is checked: that at which it is timed, or fewer rows. AdamW's shape has no rows."""
-    while shape[0] > 1 and case.forward_bytes(shape, dtype) > CHECKED_BYTES and not case.in_place:
+    while shape[0] > 1 and case.forward_bytes(*shape, dtype.itemsize) > CHECKED_BYTES and case.backward_bytes:
         shape = (max(1, shape[0] // 4), *shape[1:])
     return shape
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels import FUSED, add_layer_norm, cross_entropy, gelu, layer_norm, reference
 from kernels import traffic as least
+from kernels.launch import FLOATS
 
 Shape = tuple[int, ...]
 Inputs = Callable[[Shape, torch.dtype, torch.device], dict[str, Any]]
@@ -24,8 +25,7 @@ class Case:
     """One operation in one regime.
 
     `make_inputs(shape, dtype, device)` gives the keyword arguments of both `fused` and `reference`, drawn from a fixed
-    seed; tensors among them that require grad are differentiated. Both return a tensor or a tuple of tensors, whose
-    other members (None, integers) are not compared.
+    seed; tensors among them that require grad are differentiated. What both return or write over is compared.
     """
 
     name: str
@@ -34,14 +34,13 @@ class Case:
     make_inputs: Inputs
     shapes: tuple[Shape, ...]  # for tests; a comment says which regime of the kernel each exercises
     gpt_shapes: tuple[Shape, ...]
-    forward_bytes: Callable[[Shape, torch.dtype], int]  # the least that any implementation moves
-    backward_bytes: Callable[[Shape, torch.dtype], int] | None = None  # None: nothing is differentiated
+    # (*shape, bytes of one element) -> the least bytes that any implementation moves
+    forward_bytes: Callable[..., int]
+    backward_bytes: Callable[..., int] | None = None  # None: nothing is differentiated
     again: float = 1.0  # times the least that ours moves more: what it reads a second time, out of the caches
-    flops: Callable[[Shape], int] | None = None  # forward; None: bound by memory, not worth counting
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    flops: Callable[..., int] | None = None  # (*shape) -> forward; None: bound by memory, not worth counting
+    dtypes: tuple[torch.dtype, ...] = FLOATS
     cpu_shapes: tuple[Shape, ...] = ()  # none where the case differs from another in its kernel only
-    # fused and reference that write over their inputs, where those above work on copies: these are timed
-    in_place: tuple[Callable[..., Any], Callable[..., Any]] | None = None
     compiled_with: tuple[dict[str, Any], ...] = ({},)  # arguments beside the inputs, each compiled: dropout
 
 
@@ -60,20 +59,23 @@ def draw(device: torch.device, seed: int = 0) -> Callable[..., Tensor]:
 # LayerNorm, alone and with the residual addition: (M, C) --------------------------------------------------------------
 
 
-def _layer_norm(name: str, *, bias: bool, add: bool, first: bool = False, stream: torch.dtype | None = None) -> Case:
-    """first: of a model, with a stream and nothing to add to it."""
+def _layer_norm(name: str, *, bias: bool, add: bool, first: bool = False, wide: bool = False) -> Case:
+    """first: of a model, with a stream and nothing to add to it; wide: the stream is float32."""
 
     def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         randn, C = draw(device), shape[-1]
         inputs = {"x": None if first else randn(*shape, dtype=dtype)}
         if add:
-            inputs["residual"] = randn(*shape, dtype=stream or dtype, scale=3.0)
+            inputs["residual"] = randn(*shape, dtype=torch.float32 if wide else dtype, scale=3.0)
         inputs["weight"] = randn(C, dtype=torch.float32)
         inputs["bias"] = randn(C, dtype=torch.float32) if bias else None
         return {**inputs, "dtype": dtype}
 
-    def widths(dtype: torch.dtype) -> tuple[int, int]:
-        return dtype.itemsize, (stream or dtype).itemsize if add else dtype.itemsize
+    def forward_bytes(M: int, C: int, b: int) -> int:
+        return least.layer_norm_forward(M, C, b, 4 if wide else b, bias=bias, add=add and not first)
+
+    def backward_bytes(M: int, C: int, b: int) -> int:
+        return least.layer_norm_backward(M, C, b, 4 if wide else b, bias=bias, add=add)
 
     return Case(
         name=name,
@@ -88,11 +90,9 @@ def _layer_norm(name: str, *, bias: bool, add: bool, first: bool = False, stream
             (5, 2100),  # more warps
         ),
         gpt_shapes=((32 * 1024, 768), (64 * 256, 384), (8 * 1024, 1600)),
-        cpu_shapes=((4096, 384),) if bias and stream is None else (),
-        forward_bytes=lambda shape, dtype: least.layer_norm_forward(
-            *shape, *widths(dtype), bias=bias, add=add and not first
-        ),
-        backward_bytes=lambda shape, dtype: least.layer_norm_backward(*shape, *widths(dtype), bias=bias, add=add),
+        cpu_shapes=((4096, 384),) if bias and not wide else (),
+        forward_bytes=forward_bytes,
+        backward_bytes=backward_bytes,
         again=1.5 if first else 1.0,  # the stream is also copied
         compiled_with=({}, {"p": 0.1}) if add and not first else ({},),
     )
@@ -108,23 +108,13 @@ def _sum_partials(*, accumulate: bool) -> Case:
         out = randn(L * (C + 64), dtype=dtype, grad=False)
         return {"partials": randn(L, P, C, dtype=torch.float32, grad=False), "offsets": offsets, "out": out}
 
-    def fused(partials: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
-        out = out.clone()
-        FUSED.sum_partials(partials, offsets, out, accumulate)
-        return out
-
-    def plain(partials: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
+    def plain(partials: Tensor, offsets: Tensor, out: Tensor) -> None:
         place = offsets[:, None] + torch.arange(partials.shape[-1], device=out.device)
-        sums = partials.sum(1) + (out[place] if accumulate else 0)
-        return out.index_put((place,), sums.to(out.dtype))
-
-    def forward_bytes(shape: Shape, dtype: torch.dtype) -> int:
-        L, P, C = shape
-        return L * (4 * P * C + 8 + (1 + accumulate) * C * dtype.itemsize)
+        out[place] = (partials.sum(1) + (out[place] if accumulate else 0)).to(out.dtype)
 
     return Case(
         name="sum_partials, added" if accumulate else "sum_partials",
-        fused=fused,
+        fused=partial(FUSED.sum_partials, accumulate=accumulate),
         reference=plain,
         make_inputs=make_inputs,
         shapes=(
@@ -133,7 +123,7 @@ def _sum_partials(*, accumulate: bool) -> Case:
             (2, 64, 130),  # several tiles of columns and of rows
         ),
         gpt_shapes=((25, 528, 768), (13, 528, 384)),
-        forward_bytes=forward_bytes,
+        forward_bytes=lambda L, P, C, b: L * (4 * P * C + 8 + (1 + accumulate) * C * b),
     )
 
 
@@ -157,8 +147,8 @@ def _gelu(approximate: str) -> Case:
         ),
         gpt_shapes=((32 * 1024, 4 * 768), (64 * 256, 4 * 384), (8 * 1024, 4 * 1600)),
         cpu_shapes=((1024, 4 * 384),),
-        forward_bytes=lambda shape, dtype: least.gelu_forward(*shape, dtype.itemsize),
-        backward_bytes=lambda shape, dtype: least.gelu_backward(*shape, dtype.itemsize),
+        forward_bytes=least.gelu_forward,
+        backward_bytes=least.gelu_backward,
     )
 
 
@@ -179,15 +169,8 @@ def _mlp(approximate: str, *, tiles: int) -> Case:
             "approximate": approximate,
         }
 
-    def elementwise(shape: Shape, dtype: torch.dtype) -> int:  # what GELU moves; the products are cuBLAS's
-        return least.gelu_forward(shape[0], shape[2], dtype.itemsize)
-
-    def elementwise_backward(shape: Shape, dtype: torch.dtype) -> int:
-        return least.gelu_backward(shape[0], shape[2], dtype.itemsize)
-
-    def product(shape: Shape, dtype: torch.dtype) -> int:  # both operands; what goes into GELU, and what comes out
-        M, K, N = shape
-        return (M * K + N * K + 2 * M * N) * dtype.itemsize
+    def product(M: int, K: int, N: int, b: int) -> int:  # both operands; what goes into GELU, and what comes out
+        return (M * K + N * K + 2 * M * N) * b
 
     return Case(
         name=f"mlp, {approximate}, {f'tiles {tiles}' if tiles else 'cublas'}",
@@ -206,12 +189,13 @@ def _mlp(approximate: str, *, tiles: int) -> Case:
             (16 * 1024, 1024, 4 * 1024),
             (8 * 1024, 1600, 4 * 1600),
         ),
-        dtypes=(torch.float32, torch.bfloat16, torch.float16) if tiles < 2 else (torch.bfloat16, torch.float16),
+        dtypes=FLOATS if tiles < 2 else FLOATS[1:],
         cpu_shapes=() if tiles else ((1024, 384, 4 * 384),),
-        forward_bytes=product if tiles else elementwise,
-        backward_bytes=product if tiles else elementwise_backward,
+        # of cuBLAS's way what GELU moves: the products are not ours
+        forward_bytes=product if tiles else lambda M, K, N, b: least.gelu_forward(M, N, b),
+        backward_bytes=product if tiles else lambda M, K, N, b: least.gelu_backward(M, N, b),
         again=8.0 if tiles else 1.0,  # an operand is read once for each column, or row, of tiles
-        flops=lambda shape: 4 * shape[0] * shape[1] * shape[2],
+        flops=lambda M, K, N: 4 * M * K * N,
         compiled_with=({}, {"fc_bias": None, "proj_bias": None}),
     )
 
@@ -239,13 +223,8 @@ def _cross_entropy(name: str, *, ignored: bool = False) -> Case:
         M, V = shape
         return {"logits": draw(device)(M, V, dtype=dtype, scale=3.0), "targets": _targets(M, V, ignored, device)}
 
-    def forward_bytes(shape: Shape, dtype: torch.dtype) -> int:
-        counted = _counted(shape[0], ignored)
-        return least.cross_entropy_forward(*shape, dtype.itemsize, counted=counted, gradient=False)
-
-    def backward_bytes(shape: Shape, dtype: torch.dtype) -> int:
-        M, V = shape
-        return (_counted(M, ignored) + M) * V * dtype.itemsize + 16 * M + 4
+    def forward_bytes(M: int, V: int, b: int) -> int:
+        return least.cross_entropy_forward(M, V, b, counted=_counted(M, ignored), gradient=False)
 
     return Case(
         name=name,
@@ -262,7 +241,7 @@ def _cross_entropy(name: str, *, ignored: bool = False) -> Case:
         gpt_shapes=((32 * 1024, 50304), (64 * 256, 65)),
         cpu_shapes=() if ignored else ((4096, 512),),
         forward_bytes=forward_bytes,
-        backward_bytes=backward_bytes,
+        backward_bytes=lambda M, V, b: (_counted(M, ignored) + M) * V * b + 16 * M + 4,
         again=1.3 if ignored else 1.0,  # targets are read twice, and nothing else is
     )
 
@@ -274,15 +253,11 @@ def _linear_cross_entropy(name: str, *, chunked: bool, ignored: bool = False) ->
         inputs = {"x": randn(M, C, dtype=dtype), "weight": randn(V, C, dtype=dtype, scale=3 * C**-0.5)}
         return {**inputs, "targets": _targets(M, V, ignored, device), "chunk_rows": rows if chunked else 0}
 
-    def forward_bytes(shape: Shape, dtype: torch.dtype) -> int:
-        M, _, V = shape
-        counted = _counted(M, ignored)
-        return least.cross_entropy_forward(M, V, dtype.itemsize, counted=counted, gradient=True)
+    def forward_bytes(M: int, C: int, V: int, b: int) -> int:
+        return least.cross_entropy_forward(M, V, b, counted=_counted(M, ignored), gradient=True)
 
-    def backward_bytes(shape: Shape, dtype: torch.dtype) -> int:  # scaled: x and dx, or in chunks dx and dweight
-        M, C, V = shape
-        other = V * C * (4 + dtype.itemsize) if chunked else 2 * M * C * dtype.itemsize
-        return 2 * M * C * dtype.itemsize + other + 8
+    def backward_bytes(M: int, C: int, V: int, b: int) -> int:  # scaled: x and dx, or in chunks dx and dweight
+        return 2 * M * C * b + (V * C * (4 + b) if chunked else 2 * M * C * b) + 8
 
     return Case(
         name=name,
@@ -299,7 +274,7 @@ def _linear_cross_entropy(name: str, *, chunked: bool, ignored: bool = False) ->
         forward_bytes=forward_bytes,
         backward_bytes=backward_bytes,
         again=1.8,  # a row of logits is read twice, the second time out of the cache; rows are padded
-        flops=lambda shape: 2 * shape[0] * shape[1] * shape[2],
+        flops=lambda M, C, V: 2 * M * C * V,
     )
 
 
@@ -318,14 +293,9 @@ def _embedding() -> Case:
         wte, wpe = randn(V, C, dtype=dtype), randn(T, C, dtype=dtype)
         return {"idx": _tokens(B, T, V).to(device), "wte": wte, "wpe": wpe, "dtype": dtype}
 
-    def forward_bytes(shape: Shape, dtype: torch.dtype) -> int:
-        (B, T, C, V), b = shape, dtype.itemsize
+    def forward_bytes(B: int, T: int, C: int, V: int, b: int) -> int:
         distinct = _tokens(B, T, V).unique().numel()
         return least.embedding_forward(B * T, T, C, b, b, distinct=distinct)
-
-    def backward_bytes(shape: Shape, dtype: torch.dtype) -> int:
-        (B, T, C, V), b = shape, dtype.itemsize
-        return least.embedding_backward(B * T, T, C, V, b, b)
 
     return Case(
         name="embedding",
@@ -341,13 +311,13 @@ def _embedding() -> Case:
         gpt_shapes=((32, 1024, 768, 50304), (64, 256, 384, 65), (8, 1024, 1600, 50304)),
         cpu_shapes=((16, 256, 384, 512),),
         forward_bytes=forward_bytes,
-        backward_bytes=backward_bytes,
+        backward_bytes=lambda B, T, C, V, b: least.embedding_backward(B * T, T, C, V, b, b),
         again=2.0,  # a token's row is read wherever it stands; dx is read for both tables
         compiled_with=({}, {"p": 0.1}),
     )
 
 
-# AdamW over flat buffers: (n, n_decay). A case works on copies of the state: it must be able to run twice -------------
+# AdamW over flat buffers: (n, n_decay) -------------------------------------------------------------------------------
 
 
 def _adamw(name: str, *, copy: bool, scaled: bool, max_norm: float) -> Case:
@@ -364,7 +334,7 @@ def _adamw(name: str, *, copy: bool, scaled: bool, max_norm: float) -> Case:
             "exp_avg_sq": randn(n, dtype=torch.float32, scale=0.01, grad=False).square_(),
             "lr": scalar(6e-4),
             "step": scalar(9.0),
-            "compute": randn(n, dtype=copy_dtype(dtype), grad=False) if copy else None,
+            "compute": randn(n, dtype=dtype if dtype.itemsize == 2 else torch.bfloat16, grad=False) if copy else None,
             "inv_scale": scalar(2.0**-7) if scaled else None,
             "n_decay": n_decay,
             "betas": (0.9, 0.95),
@@ -373,21 +343,10 @@ def _adamw(name: str, *, copy: bool, scaled: bool, max_norm: float) -> Case:
             "max_norm": max_norm,
         }
 
-    def copy_dtype(gradient: torch.dtype) -> torch.dtype:
-        return torch.bfloat16 if gradient == torch.float32 else gradient
-
-    def on_copies(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor | None, ...]]:
-        def stepped(**inputs: Any) -> tuple[Tensor | None, ...]:
-            written = ("param", "exp_avg", "exp_avg_sq", "step", "compute")
-            copies = {name: None if inputs[name] is None else inputs[name].clone() for name in written}
-            return *copies.values(), *function(**inputs | copies)
-
-        return stepped
-
     return Case(
         name=name,
-        fused=on_copies(FUSED.adamw),
-        reference=on_copies(reference.adamw),
+        fused=FUSED.adamw,
+        reference=reference.adamw,
         make_inputs=make_inputs,
         shapes=(
             (1, 1),  # one element
@@ -397,11 +356,8 @@ def _adamw(name: str, *, copy: bool, scaled: bool, max_norm: float) -> Case:
         ),
         gpt_shapes=((124_373_760, 124_354_560), (10_745_088, 10_740_096)),  # GPT-2 124M; shakespeare_char
         cpu_shapes=() if copy else ((1_000_000, 990_000),),
-        forward_bytes=lambda shape, dtype: least.adamw(
-            shape[0], dtype.itemsize, copy=copy_dtype(dtype).itemsize if copy else 0
-        ),
+        forward_bytes=lambda n, n_decay, b: least.adamw(n, b, copy=2 if copy else 0),
         again=1.25,  # the norm is there before the first element is updated: the gradient is read twice
-        in_place=(FUSED.adamw, reference.adamw),
     )
 
 
@@ -410,8 +366,8 @@ CASES: list[Case] = [
     _layer_norm("layer_norm without bias", bias=False, add=False),
     _layer_norm("add_layer_norm, nothing added", bias=False, add=True, first=True),
     _layer_norm("add_layer_norm", bias=True, add=True),
-    _layer_norm("add_layer_norm, float32 stream", bias=True, add=True, stream=torch.float32),
-    _layer_norm("add_layer_norm without bias, float32 stream", bias=False, add=True, stream=torch.float32),
+    _layer_norm("add_layer_norm, float32 stream", bias=True, add=True, wide=True),
+    _layer_norm("add_layer_norm without bias, float32 stream", bias=False, add=True, wide=True),
     _sum_partials(accumulate=False),
     _sum_partials(accumulate=True),
     _gelu("erf"),

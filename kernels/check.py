@@ -5,19 +5,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 PIECE = 2**24  # elements that are compared at a time: in float64 they take 128 MB
 
 
 def outputs_and_gradients(function: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """What `function(**inputs)` returns, and the gradients of the inputs that require one, by name.
+    """What `function(**inputs)` returns, what it leaves of inputs that it may write over, and the gradients of those
+    that require one, by name. The inputs themselves stay as they are.
 
     The gradients are of the outputs' dot products with fixed random numbers, the same ones at every precision.
     """
-    returned = function(**inputs)
-    outputs = [o for o in (returned if isinstance(returned, tuple) else (returned,)) if isinstance(o, Tensor)]
-    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-    leaves = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
+    floats = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    leaves = {name: x for name, x in floats.items() if x.requires_grad}
+    copies = {name: x.clone() for name, x in floats.items() if not x.requires_grad}
+    outputs = [x for x in tree_leaves(function(**inputs | copies)) if isinstance(x, Tensor)]
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)} | copies
     if leaves:
         differentiable = [o for o in outputs if o.requires_grad]
         generator = torch.Generator().manual_seed(1)

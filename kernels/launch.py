@@ -2,24 +2,22 @@
 
 An op puts a `Launch` together: kernel, grid, arguments, compile-time constants. `run` makes it.
 
-An op can be run without a device too: in `recording(device)` its body, from `BODIES`, takes meta or fake tensors, and
-`run` keeps the launches instead of making them. `targets.py` compiles these, `train/dryrun.py` counts them: what is
-inspected is what runs.
+An op can be run without a device too: in `recording(device)` it takes meta tensors, and `run` keeps the launches
+instead of making them. `targets.py` compiles these, `train/dryrun.py` counts them: what is inspected is what runs.
 """
 
+import functools
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.compiled import mark_graphs
 
@@ -39,7 +37,7 @@ class Device:
 INTERPRETER = Device(capability=0, multiprocessors=2)
 
 
-@lru_cache
+@functools.lru_cache
 def _cuda_device(index: int | None) -> Device:
     properties = torch.cuda.get_device_properties(index)
     return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
@@ -55,15 +53,11 @@ def device_of(x: Tensor | torch.device) -> Device:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: `kernel[grid](**args, **constants)`.
-
-    args: tensors, tensor descriptors, numbers and None, by parameter name; constants: the kernel's `tl.constexpr`s.
-    """
+    """One launch: `kernel[grid](**args)`. args: tensors, tensor descriptors, numbers and None, by parameter name."""
 
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, Any]
-    constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
 
@@ -77,7 +71,7 @@ def run(x: Tensor, *launches: Launch) -> None:
         for launch in launches:
             if 0 not in launch.grid:
                 options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-                launch.kernel[launch.grid](**launch.args, **launch.constants, **options)
+                launch.kernel[launch.grid](**launch.args, **options)
 
 
 class _Record(NamedTuple):
@@ -105,90 +99,76 @@ def address(x: Tensor) -> int:
 
 
 def specialised(launch: Launch) -> tuple:
-    """What Triton compiles a kernel for: dtypes, which numbers are 1 or multiples of 16, constants, warps."""
+    """What Triton compiles a kernel for: dtypes, which numbers are 1 or multiples of 16, `tl.constexpr`s, warps."""
 
-    def kind(value: Any) -> Any:
+    def kind(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.dtype, address(value) % 16 == 0
+        if name in launch.kernel.fn.__annotations__:  # only these parameters have one
+            return value
         if isinstance(value, int):
             return "int", value == 1, value % 16 == 0, value >= 2**31
         return type(value).__name__
 
-    arguments = tuple((name, kind(value)) for name, value in launch.args.items())
-    return launch.kernel.fn.__name__, arguments, tuple(launch.constants.items()), launch.num_warps, launch.num_stages
+    arguments = tuple((name, kind(name, value)) for name, value in launch.args.items())
+    return launch.kernel.fn.__name__, arguments, launch.num_warps, launch.num_stages
 
 
 BODIES: dict[Any, Callable[..., Any]] = {}  # of each registered op, the function that runs on a device
 
 
 def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """`torch.library.custom_op`, whose fake is its body with the launches left out: both make the same tensors.
+    """`torch.library.custom_op`, whose fake is its body with the launches recorded: both make the same tensors.
 
-    A body whose work on shapes depends on the device registers a fake of its own. `BODIES` gives the body by the op's
-    overload, `torch.ops.nanofuse.X.default`: whoever wants to see the launches runs it, in `recording`.
+    `BODIES` gives the body by the op's overload, `torch.ops.nanofuse.X.default`.
     """
     mark_graphs()
 
     def register(body: Callable[..., Any]) -> Any:
         def fake(*args: Any, **kwargs: Any) -> Any:
-            with recording(INTERPRETER):
+            if _RECORD.get() is not None:
+                return body(*args, **kwargs)
+            with recording(INTERPRETER):  # any device will do: nobody looks at these launches
                 return body(*args, **kwargs)
 
         op = torch.library.custom_op(name, body, mutates_args=mutates_args)
         op.register_fake(fake)
         namespace, short = name.split("::")
         BODIES[getattr(getattr(torch.ops, namespace), short).default] = body
-        return op
+        return functools.update_wrapper(op, body)
 
     return register
 
 
-class Planning(TorchDispatchMode):
-    """Ops on meta and fake tensors, differentiated or not, run their bodies; `launches` gets what they would launch."""
-
-    def __init__(self, device: Device) -> None:
-        super().__init__()
-        self.device, self.launches = device, []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is torch.ops.aten.addmm.dtype_out:
-            return kwargs["out"]  # torch 2.11 cannot run this one on shapes
-        if func not in BODIES:
-            return func(*args, **(kwargs or {}))
-        with recording(self.device) as launches, self:
-            result = BODIES[func](*args, **(kwargs or {}))
-        self.launches += launches
-        return result
+def refusal(name: str, got: object, expected: str) -> ValueError:
+    """It names an argument, says what came and what was expected."""
+    return ValueError(f"{name}: got {got}, expected {expected}")
 
 
 def check_dtype(name: str, dtype: torch.dtype, known: tuple[torch.dtype, ...] = FLOATS) -> None:
-    """ValueError, naming the argument, unless its dtype is one of those."""
     if dtype not in known:
-        raise ValueError(f"{name}: got {dtype}, expected {' or '.join(map(str, known))}")
+        raise refusal(name, dtype, " or ".join(map(str, known)))
 
 
-def check(
-    name: str,
-    x: Tensor,
-    *,
-    shape: tuple[int | None, ...] | None = None,
-    dtypes: tuple[torch.dtype, ...] = FLOATS,
-    device: torch.device | None = None,
-) -> None:
-    """ValueError, naming the argument, what came and what was expected, unless a kernel can take x.
+def check(name: str, x: Tensor | None, shape: tuple, *dtypes: torch.dtype, on: Tensor | None = None) -> None:
+    """ValueError unless a kernel can take x, or x is None.
 
-    shape: None in a place stands for any size; device: that of the op's other tensors, if x is not the first.
+    shape: each size as a number, None for any, or a text such as "C > 0" for any but 0. dtypes: FLOATS if none is
+    given. on: a tensor, on whose device x must be.
     """
-    if shape is not None and not (
-        x.ndim == len(shape) and all(want in (None, got) for got, want in zip(x.shape, shape, strict=True))
+    if x is None:
+        return
+    if x.ndim != len(shape) or not all(
+        want is None or (got > 0 if isinstance(want, str) else got == want)
+        for got, want in zip(x.shape, shape, strict=True)
     ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected ({wanted})")
-    check_dtype(name, x.dtype, dtypes)
-    if device is not None and x.device != device:
-        raise ValueError(f"{name}: got a tensor on {x.device}, expected {device}, where the other arguments are")
+        raise refusal(name, f"shape {tuple(x.shape)}", f"({wanted})")
+    check_dtype(name, x.dtype, dtypes or FLOATS)
+    if on is not None and x.device != on.device:
+        raise refusal(name, f"a tensor on {x.device}", f"{on.device}, where the other arguments are")
     if x.device.type not in ("cuda", "meta") and not INTERPRETED:
-        raise ValueError(f"{name}: got a tensor on {x.device}, expected cuda (or a CPU with TRITON_INTERPRET=1)")
+        raise refusal(name, f"a tensor on {x.device}", "cuda (or a CPU with TRITON_INTERPRET=1)")
 
 
 def packed(bias: Tensor | None) -> Tensor | None:
@@ -207,15 +187,15 @@ def trial_kernel(p_x):
     tl.store(p_x, 1.0)
 
 
-def why_no_launch(device: torch.device, kernel: Any = trial_kernel) -> str:
+def why_no_launch(device: torch.device) -> str:
     """Why Triton cannot run a kernel on `device`, in one line; empty if it can. Waits for the device.
 
     Triton builds its launcher at the first launch, with a C compiler and Python's headers. A machine may have a GPU,
-    its driver and Triton, and lack these. kernel: stores 1.0 in the one float32 it is given.
+    its driver and Triton, and lack these.
     """
     try:
         x = torch.zeros(1, device=device)
-        run(x, Launch(kernel, (1,), {"p_x": x}))
+        run(x, Launch(trial_kernel, (1,), {"p_x": x}))
         stored = x.item()
     except subprocess.CalledProcessError as error:
         command = error.cmd if isinstance(error.cmd, str) else error.cmd[0]

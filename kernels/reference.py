@@ -10,6 +10,7 @@ from; torch draws its own. `grads`: where it puts the gradients of weights; here
 gradient of the loss, known in advance; autograd brings it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -168,14 +169,14 @@ def adamw(
     exp_avg_sq: Tensor,
     lr: Tensor,
     step: Tensor,
+    inv_scale: Tensor | None,
+    compute: Tensor | None,
     *,
     n_decay: int,
-    betas: tuple[float, float],
+    betas: Sequence[float],
     eps: float,
     weight_decay: float,
-    max_norm: float = 0.0,
-    inv_scale: Tensor | None = None,
-    compute: Tensor | None = None,
+    max_norm: float,
 ) -> tuple[Tensor, Tensor]:
     """One update of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) after clipping, in place and without a sync.
 

@@ -17,9 +17,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -28,7 +30,7 @@ from triton.runtime import driver
 
 from kernels.cases import BUDGETS, CASES, Budget, Case, Shape
 from kernels.check import outputs_and_gradients
-from kernels.launch import INTERPRETED, Device, Launch, Planning, specialised
+from kernels.launch import INTERPRETED, Device, Launch, recording, specialised
 
 WARP = 32  # threads
 WIDE = 16  # bytes: a thread's widest access
@@ -96,29 +98,18 @@ def resident_warps(of: Architecture, warps: int, registers: int, shared: int, te
     return min(blocks) * warps
 
 
-class _AbsentDriver:
-    """What Triton's just-in-time compiler asks a driver before it compiles."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, WARP)
-
-    def get_current_device(self) -> int:
-        return self.capability  # kernels are kept by device: one for each target
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def compile_launch(launch: Launch, capability: int) -> Compiled:
     """Compile a launch for sm_<capability>. Triton's just-in-time compiler does it, from the launch's own arguments.
     Only the driver is replaced. No other thread may launch kernels meanwhile."""
-    driver.set_active(_AbsentDriver(capability))
+    absent = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, WARP),
+        get_current_device=lambda: capability,  # kernels are kept by device: one for each target
+        get_current_stream=lambda device: 0,
+    )
+    driver.set_active(absent)
     try:
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        binary = launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.constants, **options)
+        binary = launch.kernel.warmup(grid=launch.grid, **launch.args, **options)
     finally:
         driver.set_active(None)  # the next who asks gets the machine's own
     usage, code = resources(binary.asm["cubin"]), disassemble(binary.asm["cubin"])
@@ -201,42 +192,35 @@ def broken(budget: Budget, compiled: Compiled, of: Architecture) -> Iterator[str
         yield f"multiplies with {compiled.mma or 'no tensor cores'}, budget {of.mma}"
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """One kernel of one case on one target."""
-
-    case: str
-    kernel: str
-    target: int
-    compiled: Compiled | None = None  # None if it does not compile
-    broken: list[str] = field(default_factory=list)
-
-
 def launches(case: Case, shape: Shape, dtype: torch.dtype, device: Device) -> list[Launch]:
     """What the case launches, forward and backward: one of each that Triton compiles separately."""
     found = {}
     for more in case.compiled_with:
-        with Planning(device) as plan:
+        with recording(device) as recorded:
             outputs_and_gradients(case.fused, case.make_inputs(shape, dtype, torch.device("meta")) | more)
-        found |= {specialised(launch): launch for launch in plan.launches}
+        found |= {specialised(launch): launch for launch in recorded}
     return list(found.values())
 
 
-def rows(index: int, target: int, wanted: str) -> list[Inspection]:
-    """The kernels of CASES[index] with `wanted` in a name, compiled for sm_<target> and compared with their budgets."""
-    case, of, made = CASES[index], ARCHITECTURES[target], []
+def inspect(index: int, target: int, wanted: str) -> list[tuple[str, list[str]]]:
+    """The kernels of CASES[index] with `wanted` in a name, compiled for sm_<target> and compared with their budgets: of
+    each a line of the table, and what is wrong with it."""
+    case, of, found = CASES[index], ARCHITECTURES[target], []
     for launch in launches(case, case.gpt_shapes[0], torch.bfloat16, Device(target, of.multiprocessors)):
         kernel = launch.kernel.fn.__name__
         if wanted not in case.name and wanted not in kernel:
             continue
+        usage = ""
         try:
             compiled = compile_launch(launch, target)
         except Exception as error:  # of any type: from the compiler
             *_, reason = str(error).strip().splitlines() or [type(error).__name__]
-            made.append(Inspection(case.name, kernel, target, None, [f"does not compile: {reason}"]))
+            faults = [f"does not compile: {reason}"]
         else:
-            made.append(Inspection(case.name, kernel, target, compiled, list(broken(BUDGETS[kernel], compiled, of))))
-    return made
+            usage, faults = line(compiled), list(broken(BUDGETS[kernel], compiled, of))
+        start = f"{'!' if faults else ' '} {case.name:<44} {kernel:<28} {target:3}"
+        found.append((f"{start} {usage}", [f"{case.name}, {kernel}, sm_{target}: {fault}" for fault in faults]))
+    return found
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -244,13 +228,10 @@ def rows(index: int, target: int, wanted: str) -> list[Inspection]:
 HEAD = f"  {'case':<44} {'kernel':<28}  sm regs spill shared warps  waves loads            stores         mma"
 
 
-def line(row: Inspection) -> str:
-    start = f"{'!' if row.broken else ' '} {row.case:<44} {row.kernel:<28} {row.target:3}"
-    if (it := row.compiled) is None:
-        return start
+def line(it: Compiled) -> str:
     loads, stores = (" ".join(f"{n}x{8 * w or 'tile'}" for w, n in of.items()) or "-" for of in (it.loads, it.stores))
     usage = f"{it.registers:4} {it.spills:5} {it.shared:6} {it.resident_warps:5} {it.waves:6.1f}"
-    return f"{start} {usage} {loads:<16} {stores:<14} {it.mma or '-'}"
+    return f"{usage} {loads:<16} {stores:<14} {it.mma or '-'}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -264,22 +245,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET: got 1, expected it unset: the interpreter takes the compiler's place")
     jobs = [(i, target, options.kernel) for i in range(len(CASES)) for target in options.target or ARCHITECTURES]
     context = multiprocessing.get_context("spawn")  # a fork would leave torch's threads behind
-    made: list[Inspection] = []
+    kernels, faults = 0, []
     print(HEAD)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
-        for group in pool.map(rows, *zip(*jobs, strict=True)):
-            for row in group:
-                made.append(row)
-                print(line(row), flush=True)
-    if not made:
+        for text, wrong in chain.from_iterable(pool.map(inspect, *zip(*jobs, strict=True))):
+            print(text, flush=True)
+            kernels += 1
+            faults += wrong
+    if not kernels:
         print(f"--kernel: got {options.kernel!r}, which no case or kernel is called", file=sys.stderr)
         return 2
-    faults = [f"{row.case}, {row.kernel}, sm_{row.target}: {fault}" for row in made for fault in row.broken]
     print("\n" + ("\n".join(faults) if faults else "All budgets are kept."))
     return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    from kernels.targets import main as command  # the module by its name, as the processes of the pool know it
-
-    sys.exit(command())
+    sys.exit(main())

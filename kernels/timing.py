@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -40,20 +40,14 @@ Timeable = Callable[[], object] | Staged
 
 
 def by_turns(
-    works: Mapping[str, Timeable],
-    device: torch.device,
-    *,
-    seconds: float,
-    least: int = 5,
-    meter: "Meter | None" = None,
+    works: Mapping[str, Timeable], device: torch.device, *, seconds: float, least: int = 5
 ) -> dict[str, list[float]]:
     """Seconds of each sample of each work, with cold caches. The first calls are not counted.
 
-    A round is one sample of each work. There are rounds for about `seconds`, at least `least` and at most MOST. meter:
-    replaces the device's own.
+    A round is one sample of each work. There are rounds for about `seconds`, at least `least` and at most MOST.
     """
-    meter = meter or (CudaMeter(Gpu(device)) if device.type == "cuda" else HostMeter(device))
-    ready = {name: meter.ready(work) for name, work in works.items()}
+    meter = CudaMeter(device) if device.type == "cuda" else Meter(device)
+    ready = {name: meter.ready(work if isinstance(work, Staged) else _unprepared(work)) for name, work in works.items()}
     samples: dict[str, list[float]] = {name: [] for name in works}
     deadline = time.perf_counter() + seconds
     for done in range(MOST):
@@ -69,31 +63,25 @@ def milliseconds(work: Timeable, device: torch.device, seconds: float = 0.1) -> 
     return 1e3 * statistics.median(by_turns({"": work}, device, seconds=seconds)[""])
 
 
-class Meter(Protocol):
-    def ready(self, work: Timeable) -> Staged:
+def _unprepared(work: Callable[[], object]) -> Staged:
+    return Staged(lambda: None, lambda nothing: work())
+
+
+class Meter:
+    """Takes samples by the host's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.flush = device, _flush(device)
+
+    def ready(self, work: Staged) -> Staged:
         """The work in the form that is timed, after calls that are not counted."""
+        work()
+        return work
 
     def sample(self, work: Staged) -> float:
         """Seconds of one call, without its preparation."""
-
-
-def staged(work: Timeable) -> Staged:
-    return work if isinstance(work, Staged) else Staged(lambda: None, lambda nothing: work())
-
-
-class HostMeter:
-    """By the host's clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._flush = device, _flush(device)
-
-    def ready(self, work: Timeable) -> Staged:
-        work()
-        return staged(work)
-
-    def sample(self, work: Staged) -> float:
         given = work.prepare()
-        self._flush()
+        self.flush()
         self._wait()
         begin = time.perf_counter()
         work.work(given)
@@ -101,58 +89,25 @@ class HostMeter:
         return time.perf_counter() - begin
 
     def _wait(self) -> None:
-        if self._device.type == "mps":
+        if self.device.type == "mps":
             torch.mps.synchronize()
 
 
-class Gpu:
-    """What `CudaMeter` needs of a CUDA device. The graphs of one `Gpu` share one pool of memory. So a preparation and
-    its work must be replayed together, before another work is."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self.flush = device, _flush(device)
-        with torch.cuda.device(device):
-            self._side, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-
-    def event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def capture(self, work: Staged) -> Staged:
-        """`work` as replays of two graphs, its preparation and itself. Raises the error if it cannot be captured.
-
-        The second graph reads the results of the first in the memory where the first one puts them. After the captures
-        only these graphs write to that memory.
-        """
-        gc.collect()  # a dropped cycle may hold a node of autograd that remembers its stream and breaks the capture
-        given: list[Any] = []
-        runs = [lambda: given.append(work.prepare()), lambda: work.work(given.pop())]
-        with torch.cuda.device(self._device), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # of a preparation that launches nothing
-            try:
-                prepare, replay = capture_graphs([work], runs, self._side, self._pool)
-            except Exception:
-                # after a capture that failed torch's generator still captures, until another capture succeeds
-                capture_graphs([], [lambda: None], self._side, self._pool)
-                raise
-        return Staged(prepare, lambda nothing: replay())
-
-
-class CudaMeter:
+class CudaMeter(Meter):
     """By events of the device around a replay of the captured work. The host stays ahead of the device.
 
     Emptying the caches before each sample takes time. In this time the host launches the work. If the device reaches
     the first event before the host is done, the caches are emptied twice as often, and the sample is taken again.
     """
 
-    def __init__(self, gpu: Gpu) -> None:
-        self._gpu = gpu
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        with torch.cuda.device(device):
+            self._side, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
-    def ready(self, work: Timeable) -> Staged:
-        work = staged(work)
+    def ready(self, work: Staged) -> Staged:
         try:
-            captured = self._gpu.capture(work)
+            captured = self.capture(work)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # of any type: from CUDA, from Triton, from a library
@@ -165,15 +120,39 @@ class CudaMeter:
         while True:
             given = work.prepare()
             for _ in range(flushes):
-                self._gpu.flush()
-            begin = self._gpu.event()
+                self.flush()
+            begin = self.event()
             work.work(given)
             late = begin.query()  # the device has reached the event: it may have waited for the host
-            end = self._gpu.event()
+            end = self.event()
             end.synchronize()
             if not late or flushes >= FLUSHES:  # a work that still is late waits for the device itself
                 return begin.elapsed_time(end) / 1e3
             flushes *= 2
+
+    def event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def capture(self, work: Staged) -> Staged:
+        """`work` as replays of two graphs, its preparation and itself. Raises the error if it cannot be captured.
+
+        The second graph reads the results of the first in the memory where the first one puts them. The graphs of one
+        meter share one pool of memory. So a preparation and its work must be replayed together, before another work is.
+        """
+        gc.collect()  # a dropped cycle may hold a node of autograd that remembers its stream and breaks the capture
+        given: list[Any] = []
+        runs = [lambda: given.append(work.prepare()), lambda: work.work(given.pop())]
+        with torch.cuda.device(self.device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # of a preparation that launches nothing
+            try:
+                prepare, replay = capture_graphs([work], runs, self._side, self._pool)
+            except Exception:
+                # after a capture that failed torch's generator still captures, until another capture succeeds
+                capture_graphs([], [lambda: None], self._side, self._pool)
+                raise
+        return Staged(prepare, lambda nothing: replay())
 
 
 def _flush(device: torch.device) -> Callable[[], object]:

@@ -27,6 +27,7 @@ aligned to 16 bytes and n is divisible by 16.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -34,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.launch import FLOATS, Launch, check, custom_op, device_of, run
+from kernels.launch import FLOATS, Launch, check, custom_op, device_of, refusal, run
 
 CLIP_EPS = tl.constexpr(reference.CLIP_EPS)
 
@@ -137,8 +138,9 @@ def adamw_update_kernel(
                 tl.store(compute_ptr + offset, p.to(compute_ptr.dtype.element_ty), mask=mask)
 
 
+@torch.no_grad()
 @custom_op("nanofuse::adamw", mutates_args=("param", "exp_avg", "exp_avg_sq", "step", "compute"))
-def _adamw(
+def adamw(
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -147,94 +149,63 @@ def _adamw(
     step: Tensor,
     inv_scale: Tensor | None,
     compute: Tensor | None,
+    *,
     n_decay: int,
-    beta1: float,
-    beta2: float,
+    betas: Sequence[float],
     eps: float,
     weight_decay: float,
     max_norm: float,
 ) -> tuple[Tensor, Tensor]:
-    """(norm, found_inf) of contiguous (n,) buffers."""
-    n, multiprocessors = param.numel(), device_of(param).multiprocessors
+    """One AdamW update of flat buffers, in place; the meaning of `reference.adamw`.
+
+    Returns (norm, found_inf). found_inf is 1 also where only the float32 sum of squares overflows. compute is bfloat16
+    or float16; where found_inf is 1, it is not written. The buffers must not overlap. ValueError for what cannot be
+    served: the buffers that are written must be contiguous.
+    """
+    n, float32 = param.numel(), torch.float32
+    check("param", param, (None,), float32)
+    check("grad", grad, (n,), on=param)
+    check("exp_avg", exp_avg, (n,), float32, on=param)
+    check("exp_avg_sq", exp_avg_sq, (n,), float32, on=param)
+    check("lr", lr, (), float32, on=param)
+    check("step", step, (), float32, torch.int64, on=param)
+    check("inv_scale", inv_scale, (), float32, on=param)
+    check("compute", compute, (n,), *FLOATS[1:], on=param)
+    for name, x in {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "compute": compute}.items():
+        if x is not None and not x.is_contiguous():
+            raise refusal(name, f"stride {x.stride(0)}", "a contiguous buffer, since it is written")
+    if not 0 <= n_decay <= n:
+        raise refusal("n_decay", n_decay, f"0 to {n}, the number of elements")
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise refusal("betas", betas, "two numbers of 0 or more and less than 1")
+    for name, number in {"eps": eps, "weight_decay": weight_decay, "max_norm": max_norm}.items():
+        if not number >= 0.0:
+            raise refusal(name, number, "0 or more")
+
+    grad, multiprocessors = grad.contiguous(), device_of(param).multiprocessors
     # One program at least: the norm's first sets the bias corrections, the update's first advances the step
     norm_tiles, update_tiles = triton.cdiv(n * grad.itemsize, NORM_BYTES), triton.cdiv(n, UPDATE_BLOCK)
     P = max(1, min(norm_tiles, NORM_PROGRAMS * multiprocessors))
     programs = max(1, min(update_tiles, UPDATE_PROGRAMS * multiprocessors))
     norm, found_inf = param.new_empty(()), param.new_empty(())
     partial, scalars = param.new_empty(P), param.new_empty(3)
-    log2_beta1, log2_beta2 = (math.log2(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+    beta1, beta2 = betas
+    log2_beta1, log2_beta2 = (math.log2(beta) if beta > 0 else -math.inf for beta in betas)
     norm_args = dict(
         grad_ptr=grad, lr_ptr=lr, step_ptr=step, partial_ptr=partial, scalars_ptr=scalars, n=n, tiles=norm_tiles,
         tiles_per_program=triton.cdiv(norm_tiles, P), log2_beta1=log2_beta1, log2_beta2=log2_beta2,
-        weight_decay=weight_decay,
+        weight_decay=weight_decay, BLOCK=NORM_BYTES // grad.itemsize,
     )  # fmt: skip
     update_args = dict(
         param_ptr=param, grad_ptr=grad, exp_avg_ptr=exp_avg, exp_avg_sq_ptr=exp_avg_sq, step_ptr=step,
         inv_scale_ptr=inv_scale, compute_ptr=compute, partial_ptr=partial, scalars_ptr=scalars, norm_ptr=norm,
         found_inf_ptr=found_inf, n=n, n_decay=n_decay, P=P, tiles_per_program=triton.cdiv(update_tiles, programs),
         weight1=1 - beta1, weight2=1 - beta2, eps=eps, max_norm=max_norm if max_norm > 0 else math.inf,
+        BLOCK=UPDATE_BLOCK, BLOCK_P=triton.next_power_of_2(P),
     )  # fmt: skip
-    norm_constants = dict(BLOCK=NORM_BYTES // grad.itemsize)
-    update_constants = dict(BLOCK=UPDATE_BLOCK, BLOCK_P=triton.next_power_of_2(P))
     run(
         param,
-        Launch(adamw_norm_kernel, (P,), norm_args, norm_constants, NORM_WARPS),
-        Launch(adamw_update_kernel, (programs,), update_args, update_constants, UPDATE_WARPS),
+        Launch(adamw_norm_kernel, (P,), norm_args, NORM_WARPS),
+        Launch(adamw_update_kernel, (programs,), update_args, UPDATE_WARPS),
     )
     return norm, found_inf
-
-
-@torch.no_grad()
-def adamw(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    lr: Tensor,
-    step: Tensor,
-    *,
-    n_decay: int,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    max_norm: float = 0.0,
-    inv_scale: Tensor | None = None,
-    compute: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One AdamW update of flat buffers, in place; the meaning of `reference.adamw`.
-
-    param, exp_avg, exp_avg_sq (n,) float32; grad (n,) float32, bfloat16 or float16, multiplied by inv_scale () float32
-    first, the inverse of the loss scale. lr () float32; step () float32 or int64, the updates done so far, advanced by
-    one. Elements [0, n_decay) decay. max_norm: largest norm of the whole gradient, 0 for no clipping. compute (n,)
-    bfloat16 or float16: a rounded copy of the new param. The buffers must not overlap.
-
-    Returns the gradient's norm, unscaled and before clipping, and found_inf, both () float32. found_inf is 1 where that
-    norm is not finite (also where only the float32 sum of squares overflows); then nothing is changed at all.
-
-    ValueError for what cannot be served: the buffers that are written must be contiguous.
-    """
-    check("param", param, shape=(None,), dtypes=(torch.float32,))
-    n, device = param.numel(), param.device
-    check("grad", grad, shape=(n,), device=device)
-    for name, moment in {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}.items():
-        check(name, moment, shape=(n,), dtypes=(torch.float32,), device=device)
-    check("lr", lr, shape=(), dtypes=(torch.float32,), device=device)
-    check("step", step, shape=(), dtypes=(torch.float32, torch.int64), device=device)
-    if inv_scale is not None:
-        check("inv_scale", inv_scale, shape=(), dtypes=(torch.float32,), device=device)
-    if compute is not None:
-        check("compute", compute, shape=(n,), dtypes=FLOATS[1:], device=device)
-    for name, x in {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "compute": compute}.items():
-        if x is not None and not x.is_contiguous():
-            raise ValueError(f"{name}: got stride {x.stride(0)}, expected a contiguous buffer, since it is written")
-    if not 0 <= n_decay <= n:
-        raise ValueError(f"n_decay: got {n_decay}, expected 0 to {n}, the number of elements")
-    if not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas: got {betas}, expected two numbers of 0 or more and less than 1")
-    for name, number in {"eps": eps, "weight_decay": weight_decay, "max_norm": max_norm}.items():
-        if not number >= 0.0:
-            raise ValueError(f"{name}: got {number}, expected 0 or more")
-    return _adamw(
-        param, grad.contiguous(), exp_avg, exp_avg_sq, lr, step, inv_scale, compute,
-        n_decay, *betas, eps, weight_decay, max_norm,
-    )  # fmt: skip

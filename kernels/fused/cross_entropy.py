@@ -185,11 +185,12 @@ def tile(logits: Tensor) -> tuple[int, int, int, int]:
 
 def counted(targets: Tensor, ignore_index: int) -> Tensor:
     """How many of targets (M,) count, () float32."""
-    if not len(targets):
+    M = targets.shape[0]
+    if M == 0:
         return targets.new_zeros((), dtype=torch.float32)
     count = targets.new_empty((), dtype=torch.float32)
-    args = dict(targets_ptr=targets, count_ptr=count, M=len(targets), ignore_index=ignore_index)
-    run(targets, Launch(count_kernel, (1,), args, dict(BLOCK=4096), num_warps=8))
+    args = dict(targets_ptr=targets, count_ptr=count, M=M, ignore_index=ignore_index, BLOCK=4096)
+    run(targets, Launch(count_kernel, (1,), args, num_warps=8))
     return count
 
 
@@ -216,9 +217,9 @@ def row_losses(
         stats_ptr=stats, dlogits_ptr=dlogits, logits_stride=logits.stride(0),
         dlogits_stride=0 if dlogits is None else dlogits.stride(0),
         M=M, V=V, columns=columns, ignore_index=ignore_index,
+        ROWS=ROWS, LANES=LANES, WIDTH=WIDTH, PADDED=columns > V,
     )  # fmt: skip
-    constants = dict(ROWS=ROWS, LANES=LANES, WIDTH=WIDTH, PADDED=columns > V)
-    run(logits, Launch(cross_entropy_fwd_kernel, (triton.cdiv(M, ROWS),), args, constants, num_warps))
+    run(logits, Launch(cross_entropy_fwd_kernel, (triton.cdiv(M, ROWS),), args, num_warps))
 
 
 def room_for_losses(logits: Tensor, M: int) -> Tensor:
@@ -245,28 +246,20 @@ def _cross_entropy_backward(
     args = dict(
         dloss_ptr=dloss / count.clamp_min(1.0), logits_ptr=logits, targets_ptr=targets, stats_ptr=stats,
         dlogits_ptr=dlogits, logits_stride=logits.stride(0), dlogits_stride=dlogits.stride(0),
-        M=M, V=V, ignore_index=ignore_index,
+        M=M, V=V, ignore_index=ignore_index, ROWS=ROWS, LANES=LANES, WIDTH=WIDTH,
     )  # fmt: skip
-    constants = dict(ROWS=ROWS, LANES=LANES, WIDTH=WIDTH)
-    run(logits, Launch(cross_entropy_bwd_kernel, (triton.cdiv(M, ROWS),), args, constants, num_warps))
+    run(logits, Launch(cross_entropy_bwd_kernel, (triton.cdiv(M, ROWS),), args, num_warps))
     return dlogits
-
-
-def only_the_loss_is_differentiable(ctx, output):
-    """For an op's `setup_context`: of its results only the first one has a gradient."""
-    ctx.set_materialize_grads(False)  # no zeros are made up for gradients of the others
-    ctx.mark_non_differentiable(*output[1:])
 
 
 def _save_cross_entropy(ctx, inputs, output):
     logits, targets, ctx.ignore_index = inputs
-    only_the_loss_is_differentiable(ctx, output)
+    ctx.set_materialize_grads(False)  # only the loss has a gradient: no zeros are made up for the other results
     ctx.save_for_backward(logits, targets, *output[1:])
 
 
 def _differentiate_cross_entropy(ctx, dloss, *_):
-    dlogits = None if dloss is None else _cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_index)
-    return dlogits, None, None
+    return _cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_index), None, None
 
 
 _cross_entropy.register_autograd(_differentiate_cross_entropy, setup_context=_save_cross_entropy)
@@ -279,9 +272,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
     ignore_index nor in [0, V) makes the loss NaN, and its row's gradient: no error is raised, since that would take a
     wait for the GPU. ValueError for what cannot be served.
     """
-    check("logits", logits, shape=(None, None))
-    if logits.shape[1] == 0:
-        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected one column or more")
-    check("targets", targets, shape=(logits.shape[0],), dtypes=(torch.int64,), device=logits.device)
+    check("logits", logits, (None, "V > 0"))
+    check("targets", targets, logits.shape[:1], torch.int64, on=logits)
     loss, _, _ = _cross_entropy(rows(logits), targets.contiguous(), ignore_index)
     return loss

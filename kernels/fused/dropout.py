@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import refusal
+
 
 @triton.jit
 def keep_mask(seed, o_row, threshold, BLOCK_N: tl.constexpr):
@@ -36,7 +38,7 @@ def seed_for(x: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
     ValueError unless 0 <= p < 1.
     """
     if not 0.0 <= p < 1.0:
-        raise ValueError(f"p: got {p}, expected 0 or more and less than 1")
+        raise refusal("p", p, "0 or more and less than 1")
     if p == 0:
         return None
     return seeds(1, x.device)[0] if seed is None else seed

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fused.dropout import dropout_args, keep_mask, seed_for
-from kernels.launch import Launch, check, check_dtype, custom_op, rows, run
+from kernels.launch import Launch, check, check_dtype, custom_op, refusal, rows, run
 from kernels.reference import Grads
 
 MAX_WIDTH = 8192  # a row is held in one block's registers
@@ -258,10 +258,9 @@ def _embedding(
     args = dict(
         idx_ptr=idx, wte_ptr=wte, wpe_ptr=wpe, x_ptr=x, tokens_ptr=tokens if sorts else None,
         wte_stride=wte.stride(0), wpe_stride=wpe.stride(0),
-        M=M, T=wpe.shape[0], V=wte.shape[0], C=C, **dropout_args(seed, p),
+        M=M, T=wpe.shape[0], V=wte.shape[0], C=C, **dropout_args(seed, p), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
     )  # fmt: skip
-    constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-    run(wte, Launch(embedding_fwd_kernel, (triton.cdiv(M, BLOCK_M),), args, constants, num_warps))
+    run(wte, Launch(embedding_fwd_kernel, (triton.cdiv(M, BLOCK_M),), args, num_warps))
     return x, tokens
 
 
@@ -277,15 +276,13 @@ def _add_dwte(dx: Tensor, tokens: Tensor, seed: Tensor | None, p: float, dwte: T
     pieces = dx.new_empty(M // PIECE, C, dtype=torch.float32)
     args = dict(
         dx_ptr=dx, tokens_ptr=tokens, order_ptr=order, pieces_ptr=pieces, dx_stride=dx.stride(0), C=C,
-        **dropout_args(seed, p),
+        **dropout_args(seed, p), PIECE=PIECE, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
     )  # fmt: skip
-    constants = dict(PIECE=PIECE, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+    more = dict(dwte_ptr=dwte, M=M, V=V, SCAN=128)
     run(
         dx,
-        Launch(embedding_bwd_pieces_kernel, (len(pieces),), args, constants, num_warps),
-        Launch(
-            embedding_bwd_wte_kernel, (M,), args | dict(M=M, V=V, dwte_ptr=dwte), constants | dict(SCAN=128), num_warps
-        ),
+        Launch(embedding_bwd_pieces_kernel, (len(pieces),), args, num_warps),
+        Launch(embedding_bwd_wte_kernel, (M,), args | more, num_warps),
     )
 
 
@@ -298,10 +295,9 @@ def _put_dwpe(dx: Tensor, seed: Tensor | None, p: float, T: int, dwpe: Tensor, a
     B = M // max(T, 1)
     args = dict(
         dx_ptr=dx, dwpe_ptr=dwpe, dx_stride=dx.stride(0), C=C, B=B, T=T, tiles=triton.cdiv(B, BLOCK_M),
-        **dropout_args(seed, p),
+        **dropout_args(seed, p), ACCUMULATE=accumulate, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
     )  # fmt: skip
-    constants = dict(ACCUMULATE=accumulate, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-    run(dx, Launch(embedding_bwd_wpe_kernel, (len(dwpe),), args, constants, num_warps))
+    run(dx, Launch(embedding_bwd_wpe_kernel, (len(dwpe),), args, num_warps))
 
 
 def _save_embedding(ctx, inputs, output):
@@ -340,19 +336,18 @@ def embedding(
 ) -> Tensor:
     """Token plus position embedding, then dropout; the meaning of `reference.embedding`.
 
-    idx (B, T) int64 or int32, wte (V, C), wpe (T, C), both float32, bfloat16 or float16, C up to 8192; 0 <= p < 1.
-    Returns (B, T, C) in `dtype`, NaN where idx is not one of 0 … V - 1. seed: as in `add_layer_norm`. ValueError for
-    what cannot be served.
+    C up to 8192; 0 <= p < 1. NaN where idx, int64 or int32, is not one of 0 … V - 1. seed: as in `add_layer_norm`.
+    ValueError for what cannot be served.
 
     grads: where the gradients are put, wte's (V, C) and wpe's (T or more rows, C). The head shares wte's, and its
     backward pass, which comes first, has written there: wte's is always added to.
     """
-    check("wte", wte, shape=(None, None))
-    check("idx", idx, shape=(None, None), dtypes=(torch.int64, torch.int32), device=wte.device)
+    check("wte", wte, (None, "C > 0"))
+    check("idx", idx, (None, None), torch.int64, torch.int32, on=wte)
     (B, T), C = idx.shape, wte.shape[1]
-    if not 1 <= C <= MAX_WIDTH:
-        raise ValueError(f"wte: got {C} channels, expected 1 to {MAX_WIDTH}")
-    check("wpe", wpe, shape=(T, C), dtypes=(wte.dtype,), device=wte.device)
+    if C > MAX_WIDTH:
+        raise refusal("wte", f"{C} channels", f"1 to {MAX_WIDTH}")
+    check("wpe", wpe, (T, C), wte.dtype, on=wte)
     check_dtype("dtype", dtype)
     into = (None, None, False) if grads is None else (grads[0].weight, grads[1].weight, grads[1].accumulate)
     sorts = torch.is_grad_enabled() and wte.requires_grad

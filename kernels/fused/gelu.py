@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch, check, custom_op, device_of, rows, run
+from kernels.launch import Launch, check, custom_op, device_of, refusal, rows, run
 
 FORMS = ("erf", "tanh")
 
@@ -144,9 +144,11 @@ def gelu_forward(x: Tensor, approximate: str, y: Tensor) -> None:
     """Write gelu(x) into y (M, C), which may be x. x (M, C) with unit last stride."""
     M, C = x.shape
     BLOCK_M, BLOCK_N, row_tiles, column_tiles = _tiles(M, C)
-    args = dict(x_ptr=x, y_ptr=y, x_stride=x.stride(0), M=M, C=C, column_tiles=column_tiles)
-    constants = dict(TANH=approximate == "tanh", BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-    run(x, Launch(gelu_fwd_kernel, (row_tiles * column_tiles,), args, constants, num_warps=8))
+    args = dict(
+        x_ptr=x, y_ptr=y, x_stride=x.stride(0), M=M, C=C, column_tiles=column_tiles,
+        TANH=approximate == "tanh", BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+    )  # fmt: skip
+    run(x, Launch(gelu_fwd_kernel, (row_tiles * column_tiles,), args, num_warps=8))
 
 
 def gelu_backward(dy: Tensor, x: Tensor, approximate: str, dx: Tensor, wants_dbias: bool = False) -> Tensor | None:
@@ -163,9 +165,9 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str, dx: Tensor, wants_dbi
     args = dict(
         dy_ptr=dy, x_ptr=x, dx_ptr=dx, dbias_ptr=dbias, dy_stride=dy.stride(0), x_stride=x.stride(0),
         M=M, C=C, column_tiles=column_tiles, tiles_per_program=triton.cdiv(row_tiles, max(groups, 1)),
+        TANH=approximate == "tanh", BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
     )  # fmt: skip
-    constants = dict(TANH=approximate == "tanh", BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-    run(x, Launch(gelu_bwd_kernel, (groups * column_tiles,), args, constants, num_warps=8))
+    run(x, Launch(gelu_bwd_kernel, (groups * column_tiles,), args, num_warps=8))
     return None if dbias is None else dbias.sum(0).to(x.dtype)
 
 
@@ -200,7 +202,7 @@ _gelu.register_autograd(_differentiate_gelu, setup_context=_save_gelu)
 def check_form(approximate: str) -> None:
     """ValueError unless it names a form of GELU."""
     if approximate not in FORMS:
-        raise ValueError(f"approximate: got {approximate!r}, expected 'erf' or 'tanh'")
+        raise refusal("approximate", repr(approximate), "'erf' or 'tanh'")
 
 
 def gelu(x: Tensor, approximate: str) -> Tensor:
@@ -210,7 +212,5 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     for what cannot be served.
     """
     check_form(approximate)
-    check("x", x)
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., C) with C of 1 or more")
+    check("x", x, (*x.shape[:-1], "C > 0"))
     return _gelu(x.reshape(-1, x.shape[-1]), approximate).view(x.shape)

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fused.dropout import dropout_args, keep_mask, seed_for
-from kernels.launch import Launch, check, check_dtype, custom_op, device_of, packed, rows, run
+from kernels.launch import Launch, check, check_dtype, custom_op, device_of, packed, refusal, rows, run
 from kernels.reference import LAYER_NORM_EPS, Grads
 
 MAX_WIDTH = 4096  # a row is held in one block's registers
@@ -212,10 +212,9 @@ def _add_layer_norm(
         x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, **dropout_args(seed, p),
         stream_ptr=stream if returns_stream else None, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
         x_stride=0 if x is None else x.stride(0), residual_stride=residual.stride(0),
-        M=M, C=C, inv_C=1 / C, eps=LAYER_NORM_EPS,
+        M=M, C=C, inv_C=1 / C, eps=LAYER_NORM_EPS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
     )  # fmt: skip
-    constants = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-    run(residual, Launch(add_layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),), args, constants, num_warps))
+    run(residual, Launch(add_layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),), args, num_warps))
     return stream, y, mean, rstd
 
 
@@ -232,21 +231,19 @@ def _add_layer_norm_backward(
     dx_dtype: torch.dtype | None,
     has_bias: bool,
     partials: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dresidual, dx, dweight, dbias) of dy, dstream, stream (M, C) with unit last stride.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dresidual, dx, the gradients of weight and bias) of dy, dstream, stream (M, C) with unit last stride.
 
     dx is empty if dx_dtype is None. partials (1 or with a bias 2, P, C) float32: what gets the partial rows of all P
-    programs; then dweight and dbias are empty. If it is empty (torch 2.11 takes no None for what is written to), as
-    many programs run as have work and fit, and the rows are summed. dbias is empty if there is no bias.
+    programs; then the last result is empty. If it is empty (torch 2.11 takes no None for what is written to), as many
+    programs run as have work and fit, and the rows are summed: (1 or with a bias 2, C).
     """
     M, C = dy.shape
     BLOCK_M, BLOCK_N, num_warps = _block(C)
-    tiles = triton.cdiv(M, BLOCK_M)
-    if not partials.numel():
-        P = min(tiles, partial_rows(C, dy.device))
-        dweight, *dbias = dy.new_empty(1 + has_bias, P, C, dtype=torch.float32)
-    else:
-        (_, P, _), (dweight, *dbias) = partials.shape, partials
+    tiles, given = triton.cdiv(M, BLOCK_M), partials.numel() > 0
+    if not given:
+        partials = dy.new_empty(1 + has_bias, min(tiles, partial_rows(C, dy.device)), C, dtype=torch.float32)
+    (_, P, _), (dweight, *dbias) = partials.shape, partials
     dresidual, dx = stream.new_empty(M, C), dy.new_empty(M if dx_dtype else 0, C, dtype=dx_dtype)
     args = dict(
         dy_ptr=dy, dstream_ptr=dstream, stream_ptr=stream, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
@@ -254,10 +251,10 @@ def _add_layer_norm_backward(
         dweight_ptr=dweight, dbias_ptr=dbias[0] if has_bias else None,
         dy_stride=dy.stride(0), dstream_stride=0 if dstream is None else dstream.stride(0),
         stream_stride=stream.stride(0), M=M, C=C, inv_C=1 / C, tiles_per_program=triton.cdiv(tiles, max(P, 1)),
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
     )  # fmt: skip
-    run(dy, Launch(add_layer_norm_bwd_kernel, (P,), args, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N), num_warps))
-    sums = [x.sum(0).to(weight.dtype) for x in (dweight, *dbias)] if not partials.numel() else []
-    return dresidual, dx, *(sums + [weight.new_empty(0) for _ in range(2 - len(sums))])
+    run(dy, Launch(add_layer_norm_bwd_kernel, (P,), args, num_warps))
+    return dresidual, dx, weight.new_empty(0) if given else partials.sum(1).to(weight.dtype)
 
 
 def _save_add_layer_norm(ctx, inputs, output):
@@ -275,28 +272,25 @@ def _differentiate_add_layer_norm(ctx, dstream, dy, dmean, drstd):
     same = ctx.x_dtype == stream.dtype and seed is None  # then dx is dresidual: written once
     dx_dtype = None if same else ctx.x_dtype
     into = dy.new_empty(0, dtype=torch.float32) if partials is None else partials
-    dresidual, dx, dweight, dbias = _add_layer_norm_backward(
+    dresidual, dx, sums = _add_layer_norm_backward(
         dy, dstream, stream, weight, mean, rstd, seed, ctx.p, dx_dtype, ctx.has_bias, into
     )
     dx = None if ctx.x_dtype is None else dresidual if same else dx
-    if partials is not None:
-        return dx, dresidual, *(None,) * 7
-    return dx, dresidual, dweight, dbias if ctx.has_bias else None, *(None,) * 5
+    dweight, dbias = (*sums, None, None)[:2]
+    return dx, dresidual, dweight, dbias, *(None,) * 5
 
 
 _add_layer_norm.register_autograd(_differentiate_add_layer_norm, setup_context=_save_add_layer_norm)
 
 
-def _check(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **streams: Tensor) -> None:
-    first = next(iter(streams.values()))
-    C = first.shape[-1] if first.ndim else 0
-    for name, stream in streams.items():
-        check(name, stream, shape=tuple(first.shape), device=first.device)
-    if not 1 <= C <= MAX_WIDTH:
-        raise ValueError(f"{next(iter(streams))}: got {C} channels, expected 1 to {MAX_WIDTH}")
-    check("weight", weight, shape=(C,), device=first.device)
-    if bias is not None:
-        check("bias", bias, shape=(C,), device=first.device, dtypes=(weight.dtype,))
+def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    """ValueError unless LayerNorm can take x (..., C), which the caller calls so."""
+    check(name, x, (*x.shape[:-1], "C > 0"))
+    C = x.shape[-1]
+    if C > MAX_WIDTH:
+        raise refusal(name, f"{C} channels", f"1 to {MAX_WIDTH}")
+    check("weight", weight, (C,), on=x)
+    check("bias", bias, (C,), weight.dtype, on=x)
     check_dtype("dtype", dtype)
 
 
@@ -309,9 +303,11 @@ def sum_partials(partials: Tensor, offsets: Tensor, out: Tensor, accumulate: boo
     L, P, C = partials.shape
     BLOCK_M, BLOCK_N = 32, 64
     column_tiles = triton.cdiv(C, BLOCK_N)
-    args = dict(partials_ptr=partials, offsets_ptr=offsets, out_ptr=out, P=P, C=C, column_tiles=column_tiles)
-    constants = dict(ACCUMULATE=accumulate, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-    run(out, Launch(sum_partials_kernel, (L * column_tiles,), args, constants))
+    args = dict(
+        partials_ptr=partials, offsets_ptr=offsets, out_ptr=out, P=P, C=C, column_tiles=column_tiles,
+        ACCUMULATE=accumulate, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+    )  # fmt: skip
+    run(out, Launch(sum_partials_kernel, (L * column_tiles,), args))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -320,7 +316,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     x (..., C), C up to 4096, weight and bias (C,): float32, bfloat16 or float16. Returns y (..., C) in `dtype`.
     ValueError for what cannot be served.
     """
-    _check(weight, bias, dtype, x=x)
+    _check("x", x, weight, bias, dtype)
     _, y, _, _ = _add_layer_norm(None, rows(x), weight.contiguous(), packed(bias), None, 0.0, dtype, False)
     return y.view(x.shape)
 
@@ -345,8 +341,8 @@ def add_layer_norm(
     Without x, residual' is a copy of residual. So its gradient comes here, and the kernel adds it to LayerNorm's. If
     both uses read one tensor, autograd would add the two gradients, which moves more bytes than the copy.
     """
-    given = {"residual": residual} if x is None else {"x": x, "residual": residual}
-    _check(weight, bias, dtype, **given)
+    _check("residual", residual, weight, bias, dtype)
+    check("x", x, residual.shape, on=residual)
     x, seed = (None, None) if x is None else (rows(x), seed_for(x, p, seed))
     partials = None if grads is None else grads.weight
     new_stream = x is not None or (torch.is_grad_enabled() and residual.requires_grad)

@@ -29,9 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.cross_entropy import counted, only_the_loss_is_differentiable, room_for_losses, row_losses
+from kernels.fused.cross_entropy import counted, room_for_losses, row_losses
 from kernels.fused.linear import put_product, store
-from kernels.launch import Launch, check, custom_op, rows, run
+from kernels.launch import Launch, check, custom_op, refusal, rows, run
 from kernels.reference import Grads
 
 
@@ -54,14 +54,18 @@ def scale_kernel(
     tl.store(out_ptr + o_row.to(tl.int64) * out_stride + o_col, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def scaled(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """out = x * scale (), rounded once. x, out (M, C), perhaps the same, with unit last stride."""
+def scaled(x: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
+    """out = x * scale (), rounded once. x, out (M, C), perhaps the same, with unit last stride. None: a scale of 1."""
+    if scale is None:
+        return out.copy_(x)
     M, C = x.shape
     BLOCK_N = min(256, max(16, triton.next_power_of_2(C)))
     BLOCK_M = 4096 // BLOCK_N  # 32 elements a thread
-    args = dict(x_ptr=x, scale_ptr=scale, out_ptr=out, x_stride=x.stride(0), out_stride=out.stride(0), M=M, C=C)
-    grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(C, BLOCK_N))
-    run(x, Launch(scale_kernel, grid, args, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)))
+    args = dict(
+        x_ptr=x, scale_ptr=scale, out_ptr=out, x_stride=x.stride(0), out_stride=out.stride(0), M=M, C=C,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+    )  # fmt: skip
+    run(x, Launch(scale_kernel, (triton.cdiv(M, BLOCK_M), triton.cdiv(C, BLOCK_N)), args))
     return out
 
 
@@ -104,7 +108,7 @@ def _linear_cross_entropy(
     dx, dweight = _gradients(x, weight, torch.float32, need_dx and chunked, need_dweight and chunked)
     if chunked:
         dweight.zero_()
-    for start in range(0, M, max(size, 1)):
+    for start in range(0, M, max(size, 1)) if chunked else (0,):
         chunk = slice(start, start + size)
         part = logits[: M - start]
         torch.mm(x[chunk], weight.t(), out=part[:, :V])
@@ -116,14 +120,6 @@ def _linear_cross_entropy(
             put_product(dweight, part[:, :V], x[chunk], True)
     dlogits = logits if wanted and not chunked else x.new_empty(0, padded(V))
     return losses.sum(), count, dlogits, dx, dweight
-
-
-@_linear_cross_entropy.register_fake
-def _(x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight, *_):
-    loss, count = (x.new_empty((), dtype=torch.float32) for _ in range(2))
-    wanted, chunked = need_dx or need_dweight, chunk_rows > 0
-    dlogits = x.new_empty(x.shape[0] if wanted and not chunked else 0, padded(weight.shape[0]))
-    return loss, count, dlogits, *_gradients(x, weight, torch.float32, need_dx and chunked, need_dweight and chunked)
 
 
 @custom_op("nanofuse::linear_cross_entropy_backward", mutates_args=("into",))
@@ -154,10 +150,7 @@ def _linear_cross_entropy_backward(
         if put:
             store(into, dweight if scale is None else dweight * scale, accumulate)
             dweight = dweight[:0]
-        room = [dlogits.new_empty(gradient.shape) for gradient in (dx, dweight)]
-        if scale is None:
-            return tuple(out.copy_(gradient) for out, gradient in zip(room, (dx, dweight), strict=True))
-        return tuple(scaled(gradient, scale, out) for out, gradient in zip(room, (dx, dweight), strict=True))
+        return scaled(dx, scale, torch.empty_like(dx)), scaled(dweight, scale, dx.new_empty(dweight.shape))
     dlogits = dlogits[:, : weight.shape[0]]
     dx, dweight = _gradients(x, weight, weight.dtype, need_dx, need_dweight and not put)
     if need_dx:
@@ -173,14 +166,12 @@ def _linear_cross_entropy_backward(
 
 def _save_linear_cross_entropy(ctx, inputs, output):
     x, weight, _, _, chunk_rows, _, _, dloss, into, ctx.accumulate = inputs
-    only_the_loss_is_differentiable(ctx, output)
+    ctx.set_materialize_grads(False)  # as for `cross_entropy`
     ctx.known = dloss is not None
     ctx.save_for_backward(*output[1:], *((None, None) if chunk_rows else (x, weight)), into)
 
 
 def _differentiate_linear_cross_entropy(ctx, dloss, *_):
-    if dloss is None:
-        return (None,) * 10
     *saved, into = ctx.saved_tensors
     need_dx, need_dweight = ctx.needs_input_grad[:2]
     place = dloss.new_empty(0) if into is None else into
@@ -212,15 +203,11 @@ def linear_cross_entropy(
     known already: it is taken into the gradient while that is written, and the one that comes later is not read. grads:
     where weight's gradient is put, as in `linear`.
     """
-    check("x", x)
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected one channel or more")
-    check("weight", weight, shape=(None, x.shape[-1]), dtypes=(x.dtype,), device=x.device)
-    if weight.shape[0] == 0:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected one row or more")
-    check("targets", targets, shape=tuple(x.shape[:-1]), dtypes=(torch.int64,), device=x.device)
+    check("x", x, (*x.shape[:-1], "C > 0"))
+    check("weight", weight, ("V > 0", x.shape[-1]), x.dtype, on=x)
+    check("targets", targets, x.shape[:-1], torch.int64, on=x)
     if chunk_rows < 0:
-        raise ValueError(f"chunk_rows: got {chunk_rows}, expected 0 (all) or more")
+        raise refusal("chunk_rows", chunk_rows, "0 (all) or more")
     need_dx, need_dweight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight))
     x, targets = rows(x), targets.reshape(-1).contiguous()  # a view of targets may have any stride
     into, accumulate = (None, False) if grads is None else (grads.weight, grads.accumulate)

@@ -302,9 +302,10 @@ def linear_gelu(
         act_ptr=operand(act, tiles.BLOCK_M, tiles.BLOCK_N // 2, TMA),
         x_stride=x.stride(0),
         weight_stride=weight.stride(0),
+        TANH=approximate == "tanh",
+        TMA=TMA,
     )
-    constants = dict(TANH=approximate == "tanh", TMA=TMA, FLATTEN=tiles.programs == 1)
-    _run(linear_gelu_fwd_kernel, x, tiles, M, N, K, args, constants)
+    _run(linear_gelu_fwd_kernel, x, tiles, M, N, K, args | dict(FLATTEN=tiles.programs == 1))
     return act, pre
 
 
@@ -330,17 +331,17 @@ def linear_gelu_backward(
         dbias_ptr=dbias,
         dy_stride=dy.stride(0),
         weight_stride=weight.stride(0),
+        TANH=approximate == "tanh",
+        TMA=TMA,
     )
-    _run(linear_gelu_bwd_kernel, dy, tiles, M, N, K, args, dict(TANH=approximate == "tanh", TMA=TMA))
+    _run(linear_gelu_bwd_kernel, dy, tiles, M, N, K, args)
     return dpre, None if dbias is None else dbias.sum(0).to(pre.dtype)
 
 
-def _run(
-    kernel: Any, x: Tensor, tiles: Tiles, M: int, N: int, K: int, args: dict[str, Any], constants: dict[str, Any]
-) -> None:
+def _run(kernel: Any, x: Tensor, tiles: Tiles, M: int, N: int, K: int, args: dict[str, Any]) -> None:
     """What both kernels are told of the problem's size and its tiles."""
     row_tiles, column_tiles = triton.cdiv(M, tiles.BLOCK_M), triton.cdiv(N, tiles.BLOCK_N)
     args = args | dict(M=M, N=N, K=K, row_tiles=row_tiles, column_tiles=column_tiles)
-    constants = constants | dict(BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, BLOCK_K=tiles.BLOCK_K)
+    args = args | dict(BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, BLOCK_K=tiles.BLOCK_K)
     programs = min(row_tiles * column_tiles, tiles.programs * device_of(x).multiprocessors)
-    run(x, Launch(kernel, (programs,), args, constants, tiles.num_warps, tiles.num_stages))
+    run(x, Launch(kernel, (programs,), args, tiles.num_warps, tiles.num_stages))

@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels.fused.gelu import check_form, gelu_backward, gelu_forward
 from kernels.fused.linear import put_product, put_row_sum, store
 from kernels.fused.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, linear_gelu, linear_gelu_backward, tiles_for
-from kernels.launch import check, custom_op, device_of, rows
+from kernels.launch import check, custom_op, device_of, refusal, rows
 from kernels.reference import Grads
 
 CUBLAS = 0  # in the place of the number of the fused matmul's tiles
@@ -35,46 +35,17 @@ CUBLAS = 0  # in the place of the number of the fused matmul's tiles
 def ways(x: Tensor) -> tuple[list[str], list[str]]:
     """What `mlp` can be computed with on x's device and in its dtype, forward and backward, in the order of the numbers
     that it takes: cuBLAS, then the fused matmul's tiles."""
-    device = device_of(x)
-    forward, backward = (tiles_for(table, device, x.dtype) for table in (FORWARD_TILES, BACKWARD_TILES))
-    return ["cuBLAS", *(f"fused {tiles}" for tiles in forward)], ["cuBLAS", *(f"fused {tiles}" for tiles in backward)]
-
-
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, keep_pre: bool, tiles: Tiles | None
-) -> tuple[Tensor, Tensor | None]:
-    """(act, pre) of x (M, K), weight (N, K); pre is None unless kept. tiles: None for cuBLAS."""
-    if tiles is not None:
-        return linear_gelu(rows(x), rows(weight), bias, approximate, keep_pre, tiles)
-    pre = F.linear(x, weight, bias)
-    act = torch.empty_like(pre) if keep_pre else pre
-    gelu_forward(pre, approximate, act)
-    return act, pre if keep_pre else None
-
-
-def backward(
-    dy: Tensor, weight: Tensor, pre: Tensor, approximate: str, wants_dbias: bool, tiles: Tiles | None
-) -> tuple[Tensor, Tensor | None]:
-    """(dpre, dbias) of dy (M, K), weight (K, N), pre (M, N); dbias is None unless wanted. tiles: None for cuBLAS."""
-    if tiles is not None:
-        return linear_gelu_backward(rows(dy), rows(weight), pre, approximate, wants_dbias, tiles)
-    dpre = dy @ weight  # the gradient of act, until the kernel overwrites it
-    return dpre, gelu_backward(dpre, pre, approximate, dpre, wants_dbias)
+    both = (tiles_for(table, device_of(x), x.dtype) for table in (FORWARD_TILES, BACKWARD_TILES))
+    forward, backward = (["cuBLAS", *(f"fused {tiles}" for tiles in known)] for known in both)
+    return forward, backward
 
 
 def _tiles(name: str, n: int, table: dict[int, tuple[Tiles, ...]], x: Tensor) -> Tiles | None:
     """The fused matmul's n-th tiles on x's device; None for cuBLAS."""
-    if n == CUBLAS:
-        return None
-    found = tiles_for(table, device_of(x), x.dtype)
-    if not 1 <= n <= len(found):
-        raise ValueError(f"{name}: got {n}, expected 0 (cuBLAS) to {len(found)}")
-    return found[n - 1]
-
-
-def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    """What an op, which cannot return None, returns for it."""
-    return like.new_empty(0) if x is None else x
+    found = (None, *tiles_for(table, device_of(x), x.dtype))
+    if not 0 <= n < len(found):
+        raise refusal(name, n, f"0 (cuBLAS) to {len(found) - 1}")
+    return found[n]
 
 
 @custom_op("nanofuse::mlp")
@@ -95,16 +66,14 @@ def _mlp(
     accumulate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, act, pre); act and pre are empty unless they are kept for backward. The last five are only for that."""
-    tiles = _tiles("forward_tiles", forward_tiles, FORWARD_TILES, x)
-    act, pre = forward(x, fc_weight, fc_bias, approximate, keep, tiles)
+    if tiles := _tiles("forward_tiles", forward_tiles, FORWARD_TILES, x):
+        act, pre = linear_gelu(rows(x), rows(fc_weight), fc_bias, approximate, keep, tiles)
+    else:
+        pre = F.linear(x, fc_weight, fc_bias)
+        act = torch.empty_like(pre) if keep else pre
+        gelu_forward(pre, approximate, act)
     y = F.linear(act, proj_weight, proj_bias)
-    return y, _or_empty(act if keep else None, y), _or_empty(pre, y)
-
-
-@_mlp.register_fake
-def _(x, fc_weight, fc_bias, proj_weight, proj_bias, approximate, keep, *_):
-    size = (x.shape[0], fc_weight.shape[0]) if keep else (0,)
-    return x.new_empty(x.shape[0], proj_weight.shape[0]), x.new_empty(size), x.new_empty(size)
+    return (y, act, pre) if keep else (y, y.new_empty(0), y.new_empty(0))
 
 
 @custom_op("nanofuse::mlp_dpre", mutates_args=("dfc_bias",))
@@ -120,17 +89,15 @@ def _mlp_dpre(
 ) -> tuple[Tensor, Tensor]:
     """(dpre, gradient of fc_bias); the latter is empty unless wanted, and where it is put into dfc_bias: unless that is
     empty, since torch 2.11 takes no None for what is written to."""
-    tiles = _tiles("backward_tiles", backward_tiles, BACKWARD_TILES, dy)
-    dpre, dbias = backward(dy, proj_weight, pre, approximate, wants_dbias, tiles)
-    if dfc_bias.numel() and dbias is not None:
+    if tiles := _tiles("backward_tiles", backward_tiles, BACKWARD_TILES, dy):
+        dpre, dbias = linear_gelu_backward(rows(dy), rows(proj_weight), pre, approximate, wants_dbias, tiles)
+    else:
+        dpre = dy @ proj_weight  # the gradient of act, until the kernel overwrites it
+        dbias = gelu_backward(dpre, pre, approximate, dpre, wants_dbias)
+    if dbias is not None and dfc_bias.numel():
         store(dfc_bias, dbias, accumulate)
         dbias = None
-    return dpre, _or_empty(dbias, dpre)
-
-
-@_mlp_dpre.register_fake
-def _(dy, proj_weight, pre, approximate, wants_dbias, backward_tiles, dfc_bias, accumulate):
-    return torch.empty_like(pre), pre.new_empty(pre.shape[1] if wants_dbias and not dfc_bias.numel() else 0)
+    return dpre, dpre.new_empty(0) if dbias is None else dbias
 
 
 def _save_mlp(ctx, inputs, output):
@@ -166,15 +133,6 @@ def _differentiate_mlp(ctx, dy, _dact, _dpre):
 _mlp.register_autograd(_differentiate_mlp, setup_context=_save_mlp)
 
 
-def _check_layer(name: str, weight: Tensor, bias: Tensor | None, x: Tensor, width: int) -> None:
-    """ValueError unless rows of x's dtype, `width` wide, can go through the layer."""
-    check(f"{name}_weight", weight, shape=(None, width), dtypes=(x.dtype,), device=x.device)
-    if not weight.shape[0]:
-        raise ValueError(f"{name}_weight: got shape {tuple(weight.shape)}, expected at least one row")
-    if bias is not None:
-        check(f"{name}_bias", bias, shape=weight.shape[:1], dtypes=(x.dtype,), device=x.device)
-
-
 def mlp(
     x: Tensor,
     fc_weight: Tensor,
@@ -189,18 +147,17 @@ def mlp(
 ) -> Tensor:
     """GELU(x @ fc_weight.T + fc_bias) @ proj_weight.T + proj_bias; the meaning of `reference.mlp`.
 
-    x (..., K), fc_weight (N, K), fc_bias (N,) or None, proj_weight (C, N), proj_bias (C,) or None: float32, bfloat16 or
-    float16, of one dtype; approximate: "erf" or "tanh". fc_grads, proj_grads, both or neither: where the gradients of
-    the layers' weights and biases are put, as in `linear`. forward_tiles, backward_tiles: 0 for cuBLAS, n for the fused
-    matmul with the n-th of its tiles, as `ways` names them. Returns (..., C). ValueError for what cannot be served: on
-    a GPU the fused matmul takes 2-byte elements only where every row begins at a multiple of 16 elements.
+    float32, bfloat16 or float16. fc_grads, proj_grads, both or neither: where the gradients of the layers' weights and
+    biases are put, as in `linear`. forward_tiles, backward_tiles: 0 for cuBLAS, n for the fused matmul with the n-th of
+    its tiles, as `ways` names them. ValueError for what cannot be served: on a GPU the fused matmul takes 2-byte
+    elements only where every row begins at a multiple of 16 elements.
     """
     check_form(approximate)
-    check("x", x)
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., K) with K of 1 or more")
-    _check_layer("fc", fc_weight, fc_bias, x, x.shape[-1])
-    _check_layer("proj", proj_weight, proj_bias, x, fc_weight.shape[0])
+    check("x", x, (*x.shape[:-1], "K > 0"))
+    check("fc_weight", fc_weight, ("N > 0", x.shape[-1]), x.dtype, on=x)
+    check("fc_bias", fc_bias, fc_weight.shape[:1], x.dtype, on=x)
+    check("proj_weight", proj_weight, ("C > 0", fc_weight.shape[0]), x.dtype, on=x)
+    check("proj_bias", proj_bias, proj_weight.shape[:1], x.dtype, on=x)
     kept_for = (x, fc_weight, fc_bias, proj_weight)  # proj_bias's gradient takes neither act nor pre
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in kept_for)
     weights = fc_weight, fc_bias, proj_weight, proj_bias

@@ -55,8 +55,8 @@ TOY = Case(
     make_inputs=inputs_of,
     shapes=(SHAPE,),
     gpt_shapes=(SHAPE,),
-    forward_bytes=lambda shape, dtype: 100,
-    backward_bytes=lambda shape, dtype: 150,
+    forward_bytes=lambda *shape: 100,
+    backward_bytes=lambda *shape: 150,
     cpu_shapes=(SHAPE,),
 )
 
@@ -166,7 +166,7 @@ def test_where_float64_takes_too_much_fewer_rows_are_checked() -> None:
 
 
 def test_what_works_in_place_is_checked_by_what_it_leaves() -> None:
-    case = replace(BY_NAME["adamw"], cpu_shapes=((1000, 601),), in_place=(reference.adamw, reference.adamw))
+    case = replace(BY_NAME["adamw"], cpu_shapes=((1000, 601),), fused=reference.adamw)
     contest = Contest(case, (1000, 601), FP32, CPU)
     before = contest._inputs["param"].clone()
     found = contest.measure("forward", seconds=0, least=5)
@@ -176,7 +176,7 @@ def test_what_works_in_place_is_checked_by_what_it_leaves() -> None:
     def forgets(**inputs: Any) -> tuple[Tensor, Tensor]:
         return reference.adamw(**inputs | {"exp_avg": inputs["exp_avg"].clone()})
 
-    assert measured(replace(case, in_place=(forgets, reference.adamw)))["fused"].skipped.startswith("wrong: exp_avg: ")
+    assert measured(replace(case, fused=forgets))["fused"].skipped.startswith("wrong: exp_avg: ")
 
 
 # Cases and budgets
@@ -221,7 +221,7 @@ def test_work() -> None:
     bf16 = torch.bfloat16
     scores = 2 * 3 * 10 * 10 * 5 * 7  # batch, length, length, heads, head size; half of them masked
     norm = BY_NAME["layer_norm"]
-    moved = norm.forward_bytes((4, 8), bf16), norm.backward_bytes((4, 8), bf16)
+    moved = norm.forward_bytes(4, 8, 2), norm.backward_bytes(4, 8, 2)
     for name, shape, expected in (
         ("mlp, erf, tiles 1", (4, 8, 16), [(None, 2048), (None, 4096), (None, 6144)]),
         ("linear_cross_entropy", (4, 8, 16), [(None, None), (None, None), (None, 3072)]),

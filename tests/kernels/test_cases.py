@@ -54,10 +54,10 @@ def test_agrees_with_float64_and_moves_little_more_than_the_least(
 
     assert not fault(fused, case.reference, case.make_inputs(shape, dtype, device))
     if memory and shape == many_rows(case):
-        least = case.forward_bytes(shape, dtype)
+        least = case.forward_bytes(*shape, dtype.itemsize)
         assert least <= forward <= 1.1 * case.again * least
         if case.backward_bytes is not None:
-            backward, least = memory.loaded + memory.stored - forward, case.backward_bytes(shape, dtype)
+            backward, least = memory.loaded + memory.stored - forward, case.backward_bytes(*shape, dtype.itemsize)
             assert least <= backward <= 1.1 * case.again * least
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from kernels.cases import CASES, Case, Shape
 from kernels.check import fault
@@ -44,26 +45,14 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x.new_empty(0).set_(storage, 0, rows.shape, (stride, 1)).copy_(rows).view(x.shape)
 
 
-class Relay(torch.autograd.Function):
-    """The identity; its gradient arrives in another layout."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layout: str) -> Tensor:
-        ctx.layout = layout
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return laid_out(gradient, ctx.layout), None
-
-
-def relaid(function: Callable[..., Any], layout: str) -> Callable[..., tuple[Tensor, ...]]:
+def relaid(function: Callable[..., Any], layout: str) -> Callable[..., list[Tensor]]:
     """The function, to whose results gradients come in this layout."""
 
-    def run(**inputs: Any) -> tuple[Tensor, ...]:
-        returned = function(**inputs)
-        outputs = returned if isinstance(returned, tuple) else (returned,)
-        return tuple(Relay.apply(output, layout) for output in outputs if output is not None)
+    def run(**inputs: Any) -> list[Tensor]:
+        outputs = [x for x in tree_leaves(function(**inputs)) if isinstance(x, Tensor)]
+        for output in outputs:
+            output.register_hook(lambda gradient: laid_out(gradient, layout))
+        return outputs
 
     return run
 

@@ -10,13 +10,20 @@ from torch import Tensor
 from kernels import reference
 from kernels.cases import CASES
 from kernels.check import fault
-from kernels.fused import mlp as module
-from kernels.fused.matmul import BACKWARD_TILES, FORWARD_TILES, INTERPRETED_TILES, Tiles, has_descriptors
+from kernels.fused.matmul import (
+    BACKWARD_TILES,
+    FORWARD_TILES,
+    INTERPRETED_TILES,
+    Tiles,
+    has_descriptors,
+    linear_gelu,
+    linear_gelu_backward,
+)
 from kernels.fused.mlp import mlp, ways
 from kernels.launch import INTERPRETED, Device, Launch, recording, run
 from tests.kernels.watcher import Memory
-from train import dryrun
 
+HOPPER = Device(90, 132)
 paths = pytest.mark.parametrize("tiles", [0, 1], ids=["cublas", "fused"])
 
 
@@ -24,9 +31,6 @@ def drawn(M: int, K: int, N: int, device: torch.device, dtype: torch.dtype = tor
     """The inputs of mlp, as in a case of the registry."""
     case = next(case for case in CASES if case.name == "mlp, erf, cublas")
     return case.make_inputs((M, K, N), dtype, device)
-
-
-# Tensor descriptors
 
 
 @pytest.mark.skipif(
@@ -37,39 +41,29 @@ def test_descriptors_move_what_pointers_do(tiles: Tiles, device: torch.device, n
     """Of tiles that nothing fills."""
     inputs = drawn(37, 48, 80, device, torch.bfloat16)
     x, weight, bias, proj_weight = (inputs[k].detach() for k in ("x", "fc_weight", "fc_bias", "proj_weight"))
-    with recording(Device(90, 2)) as launches:
-        act, pre = module.forward(x, weight, bias, "erf", True, tiles)
-    assert [launch.constants["TMA"] for launch in launches] == [True]
-    run(x, *launches)
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-    torch.testing.assert_close(act.double(), reference.gelu(exact, "erf"), rtol=2**-8, atol=1e-5)
-    torch.testing.assert_close(pre.double(), exact, rtol=2**-8, atol=1e-5)
-
-    pre = exact.to(x.dtype)
+    rounded = exact.to(x.dtype)
+    leaf = rounded.double().requires_grad_()
+    (slope,) = torch.autograd.grad(reference.gelu(leaf, "tanh"), leaf, x.double() @ proj_weight.double())
     with recording(Device(90, 2)) as launches:
-        dpre, _ = module.backward(x, proj_weight, pre, "tanh", True, tiles)
-    assert [launch.constants["TMA"] for launch in launches] == [True]
+        act, pre = linear_gelu(x, weight, bias, "erf", True, tiles)
+        dpre, _ = linear_gelu_backward(x, proj_weight, rounded, "tanh", True, tiles)
+    assert [launch.args["TMA"] for launch in launches] == [True, True]
     run(x, *launches)
-    leaf = pre.double().requires_grad_()
-    act = reference.gelu(leaf, "tanh")
-    (exact,) = torch.autograd.grad(act, leaf, x.double() @ proj_weight.double())
-    torch.testing.assert_close(dpre.double(), exact, rtol=2**-8, atol=1e-5)
-    torch.testing.assert_close(launches[0].args["dbias_ptr"].double().sum(0), exact.sum(0), rtol=1e-4, atol=1e-4)
+    for got, want in ((act, reference.gelu(exact, "erf")), (pre, exact), (dpre, slope)):
+        torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(launches[1].args["dbias_ptr"].double().sum(0), slope.sum(0), rtol=1e-4, atol=1e-4)
 
 
 def test_descriptors_are_used_where_addresses_and_strides_allow() -> None:
     x = torch.empty(64, 64, dtype=torch.bfloat16)
-    hopper, blackwell = Device(90, 132), Device(120, 170)
-    assert has_descriptors(hopper, x, None, x[:, 8:], x[:1])
-    assert has_descriptors(blackwell, x)
+    assert has_descriptors(HOPPER, x, None, x[:, 8:], x[:1])
+    assert has_descriptors(Device(120, 170), x)
     assert not has_descriptors(Device(89, 128), x)
-    assert not has_descriptors(hopper, x, x[:, 1:])  # an address
-    assert not has_descriptors(hopper, x, x.new_empty(64, 37))  # a stride
-    assert not has_descriptors(hopper, x[:1].expand(64, 64))  # rows that are the same one
-    assert not has_descriptors(hopper, x[:0])
-
-
-# What is computed
+    assert not has_descriptors(HOPPER, x, x[:, 1:])  # an address
+    assert not has_descriptors(HOPPER, x, x.new_empty(64, 37))  # a stride
+    assert not has_descriptors(HOPPER, x[:1].expand(64, 64))  # rows that are the same one
+    assert not has_descriptors(HOPPER, x[:0])
 
 
 @paths
@@ -80,10 +74,9 @@ def test_nothing_is_kept_without_a_gradient(tiles: int, device: torch.device, me
     stored = memory.stored if memory else 0
     with torch.no_grad():
         assert torch.equal(fused(**inputs), expected)
-    assert memory is None or memory.stored - stored == 17 * 40 * 2  # act, not pre
     frozen = {name: x.detach() if isinstance(x, Tensor) else x for name, x in inputs.items()}
     assert torch.equal(fused(**frozen), expected)
-    assert memory is None or memory.stored - stored == 2 * 17 * 40 * 2
+    assert memory is None or memory.stored - stored == 2 * 17 * 40 * 2  # act, twice, and never pre
 
 
 @paths
@@ -102,10 +95,10 @@ def launched(forward_tiles: int, backward_tiles: int, K: int = 64, N: int = 128,
         ].requires_grad_()
         for rows, columns, begin in ((4, K, 0), (N, K, first), (K, N, first))
     )
-    with dryrun.Recorder(Device(90, 132), "meta") as recorder:
+    with recording(HOPPER) as launches:
         tiles = {"forward_tiles": forward_tiles, "backward_tiles": backward_tiles}
         mlp(x, fc_weight, None, proj_weight, None, "erf", **tiles).sum().backward()
-    return recorder.launches
+    return launches
 
 
 def test_forward_and_backward_go_each_by_their_own_tiles() -> None:
@@ -115,7 +108,7 @@ def test_forward_and_backward_go_each_by_their_own_tiles() -> None:
             for launch, tiles, kernel in ((first, forward, "fwd_kernel"), (second, backward, "bwd_kernel")):
                 assert launch.kernel.fn.__name__ == ("gelu_" if tiles is None else "linear_gelu_") + kernel
                 if tiles is not None:
-                    sizes = [launch.constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
+                    sizes = [launch.args[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
                     assert Tiles(*sizes, launch.num_warps, launch.num_stages, tiles.programs) == tiles
 
 

@@ -20,8 +20,7 @@ def shifted_kernel(x_ptr, y_ptr, reach, stride, BLOCK: tl.constexpr):
 
 
 def launch(x: torch.Tensor, y: torch.Tensor, *, reach: int = 0, stride: int = BLOCK) -> None:
-    arguments = dict(x_ptr=x, y_ptr=y, reach=reach, stride=stride)
-    run(x, Launch(shifted_kernel, (3,), arguments, dict(BLOCK=BLOCK)))
+    run(x, Launch(shifted_kernel, (3,), dict(x_ptr=x, y_ptr=y, reach=reach, stride=stride, BLOCK=BLOCK)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

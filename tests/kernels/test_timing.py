@@ -12,51 +12,33 @@ from tests.clock import Clock
 CPU = torch.device("cpu")
 
 
-def test_samples_are_taken_by_turns(clock: Clock) -> None:
+def test_samples_are_taken_by_turns_and_of_the_work_alone(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.timing.cache_bytes", lambda device: 1)
     order = []
 
-    def work(name: str, seconds: float) -> Callable[[], None]:
-        def run() -> None:
+    def work(name: str, seconds: float) -> Callable[..., str]:
+        def run(given: object = None) -> str:
             order.append(name)
             clock.let_pass(seconds)
+            return name
 
         return run
 
-    works = {"a": work("a", 0.25), "b": work("b", 0.5)}
-    samples = by_turns(works, CPU, seconds=2.0, least=2)
-    assert samples == {"a": [0.25] * 3, "b": [0.5] * 3}  # 0.75 s a round, until 2 s have passed
-    assert order == ["a", "b"] * 4  # the first is not counted
+    works = {"a": work("a", 0.25), "b": Staged(work("prepared", 0.25), work("b", 0.5))}
+    samples = by_turns(works, CPU, seconds=1.5, least=1)
+    assert samples == {"a": [0.25] * 2, "b": [0.5] * 2}  # 1 s a round, until 1.5 s have passed
+    assert order == ["a", "prepared", "b"] * 3  # the first is not counted
     assert milliseconds(works["a"], CPU, seconds=0.0) == 250.0
 
 
-def test_what_is_made_for_a_sample_is_made_outside_the_clock(clock: Clock) -> None:
-    made, used = iter(range(100)), []
+class Simulated(CudaMeter):
+    """A GPU: the host asks, the device does what it was asked for, one after the other. Times in seconds since the
+    beginning, the device's at the end of all that it was asked for."""
 
-    def prepare() -> int:
-        clock.let_pass(10.0)
-        return next(made)
-
-    def work(given: int) -> None:
-        used.append(given)
-        clock.let_pass(0.5)
-
-    samples = by_turns({"staged": Staged(prepare, work)}, CPU, seconds=0, least=4)
-    assert samples == {"staged": [0.5] * 4}
-    assert used == [0, 1, 2, 3, 4]  # a new one each time
-
-
-# A GPU, simulated: the host asks, the device does what it was asked for, one after the other
-
-
-@dataclass
-class Simulated:
-    """In place of `Gpu`. Times in seconds since the beginning, the device's at the end of all that it was asked for."""
-
-    captures: bool
-    host: float = 0.0
-    device: float = 0.0
-    flushes: int = 0
-    replaying: bool = False
+    def __init__(self, *, captures: bool) -> None:
+        self.captures, self.replaying = captures, False
+        self.host = self.device = 0.0
+        self.flushes = 0
 
     def ask(self, host: float, device: float) -> None:
         self.host += 0.0 if self.replaying else host
@@ -102,8 +84,11 @@ class Event:
 
 
 @pytest.mark.parametrize("captures", [True, False])
-def test_neither_what_the_host_needs_to_ask_nor_a_preparation_is_counted(captures: bool) -> None:
-    gpu = Simulated(captures)
+def test_neither_what_the_host_needs_to_ask_nor_a_preparation_is_counted(
+    captures: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Simulated(captures=captures)
+    monkeypatch.setattr("kernels.timing.CudaMeter", lambda device: gpu)
 
     def launches(count: int) -> Callable[..., None]:
         """40 us of the host's and 2 us of the device's each, as a small operation under autograd."""
@@ -114,24 +99,16 @@ def test_neither_what_the_host_needs_to_ask_nor_a_preparation_is_counted(capture
 
         return run
 
+    def waiting() -> None:
+        launches(5)()
+        gpu.host = gpu.device
+        launches(5)()
+
     works = {"small": launches(10), "large": launches(60), "backward": Staged(launches(50), launches(10))}
-    samples = by_turns(works, CPU, seconds=0, least=3, meter=CudaMeter(gpu))
-    assert samples == {
-        "small": pytest.approx([20e-6] * 3),
-        "large": pytest.approx([120e-6] * 3),
-        "backward": pytest.approx([20e-6] * 3),
-    }
+    expected = {"small": 20e-6, "large": 120e-6, "backward": 20e-6}
+    if not captures:  # a wait of the work's own counts
+        works["waiting"], expected["waiting"] = waiting, 212e-6
+    samples = by_turns(works, torch.device("cuda"), seconds=0, least=3)
+    assert samples == {name: pytest.approx([seconds] * 3) for name, seconds in expected.items()}
     if captures:
         assert gpu.flushes == 9  # the caches, before each sample
-
-
-def test_work_that_waits_for_the_device_is_timed_with_its_wait() -> None:
-    gpu = Simulated(captures=False)
-
-    def waiting() -> None:
-        gpu.ask(host=1e-5, device=1e-5)
-        gpu.host = gpu.device
-        gpu.ask(host=1e-5, device=1e-5)
-
-    (sample,) = by_turns({"": waiting}, CPU, seconds=0, least=1, meter=CudaMeter(gpu))[""]
-    assert sample == pytest.approx(3e-5)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from kernels import FUSED
 from kernels.timing import CudaMeter, Staged, by_turns
-from kernels.timing import Gpu as Timed
 from tests.rehearsal.device import Gpu
 
 
@@ -32,7 +31,7 @@ def test_preparation_and_work_are_two_graphs_on_one_stream(gpu: Gpu) -> None:
     dropped.append(dropped)
     del dropped
     work = Staged(forward, backward)
-    samples = by_turns({"": work}, gpu.device, seconds=0, least=3, meter=CudaMeter(Timed(gpu.device)))
+    samples = by_turns({"": work}, gpu.device, seconds=0, least=3)
     assert len(samples[""]) == 3
     assert len(gpu.captures) == 2
     assert len({capture.stream for capture in gpu.captures} - {0}) == 1
@@ -52,7 +51,7 @@ def test_a_capture_that_fails_is_timed_as_it_is(gpu: Gpu) -> None:
         return x * 2
 
     with pytest.raises(RuntimeError, match="not permitted"):
-        Timed(gpu.device).capture(Staged(lambda: None, lambda nothing: uncapturable()))
+        CudaMeter(gpu.device).capture(Staged(lambda: None, lambda nothing: uncapturable()))
     assert [capture.failed for capture in gpu.captures] == [False, True, False]  # the last one resets torch's state
     calls.clear()
     samples = by_turns({"": uncapturable}, gpu.device, seconds=0, least=3)
