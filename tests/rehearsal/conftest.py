@@ -27,9 +27,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if inside.GUARD:
         return None  # pytest's own way
-    start_server(pyfuncitem.config.rootpath)
+    root = pyfuncitem.config.rootpath
+    start_server(root)
     with tempfile.NamedTemporaryFile("r", errors="replace") as output:
-        given = pyfuncitem.nodeid, output.name
+        given = root, pyfuncitem.nodeid, output.name
         process = multiprocessing.get_context("forkserver").Process(target=inside.run, args=given)
         process.start()
         process.join()

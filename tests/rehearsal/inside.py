@@ -4,6 +4,7 @@ import ctypes
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,9 +20,10 @@ if GUARD:
 OPTIONS = ["-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:logging"]
 
 
-def run(nodeid: str, output: str) -> None:
+def run(root: Path, nodeid: str, output: str) -> None:
     """Run a test, its text into the file `output`; the process's exit status is pytest's."""
     assert GUARD, "the fork server was started without the device guard"
+    os.chdir(root)
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
