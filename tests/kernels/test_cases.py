@@ -1,5 +1,7 @@
 """Every case of the registry: values, gradients, bytes, compilation. The same bits twice: on a GPU, test_gpu.py."""
 
+import math
+
 import pytest
 import torch
 
@@ -72,3 +74,13 @@ def test_compiled_without_a_break_it_is_the_same(
     compiled = torch.compile(case.fused, fullgraph=True, backend=backend)
     eager, got = outputs_and_gradients(case.fused, inputs), outputs_and_gradients(compiled, inputs)
     assert not disagreement(got, eager, eager)
+
+
+@pytest.mark.parametrize(
+    ("times", "agrees"), [(0.0, True), (1.9, True), (2.1, False), (-2.1, False), (math.nan, False)]
+)
+def test_an_error_may_be_twice_plain_torchs(times: float, agrees: bool) -> None:
+    exact = torch.linspace(0.5, 1, 9, dtype=torch.float64)
+    fused, plain = exact.float(), exact.float() + 1e-3
+    fused[4] += times * 1e-3
+    assert (disagreement({"y": fused}, {"y": plain}, {"y": exact}) == "") == agrees
