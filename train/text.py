@@ -351,7 +351,8 @@ def from_meta(meta: Mapping[str, Any], bpe_dir: str | Path | None = None, vocab_
     except ValueError as error:
         raise UserError(f"tokenizer: {error}") from None
     if name not in NAMES:
-        why = meta.get("unread") or f"got {shown(name)}, expected one of {', '.join(NAMES)}"
+        found = "it has no table of characters" if name is None else f"got {shown(name)}, expected {' | '.join(NAMES)}"
+        why = meta.get("unread") or found
         raise UserError(f"tokenizer: the dataset's is not known ({why}), so its text cannot be shown")
     if name == "char":
         tokenizer = CharTokenizer(meta["chars"])
