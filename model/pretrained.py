@@ -194,6 +194,8 @@ def _safetensors() -> Any:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """GPTConfig's fields from a Hugging Face config.json. ValueError for a model that ours does not support."""
+    if not os.path.lexists(path):
+        raise ValueError(f"{path}: missing, expected it beside {WEIGHTS}: it tells the number of heads")
     if not os.path.isfile(path) or path.stat().st_size > MAX_CONFIG:
         raise ValueError(f"{path}: not the config.json of a GPT-2 (no regular file of at most {MAX_CONFIG:,} bytes)")
     try:

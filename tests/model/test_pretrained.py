@@ -139,6 +139,9 @@ def test_other_models_are_refused(tmp_path):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match=r"config\.json: not the config\.json of a GPT-2"):
             load_gpt2(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json: missing, expected it beside model\.safetensors"):
+        load_gpt2(tmp_path)
 
 
 def test_what_is_no_file_or_not_whole_is_refused(tmp_path):
