@@ -15,8 +15,7 @@ from statistics import median
 
 from bench.results import Kernel, Results, Shape, Step
 from bench.variants import WORKLOADS
-from model.flops import mfu
-from model.work import ATTAINED, SHEET, Shares, duration, step_work
+from model.work import ATTAINED, SHEET, Shares, duration, mfu, step_work
 from train.errors import one_line
 from train.hardware import CARDS, data_sheet
 

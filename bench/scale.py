@@ -27,8 +27,7 @@ from bench.digest import short_name
 from bench.results import Results
 from bench.tables import aligned
 from bench.variants import WORKLOADS, chosen
-from model.flops import flops_per_token, mfu, num_params
-from model.work import floor
+from model.work import floor, flops_per_token, mfu, num_params
 from train import errors
 from train.dryrun import Job, dry_run
 from train.errors import UserError, shown

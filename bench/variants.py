@@ -22,8 +22,8 @@ from bench.rules import only_compiled
 from kernels import REFERENCE, Ops, select
 from model import GPT, GPTConfig, Precision
 from model.config import GPT2_SIZES
-from model.flops import FORMULAS, flops_per_token
-from model.groups import param_groups
+from model.gpt import param_groups
+from model.work import FORMULAS, flops_per_token
 from train.choices import Layer, choose_attention, choose_mlp
 from train.compile import compile_model, compile_module, in_parts
 from train.data import Batch

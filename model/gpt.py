@@ -36,10 +36,9 @@ from torch import Tensor, nn
 from kernels import REFERENCE, Grads, Ops
 from model.attention import KVCache, causal_attention
 from model.config import GPTConfig
-from model.flops import flops_per_token, num_params
 from model.generate import generate
-from model.groups import param_groups
 from model.recompute import recomputed
+from model.work import flops_per_token, num_params
 
 A100_FLOPS = 312e12  # a second, bfloat16, of which nanoGPT estimates the MFU
 
@@ -290,3 +289,15 @@ class GPT(nn.Module):
         """idx (B, T) int64, followed by `max_new_tokens` drawn from the model. `model/generate.py` can stream them."""
         tokens = generate(self, idx, max_new_tokens, temperature, top_k)
         return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: tensors of 2 or more dimensions (matmul weights, embeddings) decay; biases and LayerNorms do not.
+
+    Each group has the order of named_parameters, so that optimizer states of nanoGPT's checkpoints fit.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]

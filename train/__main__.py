@@ -17,7 +17,7 @@ if __name__ == "__main__":  # --help and wrong settings end here: importing torc
 
 import torch
 
-from model.flops import num_params
+from model.work import num_params
 from train import checkpoint as checkpoints
 from train.compile import model_to_train, uncompile
 from train.data import Loader

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.flops import mfu
+from model.work import mfu
 from train.config import TrainConfig
 from train.data import Loader, Split
 from train.errors import RunError, UserError
@@ -23,7 +23,7 @@ from train.hardware import synchronize
 from train.log import RunLog
 from train.profile import ProfiledStep
 from train.state import TrainState
-from train.step import StepResult, TrainStep
+from train.step import TrainStep
 
 MOST_UNREAD = 1024  # iterations after which the host reads the losses, however large log_interval is
 GO_ON, OUT_OF_TIME, INTERRUPTED = range(3)  # each rank sends one of these after a step; the largest wins
@@ -45,10 +45,8 @@ def signals_caught() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
-        numbers.append(hangup)
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * (not ignored)
     before = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught
@@ -72,30 +70,6 @@ def learning_rate(iter_num: int, config: TrainConfig) -> float:
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - config.min_lr)
 
 
-class StepTimer:
-    """The mean time of an iteration since the last lap, without pauses. `steps` counts the iterations.
-
-    It sees the host's time: wait for the device before `lap` and `paused`.
-    """
-
-    def __init__(self) -> None:
-        self._since, self.steps = time.perf_counter(), 0
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside takes no time."""
-        begin = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - begin
-
-    def lap(self) -> float:
-        """Mean seconds of an iteration since the last lap, at least one."""
-        now = time.perf_counter()
-        mean = (now - self._since) / self.steps
-        self._since, self.steps = now, 0
-        return mean
-
-
 class Loop:
     """A run, from its current state to its end.
 
@@ -112,22 +86,22 @@ class Loop:
         # are unread. Kept as they are, small tensors would pin the heap, which then grows.
         self._results = torch.empty(min(self.config.log_interval, MOST_UNREAD), 2, device=self.plan.device)
         self._unread = 0
+        # Evaluations and saves move `_since` forward: the time of an iteration leaves them out.
+        self._since, self._timed = time.perf_counter(), self.progress.iter_num  # the last lap: when, at which iteration
 
     def run(self) -> int:
         """Train. Returns 0, or the number of the signal that ended the run. RunError for a loss that is not finite."""
         config, progress = self.config, self.progress
         deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else float("inf")
         last = progress.iter_num >= config.max_iters
-        self.timer = StepTimer()
         with signals_caught() as caught:
             while True:
                 if last or config.eval_only or progress.iter_num % config.eval_interval == 0:
                     self._read_results()
-                    with self.timer.paused():
-                        self.losses = self._evaluate()
-                        worth_saving = not config.eval_only and self._judge(self.losses)
-                        if worth_saving and progress.iter_num > 0:
-                            self._save()
+                    self.losses = self._evaluate()
+                    worth_saving = not config.eval_only and self._judge(self.losses)
+                    if worth_saving and progress.iter_num > 0:
+                        self._save()
                     if last or config.eval_only or 0 < config.patience <= progress.stale_evals:
                         self.ended = self.ended or self._reason_to_end()
                         return 0
@@ -159,28 +133,21 @@ class Loop:
         lr = learning_rate(iter_num, self.config)
         with self._saving_if_data_fails():
             batch = self.loader.train(iter_num)
-        self._keep(self.step(batch, lr))
-        self.timer.steps += 1
-        self.progress.iter_num += 1
-        if iter_num % self.config.log_interval == 0:
-            loss, grad_norm = self._read_results()
-            seconds = self.timer.lap()
-            if self.log is not None:
-                self.log.iteration(
-                    iter_num,
-                    loss=loss,
-                    seconds=seconds,
-                    mfu=mfu(self.plan.flops, seconds, self.world.size * self.plan.peak.flops),
-                    lr=lr,
-                    grad_norm=grad_norm,
-                    tokens_per_second=self.plan.tokens / seconds,
-                )
-
-    def _keep(self, result: StepResult) -> None:
+        result = self.step(batch, lr)
         if self._unread == len(self._results):
             self._read_results()
         torch.stack(result, out=self._results[self._unread])
         self._unread += 1
+        self.progress.iter_num += 1
+        if iter_num % self.config.log_interval == 0:
+            loss, grad_norm = self._read_results()
+            now = time.perf_counter()
+            seconds = (now - self._since) / (self.progress.iter_num - self._timed)  # the mean of an iteration
+            self._since, self._timed = now, self.progress.iter_num
+            if self.log is not None:
+                utilisation = mfu(self.plan.flops, seconds, self.world.size * self.plan.peak.flops)
+                more = {"lr": lr, "grad_norm": grad_norm, "tokens_per_second": self.plan.tokens / seconds}
+                self.log.iteration(iter_num, loss, seconds, utilisation, **more)
 
     @contextmanager
     def _saving_if_data_fails(self) -> Iterator[None]:
@@ -227,6 +194,7 @@ class Loop:
             lr, seconds = learning_rate(iter_num, config), time.perf_counter() - begin
             self.log.evaluation(iter_num, *losses, lr=lr, seconds=seconds)
         self._check_finite(iter_num, ("train loss", "val loss"), losses)
+        self._since += time.perf_counter() - begin
         return losses
 
     def _judge(self, losses: Losses) -> bool:
@@ -259,3 +227,4 @@ class Loop:
         if self.log is not None:
             self.log.saved(self.progress.iter_num, seconds=time.perf_counter() - begin)
         self.world.barrier()
+        self._since += time.perf_counter() - begin

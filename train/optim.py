@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels import Ops
 from model import GPT
-from model.groups import param_groups
+from model.gpt import param_groups
 from train.distributed import World
 from train.flat import FlatState
 

@@ -18,8 +18,8 @@ from kernels import Ops, missing, select
 from model import GPTConfig, Precision
 from model.attention import BACKENDS, why_not_dropout
 from model.config import GPT2_SIZES
-from model.flops import flops_per_token, num_params
 from model.pretrained import from_checkpoint, gpt2_shape
+from model.work import flops_per_token, num_params
 from train.checkpoint import MODEL_ARGS
 from train.choices import Layer, choose_attention, choose_mlp
 from train.config import TrainConfig

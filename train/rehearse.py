@@ -14,8 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from kernels import REFERENCE, Ops
-from model.flops import flops_per_token, mfu, num_params
-from model.work import ATTAINED, POOR, Shares, Work, duration
+from model.work import ATTAINED, POOR, Shares, Work, duration, flops_per_token, mfu, num_params
 from train.choices import has_fused_matmul
 from train.config import TrainConfig
 from train.corpora import CORPORA, dataset_folder, docs_text, how_to_make

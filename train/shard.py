@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils._pytree import tree_map_only
 
 from model import GPT
-from model.groups import param_groups
+from model.gpt import param_groups
 from train.checkpoint import MOMENTS
 from train.distributed import World
 from train.optim import Optimizer

@@ -27,7 +27,7 @@ CHECKOUT = """
 from dataclasses import make_dataclass
 import model
 import torch
-from model.groups import param_groups
+from model.gpt import param_groups
 
 GPTConfig = make_dataclass("GPTConfig", "block_size vocab_size n_layer n_head n_embd dropout bias".split())
 

@@ -3,8 +3,8 @@
 import pytest
 
 from model.config import GPT2_SIZES, GPTConfig
-from model.flops import flops_per_token, mfu, num_params
 from model.gpt import GPT
+from model.work import flops_per_token, mfu, num_params
 
 SHAKESPEARE = GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False)
 GPT2 = GPTConfig(vocab_size=50304, bias=False)

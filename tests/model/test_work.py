@@ -3,8 +3,7 @@
 import pytest
 
 from model.config import GPTConfig
-from model.flops import flops_per_token
-from model.work import MATMULS, Shares, Work, duration, floor, step_work
+from model.work import MATMULS, Shares, Work, duration, floor, flops_per_token, step_work
 
 GPT2 = GPTConfig(vocab_size=50304, bias=False)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train.__main__ as command
-from model.flops import flops_per_token
 from model.pretrained import from_checkpoint
+from model.work import flops_per_token
 from tests.train.runs import CONSTANT, iterations, last, logged, records, run
 from tests.train.tape import tape
 from train.data import Batch, Dataset, Loader

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.groups import param_groups
+from model.gpt import param_groups
 from tests.train.steps import T, batch, everything, make, small_model
 from train.optim import LossScale
 
