@@ -115,9 +115,6 @@ class FlatAdamW(Optimizer, torch.optim.AdamW):
             flat.grad.zero_()
         return results
 
-    def step(self, closure: None = None) -> None:
-        raise NotImplementedError("FlatAdamW.update is what makes a step")
-
     def state_dict(self) -> dict:
         """As torch's: the moments of each parameter, and a step count for each, because torch increments each one."""
         state = super().state_dict()

@@ -48,27 +48,20 @@ class TrainStep:
         self._shares: dict[int, Tensor] = {}  # 1 / accumulation, on the device
 
     def __call__(self, batch: Batch, lr: float) -> StepResult:
-        self.begin(lr)
-        accumulation = len(batch.seeds)
-        for micro, seed in enumerate(batch.seeds):
-            self.seed(seed)
-            self.micro_step(batch.x[micro], batch.y[micro], accumulation)
-        self.reduce()
-        self.update()
-        return self.result()
-
-    def begin(self, lr: float) -> None:
-        """Start a step with this learning rate."""
         self.optimizer.set_lr(lr)
         self.loss.zero_()
-
-    def seed(self, seed: int) -> None:
-        """Seed torch's generators, from which dropout draws. With a seed for every micro-step the masks, like the data,
-        depend only on (seed, step). A checkpoint needs no random state, and an evaluation changes no mask."""
-        if self.loss.device.type == "cpu":
-            torch.default_generator.manual_seed(seed)
-        else:  # all devices; for those that are not there yet it stores the call, with its traceback: 0.1 to 0.4 ms
-            torch.manual_seed(seed)
+        for micro, seed in enumerate(batch.seeds):
+            # Dropout draws from torch's generators. With a seed for every micro-step the masks, like the data, depend
+            # only on (seed, step). A checkpoint needs no random state, and an evaluation changes no mask.
+            if self.loss.device.type == "cpu":
+                torch.default_generator.manual_seed(seed)
+            else:  # all devices; for those that are not there yet it stores the call, with its traceback: 0.1 to 0.4 ms
+                torch.manual_seed(seed)
+            self.micro_step(batch.x[micro], batch.y[micro], len(batch.seeds))
+        if self.world.size > 1:
+            self.optimizer.reduce(self.world)
+        self.update()
+        return StepResult(*self._results.clone())  # copies: the next step overwrites the originals
 
     def micro_step(self, x: Tensor, y: Tensor, accumulation: int) -> None:
         """Forward and backward of one of `accumulation` micro-steps. Adds to the gradients and to the mean loss."""
@@ -88,11 +81,6 @@ class TrainStep:
             self._shares[accumulation] = torch.full_like(self.loss, 1 / accumulation)
         return self._shares[accumulation]
 
-    def reduce(self) -> None:
-        """Sum the gradients over the ranks."""
-        if self.world.size > 1:
-            self.optimizer.reduce(self.world)
-
     def update(self) -> None:
         """Compute the gradient norm, clip, make the AdamW update, clear the gradients."""
         size = self.world.size
@@ -105,10 +93,6 @@ class TrainStep:
         self.scaler.update(found_inf)
         self.grad_norm.copy_(norm)
 
-    def result(self) -> StepResult:
-        """Results of the step just made. They are copies, because the next step overwrites the originals."""
-        return StepResult(*self._results.clone())
-
     def evaluation(self, batches: Iterable[Batch]) -> Tensor:
         """The loss of each batch, of one micro-step, (n,) float32 on the device."""
         return torch.stack([self.evaluate(batch.x[0], batch.y[0]) for batch in batches])
@@ -117,7 +101,6 @@ class TrainStep:
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of one micro-batch, without dropout. Outside of an evaluation the model is in training mode."""
         self.model.eval()
-        try:
-            return self.model(x, y)[1]
-        finally:
-            self.model.train()
+        loss = self.model(x, y)[1]
+        self.model.train()
+        return loss

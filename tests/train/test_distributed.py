@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_the_place_that_torchrun_gives(here, monkeypatch):
     assert world_from_environment() == World(0, 0, 1)
     place(monkeypatch, "5", "1", "8")
     assert world_from_environment() == World(5, 1, 8)
-    for given in ("5, 1, eight", "2, 0, 2", "-1, 0, 2", "0, 2, 2", "0, -1, 2", "0, 0, 0", "0, , 1"):
+    for given in ("5, 1, eight", "2, 0, 2", "0, 2, 2", "-1, 0, 2", "0, , 1"):
         place(monkeypatch, *given.split(", "))
         with pytest.raises(UserError, match=f"got '{given}', expected ranks from 0 to WORLD_SIZE - 1"):
             world_from_environment()
@@ -89,26 +90,19 @@ def test_ranks_take_the_gpus_in_order(monkeypatch):
 @pytest.mark.parametrize(("command", "work"), [(train_command, "decide"), (bench_command, "variants")])
 def test_the_device_of_a_run_is_the_current_one(here, monkeypatch, command, work):
     """Streams and captures belong to the current device, so it must be set before any work."""
-
-    class Begun(Exception):
-        pass
-
-    def begun(*args: object) -> None:
-        assert current == [torch.device("cuda", 1)]
-        raise Begun
-
-    current = []
     for name, answer in {"device_count": 2, "is_available": True, "get_device_capability": (9, 0)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    begun = mock.Mock(side_effect=InterruptedError)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(torch.cuda, "set_device", begun.device)
     monkeypatch.setattr(command, work, begun)
     monkeypatch.setattr(sys, "argv", ["command", "--device=cuda:1"])
-    with pytest.raises(Begun):
+    with pytest.raises(InterruptedError):
         command.main()
+    assert begun.mock_calls[0] == mock.call.device(torch.device("cuda", 1))
 
 
-@pytest.mark.parametrize(("graphed", "accumulation"), [(False, 1), (False, 3), (True, 3)])
+@pytest.mark.parametrize(("graphed", "accumulation"), [(False, 1), (True, 3)])
 def test_gradients_are_exchanged_once_a_step(graphed: bool, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: sent.append(x))
@@ -177,16 +171,11 @@ def assert_same_losses(a: str, b: str, **tolerance: float) -> None:
 def assert_same_state(a: str, b: str) -> None:
     """Weights and moments are equal, except for sums in another order."""
     one, two = (last(Path(name)) for name in (a, b))
-    assert list(one["model"]) == list(two["model"])
-    for name, tensor in one["model"].items():
-        torch.testing.assert_close(two["model"][name], tensor, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(two["model"], one["model"], rtol=1e-3, atol=1e-4)
     assert two["model"]["lm_head.weight"].data_ptr() == two["model"]["transformer.wte.weight"].data_ptr()
-    assert one["optimizer"]["state"].keys() == two["optimizer"]["state"].keys()
-    for index, entry in one["optimizer"]["state"].items():
-        other = two["optimizer"]["state"][index]
-        assert float(other["step"]) == float(entry["step"]) > 0
-        torch.testing.assert_close(other["exp_avg"], entry["exp_avg"], rtol=1e-2, atol=1e-5)
-        torch.testing.assert_close(other["exp_avg_sq"], entry["exp_avg_sq"], rtol=1e-2, atol=1e-8)
+    for name, atol in (("step", 0), ("exp_avg", 1e-5), ("exp_avg_sq", 1e-8)):
+        a, b = ({i: entry[name] for i, entry in state["optimizer"]["state"].items()} for state in (one, two))
+        torch.testing.assert_close(b, a, rtol=1e-2 if atol else 0, atol=atol)
 
 
 @pytest.mark.slow
@@ -208,12 +197,10 @@ def test_ranks_train_as_one_and_go_on_as_any_number(here, settings, pairs):
         said = train(first, out_dir=name, **changes)
         assert said.count("step 3:") == said.count("iter 3:") == said.count(f"saving checkpoint to {name}\n") / 2 == 1
         assert re.search(rf"^device: .* x {first}, float32, reference kernels$", said, re.MULTILINE)
-        for record, other in zip(records(Path(name)), records(Path("one")), strict=False):
-            if record["kind"] == "iter":  # all ranks together do the work of one
-                flops, expected = (r["mfu"] * r["seconds"] for r in (record, other))
-                assert flops * first == pytest.approx(expected, rel=1e-9)
-                tokens = record["tokens_per_second"] * record["seconds"]
-                assert tokens == pytest.approx(4 * 2 * 16, rel=1e-9)
+        record, other = (next(r for r in records(Path(out)) if r["kind"] == "iter") for out in (name, "one"))
+        # all ranks together do the work of one
+        assert record["mfu"] * record["seconds"] * first == pytest.approx(other["mfu"] * other["seconds"], rel=1e-9)
+        assert record["tokens_per_second"] * record["seconds"] == pytest.approx(4 * 2 * 16, rel=1e-9)
         train(then, out_dir=name, init_from="resume", max_iters=10, **changes)
         assert_same_losses("one", name)
         assert_same_state("one", name)
@@ -235,6 +222,7 @@ def test_what_ranks_tell_each_other_and_what_each_holds_of_a_sharded_model(here)
     script = """
         import os
         import torch
+        from torch.distributed.tensor import DTensor
         from model import GPT, GPTConfig, Precision
         from train.distributed import process_group, world_from_environment
         from train.shard import ShardedAdamW, share_out
@@ -245,23 +233,19 @@ def test_what_ranks_tell_each_other_and_what_each_holds_of_a_sharded_model(here)
             assert (world.size, world.master) == (2, world.rank == 0)
             told = [world.agree(value) for value in (0, 2 * world.rank, 0, 1 - world.rank, 0)]
             assert told == [0, 0, 2, 0, 1], told
-            total = world.sum(torch.tensor([[1.0, world.rank]], dtype=torch.float64))
-            assert total.tolist() == [[2.0, 1.0]], total
             assert world.from_master(7 + world.rank) == 7
-            world.barrier()
 
             shape = GPTConfig(block_size=8, vocab_size=32, n_layer=2, n_head=2, n_embd=16)
             model = GPT(shape, precision=Precision(torch.bfloat16))
             share_out(model, world, torch.device("cpu"))
             optimizer = ShardedAdamW(model, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-            seen = set()
+            seen = []
             first, second = model.transformer.h
-            for block, other in ((first, second), (second, first)):  # looked at while one is gathered
-                look = lambda module, _, other=other: seen.update(
-                    {str(module.c_attn.weight.dtype), f"other {type(other.attn.c_attn.weight.data).__name__}"}
-                )
-                block.attn.register_forward_pre_hook(look)
-                block.register_forward_pre_hook(lambda module, args: seen.add(f"stream {args[0].dtype}"))
+
+            def look(block, args):  # while the second block is gathered
+                seen.extend((args[0].dtype, block.attn.c_attn.weight.dtype, type(first.attn.c_attn.weight.data)))
+
+            second.register_forward_pre_hook(look)
             tokens = torch.randint(32, (1, 2, 9))
             step = TrainStep(model, optimizer, grad_clip=1.0)
             step.micro_step(tokens[0, :, :-1], tokens[0, :, 1:], 1)
@@ -271,7 +255,7 @@ def test_what_ranks_tell_each_other_and_what_each_holds_of_a_sharded_model(here)
             step.update()
             assert sum(state["exp_avg"].to_local().numel() for state in optimizer.state.values()) == half
             assert {p.dtype for p in model.parameters()} == {torch.float32}
-            assert seen == {"other DTensor", "stream torch.float32", "torch.bfloat16"}, seen
+            assert seen == [torch.float32, torch.bfloat16, DTensor], seen
         os._exit(0)  # as the command ends: see train/__main__.py
     """
     status, _, err = run_script(2, script)
@@ -289,11 +273,10 @@ def test_a_rank_that_fails_ends_the_others(here):
         from train.__main__ import main
         from train.errors import run
 
-        rank, batch = os.environ["RANK"], data.Loader.train
-        open(f"pid{rank}", "w").write(str(os.getpid()))
+        batch = data.Loader.train
 
         def failing(self, step):
-            if rank == "1" and step == 3:
+            if os.environ["RANK"] == "1" and step == 3:
                 raise RuntimeError("the disk of rank one has gone")
             return batch(self, step)
 
@@ -306,9 +289,6 @@ def test_a_rank_that_fails_ends_the_others(here):
     assert "[rank0]: Traceback" not in err
     assert "iter 2:" in out
     assert "iter 4:" not in out
-    for rank in (0, 1):
-        with pytest.raises(ProcessLookupError):
-            os.kill(int((here / f"pid{rank}").read_text()), 0)
 
 
 def await_iterations(process: subprocess.Popen) -> None:
