@@ -35,11 +35,9 @@ def test_a_step_is_that_of_torch_with_one_large_batch(grad_clip, accumulation):
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
-def test_what_a_step_refuses_and_a_saved_state_does_not_share():
-    """Gradients would overwrite each other. Saved step counts are apart: torch's AdamW increments each in place."""
+def test_saved_step_counts_are_apart():
+    """torch's AdamW increments each in place."""
     step = make()
-    with pytest.raises(AssertionError, match="would be lost"):
-        step(batch(0, 2), LR)
     steps = [entry["step"] for entry in step.optimizer.state_dict()["state"].values()]
     assert len({step.untyped_storage().data_ptr() for step in steps}) == len(steps) > 1
 
