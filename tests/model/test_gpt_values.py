@@ -12,8 +12,7 @@ from model import GPT, GPTConfig, Precision
 SHAPES = {
     "usual": dict(B=3, block_size=16, vocab_size=40, n_layer=2, n_head=4, n_embd=32),
     "odd": dict(B=5, T=7, block_size=13, vocab_size=37, n_layer=3, n_head=3, n_embd=27, bias=False, gelu="tanh"),
-    "one of all": dict(B=1, block_size=1, vocab_size=2, n_layer=1, n_head=1, n_embd=3, gelu="tanh"),
-    "heads of one": dict(B=2, T=5, block_size=8, vocab_size=11, n_layer=1, n_head=6, n_embd=6),
+    "one of all": dict(B=1, block_size=1, vocab_size=2, n_layer=1, n_head=1, n_embd=1),
 }
 
 
@@ -123,20 +122,3 @@ def test_it_is_the_definition_but_for_rounding(how: torch.dtype | str) -> None:
     gradient = torch.cat([model.get_parameter(name).grad.flatten() for name in gradients])
     assert error(gradient, torch.cat([expected.flatten() for expected in gradients.values()])) < several * eps
     assert sampled.shape == (3, 18)
-
-
-def test_the_stream_stays_float32_under_bfloat16():
-    """Each layer adds a little to a large stream, which bfloat16 would round away."""
-    model = make(precision=Precision(torch.bfloat16), block_size=4, vocab_size=5, n_layer=2, n_head=1, n_embd=8)
-    with torch.no_grad():
-        model.transformer.wte.weight.copy_(torch.linspace(-300, 300, 40).view(5, 8))
-        for name, p in model.named_parameters():
-            if "c_proj" in name:
-                p.mul_(0.05)
-    seen = []
-    model.transformer.ln_f.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    idx = torch.tensor([[0, 1, 2, 4]])
-    model(idx, idx)
-    start = model.transformer.wte.weight[idx] + model.transformer.wpe.weight[:4]
-    assert seen[0].dtype == torch.float32
-    assert (seen[0] != start)[:, (0, 3)].all()

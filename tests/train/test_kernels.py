@@ -64,10 +64,11 @@ def test_fused_is_refused_and_nothing_is_said_of_what_was_not_asked_for(monkeypa
         return choose_ops(TrainConfig(**settings), CUDA, torch.float32, 50)
 
     monkeypatch.setattr(plan, "missing", lambda device: BROKEN)
-    with pytest.raises(UserError, match=f"kernels: got fused, expected reference or auto: {BROKEN}"):
-        choose(kernels="fused")
-    with pytest.raises(UserError, match=rf"loss_chunk: got 5, .* all logits \(the fused ones .* here: {BROKEN}\)"):
-        choose(loss_chunk=5)
-    with pytest.raises(UserError, match=r"loss_chunk: got 5, expected 0 or -1: the reference kernels hold all logits$"):
-        choose(loss_chunk=5, kernels="reference")
+    for settings, message in (
+        (dict(kernels="fused"), f"kernels: got fused, expected reference or auto: {BROKEN}"),
+        (dict(loss_chunk=5), rf"loss_chunk: got 5, .* all logits \(the fused ones .* here: {BROKEN}\)"),
+        (dict(loss_chunk=5, kernels="reference"), "got 5, expected 0 or -1: the reference kernels hold all logits$"),
+    ):
+        with pytest.raises(UserError, match=message):
+            choose(**settings)
     assert choose(kernels="reference") == (REFERENCE, 0, "")
