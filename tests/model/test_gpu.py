@@ -38,32 +38,25 @@ def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", SDPA)
 def test_the_formula(backend: str, dtype: torch.dtype) -> None:
-    """As near to float64 as math is, twice over."""
+    """As near to float64 as math is, twice over. Nothing is copied: there are the kernel's own results, and the three
+    gradients become one."""
     need(backend, dtype)
     qkv, dy = inputs(dtype)
     exact = truth(qkv.cpu(), dy.cpu())
     errors = {}
-    for name in (backend, "math"):
-        y = causal_attention(qkv, 3, 0.0, name)
-        (dqkv,) = torch.autograd.grad(y, qkv, dy)
+    for name in ("math", backend):
+        with Made() as made:
+            y = causal_attention(qkv, 3, 0.0, name)
+            (dqkv,) = torch.autograd.grad(y, qkv, dy)
         errors[name] = [(x.double().cpu() - e).abs().max().item() for x, e in zip((y, dqkv), exact, strict=True)]
     largest = max(e.abs().max().item() for e in exact)
     slack = largest * torch.finfo(dtype).eps
     for error, allowed in zip(errors[backend], errors["math"], strict=True):
         assert error <= 2 * allowed + slack
-
-
-@pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
-def test_what_is_copied(backend: str) -> None:
-    """The kernel's own results, and the three gradients into one."""
-    need(backend, torch.bfloat16)
-    qkv, dy = inputs(torch.bfloat16)
-    with Made() as made:
-        y = causal_attention(qkv, 3, 0.0, backend)
-        torch.autograd.grad(y, qkv, dy)
-    kernels = [name for name in made.written if name.startswith("_scaled_dot_product")]
-    assert len(kernels) == 2
-    assert [name for name in made.written if name not in kernels] == ["stack"]
+    if dtype == torch.bfloat16 and backend != "math":
+        kernels = [name for name in made.written if name.startswith("_scaled_dot_product")]
+        assert len(kernels) == 2
+        assert [name for name in made.written if name not in kernels] == ["stack"]
 
 
 @pytest.mark.parametrize("backend", SDPA)

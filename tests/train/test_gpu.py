@@ -21,7 +21,7 @@ from model.recompute import MODES
 from tests.train import steps
 from tests.train.runs import last, logged, resume, run
 from tests.train.test_golden import TRACES, recorded, relative, train
-from train.choices import MEASURED, Layer, choose_attention, choose_mlp, why_not
+from train.choices import Layer, choose_mlp, why_not
 from train.compile import compile_model, compile_module, in_parts
 from train.data import Batch
 from train.distributed import World
@@ -90,37 +90,46 @@ def assert_same(got: list[tuple], expected: list[tuple], nan_ok: bool = False) -
 def assert_replayed(
     *, kernels: str, compile: bool = False, size: int = steps.B, recompute: str = "none", **settings: Any
 ) -> None:
-    """A step in real graphs trains as an eager one does. Dropout uses the same seeds, also where it is recomputed."""
+    """A step in real graphs trains as an eager one does, and evaluates the same. Dropout uses the same seeds, also
+    where it is recomputed. The capture, in the middle of a run, changes nothing."""
     ops, accumulation = select(kernels, CUDA), settings.get("accumulation", 1)
     eager = steps.make(ops, device=CUDA, **settings)
     captured = steps.make(ops, device=CUDA, recompute=recompute, **settings)
     if compile:
         torch.compiler.reset()
         eager.model, captured.model = compiled(eager.model), compiled(captured.model)
-    graphed = GraphedStep(captured, (accumulation, size, steps.T))
-    got, expected = (steps.train(step, accumulation, 20, CUDA, size) for step in (graphed, eager))
-    assert_same(got, expected, nan_ok=captured.scaler.enabled)  # a gradient that overflowed
+    for step in (eager, captured):
+        steps.train(step, accumulation, 2, CUDA, size)
+    before, generator = steps.everything(captured), torch.cuda.get_rng_state()
+    graphed = GraphedStep(captured, (accumulation, size, steps.T), evaluates=True)
+    steps.assert_same(steps.everything(captured), before)
+    assert torch.equal(torch.cuda.get_rng_state(), generator)
+    for evaluated in range(2):
+        got, expected = (steps.train(step, accumulation, 10, CUDA, size) for step in (graphed, eager))
+        assert_same(got, expected, nan_ok=captured.scaler.enabled)  # a gradient that overflowed
+        if not (evaluated or compile):
+            batches = [steps.batch(100 + k, 1, CUDA, size) for k in range(3)]
+            assert torch.equal(graphed.evaluation(batches), captured.evaluation(batches))
+
+
+B16 = torch.bfloat16
 
 
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("accumulation", "dropout", "compile"), [(1, 0.0, False), (3, 0.2, False), (2, 0.2, True)])
+@pytest.mark.parametrize(
+    ("dtype", "accumulation", "dropout", "options"),
+    [
+        *((dtype, 1, 0.0, {}) for dtype in (torch.float32, B16, torch.float16)),
+        *((dtype, 3, 0.2, {}) for dtype in (torch.float32, B16, torch.float16)),
+        *((dtype, 2, 0.2, {"compile": True}) for dtype in (torch.float32, B16, torch.float16)),
+        *((B16, 2, 0.2, {"recompute": mode}) for mode in MODES[1:]),
+        pytest.param(B16, 1, 0.2, {"size": 1}, marks=pytest.mark.smoke),
+    ],
+)
 def test_a_replayed_step_is_the_eager_step(
-    kernels: str, dtype: torch.dtype, accumulation: int, dropout: float, compile: bool
+    kernels: str, dtype: torch.dtype, accumulation: int, dropout: float, options: dict
 ) -> None:
-    """The compiled step is captured too."""
-    assert_replayed(kernels=kernels, dtype=dtype, accumulation=accumulation, dropout=dropout, compile=compile)
-
-
-@pytest.mark.parametrize("kernels", ["reference", "fused"])
-@pytest.mark.parametrize("recompute", ["mlp", "block"])
-def test_what_a_graph_computes_again_finds_the_masks_of_its_replay(kernels: str, recompute: str) -> None:
-    assert_replayed(kernels=kernels, accumulation=2, dropout=0.2, dtype=torch.bfloat16, recompute=recompute)
-
-
-@pytest.mark.parametrize("kernels", ["reference", pytest.param("fused", marks=pytest.mark.smoke)])
-def test_a_batch_of_one(kernels: str) -> None:
-    assert_replayed(kernels=kernels, dropout=0.2, dtype=torch.bfloat16, size=1)
+    assert_replayed(kernels=kernels, dtype=dtype, accumulation=accumulation, dropout=dropout, **options)
 
 
 @pytest.mark.parametrize(("kernels", "chunk"), [("reference", 0), ("fused", 0), ("fused", 4096)])
@@ -141,31 +150,6 @@ def test_the_memory_that_a_step_takes_is_the_estimate(recompute: str, dropout: f
         step(Batch(x, y, (i,)), 1e-4)
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before == pytest.approx(dry_run(job).total, rel=0.05)
-
-
-@pytest.mark.parametrize("kernels", ["reference", pytest.param("fused", marks=pytest.mark.smoke)])
-def test_a_replayed_evaluation_is_the_eager_one_and_changes_nothing(kernels: str) -> None:
-    settings = dict(dropout=0.2, dtype=torch.bfloat16, device=CUDA)
-    step, twin = (steps.make(select(kernels, CUDA), **settings) for _ in range(2))
-    shape = 1, steps.B, steps.T
-    graphed, alone = GraphedStep(step, shape, evaluates=True), GraphedStep(twin, shape)
-    for i in range(5):
-        batch = steps.batch(i, 1, CUDA)
-        one, other = graphed(batch, 1e-2), alone(batch, 1e-2)
-        assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-3)
-        batches = [steps.batch(100 + k, 1, CUDA) for k in range(3)]
-        assert torch.equal(graphed.evaluation(batches), step.evaluation(batches))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kernels", ["reference", "fused"])
-def test_capturing_leaves_everything_as_it_was(kernels: str, dtype: torch.dtype) -> None:
-    step = steps.make(select(kernels, CUDA), accumulation=2, dropout=0.2, dtype=dtype, device=CUDA)
-    steps.train(step, 2, 2, CUDA)
-    before, generator = steps.everything(step), torch.cuda.get_rng_state()
-    GraphedStep(step, (2, steps.B, steps.T), evaluates=True)
-    steps.assert_same(steps.everything(step), before)
-    assert torch.equal(torch.cuda.get_rng_state(), generator)
 
 
 def test_a_capture_that_fails_is_one_line_and_the_step_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,22 +191,11 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("empty_cache")
-def test_auto_measures_and_says_what_it_took() -> None:
-    layer = Layer(GPTConfig(block_size=256, n_head=6, n_embd=384), 4, torch.bfloat16, CUDA)
-    backend, said = choose_attention("auto", layer, World())
-    assert backend in MEASURED
-    assert said.startswith(f"attention: {backend}, fastest of {backend} ")
-    for name in MEASURED:
-        assert (f" {name} " in said) == (not why_not(name, layer)), why_not(name, layer)
-    assert " flash " in said  # every device with bfloat16 can do this
-
-
-@pytest.mark.usefixtures("empty_cache")
 def test_a_run_says_which_attention_and_which_mlp_it_took(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for run_again in ("", ", as an earlier run measured"):
         run(tmp_path / f"out{run_again[:2]}", device="cuda", dtype="bfloat16")
         said = capsys.readouterr().out
-        assert re.search(rf"^attention: .* a layer, forward and backward{run_again}$", said, re.MULTILINE)
+        assert re.search(rf"^attention: .* flash .* a layer, forward and backward{run_again}$", said, re.MULTILINE)
         assert re.search(rf"^mlp: forward .* a layer{run_again}; backward .* a layer{run_again}$", said, re.MULTILINE)
 
 
