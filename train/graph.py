@@ -106,11 +106,9 @@ class GraphedStep(TrainStep):
         return self._evaluated.clone()  # the next replay overwrites it
 
     def _put(self, x: Tensor, y: Tensor) -> None:
-        """Copy a micro-batch to where graphs read it. ValueError, with the name, for another shape or dtype."""
-        for name, there, value in (("x", self._x, x), ("y", self._y, y)):
-            if value.shape != there.shape or value.dtype != there.dtype:
-                got, expected = ((x.dtype, tuple(x.shape)) for x in (value, there))
-                raise ValueError(f"{name}: got {got[0]} {got[1]}, expected {expected[0]} {expected[1]}, as captured")
+        """Copy a micro-batch to where graphs read it. ValueError for another shape, which the copy might stretch."""
+        if not x.shape == y.shape == self._x.shape:
+            raise ValueError(f"batch: got {tuple(x.shape)}, expected {tuple(self._x.shape)}, as captured")
         torch._foreach_copy_([self._x, self._y], [x, y])  # one launch
 
 

@@ -48,10 +48,8 @@ class Tape(TorchDispatchMode):
     @torch.no_grad()
     def spoil(self) -> None:
         """Overwrite the tape's own tensors with NaN: another graph would use their memory."""
-        for *_, fresh in self.calls:
-            for _, there in fresh:
-                if there.is_floating_point():
-                    there.fill_(float("nan"))
+        for there in (x for *_, fresh in self.calls for _, x in fresh if x.is_floating_point()):
+            there.fill_(float("nan"))
 
 
 def storage(x: Tensor) -> int:
@@ -61,15 +59,13 @@ def storage(x: Tensor) -> int:
 def tape(tasks: list[Task]) -> list[Work]:
     """A `Capture`. Runs each task once as a warm-up and once to record it."""
     for task in tasks:
-        task.prepare()
-        task.run()
+        task.warm_up()
     return [_record(task) for task in tasks]
 
 
 def _record(task: Task) -> Work:
-    recorder = Tape()
     task.prepare()
-    with recorder:
+    with Tape() as recorder:
         task.run()
     recorder.spoil()
     return recorder.replay
