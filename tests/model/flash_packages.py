@@ -34,6 +34,7 @@ def three(qkv: Tensor, softmax_scale: float | None = None, causal: bool = False)
 
 def four(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
     assert causal
+    assert not torch.compiler.is_compiling()  # the compiler cannot look into it
     got.extend((q, k, v))
     return attend(q, k, v)
 
