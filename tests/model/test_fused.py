@@ -39,7 +39,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def loss_and_gradients(model: GPT, run: torch.nn.Module | None = None) -> dict[str, torch.Tensor]:
     """run: the compiled model."""
     model.zero_grad()
-    _, loss = (run or model)(*batch())
+    _, loss = (model if run is None else run)(*batch())
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
