@@ -193,11 +193,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        cache: KVCache | None = None,
-        dloss: Tensor | None = None,
+        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None, dloss: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """(logits, loss) of idx (B, T) int64.
 

@@ -59,11 +59,7 @@ class GraphedStep(TrainStep):
     """
 
     def __init__(
-        self,
-        step: TrainStep,
-        shape: tuple[int, int, int],
-        evaluates: bool = False,
-        capture: Capture = cuda_graphs,
+        self, step: TrainStep, shape: tuple[int, int, int], evaluates: bool = False, capture: Capture = cuda_graphs
     ) -> None:
         vars(self).update(vars(step))  # the same model, optimizer and tensors
         self.accumulation, *micro = shape

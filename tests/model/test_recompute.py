@@ -11,7 +11,6 @@ from model.recompute import MODES
 from tests.model.held import Made
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-BOTH = pytest.mark.parametrize("ops", [REFERENCE, FUSED], ids=lambda ops: ops.name)
 
 
 def make(ops: Ops, recompute: str, dtype: torch.dtype = torch.float32) -> GPT:
@@ -52,7 +51,7 @@ def test_the_same_gradients_compiled(recompute: str, ops: Ops, compiler: None) -
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
 
 
-@BOTH
+@pytest.mark.parametrize("ops", [REFERENCE, FUSED], ids=lambda ops: ops.name)
 def test_nothing_random_and_no_attention_is_computed_again(ops: Ops) -> None:
     random = ["nanofuse_cpu::random_keep", "aten::native_dropout", "aten::randint"]
     if not INTERPRETED:

@@ -102,11 +102,15 @@ def test_the_device_of_a_run_is_the_current_one(here, monkeypatch, command, work
     assert begun.mock_calls[0] == mock.call.device(torch.device("cuda", 1))
 
 
-@pytest.mark.parametrize(("graphed", "accumulation"), [(False, 1), (True, 3)])
-def test_gradients_are_exchanged_once_a_step(graphed: bool, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("graphed", "accumulation", "dtype"), [(False, 1, torch.bfloat16), (True, 3, torch.float16)])
+def test_gradients_are_exchanged_once_a_step(
+    graphed: bool, accumulation: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sent = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: sent.append(x))
-    step, alone = (steps.make(accumulation=2, dtype=torch.bfloat16) for _ in range(2))
+    step, alone = (steps.make(accumulation=2, dtype=dtype) for _ in range(2))
+    for each in (step, alone):
+        each.scaler.scale.fill_(2.0**10)  # of float16
     step.world = World(0, 0, 2)
     call = GraphedStep(step, (accumulation, steps.B, steps.T), capture=tape) if graphed else step
     losses = steps.train(call, accumulation, 1)

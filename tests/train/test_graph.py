@@ -45,8 +45,8 @@ def test_a_replayed_step_is_the_eager_step(ops: Ops, dtype: torch.dtype, accumul
 
 def test_a_failed_capture_is_one_line_and_leaves_no_trace() -> None:
     """It fails after the warm-ups, as a real capture could."""
-    step = make(dropout=0.2, dtype=torch.float16)
-    train(step, 1, 2)
+    step = make(dropout=0.2, dtype=torch.float16, accumulation=2)
+    train(step, 2, 2)
     before = everything(step)
 
     def capture(tasks: list[Task]) -> list[Work]:
@@ -55,7 +55,7 @@ def test_a_failed_capture_is_one_line_and_leaves_no_trace() -> None:
         raise RuntimeError("\noperation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
 
     with pytest.raises(UserError) as caught:
-        GraphedStep(step, (1, B, T), capture=capture)
+        GraphedStep(step, (2, B, T), capture=capture)
     assert str(caught.value) == (
         "cuda_graphs: got True, but the step could not be captured: operation not permitted when stream is capturing; "
         "--no-cuda_graphs goes on without"
