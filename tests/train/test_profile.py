@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,18 +13,18 @@ from model.pretrained import from_checkpoint
 from model.work import duration, step_work
 from tests.train.runs import last, logged, poison, refusal, resume, run, send
 from train.config import TrainConfig
-from train.hardware import Ceilings
 from train.plan import choose_graphs
 from train.profile import WINDOW, profiled_iterations, read
 
-CEILINGS = Ceilings(flops=1e9, bandwidth=1e8)
+RATES = (1e9, 1e8)  # FLOP/s, bytes/s
 PROFILED = dict(profile=True, eval_interval=50, max_iters=12)
 
 
 @pytest.fixture(autouse=True)
-def ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fixed ceilings, because measuring takes a second."""
-    monkeypatch.setattr("train.profile.measure_ceilings", lambda device, dtype: CEILINGS)
+def rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fixed ones, because measuring takes a second."""
+    monkeypatch.setattr("train.profile.measure_flops", lambda device, dtype: RATES[0])
+    monkeypatch.setattr("train.profile.measure_bandwidth", lambda device: RATES[1])
 
 
 def trace(out_dir: Path) -> dict:
@@ -35,12 +34,6 @@ def trace(out_dir: Path) -> dict:
 def annotations(out_dir: Path) -> list[str]:
     found = [e for e in trace(out_dir)["traceEvents"] if e.get("cat") == "user_annotation"]
     return [event["name"] for event in sorted(found, key=lambda event: event["ts"])]
-
-
-def table(output: str) -> dict[str, list[float]]:
-    """row -> its printed numbers."""
-    found = re.findall(r"^(\S.{23})((?: +[\d.]+%?)+)$", output, re.MULTILINE)
-    return {name.strip(): [float(number.rstrip("%")) for number in numbers.split()] for name, numbers in found}
 
 
 def test_which_iterations() -> None:
@@ -71,7 +64,8 @@ def test_a_run_shows_where_its_time_goes_and_is_the_same_to_the_bit(tmp_path: Pa
     assert "profile: iterations 5 to 7 run under the profiler" in output
     assert "floors are for 0.001 TFLOP/s in a matmul, 0.1 GB/s in a copy, as measured" in output
     assert f"trace: {out_dir / 'trace.json'}" in output
-    rows = table(output)
+    found = re.findall(r"^(\S.{23})((?: +[\d.]+%?)+)$", output, re.MULTILINE)
+    rows = {name.strip(): [float(number.rstrip("%")) for number in numbers.split()] for name, numbers in found}
     total = rows.pop("total")
     for row in ("matmuls", "LayerNorm forward", "LayerNorm backward", "GELU backward", "optimizer", "idle"):
         assert rows[row][0] > 0, row
@@ -79,14 +73,12 @@ def test_a_run_shows_where_its_time_goes_and_is_the_same_to_the_bit(tmp_path: Pa
     config, shape = last(out_dir)["config"], from_checkpoint(last(out_dir)).config
     micro_steps = config["gradient_accumulation_steps"]
     work = step_work(shape, config["batch_size"], accumulation=micro_steps, compute=2, stream=4, gradients=4)
-    least = 1e3 * duration(work.items(), CEILINGS.flops, CEILINGS.bandwidth)
-    assert total[2] == pytest.approx(least, abs=0.001 * len(rows))
+    assert total[2] == pytest.approx(1e3 * duration(work.items(), *RATES), abs=0.001 * len(rows))
 
     assert read(trace(out_dir), cuda=False).wall / 3e3 == pytest.approx(total[0], abs=0.001)
     assert annotations(out_dir) == [WINDOW, "iteration 5", "iteration 6", "iteration 7"]
-    seen = Counter(event["name"] for event in trace(out_dir)["traceEvents"])
-    assert seen["aten::_fused_adamw_"] == 3 * 2  # once for the decaying group, once for the other
-    assert seen["aten::nll_loss_forward"] == 3 * 2  # micro-steps
+    seen = [event["name"] for event in trace(out_dir)["traceEvents"]]
+    assert seen.count("aten::nll_loss_forward") == 3 * 2  # micro-steps
 
 
 def test_a_run_that_is_stopped_or_fails_amidst_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -134,4 +126,3 @@ def test_mps_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert refusal(run, tmp_path / "out", **PROFILED) == (
         "profile: got True, expected False on mps, whose kernels torch's profiler does not see"
     )
-    assert not (tmp_path / "out").exists()
