@@ -2,7 +2,6 @@
 
 import importlib
 import pkgutil
-import random
 from collections import Counter
 
 import pytest
@@ -12,9 +11,7 @@ from model.config import GPTConfig
 from model.work import MATMULS, floor
 from train import profile
 from train.dryrun import Job
-from train.profile import COMPILED, COPIES, ELEMENTWISE, IDLE, OTHER, ROWS, Span, Timeline
-
-NOTHING = Span("", IDLE, 0, 0)
+from train.profile import COMPILED, COPIES, ELEMENTWISE, IDLE, OTHER, ROWS, Timeline
 
 # Names that profilers show on several GPUs and on a CPU, one of each kind in a row; of long ones the part that tells
 NAMES = {
@@ -109,11 +106,13 @@ def read(*events: dict, cuda: bool) -> Timeline:
 
 def test_on_a_gpu_kernels_copies_and_memsets_of_all_streams_count() -> None:
     timeline = read(
+        event("nvjet_tst_256x128_64x4", 90, 15),  # two thirds of it before the window
         event("nvjet_tst_256x128_64x4", 110, 30),
         event("Memset (Device)", 140, 5, cat="gpu_memset"),
         event("Memcpy DtoD (Device -> Device)", 145, 5, cat="gpu_memcpy"),
         event("nvjet_tst_256x128_64x4", 160, 10),
         event("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", 165, 10, tid=20),  # counts where nothing hides it
+        event("nvjet_tst_256x128_64x4", 300, 10),
         # these take no time of the device
         event("aten::mm", 100, 90, cat="cpu_op", tid=1),
         event("cudaLaunchKernel", 105, 3, cat="cuda_runtime", tid=1),
@@ -122,15 +121,15 @@ def test_on_a_gpu_kernels_copies_and_memsets_of_all_streams_count() -> None:
         cuda=True,
     )
     assert timeline.wall == 100
-    assert timeline.rows == {"matmuls": 40, COPIES: 10, "communication": 5, IDLE: 45}
-    assert timeline.names["matmuls", "nvjet_tst_256x128_64x4"] == 40
+    assert timeline.rows == {"matmuls": 45, COPIES: 10, "communication": 5, IDLE: 40}
+    assert timeline.names["matmuls", "nvjet_tst_256x128_64x4"] == 45
 
 
 def test_on_a_cpu_each_operation_has_its_own_time() -> None:
     timeline = read(
+        event("aten::mm", 110, 10, cat="cpu_op", tid=1),  # inside native_layer_norm, but has its own row
         event("aten::native_layer_norm", 110, 50, cat="cpu_op", tid=1),
-        event("aten::empty", 120, 10, cat="cpu_op", tid=1),  # inside native_layer_norm: counts with it
-        event("aten::mm", 140, 10, cat="cpu_op", tid=1),  # inside too, but has its own row
+        event("aten::empty", 120, 10, cat="cpu_op", tid=1),  # inside it too: counts with it
         event("aten::zeros", 170, 10, cat="cpu_op", tid=1),
         event("some::op", 172, 2, cat="cpu_op", tid=1),
         event("aten::mm", 100, 100, cat="cpu_op", tid=2),  # on another thread
@@ -138,24 +137,6 @@ def test_on_a_cpu_each_operation_has_its_own_time() -> None:
     )
     assert timeline.rows == {"LayerNorm forward": 40, "matmuls": 10, COPIES: 8, OTHER: 2, IDLE: 40}
     assert timeline.names["LayerNorm forward", "aten::empty"] == 10
-
-
-def test_every_instant_is_somebodys() -> None:
-    """Compared with the rule, applied at every instant from 5 to 35."""
-    draw = random.Random(0)
-
-    def owner(running: list[Span]) -> str:
-        """The row of the span that began last. On a tie, the first to end, then the last in order."""
-        computing = [span for span in running if span.row != "communication"] or running
-        return max(reversed(computing), key=lambda span: (max(span.start, 5), -min(span.end, 35)), default=NOTHING).row
-
-    for _ in range(300):
-        rows = draw.choices(["a", "b", "communication"], k=draw.randint(0, 12))
-        spans = [Span(f"{i}", row, *sorted(draw.choices(range(41), k=2))) for i, row in enumerate(rows)]
-        timeline = profile.attribute(spans, 5, 35)
-        expected = Counter(owner([span for span in spans if span.start <= t < span.end]) for t in range(5, 35))
-        assert expected == +timeline.rows, spans
-        assert timeline.wall == 30
 
 
 # Rows and floors
