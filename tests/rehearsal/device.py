@@ -60,7 +60,6 @@ class Gpu:
         self._guard = ctypes.CDLL(os.environ["NANOFUSE_GUARD"])
         self._guard.guard_stream.restype = ctypes.c_int64
         self._ids = count(1)
-        self._stream = 0
         self._capturing = False
         self.captures: list[Capture] = []
 
@@ -72,12 +71,11 @@ class Gpu:
     @contextmanager
     def on(self, stream: int) -> Iterator[None]:
         """Make `stream` the current stream of this thread."""
-        before, self._stream = self._stream, stream
+        before = self.stream
         self._guard.guard_set_stream(ctypes.c_int64(stream))
         try:
             yield
         finally:
-            self._stream = before
             self._guard.guard_set_stream(ctypes.c_int64(before))
 
     @contextmanager
@@ -112,7 +110,7 @@ class Gpu:
             "Stream": Stream,
             "graph": lambda graph, stream, **options: gpu.capturing(graph, stream.stream_id),
             "is_current_stream_capturing": lambda: gpu._capturing,
-            "current_stream": lambda device=None: Stream(stream_id=gpu._stream),
+            "current_stream": lambda device=None: Stream(stream_id=gpu.stream),
             "default_stream": lambda device=None: Stream(stream_id=0),
             "stream": lambda stream: nullcontext() if stream is None else gpu.on(stream.stream_id),
         }
