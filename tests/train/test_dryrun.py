@@ -79,6 +79,7 @@ def test_memory_on_a_gpu_by_hand(large: DryRun) -> None:
     n = (V + T + 12 * C * L + 2 * L + 1) * C
     assert [large.memory[name] for name in ("weights", "copies", "moments")] == [4 * n, 2 * n, 8 * n]
     assert dry_run(replace(LARGE, several=True)).memory["gradients"] - large.memory["gradients"] == 2 * n
+    assert large.memory["data"] == pytest.approx(48 * M, rel=1e-3)  # tokens and targets of three micro-steps
     kept = L * (32 * M * C + 16 * M + 4 * M * H) + (2 + 2) * M * C + 8 * M
     assert large.memory["logits"] == 2 * M * V
     assert large.memory["activations"] == pytest.approx(kept, rel=1e-3)
