@@ -189,7 +189,4 @@ def _fastest(
 
 def cache_file() -> Path:
     """The file that stores the times."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(folder):  # a user without a home
-        folder = os.devnull
-    return Path(folder, "nanofuse", "times.json")
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanofuse", "times.json")

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from kernels import Ops
 from model import GPT, GPTConfig, Precision
 from model.work import Work, step_work
-from train.hardware import resolve_stream
+from train.hardware import CARDS, Card, resolve_stream
 from train.optim import FlatAdamW, LossScale
 from train.step import TrainStep
 
@@ -46,7 +46,6 @@ class Call:
     """One launch on the device: a kernel of ours, or an operation of torch, counted as one kernel."""
 
     name: str  # "mm", or "triton:gelu_fwd_kernel"
-    op: str  # the fused operation that made it, "" for torch
     bytes: int  # read and written, if each of its tensors is touched once
     flops: int  # of a matmul or of attention (only the causal half), else 0
 
@@ -68,7 +67,6 @@ class Recorder(TorchDispatchMode):
         self.launches: list[Launch] = []
         self.alive: Counter[str] = Counter()  # bytes by label
         self._sizes: dict[int, tuple[int, str]] = {}
-        self._op = ""
         self.restart("state")
 
     def restart(self, label: str) -> None:
@@ -99,21 +97,19 @@ class Recorder(TorchDispatchMode):
         written = [x for x in outputs if x is not kwargs.get("out")]
         moved = written if name in FILLS else inputs + ([] if name == "copy_" else written)
         total = sum(x.nbytes for x in moved if self._on_device(x))
-        self.calls.append(Call(name, self._op, total, _flops(name, [x for x in args if isinstance(x, Tensor)])))
+        self.calls.append(Call(name, total, _flops(name, [x for x in args if isinstance(x, Tensor)])))
         return result
 
     def _fused(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the body of one of our operations, planned for the device."""
         from kernels.launch import BODIES, recording
 
-        outer, self._op = self._op, func.overloadpacket.__name__
         with recording(self.device) as launches, self:
             result = BODIES[func](*args, **kwargs)
         for launch in launches:
             moved = sum(x.nbytes for x in map(_tensor, launch.args.values()) if x is not None)
-            self.calls.append(Call(f"triton:{launch.kernel.fn.__name__}", self._op, moved, 0))
+            self.calls.append(Call(f"triton:{launch.kernel.fn.__name__}", moved, 0))
             self.launches.append(dataclasses.replace(launch, args=_shapes_of(launch.args)))
-        self._op = outer
         self._track(tree_leaves(result))
         return result
 
@@ -188,8 +184,7 @@ class Job:
     resumed: bool = False  # from a checkpoint, whose tensors exist twice while they are loaded
     shards: int = 1  # ranks that share weights, moments and gradients
     on: str = "meta"  # "cpu": a CPU; "meta": a GPU; "cuda": in tests, a GPU with fake tensors
-    capability: int = 90  # of the GPU: 10 * major + minor
-    multiprocessors: int = 132
+    card: Card = CARDS["h100"]  # which GPU
 
     @property
     def stream(self) -> torch.dtype:
@@ -231,7 +226,7 @@ def dry_run(job: Job) -> DryRun:
     if job.ops.name != "reference":
         from kernels.launch import INTERPRETER, Device, recording
 
-        device = INTERPRETER if job.on == "cpu" else Device(job.capability, job.multiprocessors)
+        device = INTERPRETER if job.on == "cpu" else Device(job.card.capability, job.card.multiprocessors)
         planning = recording(device)  # the device decides how many partial sums there are
     recorder = Recorder(device, job.on, job.shape.vocab_size)
     calls, peaks = [], []  # of each part

@@ -150,11 +150,8 @@ def measure_flops(device: torch.device, dtype: torch.dtype, budget: float = 0.5)
     sizes = (256, 512, 1024) if device.type == "cpu" else (1024, 2048, 4096)
     best = 0.0
     for size in sizes:
-        flops = 2 * size**3
-        if best and flops / best > budget:
-            break
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        best = max(best, flops / _least_seconds(lambda a=a, b=b: a @ b, device, budget / len(sizes)))
+        best = max(best, 2 * size**3 / _least_seconds(lambda a=a, b=b: a @ b, device, budget / len(sizes)))
     return best
 
 
@@ -184,18 +181,6 @@ def _least_seconds(call: Callable[[], object], device: torch.device, budget: flo
         best = min(best, (now - start) / repeats)
         if now > deadline:
             return best
-
-
-class Ceilings(NamedTuple):
-    """What a device did at best when it was measured."""
-
-    flops: float  # FLOP/s of a large matmul
-    bandwidth: float  # bytes/s of a large copy, those read and those written together
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Both, the first in `dtype`, in about a second."""
-    return Ceilings(measure_flops(device, dtype), measure_bandwidth(device))
 
 
 def use_device(device: torch.device) -> torch.device:

@@ -6,9 +6,7 @@ before free memory is read. On a CPU, compiled steps of 6 or 8 blocks took from 
 """
 
 import dataclasses
-import math
 import re
-from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,33 +25,20 @@ from train.hardware import card_at
 LOSS_CHUNK = 4096  # rows of logits in a chunk: enough to keep the matmuls large
 
 
-def job_of(
-    config: TrainConfig,
-    shape: GPTConfig,
-    ops: Ops,
-    dtype: torch.dtype,
-    world: World,
-    chunk: int,
-    *,
-    resumed: bool,
-    **device: Any,
-) -> Job:
-    """One rank's part in a training step. chunk: rows of logits at a time, 0 for all. device: `Job`'s fields on,
-    capability and multiprocessors."""
+def job_of(config: TrainConfig, world: World, shape: GPTConfig, ops: Ops, dtype: torch.dtype, **others: Any) -> Job:
+    """One rank's part in a training step. others: `Job`'s fields that settings do not decide alone."""
     return Job(
         shape,
         config.batch_size,
         ops,
+        dtype=dtype,
         accumulation=config.gradient_accumulation_steps // world.size,
         several=config.gradient_accumulation_steps > 1,
-        dtype=dtype,
         residual_dtype=config.residual_dtype,
-        loss_chunk=chunk,
         recompute=config.recompute,
         attention=config.attention,
-        resumed=resumed,
         shards=world.size if config.shard else 1,
-        **device,
+        **others,
     )
 
 
@@ -73,10 +58,9 @@ def rows_at_a_time(
 
 def as_planned_for(device: torch.device) -> dict[str, Any]:
     """The fields of a `Job` that describe `device`."""
-    if device.type != "cuda":
-        return {"on": "cpu" if device.type == "cpu" else "meta"}
-    card = card_at(device)
-    return {"capability": card.capability, "multiprocessors": card.multiprocessors}
+    if device.type == "cuda":
+        return {"card": card_at(device)}
+    return {"on": "cpu" if device.type == "cpu" else "meta"}
 
 
 def check_memory(job: Job, where: str, free: int | None, ranks: int) -> str:
@@ -111,56 +95,36 @@ def free_memory(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> 
 
 def advice(job: Job, room: int, ranks: int) -> str:
     """A message: the first of `changes` with which the step fits, or that none fits."""
-
-    def changed(settings: dict[str, Any]) -> Job:
+    for settings in changes(job, ranks):
         times = job.batch_size // settings.get("batch_size", job.batch_size)  # a step keeps its number of tokens
         fields = {"accumulation": times * job.accumulation, "several": job.several or times > 1, **settings}
         if fields.pop("shard", False):
             fields["shards"] = ranks
-        return dataclasses.replace(job, **fields)
-
-    def fits(settings: dict[str, Any]) -> bool:
-        tried = changed(settings)
-        if tried.loss_chunk:  # there can be a thousand chunks: first, what the step holds beside all logits
-            whole = dry_run(dataclasses.replace(tried, loss_chunk=0))
-            if whole.total - whole.memory["logits"] > room:
-                return False
-        return dry_run(tried).total <= room
-
-    for group in changes(job, ranks):
-        least = bisect_left(group, True, key=fits)
-        if least == len(group):
-            continue
-        settings = group[least]
-        after = changed(settings)
-        if after.batch_size < job.batch_size:
-            settings = settings | {"gradient_accumulation_steps": after.accumulation * ranks}
-        return " ".join(f"--{name}={value}" for name, value in settings.items()) + " fits"
+        if dry_run(dataclasses.replace(job, **fields)).total <= room:
+            if times > 1:
+                settings = settings | {"gradient_accumulation_steps": times * job.accumulation * ranks}
+            return " ".join(f"--{name}={value}" for name, value in settings.items()) + " fits"
     return "not even --batch_size=1 --recompute=block fits" + (
         f", nor with --shard on {ranks} ranks" if ranks > 1 else ""
     )
 
 
-def changes(job: Job, ranks: int) -> Iterator[list[dict[str, Any]]]:
+def changes(job: Job, ranks: int) -> Iterator[dict[str, Any]]:
     """Settings to try, in this order: the loss in chunks; recomputation; both; smaller micro-batches; all of these
-    together; the same with a sharded state. In groups, within which each needs less memory than the one before it."""
+    together; the same with a sharded state."""
     tokens = job.batch_size * job.shape.block_size
     fused = job.ops.name == "fused"
     chunk = [{"loss_chunk": LOSS_CHUNK}] if fused and not job.loss_chunk and tokens > LOSS_CHUNK else []
     again = [{"recompute": mode} for mode in MODES[MODES.index(job.recompute) + 1 :]]
     cheap = [*chunk, *again, *(one | other for one in chunk for other in again)]
-    sizes = [{"batch_size": n} for n in divisors(job.batch_size)[-2::-1]]
-    local = [*([settings] for settings in cheap), sizes, [size | most for size in sizes for most in cheap[-1:]]]
-    local = [group for group in local if group]
+    size, sizes = job.batch_size, []
+    while size > 1:  # a half each time, of odd numbers a third and so on
+        size //= next(n for n in range(2, size + 1) if size % n == 0)
+        sizes.append({"batch_size": size})
+    local = [*cheap, *sizes, *(small | most for small in sizes for most in cheap[-1:])]
     yield from local
     if ranks > 1 and job.shards == 1:
-        yield from ([{"shard": True} | change for change in group] for group in ([{}], *local))
-
-
-def divisors(number: int) -> list[int]:
-    """The divisors of a number, the smallest first."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
+        yield from ({"shard": True} | change for change in ({}, *local))
 
 
 def amount(size: int) -> str:

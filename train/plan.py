@@ -26,6 +26,7 @@ from train.config import TrainConfig
 from train.corpora import dataset_folder
 from train.data import Dataset, checkpoint_tokenizer, difference, weights_tokenizer
 from train.distributed import World
+from train.dryrun import Job
 from train.errors import UserError
 from train.hardware import Peak, device_name, peak_flops, resolve_dtype, resolve_stream
 from train.log import say
@@ -53,6 +54,7 @@ class Plan:
     peak: Peak  # of one device
     lines: list[str]  # messages for the user
     tokenizer: dict[str, Any]  # as in meta.json: the data's, or that of the loaded weights if the data names none
+    job: Job  # this rank's part in a step
 
     @property
     def sharded(self) -> bool:
@@ -93,15 +95,13 @@ def decide(
     free = free_memory(device)  # first: torch's allocator keeps the memory that measuring attention takes
     layer = Layer(shape, config.batch_size, dtype, device)
     backend, attention = choose_attention(config.attention, layer, world)
-    memory = ""
-    if not config.eval_only:
-        at = as_planned_for(device)
-        job = job_of(config, shape, ops, dtype, world, chunk, resumed=checkpoint is not None, **at)
-        memory = check_memory(job, str(device), free, world.size)
+    at = {"resumed": checkpoint is not None, **as_planned_for(device)}
+    job = job_of(config, world, shape, ops, dtype, loss_chunk=chunk, **at)
+    memory = "" if config.eval_only else check_memory(job, str(device), free, world.size)
     ops, mlp = choose_mlp(ops, layer, world)
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
     precision = Precision(dtype, resolve_stream(config.residual_dtype, dtype, device.type))
-    plan = Plan(config, dataset, device, world, shape, ops, precision, backend, peak, [], tokenizer)
+    plan = Plan(config, dataset, device, world, shape, ops, precision, backend, peak, [], tokenizer, job)
     shared = f"parameters, gradients and moments shared out over {world.size} processes; no CUDA graphs"
     lines = (
         f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on",

@@ -10,7 +10,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +22,7 @@ from model.work import MATMULS, floor
 from train.data import Batch
 from train.dryrun import Job
 from train.files import replace_together, staging_folder
-from train.hardware import Ceilings, measure_ceilings, synchronize
-from train.memory import as_planned_for, job_of
+from train.hardware import measure_bandwidth, measure_flops, synchronize
 from train.plan import Plan
 from train.step import StepResult, TrainStep
 
@@ -106,10 +105,8 @@ class ProfiledStep:
     """
 
     def __init__(self, step: TrainStep, plan: Plan, first: int, say: Callable[[str], None]) -> None:
-        config, dtype = plan.config, plan.precision.compute
-        at = as_planned_for(plan.device)  # the residual stream's dtype depends on it
-        self._job = job_of(config, plan.shape, plan.ops, dtype, plan.world, chunk=0, resumed=False, **at)
-        self._ceilings = measure_ceilings(plan.device, dtype)
+        config, self._job = plan.config, plan.job
+        self._rates = measure_flops(plan.device, plan.precision.compute), measure_bandwidth(plan.device)
         self.which = profiled_iterations(first, config.max_iters, config.eval_interval, plan.accumulation)
         self._named = f"iterations {self.which.start} to {self.which.stop - 1}"
         self.step, self.scaler, self.evaluation = step, step.scaler, step.evaluation
@@ -159,7 +156,7 @@ class ProfiledStep:
         except (OSError, ValueError) as error:  # a full disk, for example, must not end a training run
             self.say(f"profile: {self._path} could not be written: {error}")
         else:
-            self.say(report(timeline, len(self.which), self._job, self._ceilings))
+            self.say(report(timeline, len(self.which), self._job, self._rates))
             self.say(f"trace: {self._path}, for ui.perfetto.dev or chrome://tracing")
         del self._profile  # its events take memory
 
@@ -199,9 +196,8 @@ def _span(event: dict[str, Any]) -> Span:
     return Span(event["name"], row_of(event["name"]), event["ts"], event["ts"] + event["dur"])
 
 
-def _nested(spans: list[Span]) -> list[Span]:
+def _nested(spans: list[Span]) -> Iterator[Span]:
     """Spans of one thread. An unspecific one has the row of its parent: a copy within AdamW is the optimizer's."""
-    result: list[Span] = []
     parents: list[Span] = []
     for span in sorted(spans, key=lambda span: (span.start, -span.end)):
         while parents and parents[-1].end <= span.start:
@@ -209,11 +205,10 @@ def _nested(spans: list[Span]) -> list[Span]:
         if parents and span.row in UNSPECIFIC and parents[-1].row not in UNSPECIFIC:
             span = span._replace(row=parents[-1].row)
         parents.append(span)
-        result.append(span)
-    return result
+        yield span
 
 
-def attribute(spans: list[Span], begin: float, end: float) -> Timeline:
+def attribute(spans: Iterable[Span], begin: float, end: float) -> Timeline:
     """Every instant from `begin` to `end` to the running span that began last, or to IDLE.
 
     Of nested operations that is the innermost, so each has its own time. Communication counts only where nothing else
@@ -239,8 +234,8 @@ def attribute(spans: list[Span], begin: float, end: float) -> Timeline:
 # The table
 
 
-def floors(timeline: Timeline, job: Job, ceilings: Ceilings) -> Counter[str]:
-    """row -> seconds of a step, at least: of the job's work, on a device of these ceilings.
+def floors(timeline: Timeline, job: Job, rates: tuple[float, float]) -> Counter[str]:
+    """row -> seconds of a step, at least: of the job's work, on a device of these rates, FLOP/s and bytes/s.
 
     Work whose own row took no time was done by torch.compile's kernels; without those, by some unknown operation.
     """
@@ -252,16 +247,16 @@ def floors(timeline: Timeline, job: Job, ceilings: Ceilings) -> Counter[str]:
     elsewhere = COMPILED if timeline.rows[COMPILED] > 0 else OTHER
     for part, needed in work.items():
         row = ROW_OF_PART.get(part, part)
-        least[row if timeline.rows[row] > 0 else elsewhere] += floor(needed, ceilings.flops, ceilings.bandwidth)
+        least[row if timeline.rows[row] > 0 else elsewhere] += floor(needed, *rates)
     return least
 
 
-def report(timeline: Timeline, steps: int, job: Job, ceilings: Ceilings) -> str:
+def report(timeline: Timeline, steps: int, job: Job, rates: tuple[float, float]) -> str:
     """The table as text: the rows that took time or must. Their seconds add up to those of a step, by the wall."""
-    wall, least = timeline.wall / 1e6 / steps, floors(timeline, job, ceilings)
-    rates = f"{ceilings.flops / 1e12:.4g} TFLOP/s in a matmul, {ceilings.bandwidth / 1e9:.4g} GB/s in a copy"
+    wall, least = timeline.wall / 1e6 / steps, floors(timeline, job, rates)
+    ceilings = f"{rates[0] / 1e12:.4g} TFLOP/s in a matmul, {rates[1] / 1e9:.4g} GB/s in a copy"
     lines = [
-        f"profile: {steps} steps of {1e3 * wall:.3f} ms; floors are for {rates}, as measured",
+        f"profile: {steps} steps of {1e3 * wall:.3f} ms; floors are for {ceilings}, as measured",
         f"{'':<24}{'ms':>10}{'share':>9}{'floor ms':>11}{'reached':>10}",
     ]
     rows = [(name, timeline.rows[name] / 1e6 / steps, least[name]) for name in ROWS]

@@ -50,11 +50,9 @@ def rehearse(config: TrainConfig, named: set[str], why: str, checkpoint: dict | 
     if dataset is not None:
         check_data(config, dataset, shape, checkpoint)
     ops, without = _ops(config.kernels)
-    chunk = 0  # without Triton the reference is counted: it holds all logits
-    if ops.name == config.kernels or ops.name == "fused":
-        chunk = rows_at_a_time(config, ops, dtype, shape.vocab_size, shape.block_size, target.memory)
-    at = {"capability": target.capability, "multiprocessors": target.multiprocessors}
-    job = job_of(config, shape, ops, dtype, world, chunk, resumed=checkpoint is not None, **at)
+    chunk = rows_at_a_time(config, ops, dtype, shape.vocab_size, shape.block_size, target.memory)
+    resumed = checkpoint is not None
+    job = job_of(config, world, shape, ops, dtype, loss_chunk=chunk, resumed=resumed, card=target)
     tokens = config.gradient_accumulation_steps * config.batch_size * shape.block_size
     yield f"number of parameters: {num_params(shape) / 1e6:.2f}M; tokens per iteration: {tokens:,}"
     yield check_memory(job, target.name, target.memory, world.size)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.rehearsal import inside
-from tests.rehearsal.build import CannotBuild, environment
+from tests.rehearsal.build import environment
 from tests.rehearsal.device import gpu  # noqa: F401
 
 
@@ -42,13 +42,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 def start_server(root: Path) -> None:
     """Start multiprocessing's fork server, unless it runs: with the device guard, and what tests import."""
-    try:
-        guard = environment()
-    except CannotBuild as error:
-        pytest.skip(str(error))
     env = {"TRITON_INTERPRET": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTEST_ADDOPTS": "", "PYTHONPATH": str(root)}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (env | guard).items():
+        for name, value in (env | environment()).items():
             patch.setenv(name, value)
         multiprocessing.set_forkserver_preload([inside.__name__])
         forkserver.ensure_running()

@@ -2,8 +2,8 @@
 
 torch's queries about CUDA return an H100's answers. Tensors on `gpu.device` are fake: they have shape, dtype, strides
 and device, but no memory, and operations on them compute nothing. The autograd engine and its threads are real.
-torch.cuda's streams, events and captures are replaced by stand-ins. Every wait of one stream for another is recorded,
-whether Python or autograd made it.
+torch.cuda's streams, events and captures are replaced by stand-ins. Waits of one stream for another are seen, whether
+Python or autograd made them.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import os
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 import pytest
@@ -40,26 +40,19 @@ H100 = types.SimpleNamespace(
     uuid="00000000-0000-0000-0000-000000000000",
 )
 
-Wait = tuple[int, int]  # (waiting stream, stream waited for); 0 is the default stream
-
 
 @dataclass
 class Capture:
-    """A recorded CUDA graph, and the stream of its recording."""
+    """A recorded CUDA graph."""
 
-    stream: int
-    waits: list[Wait] = field(default_factory=list)  # while it was recorded
-    failed: bool = False  # ended by an exception
+    stream: int  # of its recording
+    strays: int = 0  # waits between that stream and others: a device would fail, or capture the other stream too
+    failed: bool = True  # ended by an exception
     replays: int = 0
-
-    @property
-    def strays(self) -> list[Wait]:
-        """Waits between the capture's stream and others. A device would fail, or capture the other stream too."""
-        return [wait for wait in self.waits if wait != (self.stream, self.stream)]
 
 
 class Gpu:
-    """What a test can use: the device, the waits, and the captures in their order."""
+    """What a test can use: the device, the current stream (0 is the default one), and the captures in their order."""
 
     device = DEVICE
 
@@ -67,16 +60,8 @@ class Gpu:
         self._guard = ctypes.CDLL(os.environ["NANOFUSE_GUARD"])
         self._guard.guard_stream.restype = ctypes.c_int64
         self._ids = count(1)
-        self._stream = 0
         self._capturing = False
         self.captures: list[Capture] = []
-
-    def waits(self) -> list[Wait]:
-        """The waits since the last call."""
-        pair, waits = (ctypes.c_int64 * 2)(), []
-        while self._guard.guard_take_wait(pair):
-            waits.append((pair[0], pair[1]))
-        return waits
 
     @property
     def stream(self) -> int:
@@ -86,30 +71,27 @@ class Gpu:
     @contextmanager
     def on(self, stream: int) -> Iterator[None]:
         """Make `stream` the current stream of this thread."""
-        before, self._stream = self._stream, stream
+        before = self.stream
         self._guard.guard_set_stream(ctypes.c_int64(stream))
         try:
             yield
         finally:
-            self._stream = before
             self._guard.guard_set_stream(ctypes.c_int64(before))
 
     @contextmanager
     def capturing(self, graph: "Graph", stream: int) -> Iterator[None]:
         """Like `torch.cuda.graph`: launches inside are recorded in the graph."""
-        self.waits()
-        graph.capture = Capture(stream, failed=True)
+        graph.capture = Capture(stream)
         self.captures.append(graph.capture)
         self._capturing = True
-        self._guard.guard_set_capturing(ctypes.c_int64(stream))
+        self._guard.guard_capture(ctypes.c_int64(stream))
         try:
             with self.on(stream):
                 yield
             graph.capture.failed = False
         finally:
             self._capturing = False
-            self._guard.guard_set_capturing(ctypes.c_int64(-1))
-            graph.capture.waits = self.waits()
+            graph.capture.strays = self._guard.guard_capture(ctypes.c_int64(-1))
 
     def stand_ins(self) -> dict[str, object]:
         """More of these, of this device's streams."""
@@ -128,7 +110,7 @@ class Gpu:
             "Stream": Stream,
             "graph": lambda graph, stream, **options: gpu.capturing(graph, stream.stream_id),
             "is_current_stream_capturing": lambda: gpu._capturing,
-            "current_stream": lambda device=None: Stream(stream_id=gpu._stream),
+            "current_stream": lambda device=None: Stream(stream_id=gpu.stream),
             "default_stream": lambda device=None: Stream(stream_id=0),
             "stream": lambda stream: nullcontext() if stream is None else gpu.on(stream.stream_id),
         }

@@ -1,5 +1,5 @@
-// A CUDA device for torch where there is none: devices, streams and events can be told apart, and waits are written
-// down. Nothing is behind them. torch asks its "device guard" for all of these, also in the autograd engine's threads.
+// A CUDA device for torch where there is none: devices, streams and events can be told apart, and waits that a capture
+// must not have are counted. Nothing is behind them. torch asks its "device guard" for all of these, also in the autograd engine's threads.
 //
 // For a CPU build of torch (CPU_BUILD 1) it also answers what the CUDA library would; a CUDA build has that library, and
 // needs preload.cpp in front of it. TORCH_MINOR: 11 for torch 2.11.
@@ -12,11 +12,13 @@
 
 namespace {
 
-thread_local int64_t current = 0;  // stream
-int64_t capturing = -1;            // stream, or -1
-std::mutex mutex;                  // of the two below: autograd has threads
-std::vector<int64_t> events(1, 0);                // event -> the stream it was recorded on; 0 is no event
-std::vector<std::pair<int64_t, int64_t>> waits;   // (waiting stream, stream waited for)
+thread_local int64_t current = 0;   // stream
+std::mutex mutex;                   // of the three below: autograd has threads
+int64_t capturing = -1;             // stream, or -1
+int strays = 0;                     // waits since the capture began, except of its stream for itself
+std::vector<int64_t> events(1, 0);  // event -> the stream it was recorded on; 0 is no event
+
+void wait(int64_t waiting, int64_t waited_for) { strays += waiting != capturing || waited_for != capturing; }
 
 c10::Device device() { return c10::Device(c10::DeviceType::CUDA, 0); }
 c10::Stream stream(int64_t id) { return c10::Stream(c10::Stream::UNSAFE, device(), id); }
@@ -47,7 +49,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void block(void* event, const c10::Stream& s) const override {
     std::lock_guard<std::mutex> lock(mutex);
-    waits.emplace_back(s.id(), events[reinterpret_cast<size_t>(event)]);
+    wait(s.id(), events[reinterpret_cast<size_t>(event)]);
   }
   bool queryEvent(void*) const override { return true; }
   void synchronizeEvent(void*) const override {}
@@ -85,16 +87,13 @@ REGISTER_CUDA_HOOKS(CUDAHooks)
 // What device.py calls.
 extern "C" void guard_set_stream(int64_t id) { current = id; }
 extern "C" int64_t guard_stream() { return current; }  // of the thread that asks
-extern "C" void guard_set_capturing(int64_t id) { capturing = id; }
 extern "C" void guard_wait(int64_t waiting, int64_t waited_for) {
   std::lock_guard<std::mutex> lock(mutex);
-  waits.emplace_back(waiting, waited_for);
+  wait(waiting, waited_for);
 }
-// The oldest wait that was not taken yet, into pair; 0 if there is none.
-extern "C" int guard_take_wait(int64_t* pair) {
+// Begin to capture the stream, or end it with -1. Returns the number of strays since the last call.
+extern "C" int guard_capture(int64_t id) {
   std::lock_guard<std::mutex> lock(mutex);
-  if (waits.empty()) return 0;
-  pair[0] = waits.front().first, pair[1] = waits.front().second;
-  waits.erase(waits.begin());
-  return 1;
+  capturing = id;
+  return std::exchange(strays, 0);
 }

@@ -35,7 +35,7 @@ def test_preparation_and_work_are_two_graphs_on_one_stream(gpu: Gpu) -> None:
     assert len(samples[""]) == 3
     assert len(gpu.captures) == 2
     assert len({capture.stream for capture in gpu.captures} - {0}) == 1
-    assert [capture.strays for capture in gpu.captures] == [[], []]
+    assert [capture.strays for capture in gpu.captures] == [0, 0]
     assert len({capture.replays for capture in gpu.captures}) == 1
     assert gpu.stream == 0
 

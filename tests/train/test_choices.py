@@ -18,16 +18,15 @@ from tests.model import flash_packages
 from tests.train.runs import logged, refusal, resume, run
 from train import choices
 from train.choices import MEASURED, Layer, cache_file, choose_attention, choose_mlp
-from train.config import TrainConfig
 from train.distributed import World
 from train.errors import UserError
-from train.settings import settings_of
 
 CPU = torch.device("cpu")
 LAYER = Layer(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8), 3, torch.float32, CPU)
 MLP = Layer(GPTConfig(block_size=20, vocab_size=9, n_layer=1, n_head=2, n_embd=16), 1, torch.float16, CPU)
 Way = tuple[int, int]  # the tiles of an MLP, forward and backward; 0: cuBLAS
 _, FIRST, SECOND = ways(torch.empty(0, dtype=MLP.dtype, device="cuda" if torch.cuda.is_available() else "cpu"))[0]
+FOUR = (3.0, 0.5, 1.25, 2.0)  # of flash, flash_attn, fa3, fa4; cudnn and efficient do not run on a CPU
 
 
 def changed(layer: Layer, **changes: Any) -> Layer:
@@ -36,62 +35,42 @@ def changed(layer: Layer, **changes: Any) -> Layer:
 
 
 @pytest.fixture(autouse=True)
-def as_on_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A CPU on which all is timed, by a clock that a test must set."""
+def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """A CPU on which all is timed. Sets the clock: what works take, one after the other; without any, nothing may be
+    timed."""
     flash_packages.install(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(choices, "TIMED", ("cpu",))
-    monkeypatch.setattr(choices, "milliseconds", None)
 
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets a clock: a function of the work, or what works take, one after the other. Without any, nothing is timed."""
-
-    def set(*times: float | Callable[[Timeable], float]) -> None:
+    def set(*times: float, look: Callable[[Timeable], Any] = lambda work: work()) -> None:
         shown = iter(times)
 
         def milliseconds(work: Timeable, device: torch.device) -> float:
-            if callable(times[0]):
-                return times[0](work)
-            work()
+            look(work)
             return next(shown)
 
         monkeypatch.setattr(choices, "milliseconds", milliseconds if times else None)
 
+    set()
     return set
 
 
-FOUR = (3.0, 0.5, 1.25, 2.0)  # of flash, flash_attn, fa3, fa4; cudnn and efficient do not run on a CPU
-
-
-@pytest.mark.parametrize(
-    ("dropout", "times", "listed"),
-    [
-        (0.0, FOUR, "flash_attn 0.50 ms, fa3 1.25 ms, fa4 2.00 ms, flash 3.00 ms"),
-        (0.2, (1.0,), "flash_attn 1.00 ms"),
-    ],
-)
-def test_auto_takes_the_fastest_that_runs_and_says_so(clock, dropout: float, times: tuple, listed: str) -> None:
-    clock(*times)
-    backend, said = choose_attention("auto", changed(LAYER, dropout=dropout), World())
-    assert backend == "flash_attn"
-    assert said == f"attention: flash_attn, fastest of {listed} a layer, forward and backward"
+def test_auto_takes_the_fastest_that_runs_and_says_so(clock) -> None:
+    clock(*FOUR)
+    said = "attention: flash_attn, fastest of flash_attn 0.50 ms, fa3 1.25 ms, fa4 2.00 ms, flash 3.00 ms a layer, "
+    assert choose_attention("auto", LAYER, World()) == ("flash_attn", said + "forward and backward")
     assert {(x.shape, x.dtype) for x in flash_packages.got} >= {((3, 8, 3, 2, 4), torch.float32)}
     assert len(flash_packages.dqkvs) > 0
 
 
-def test_where_none_runs_torch_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    flash_packages.remove(monkeypatch)
-    said = f"attention: torch's own choice; none of {', '.join(MEASURED)} runs here"
-    assert choose_attention("auto", changed(LAYER, dropout=0.2), World()) == ("auto", said)
-
-
-def test_off_cuda_and_where_there_is_one_way_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_off_cuda_or_where_there_is_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
     ragged = changed(MLP, n_embd=24)  # rows that do not begin at multiples of 16 elements
     for ops, layer in ((REFERENCE, MLP), (FUSED, MLP._replace(dtype=torch.float32)), (FUSED, ragged)):
         assert choose_mlp(ops, layer, World()) == (ops, "")
-    monkeypatch.undo()
+    flash_packages.remove(monkeypatch)
+    said = f"attention: torch's own choice; none of {', '.join(MEASURED)} runs here"
+    assert choose_attention("auto", changed(LAYER, dropout=0.2), World()) == ("auto", said)
+    monkeypatch.setattr(choices, "TIMED", ("cuda",))
     assert choose_attention("auto", LAYER, World()) == ("auto", "")
     assert choose_mlp(FUSED, MLP, World()) == (FUSED, "")
 
@@ -100,17 +79,17 @@ def test_off_cuda_and_where_there_is_one_way_nothing_is_measured(monkeypatch: py
 
 
 class Spied:
-    """The fused bundle, with the reference's MLP, which is quicker here. It records its arguments. `spoil` can change
-    the result of one way."""
+    """The fused bundle, with the reference's MLP, which is quicker here. It keeps its last tiles and arguments. `spoil`
+    changes the result of the way `wrong`."""
 
     def __init__(self, spoil: Callable[[Tensor], Tensor] | None = None, wrong: Way | None = None) -> None:
-        self.seen: list[dict[str, Any]] = []
-        self.spoil, self.wrong = spoil, wrong
+        self.way, self.spoil, self.wrong = None, spoil, wrong
+        self.rows: set[int] = set()
         self.ops = replace(FUSED, mlp=self.mlp)
 
     def mlp(self, *, forward_tiles: int = 0, backward_tiles: int = 0, **given: Any) -> Tensor:
-        self.way = (forward_tiles, backward_tiles)
-        self.seen.append(given)
+        self.way, self.given = (forward_tiles, backward_tiles), given
+        self.rows.add(len(given["x"]))
         y = REFERENCE.mlp(**given)
         return self.spoil(y) if self.way == self.wrong else y
 
@@ -120,49 +99,41 @@ class Spied:
         return self.way
 
 
-def test_the_mlp_is_the_fastest_in_each_direction_and_the_next_run_takes_the_same(clock) -> None:
-    """Measured is the MLP that the run computes; backward, the forward pass runs before the clock starts. The next run
-    does not measure. Neither choice overwrites the other's times."""
+def test_the_mlp_is_the_fastest_in_each_direction_and_the_next_run_takes_the_same(
+    clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured is the MLP that the run computes; backward, the forward pass runs before the clock starts. Only the
+    first rows are checked before. Neither choice overwrites the other's times."""
     clock(*FOUR)
-    attention = choose_attention("auto", LAYER, World())
-    spied, asked, times = Spied(), [], iter((3.0, 0.5, 1.25, 2.0, 4.0, 3.0))
+    attention, said = choose_attention("auto", LAYER, World())
+    spied, asked = Spied(), []
 
-    def look(work: Timeable) -> float:
-        spied.seen.clear()
+    def look(work: Timeable) -> None:
         backward = isinstance(work, choices.Staged)
         made = work.prepare() if backward else work()
-        (given,) = spied.seen
-        parts = [given[name].shape for name in ("x", "fc_weight", "fc_bias", "proj_weight", "proj_bias")]
-        assert parts == [(20, 16), (64, 16), (64,), (16, 64), (16,)]
-        leaves = [x for x in given.values() if isinstance(x, Tensor)]
-        assert all(x.requires_grad and x.dtype == torch.float16 for x in leaves)
-        assert (given["approximate"], made.shape, made.requires_grad) == ("erf", (20, 16), True)
+        assert [spied.given[name].shape for name in ("x", "fc_weight", "fc_bias")] == [(20, 16), (64, 16), (64,)]
         if backward:
+            leaves = [x for x in spied.given.values() if isinstance(x, Tensor)]
             assert [gradient.shape for gradient in work.work(made)] == [x.shape for x in leaves]
         asked.append((*spied.way, backward))
-        return next(times)
 
-    clock(look)
-    ops, said = choose_mlp(spied.ops, MLP, World())
+    monkeypatch.setattr(choices, "CHECKED", 7)
+    clock(3.0, 0.5, 1.25, 2.0, 4.0, 3.0, look=look)
+    ops, mlp_said = choose_mlp(spied.ops, MLP, World())
+    assert spied.rows == {7, 20}
     assert asked == [(0, 0, False), (1, 0, False), (2, 0, False), (0, 0, True), (0, 1, True), (0, 2, True)]
     assert spied.taken(ops) == (1, 0)
-    assert said == (
+    assert mlp_said == (
         f"mlp: forward {FIRST}, fastest of {FIRST} 0.500 ms, {SECOND} 1.250 ms, cuBLAS 3.000 ms a layer; "
         f"backward cuBLAS, fastest of cuBLAS 2.000 ms, {SECOND} 3.000 ms, {FIRST} 4.000 ms a layer"
     )
-    assert replace(ops, mlp=FUSED.mlp) == FUSED
     clock()
     ops, later = choose_mlp(spied.ops, MLP, World())
     assert spied.taken(ops) == (1, 0)
-    assert later == said.replace(" a layer", " a layer, as an earlier run measured")
-    again = (attention[0], f"{attention[1]}, as an earlier run measured")
-    assert choose_attention("auto", LAYER, World()) == again
+    assert later == mlp_said.replace(" a layer", " a layer, as an earlier run measured")
+    assert choose_attention("auto", LAYER, World()) == (attention, f"{said}, as an earlier run measured")
     other = choices.mlp_inputs(changed(MLP, bias=False, gelu="tanh"))
     assert [other[name] for name in ("fc_bias", "proj_bias", "approximate")] == [None, None, "tanh"]
-
-
-def last_element(y: Tensor) -> Tensor:
-    return torch.where((torch.arange(y.numel()) == y.numel() - 1).view(y.shape), torch.nan, y)
 
 
 def gradient(y: Tensor) -> Tensor:
@@ -174,40 +145,18 @@ def raises(y: Tensor) -> Tensor:
     raise RuntimeError("out of registers\nand so on")
 
 
-@pytest.mark.parametrize(
-    ("spoil", "direction", "wrong", "best", "reason"),
-    [
-        (last_element, "forward", (1, 0), (2, 1), "output 0: 1 of 320 elements off"),
-        (gradient, "backward", (0, 1), (1, 2), "d"),
-        (raises, "backward", (0, 1), (1, 2), "out of registers"),
-    ],
-)
-def test_what_is_wrong_is_neither_timed_nor_taken(
-    clock, spoil: Callable, direction: str, wrong: Way, best: Way, reason: str
-) -> None:
+@pytest.mark.parametrize(("spoil", "wrong"), [(raises, (1, 0)), (gradient, (0, 1))])
+def test_what_is_wrong_is_neither_timed_nor_taken(clock, spoil: Callable, wrong: Way) -> None:
     """Even if it would be the fastest."""
-    spied = Spied(spoil, wrong)
-
-    def look(work: Timeable) -> float:
-        work()
-        assert spied.way != wrong
-        return {0: 2.0, 1: 1.0, 2: 1.5}[sum(spied.way)]
-
-    clock(look)
+    spied, forward = Spied(spoil, wrong), spoil is raises
+    two, three = (3.0, 2.0), (3.0, 2.0, 1.0)  # of cuBLAS, the first tiles, which may be wrong, and the second
+    clock(*(two + three if forward else three + two))
     ops, said = choose_mlp(spied.ops, MLP, World())
-    assert spied.taken(ops) == best
-    assert (
-        f"{direction} {SECOND}, fastest of {SECOND} 1.500 ms, cuBLAS 2.000 ms a layer, "
-        f"without {FIRST}, which is wrong: {reason}"
-    ) in said
+    assert spied.taken(ops) == (2, 2)
+    listed = f"{'forward' if forward else 'backward'} {SECOND}, fastest of {SECOND} 2.000 ms, cuBLAS 3.000 ms a layer"
+    reason = "out of registers" if forward else "d"
+    assert f"{listed}, without {FIRST}, which is wrong: {reason}" in said
     assert "\n" not in said
-
-
-def test_the_first_rows_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "CHECKED", 7)
-    spied = Spied()
-    assert choices.what_is_wrong(spied.mlp, MLP) == ""
-    assert [given["x"].shape for given in spied.seen] == [(7, 16)]
 
 
 def test_every_rank_takes_rank_0s() -> None:
@@ -220,14 +169,14 @@ def test_every_rank_takes_rank_0s() -> None:
     world, spied = Second(1, 1, 2), Spied()
     assert choose_attention("auto", LAYER, world)[0] == "fa3"
     ops, _ = choose_mlp(spied.ops, MLP, world)
-    assert not spied.seen  # only rank 0 checks and measures
+    assert spied.way is None  # only rank 0 checks and measures
     assert spied.taken(ops) == (2, 1)
 
 
 # Times that are kept
 
 
-@pytest.mark.parametrize("change", ["shape", "device", "torch", "candidates", "{", "[]", '{"a": {"flash": []}}'])
+@pytest.mark.parametrize("change", ["shape", "device", "torch", "candidates", "{", '{"a": {"flash": []}}'])
 def test_times_of_something_else_and_a_damaged_file_are_not_taken(
     clock, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,35 +199,21 @@ def test_times_of_something_else_and_a_damaged_file_are_not_taken(
     assert "earlier" in choose_attention("auto", layer, World())[1]
 
 
-def test_where_times_are_kept(clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock(*FOUR)
-    choose_attention("auto", LAYER, World())
-    assert list((tmp_path / "cache").rglob("*.*")) == [cache_file()] == [tmp_path / "cache" / "nanofuse" / "times.json"]
+def test_where_times_are_kept_and_that_none_are_where_they_cannot_be(
+    clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cache_file() == tmp_path / "cache" / "nanofuse" / "times.json"
+    cache_file().mkdir(parents=True)
+    for _ in range(2):
+        clock(*FOUR)
+        assert "earlier" not in choose_attention("auto", LAYER, World())[1]
+    assert [path.name for path in (tmp_path / "cache").rglob("*")] == ["nanofuse", "times.json"]
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert cache_file() == Path("/home/somebody/.cache/nanofuse/times.json")
 
 
-@pytest.mark.parametrize("cache", ["is a folder", "has no home"])
-def test_where_times_cannot_be_kept_they_are_measured_each_time(
-    clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    if cache == "is a folder":
-        cache_file().mkdir(parents=True)
-    else:
-        monkeypatch.setenv("XDG_CACHE_HOME", "")
-        monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    before = sorted(tmp_path.rglob("*"))
-    for _ in range(2):
-        clock(*FOUR)
-        backend, said = choose_attention("auto", LAYER, World())
-        assert backend == "flash_attn"
-        assert "earlier" not in said
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-# A name
+# A name, and runs
 
 
 @pytest.mark.parametrize(
@@ -286,11 +221,9 @@ def test_where_times_cannot_be_kept_they_are_measured_each_time(
     [
         ("cudnn", 0.0, "No viable backend for scaled_dot_product_attention was found"),
         ("flash", 0.2, "do not support non-zero dropout"),
-        ("fa3", 0.2, "attention: fa3 has no dropout, got 0.2"),
     ],
 )
 def test_a_name_that_cannot_run(name: str, dropout: float, reason: str) -> None:
-    assert settings_of(TrainConfig)["attention"].metadata["choices"] == BACKENDS
     with pytest.raises(UserError) as caught:
         choose_attention(name, changed(LAYER, dropout=dropout), World())
     message = str(caught.value)
@@ -300,41 +233,32 @@ def test_a_name_that_cannot_run(name: str, dropout: float, reason: str) -> None:
     assert "\n" not in message
 
 
-# Runs
-
-
-def test_a_run_learns_the_same_by_another_and_chooses_again_when_resumed(
+def test_a_run_computes_with_what_was_chosen_and_chooses_again_when_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And learns the same by another attention."""
+    rows = set()
+
+    def chosen(ops: Ops, layer: Layer, world: World) -> tuple[Ops, str]:
+        def mlp(x: Tensor, *given: Any) -> Tensor:
+            rows.add(x.shape[:-1].numel())
+            return ops.mlp(x, *given)
+
+        return replace(ops, mlp=mlp), "mlp: chosen"
+
     monkeypatch.setattr(choices, "TIMED", ())
     settings = dict(dropout=0.0, max_iters=2)
     run(tmp_path / "auto", **settings)
     said = capsys.readouterr().out
     assert "\nattention:" not in said
     assert "\nmlp:" not in said
+    monkeypatch.setattr("train.plan.choose_mlp", chosen)
     run(tmp_path / "fa3", **settings, attention="fa3")
-    assert "\nattention: fa3, as set\n" in capsys.readouterr().out
+    assert "\nattention: fa3, as set\nmlp: chosen\n" in capsys.readouterr().out
+    assert 32 in rows
     assert {x.size(0) for x in flash_packages.got} > {1}  # the trial uses another batch size
     one, other = ({n: record["loss"] for n, record in logged(tmp_path / name).items()} for name in ("auto", "fa3"))
     assert other == pytest.approx(one, rel=1e-4)
     flash_packages.remove(monkeypatch)
     assert "flash_attn_interface" in refusal(resume, tmp_path / "fa3")
     assert resume(tmp_path / "fa3", attention="auto", max_iters=3) == 0
-
-
-def test_a_run_computes_with_the_mlp_that_was_chosen(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = []
-
-    def chosen(ops: Ops, layer: Layer, world: World) -> tuple[Ops, str]:
-        def mlp(x: Tensor, *given: Any) -> Tensor:
-            rows.append(x.shape[:-1].numel())
-            return ops.mlp(x, *given)
-
-        return replace(ops, mlp=mlp), f"mlp: chosen for {layer.batch_size} x {layer.config.block_size} rows"
-
-    monkeypatch.setattr("train.plan.choose_mlp", chosen)
-    run(tmp_path / "out", eval_only=True, attention="math", batch_size=4, block_size=16)
-    assert "\nmlp: chosen for 4 x 16 rows\n" in capsys.readouterr().out
-    assert 64 in rows

@@ -68,24 +68,18 @@ def test_what_a_step_holds(ops: Ops, dtype: torch.dtype, vocab_size: int, dropou
         assert -8192 <= unseen <= 8192 + scratch(job)
 
 
-@on_a_cpu
-def test_the_state() -> None:
-    """Bytes a parameter: weight 4, copy 2, moments 8, gradient 2, or 4 if several are summed. All widths are multiples
-    of 64, so there is no padding."""
-    shape = GPTConfig(block_size=64, vocab_size=512, n_layer=2, n_head=4, n_embd=64, bias=False, dropout=0.0)
-    n = 512 * 64 + 64 * 64 + 2 * (12 * 64 * 64 + 2 * 64) + 64
-    once, summed = (dry_run(Job(shape, 1, REFERENCE, several=several, on="cpu")).memory for several in (False, True))
-    assert [once[name] for name in ("weights", "copies", "moments", "gradients")] == [4 * n, 2 * n, 8 * n, 2 * n]
-    assert summed["gradients"] == 4 * n
-
-
 @pytest.fixture(scope="module")
 def large() -> DryRun:
     return dry_run(LARGE)
 
 
 def test_memory_on_a_gpu_by_hand(large: DryRun) -> None:
-    """Kept per block and token: 32 bytes per channel (16 of 2), 16 of statistics, 4 per head."""
+    """Bytes a parameter: weight 4, copy 2, moments 8; 2 more for the gradient if several are summed. Kept per block and
+    token: 32 bytes per channel (16 of 2), 16 of statistics, 4 per head."""
+    n = (V + T + 12 * C * L + 2 * L + 1) * C
+    assert [large.memory[name] for name in ("weights", "copies", "moments")] == [4 * n, 2 * n, 8 * n]
+    assert dry_run(replace(LARGE, several=True)).memory["gradients"] - large.memory["gradients"] == 2 * n
+    assert large.memory["data"] == pytest.approx(48 * M, rel=1e-3)  # tokens and targets of three micro-steps
     kept = L * (32 * M * C + 16 * M + 4 * M * H) + (2 + 2) * M * C + 8 * M
     assert large.memory["logits"] == 2 * M * V
     assert large.memory["activations"] == pytest.approx(kept, rel=1e-3)

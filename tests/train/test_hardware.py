@@ -8,24 +8,28 @@ import pytest
 import torch
 
 from train import hardware
+from train.config import TrainConfig
 from train.errors import UserError
 from train.hardware import (
+    CARDS,
     DATA_SHEETS,
     Peak,
+    data_sheet,
     measure_bandwidth,
-    measure_ceilings,
+    measure_flops,
     peak_flops,
     resolve_device,
     resolve_dtype,
     resolve_stream,
 )
+from train.settings import settings_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Make torch see one CUDA device with this name and compute capability."""
+    """Make torch see CUDA devices with this name and compute capability."""
 
     def pretend(name="NVIDIA H100 80GB HBM3", capability=(9, 0), count=1):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
@@ -44,6 +48,8 @@ def test_every_data_sheet_is_plausible():
         assert 200 < sheet.bandwidth < 10_000, sheet
         assert 1.9 < sheet.bf16 / sheet.tf32 < 2.1, sheet
         assert 20 < sheet.bf16 * 1000 / sheet.bandwidth < 450, sheet  # FLOPs per byte
+    assert {"", "auto", *CARDS} == set(settings_of(TrainConfig)["rehearse"].metadata["choices"])
+    assert all(data_sheet(card.name) for card in CARDS.values())
 
 
 def test_the_peak_is_the_data_sheets_and_is_measured_where_the_table_lacks_the_device(cuda, monkeypatch):
@@ -55,9 +61,8 @@ def test_the_peak_is_the_data_sheets_and_is_measured_where_the_table_lacks_the_d
     ):
         assert peak_flops(CUDA, dtype) == Peak(tflops * 1e12, f"NVIDIA H100 data sheet, SXM, dense {column}")
     monkeypatch.setattr(hardware, "measure_flops", lambda device, dtype: 5e12)
-    for name in ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100"):  # SXM or PCIe: it does not say
-        cuda(name)
-        assert peak_flops(CUDA, torch.bfloat16) == Peak(5e12, f"measured bfloat16 matmul peak of {name}")
+    cuda("NVIDIA A100-SXM4-40GB MIG 1g.5gb")
+    assert peak_flops(CUDA, torch.bfloat16).source.endswith("bfloat16 matmul peak of NVIDIA A100-SXM4-40GB MIG 1g.5gb")
 
 
 def test_a_run_on_cuda_takes_tf32_so_that_inductor_can_still_ask(cuda):
@@ -66,42 +71,32 @@ def test_a_run_on_cuda_takes_tf32_so_that_inductor_can_still_ask(cuda):
     try:
         hardware.use_device(CUDA)
         assert torch.get_float32_matmul_precision() == "high"
-        assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def test_ceilings_are_what_computers_have(monkeypatch):
-    """A copy counts what is read and what is written: with a clock on which every copy takes two seconds."""
-    ceilings = measure_ceilings(CPU, torch.float32)
-    assert 1e8 < ceilings.flops < 1e15
-    assert 1e8 < ceilings.bandwidth < 1e13
+def test_what_is_measured_by_a_clock_on_which_everything_takes_two_seconds(monkeypatch):
+    """The best of three matmuls. A copy counts what is read and what is written."""
     seconds = iter(range(0, 10**6, 2))
     monkeypatch.setattr("train.hardware.time.perf_counter", lambda: next(seconds))
+    assert measure_flops(CPU, torch.float32, budget=20) == 2 * 1024**3 / 2
     assert measure_bandwidth(CPU, budget=20, size=4096) == 2 * 4096 / 2
 
 
 @pytest.mark.parametrize(
     ("gpus", "mac", "named", "refused", "expected"),
     [
-        (0, False, {"auto": "cpu", "cpu": "cpu"}, ("cuda", "mps", ""), "auto, cpu$"),
-        (
-            2,
-            False,
-            {"auto": "cuda:0", "cuda": "cuda:0", "cuda:1": "cuda:1", "cpu": "cpu"},
-            ("cuda:2",),
-            ".*cuda:1, cpu",
-        ),
-        (0, True, {"auto": "mps", "mps": "mps"}, ("cuda",), "auto, mps, cpu"),
+        (0, False, {"auto": "cpu", "cpu": "cpu"}, "cuda", "auto, cpu$"),
+        (2, False, {"auto": "cuda:0", "cuda": "cuda:0", "cuda:1": "cuda:1", "cpu": "cpu"}, "cuda:2", ".*cuda:1, cpu"),
+        (0, True, {"auto": "mps", "mps": "mps"}, "cuda", "auto, mps, cpu"),
     ],
 )
 def test_devices(cuda, monkeypatch, gpus, mac, named, refused, expected):
     cuda(count=gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mac)
     assert {name: str(resolve_device(name)) for name in named} == named
-    for name in refused:
-        with pytest.raises(UserError, match=f"device: got '{name}', expected one of: {expected}"):
-            resolve_device(name)
+    with pytest.raises(UserError, match=f"device: got '{refused}', expected one of: {expected}"):
+        resolve_device(refused)
 
 
 @pytest.mark.parametrize(
@@ -120,25 +115,20 @@ def test_dtypes(cuda, monkeypatch, device, fast, offered, refused):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     names = offered.split(", ")
-    for name in names:
-        assert str(resolve_dtype(name, torch.device(device))) == f"torch.{name}"
-    assert str(resolve_dtype("auto", torch.device(device))) == f"torch.{names[0]}"
+    for name in ("auto", *names):
+        assert str(resolve_dtype(name, torch.device(device))) == f"torch.{names[0] if name == 'auto' else name}"
     with pytest.raises(UserError, match=f"dtype: got '{refused}', expected one of: auto, {offered}"):
         resolve_dtype(refused, torch.device(device))
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "device", "expected"),
-    [
+def test_the_residual_streams_dtype() -> None:
+    for name, dtype, device, expected in (
         ("auto", torch.bfloat16, "cuda", torch.bfloat16),
         ("auto", torch.float16, "cuda", torch.float32),  # whose range a stream may leave
         ("auto", torch.bfloat16, "cpu", torch.float32),
         ("float32", torch.bfloat16, "cuda", torch.float32),
-        ("bfloat16", torch.float32, "cpu", torch.bfloat16),
-    ],
-)
-def test_the_residual_streams_dtype(name: str, dtype: torch.dtype, device: str, expected: torch.dtype) -> None:
-    assert resolve_stream(name, dtype, device) == expected
+    ):
+        assert resolve_stream(name, dtype, device) == expected
 
 
 FAULTS = """

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -18,10 +17,11 @@ from train.dryrun import Job, dry_run
 from train.errors import UserError
 from train.memory import advice, check_memory, free_memory
 
-WIDE = Job(GPTConfig(1024, 320, n_layer=2, n_head=2, n_embd=128), 8, FUSED, accumulation=5, several=True)
+WIDE = Job(GPTConfig(1024, 320, n_layer=2, n_head=2, n_embd=128), 6, FUSED, accumulation=5, several=True)
 ALONE = dataclasses.replace(WIDE, accumulation=1, several=False)
 LARGE = Job(GPTConfig(64, 320, n_layer=2, n_head=8, n_embd=512), 4, FUSED, several=True)  # a large state
-JOB = dict(batch_size=8, block_size=64, n_embd=64)
+
+kept = functools.cache(dry_run)  # on shapes, the same job gives the same numbers; each takes half a second
 
 
 def test_what_is_free(tmp_path: Path) -> None:
@@ -34,52 +34,39 @@ def test_what_is_free(tmp_path: Path) -> None:
     assert free_memory(torch.device("mps"), meminfo) is None
 
 
-kept = functools.cache(dry_run)  # on shapes, the same job gives the same numbers; each takes half a second
-
-
-@pytest.fixture(autouse=True)
-def no_job_is_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "dry_run", kept)
-
-
 @pytest.mark.parametrize(
     ("job", "changes", "ranks", "text"),
     [
         (WIDE, dict(loss_chunk=4096), 1, "--loss_chunk=4096 fits"),
         (WIDE, dict(recompute="mlp"), 8, "--recompute=mlp fits"),  # the state is not the problem
-        (WIDE, dict(recompute="block"), 1, "--recompute=block fits"),
-        (WIDE, dict(batch_size=4, accumulation=10), 2, "--batch_size=4 --gradient_accumulation_steps=20 fits"),
+        (WIDE, dict(batch_size=1, accumulation=30), 2, "--batch_size=1 --gradient_accumulation_steps=60 fits"),
         (
             ALONE,
-            dict(batch_size=4, accumulation=2, several=True),
+            dict(batch_size=3, accumulation=2, several=True),
             1,
-            "--batch_size=4 --gradient_accumulation_steps=2 fits",
+            "--batch_size=3 --gradient_accumulation_steps=2 fits",
         ),
         (LARGE, dict(shards=8), 8, "--shard=True fits"),
         (LARGE, dict(shards=8, recompute="mlp"), 8, "--shard=True --recompute=mlp fits"),
         (LARGE, dict(shards=8), 1, "not even --batch_size=1 --recompute=block fits"),
     ],
 )
-def test_the_cheapest_change_that_fits(job: Job, changes: dict, ranks: int, text: str) -> None:
+def test_the_cheapest_change_that_fits(
+    job: Job, changes: dict, ranks: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The room is what the step takes with these changes. The message gives the accumulation of all ranks."""
+    monkeypatch.setattr(memory, "dry_run", kept)
     assert advice(job, kept(dataclasses.replace(job, **changes)).total, ranks) == text
-
-
-def test_advice_for_an_absurd_size_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    dry = mock.Mock(side_effect=lambda job: mock.Mock(total=job.batch_size, memory={"logits": 0}))
-    monkeypatch.setattr(memory, "dry_run", dry)
-    text = advice(dataclasses.replace(WIDE, batch_size=2**26 * 3), 10, 1)
-    assert text == "--batch_size=8 --gradient_accumulation_steps=125829120 fits"
-    assert dry.call_count < 20
 
 
 def test_a_run_that_does_not_fit_takes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    settings = dict(batch_size=8, block_size=64, n_embd=64)
     monkeypatch.setattr(plan, "free_memory", lambda device: 2_000_000)
     with monkeypatch.context() as patch:
         patch.setattr(command, "make_state", None)  # nothing is built
-        message = refusal(run, tmp_path / "out", **JOB)
+        message = refusal(run, tmp_path / "out", **settings)
     found = re.fullmatch(
         r"memory: got a step of (\S+) MB \(weights .*\), expected at most (\S+) MB, what cpu has free; (--.*) fits",
         message,
@@ -88,10 +75,16 @@ def test_a_run_that_does_not_fit_takes_nothing(
     assert float(found[1]) > float(found[2])
     assert not (tmp_path / "out").exists()
     changed = dict(setting[2:].split("=") for setting in found[3].split())
-    capsys.readouterr()
-    assert run(tmp_path / "out", **JOB | changed, max_iters=0) == 0
+    assert run(tmp_path / "out", **settings | changed, max_iters=0) == 0
     line = r"^memory: \d+\.\d MB estimated: \w+ \d+\.\d(?:, \w+ \d+\.\d)+; cpu has \d+\.\d MB free$"
     assert len(re.findall(line, capsys.readouterr().out, re.MULTILINE)) == 1
+    # an evaluation alone needs no room to train
+    monkeypatch.setattr(plan, "free_memory", lambda device: 0)
+    monkeypatch.setattr(torch, "compile", None)
+    assert run(tmp_path / "out", eval_only=True, compile=True) == 0
+    out = capsys.readouterr().out
+    assert "memory:" not in out
+    assert "compiling" not in out
 
 
 def test_on_a_cpu_the_weights_of_a_checkpoint_are_there_already() -> None:
@@ -102,15 +95,3 @@ def test_on_a_cpu_the_weights_of_a_checkpoint_are_there_already() -> None:
         assert check_memory(step, "cpu", least, ranks=1)
         with pytest.raises(UserError, match="memory: got a step of"):
             check_memory(step, "cpu", least - 1, ranks=1)
-
-
-def test_an_evaluation_alone_needs_no_room_to_train(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(plan, "free_memory", lambda device: 0)
-    monkeypatch.setattr(torch, "compile", None)
-    assert run(tmp_path / "out", eval_only=True, compile=True) == 0
-    out = capsys.readouterr().out
-    assert "memory:" not in out
-    assert "compiling" not in out
-    assert "step 0: train loss" in out

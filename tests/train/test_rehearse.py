@@ -11,8 +11,6 @@ import pytest
 import train.__main__ as command
 from tests.train.jobs import ROOT, make_data
 from tests.train.runs import refusal
-from train.hardware import CARDS, data_sheet
-from train.settings import settings_of
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=64", "--block_size=64", "--batch_size=4", "--dataset=mine"]
 
@@ -35,33 +33,34 @@ def rehearse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     return go
 
 
-def test_gpt2_on_an_h100(rehearse) -> None:
+GPT2 = """
+data: data/openwebtext is not prepared yet: python -m train.prepare openwebtext makes it; its vocabulary is taken to be 50,304
+number of parameters: 123.59M; tokens per iteration: 491,520
+memory: 7.3 GB estimated: weights 0.5, copies 0.2, moments 1.0, gradients 0.5, activations 3.7, logits 1.2, workspace 0.1; NVIDIA H100 80GB HBM3 has 84.5 GB free
+measured on the card when the run starts: attention, the MLP's matmuls; counted here: torch's own and cuBLAS
+launches: 268 a micro-step, 4 an update
+bytes: 31.4 GB a micro-step, 3.2 GB an update, 1257.3 GB a step; 5 launches of a micro-step move less than 2 MB; counted without torch.compile
+peak: 989 TFLOP/s, 3,350 GB/s: NVIDIA H100 data sheet, SXM, dense bf16
+floor: 542.33 ms/iter, mfu 78.3%: every part at the card's peaks
+expected: 729.1 to 970.3 ms/iter, mfu 44% to 58%, 506,552 to 674,149 tokens/s: an estimate, nothing was measured
+"""  # noqa: E501, as the README shows it
+
+
+def test_gpt2_on_an_h100(rehearse, monkeypatch: pytest.MonkeyPatch) -> None:
     said = rehearse("gpt2", "--compile", "--rehearse=h100")
-    assert "data/openwebtext is not prepared yet" in said
-    assert "vocabulary is taken to be 50,304" in said
-    assert re.search(r"^launches: \d+ a micro-step, \d+ an update$", said, re.MULTILINE)
-    assert re.search(r"^memory: \d+\.\d GB estimated: weights 0\.5.*has 84\.5 GB free$", said, re.MULTILINE)
-    floor, best, worst = map(
-        float, re.search(r"floor: ([\d.]+) ms(?s:.)*expected: ([\d.]+) to ([\d.]+) ms", said).groups()
-    )
-    assert floor < best < worst
-    assert "an estimate, nothing was measured" in said
-    assert "\nmeasured on the card when the run starts: attention, the MLP's matmuls; counted here: torch's own" in said
-    assert said.splitlines()[-1].startswith("it would run")
-
-
-def test_every_card_that_the_setting_names_is_known() -> None:
-    assert {"", "auto", *CARDS} == set(settings_of(command.TrainConfig)["rehearse"].metadata["choices"])
-    for card in CARDS.values():
-        assert data_sheet(card.name), card
+    assert GPT2 in said
+    assert said.splitlines()[-1] == "it would run: 77.2 GB of memory would be left"
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "8" if name == "WORLD_SIZE" else "0")
+    said = rehearse("gpt2", "--rehearse=h100")  # a rank has 5 of 40 micro-steps
+    assert "3.2 GB an update, 160.0 GB a step" in said
+    assert "nothing was measured, communication not counted" in said
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--rehearse=h300"], "expected auto | a100 | h100"),
         (["--block_size=100000"], "block_size=100000"),
-        (["--n_embd=63"], "n_embd"),
         (["--attention=cudnn", "--dropout=0.2"], "(with dropout=0.2): cudnn "),
         (["--out_dir=/dev/null/x"], "out_dir"),
         (["--kernels=reference", "--loss_chunk=64"], "loss_chunk"),
