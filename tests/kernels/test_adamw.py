@@ -31,27 +31,18 @@ def after(function, arguments: dict) -> dict[str, Tensor]:
 
 @implementations
 @pytest.mark.parametrize(
-    ("betas", "updates", "dtype"),
-    [
-        ((0.0, 0.5), 0, torch.float32),
-        ((0.9, 0.999), 0, torch.int64),
-        ((0.9, 0.999), 20, torch.float32),
-        ((0.9999, 0.95), 1, torch.float32),
-        ((0.8, 0.999999), 999_999, torch.float32),
-        ((0.8, 0.999999), 2**24 + 1, torch.int64),  # past what float32 counts, which is the reference's limit
-    ],
+    ("betas", "updates"), [((0.0, 0.5), 0), ((0.9, 0.999), 20), ((0.9999, 0.95), 1), ((0.8, 0.999999), 999_999)]
 )
-def test_bias_corrections_to_millions_of_steps(function, betas, updates, dtype, device, nan_filled: None) -> None:
+def test_bias_corrections_to_millions_of_steps(function, betas, updates, device, nan_filled: None) -> None:
     """From nothing, with a gradient of 1, the update is made of the two corrections alone."""
     state = {name: torch.zeros(1, device=device) for name in ("param", "exp_avg", "exp_avg_sq")}
-    grad, lr, step = torch.ones(1, device=device), torch.ones((), device=device), torch.tensor(updates, device=device)
-    step = step.to(dtype)
+    grad, lr = torch.ones(1, device=device), torch.ones((), device=device)
+    step = torch.tensor(float(updates), device=device)
     plain = dict(n_decay=1, eps=0.0, weight_decay=0.0, max_norm=0.0, inv_scale=None, compute=None)
     function(**state, grad=grad, lr=lr, step=step, betas=betas, **plain)
     m, v = ((1 - beta) / -math.expm1((updates + 1) * math.log(beta)) if beta else 1.0 for beta in betas)
     assert state["param"].item() == pytest.approx(-m / math.sqrt(v), rel=4 * EPS)
-    if function is adamw or updates < 2**24:
-        assert step.item() == updates + 1
+    assert step.item() == updates + 1
 
 
 def test_a_constant_gradient_keeps_its_moments(device: torch.device) -> None:
@@ -106,7 +97,7 @@ def test_views_at_any_offset_are_updated_in_place_and_their_neighbours_left_alon
     ],
 )
 def test_nothing_changes_where_the_norm_is_no_number(function, value, inv_scale, max_norm, device) -> None:
-    arguments = made(1030, device, max_norm=max_norm, step=torch.tensor(7, device=device))
+    arguments = made(1030, device, max_norm=max_norm, step=torch.tensor(7.0, device=device))
     copy = arguments["param"].to(torch.float16)  # the reference writes it once more, the kernel writes nothing
     arguments["compute"] = torch.full_like(copy, 3.0) if function is adamw else copy
     arguments["grad"][1029] = value

@@ -1,6 +1,5 @@
 """What no kernel takes is refused by its name, with what came and what was expected."""
 
-import math
 import re
 from typing import Any
 
@@ -41,7 +40,6 @@ BAD = {
     ],
     FUSED.mlp: [
         ("approximate", "none", "got 'none', expected 'erf' or 'tanh'"),
-        ("forward_tiles", 99, "got 99, expected 0 (cuBLAS) to"),
         ("x", torch.zeros(3, 0), "got shape (3, 0), expected (3, K > 0)"),
         ("fc_weight", torch.zeros(0, 8), "got shape (0, 8), expected (N > 0, 8)"),
         ("fc_bias", torch.zeros(16).half(), "got torch.float16, expected torch.float32"),
@@ -70,11 +68,7 @@ BAD = {
         ("exp_avg", torch.zeros(12)[::2], "got stride 2, expected a contiguous buffer"),
         ("compute", torch.zeros(6), "got torch.float32, expected torch.bfloat16 or torch.float16"),
         ("lr", torch.zeros(1), "got shape (1,), expected ()"),
-        ("step", torch.zeros((), dtype=torch.int32), "got torch.int32, expected torch.float32 or torch.int64"),
-        ("n_decay", 7, "got 7, expected 0 to 6"),
-        ("betas", (0.9, 1.0), "got [0.9, 1.0], expected two numbers of 0 or more and less than 1"),
-        ("weight_decay", math.nan, "got nan, expected 0 or more"),
-        ("max_norm", -1.0, "got -1.0, expected 0 or more"),
+        ("step", torch.zeros((), dtype=torch.int32), "got torch.int32, expected torch.float32"),
     ],
 }  # fmt: skip
 
