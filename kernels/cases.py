@@ -18,6 +18,7 @@ from kernels.launch import FLOATS
 
 Shape = tuple[int, ...]
 Inputs = Callable[[Shape, torch.dtype, torch.device], dict[str, Any]]
+GPT = ((32 * 1024, 768), (64 * 256, 384), (8 * 1024, 1600))  # rows, channels: GPT-2 124M, shakespeare_char, GPT-2 XL
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _layer_norm(name: str, *, bias: bool, add: bool, first: bool = False, wide: 
             (130, 24),  # every backward program takes several tiles of rows, the last one ragged
             (5, 2100),  # more warps
         ),
-        gpt_shapes=((32 * 1024, 768), (64 * 256, 384), (8 * 1024, 1600)),
+        gpt_shapes=GPT,
         cpu_shapes=((4096, 384),) if bias and not wide else (),
         forward_bytes=lambda M, C, b: least.layer_norm_forward(
             M, C, b, 4 if wide else b, bias=bias, add=add and not first
@@ -141,7 +142,7 @@ def _gelu(approximate: str) -> Case:
             (8, 256),  # one whole tile
             (150, 300),  # two columns of tiles; every backward program takes several tiles, the last one ragged
         ),
-        gpt_shapes=((32 * 1024, 4 * 768), (64 * 256, 4 * 384), (8 * 1024, 4 * 1600)),
+        gpt_shapes=tuple((M, 4 * C) for M, C in GPT),
         cpu_shapes=((1024, 4 * 384),),
         forward_bytes=least.gelu_forward,
         backward_bytes=least.gelu_backward,
@@ -179,12 +180,7 @@ def _mlp(approximate: str, *, tiles: int) -> Case:
             (37, 37, 53),  # nothing fills its tile; three tiles for each program
             (130, 16, 48),  # more rows of tiles than are taken together
         ),
-        gpt_shapes=(
-            (32 * 1024, 768, 4 * 768),
-            (64 * 256, 384, 4 * 384),
-            (16 * 1024, 1024, 4 * 1024),
-            (8 * 1024, 1600, 4 * 1600),
-        ),
+        gpt_shapes=tuple((M, C, 4 * C) for M, C in GPT),
         dtypes=FLOATS if tiles < 2 else FLOATS[1:],
         cpu_shapes=() if tiles else ((1024, 384, 4 * 384),),
         # of cuBLAS's way what GELU moves: the products are not ours
