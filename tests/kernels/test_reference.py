@@ -1,7 +1,9 @@
 """The definitions themselves: precision and dropout. Their values in float64: tests/model/test_gpt_values.py."""
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +31,13 @@ def test_dropout_keeps_the_mean_and_its_gradient_has_its_mask(p: float, dtype: t
     share = round(p * 2**16) / 2**16 if p < 1 - 2**-16 else 1 - 2**-16
     assert torch.equal(y[y != 0], (x * (1 / (1 - share))).detach()[y != 0])
     assert abs((y == 0).double().mean() - share) < 5 * math.sqrt(share * (1 - share) / y.numel())
+
+
+@pytest.mark.parametrize("p", [2**-16, 0.1, 1 - 2**-16])
+def test_of_all_values_of_16_bits_a_share_p_drops(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(np.uint64)
+    monkeypatch.setattr(np.random, "SFC64", lambda seed: SimpleNamespace(random_raw=lambda n: every))
+    assert (reference.dropout(torch.ones(2**16), p) == 0).sum() == round(p * 2**16)
 
 
 def test_dropout_of_0_takes_nothing_from_the_generator() -> None:
