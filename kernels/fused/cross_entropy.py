@@ -4,8 +4,8 @@
     dx_j = (exp(x_j - lse) - [j = target]) / (rows that count)
 
 The first pass over a row finds its maximum, its sum and its target's logit. A second pass, where the gradient is
-wanted, writes it, and reads the row out of the caches. The backward pass of logits at hand makes both passes again:
-nothing but the count is saved for it.
+wanted, writes it, and reads the row out of the caches. The backward pass of `cross_entropy` makes both passes again:
+besides logits and targets only the number of rows that count is saved for it.
 
 A row's tile is (LANES, WIDTH). WIDTH neighbours are one 16-byte access of one thread. Every lane keeps its own running
 maximum and sum (Milakov and Gimelshein 2018, arXiv:1805.02867), and lanes meet once, at the end of the row. So a block
