@@ -45,6 +45,14 @@ def test_bias_corrections_to_millions_of_steps(function, betas, updates, device,
     assert step.item() == updates + 1
 
 
+def test_a_constant_gradient_keeps_its_moments(device: torch.device) -> None:
+    """A float32 beta2 of 0.999 would lead them to 1.000013 times their value."""
+    grad = torch.tensor([3.0, -0.3, 1e-4], device=device)
+    got = after(adamw, made(3, device, grad=grad, exp_avg=grad, exp_avg_sq=grad * grad, betas=(0.9, 0.999)))
+    assert torch.equal(got["exp_avg"], grad)
+    assert torch.equal(got["exp_avg_sq"], grad * grad)
+
+
 @pytest.mark.parametrize(
     ("n", "grad", "compute", "inv_scale", "max_norm"),
     [
