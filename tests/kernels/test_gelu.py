@@ -26,6 +26,18 @@ def test_everywhere_as_near_to_the_truth_in_float32_as_torch(approximate: str, d
         assert (error <= allowed).all(), f"{name}: units of x are off by {error.tolist()}, torch by {torchs.tolist()}"
 
 
+@pytest.mark.parametrize(("approximate", "tolerance"), [("erf", 2e-5), ("tanh", 2e-4)])
+def test_the_left_tail_keeps_its_digits(approximate: str, tolerance: float, device: torch.device) -> None:
+    """1 + erf(x / sqrt(2)) has none left at -6, nor has 1 + tanh: the truth is written out."""
+    x = torch.linspace(-6.0, -2.0, 4001, device=device)
+    wide = x.double()
+    if approximate == "erf":
+        exact = 0.5 * wide * torch.erfc(-wide / math.sqrt(2))
+    else:
+        exact = wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))
+    assert ((gelu(x, approximate).double() - exact) / exact).abs().max() < tolerance
+
+
 @forms
 def test_far_out_it_is_its_limit_and_a_nan_stays_one(approximate: str, device: torch.device) -> None:
     large = torch.tensor([16.0, 100.0, 1e5, 1e13, 1e30, 3.4e38, math.inf, math.nan], device=device)
