@@ -18,6 +18,7 @@ from kernels.launch import FLOATS
 
 Shape = tuple[int, ...]
 Inputs = Callable[[Shape, torch.dtype, torch.device], dict[str, Any]]
+GPT = ((32 * 1024, 768), (64 * 256, 384), (8 * 1024, 1600))  # rows, channels: GPT-2 124M, shakespeare_char, GPT-2 XL
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,6 @@ def _layer_norm(name: str, *, bias: bool, add: bool, first: bool = False, wide: 
         inputs["bias"] = randn(C, dtype=torch.float32) if bias else None
         return {**inputs, "dtype": dtype}
 
-    def forward_bytes(M: int, C: int, b: int) -> int:
-        return least.layer_norm_forward(M, C, b, 4 if wide else b, bias=bias, add=add and not first)
-
-    def backward_bytes(M: int, C: int, b: int) -> int:
-        return least.layer_norm_backward(M, C, b, 4 if wide else b, bias=bias, add=add)
-
     return Case(
         name=name,
         fused=add_layer_norm if add else layer_norm,
@@ -89,10 +84,12 @@ def _layer_norm(name: str, *, bias: bool, add: bool, first: bool = False, wide: 
             (130, 24),  # every backward program takes several tiles of rows, the last one ragged
             (5, 2100),  # more warps
         ),
-        gpt_shapes=((32 * 1024, 768), (64 * 256, 384), (8 * 1024, 1600)),
+        gpt_shapes=GPT,
         cpu_shapes=((4096, 384),) if bias and not wide else (),
-        forward_bytes=forward_bytes,
-        backward_bytes=backward_bytes,
+        forward_bytes=lambda M, C, b: least.layer_norm_forward(
+            M, C, b, 4 if wide else b, bias=bias, add=add and not first
+        ),
+        backward_bytes=lambda M, C, b: least.layer_norm_backward(M, C, b, 4 if wide else b, bias=bias, add=add),
         again=1.5 if first else 1.0,  # the stream is also copied
         compiled_with=({}, {"p": 0.1}) if add and not first else ({},),
     )
@@ -145,7 +142,7 @@ def _gelu(approximate: str) -> Case:
             (8, 256),  # one whole tile
             (150, 300),  # two columns of tiles; every backward program takes several tiles, the last one ragged
         ),
-        gpt_shapes=((32 * 1024, 4 * 768), (64 * 256, 4 * 384), (8 * 1024, 4 * 1600)),
+        gpt_shapes=tuple((M, 4 * C) for M, C in GPT),
         cpu_shapes=((1024, 4 * 384),),
         forward_bytes=least.gelu_forward,
         backward_bytes=least.gelu_backward,
@@ -183,12 +180,7 @@ def _mlp(approximate: str, *, tiles: int) -> Case:
             (37, 37, 53),  # nothing fills its tile; three tiles for each program
             (130, 16, 48),  # more rows of tiles than are taken together
         ),
-        gpt_shapes=(
-            (32 * 1024, 768, 4 * 768),
-            (64 * 256, 384, 4 * 384),
-            (16 * 1024, 1024, 4 * 1024),
-            (8 * 1024, 1600, 4 * 1600),
-        ),
+        gpt_shapes=tuple((M, C, 4 * C) for M, C in GPT),
         dtypes=FLOATS if tiles < 2 else FLOATS[1:],
         cpu_shapes=() if tiles else ((1024, 384, 4 * 384),),
         # of cuBLAS's way what GELU moves: the products are not ours
@@ -203,31 +195,24 @@ def _mlp(approximate: str, *, tiles: int) -> Case:
 # Cross-entropy, of logits at hand (M, V) and of a head's (M, C, V), all rows at once and in chunks --------------------
 
 
-def _targets(M: int, V: int, ignored: bool, device: torch.device) -> Tensor:
-    """Every fourth does not count, or none does."""
+def _targets(M: int, V: int, device: torch.device) -> Tensor:
+    """Every fourth does not count."""
     targets = torch.randint(V, (M,), generator=torch.Generator().manual_seed(2))
-    targets[0 if ignored else 3 :: 1 if ignored else 4] = -1
+    targets[3::4] = -1
     return targets.to(device)
-
-
-def _counted(M: int, ignored: bool) -> int:
-    return 0 if ignored else M - M // 4
 
 
 def _loss(**inputs: Any) -> Tensor:
     return reference.linear_cross_entropy(**inputs)[0]
 
 
-def _cross_entropy(name: str, *, ignored: bool = False) -> Case:
+def _cross_entropy() -> Case:
     def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         M, V = shape
-        return {"logits": draw(device)(M, V, dtype=dtype, scale=3.0), "targets": _targets(M, V, ignored, device)}
-
-    def forward_bytes(M: int, V: int, b: int) -> int:
-        return least.cross_entropy_forward(M, V, b, counted=_counted(M, ignored), gradient=False)
+        return {"logits": draw(device)(M, V, dtype=dtype, scale=3.0), "targets": _targets(M, V, device)}
 
     return Case(
-        name=name,
+        name="cross_entropy",
         fused=cross_entropy,
         reference=reference.cross_entropy,
         make_inputs=make_inputs,
@@ -239,25 +224,19 @@ def _cross_entropy(name: str, *, ignored: bool = False) -> Case:
             (2, 10007),  # the same, not aligned
         ),
         gpt_shapes=((32 * 1024, 50304), (64 * 256, 65)),
-        cpu_shapes=() if ignored else ((4096, 512),),
-        forward_bytes=forward_bytes,
-        backward_bytes=lambda M, V, b: (_counted(M, ignored) + M) * V * b + 16 * M + 4,
-        again=1.3 if ignored else 1.0,  # targets are read twice, and nothing else is
+        cpu_shapes=((4096, 512),),
+        forward_bytes=lambda M, V, b: least.cross_entropy_forward(M, V, b, counted=M - M // 4, gradient=False),
+        backward_bytes=lambda M, V, b: (M - M // 4 + M) * V * b + 8 * M + 4,
+        again=1.4,  # for the gradient a row of logits is read twice, the second time out of the cache
     )
 
 
-def _linear_cross_entropy(name: str, *, chunked: bool, ignored: bool = False) -> Case:
+def _linear_cross_entropy(name: str, *, chunked: bool) -> Case:
     def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         M, C, V = shape
         randn, rows = draw(device), 4096 if M > 4096 else 32
         inputs = {"x": randn(M, C, dtype=dtype), "weight": randn(V, C, dtype=dtype, scale=3 * C**-0.5)}
-        return {**inputs, "targets": _targets(M, V, ignored, device), "chunk_rows": rows if chunked else 0}
-
-    def forward_bytes(M: int, C: int, V: int, b: int) -> int:
-        return least.cross_entropy_forward(M, V, b, counted=_counted(M, ignored), gradient=True)
-
-    def backward_bytes(M: int, C: int, V: int, b: int) -> int:  # scaled: x and dx, or in chunks dx and dweight
-        return 2 * M * C * b + (V * C * (4 + b) if chunked else 2 * M * C * b) + 8
+        return {**inputs, "targets": _targets(M, V, device), "chunk_rows": rows if chunked else 0}
 
     return Case(
         name=name,
@@ -270,9 +249,9 @@ def _linear_cross_entropy(name: str, *, chunked: bool, ignored: bool = False) ->
             (2, 8, 16400),  # several blocks a row; one chunk, not filled
         ),
         gpt_shapes=((32 * 1024, 768, 50304), (64 * 256, 384, 65), (8 * 1024, 1600, 50304)),
-        cpu_shapes=() if chunked or ignored else ((4096, 384, 512),),
-        forward_bytes=forward_bytes,
-        backward_bytes=backward_bytes,
+        cpu_shapes=() if chunked else ((4096, 384, 512),),
+        forward_bytes=lambda M, C, V, b: least.cross_entropy_forward(M, V, b, counted=M - M // 4, gradient=True),
+        backward_bytes=lambda M, C, V, b: 0,  # torch's own kernels
         again=1.8,  # a row of logits is read twice, the second time out of the cache; rows are padded
         flops=lambda M, C, V: 2 * M * C * V,
     )
@@ -293,10 +272,6 @@ def _embedding() -> Case:
         wte, wpe = randn(V, C, dtype=dtype), randn(T, C, dtype=dtype)
         return {"idx": _tokens(B, T, V).to(device), "wte": wte, "wpe": wpe, "dtype": dtype}
 
-    def forward_bytes(B: int, T: int, C: int, V: int, b: int) -> int:
-        distinct = _tokens(B, T, V).unique().numel()
-        return least.embedding_forward(B * T, T, C, b, b, distinct=distinct)
-
     return Case(
         name="embedding",
         fused=FUSED.embedding,
@@ -310,7 +285,9 @@ def _embedding() -> Case:
         ),
         gpt_shapes=((32, 1024, 768, 50304), (64, 256, 384, 65), (8, 1024, 1600, 50304)),
         cpu_shapes=((16, 256, 384, 512),),
-        forward_bytes=forward_bytes,
+        forward_bytes=lambda B, T, C, V, b: least.embedding_forward(
+            B * T, T, C, b, b, distinct=_tokens(B, T, V).unique().numel()
+        ),
         backward_bytes=lambda B, T, C, V, b: least.embedding_backward(B * T, T, C, V, b, b),
         again=2.0,  # a token's row is read wherever it stands; dx is read for both tables
         compiled_with=({}, {"p": 0.1}),
@@ -375,10 +352,8 @@ CASES: list[Case] = [
     _mlp("erf", tiles=1),
     _mlp("tanh", tiles=2),
     _mlp("erf", tiles=0),
-    _cross_entropy("cross_entropy"),
-    _cross_entropy("cross_entropy, all ignored", ignored=True),
+    _cross_entropy(),
     _linear_cross_entropy("linear_cross_entropy", chunked=False),
-    _linear_cross_entropy("linear_cross_entropy, all ignored", chunked=False, ignored=True),
     _linear_cross_entropy("linear_cross_entropy in chunks", chunked=True),
     _embedding(),
     _adamw("adamw", copy=False, scaled=False, max_norm=1.0),
@@ -417,8 +392,6 @@ BUDGETS: dict[str, Budget] = {
     "linear_gelu_bwd_kernel": Budget(warps=8, one_wave=True, mma=True),
     "count_kernel": Budget(warps=8),
     "cross_entropy_fwd_kernel": Budget(warps=24, wide=0.4),
-    "cross_entropy_bwd_kernel": Budget(warps=24, wide=0.7),
-    "scale_kernel": Budget(warps=32),
     "embedding_fwd_kernel": Budget(warps=32),
     "embedding_bwd_pieces_kernel": Budget(warps=16, wide=0.7),
     "embedding_bwd_wte_kernel": Budget(warps=16, wide=0.7),

@@ -46,17 +46,16 @@ class Architecture:
     max_blocks: int
     shared: int  # bytes, of which the system takes SYSTEM for each block
     mma: str
-    card: str
     multiprocessors: int
 
 
 ARCHITECTURES = {
-    80: Architecture(64, 32, 164 * 1024, "HMMA", "A100 SXM", 108),
-    86: Architecture(48, 16, 100 * 1024, "HMMA", "RTX 3090", 82),
-    89: Architecture(48, 24, 100 * 1024, "HMMA", "RTX 4090", 128),
-    90: Architecture(64, 32, 228 * 1024, "HGMMA", "H100 SXM", 132),
-    100: Architecture(64, 32, 228 * 1024, "UTCHMMA", "B200", 148),
-    120: Architecture(48, 24, 100 * 1024, "HMMA", "RTX 5090", 170),
+    80: Architecture(64, 32, 164 * 1024, "HMMA", 108),  # A100 SXM
+    86: Architecture(48, 16, 100 * 1024, "HMMA", 82),  # RTX 3090
+    89: Architecture(48, 24, 100 * 1024, "HMMA", 128),  # RTX 4090
+    90: Architecture(64, 32, 228 * 1024, "HGMMA", 132),  # H100 SXM
+    100: Architecture(64, 32, 228 * 1024, "UTCHMMA", 148),  # B200
+    120: Architecture(48, 24, 100 * 1024, "HMMA", 170),  # RTX 5090
 }
 
 
@@ -82,6 +81,13 @@ class Compiled:
             return 1.0
         moved = {width: width * count for width, count in widths.items()}
         return sum(moved[width] for width in moved if width >= WIDE) / max(sum(moved.values()), 1)
+
+    def __str__(self) -> str:
+        loads, stores = (
+            " ".join(f"{n}x{8 * width or 'tile'}" for width, n in of.items()) or "-" for of in (self.loads, self.stores)
+        )
+        usage = f"{self.registers:4} {self.spills:5} {self.shared:6} {self.resident_warps:5} {self.waves:6.1f}"
+        return f"{usage} {loads:<16} {stores:<14} {self.mma or '-'}"
 
 
 def resident_warps(of: Architecture, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> int:
@@ -112,13 +118,13 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         binary = launch.kernel.warmup(grid=launch.grid, **launch.args, **options)
     finally:
         driver.set_active(None)  # the next who asks gets the machine's own
-    usage, code = resources(binary.asm["cubin"]), disassemble(binary.asm["cubin"])
+    registers, code = read_machine_code(binary.asm["cubin"])
     of, metadata = ARCHITECTURES[capability], binary.metadata
     columns = getattr(metadata, "tmem_size", None) or 0
-    held = resident_warps(of, metadata.num_warps, usage["REG"], metadata.shared, columns)
+    held = resident_warps(of, metadata.num_warps, registers, metadata.shared, columns)
     blocks = held // metadata.num_warps * of.multiprocessors
     return Compiled(
-        registers=usage["REG"],
+        registers=registers,
         spills=spills(code),
         shared=metadata.shared,
         warps=metadata.num_warps,
@@ -137,23 +143,18 @@ MMA = ("UTCHMMA", "UTCQMMA", "HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA")
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}  # else 4
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """What cuobjdump says a kernel takes: {"REG": registers a thread, "STACK": bytes of local memory a thread, ...}."""
-    text = _tool(triton.knobs.nvidia.cuobjdump.path, ["-res-usage"], cubin)
-    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text.split("Function", 1)[1])}
-
-
-def disassemble(cubin: bytes) -> str:
-    """The cubin's instructions, a line each: `/*0110*/  @!P0 LDG.E.128 R4, desc[UR22][R2.64] ;`."""
-    text = _tool(triton.knobs.nvidia.nvdisasm.path, ["-c"], cubin)
-    return "\n".join(line for line in text.splitlines() if re.match(r"\s*/\*[0-9a-f]+\*/\s+\S", line))
-
-
-def _tool(path: str, flags: list[str], cubin: bytes) -> str:
+def read_machine_code(cubin: bytes) -> tuple[int, str]:
+    """A kernel's registers a thread, and its instructions, a line each:
+    `/*0110*/  @!P0 LDG.E.128 R4, desc[UR22][R2.64] ;`."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
-        return subprocess.run([path, *flags, str(file)], check=True, capture_output=True, text=True).stdout
+        tools = [triton.knobs.nvidia.cuobjdump.path, "-res-usage"], [triton.knobs.nvidia.nvdisasm.path, "-c"]
+        usage, code = (
+            subprocess.run([*tool, str(file)], check=True, capture_output=True, text=True).stdout for tool in tools
+        )
+    instructions = [line for line in code.splitlines() if re.match(r"\s*/\*[0-9a-f]+\*/\s+\S", line)]
+    return int(re.search(r"\bREG:(\d+)", usage.split("Function", 1)[1]).group(1)), "\n".join(instructions)
 
 
 def widths(code: str, opcodes: str) -> dict[int, int]:
@@ -210,14 +211,12 @@ def inspect(index: int, target: int, wanted: str) -> list[tuple[str, list[str]]]
         kernel = launch.kernel.fn.__name__
         if wanted not in case.name and wanted not in kernel:
             continue
-        usage = ""
         try:
             compiled = compile_launch(launch, target)
+            usage, faults = str(compiled), list(broken(BUDGETS[kernel], compiled, of))
         except Exception as error:  # of any type: from the compiler
             *_, reason = str(error).strip().splitlines() or [type(error).__name__]
-            faults = [f"does not compile: {reason}"]
-        else:
-            usage, faults = line(compiled), list(broken(BUDGETS[kernel], compiled, of))
+            usage, faults = "", [f"does not compile: {reason}"]
         start = f"{'!' if faults else ' '} {case.name:<44} {kernel:<28} {target:3}"
         found.append((f"{start} {usage}", [f"{case.name}, {kernel}, sm_{target}: {fault}" for fault in faults]))
     return found
@@ -226,12 +225,6 @@ def inspect(index: int, target: int, wanted: str) -> list[tuple[str, list[str]]]
 # The command ----------------------------------------------------------------------------------------------------------
 
 HEAD = f"  {'case':<44} {'kernel':<28}  sm regs spill shared warps  waves loads            stores         mma"
-
-
-def line(it: Compiled) -> str:
-    loads, stores = (" ".join(f"{n}x{8 * w or 'tile'}" for w, n in of.items()) or "-" for of in (it.loads, it.stores))
-    usage = f"{it.registers:4} {it.spills:5} {it.shared:6} {it.resident_warps:5} {it.waves:6.1f}"
-    return f"{usage} {loads:<16} {stores:<14} {it.mma or '-'}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -71,7 +71,10 @@ class Meter:
     """Takes samples by the host's clock."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.flush = device, _flush(device)
+        self.device = device
+        # emptying the caches is writing a larger buffer; a GPU takes about 0.2 ms for it
+        size = max(2 * cache_bytes(device), 2**29 if device.type == "cuda" else 0)
+        self.flush: Callable[[], object] = torch.empty(size, dtype=torch.uint8, device=device).zero_
 
     def ready(self, work: Staged) -> Staged:
         """The work in the form that is timed, after calls that are not counted."""
@@ -153,12 +156,6 @@ class CudaMeter(Meter):
                 capture_graphs([], [lambda: None], self._side, self._pool)
                 raise
         return Staged(prepare, lambda nothing: replay())
-
-
-def _flush(device: torch.device) -> Callable[[], object]:
-    """A function that empties the device's caches: it writes a larger buffer. A GPU takes about 0.2 ms for it."""
-    size = max(2 * cache_bytes(device), 2**29 if device.type == "cuda" else 0)
-    return torch.empty(size, dtype=torch.uint8, device=device).zero_
 
 
 def cache_bytes(device: torch.device) -> int:

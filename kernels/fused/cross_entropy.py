@@ -3,14 +3,15 @@
     lse = log sum_j exp(x_j),   loss = mean of (lse - x_target) over the rows that count
     dx_j = (exp(x_j - lse) - [j = target]) / (rows that count)
 
-The first pass over a row finds its maximum, its sum and its target's logit. A second pass writes the gradient. So the
-logits are read once for the loss, and read and written once for the gradient.
+The first pass over a row finds its maximum, its sum and its target's logit. A second pass, where the gradient is
+wanted, writes it, and reads the row out of the caches. The backward pass of `cross_entropy` makes both passes again:
+besides logits and targets only the number of rows that count is saved for it.
 
 A row's tile is (LANES, WIDTH). WIDTH neighbours are one 16-byte access of one thread. Every lane keeps its own running
 maximum and sum (Milakov and Gimelshein 2018, arXiv:1805.02867), and lanes meet once, at the end of the row. So a block
 of columns needs no barrier, and one exponential for each element and one for each lane.
 
-The sum is saved as two numbers: the maximum m, and log2 of the sum of exp(x - m). For large logits x - m is exact, and
+The sum is kept as two numbers: the maximum m, and log2 of the sum of exp(x - m). For large logits x - m is exact, and
 lse is not. An ignored row is not read. For a target outside the vocabulary nothing is read, and its row's loss and
 gradient are NaN.
 """
@@ -28,62 +29,12 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's: a maximum that -inf 
 
 
 @triton.jit
-def _columns(LANES: tl.constexpr, WIDTH: tl.constexpr):
-    return tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-
-
-@triton.jit
-def _write_gradient(
-    logits_ptr,
-    dlogits_ptr,
-    logits_stride,
-    dlogits_stride,
-    o_row,  # (ROWS,)
-    target,
-    top,  # the row's maximum
-    log2_total,  # log2 of its sum of exp(x - top)
-    upstream,  # the gradient of the row's loss
-    M,
-    V,
-    columns,
-    ignore_index,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    counted = target != ignore_index
-    known = ~counted | ((target >= 0) & (target < V))
-    upstream = tl.where(counted, upstream, 0.0)
-    log2_total = tl.where(counted, log2_total, 0.0)[:, None, None]  # -inf there, as is every x: no difference
-    miss = tl.where(known, 0.0, float("nan"))[:, None, None]
-    hit = tl.where(known, -upstream, float("nan"))[:, None, None]
-    upstream = upstream[:, None, None]
-    top = top[:, None, None]
-    target = target.to(tl.int32)[:, None, None]
-    o_col = _columns(LANES, WIDTH)
-    m_row = (o_row < M)[:, None, None]
-    m_read = counted[:, None, None]
-    row = (logits_ptr + o_row.to(tl.int64) * logits_stride)[:, None, None] + o_col
-    out = (dlogits_ptr + o_row.to(tl.int64) * dlogits_stride)[:, None, None] + o_col
-    for start in range(0, columns, LANES * WIDTH):
-        m_col = o_col < columns - start
-        # nobody reads these logits again
-        x = tl.load(row + start, mask=m_read & m_col, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-        p = tl.exp2((x - top) * LOG2E - log2_total)
-        dx = p * upstream + tl.where(o_col == target - start, hit, miss)
-        if PADDED:
-            dx = tl.where(o_col < V - start, dx, 0.0)
-        tl.store(out + start, dx.to(dlogits_ptr.dtype.element_ty), mask=m_row & m_col)
-
-
-@triton.jit
 def cross_entropy_fwd_kernel(
     logits_ptr,  # (M, columns)
     targets_ptr,  # (M,) int64
     count_ptr,  # () float32: the rows that count
     dloss_ptr,  # () float32: the gradient of the mean loss; or None: that of every row's loss is taken to be 1
     losses_ptr,  # out (M,) float32: the row's part of the mean loss, 0 where ignored
-    stats_ptr,  # out (2, M) float32: top and log2_total; or None
     dlogits_ptr,  # out (M, columns): the gradient of the row's loss; or None. May be logits_ptr
     logits_stride,
     dlogits_stride,
@@ -103,7 +54,7 @@ def cross_entropy_fwd_kernel(
     first = logits_ptr + o_row.to(tl.int64) * logits_stride
     m_target = counted & (target >= 0) & (target < V)
     x_target = tl.load(first + target, mask=m_target, other=float("nan")).to(tl.float32)
-    o_col = _columns(LANES, WIDTH)
+    o_col = tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     row = first[:, None, None] + o_col
     m_read = counted[:, None, None]
     lane_top = tl.full((ROWS, LANES), LOWEST, dtype=tl.float32)
@@ -121,18 +72,29 @@ def cross_entropy_fwd_kernel(
     loss = (top - x_target) + LN2 * log2_total
     count = tl.load(count_ptr)
     tl.store(losses_ptr + o_row, tl.where(counted, loss, 0.0) / count, mask=m_row)  # 0 / 0 where nothing counts
-    if stats_ptr is not None:
-        tl.store(stats_ptr + o_row, top, mask=m_row)
-        tl.store(stats_ptr + M + o_row, log2_total, mask=m_row)
     if dlogits_ptr is not None:
         upstream = 1.0
         if dloss_ptr is not None:
             upstream = tl.load(dloss_ptr) / tl.maximum(count, 1.0)
         tl.debug_barrier()  # the gradient may overwrite the target's logit: first, every warp has read it
-        _write_gradient(
-            logits_ptr, dlogits_ptr, logits_stride, dlogits_stride, o_row, target, top, log2_total, upstream,
-            M, V, columns, ignore_index, LANES, WIDTH, PADDED,
-        )  # fmt: skip
+        known = ~counted | ((target >= 0) & (target < V))
+        upstream = tl.where(counted, upstream, 0.0)
+        log2_total = tl.where(counted, log2_total, 0.0)[:, None, None]  # -inf there, as is every x: no difference
+        miss = tl.where(known, 0.0, float("nan"))[:, None, None]
+        hit = tl.where(known, -upstream, float("nan"))[:, None, None]
+        upstream = upstream[:, None, None]
+        top = top[:, None, None]
+        o_target = target.to(tl.int32)[:, None, None]
+        out = (dlogits_ptr + o_row.to(tl.int64) * dlogits_stride)[:, None, None] + o_col
+        for start in range(0, columns, LANES * WIDTH):
+            m_col = o_col < columns - start
+            # nobody reads these logits again
+            x = tl.load(row + start, mask=m_read & m_col, other=float("-inf"), eviction_policy="evict_first")
+            p = tl.exp2((x.to(tl.float32) - top) * LOG2E - log2_total)
+            dx = p * upstream + tl.where(o_col == o_target - start, hit, miss)
+            if PADDED:
+                dx = tl.where(o_col < V - start, dx, 0.0)
+            tl.store(out + start, dx.to(dlogits_ptr.dtype.element_ty), mask=m_row[:, None, None] & m_col)
 
 
 @triton.jit
@@ -143,33 +105,6 @@ def count_kernel(targets_ptr, count_ptr, M, ignore_index, BLOCK: tl.constexpr):
         o_row = start + tl.arange(0, BLOCK)
         count += (tl.load(targets_ptr + o_row, mask=o_row < M, other=ignore_index) != ignore_index).to(tl.int32)
     tl.store(count_ptr, tl.sum(count, axis=0).to(tl.float32))
-
-
-@triton.jit
-def cross_entropy_bwd_kernel(
-    dloss_ptr,  # () float32: the gradient of a row's loss
-    logits_ptr,  # (M, V)
-    targets_ptr,  # (M,) int64
-    stats_ptr,  # (2, M) float32
-    dlogits_ptr,  # out (M, V)
-    logits_stride,
-    dlogits_stride,
-    M,
-    V,
-    ignore_index,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m_row = o_row < M
-    target = tl.load(targets_ptr + o_row, mask=m_row, other=ignore_index)
-    top = tl.load(stats_ptr + o_row, mask=m_row, other=0.0)
-    log2_total = tl.load(stats_ptr + M + o_row, mask=m_row, other=0.0)
-    _write_gradient(
-        logits_ptr, dlogits_ptr, logits_stride, dlogits_stride, o_row, target, top, log2_total, tl.load(dloss_ptr),
-        M, V, V, ignore_index, LANES, WIDTH, False,
-    )  # fmt: skip
 
 
 def tile(logits: Tensor) -> tuple[int, int, int, int]:
@@ -201,20 +136,18 @@ def row_losses(
     ignore_index: int,
     count: Tensor,
     losses: Tensor,
-    *,
-    dloss: Tensor | None = None,
-    stats: Tensor | None = None,
-    dlogits: Tensor | None = None,
+    dloss: Tensor | None,
+    dlogits: Tensor | None,
 ) -> None:
-    """Write what the forward kernel can: `losses` (M,), whose sum is the mean loss over `count` rows; where wanted,
-    stats (2, M) or the gradient dlogits, perhaps over the logits: that of the loss times dloss (), or without dloss
-    that of each row's loss. logits, dlogits (M, V and padding) with unit last stride; targets (M,).
+    """Write `losses` (M,), whose sum is the mean loss over `count` rows, and, where wanted, the gradient dlogits,
+    perhaps over the logits: that of the loss times dloss (), or without dloss that of each row's loss. logits, dlogits
+    (M, V and padding) with unit last stride; targets (M,).
     """
     M, columns = logits.shape
     ROWS, LANES, WIDTH, num_warps = tile(logits)
     args = dict(
         logits_ptr=logits, targets_ptr=targets, count_ptr=count, dloss_ptr=dloss, losses_ptr=losses,
-        stats_ptr=stats, dlogits_ptr=dlogits, logits_stride=logits.stride(0),
+        dlogits_ptr=dlogits, logits_stride=logits.stride(0),
         dlogits_stride=0 if dlogits is None else dlogits.stride(0),
         M=M, V=V, columns=columns, ignore_index=ignore_index,
         ROWS=ROWS, LANES=LANES, WIDTH=WIDTH, PADDED=columns > V,
@@ -228,37 +161,28 @@ def room_for_losses(logits: Tensor, M: int) -> Tensor:
 
 
 @custom_op("nanofuse::cross_entropy")
-def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, how many rows count, stats)"""
+def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(loss, how many rows count)"""
     M, V = logits.shape
     count, losses = counted(targets, ignore_index), room_for_losses(logits, M)
-    stats = logits.new_empty(2, M, dtype=torch.float32)
-    row_losses(logits, V, targets, ignore_index, count, losses, stats=stats)
-    return losses.sum(), count, stats
+    row_losses(logits, V, targets, ignore_index, count, losses, None, None)
+    return losses.sum(), count
 
 
 @custom_op("nanofuse::cross_entropy_backward")
-def _cross_entropy_backward(
-    dloss: Tensor, logits: Tensor, targets: Tensor, count: Tensor, stats: Tensor, ignore_index: int
-) -> Tensor:
-    dlogits = logits.new_empty(logits.shape)
-    (M, V), (ROWS, LANES, WIDTH, num_warps) = logits.shape, tile(logits)
-    args = dict(
-        dloss_ptr=dloss / count.clamp_min(1.0), logits_ptr=logits, targets_ptr=targets, stats_ptr=stats,
-        dlogits_ptr=dlogits, logits_stride=logits.stride(0), dlogits_stride=dlogits.stride(0),
-        M=M, V=V, ignore_index=ignore_index, ROWS=ROWS, LANES=LANES, WIDTH=WIDTH,
-    )  # fmt: skip
-    run(logits, Launch(cross_entropy_bwd_kernel, (triton.cdiv(M, ROWS),), args, num_warps))
+def _cross_entropy_backward(dloss: Tensor, logits: Tensor, targets: Tensor, count: Tensor, ignore_index: int) -> Tensor:
+    (M, V), dlogits = logits.shape, logits.new_empty(logits.shape)
+    row_losses(logits, V, targets, ignore_index, count, room_for_losses(logits, M), dloss, dlogits)
     return dlogits
 
 
 def _save_cross_entropy(ctx, inputs, output):
     logits, targets, ctx.ignore_index = inputs
-    ctx.set_materialize_grads(False)  # only the loss has a gradient: no zeros are made up for the other results
-    ctx.save_for_backward(logits, targets, *output[1:])
+    ctx.set_materialize_grads(False)  # only the loss has a gradient: no zeros are made up for the count
+    ctx.save_for_backward(logits, targets, output[1])
 
 
-def _differentiate_cross_entropy(ctx, dloss, *_):
+def _differentiate_cross_entropy(ctx, dloss, _):
     return _cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_index), None, None
 
 
@@ -274,5 +198,5 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
     """
     check("logits", logits, (None, "V > 0"))
     check("targets", targets, logits.shape[:1], torch.int64, on=logits)
-    loss, _, _ = _cross_entropy(rows(logits), targets.contiguous(), ignore_index)
+    loss, _ = _cross_entropy(rows(logits), targets.contiguous(), ignore_index)
     return loss

@@ -154,7 +154,7 @@ def gelu_forward(x: Tensor, approximate: str, y: Tensor) -> None:
 def gelu_backward(dy: Tensor, x: Tensor, approximate: str, dx: Tensor, wants_dbias: bool = False) -> Tensor | None:
     """Write dy * gelu'(x) into dx (M, C), which may be dy. dy, x (M, C) with unit last stride.
 
-    Returns the sum of dx over the rows, (C,) in x's dtype, if it is wanted.
+    Returns, if it is wanted, float32 rows whose sum is that of dx's rows: (P, C).
     """
     M, C = x.shape
     BLOCK_M, BLOCK_N, row_tiles, column_tiles = _tiles(M, C)
@@ -168,7 +168,7 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str, dx: Tensor, wants_dbi
         TANH=approximate == "tanh", BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
     )  # fmt: skip
     run(x, Launch(gelu_bwd_kernel, (groups * column_tiles,), args, num_warps=8))
-    return None if dbias is None else dbias.sum(0).to(x.dtype)
+    return dbias
 
 
 @custom_op("nanofuse::gelu")

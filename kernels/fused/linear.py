@@ -40,8 +40,8 @@ def _(out, a, b, accumulate):
 
 @custom_op("nanofuse::put_row_sum", mutates_args=("out",))
 def put_row_sum(out: Tensor, x: Tensor, accumulate: bool) -> None:
-    """out = sum of x's rows, or out += it: x (M, N), out (N,)."""
-    store(out, x.sum(0, dtype=out.dtype), accumulate)
+    """out = sum of x's rows, or out += it: x (M, N), out (N,). Summed in float32, rounded once."""
+    store(out, x.sum(0, dtype=torch.float32), accumulate)
 
 
 def store(out: Tensor, x: Tensor, accumulate: bool) -> None:

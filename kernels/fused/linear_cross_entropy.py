@@ -25,61 +25,23 @@ Rows of logits are padded to a multiple of 16 elements. So a vocabulary of 50257
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.fused.cross_entropy import counted, room_for_losses, row_losses
 from kernels.fused.linear import put_product, store
-from kernels.launch import Launch, check, custom_op, refusal, rows, run
+from kernels.launch import check, custom_op, refusal, rows
 from kernels.reference import Grads
 
 
-@triton.jit
-def scale_kernel(
-    x_ptr,  # (M, C)
-    scale_ptr,  # () float32
-    out_ptr,  # out (M, C), may be x_ptr
-    x_stride,
-    out_stride,
-    M,
-    C,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    o_row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    o_col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    mask = (o_row < M) & (o_col < C)
-    x = tl.load(x_ptr + o_row.to(tl.int64) * x_stride + o_col, mask=mask).to(tl.float32) * tl.load(scale_ptr)
-    tl.store(out_ptr + o_row.to(tl.int64) * out_stride + o_col, x.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 def scaled(x: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
-    """out = x * scale (), rounded once. x, out (M, C), perhaps the same, with unit last stride. None: a scale of 1."""
-    if scale is None:
-        return out.copy_(x)
-    M, C = x.shape
-    BLOCK_N = min(256, max(16, triton.next_power_of_2(C)))
-    BLOCK_M = 4096 // BLOCK_N  # 32 elements a thread
-    args = dict(
-        x_ptr=x, scale_ptr=scale, out_ptr=out, x_stride=x.stride(0), out_stride=out.stride(0), M=M, C=C,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-    )  # fmt: skip
-    run(x, Launch(scale_kernel, (triton.cdiv(M, BLOCK_M), triton.cdiv(C, BLOCK_N)), args))
-    return out
+    """out = x * scale () float32, rounded once. x, out (M, C), perhaps the same. None: a scale of 1."""
+    # with dimensions scale is not cast to x's dtype: torch multiplies in float32, in one launch
+    return out.copy_(x) if scale is None else torch.mul(x, scale.view(1, 1), out=out)
 
 
 def padded(V: int) -> int:
     """The columns of a matrix of logits, V of them used: Triton wants row strides divisible by 16 to see alignment."""
     return (V + 15) // 16 * 16
-
-
-def _gradients(
-    x: Tensor, weight: Tensor, dtype: torch.dtype, need_dx: bool, need_dweight: bool
-) -> tuple[Tensor, Tensor]:
-    """Room for dx, in x's dtype, and dweight, in `dtype`; empty if not needed."""
-    (M, C), V = x.shape, weight.shape[0]
-    return x.new_empty(M if need_dx else 0, C), x.new_empty(V if need_dweight else 0, C, dtype=dtype)
 
 
 @custom_op("nanofuse::linear_cross_entropy")
@@ -89,34 +51,32 @@ def _linear_cross_entropy(
     targets: Tensor,
     ignore_index: int,
     chunk_rows: int,
-    need_dx: bool,
-    need_dweight: bool,
+    wanted: bool,
     dloss: Tensor | None = None,
     into: Tensor | None = None,
     accumulate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, how many rows count, and of the gradients what the backward pass finishes).
+    """(loss, how many rows count, and of the gradients, if they are wanted, what the backward pass finishes).
 
-    That is, of all rows at once, dlogits (M, padded(V)); in chunks, dx and a float32 dweight. The others are empty, as
-    is what is not needed. They are gradients of dloss * loss, or without dloss of the summed row losses. into,
-    accumulate: only for the backward pass.
+    That is, of all rows at once, dlogits (M, padded(V)); in chunks, dx and a float32 dweight. The others are empty.
+    They are gradients of dloss * loss, or without dloss of the summed row losses. into, accumulate: only for the
+    backward pass.
     """
-    M, V = x.shape[0], weight.shape[0]
-    wanted, chunked = need_dx or need_dweight, chunk_rows > 0
+    (M, C), V = x.shape, weight.shape[0]
+    chunked = chunk_rows > 0
     size = min(chunk_rows, M) if chunked else M
     logits, losses, count = x.new_empty(size, padded(V)), room_for_losses(x, M), counted(targets, ignore_index)
-    dx, dweight = _gradients(x, weight, torch.float32, need_dx and chunked, need_dweight and chunked)
-    if chunked:
+    multiplies = wanted and chunked
+    dx, dweight = x.new_empty(M if multiplies else 0, C), x.new_empty(V if multiplies else 0, C, dtype=torch.float32)
+    if multiplies:
         dweight.zero_()
     for start in range(0, M, max(size, 1)) if chunked else (0,):
         chunk = slice(start, start + size)
         part = logits[: M - start]
         torch.mm(x[chunk], weight.t(), out=part[:, :V])
-        dlogits = part if wanted else None
-        row_losses(part, V, targets[chunk], ignore_index, count, losses[chunk], dloss=dloss, dlogits=dlogits)
-        if need_dx and chunked:
+        row_losses(part, V, targets[chunk], ignore_index, count, losses[chunk], dloss, part if wanted else None)
+        if multiplies:
             torch.mm(part[:, :V], weight, out=dx[chunk])
-        if need_dweight and chunked:
             put_product(dweight, part[:, :V], x[chunk], True)
     dlogits = logits if wanted and not chunked else x.new_empty(0, padded(V))
     return losses.sum(), count, dlogits, dx, dweight
@@ -132,13 +92,11 @@ def _linear_cross_entropy_backward(
     dweight: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    need_dx: bool,
-    need_dweight: bool,
     into: Tensor,
     accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dweight), in x's dtype, each empty unless needed; dweight also where it is put into `into`: unless that is
-    empty, since torch 2.11 takes no None for what is written to.
+    """(dx, dweight), in x's dtype; the latter is empty where it is put into `into`: unless that is empty, since torch
+    2.11 takes no None for what is written to.
 
     x and weight are None if dx and dweight are only to be scaled. known: the gradients are scaled already,
     and dloss is not read. It is an argument all the same: where nothing in a backward pass depends on the loss's
@@ -152,20 +110,17 @@ def _linear_cross_entropy_backward(
             dweight = dweight[:0]
         return scaled(dx, scale, torch.empty_like(dx)), scaled(dweight, scale, dx.new_empty(dweight.shape))
     dlogits = dlogits[:, : weight.shape[0]]
-    dx, dweight = _gradients(x, weight, weight.dtype, need_dx, need_dweight and not put)
-    if need_dx:
-        torch.mm(dlogits, weight, out=dx)
-        if scale is not None:
-            scaled(dx, scale, dx)
-    if need_dweight:
-        if scale is not None:
-            x = scaled(x, scale, x.new_empty(x.shape))
-        put_product(into if put else dweight, dlogits, x, put and accumulate)
+    dx = torch.mm(dlogits, weight)
+    if scale is not None:
+        scaled(dx, scale, dx)
+        x = scaled(x, scale, x.new_empty(x.shape))
+    dweight = weight.new_empty(0 if put else weight.shape[0], weight.shape[1])
+    put_product(into if put else dweight, dlogits, x, put and accumulate)
     return dx, dweight
 
 
 def _save_linear_cross_entropy(ctx, inputs, output):
-    x, weight, _, _, chunk_rows, _, _, dloss, into, ctx.accumulate = inputs
+    x, weight, _, _, chunk_rows, _, dloss, into, ctx.accumulate = inputs
     ctx.set_materialize_grads(False)  # as for `cross_entropy`
     ctx.known = dloss is not None
     ctx.save_for_backward(*output[1:], *((None, None) if chunk_rows else (x, weight)), into)
@@ -173,10 +128,9 @@ def _save_linear_cross_entropy(ctx, inputs, output):
 
 def _differentiate_linear_cross_entropy(ctx, dloss, *_):
     *saved, into = ctx.saved_tensors
-    need_dx, need_dweight = ctx.needs_input_grad[:2]
     place = dloss.new_empty(0) if into is None else into
-    dx, dweight = _linear_cross_entropy_backward(dloss, ctx.known, *saved, need_dx, need_dweight, place, ctx.accumulate)
-    return dx if need_dx else None, dweight if need_dweight and into is None else None, *(None,) * 8
+    dx, dweight = _linear_cross_entropy_backward(dloss, ctx.known, *saved, place, ctx.accumulate)
+    return dx, dweight if into is None else None, *(None,) * 7
 
 
 _linear_cross_entropy.register_autograd(_differentiate_linear_cross_entropy, setup_context=_save_linear_cross_entropy)
@@ -208,10 +162,8 @@ def linear_cross_entropy(
     check("targets", targets, x.shape[:-1], torch.int64, on=x)
     if chunk_rows < 0:
         raise refusal("chunk_rows", chunk_rows, "0 (all) or more")
-    need_dx, need_dweight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight))
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     x, targets = rows(x), targets.reshape(-1).contiguous()  # a view of targets may have any stride
     into, accumulate = (None, False) if grads is None else (grads.weight, grads.accumulate)
-    loss, *_ = _linear_cross_entropy(
-        x, weight, targets, ignore_index, chunk_rows, need_dx, need_dweight, dloss, into, accumulate
-    )
+    loss, *_ = _linear_cross_entropy(x, weight, targets, ignore_index, chunk_rows, wanted, dloss, into, accumulate)
     return loss, None

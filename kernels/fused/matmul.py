@@ -312,8 +312,8 @@ def linear_gelu(
 def linear_gelu_backward(
     dy: Tensor, weight: Tensor, pre: Tensor, approximate: str, wants_dbias: bool, tiles: Tiles
 ) -> tuple[Tensor, Tensor | None]:
-    """((dy @ weight) * gelu'(pre), its sum over the rows): (M, N) and (N,), in pre's dtype; the second is None unless
-    wanted.
+    """(dpre = (dy @ weight) * gelu'(pre), (M, N) in pre's dtype; float32 rows whose sum is that of dpre's rows, or None
+    unless wanted).
 
     dy (M, K), weight (K, N) with unit last stride, pre (M, N) contiguous.
     """
@@ -335,7 +335,7 @@ def linear_gelu_backward(
         TMA=TMA,
     )
     _run(linear_gelu_bwd_kernel, dy, tiles, M, N, K, args)
-    return dpre, None if dbias is None else dbias.sum(0).to(pre.dtype)
+    return dpre, dbias
 
 
 def _run(kernel: Any, x: Tensor, tiles: Tiles, M: int, N: int, K: int, args: dict[str, Any]) -> None:

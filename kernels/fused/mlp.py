@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.fused.gelu import check_form, gelu_backward, gelu_forward
-from kernels.fused.linear import put_product, put_row_sum, store
+from kernels.fused.linear import put_product, put_row_sum
 from kernels.fused.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, linear_gelu, linear_gelu_backward, tiles_for
-from kernels.launch import check, custom_op, device_of, refusal, rows
+from kernels.launch import check, custom_op, device_of, rows
 from kernels.reference import Grads
 
 CUBLAS = 0  # in the place of the number of the fused matmul's tiles
@@ -40,12 +40,9 @@ def ways(x: Tensor) -> tuple[list[str], list[str]]:
     return forward, backward
 
 
-def _tiles(name: str, n: int, table: dict[int, tuple[Tiles, ...]], x: Tensor) -> Tiles | None:
+def _tiles(n: int, table: dict[int, tuple[Tiles, ...]], x: Tensor) -> Tiles | None:
     """The fused matmul's n-th tiles on x's device; None for cuBLAS."""
-    found = (None, *tiles_for(table, device_of(x), x.dtype))
-    if not 0 <= n < len(found):
-        raise refusal(name, n, f"0 (cuBLAS) to {len(found) - 1}")
-    return found[n]
+    return (None, *tiles_for(table, device_of(x), x.dtype))[n]
 
 
 @custom_op("nanofuse::mlp")
@@ -66,7 +63,7 @@ def _mlp(
     accumulate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, act, pre); act and pre are empty unless they are kept for backward. The last five are only for that."""
-    if tiles := _tiles("forward_tiles", forward_tiles, FORWARD_TILES, x):
+    if tiles := _tiles(forward_tiles, FORWARD_TILES, x):
         act, pre = linear_gelu(rows(x), rows(fc_weight), fc_bias, approximate, keep, tiles)
     else:
         pre = F.linear(x, fc_weight, fc_bias)
@@ -76,28 +73,17 @@ def _mlp(
     return (y, act, pre) if keep else (y, y.new_empty(0), y.new_empty(0))
 
 
-@custom_op("nanofuse::mlp_dpre", mutates_args=("dfc_bias",))
+@custom_op("nanofuse::mlp_dpre")
 def _mlp_dpre(
-    dy: Tensor,
-    proj_weight: Tensor,
-    pre: Tensor,
-    approximate: str,
-    wants_dbias: bool,
-    backward_tiles: int,
-    dfc_bias: Tensor,
-    accumulate: bool,
+    dy: Tensor, proj_weight: Tensor, pre: Tensor, approximate: str, wants_dbias: bool, backward_tiles: int
 ) -> tuple[Tensor, Tensor]:
-    """(dpre, gradient of fc_bias); the latter is empty unless wanted, and where it is put into dfc_bias: unless that is
-    empty, since torch 2.11 takes no None for what is written to."""
-    if tiles := _tiles("backward_tiles", backward_tiles, BACKWARD_TILES, dy):
-        dpre, dbias = linear_gelu_backward(rows(dy), rows(proj_weight), pre, approximate, wants_dbias, tiles)
+    """(dpre, float32 rows whose sum is the gradient of fc_bias; none unless they are wanted)."""
+    if tiles := _tiles(backward_tiles, BACKWARD_TILES, dy):
+        dpre, partials = linear_gelu_backward(rows(dy), rows(proj_weight), pre, approximate, wants_dbias, tiles)
     else:
         dpre = dy @ proj_weight  # the gradient of act, until the kernel overwrites it
-        dbias = gelu_backward(dpre, pre, approximate, dpre, wants_dbias)
-    if dbias is not None and dfc_bias.numel():
-        store(dfc_bias, dbias, accumulate)
-        dbias = None
-    return dpre, dpre.new_empty(0) if dbias is None else dbias
+        partials = gelu_backward(dpre, pre, approximate, dpre, wants_dbias)
+    return dpre, dpre.new_empty(0) if partials is None else partials
 
 
 def _save_mlp(ctx, inputs, output):
@@ -110,20 +96,18 @@ def _differentiate_mlp(ctx, dy, _dact, _dpre):
     x, fc_weight, proj_weight, act, pre, dfc_weight, dfc_bias, dproj_weight, dproj_bias = ctx.saved_tensors
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = ctx.needs_input_grad[:5]
     if need_x or need_fc_weight or need_fc_bias:
-        into = dy.new_empty(0) if dfc_bias is None else dfc_bias
-        dpre, fc_bias_gradient = _mlp_dpre(
-            dy, proj_weight, pre, ctx.approximate, need_fc_bias, ctx.tiles, into, ctx.accumulate
-        )
+        dpre, partials = _mlp_dpre(dy, proj_weight, pre, ctx.approximate, need_fc_bias, ctx.tiles)
     if dfc_weight is not None:
         put_product(dfc_weight, dpre, x, ctx.accumulate)
         put_product(dproj_weight, dy, act, ctx.accumulate)
-        if dproj_bias is not None:
+        if dfc_bias is not None:
+            put_row_sum(dfc_bias, partials, ctx.accumulate)
             put_row_sum(dproj_bias, dy, ctx.accumulate)
         return dpre @ fc_weight if need_x else None, *(None,) * 13
     return (
         dpre @ fc_weight if need_x else None,
         dpre.t() @ x if need_fc_weight else None,
-        fc_bias_gradient if need_fc_bias else None,
+        partials.sum(0).to(dy.dtype) if need_fc_bias else None,
         dy.t() @ act if need_proj_weight else None,
         dy.sum(0) if need_proj_bias else None,
         *(None,) * 9,

@@ -1,8 +1,5 @@
 """Whether Triton can launch anything here: the trial kernel, and which bundle follows from its answer."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,37 +22,21 @@ def fail(p_x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("compiler", "does", "reason"),
+    ("does", "reason"),
     [
-        ("/no/such/compiler", build, "[Errno 2] No such file or directory: '/no/such/compiler'"),
-        ("false", build, "false could not build Triton's launcher, which takes a C compiler and Python's headers"),
-        ("", fail, "no driver"),
-        ("", lambda p_x: None, "a kernel of Triton's that stores 1.0 stored 0.0"),
+        (build, "false could not build Triton's launcher, which takes a C compiler and Python's headers"),
+        (fail, "no driver"),
+        (lambda p_x: None, "a kernel of Triton's that stores 1.0 stored 0.0"),
     ],
 )
 def test_a_failure_of_the_trial_kernel_is_one_line(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, does: Callable, reason: str
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, does: Callable, reason: str
 ) -> None:
     """does: in place of the kernel."""
-    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("CC", "false")  # a compiler that builds nothing
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("kernels.launch.trial_kernel", {(1,): lambda p_x, **options: does(p_x)})
     assert why_no_launch(device) == reason
-
-
-@pytest.mark.slow
-def test_a_real_launch_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:
-    """On a GPU machine Triton's own launcher, without a compiler; elsewhere its driver is missing."""
-    code = (
-        "import torch; from kernels.launch import why_no_launch; "
-        "print(why_no_launch(torch.device('cuda' if torch.cuda.is_available() else 'cpu')))"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"CC": "/no/such/compiler", "TRITON_CACHE_DIR": str(tmp_path)}
-    ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True
-    )
-    assert len(ended.stdout.strip().splitlines()) == 1
 
 
 def test_what_is_missing_decides_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:

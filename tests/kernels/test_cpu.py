@@ -36,17 +36,14 @@ def test_attention_is_the_formula_with_the_mask_that_was_drawn(dtype: torch.dtyp
         assert (got.double() - true).abs().max() <= EPSILON[dtype] * true.abs().max()
 
 
-@pytest.mark.parametrize("dtype", EPSILON)
-def test_a_mask_depends_on_torchs_seed_alone(dtype: torch.dtype) -> None:
+def test_a_mask_depends_on_torchs_seed_alone() -> None:
     masks = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        masks.append(cpu.random_mask(torch.empty(2, dtype=dtype), 0.5, (3, 67))[0])
-    assert masks[0].shape == (3, 67)
-    assert masks[0].dtype == dtype
+        masks.append(cpu.random_mask(torch.empty(2, dtype=torch.bfloat16), 0.5, (3, 67))[0])
+    assert (masks[0].shape, masks[0].dtype) == ((3, 67), torch.bfloat16)
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
-    assert cpu.random_mask(draw(0, 7), 0.5)[0].shape == (0, 7)
 
 
 def test_compiled_calls_draw_the_masks_of_eager_ones() -> None:
@@ -70,14 +67,10 @@ def test_compiled_calls_draw_the_masks_of_eager_ones() -> None:
 
 @pytest.mark.parametrize("approximate", ["erf", "tanh"])
 def test_a_compiled_gelu_has_the_bits_of_an_eager_one(approximate: str) -> None:
-    found = []
-    for function in (reference.gelu, torch.compile(reference.gelu, backend="aot_eager_decomp_partition")):
-        torch.manual_seed(3)
-        x, dy = draw(50, 40, dtype=torch.bfloat16).requires_grad_(), draw(50, 40, dtype=torch.bfloat16)
-        y = function(x, approximate)
-        found.append((y, torch.autograd.grad(y, x, dy)[0]))
-    for eager, compiled in zip(*found, strict=True):
-        assert torch.equal(eager, compiled)
+    x, dy = draw(50, 40, dtype=torch.bfloat16).requires_grad_(), draw(50, 40, dtype=torch.bfloat16)
+    compiled = torch.compile(reference.gelu, backend="aot_eager_decomp_partition")
+    eager, got = ((y, *torch.autograd.grad(y, x, dy)) for y in (f(x, approximate) for f in (reference.gelu, compiled)))
+    assert all(torch.equal(a, b) for a, b in zip(eager, got, strict=True))
 
 
 def test_compiled_graphs_on_disk_are_of_these_sources() -> None:

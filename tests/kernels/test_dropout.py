@@ -1,6 +1,7 @@
 """Dropout in embedding and add_layer_norm: masks predicted from their seeds, the same ones forward and backward."""
 
-from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,54 +37,41 @@ def predicted(rows: int, cols: int, device: torch.device) -> Tensor:
     return torch.from_numpy((word >> np.uint64(8)) >= np.uint64(round(P * 2**24))).to(device)
 
 
-def check_masks(operation: Callable, masked: Callable, inputs: dict, device: torch.device) -> None:
-    """`masked` is the operation in plain torch, with the predicted mask."""
+def masked_embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, keep: Tensor) -> Tensor:
+    return reference.embedding(idx, wte, wpe, dtype) * keep.view(*idx.shape, -1) / (1 - P)
 
-    def seeded(**inputs):
+
+def masked_add(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: None, dtype: torch.dtype, keep: Tensor
+) -> tuple[Tensor, Tensor]:
+    stream = residual + (x * keep / (1 - P)).to(residual.dtype)
+    return stream, reference.layer_norm(stream, weight, bias, dtype)
+
+
+@pytest.mark.parametrize(("B", "T", "C", "x_dtype"), [(35, 2, 37, torch.float32), (1, 9, 600, torch.bfloat16)])
+@pytest.mark.parametrize("embeds", [True, False], ids=["embedding", "add_layer_norm"])
+def test_what_drops_is_what_the_seed_says(
+    embeds: bool, B: int, T: int, C: int, x_dtype: torch.dtype, device: torch.device
+) -> None:
+    """Forward and backward; of two tokens, one of them rare, so that pieces of segments and their ends draw masks."""
+    keep, x = predicted(B * T, C, device), torch.randn(B * T, C).to(device, x_dtype).requires_grad_()
+    if embeds:
+        idx = torch.zeros(B, T, device=device, dtype=torch.int32)
+        idx[0, :2] = 1
+        inputs = {"idx": idx, "wte": x[:2].detach().requires_grad_(), "wpe": x[-T:].detach().requires_grad_()}
+    else:
+        residual, weight = (torch.randn(size, device=device, requires_grad=True) for size in (x.shape, (C,)))
+        inputs = {"x": x, "residual": residual, "weight": weight, "bias": None}
+    operation, masked = (FUSED.embedding, masked_embedding) if embeds else (add_layer_norm, masked_add)
+
+    def seeded(**inputs: Any) -> Any:
         torch.manual_seed(7)
         return operation(**inputs, p=P)
 
-    assert not fault(seeded, masked, inputs)
+    inputs["dtype"] = torch.float32
+    assert not fault(seeded, partial(masked, keep=keep), inputs)
     (first, *_), (second, *_) = seeded(**inputs), operation(**inputs, p=P)
     assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize(
-    ("B", "T", "C", "dtype"),
-    [  # two tokens, one of them rare, so that pieces of segments, their ends and sums over sequences all draw masks
-        (2, 20, 37, torch.float32),
-        (70, 1, 64, torch.bfloat16),
-        (1, 3, 600, torch.float32),
-    ],
-)
-def test_embedding_drops_what_its_seed_says(B: int, T: int, C: int, dtype: torch.dtype, device: torch.device) -> None:
-    keep, idx = predicted(B * T, C, device).view(B, T, C), torch.zeros(B, T, device=device, dtype=torch.int32)
-    idx[0, :2] = 1
-    wte, wpe = (torch.randn(rows, C).to(device, dtype).requires_grad_() for rows in (2, T))
-
-    def masked(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype) -> Tensor:
-        return reference.embedding(idx, wte, wpe, dtype) * keep / (1 - P)
-
-    inputs = {"idx": idx, "wte": wte, "wpe": wpe, "dtype": torch.float32}
-    check_masks(FUSED.embedding, masked, inputs, device)
-
-
-@pytest.mark.parametrize(("M", "C", "x_dtype"), [(70, 37, torch.float32), (9, 600, torch.bfloat16)])
-def test_add_layer_norm_drops_of_its_branch_what_its_seed_says(
-    M: int, C: int, x_dtype: torch.dtype, device: torch.device
-) -> None:
-    keep = predicted(M, C, device)
-    x, residual, weight = (torch.randn(size).to(device) for size in ((M, C), (M, C), (C,)))
-
-    def masked(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        stream = residual + (x * keep / (1 - P)).to(residual.dtype)
-        return stream, reference.layer_norm(stream, weight, None, weight.dtype)
-
-    def fused(x: Tensor, residual: Tensor, weight: Tensor, p: float) -> tuple[Tensor, Tensor]:
-        return add_layer_norm(x, residual, weight, None, torch.float32, p)
-
-    inputs = {"x": x.to(x_dtype), "residual": residual, "weight": weight}
-    check_masks(fused, masked, {name: value.requires_grad_() for name, value in inputs.items()}, device)
 
 
 def test_compiled_it_draws_a_new_mask_for_each_call_and_the_same_one_backward(device: torch.device) -> None:

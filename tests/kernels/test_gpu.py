@@ -35,7 +35,7 @@ def refused(case: Case, shape: Shape, dtype: torch.dtype) -> bool:
 
 
 EVERY_REGIME = [regime for regime in REGIMES if not refused(*regime.values)]
-BY_NAME = [pytest.param(case, id=case.name) for case in CASES]
+BY_NAME = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
 
 
 def assert_room_for(gigabytes: float) -> None:
@@ -75,7 +75,7 @@ def one_regime(case: Case) -> list[tuple[Shape, torch.dtype]]:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("case", BY_NAME)
+@BY_NAME
 def test_one_regime(case: Case, nan_filled: None) -> None:
     for shape, dtype in one_regime(case):
         test_every_regime(case, shape, dtype, None)
@@ -92,7 +92,7 @@ def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, results
 
 
-@pytest.mark.parametrize("case", BY_NAME)
+@BY_NAME
 def test_captured_in_a_graph_and_compiled(case: Case) -> None:
     """Replayed on other values, the graph gives what an eager call gives. The host never waits for the device."""
     inputs = case.make_inputs(case.shapes[-1], torch.bfloat16, CUDA)
@@ -130,22 +130,19 @@ def test_captured_in_a_graph_and_compiled(case: Case) -> None:
 
 def test_dropout_masks_are_new_at_every_replay_and_the_same_in_the_backward_pass() -> None:
     x, residual = torch.ones(256, 384, device=CUDA, requires_grad=True), torch.zeros(256, 384, device=CUDA)
-    weight = torch.ones(384, device=CUDA)
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
-        stream, _ = add_layer_norm(x, residual, weight, None, torch.bfloat16, 0.2)
+        stream, _ = add_layer_norm(x, residual, torch.ones_like(x[0]), None, torch.bfloat16, 0.2)
         return stream.detach(), *torch.autograd.grad(stream.sum(), x)
 
     graph, (stream, dx) = captured(step)
     masks = []
-    for _ in range(3):
+    for _ in range(2):
         graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(stream == 0, dx == 0)
         masks.append(stream == 0)
+        assert torch.equal(masks[-1], dx == 0)
         assert abs(masks[-1].float().mean().item() - 0.2) < 0.01
-    assert not torch.equal(masks[0], masks[1])
-    assert not torch.equal(masks[1], masks[2])
+    assert not torch.equal(*masks)
 
 
 @pytest.mark.parametrize("V", [50304, 50257])

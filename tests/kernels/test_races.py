@@ -9,7 +9,7 @@ from triton.runtime.errors import InterpreterError
 from kernels.launch import INTERPRETED, Launch, run
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="accesses are watched in Triton's interpreter")
-N, BLOCK = 64, 16
+BLOCK = 16
 
 
 @triton.jit
@@ -19,13 +19,12 @@ def shifted_kernel(x_ptr, y_ptr, reach, stride, BLOCK: tl.constexpr):
     tl.store(y_ptr + o, tl.load(x_ptr + o + reach))
 
 
-def launch(x: torch.Tensor, y: torch.Tensor, *, reach: int = 0, stride: int = BLOCK) -> None:
-    run(x, Launch(shifted_kernel, (3,), dict(x_ptr=x, y_ptr=y, reach=reach, stride=stride, BLOCK=BLOCK)))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_programs_must_not_do_is_seen(dtype: torch.dtype) -> None:
-    x, y = torch.zeros(2, N, dtype=dtype).clone().unbind()
+    def launch(x: torch.Tensor, y: torch.Tensor, reach: int = 0, stride: int = BLOCK) -> None:
+        run(x, Launch(shifted_kernel, (3,), dict(x_ptr=x, y_ptr=y, reach=reach, stride=stride, BLOCK=BLOCK)))
+
+    x, y = torch.zeros(2, 4 * BLOCK, dtype=dtype).clone().unbind()
     launch(x, x)  # they may write over what they alone read
     launch(x, y, reach=3)
     with pytest.raises(AssertionError, match="shifted_kernel: several programs write"):
@@ -33,4 +32,4 @@ def test_what_programs_must_not_do_is_seen(dtype: torch.dtype) -> None:
     with pytest.raises(AssertionError, match="shifted_kernel: a program reads"):
         launch(x, x, reach=1)
     with pytest.raises(InterpreterError, match="2 of 16 accesses outside"):
-        launch(x[:-2], y, reach=N - 3 * BLOCK)
+        launch(x[:-2], y, reach=BLOCK)

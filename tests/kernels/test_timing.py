@@ -1,12 +1,11 @@
-"""Samples: by turns, and of nothing but the work; on a GPU of nothing but the device's."""
+"""Samples: by turns, and of nothing but the work. What captures need: tests/rehearsal/test_timing.py."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
 
-from kernels.timing import CudaMeter, Staged, by_turns, milliseconds
+from kernels.timing import FLUSHES, CudaMeter, Staged, by_turns, milliseconds
 from tests.clock import Clock
 
 CPU = torch.device("cpu")
@@ -32,16 +31,15 @@ def test_samples_are_taken_by_turns_and_of_the_work_alone(clock: Clock, monkeypa
 
 
 class Simulated(CudaMeter):
-    """A GPU: the host asks, the device does what it was asked for, one after the other. Times in seconds since the
-    beginning, the device's at the end of all that it was asked for."""
+    """A GPU, one time for the host and one for the device, which does what it is asked for in order. An event is the
+    device's time when it is reached."""
 
-    def __init__(self, *, captures: bool) -> None:
-        self.captures, self.replaying = captures, False
+    def __init__(self) -> None:
         self.host = self.device = 0.0
         self.flushes = 0
 
     def ask(self, host: float, device: float) -> None:
-        self.host += 0.0 if self.replaying else host
+        self.host += host
         self.device = max(self.device, self.host) + device
 
     def flush(self) -> None:
@@ -49,29 +47,12 @@ class Simulated(CudaMeter):
         self.ask(host=5e-6, device=2e-4)
 
     def event(self) -> "Event":
-        return Event(self, max(self.host, self.device))
-
-    def capture(self, work: Staged) -> Staged:
-        if not self.captures:
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-        def replayed(run: Callable[..., object]) -> Callable[..., object]:
-            def replay(*given: object) -> object:
-                self.ask(host=1e-5, device=0.0)
-                self.replaying = True
-                result = run(*given)
-                self.replaying = False
-                return result
-
-            return replay
-
-        return Staged(replayed(work.prepare), replayed(work.work))
+        return Event(self)
 
 
-@dataclass
 class Event:
-    gpu: Simulated
-    at: float
+    def __init__(self, gpu: Simulated) -> None:
+        self.gpu, self.at = gpu, max(gpu.host, gpu.device)
 
     def query(self) -> bool:
         return self.gpu.host >= self.at
@@ -83,32 +64,25 @@ class Event:
         return 1e3 * (end.at - self.at)
 
 
-@pytest.mark.parametrize("captures", [True, False])
-def test_neither_what_the_host_needs_to_ask_nor_a_preparation_is_counted(
-    captures: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu = Simulated(captures=captures)
-    monkeypatch.setattr("kernels.timing.CudaMeter", lambda device: gpu)
+@pytest.mark.parametrize(("launches", "flushes"), [(4, 1), (60, 1 + 2 + 4 + 8 + 16)])
+def test_what_the_host_needs_to_launch_is_not_counted(launches: int, flushes: int) -> None:
+    """40 us of the host's and 2 us of the device's for each launch."""
+    gpu = Simulated()
 
-    def launches(count: int) -> Callable[..., None]:
-        """40 us of the host's and 2 us of the device's each, as a small operation under autograd."""
+    def run(given: None) -> None:
+        for _ in range(launches):
+            gpu.ask(host=40e-6, device=2e-6)
 
-        def run(*given: object) -> None:
-            for _ in range(count):
-                gpu.ask(host=40e-6, device=2e-6)
+    assert gpu.sample(Staged(lambda: None, run)) == pytest.approx(launches * 2e-6)
+    assert gpu.flushes == flushes
 
-        return run
 
-    def waiting() -> None:
-        launches(5)()
+def test_a_wait_of_the_works_own_counts() -> None:
+    gpu = Simulated()
+
+    def waiting(given: None) -> None:
         gpu.host = gpu.device
-        launches(5)()
+        gpu.ask(host=2e-4, device=1e-5)
 
-    works = {"small": launches(10), "large": launches(60), "backward": Staged(launches(50), launches(10))}
-    expected = {"small": 20e-6, "large": 120e-6, "backward": 20e-6}
-    if not captures:  # a wait of the work's own counts
-        works["waiting"], expected["waiting"] = waiting, 212e-6
-    samples = by_turns(works, torch.device("cuda"), seconds=0, least=3)
-    assert samples == {name: pytest.approx([seconds] * 3) for name, seconds in expected.items()}
-    if captures:
-        assert gpu.flushes == 9  # the caches, before each sample
+    assert gpu.sample(Staged(lambda: None, waiting)) == pytest.approx(2.1e-4)
+    assert gpu.flushes == 2 * FLUSHES - 1

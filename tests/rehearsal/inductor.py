@@ -51,7 +51,7 @@ class Inductor:
         """Replaces `CachingAutotuner.precompile`, which would load and time the kernels."""
         autotuner._precompile_worker()
         for result in autotuner.compile_results:
-            spills = targets.spills(targets.disassemble(result.kernel.asm["cubin"]))
+            spills = targets.spills(targets.read_machine_code(result.kernel.asm["cubin"])[1])
             name = autotuner.fn.__name__
             self.spills[name] = max(spills, self.spills.get(name, 0))
 

@@ -34,10 +34,10 @@ def backward(model: GPT, seed: int, dloss: Tensor, known: Tensor | None) -> None
     model(*batch(seed), dloss=known)[1].backward(dloss)
 
 
-def by_autograd(model: GPT, seeds: list[int], dloss: Tensor) -> dict[str, Tensor]:
-    """As for a model without an optimizer of ours."""
+def by_autograd(model: GPT, seeds: list[int], dloss: Tensor, known: Tensor | None = None) -> dict[str, Tensor]:
+    """As for a model without an optimizer of ours. known: what the forward pass is told of the loss's gradient."""
     for seed in seeds:
-        backward(model, seed, dloss, known=None)
+        backward(model, seed, dloss, known)
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -65,7 +65,7 @@ def test_gradients_are_put_in_place(
     seeds, dloss = [1, 2] if several else [1], torch.tensor(0.3)
     exact = expected = by_autograd(make(ops, torch.float32, bias=bias, dropout=dropout), seeds, dloss)
     if dtype != torch.float32:
-        expected = by_autograd(make(ops, dtype, bias=bias, dropout=dropout), seeds, dloss)
+        expected = by_autograd(make(ops, dtype, bias=bias, dropout=dropout), seeds, dloss, known=dloss)
 
     model = make(ops, dtype, recompute, bias=bias, dropout=dropout)
     flat = FlatState(model, ops, several=several)
