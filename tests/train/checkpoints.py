@@ -52,20 +52,19 @@ def make_nanogpt(**changes) -> dict:
     } | changes
 
 
-def make_checkpoint(iteration: int = 3, **changes) -> dict:
-    """A checkpoint in which every weight equals its iteration, so that a mix of two would show."""
-    theirs = make_nanogpt()
-    for tensor in theirs["model"].values():
+def make_checkpoint(iteration: int = 3, best_iter: int = -1, **changes) -> dict:
+    """One of ours in which every weight equals its iteration, so that a mix of two would show."""
+    made = make_nanogpt(iter_num=iteration, best_val_loss=1.5, nanofuse={"gelu": "erf", "best_iter": best_iter})
+    for tensor in made["model"].values():
         torch.nn.init.constant_(tensor, iteration)
-    what = theirs["model"], theirs["optimizer"], MODEL_ARGS, iteration, 1.5, {"dataset": "docs"}, {"gelu": "erf"}
-    return checkpoint.pack(*what) | changes
+    return made | changes
 
 
 def save_gpt(model: GPT, **ours) -> None:
     """Write out/ckpt.pt in the current folder, of iteration 7."""
     args = {name: getattr(model.config, name) for name in MODEL_ARGS}
-    what = {"state": {}, "param_groups": []}, args, 7, 1.5, {}, {"gelu": model.config.gelu} | ours
-    checkpoint.save(Path("out"), checkpoint.pack(model.state_dict(), *what), keep=1)
+    made = make_nanogpt(model=model.state_dict(), model_args=args, iter_num=7, best_val_loss=1.5, config={})
+    checkpoint.save(Path("out"), made | {"nanofuse": {"gelu": model.config.gelu} | ours}, keep=1)
 
 
 def assert_same(a: object, b: object) -> None:
