@@ -69,7 +69,6 @@ def test_nanogpts_checkpoint_is_the_best_if_it_says_so(tmp_path, best):
     theirs, out = last(best), tmp_path / "out"
     out.mkdir()
     torch.save({k: v for k, v in theirs.items() if k != "nanofuse"}, out / "ckpt.pt")
-    shutil.copytree(best.parent / "data", tmp_path / "data")
     assert resume(out, at={1: send(signal.SIGINT)}, **WORSE) == 130
     assert last(out)["iter_num"] == 6
     assert held(out / "ckpt-best.pt") == (4, theirs["best_val_loss"])
