@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 from model import GPT
 from train import checkpoint
@@ -69,19 +70,13 @@ def save_gpt(model: GPT, **ours) -> None:
 
 def assert_same(a: object, b: object) -> None:
     """Also in types; tensors in every bit."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
+    leaves, layout = tree_flatten(a)
+    others, other_layout = tree_flatten(b)
+    assert layout == other_layout
+    for x, y in zip(leaves, others, strict=True):
+        assert type(x) is type(y)
+        assert getattr(x, "dtype", None) == getattr(y, "dtype", None)
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
 def refusal(path: Path) -> str:

@@ -44,7 +44,9 @@ def test_nanogpt_loads_ours(tmp_path):
 
     loaded = torch.load(tmp_path / "ckpt.pt", map_location="cpu")
     assert_same(loaded["model_args"], MODEL_ARGS)
-    assert [type(group["lr"]) for group in loaded["optimizer"]["param_groups"]] == [float, float]
+    assert [(type(group["lr"]), group["capturable"]) for group in loaded["optimizer"]["param_groups"]] == [
+        (float, False)
+    ] * 2
     twin = make_model(seed=9)
     twin.load_state_dict(loaded["model"])
     theirs = make_adamw(twin)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.checkpoints import assert_same, saved_iterations
+from tests.train.checkpoints import assert_same
 from tests.train.runs import CONSTANT, Stop, crash, iterations, last, logged, resume, run, send
 
 N = 7  # not a multiple of the intervals
@@ -44,9 +44,6 @@ def test_the_loss_scale_is_resumed(tmp_path, monkeypatch):
     assert last(tmp_path / "whole")["nanofuse"]["scaler"]["_growth_tracker"] == 4
     assert logged(tmp_path / "halves") == logged(tmp_path / "whole")
     assert_same_end(tmp_path / "halves", tmp_path / "whole", "nanofuse")
-
-
-# Signals and crashes
 
 
 @pytest.mark.parametrize(("number", "always"), [(signal.SIGINT, False), (signal.SIGHUP, True)])
@@ -87,9 +84,6 @@ def test_patience_is_counted_over_a_signal_and_a_repeated_evaluation_counts_once
     assert "no better validation loss in 3 evaluations" in capsys.readouterr().out
 
 
-# A finished run, and what may be done with it
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out_dir = tmp_path_factory.mktemp("finished") / "out"
@@ -124,12 +118,12 @@ def test_it_is_evaluated_and_left_as_it_is_and_goes_on_with_its_settings_and_tho
 def test_nanogpts_run_goes_on_with_its_settings_but_on_this_machine(out):
     theirs = last(out)
     del theirs["nanofuse"]
-    theirs["config"] |= {"device": "cuda", "dtype": "float16", "backend": "nccl", "gelu": "auto"}
-    torch.save(theirs, out / "ckpt.pt")
+    machine = {"device": "cuda", "dtype": "float16", "backend": "nccl"}
+    torch.save(theirs | {"config": theirs["config"] | machine | {"gelu": "auto"}}, out / "ckpt.pt")
     resume(out, max_iters=6)
     ours = last(out)
     assert (ours["iter_num"], ours["config"]["learning_rate"]) == (6, 0.02)
-    assert [ours["config"][name] for name in ("device", "dtype", "backend")] == ["auto"] * 3
+    assert [ours["config"][name] for name in machine] == ["auto"] * 3
 
 
 def test_a_shorter_block_size_crops_weights_and_moments(out):
@@ -137,13 +131,10 @@ def test_a_shorter_block_size_crops_weights_and_moments(out):
     resume(out, block_size=8, max_iters=6, **CONSTANT)
     after = last(out)
     assert after["model_args"]["block_size"] == after["config"]["block_size"] == 8
-    wpe = "transformer.wpe.weight"
-    index = list(k for k in before["model"] if k != "lm_head.weight").index(wpe)
-    old, new = (state["optimizer"]["state"][index] for state in (before, after))
+    old, new = (state["optimizer"]["state"][1] for state in (before, after))
     assert [moments["exp_avg_sq"].shape for moments in (old, new)] == [(16, 32), (8, 32)]
     assert (old["step"], new["step"]) == (4, 6)
     assert (new["exp_avg_sq"] >= 0.81 * 0.999 * old["exp_avg_sq"][:8]).all()  # two steps with beta2 0.9
-    assert saved_iterations(out)[1] == 4  # longer ones are kept
     assert resume(out, max_iters=8) == 0
 
 
