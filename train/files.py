@@ -131,8 +131,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write. At the end it is synced to disk and becomes `path`. If the body fails, `path` stays as it was.
 
-    OSError if `path` is no regular file, or cannot be written."""
-    check_output(path)
+    OSError if `path` is there and no regular file, or cannot be written."""
     with staging_folder(path.parent) as staging:
         with open(staging / path.name, "wb") as file:
             yield file

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import pickle
 import subprocess
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 
 from model import GPT, GPTConfig, Precision
 from tests.train.checkpoints import save_gpt
-from train.checkpoint import load
 from train.errors import UserError
 from train.sample import SampleConfig, load_model, main, read_prompt, sample_text, to_inference
 from train.text import ByteTokenizer, CharTokenizer, GPT2Tokenizer
@@ -92,17 +90,6 @@ def test_the_prompt_that_a_message_suggests_works_and_does_nothing_to_the_termin
     argument = str(caught.value)[str(caught.value).index("--start=") :]
     shell = subprocess.run(["bash", "-c", f"printf %s {argument}"], capture_output=True, check=True)
     assert "\\x1b" in samples(capsys, shell.stdout.decode())[0]
-
-
-def test_nanogpts_checkpoint_has_the_tokenizer_of_its_dataset(run_dir, capsys):
-    tokenizer = CharTokenizer(CHARS + "1234")
-    checkpoint = load(Path("out/ckpt.pt")) | {"config": {"dataset": "letters"}}
-    del checkpoint["nanofuse"]
-    torch.save(checkpoint, "out/ckpt.pt")
-    Path("data/letters").mkdir(parents=True)
-    Path("data/letters/meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate(tokenizer.chars))}))
-    expected = make_model().eval().generate(torch.tensor([tokenizer.encode("hey")]), 20, 0)[0].tolist()
-    assert samples(capsys, "--start=hey", "--temperature=0", "--dtype=float32") == [tokenizer.decode(expected)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
