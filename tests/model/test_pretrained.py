@@ -104,7 +104,6 @@ def test_files_of_the_hub(tmp_path, prefix, dtype, head):
         ({"n_layer": 2.0}, r"not the config\.json of a GPT-2 .*expected whole numbers"),
         ({"n_layer": 4}, "; and 21 more"),
     ],
-    ids=str,
 )
 def test_other_models_are_refused(tmp_path, changes, message):
     """By their tensors, by their config.json."""
