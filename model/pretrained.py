@@ -17,8 +17,7 @@ and then get the tensors. So the weights are in memory once, and nothing is init
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,7 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 MASKS = (".attn.bias", ".attn.masked_bias")
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}  # Hugging Face's names -> ours
-FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' dtypes that are weights; people halve their files
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-MAX_CONFIG = 1 << 20  # bytes of a config.json
-MAX_SIZE = 1 << 24  # of a dimension
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # people halve their files
 SHAPE = {  # our field -> config.json's
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
@@ -68,45 +64,24 @@ def load_gpt2(
     Raises FileNotFoundError (no file, or no network), ImportError (a package is missing), ValueError (not the tensors
     of a GPT-2, or a config.json that our GPT does not support).
     """
-    with _open(source, dropout, gelu, ops, options) as (file, names, model):
-        # float32, contiguous, not a view of the mapped file
-        how = {"dtype": torch.float32, "memory_format": torch.contiguous_format, "copy": True}
-        state = {name: _transposed(name, file.get_tensor(key)).to(**how) for key, name in names.items()}
-    return _filled(model, state, source)
+    safetensors = _safetensors()
+    path, config = _locate(source)
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    state = {}
+    for key, tensor in tensors.items():
+        if not key.endswith(MASKS):
+            name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
+            # a copy: the tensors of the file are views of it, mapped
+            state[name] = _transposed(name, tensor).clone(memory_format=torch.contiguous_format)
+    return _built(_read_config(config, dropout, gelu), state, path, ops, options)
 
 
 def gpt2_shape(source: str | os.PathLike[str], *, dropout: float = 0.0, gelu: str | None = None) -> GPTConfig:
-    """The shape of the model that `load_gpt2` would load. It reads no weights, and raises the same errors."""
-    with _open(source, dropout, gelu, REFERENCE, {}) as (*_, model):
-        return model.config
-
-
-@contextmanager
-def _open(
-    source: str | os.PathLike[str], dropout: float, gelu: str | None, ops: Ops, options: dict[str, Any]
-) -> Iterator[tuple[Any, dict[str, str], GPT]]:
-    """(the open file, our name of each of its tensors, a model without values). ValueError if reading fails."""
-    safetensors = _safetensors()
-    path, config_path = _locate(source)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = {
-                key: key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
-                for key in file.keys()  # noqa: SIM118
-                if not key.endswith(MASKS)
-            }
-            shapes = {}
-            for key, name in names.items():
-                part = file.get_slice(key)
-                if part.get_dtype() not in FLOATS:
-                    raise ValueError(f"{path}: {name} is {part.get_dtype()}, expected one of {', '.join(FLOATS)}")
-                shape = tuple(part.get_shape())
-                shapes[name] = shape[::-1] if name.endswith(CONV1D) else shape
-            settings = _read_config(config_path)
-            config = GPTConfig(**settings | ({} if gelu is None else {"gelu": gelu}), dropout=dropout)
-            yield file, names, _empty(config, shapes, path, ops, options)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    """The shape of the model that `load_gpt2` would load. It reads config.json alone, and raises the same errors."""
+    return _read_config(_locate(source)[1], dropout, gelu)
 
 
 def from_checkpoint(
@@ -121,9 +96,7 @@ def from_checkpoint(
     config = GPTConfig(**checkpoint["model_args"], gelu=checkpoint.get("nanofuse", {}).get("gelu", "erf"))
     if dropout is not None:
         config = dataclasses.replace(config, dropout=dropout)
-    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["model"].items()}
-    model = _empty(config, shapes, "model", ops, options)
-    return _filled(model, {name: _weights(tensor, name) for name, tensor in checkpoint["model"].items()}, "model")
+    return _built(config, checkpoint["model"], "model", ops, options)
 
 
 def export_gpt2(model: GPT, folder: str | os.PathLike[str]) -> None:
@@ -192,20 +165,17 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """GPTConfig's fields from a Hugging Face config.json. ValueError for a model that ours does not support."""
-    if not os.path.lexists(path):
-        raise ValueError(f"{path}: missing, expected it beside {WEIGHTS}: it tells the number of heads")
-    if not os.path.isfile(path) or path.stat().st_size > MAX_CONFIG:
-        raise ValueError(f"{path}: not the config.json of a GPT-2 (no regular file of at most {MAX_CONFIG:,} bytes)")
+def _read_config(path: Path, dropout: float, gelu: str | None) -> GPTConfig:
+    """The shape in a Hugging Face config.json. ValueError for a model that ours does not support."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         shape = {ours: found[theirs] for ours, theirs in SHAPE.items()}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if any(type(size) is not int for size in shape.values()):
+            raise ValueError(f"expected whole numbers as sizes, got {shape}")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing, expected it beside {WEIGHTS}: it tells the number of heads") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the config.json of a GPT-2 ({type(error).__name__}: {error})") from None
-    for ours, value in shape.items():
-        if type(value) is not int or not 1 <= value < MAX_SIZE:
-            raise ValueError(f"{path}: not the config.json of a GPT-2 ({SHAPE[ours]}: got {str(value)[:40]})")
     only = {
         "model_type": ("gpt2",),
         "activation_function": tuple(GELUS),
@@ -219,54 +189,36 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key, allowed in only.items():
         if key in found and found[key] not in allowed:
             raise ValueError(f"{path}: {key}: got {found[key]!r:.80}, expected {' or '.join(map(repr, allowed))}")
-    return {**shape, "bias": True, "gelu": GELUS[found.get("activation_function", "gelu_new")]}
-
-
-def _blocks(names: Iterable[str]) -> int:
-    """The number of blocks that tensors of these names belong to."""
-    return len({name.split(".")[2] for name in names if name.startswith("transformer.h.")})
+    gelu = gelu or GELUS[found.get("activation_function", "gelu_new")]
+    return GPTConfig(**shape, bias=True, gelu=gelu, dropout=dropout)
 
 
 def _transposed(name: str, tensor: Tensor) -> Tensor:
     return tensor.t() if name.endswith(CONV1D) else tensor
 
 
-def _weights(tensor: Tensor, name: str) -> Tensor:
-    """A tensor of a checkpoint in float32: itself, or converted. ValueError for one that holds no weights."""
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"model: {name} has {tensor.dtype}, expected float32, float16, bfloat16 or float64")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"model: {name} has more elements than values")
-    return tensor.to(torch.float32)
-
-
-def _empty(
-    config: GPTConfig, found: Mapping[str, tuple[int, ...]], where: object, ops: Ops, options: Mapping[str, Any]
+def _built(
+    config: GPTConfig, tensors: Mapping[str, Tensor], where: object, ops: Ops, options: Mapping[str, Any]
 ) -> GPT:
-    """A GPT without values, for tensors of these shapes; the tied head may be absent. ValueError, with the first three
-    differences, if the tensors are not its own; of other than n_layer blocks, before it is built, which could take
-    forever."""
-    if config.n_layer > (blocks := _blocks(found)):
-        raise ValueError(f"{where}: transformer.h.{blocks} is missing: n_layer is {config.n_layer}")
+    """A GPT that owns these tensors, under our names, in float32. The tied head may be absent. ValueError, with the
+    first three differences, if they are not its weights."""
     with torch.device("meta"):  # no memory, no initialisation, no random numbers
         model = GPT(config, ops, **options)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = [f"{name} is missing" for name in expected if name not in found and name != HEAD]
-    for name, shape in found.items():
+    wrong = [f"{name} is missing" for name in expected if name not in tensors and name != HEAD]
+    for name, tensor in tensors.items():
         if name not in expected:
             wrong.append(f"{name} is unknown")
-        elif shape != expected[name]:
-            wrong.append(f"{name} has shape {shape}, expected {expected[name]}")
+        elif tuple(tensor.shape) != expected[name]:
+            wrong.append(f"{name} has shape {tuple(tensor.shape)}, expected {expected[name]}")
+        elif tensor.dtype not in FLOATS:
+            wrong.append(f"{name} has {tensor.dtype}, expected one of {', '.join(map(str, FLOATS))}")
+    if not wrong and HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        wrong.append(f"{HEAD} differs from {EMBEDDING}, expected a head tied to the embedding")
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{where}: {'; '.join(wrong[:3])}{more}")
-    return model
-
-
-def _filled(model: GPT, state: Mapping[str, Tensor], where: object) -> GPT:
-    """`model`, which now owns the tensors of `state`, under our names."""
-    if HEAD in state and not torch.equal(state[HEAD], state[EMBEDDING]):
-        raise ValueError(f"{where}: {HEAD} differs from {EMBEDDING}, expected a head tied to the embedding")
+    state = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
     model.load_state_dict({**state, HEAD: state[EMBEDDING]}, assign=True)
     model.lm_head.weight = model.transformer.wte.weight  # one parameter again, not two that share memory
     return model

@@ -5,10 +5,10 @@ A save has six moves. A kill may come at any time: each name is then the whole o
     1. write the new file in a folder .staging-<random>, fsync it
     2. shift ckpt-previous-1.pt to ckpt-previous-2.pt, and so on
     3. give ckpt.pt the second name ckpt-previous-1.pt (a hard link: ckpt.pt itself never vanishes)
-    4. if ckpt.pt is the best state so far and the new one is not, give it the name ckpt-best.pt too
+    4. if ckpt.pt is the best state, as the new file says, give it the name ckpt-best.pt too
     5. rename the new file to ckpt.pt, which replaces the old one in one step; fsync the folder, so that the names
        survive a power cut too
-    6. delete the oldest, so that `keep` are left, and ckpt-best.pt if the new ckpt.pt is better
+    6. delete the oldest, so that `keep` are left, and ckpt-best.pt if the new ckpt.pt is the best state
 
 `resume` goes on from the latest. Sampling and exporting take the best (`best_of`).
 
@@ -17,26 +17,23 @@ tensor, a plain value, or a list, tuple or dict of those, so that nanoGPT too re
 torch.load(weights_only=True), which runs no code.
 """
 
-import io
 import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import torch
 from msgspec import Meta, Struct, field
 
-from train.archive import glance, leaves, load_archive
+from train.archive import load_archive
 from train.errors import UserError, first_line
 from train.files import staging_folder, sync, sync_folder, unused
 
-E = TypeVar("E", bound=BaseException)
 Size = Annotated[int, Meta(ge=1, lt=2**24)]
 
 
@@ -101,45 +98,34 @@ class Held(NamedTuple):
     best_val_loss: float
 
 
-def save(
-    out_dir: Path,
-    checkpoint: dict,
-    keep: int,
-    *,
-    best: bool = False,
-    keep_best: bool = False,
-    again: bool = False,
-) -> None:
+def save(out_dir: Path, checkpoint: dict, keep: int) -> None:
     """Write `out_dir/ckpt.pt`. Keep `keep` - 1 of those before it: ckpt-previous-1.pt is the newest.
-
-    best: `checkpoint` is the best state so far. keep_best: the ckpt.pt that it replaces is the best one. again: that
-    ckpt.pt holds the same weights, so it is not kept beside the new one.
 
     UserError if the disk is full or out_dir cannot be written. The old files are then untouched.
     """
+    latest, best_iter = out_dir / LATEST, checkpoint["nanofuse"].get("best_iter")
+    old, best = held(latest), best_iter == checkpoint["iter_num"]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with staging_folder(out_dir) as staging:
-            with _Writer(open(staging / LATEST, "wb", buffering=0)) as file:
+            with open(staging / LATEST, "wb", buffering=0) as file:
                 torch.save(checkpoint, file)
                 sync(file)
-            if keep > 1 and not again:
+            if keep > 1:
                 _keep_previous(out_dir, staging, keep)
-            if keep_best:
-                _name_also(out_dir / LATEST, staging, out_dir / BEST)
-            os.replace(staging / LATEST, out_dir / LATEST)
+            if old and old.iter_num == best_iter and not best:
+                _name_also(latest, staging, out_dir / BEST)
+            os.replace(staging / LATEST, latest)
             sync_folder(out_dir)
         for path in _previous(out_dir)[keep - 1 :]:
             path.unlink()
         if best:
             (out_dir / BEST).unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        if interrupt := _behind(error, KeyboardInterrupt):
-            raise interrupt from None
-        cause = _behind(error, OSError)
-        if cause is None:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch's writer wraps it
+        if not isinstance(cause, OSError):
             raise  # not the disk's doing
-        left = f"{out_dir / LATEST} is still whole" if (out_dir / LATEST).is_file() else "there is none"
+        left = f"{latest} is still whole" if latest.is_file() else "there is none"
         raise UserError(f"out_dir={out_dir}: the checkpoint could not be written ({cause}); {left}") from error
 
 
@@ -176,40 +162,32 @@ def best_of(out_dir: Path) -> Path:
 def held(path: Path) -> Held | None:
     """What the checkpoint at `path` says about itself; None if there is none. No weight is read or verified."""
     try:
-        found = unpack(glance(path))
+        found = unpack(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception:  # no file, a damaged one, a foreign one: all that torch raises
         return None
     return Held(found["iter_num"], found["best_val_loss"])
 
 
-def set_best_aside(out_dir: Path) -> Path | None:
+def set_best_aside(out_dir: Path) -> Path:
     """Keep the best checkpoint in a new folder, as `set_aside` does, before others take its place."""
-    try:
-        if best_of(out_dir).name == LATEST:
-            with staging_folder(out_dir) as staging:
-                _name_also(out_dir / LATEST, staging, out_dir / BEST)
-    except OSError as error:
-        raise UserError(f"out_dir={out_dir}: {BEST} could not be written ({error})") from error
+    if best_of(out_dir).name == LATEST:
+        with staging_folder(out_dir) as staging:
+            _name_also(out_dir / LATEST, staging, out_dir / BEST)
     return set_aside(out_dir, (BEST,))
 
 
-def set_aside(out_dir: Path, patterns: Iterable[str] = _OF_A_RUN) -> Path | None:
+def set_aside(out_dir: Path, patterns: tuple[str, ...] = _OF_A_RUN) -> Path | None:
     """Move an earlier run's checkpoints, logs and curve into a new folder `out_dir/earlier-<date>-<time>`.
 
     patterns: of the names to move. Returns that folder, or None if there was nothing to move.
     """
-    found = [path for pattern in patterns for path in sorted(out_dir.glob(pattern))]
-    # TensorBoard's is the only folder that a run makes
-    files = [path for path in found if path.is_dir() == (path.name == "tensorboard")]
-    if not files:
+    found = [path for pattern in patterns for path in out_dir.glob(pattern)]
+    if not found:
         return None
     folder = unused(out_dir, f"earlier-{datetime.now():%Y%m%d-%H%M%S}")
-    try:
-        folder.mkdir()
-        for path in files:
-            path.rename(folder / path.name)
-    except OSError as error:
-        raise UserError(f"out_dir={out_dir}: the earlier run in it could not be set aside ({error})") from error
+    folder.mkdir()
+    for path in found:
+        path.rename(folder / path.name)
     return folder
 
 
@@ -219,20 +197,12 @@ def _offer(path: Path) -> str:
         with suppress(OSError, ValueError):
             if other != path:
                 iteration = unpack(load_archive(other))["iter_num"]
-                move = ["mv", str(path), f"{path}.damaged"] if path.name == BEST else ["mv", str(other), str(path)]
-                return f"; {other.name}, of iteration {iteration}, is whole: `{shlex.join(move)}`, then try again"
+                copy = shlex.join(["cp", str(other), str(path)])
+                return f"; {other.name}, of iteration {iteration}, is whole: `{copy}`, then try again"
     return ""
 
 
 # Writing
-
-
-class _Writer(io.BufferedWriter):
-    """A file for torch.save. After an interrupt torch still writes the archive's end, when it frees its own writer. The
-    file is closed by then. An error there would abort the process, so such a write does nothing."""
-
-    def write(self, data: Any) -> int:
-        return len(data) if self.closed else super().write(data)
 
 
 def _keep_previous(out_dir: Path, staging: Path, keep: int) -> None:
@@ -267,48 +237,17 @@ def _previous(out_dir: Path) -> list[Path]:
     return [found[number] for number in sorted(filter(str.isdecimal, found), key=int)]
 
 
-def _behind(error: BaseException | None, kind: type[E]) -> E | None:
-    """The error of this kind that caused `error`; None if there is none. torch's writer wraps it in a RuntimeError."""
-    while error is not None and not isinstance(error, kind):
-        error = error.__cause__ or error.__context__
-    return error
-
-
 # What is in the file
 
 
-def pack(
-    model_state: dict[str, torch.Tensor],
-    optimizer_state: dict,
-    model_args: dict[str, int | float | bool],
-    iter_num: int,
-    best_val_loss: float,
-    config: dict,
-    extra: dict,
-) -> dict:
-    """The dict to save, with the same tensors, of what `state_dict()` returns; extra becomes "nanofuse". ValueError for
-    anything that `load` would refuse: now, while the run is still alive."""
-    # The process that resumes may run AdamW in another way. nanoGPT takes `capturable` and the rate, which may be a
-    # tensor here, from the file, and `capturable` fails on a CPU.
+def portable(optimizer_state: dict) -> dict:
+    """`optimizer_state`, for a process that runs AdamW in another way. nanoGPT takes the rate, which may be a tensor
+    here, and `capturable` from the file, and `capturable` fails on a CPU."""
     groups = [
         {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in group.items()} | {"capturable": False}
         for group in optimizer_state["param_groups"]
     ]
-    for name, tree in (("optimizer", groups), ("config", config), ("nanofuse", extra)):
-        for place, value in leaves(tree, name):
-            if value is not None and type(value) not in (bool, int, float, str, torch.Tensor):
-                raise ValueError(f"{place} is a {type(value).__name__}, not a tensor or a plain value")
-    return unpack(
-        {
-            "model": model_state,
-            "optimizer": {"state": optimizer_state["state"], "param_groups": groups},
-            "model_args": model_args,
-            "iter_num": iter_num,
-            "best_val_loss": best_val_loss,
-            "config": config,
-            "nanofuse": extra,
-        }
-    )
+    return {"state": optimizer_state["state"], "param_groups": groups}
 
 
 def unpack(raw: Any) -> dict:

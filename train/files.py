@@ -1,13 +1,14 @@
 """Files that appear whole or not at all. Files of others, read with care. Folders that belong to one process."""
 
 import errno
+import fcntl
 import functools
 import os
 import shutil
 import stat
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
@@ -15,15 +16,10 @@ from typing import BinaryIO
 
 from train.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
-
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. OSError for anything else: a pipe may never answer, a device may have no end."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -97,7 +93,7 @@ def owned(folder: Path) -> Iterator[None]:
     """Make `folder`, the out_dir of a run, and lock it. At the end, delete it if it was made here and is empty.
 
     The system drops the lock when the process ends, however it ends. UserError if another process holds the lock, or if
-    the folder cannot be made. Windows and some file systems have no locks: there nothing is locked.
+    the folder cannot be made. On a file system without locks nothing is locked.
     """
     with ExitStack() as stack:
         try:
@@ -126,12 +122,8 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock. BlockingIOError if another process holds it."""
-    if fcntl is None:
-        yield
-        return
     with _opened(folder) as descriptor:
-        with _if_possible():
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _if_possible(fcntl.flock, descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 
@@ -139,8 +131,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write. At the end it is synced to disk and becomes `path`. If the body fails, `path` stays as it was.
 
-    OSError if `path` is no regular file, or cannot be written."""
-    check_output(path)
+    OSError if `path` is there and no regular file, or cannot be written."""
     with staging_folder(path.parent) as staging:
         with open(staging / path.name, "wb") as file:
             yield file
@@ -175,11 +166,9 @@ def sync(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on the disk, so that renames survive a power cut. Windows cannot do this."""
-    if os.name == "nt":
-        return
-    with _opened(folder) as descriptor, _if_possible():
-        os.fsync(descriptor)
+    """Wait until the names in `folder` are on the disk, so that renames survive a power cut."""
+    with _opened(folder) as descriptor:
+        _if_possible(os.fsync, descriptor)
 
 
 @contextmanager
@@ -192,11 +181,10 @@ def _opened(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-@contextmanager
-def _if_possible() -> Iterator[None]:
-    """Nothing happens inside on a file system that cannot lock or sync, some network ones for example."""
+def _if_possible(call: Callable[..., None], *arguments: int) -> None:
+    """Nothing happens on a file system that cannot lock or sync, some network ones for example."""
     try:
-        yield
+        call(*arguments)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF):
             raise

@@ -15,7 +15,7 @@ from model import GPT
 from model.pretrained import from_checkpoint, load_gpt2
 from train import checkpoint as checkpoints
 from train.checkpoint import MODEL_ARGS, MOMENTS
-from train.errors import UserError, shown
+from train.errors import UserError
 from train.optim import FlatAdamW, LossScale, Optimizer
 from train.plan import Plan, weights_wanted
 
@@ -50,14 +50,14 @@ class TrainState:
             return
         weights, moments = self._whole()
         if plan.world.master:
-            state = checkpoints.pack(
-                weights,
-                moments,
-                {name: getattr(self.model.config, name) for name in MODEL_ARGS},
-                progress.iter_num,
-                progress.best_val_loss,
-                dataclasses.asdict(plan.config),
-                {
+            checkpoint = {
+                "model": weights,
+                "optimizer": checkpoints.portable(moments),
+                "model_args": {name: getattr(self.model.config, name) for name in MODEL_ARGS},
+                "iter_num": progress.iter_num,
+                "best_val_loss": progress.best_val_loss,
+                "config": dataclasses.asdict(plan.config),
+                "nanofuse": {
                     "gelu": self.model.config.gelu,
                     "tokenizer": plan.tokenizer,
                     "val_data": plan.dataset.fingerprint(),
@@ -66,13 +66,8 @@ class TrainState:
                     "stale_evals": progress.stale_evals,
                     "judged_at": progress.judged_at,
                 },
-            )
-            best = progress.best_iter == progress.iter_num
-            keep_best = not best and 0 < progress.best_iter == self.saved_iter
-            # interrupted where an evaluation was due, and resumed: saved again, now with its loss
-            again = self.saved_iter == progress.iter_num and not self.other_data
-            keep = plan.config.keep_checkpoints
-            checkpoints.save(Path(plan.config.out_dir), state, keep, best=best, keep_best=keep_best, again=again)
+            }
+            checkpoints.save(Path(plan.config.out_dir), checkpoint, plan.config.keep_checkpoints)
             self.saved_iter = progress.iter_num
 
     def _whole(self) -> tuple[dict, dict]:
@@ -91,7 +86,7 @@ def make_state(plan: Plan, checkpoint: dict | None) -> TrainState:
     scaler = LossScale(plan.device, enabled=plan.precision.compute == torch.float16)
     state = TrainState(plan, model, place(plan, model), scaler, Progress())
     if checkpoint is not None and plan.config.init_from == "resume":
-        load_optimizer(state.optimizer, optimizer_state(checkpoint, model))
+        load_optimizer(state.optimizer, checkpoint["optimizer"])
         ours = checkpoint["nanofuse"]
         if state.scaler.enabled and ours.get("scaler"):
             state.scaler.load_state_dict(ours["scaler"])
@@ -187,40 +182,23 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     if state["state"]:  # empty when no step had been taken
         ids = chain.from_iterable(group["params"] for group in state["param_groups"])
         params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-        moments = {
-            i: _moments(state["state"].get(old), p, i) for i, (old, p) in enumerate(zip(ids, params, strict=True))
-        }
+        pairs = enumerate(zip(ids, params, strict=True))
+        moments = {i: _moments(state["state"].get(old), p, i) for i, (old, p) in pairs}
     optimizer.load_state_dict({"state": moments, "param_groups": own})
 
 
 def _moments(entry: object, param: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
-    """`entry`, an AdamW's state of `param` in a checkpoint, checked. UserError if it is anything else."""
-    saved = f"init_from=resume: the optimizer of the checkpoint has for its tensor {index}"
-    if not isinstance(entry, dict) or not entry.keys() >= {"step", *MOMENTS}:
-        raise UserError(f"{saved} no step, {' and '.join(MOMENTS)}: it is not an AdamW's")
-    for key in MOMENTS:
-        moment = entry[key]
-        dense = isinstance(moment, torch.Tensor) and moment.layout == torch.strided and not moment.is_meta
-        if not (dense and moment.is_floating_point()):
-            raise UserError(f"{saved} {shown(moment)} as {key}, expected a tensor of floats")
-        if moment.shape != param.shape:
-            raise UserError(f"{saved} the shape {list(moment.shape)}, this model {list(param.shape)}")
-    # A number or a tensor, as the AdamW of the file had it; load_state_dict moves it where this one wants it.
-    step = entry["step"]
-    if isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_meta:
-        step = step.item()
-    if type(step) not in (int, float) or not 0 <= step < 1e15:
-        raise UserError(f"{saved} {shown(step)} as step, expected a count of steps")
-    return {"step": torch.tensor(float(step)), **{key: entry[key] for key in MOMENTS}}
+    """An AdamW's state of `param` in a checkpoint. UserError if `entry` is anything else.
 
-
-def optimizer_state(checkpoint: dict, model: GPT) -> dict:
-    """The checkpoint's AdamW state. If `model` was cropped, the moments of its position embeddings are cut too."""
-    state, kept = checkpoint["optimizer"], model.config.block_size
-    matrices = [p for p in model.parameters() if p.dim() >= 2]  # in the optimizer's order
-    index = next(i for i, p in enumerate(matrices) if p is model.transformer.wpe.weight)
-    entry = state["state"].get(index)
-    if kept == checkpoint["model_args"]["block_size"] or not isinstance(entry, dict):
-        return state
-    cut = {key: value[:kept] if key in MOMENTS and value.ndim == 2 else value for key, value in entry.items()}
-    return {**state, "state": {**state["state"], index: cut}}
+    If the model was cropped, the moments of its position embeddings are cut too.
+    """
+    found = {}
+    if isinstance(entry, dict) and entry.keys() >= {"step", *MOMENTS}:
+        found = {key: entry[key][: len(param)] for key in MOMENTS}
+    if not found or any(moment.shape != param.shape for moment in found.values()):
+        raise UserError(
+            f"init_from=resume: the optimizer of the checkpoint has for its tensor {index} no step, "
+            f"{' and '.join(MOMENTS)} of the shape {list(param.shape)}: it is not this model's AdamW"
+        )
+    # the step is a number or a tensor, as the AdamW of the file had it
+    return {"step": torch.tensor(float(entry["step"])), **found}

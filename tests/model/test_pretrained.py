@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import types
@@ -43,30 +42,26 @@ def hub_tensors(config: dict = CONFIG) -> dict[str, torch.Tensor]:
     return tensors | {"ln_f.weight": torch.randn(c), "ln_f.bias": torch.randn(c)}
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict | None = CONFIG) -> Path:
-    folder.mkdir(exist_ok=True)
+def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict = CONFIG) -> Path:
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 @pytest.mark.parametrize(("bias", "gelu"), [(True, "tanh"), (False, "erf")])
 def test_round_trip(tmp_path, bias, gelu):
     model = make_model(bias=bias, gelu=gelu, dropout=0.1)
-    export_gpt2(model, tmp_path / "new" / "folder")
-    again = load_gpt2(tmp_path / "new" / "folder").eval()
-    assert again.config == GPTConfig(**SHAPE, bias=True, gelu=gelu, dropout=0.0)
-    ours, theirs = model.state_dict(), again.state_dict()
-    for name, tensor in theirs.items():
+    export_gpt2(model, tmp_path)
+    again = load_gpt2(tmp_path, dropout=0.2)
+    assert again.config == gpt2_shape(tmp_path, dropout=0.2) == GPTConfig(**SHAPE, bias=True, gelu=gelu, dropout=0.2)
+    assert gpt2_shape(tmp_path, gelu="tanh").gelu == load_gpt2(tmp_path, gelu="tanh").config.gelu == "tanh"
+    ours = model.state_dict()
+    for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, ours[name] if name in ours else torch.zeros_like(tensor)), name
-    idx = torch.randint(11, (3, 8))
-    assert torch.equal(again(idx, idx)[0], model(idx, idx)[0])
 
 
 @pytest.mark.parametrize(
-    ("prefix", "dtype", "head"),
-    [("", torch.float32, False), ("", torch.float16, False), ("transformer.", torch.bfloat16, True)],
+    ("prefix", "dtype", "head"), [("", torch.float32, False), ("transformer.", torch.bfloat16, True)]
 )
 def test_files_of_the_hub(tmp_path, prefix, dtype, head):
     """Loading draws no random numbers, and the model owns its memory."""
@@ -93,75 +88,46 @@ def test_files_of_the_hub(tmp_path, prefix, dtype, head):
     assert model.config == GPTConfig(**SHAPE, bias=True, gelu="tanh")
 
 
-def test_arguments(tmp_path):
-    write(tmp_path, hub_tensors(), CONFIG | {"activation_function": "gelu"})
-    assert gpt2_shape(tmp_path).gelu == "erf"
-    model, config = load_gpt2(tmp_path, gelu="tanh", dropout=0.2), GPTConfig(**SHAPE, gelu="tanh", dropout=0.2)
-    assert model.config == gpt2_shape(tmp_path, gelu="tanh", dropout=0.2) == config
-
-
-def test_other_models_are_refused(tmp_path):
-    """By their tensors, by their config.json."""
-    for name, tensor, message in (
-        ("h.1.ln_2.bias", None, r"transformer\.h\.1\.ln_2\.bias is missing"),
-        ("ln", None, "; and 7 more"),
-        ("h.2.ln_1.bias", torch.zeros(12), r"h\.2\.ln_1\.bias is unknown"),
-        ("h.0.attn.c_attn.weight", torch.zeros(36, 12), r"c_attn\.weight has shape \(12, 36\), expected \(36, 12\)"),
-        ("lm_head.weight", torch.zeros(11, 12), r"lm_head\.weight differs from transformer\.wte\.weight"),
-        ("ln_f.bias", torch.zeros(12).long(), r"ln_f\.bias is I64, expected one of BF16, F16, F32, F64"),
-    ):
-        tensors = hub_tensors()
-        if tensor is None:
-            tensors = {key: value for key, value in tensors.items() if name not in key}
-        else:
-            tensors[name] = tensor
-        with pytest.raises(ValueError, match=message):
-            load_gpt2(write(tmp_path, tensors))
-    for change, message in (
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"h.1.ln_2.bias": None}, r"transformer\.h\.1\.ln_2\.bias is missing"),
+        ({"h.2.ln_1.bias": torch.zeros(12)}, r"h\.2\.ln_1\.bias is unknown"),
+        ({"h.0.attn.c_attn.weight": torch.zeros(36, 12)}, r"c_attn\.weight has shape \(12, 36\), expected \(36, 12\)"),
+        ({"lm_head.weight": torch.zeros(11, 12)}, r"lm_head\.weight differs from transformer\.wte\.weight"),
+        ({"ln_f.bias": torch.zeros(12).long()}, r"ln_f\.bias has torch\.int64, expected one of torch\.float32"),
         ({"model_type": "gpt_neo"}, "model_type: got 'gpt_neo', expected 'gpt2'"),
         ({"activation_function": "relu"}, "activation_function: got 'relu'"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon: got 1e-06, expected 1e-05"),
         ({"n_inner": 24}, "n_inner: got 24, expected None or 48"),
-        ({"n_inner": ["x" * 5000]}, r"n_inner: got \['x{70,90}, expected"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings: got False"),
         ({"n_head": 5}, "n_embd: got 12, expected a multiple of n_head"),
-        ({"n_head": -2}, r"config\.json: not the config\.json of a GPT-2 \(n_head: got -2"),
-        ({"n_layer": 10**30}, r"not the config\.json of a GPT-2 \(n_layer: got 1000"),
-        ({"n_layer": 1e3}, r"not the config\.json of a GPT-2 \(n_layer: got 1000.0"),
-        ({"n_layer": True}, r"not the config\.json of a GPT-2 \(n_layer: got True"),
-        ({"n_layer": 1_000_000}, r"transformer\.h\.2 is missing: n_layer is 1000000"),
-        ({"n_positions": 2**24 - 1}, r"wpe\.weight has shape \(8, 12\), expected \(16777215, 12\)"),
-        ({"n_embd": 2**24}, r"not the config\.json of a GPT-2 \(n_embd: got 16777216"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_gpt2(write(tmp_path, hub_tensors(), CONFIG | change))
-    for content in ("[]", "{}", "{", "[" * 100_000, " " * (1 << 20) + json.dumps(CONFIG)):
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ValueError, match=r"config\.json: not the config\.json of a GPT-2"):
-            load_gpt2(tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config\.json: missing, expected it beside model\.safetensors"):
-        load_gpt2(tmp_path)
+        ({"n_layer": 2.0}, r"not the config\.json of a GPT-2 .*expected whole numbers"),
+        ({"n_layer": 4}, "; and 21 more"),
+    ],
+)
+def test_other_models_are_refused(tmp_path, changes, message):
+    """By their tensors, by their config.json."""
+    tensors, config = hub_tensors(), dict(CONFIG)
+    for name, value in changes.items():
+        (tensors if "." in name else config)[name] = value
+    with pytest.raises(ValueError, match=message):
+        load_gpt2(write(tmp_path, {name: value for name, value in tensors.items() if value is not None}, config))
 
 
 def test_what_is_no_file_or_not_whole_is_refused(tmp_path):
     path = write(tmp_path, hub_tensors()) / "model.safetensors"
-    for content in (b"", path.read_bytes()[:-1]):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
-            load_gpt2(tmp_path)
-    for name in ("config.json", "model.safetensors"):
-        for put, remove in ((Path.mkdir, Path.rmdir), (os.mkfifo, Path.unlink)):
-            path = write(tmp_path, hub_tensors()) / name
-            path.unlink()
-            put(path)
-            with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path)):
-                load_gpt2(tmp_path)
-            remove(path)
-    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors in this folder"):
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
         load_gpt2(tmp_path)
-    with pytest.raises(FileNotFoundError, match="gpt3: no such file or folder, and not one of gpt2, gpt2-medium"):
-        load_gpt2("gpt3")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json: not the config\.json of a GPT-2"):
+        gpt2_shape(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json: missing, expected it beside model\.safetensors"):
+        gpt2_shape(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors in this folder"):
+        gpt2_shape(tmp_path)
 
 
 def test_by_name(tmp_path, monkeypatch):
@@ -186,19 +152,13 @@ def test_by_name(tmp_path, monkeypatch):
             load_gpt2("gpt2")
 
 
-# Checkpoints
-
-
 def checkpoint_of(model: GPT, **extra) -> dict:
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-    return {
-        "model": model.state_dict(),
-        "model_args": {name: getattr(model.config, name) for name in names},
-        "nanofuse": extra,
-    }
+    args = {name: getattr(model.config, name) for name in names}
+    return {"model": model.state_dict(), "model_args": args, "nanofuse": extra}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_from_checkpoint(dtype):
     """Halved checkpoints are converted; float32 ones share their memory with the model."""
     model = make_model(bias=False, dropout=0.1).to(dtype)
@@ -212,28 +172,9 @@ def test_from_checkpoint(dtype):
         assert (p.data_ptr() == model.get_parameter(name).data_ptr()) == (dtype == torch.float32)
     assert from_checkpoint(checkpoint_of(model, gelu="tanh")).config.gelu == "tanh"
     assert from_checkpoint(checkpoint_of(model), dropout=0.0).config.dropout == 0.0
-
-
-def test_what_is_no_gpts_is_refused(monkeypatch):
-    for change, message in (
-        (lambda tensor: tensor.long(), r"has torch\.int64"),
-        (lambda tensor: tensor[:1].clone().expand(12), "more elements than values"),
-    ):
-        checkpoint = checkpoint_of(make_model())
-        checkpoint["model"]["transformer.ln_f.weight"] = change(checkpoint["model"]["transformer.ln_f.weight"])
-        with pytest.raises(ValueError, match=f"^model: transformer.ln_f.weight.*{message}"):
-            from_checkpoint(checkpoint)
-    good = checkpoint_of(make_model())
-    for changes, message in (
-        ({"vocab_size": 2**24 - 1}, r"wte\.weight has shape \(11, 12\), expected \(16777215, 12\)"),
-        ({"block_size": 16}, r"model: transformer\.wpe\.weight has shape \(8, 12\), expected \(16, 12\)"),
-        ({"n_head": 7}, "multiple of n_head"),
-        ({"n_layer": 10**9}, r"transformer\.h\.2 is missing: n_layer is 1000000000"),
-    ):
-        if "n_layer" in changes:  # it would take forever to build
-            monkeypatch.setattr("model.pretrained.GPT", None)
-        with pytest.raises(ValueError, match=message):
-            from_checkpoint(good | {"model_args": good["model_args"] | changes})
+    args = checkpoint_of(model)["model_args"] | {"block_size": 16}
+    with pytest.raises(ValueError, match=r"^model: transformer\.wpe\.weight has shape \(8, 12\), expected \(16, 12\)"):
+        from_checkpoint(checkpoint_of(model) | {"model_args": args})
 
 
 TRANSFORMERS = """

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 from model import GPT
 from train import checkpoint
@@ -52,37 +53,30 @@ def make_nanogpt(**changes) -> dict:
     } | changes
 
 
-def make_checkpoint(iteration: int = 3, **changes) -> dict:
-    """A checkpoint in which every weight equals its iteration, so that a mix of two would show."""
-    theirs = make_nanogpt()
-    for tensor in theirs["model"].values():
+def make_checkpoint(iteration: int = 3, best_iter: int = -1, **changes) -> dict:
+    """One of ours in which every weight equals its iteration, so that a mix of two would show."""
+    made = make_nanogpt(iter_num=iteration, best_val_loss=1.5, nanofuse={"gelu": "erf", "best_iter": best_iter})
+    for tensor in made["model"].values():
         torch.nn.init.constant_(tensor, iteration)
-    what = theirs["model"], theirs["optimizer"], MODEL_ARGS, iteration, 1.5, {"dataset": "docs"}, {"gelu": "erf"}
-    return checkpoint.pack(*what) | changes
+    return made | changes
 
 
 def save_gpt(model: GPT, **ours) -> None:
     """Write out/ckpt.pt in the current folder, of iteration 7."""
     args = {name: getattr(model.config, name) for name in MODEL_ARGS}
-    what = {"state": {}, "param_groups": []}, args, 7, 1.5, {}, {"gelu": model.config.gelu} | ours
-    checkpoint.save(Path("out"), checkpoint.pack(model.state_dict(), *what), keep=1)
+    made = make_nanogpt(model=model.state_dict(), model_args=args, iter_num=7, best_val_loss=1.5, config={})
+    checkpoint.save(Path("out"), made | {"nanofuse": {"gelu": model.config.gelu} | ours}, keep=1)
 
 
 def assert_same(a: object, b: object) -> None:
     """Also in types; tensors in every bit."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
+    leaves, layout = tree_flatten(a)
+    others, other_layout = tree_flatten(b)
+    assert layout == other_layout
+    for x, y in zip(leaves, others, strict=True):
+        assert type(x) is type(y)
+        assert getattr(x, "dtype", None) == getattr(y, "dtype", None)
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
 def refusal(path: Path) -> str:

@@ -61,43 +61,29 @@ def test_the_tokenizer_is_that_of_the_checkpoint(make):
     assert theirs.decode(ours.encode(TEXT), skip_special_tokens=False) == TEXT
 
 
-def test_mistakes(model):
-    for argv, message in (
-        ([], "to: got '', expected a folder"),
-        (["--to=folder", "--out_dir=nowhere"], r"no.* nowhere/ckpt\.pt"),
-        (["--to=out/ckpt.pt"], r"to: out/ckpt\.pt: cannot be written: File exists"),
-    ):
-        with pytest.raises(UserError, match=message):
-            main(argv)
-        assert [path.name for path in Path().iterdir()] == ["out"]
-
-
-def test_a_failed_export_leaves_the_old_one(model, monkeypatch):
+def test_mistakes_and_a_full_disk_change_nothing(model, monkeypatch):
+    """An export goes over another export only, not over a model that was downloaded or a dataset's meta.json."""
     main(["--to=folder"])
     before = files()
     Path("folder/.staging-killed").mkdir()  # what a killed export left
+    Path("theirs").mkdir()
+    Path("theirs/config.json").write_text('{"model_type": "gpt2"}')
 
     def fail(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", fail)
-    for folder in ("folder", "new"):
-        with pytest.raises(UserError, match=rf"to: {folder}: cannot be written: No space left on device"):
-            main([f"--to={folder}"])
+    for argv, message in (
+        ([], "to: got '', expected a folder"),
+        (["--to=new", "--out_dir=nowhere"], r"no.* nowhere/ckpt\.pt"),
+        (["--to=out/ckpt.pt"], r"to: out/ckpt\.pt: cannot be written: File exists"),
+        (["--to=theirs"], r"to: theirs holds config\.json, which is not of an export; name another folder"),
+        (["--to=folder"], "to: folder: cannot be written: No space left on device"),
+        (["--to=new"], "to: new: cannot be written: No space left on device"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(argv)
     assert files() == before
-    assert not Path("new").exists()
-
-
-@pytest.mark.parametrize("name", [*MODEL_FILES, "meta.json", "tokenizer.json"])
-@pytest.mark.parametrize("put", [Path.mkdir, lambda path: path.write_text('{"model_type": "gpt2"}')])
-def test_an_export_goes_over_another_export_only(model, name, put):
-    """Not over a model that was downloaded, nor over a dataset's meta.json."""
-    path = Path("folder", name)
-    path.parent.mkdir()
-    put(path)
-    before = path.lstat().st_mtime_ns
-    with pytest.raises(UserError, match=f"to: folder holds {name}, which is not of an export; name another folder"):
-        main(["--to=folder"])
-    assert path.lstat().st_mtime_ns == before
-    assert list(Path("folder").iterdir()) == [path]
+    assert list(files("theirs")) == ["config.json"]
+    assert sorted(path.name for path in Path().iterdir()) == ["folder", "out", "theirs"]

@@ -1,30 +1,26 @@
-"""Kills of the whole command, at random instants and inside saves. Nothing is lost, and all bits are as without kills.
+"""Kills of the whole command, at random instants and inside saves. Nothing is lost; all bits are as without kills."""
 
-NANOFUSE_KILLS=50 makes 50 kills of each kind of run instead of 4. NANOFUSE_SEED=n makes other kills.
-"""
-
+import functools
 import hashlib
-import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from tests.train.jobs import ROOT
 from tests.train.runs import KILLED_JOB, iterations, records, run
 from train import checkpoint
 
 REFERENCE = 80  # iterations of the run without kills
-KEEP, ALWAYS_SAVE = (1, 2, 3), (True, False)
 ENDS = {  # how a run is ended: by which signal, whether inside a save, and the exit statuses that it may have
     "killed": (signal.SIGKILL, False, {-signal.SIGKILL}),
     "killed in a save": (signal.SIGKILL, True, {-signal.SIGKILL}),
@@ -33,60 +29,51 @@ ENDS = {  # how a run is ended: by which signal, whether inside a save, and the 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
-def test_kills_at_random_instants_and_inside_saves(tmp_path):
-    numbers = [os.environ.get(f"NANOFUSE_{name}", default) for name, default in (("KILLS", "4"), ("SEED", "1"))]
-    # A separate process. It imports torch once and forks a child for every run, so it must have no threads yet.
-    driver = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), *numbers],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    print(driver.stdout)
-    assert driver.returncode == 0, driver.stdout + driver.stderr
-
-
-# The driver
-
-
-def drive(folder: Path, kills: int, seed: int) -> None:
-    print(f"seed {seed}, {kills} kills of each run")
-    import torch._dynamo  # noqa: F401  AdamW's first step imports it: once here, not in every child
-
-    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
-    rng = random.Random(seed)
-    expected, losses = reference(folder / "reference")
+def test_kills_at_random_instants_and_inside_saves(tmp_path, request):
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(1)
+    digests = [""]
+    with mock.patch("train.checkpoint.save", lambda out_dir, state, keep: digests.append(digest(state))):
+        run(tmp_path / "reference", eval_interval=1, max_iters=REFERENCE)
+    losses, rng = logged_losses(tmp_path / "reference"), random.Random(1)
     inside = apart = 0
-    for keep, always in itertools.product(KEEP, ALWAYS_SAVE):
-        out_dir, saved = folder / f"out-{keep}-{always}", 0
-        for end in rng.choices(list(ENDS), k=kills):
+    for keep, always in ((1, True), (2, False), (3, True)):
+        out_dir, saved = tmp_path / f"out-{keep}", 0
+        for end in rng.choices(list(ENDS), k=6):
             stale = set(out_dir.glob(".staging-*"))
-            settings = {"keep_checkpoints": keep, "always_save_checkpoint": always}
-            if (out_dir / "ckpt.pt").exists():
-                settings["init_from"] = "resume"
-            child = start(out_dir, max_iters=10**6, **settings)
-            status = end_it(child, out_dir, end, stale, rng)
-            print(f"run of {keep}, {always}: {end}, status {status}; ckpt.pt had {saved}")
-            assert status in ENDS[end][2], output(out_dir)
+            status, said = run_until(end, out_dir, stale, rng, keep_checkpoints=keep, always_save_checkpoint=always)
+            assert status in ENDS[end][2], said
             inside += bool(set(out_dir.glob(".staging-*")) - stale)
-            before, saved = saved, whole(out_dir, expected, losses)
+            before, saved = saved, whole(out_dir, digests, losses)
             assert saved >= max(before, *iterations(out_dir, "save"), 0)
-            assert ("interrupted after" in output(out_dir)) == (f"interrupted after {saved} " in output(out_dir))
+            assert ("interrupted after" in said) == (f"interrupted after {saved} " in said)
             apart += (out_dir / "ckpt-best.pt").exists()
-    print(f"{inside} inside a save; {apart} times the best one was another")
     assert inside
     assert apart
 
 
-def reference(out_dir: Path) -> tuple[dict[int, str], dict[tuple[str, int], float]]:
-    """Of a run without kills: iteration -> digest of its state, and its losses."""
-    with mock.patch("train.checkpoint.save", lambda out_dir, state, *_, **__: print("state", digest(state))):
-        child = start(out_dir, eval_interval=1, max_iters=REFERENCE)
-    assert os.waitpid(child, 0)[1] == 0, output(out_dir)
-    digests = [line.removeprefix("state ") for line in output(out_dir).splitlines() if line.startswith("state ")]
-    return dict(enumerate(digests, start=1)), logged_losses(out_dir)
+def run_until(end: str, out_dir: Path, stale: set[Path], rng: random.Random, **settings) -> tuple[int, str]:
+    """Train, and end it at a random instant or inside a save. Returns its exit status and what it said."""
+    named = KILLED_JOB | {"out_dir": out_dir, "dataset": out_dir.parent / "data", "max_iters": 10**6} | settings
+    if (out_dir / "ckpt.pt").exists():
+        named["init_from"] = "resume"
+    argv = [sys.executable, "-m", "train", *(f"--{name}={value}" for name, value in named.items())]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    output = out_dir.with_suffix(".txt")
+    with output.open("w") as file:
+        process = subprocess.Popen(argv, cwd=out_dir.parent, env=environment, stdout=file, stderr=file)
+    lines = len(records(out_dir))
+    while process.poll() is None and len(records(out_dir)) < lines + 3:
+        time.sleep(1e-3)
+    time.sleep(rng.expovariate(20))
+    number, in_a_save, _ = ENDS[end]
+    patience = time.monotonic() + 10  # if only the best is saved, there may be no other save
+    while in_a_save and process.poll() is None and time.monotonic() < patience:
+        with suppress(FileNotFoundError):  # a folder in which nothing was saved goes with its run
+            if set(out_dir.glob(".staging-*")) - stale:
+                break
+    process.send_signal(number)
+    return process.wait(), output.read_text()
 
 
 def logged_losses(out_dir: Path) -> dict[tuple[str, int], float]:
@@ -99,7 +86,7 @@ def logged_losses(out_dir: Path) -> dict[tuple[str, int], float]:
     return found
 
 
-def whole(out_dir: Path, expected: dict[int, str], losses: dict[tuple[str, int], float]) -> int:
+def whole(out_dir: Path, digests: list[str], losses: dict[tuple[str, int], float]) -> int:
     """The iteration of ckpt.pt, 0 if there is none. All checkpoints and losses are those expected, where they are known
     of an iteration; the best checkpoint is the best of those evaluated."""
     for key, loss in logged_losses(out_dir).items():
@@ -108,7 +95,7 @@ def whole(out_dir: Path, expected: dict[int, str], losses: dict[tuple[str, int],
         return 0
     for path in out_dir.glob("ckpt*.pt"):
         found = checkpoint.load(path)
-        assert expected.get(found["iter_num"], digest(found)) == digest(found), path
+        assert found["iter_num"] > REFERENCE or digests[found["iter_num"]] == digest(found), path
     latest = checkpoint.load(out_dir / "ckpt.pt")
     if latest["iter_num"] <= REFERENCE:
         judged = range(0, latest["nanofuse"]["judged_at"] + 1, KILLED_JOB["eval_interval"])
@@ -120,55 +107,6 @@ def whole(out_dir: Path, expected: dict[int, str], losses: dict[tuple[str, int],
 
 def digest(state: dict) -> str:
     """Of all weights and moments."""
-    tensors = checkpoint.leaves([state["model"], state["optimizer"]["state"]])
-    content = [x.numpy().tobytes() if isinstance(x, torch.Tensor) else repr(x).encode() for _, x in tensors]
+    leaves = tree_leaves([state["model"], state["optimizer"]["state"]])
+    content = [x.numpy().tobytes() if isinstance(x, torch.Tensor) else repr(x).encode() for x in leaves]
     return hashlib.sha256(b"".join(content)).hexdigest()
-
-
-def start(out_dir: Path, **settings) -> int:
-    """Fork a child that trains and exits with the command's status. Returns its process id."""
-    sys.stdout.flush()
-    if child := os.fork():
-        return child
-    status = 99
-    try:
-        descriptor = os.open(f"{out_dir}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        status = run(out_dir, **settings)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def end_it(child: int, out_dir: Path, end: str, stale: set[Path], rng: random.Random) -> int:
-    """End a run, at a random instant or inside a save. Returns its exit status, or minus the signal that ended it."""
-
-    def lives() -> bool:
-        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-
-    lines = len(records(out_dir))
-    if rng.random() < 0.8:  # else while it starts
-        while lives() and len(records(out_dir)) < lines + 3:
-            time.sleep(1e-3)
-    time.sleep(rng.expovariate(20))
-    number, in_a_save, _ = ENDS[end]
-    patience = time.monotonic() + 10  # if only the best is saved, there may be no other save
-    while in_a_save and lives() and time.monotonic() < patience:
-        with suppress(FileNotFoundError):  # a folder in which nothing was saved goes with its run
-            if set(out_dir.glob(".staging-*")) - stale:
-                break
-    os.kill(child, number)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
-def output(out_dir: Path) -> str:
-    return Path(f"{out_dir}.txt").read_text()
-
-
-if __name__ == "__main__":
-    drive(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,20 +1,15 @@
 """The command that samples: it prints like nanoGPT, loads its checkpoints, and gives one line for each mistake."""
 
-import gzip
+import itertools
 import os
-import pickle
 import subprocess
-import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
 from model import GPT, GPTConfig, Precision
 from tests.train.checkpoints import save_gpt
-from tests.train.jobs import ROOT
-from train.checkpoint import load
 from train.errors import UserError
 from train.sample import SampleConfig, load_model, main, read_prompt, sample_text, to_inference
 from train.text import ByteTokenizer, CharTokenizer, GPT2Tokenizer
@@ -46,13 +41,6 @@ def samples(capsys, *argv: str) -> list[str]:
     return found
 
 
-def test_the_first_token_does_not_wait_for_dynamo(run_dir):
-    """Importing it takes two seconds, half of the time until there is text."""
-    draw = "train.sample.main(['--num_samples=1', '--max_new_tokens=2'])"
-    script = f"import sys, train.sample; {draw}; sys.exit('torch._dynamo' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
-
-
 def test_output(run_dir, capsys):
     found = samples(capsys, "--start=to be ")
     assert [len(text) for text in found] == [6 + 20] * 2  # ids from 28 on are padding and would not decode
@@ -72,66 +60,36 @@ def test_output(run_dir, capsys):
 def test_prompt_from_a_file(run_dir, capsys, monkeypatch):
     """It is read as a corpus is."""
     monkeypatch.setenv("HOME", os.getcwd())
-    Path("prompt.txt").write_bytes(gzip.compress(b"\xef\xbb\xbffrom a file\r\n"))
+    Path("prompt.txt").write_bytes(b"\xef\xbb\xbffrom a file\r\n")
     assert samples(capsys, "--start=FILE:~/prompt.txt")[0].startswith("from a file\n")
-    Path("bytes").write_bytes(b"\xefa\r\n\xff")
-    assert ByteTokenizer().encode(read_prompt("FILE:bytes", ByteTokenizer())) == list(b"\xefa\r\n\xff")
+    assert read_prompt("FILE:prompt.txt", ByteTokenizer()).endswith("from a file\r\n")
 
 
 def test_text_streams_and_ends_at_the_end_of_text_where_asked_and_never_inside_a_character(monkeypatch):
-    drawn = []
-
     def draw(tokens):
-        def generate(*_, **__):
-            for token in tokens:
-                drawn.append(token)
-                yield torch.tensor([token])
+        drawn = (torch.tensor([token]) for token in tokens)
+        monkeypatch.setattr("train.sample.generate", lambda *_, **__: drawn)
+        return drawn
 
-        monkeypatch.setattr("train.sample.generate", generate)
-
-    draw("aé€!".encode() + b"\xe2\x82")  # the last character is cut off
+    rest = draw("aé€!".encode() + b"\xe2\x82")  # the last character is cut off
     pieces = sample_text(make_model(), ByteTokenizer(), SampleConfig(start="é"))
-    assert next(pieces) == "é"
-    assert drawn == []
-    assert next(pieces) == "a"
-    assert drawn == [ord("a")]
-    assert list(pieces) == ["é", "€", "!", "\ufffd"]
+    assert [next(pieces), next(pieces)] == ["é", "a"]
+    assert len(list(itertools.islice(rest, 2))) == 2  # not drawn before: é, which the text lacks now
+    assert list(pieces) == ["€", "!", "\ufffd"]
 
-    draw([11, 13, 50256, 13])
     for asked, text in ((False, "<|endoftext|>hi,.<|endoftext|>."), (True, "<|endoftext|>hi,.")):
+        draw([11, 13, 50256, 13])
         config = SampleConfig(start="<|endoftext|>hi", end_of_text=asked)
         assert "".join(sample_text(make_model(), GPT2Tokenizer(), config)) == text
 
 
-@pytest.mark.parametrize(
-    ("chars", "start"), [(CHARS, ""), ("'\"$`", "\n\nÜ"), ("\u2028", ""), ("\x1b", "Ü"), ("$`\\ ", "")]
-)
-def test_the_prompt_that_a_message_suggests_works(run_dir, capsys, chars, start):
-    write_checkpoint(CharTokenizer(chars).meta())
+def test_the_prompt_that_a_message_suggests_works_and_does_nothing_to_the_terminal(run_dir, capsys):
+    write_checkpoint(CharTokenizer("\x1b'").meta())
     with pytest.raises(UserError, match=r"^start: ") as caught:
-        samples(capsys, f"--start={start}")
+        samples(capsys, "--start=Ü")
     argument = str(caught.value)[str(caught.value).index("--start=") :]
     shell = subprocess.run(["bash", "-c", f"printf %s {argument}"], capture_output=True, check=True)
-    assert len(samples(capsys, shell.stdout.decode(), "--max_new_tokens=1")) == 2
-
-
-def test_a_sample_does_nothing_to_the_terminal(run_dir, capsys):
-    chars = "\n\t\x1b\x07\x9b\ré"
-    write_checkpoint(CharTokenizer(chars).meta())
-    text = "".join(samples(capsys, f"--start={chars}"))
-    assert text.startswith("\n\t\\x1b\\x07\\x9b\\ré")
-    assert not set(text) & set("\x1b\x07\x9b\r")
-
-
-def test_nanogpts_checkpoint_has_the_tokenizer_of_its_dataset(run_dir, capsys):
-    tokenizer = CharTokenizer(CHARS + "1234")
-    checkpoint = load(Path("out/ckpt.pt")) | {"config": {"dataset": "letters"}}
-    del checkpoint["nanofuse"]
-    torch.save(checkpoint, "out/ckpt.pt")
-    Path("data/letters").mkdir(parents=True)
-    Path("data/letters/meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate(tokenizer.chars))}))
-    expected = make_model().eval().generate(torch.tensor([tokenizer.encode("hey")]), 20, 0)[0].tolist()
-    assert samples(capsys, "--start=hey", "--temperature=0", "--dtype=float32") == [tokenizer.decode(expected)] * 2
+    assert "\\x1b" in samples(capsys, shell.stdout.decode())[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -143,32 +101,13 @@ def test_casting_once_changes_nothing(dtype):
     assert {layer.weight.dtype for layer in model.modules() if isinstance(layer, torch.nn.Linear)} == {dtype}
 
 
-def test_without_a_compiler_it_goes_on(run_dir, capsys, monkeypatch):
-    expected = samples(capsys)
-
-    def fail(model, **options):
-        broken = make_model()
-        broken.forward = mock.Mock(side_effect=RuntimeError("\nno C++ compiler\nat all"))
-        return broken
-
-    monkeypatch.setattr(torch, "compile", fail)
-    main(["--device=cpu", "--num_samples=2", "--max_new_tokens=20", "--compile"])
-    out, err = capsys.readouterr()
-    assert out == "".join(text + "\n---------------\n" for text in expected)
-    assert err.startswith("out/ckpt.pt, iteration 7: 0.00M parameters, char tokens, ")
-    assert "compile: not possible here, going on without it: no C++ compiler\n" in err
-
-
 def test_mistakes(run_dir, capsys):
-    Path("binary.txt").write_bytes(b"ab\xff\xfe")
     mine = CharTokenizer(CHARS).meta()
     for argument, message, tokenizer in (
         ("--out_dir=nowhere", r"no.* nowhere/ckpt\.pt", {}),
         ("--init_from=nowhere", "init_from: nowhere: no such file or folder, and not one of gpt2", {}),
-        ("--start=FILE:binary.txt", r"start: binary\.txt: byte 2 is not UTF-8", {}),
+        ("--start=FILE:nowhere.txt", r"start: nowhere\.txt: ", {}),
         ("--top_p=0", "top_p: got 0", {}),
-        ("--num_samples=0", "num_samples: got 0", {}),
-        ("--max_new_tokens=1000000000000", "got 1000000000000, expected below 100000000", {}),
         ("--end_of_text", "end_of_text: got True, but the tokenizer, char, has no end-of-text token", {}),
         ("--seed=1", "the checkpoint's tokenizer: ", {"vocab_size": "28"}),
         ("--seed=1", r"the model has 32 tokens, its tokenizer \(char\) 33", CharTokenizer(map(chr, range(33))).meta()),
