@@ -19,27 +19,18 @@ from train.prepare import main as prepare
 from train.sample import main as sample
 
 EVIL = "a\nb\r\x1b[31m\x9b\u202e\udc80"
-ESCAPED = r"a\nb\r\x1b[31m\x9b\u202e\udc80"
 
 
-@pytest.mark.parametrize("say", [lambda text: str(UserError(text)), first_line, lambda text: shown(text)[1:-1]])
-def test_a_message_is_one_line_that_does_nothing_to_a_terminal(say):
-    assert say(EVIL) == (ESCAPED if say is not first_line else "a")
-    for long in ("x" * 5000, "\x1b" * 5000):
-        assert say(long).isprintable()
-        assert len(say(long)) <= MAX_LINE + 5
-    assert "start" in say("start" + "x" * 5000)
-
-
-def test_what_is_long_or_cannot_be_shown():
-    deep: list = []
-    for _ in range(100_000):
-        deep = [deep]
-    assert shown(deep) == "a list, too large to be shown"
-    assert shown(1 << 100_000) == "a int, too large to be shown"
-    assert shown(["x" * 5000]) == "['" + "x" * 75 + "..."
-    assert str(UserError("x" * 5000 + ": do this")).endswith(": do this")
+def test_a_message_is_one_short_line_that_does_nothing_to_a_terminal():
+    assert str(UserError(EVIL)) == shown(EVIL)[1:-1] == r"a\nb\r\x1b[31m\x9b\u202e\udc80"
+    assert first_line(f"\n{EVIL}") == "a"
+    assert first_line(OSError()) == "OSError"
     assert safe("a\tb\n\x1b[31m\r\x9b") == "a\tb\n\\x1b[31m\\r\\x9b"
+    long = str(UserError("start" + "\x1b" * 5000 + ": do this"))
+    assert (long[:5], long[-9:]) == ("start", ": do this")
+    assert len(long) <= MAX_LINE + 5
+    assert shown(["x" * 5000]) == "['" + "x" * 75 + "..."
+    assert shown(1 << 100_000) == "a int, too large to be shown"
 
 
 def test_an_error_of_the_system_ends_a_command_in_one_line(capsys):
@@ -77,28 +68,23 @@ def test_commands_escape_the_names_that_they_repeat(tmp_path, monkeypatch, capsy
     assert console.buffer.getvalue() == b"\\u03a9-\\udcff\n"
 
 
-LOST = "error: the output cannot be written: No space left on device\n"
+LOST = "error: [Errno 28] No space left on device\n"
 GOES_ON = "console: cannot be written ({}); the run goes on without it\n"
-DELETED = "error: the current folder was deleted; cd to one that exists\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(
-    ("script", "streams", "status", "said"),
+    ("script", "status", "said"),
     [
-        ("errors.run(lambda: [print('text'), print('text')] and 0)", {}, 1, LOST),
-        ("errors.run(lambda: [log.say('1'), log.say('2')] and 0)", {}, 0, GOES_ON.format("No space left on device")),
-        ("sys.stdout.close(); log.say('text')", {}, 0, GOES_ON.format("I/O operation on closed file.")),
-        ("errors.run(lambda: print('text'))", {"preexec_fn": lambda: (os.close(1), os.close(2))}, 0, ""),
-        ("os.rmdir(os.getcwd()); from train.commands import main; main()", {}, 2, DELETED),
+        ("errors.run(lambda: [print('text'), print('text')] and 0)", 2, LOST),
+        ("errors.run(lambda: [log.say('1'), log.say('2')] and 0)", 0, GOES_ON.format("No space left on device")),
+        ("sys.stdout.close(); log.say('text')", 0, GOES_ON.format("I/O operation on closed file.")),
     ],
-    ids=["a full disk", "a full disk under a run", "closed by the run", "closed before", "a deleted folder"],
+    ids=["a full disk", "a full disk under a run", "closed by the run"],
 )
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_the_streams_and_the_folder_of_a_real_process(tmp_path, script, streams, status, said, unbuffered):
+def test_the_streams_of_a_real_process(script, status, said):
     """The end of the interpreter could fail too."""
-    argv = [sys.executable, "-c", f"import os, sys; from train import errors, log; {script}", "train"]
-    env = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", f"import sys; from train import errors, log; {script}"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(argv, cwd=tmp_path, env=env, stdout=full, stderr=subprocess.PIPE, text=True, **streams)
+        done = subprocess.run(argv, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (status, said)
