@@ -3,10 +3,8 @@
 import dataclasses
 import functools
 import os
-import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,18 +24,15 @@ FIELDS = settings_of(TrainConfig)
 @pytest.mark.parametrize(
     ("argv", "wanted"),
     [
-        (["--batch-size=2", "--batch_size", "3"], {"batch_size": 3}),
-        (["--max_iters=600_000", "--seed=1e5"], {"max_iters": 600000, "seed": 100000}),
+        (["--batch-size=2", "--batch_size", "3", "--seed=1e5"], {"batch_size": 3, "seed": 100000}),
         (["--min-lr=1", "--learning-rate", "-1e-3"], {"min_lr": 1.0, "learning_rate": -1e-3}),
         (["--wandb_run_name=a=b", "--wandb_project=5"], {"wandb_run_name": "a=b", "wandb_project": "5"}),
-        (["--wandb_run_name='a', 'b'", "--wandb_project='a"], {"wandb_run_name": "'a', 'b'", "wandb_project": "'a"}),
-        (["--wandb_run_name='a\\nb'", "--wandb_project="], {"wandb_run_name": "a\nb", "wandb_project": ""}),
-        (["--bias", "--no-compile"], {"bias": True, "compile": False}),
-        (["--bias", "true", "--compile=FALSE", "--decay_lr=True"], {"bias": True, "compile": False, "decay_lr": True}),
-        (["--no-compile", "--compile"], {"compile": True}),
-        (["--rehearse"], {"rehearse": "auto"}),
+        (["--wandb_run_name='a\\nb'", "--wandb_project='a"], {"wandb_run_name": "a\nb", "wandb_project": "'a"}),
+        (["--bias", "--no-compile", "--decay_lr=True"], {"bias": True, "compile": False, "decay_lr": True}),
+        (["--bias", "true", "--compile=FALSE", "--compile"], {"bias": True, "compile": True}),
         (["--rehearse", "--seed=1"], {"rehearse": "auto", "seed": 1}),
         (["--rehearse", "h100", "--seed=1"], {"rehearse": "h100", "seed": 1}),
+        (["--out_dir=~/a", "--wandb_project=~/x"], {"out_dir": os.path.expanduser("~/a"), "wandb_project": "~/x"}),
     ],
 )
 def test_every_spelling_of_a_setting(argv, wanted):
@@ -89,15 +84,6 @@ def test_a_wrong_argument_is_refused_with_a_hint(argument, expected, monkeypatch
     assert len(str(caught.value)) < 300
 
 
-def test_a_tilde_in_front_of_a_path_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    (tmp_path / "mine.py").write_text("bpe_dir = '~/bpe'\nwandb_project = '~/x'\n")
-    argv = [str(tmp_path / "mine.py"), "--out_dir=~/runs/a", "--dataset='~/data'", "--init_from", "~/b/ckpt.pt"]
-    paths = {"bpe_dir": "bpe", "out_dir": "runs/a", "dataset": "data", "init_from": "b/ckpt.pt"}
-    expected = {name: f"/home/me/{path}" for name, path in paths.items()}
-    assert parse(argv).settings == expected | {"wandb_project": "~/x"}
-
-
 def test_presets_files_and_overrides_apply_in_argv_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("gpt2").write_text("batch_size = 7\nlr_decay_iters = max_iters\nmin_lr = learning_rate / 10\nmax_iters = 9\n")
@@ -109,19 +95,13 @@ def test_presets_files_and_overrides_apply_in_argv_order(tmp_path, monkeypatch):
     assert parse(["--rehearse", "gpt2"]).settings["block_size"] == 1024  # the preset, not the file of its name
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["gpt2"], "'gpt2': not a setting"),
-        (["--batch_size=1"], "unknown setting 'batch_size'"),
-        (["--num_samples=0"], "num_samples: got 0, expected at least 1"),
-    ],
-)
-def test_another_command_has_its_own_settings_and_files(argv, message):
+def test_another_command_has_its_own_settings_and_files():
     read = functools.partial(command_line, SampleConfig, prog="python -m other", about="")
     assert read(["--top_k=1", "a", "b"], positional="FILE ...") == (SampleConfig(top_k=1), ["a", "b"])
-    with pytest.raises(UserError, match=message):
-        read(argv)
+    with pytest.raises(UserError, match="'gpt2': not a setting"):
+        read(["gpt2"])
+    with pytest.raises(UserError, match="num_samples: got 0, expected at least 1"):
+        read(["--num_samples=0"])
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, SampleConfig])
@@ -134,11 +114,8 @@ def test_help_lists_every_setting_and_preset_on_a_line_of_its_own(cls, capsys):
         shown = field.default if name != "start" else r"'\n'"
         (line,) = [line for line in lines if line.startswith(f"  --{name}={shown} ")]
         assert field.metadata["help"] in line
-        group = field.metadata["group"]
-        assert not group or f"{group}:" in lines
-    for name in PRESETS:
-        found = any(line.split()[:1] == [name] and line.endswith(".") for line in lines)
-        assert found == (cls is TrainConfig)
+    listed = [line.split()[0] for line in lines if line.endswith(".") and line.startswith("  ")]
+    assert listed == (list(PRESETS) if cls is TrainConfig else [])
 
 
 @pytest.mark.parametrize(
@@ -175,7 +152,6 @@ NANOGPT = {
 def test_names_and_defaults_are_nanogpts():
     ours = dataclasses.asdict(TrainConfig())
     assert {name: ours.get(name) for name in NANOGPT} == NANOGPT
-    assert {name: type(ours[name]) for name in NANOGPT} == {name: type(value) for name, value in NANOGPT.items()}
     assert ours["gradient_accumulation_steps"] == 1
     assert [ours[name] for name in ("backend", "device", "dtype", "gelu")] == ["auto"] * 4
 
@@ -250,9 +226,6 @@ def test_nanogpts_own_files_load_and_are_presets(name, load):
 def test_every_preset_is_valid():
     for name in PRESETS:
         assert not compose(parse([name]), {}).wandb_log
-    for weights in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-        settings = parse(["eval_" + weights.replace("-", "_")]).settings
-        assert settings == {"init_from": weights, "eval_only": True, "batch_size": 8, "eval_iters": 500}
 
 
 AS_IN_PYTHON = (
@@ -266,6 +239,7 @@ AS_IN_PYTHON = (
     "out_dir = str(int(3.7)) + str(min(8, 6)); n_layer = n_head = max(4, 2)",
     "lora_rank = 8; tags = [open(os.devnull), print]; batch_size = 3",  # a fork's: no settings, and of any kind
     "import numpy as np; from model import GPT; scale = np.sqrt(2); batch_size = 3",
+    "import time; from datetime import datetime; out_dir = time.strftime('%Y') + datetime.now().strftime('%Y')",
 )
 CUDA = torch.cuda.is_available()
 BEST = "'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'float16'"  # nanoGPT's own line
@@ -297,7 +271,6 @@ def test_a_config_file_is_read_as_python_reads_it(text, expected, load):
         ("from base import batch_size", "`name = value` lines"),
         # what has no value
         ("batch_size = 1 / 0", "cannot be computed: division by zero"),
-        ("learning_rate = (-8) ** 0.5", "(complex), expected float"),
         ("batch_sise = 3; batch_size = batch_sise + n", "n is not assigned further up"),
         ("n_layer = 2; x = 1; x = [2]; n_layer = x", "x is not assigned further up in this file, or not understood"),
         # what would be too large
@@ -308,12 +281,9 @@ def test_a_config_file_is_read_as_python_reads_it(text, expected, load):
         ("out_dir = 'a'; " + "out_dir = out_dir + out_dir; " * 60, "text of more than 1000 characters"),
         # what would run
         ("out_dir = ''.__class__", "refused"),
-        ("out_dir = f'{dataset!r}'", "refused"),
         ("wandb_run_name = str(time.time(open('ran', 'w')))", "refused: open('ran', 'w')"),
-        ("wandb_run_name = str(time.time(0))", "cannot be computed"),
         ("if open('ran', 'w'): batch_size = 3", "refused"),
         ("batch_size[open('ran', 'w')] = 3", "refused"),
-        ("batch_size = [x for x in [open('ran', 'w')]]", "refused"),
         ("helper = open('ran', 'w'); out_dir = f'{helper}'", "helper is not assigned further up"),
     ],
     ids=lambda value: value[:40],
@@ -325,16 +295,6 @@ def test_a_config_file_is_refused_with_its_line_and_does_nothing(line, reason, l
     assert str(caught.value).startswith(f"{tmp_path / 'mine.py'}:3: ")
     assert reason in str(caught.value)
     assert not (tmp_path / "ran").exists()
-
-
-def test_a_run_name_with_the_time(load):
-    before = int(time.time())
-    got = load(
-        "import time\nfrom datetime import datetime\nwandb_run_name = 'ft-' + str(int(time.time()))\n"
-        "now = datetime.now().strftime('%Y')\nout_dir = f'out-{now}-' + time.strftime('%m%d')\n"
-    )
-    assert before <= int(got["wandb_run_name"].removeprefix("ft-")) <= time.time()
-    assert re.fullmatch(r"out-\d{4}-\d{4}", got["out_dir"])
 
 
 def test_names_that_are_no_settings_are_noted_but_slips_are_refused(load, tmp_path):
@@ -352,7 +312,6 @@ PIECES = "=+-*/%()[],.:;#'\"\\\n\t\0 019einostr"
 
 
 @given(st.text() | st.text(PIECES) | st.text(PIECES).map("seed = {}".format) | st.binary())
-@example(b"batch_size = 1\0")
 @example(b"# coding: no-such\n")
 @example(b"#" * (1 << 16) + b"\n")
 @example(b"seed = " + b"1+" * 32000 + b"1")
