@@ -9,14 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.jobs import CHARS, ROOT
-from tests.train.runs import run
+from tests.train.jobs import ROOT
 from train import errors
 from train.errors import MAX_LINE, UserError, ending, first_line, safe, shown
-from train.export import main as export
-from train.plot import main as plot
-from train.prepare import main as prepare
-from train.sample import main as sample
 
 EVIL = "a\nb\r\x1b[31m\x9b\u202e\udc80"
 
@@ -44,30 +39,6 @@ def test_an_error_of_the_system_ends_a_command_in_one_line(capsys):
 
 # The console
 
-
-def test_commands_escape_the_names_that_they_repeat(tmp_path, monkeypatch, capsys):
-    """A folder's name could move a terminal's cursor, look like another line, or lack in the terminal's encoding."""
-    monkeypatch.chdir(tmp_path)
-    Path("play.txt").write_text(CHARS * 30)
-    evil, escaped = "a\x1b[31m\nb", r"a\x1b[31m\nb"
-    prepare([f"--dataset={evil}", "play.txt"])
-    prepare([f"--check={evil}"])
-    assert run(tmp_path / evil, dataset=tmp_path / "data" / evil, max_iters=2) == 0
-    assert "\x1b" not in capsys.readouterr().out
-    sample([f"--out_dir={evil}", "--num_samples=1", "--max_new_tokens=1"])
-    plot([evil])
-    export([f"--out_dir={evil}", f"--to={evil}/to"])
-    streams = capsys.readouterr()
-    assert [escaped in line for line in streams.err.splitlines()] == [True]
-    assert [escaped in line for line in streams.out.splitlines()[-3:]] == [True] * 3
-
-    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", console)
-    with pytest.raises(SystemExit, match="0"):
-        errors.run(lambda: print("Ω-\udcff"))
-    assert console.buffer.getvalue() == b"\\u03a9-\\udcff\n"
-
-
 LOST = "error: [Errno 28] No space left on device\n"
 GOES_ON = "console: cannot be written ({}); the run goes on without it\n"
 
@@ -88,3 +59,11 @@ def test_the_streams_of_a_real_process(script, status, said):
     with open("/dev/full", "w") as full:
         done = subprocess.run(argv, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (status, said)
+
+
+def test_a_console_takes_characters_that_its_encoding_lacks(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    with pytest.raises(SystemExit, match="0"):
+        errors.run(lambda: print("Ω-\udcff"))
+    assert console.buffer.getvalue() == b"\\u03a9-\\udcff\n"

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 
 from tests.train.jobs import ROOT
 from train.config import TrainConfig, choose_base, compose, parse
@@ -197,10 +195,9 @@ NANOGPT_CONFIGS = {
 def load(tmp_path):
     """Load a config file with the given text. It is tmp_path / "mine.py"."""
 
-    def load(text: str | bytes) -> dict:
-        path = tmp_path / "mine.py"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
-        return parse([str(path)]).settings
+    def load(text: str) -> dict:
+        (tmp_path / "mine.py").write_text(text)
+        return parse([str(tmp_path / "mine.py")]).settings
 
     return load
 
@@ -308,17 +305,10 @@ def test_names_that_are_no_settings_are_noted_but_slips_are_refused(load, tmp_pa
     assert parsed.notes == [f"{path}: names that are no settings here, left out: lora_rank, tags"]
 
 
-PIECES = "=+-*/%()[],.:;#'\"\\\n\t\0 019einostr"
-
-
-@given(st.text() | st.text(PIECES) | st.text(PIECES).map("seed = {}".format) | st.binary())
-@example(b"# coding: no-such\n")
-@example(b"#" * (1 << 16) + b"\n")
-@example(b"seed = " + b"1+" * 32000 + b"1")
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_junk_loads_or_is_refused_in_one_line(load, tmp_path, junk):
-    try:
-        assert all(type(value) is type(FIELDS[name].default) for name, value in load(junk).items())
-    except UserError as error:
-        assert str(error).startswith(f"{tmp_path / 'mine.py'}:")  # noqa: PT017
-        assert len(str(error).splitlines()) == 1  # noqa: PT017
+@pytest.mark.parametrize(
+    "junk", [b"# coding: no-such\n", b"#" * 70_000, b"seed = " + b"1+" * 32000 + b"1", b"a\0b", b"\xff"]
+)
+def test_junk_is_refused_too(junk, tmp_path):
+    (tmp_path / "mine.py").write_bytes(junk)
+    with pytest.raises(UserError, match=r"mine\.py:.*(not Python|cannot be read)"):
+        parse([str(tmp_path / "mine.py")])
