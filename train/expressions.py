@@ -72,12 +72,9 @@ FUNCTIONS: dict[str, Callable] = {
 
 def evaluate(node: ast.AST, named: Mapping[str, Any]) -> Any:
     """The value of an expression. named: the values of names. UserError if it has none here."""
-
-    def value(node: ast.AST) -> Any:
-        return evaluate(node, named)
-
+    value = functools.partial(evaluate, named=named)
     match node:
-        case ast.Constant(value=None | int() | float() | str() as result):  # bool is an int
+        case ast.Constant(value=int() | float() | str() as result):  # bool is an int
             pass
         case ast.Name(id=name) if name in named:
             result = named[name]

@@ -44,7 +44,6 @@ AT_LEAST_1 = (
     "batch_size", "block_size", "n_layer", "n_head", "n_embd", "eval_interval", "log_interval", "eval_iters",
     "gradient_accumulation_steps", "keep_checkpoints",
 )  # fmt: skip
-AT_LEAST_0 = ("max_iters", "patience", "seed", "max_minutes", "peak_flops", "learning_rate")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +52,7 @@ AT_LEAST_0 = ("max_iters", "patience", "seed", "max_minutes", "peak_flops", "lea
         ("--batch_siz=1", "unknown setting 'batch_siz' (did you mean batch_size?)"),
         ("--no-batch_size", "unknown setting 'no_batch_size'"),
         ("--batch_size=5*8", "batch_size: got '5*8' (str), expected int"),
-        ("--batch_size", "batch_size: got no value, expected --batch_size=12"),
+        ("--batch_size --seed=1", "batch_size: got no value, expected --batch_size=12"),
         ("--compile=1", "compile: got 1 (int), expected bool"),
         ("--dtype=bf16", "dtype: got 'bf16', expected auto | float32 | bfloat16 | float16 (did you mean bfloat16?)"),
         ("-batch_size=3", "settings are written --key=value, with two dashes"),
@@ -65,7 +64,7 @@ AT_LEAST_0 = ("max_iters", "patience", "seed", "max_minutes", "peak_flops", "lea
         # values that no machine could make work
         ("--n_head=5", "n_embd: got 768, expected a multiple of n_head (5)"),
         *((f"--{name}=0", f"{name}: got 0, expected at least 1") for name in AT_LEAST_1),
-        *((f"--{name}=-1", f"{name}: got -1") for name in AT_LEAST_0),
+        *((f"--{name}=-1", f"{name}: got -1") for name in ("max_iters", "patience", "seed", "learning_rate")),
         *((f"--{name}=1", f"{name}: got 1.0, expected below 1") for name in ("dropout", "beta1", "beta2")),
         ("--learning_rate=1e999", "learning_rate: got inf, expected below 3.4e+38"),
         ("--seed=0x" + "f" * 6000, "seed: got a int, too large to be shown, expected below 9223372036854775808"),
@@ -77,7 +76,7 @@ AT_LEAST_0 = ("max_iters", "patience", "seed", "max_minutes", "peak_flops", "lea
 def test_a_wrong_argument_is_refused_with_a_hint(argument, expected, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError) as caught:
-        compose(parse([argument]), {})
+        compose(parse(argument.split()), {})
     assert expected in str(caught.value)
     assert len(str(caught.value)) < 300
 
@@ -131,7 +130,6 @@ def test_help_and_refusals_come_before_torch_is_imported(argument, status, said,
     done = subprocess.run(argv, cwd=tmp_path, env=env, timeout=60, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert (done.stdout or done.stderr).startswith(said)
-    assert done.stderr.count("\n") == (status != 0)
 
 
 # How settings are put together
