@@ -229,7 +229,7 @@ AS_IN_PYTHON = (
     '"""doc"""\n# comment\n\nbias = True; compile = not bias\nbatch_size = (\n    4 *\n    5\n)\r\n',
     "",
     "n_embd: int = 64 if n_layer > 6 and not bias else 32; n_layer = bias and 3 or 5; n_head = n_layer and 2 or 9",
-    "compile = 1 <= 1; eval_only = 2 >= 3; bias = dataset == 'openwebtext'; decay_lr = 1 < 1; wandb_log = 1 != 2",
+    "compile = 1 <= 1; eval_only = 3 >= 3; bias = dataset == 'openwebtext'; decay_lr = 1 < 1; wandb_log = 1 != 2",
     "out_dir = 'out-' + \"a\" 'b'; n_layer = 6\ndataset = f'out-{n_layer:02d}-{learning_rate:.0e}-{dataset}'",
     "out_dir = str(int(3.7)) + str(min(8, 6)); n_layer = n_head = max(4, 2)",
     "lora_rank = 8; tags = [open(os.devnull), print]; batch_size = 3",  # a fork's: no settings, and of any kind
