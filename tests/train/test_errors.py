@@ -56,8 +56,9 @@ GOES_ON = "console: cannot be written ({}); the run goes on without it\n"
 def test_the_streams_of_a_real_process(script, status, said):
     """The end of the interpreter could fail too."""
     argv = [sys.executable, "-c", f"import sys; from train import errors, log; {script}"]
+    env = os.environ | {"PYTHONUNBUFFERED": ""}
     with open("/dev/full", "w") as full:
-        done = subprocess.run(argv, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(argv, cwd=ROOT, env=env, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (status, said)
 
 
