@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from train.config import TrainConfig, choose_base, compose, notes, parse
+from train.config import TrainConfig, choose_base, compose, parse
 from train.errors import UserError, any_characters, ending, first_line, run, safe
 from train.settings import check_values
 
@@ -58,7 +58,7 @@ def main() -> int:
         base, why = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
         config = compose(parsed, base)
         why = " over ".join([*reversed(parsed.sources), why])
-        for note in notes(parsed, config) if world.master else ():
+        for note in parsed.notes if world.master else ():
             say(note)
         if absent:
             from train.rehearse import rehearse  # imported here: only a rehearsal needs it

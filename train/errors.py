@@ -1,6 +1,5 @@
 """Errors that end a command with one line: the setting, what came, what was expected. Text made safe to print."""
 
-import errno
 import io
 import os
 import shlex
@@ -10,8 +9,6 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
-
-WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # errors of an open stream, not of a file's name
 
 
 class UserError(Exception):
@@ -34,19 +31,12 @@ MAX_LINE = 1000  # characters of a whole message
 
 
 def shown(value: object) -> str:
-    """repr(value) for a message of one line. It is never long, and never raises; repr of a huge integer does."""
-    if isinstance(value, str):
-        value = value[: 4 * MAX_SHOWN]  # a long one is cut before it is escaped
+    """repr(value), for a message. It is never long, and never raises; repr of a huge integer does."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # of an integer of thousands of digits, of lists in lists in lists
-        return f"a {type(value).__name__}, too large to be shown"
-    return printable(text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "...")
-
-
-def printable(text: str) -> str:
-    """`text` with everything escaped that a terminal would obey: control characters, line ends, lone surrogates."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        text = f"a {type(value).__name__}, too large to be shown"
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
 def quoted(word: object) -> str:
@@ -54,17 +44,17 @@ def quoted(word: object) -> str:
     text = str(word)
     if text.isprintable():
         return shlex.quote(text)
-    return "$'" + printable(text.replace("\\", "\\\\").replace("'", "\\'")) + "'"
+    return "$'" + _printable(text.replace("\\", "\\\\").replace("'", "\\'")) + "'"
 
 
 def safe(text: str) -> str:
     """`text` of several lines, safe for a terminal: control characters are escaped, except line ends and tabs."""
-    return "".join(printable(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+    return "".join(_printable(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 def one_line(message: object) -> str:
     """The message as one line, escaped, because it may quote a file. The middle of a long one is left out."""
-    text = printable(str(message).strip())
+    text = _printable(str(message).strip())
     return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
 
 
@@ -73,15 +63,16 @@ def first_line(error: object) -> str:
     return one_line(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
 
 
+def _printable(text: str) -> str:
+    """`text` with everything escaped that a terminal would obey: control characters, line ends, lone surrogates."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @contextmanager
 def ending() -> Iterator[None]:
     """Inside, an error of the user or the system ends the program with one line and an exit status. Ctrl-C and a closed
     pipe end it without the line."""
     try:
-        try:
-            os.getcwd()
-        except FileNotFoundError:  # even torch cannot be imported there
-            raise UserError("the current folder was deleted; cd to one that exists") from None
         yield
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -92,11 +83,8 @@ def ending() -> Iterator[None]:
         complain(f"error: {error}")
         sys.exit(error.status)
     except OSError as error:
-        if error.filename is None and error.errno in WRITING:
+        if error.filename is None:  # perhaps of the output: its disk is full
             drop_output()
-            complain(f"error: the output cannot be written: {error.strerror}")
-            sys.exit(1)
-        # of a file: a name too long, a folder that may not be searched
         complain(f"error: {one_line(f'{error.filename}: {error.strerror}' if error.filename else error)}")
         sys.exit(UserError.status)
 
@@ -112,11 +100,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def any_characters() -> None:
     r"""Let stdout and stderr take any text: characters that their encoding lacks become \xe4, \u20ac or \udcff."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # it was closed before the program started; the next file opened would get its number
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-        elif isinstance(stream, io.TextIOWrapper):
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
             stream.reconfigure(errors="backslashreplace")
 
 

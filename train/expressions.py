@@ -1,62 +1,45 @@
 """The value of a Python expression in a config file, computed without running Python.
 
-The expression is walked as a syntax tree. It may hold numbers, text, names with a value, arithmetic, comparisons,
-`a if b else c`, three ways to fill in text, and calls of FUNCTIONS: what config files of nanoGPT and its forks hold.
-Everything else is refused. The work and the size of each result are bounded.
+The expression is walked as a syntax tree. It may hold numbers, text, f-strings, names with a value, arithmetic,
+comparisons, `a if b else c`, and calls of FUNCTIONS: what config files of nanoGPT and its forks hold. Everything else
+is refused. The work and the size of each result are bounded.
 """
 
 import ast
-import datetime
 import functools
-import math
 import operator
-import os.path
-import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from train.errors import UserError
 
-MAX_TEXT = 4096  # characters; bounds what `out_dir = out_dir + out_dir`, repeated, can cost
-MAX_BITS = 128  # of a whole number, for the same reason
+MAX_SIZE = 1000  # characters, or bits of a whole number: bounds what `x = x + x`, repeated, can cost
+
+
+def _times(left: Any, right: Any) -> Any:
+    if str in (type(left), type(right)):
+        raise TypeError("* is for numbers")
+    return left * right
 
 
 def _power(base: Any, exponent: Any) -> Any:
-    if isinstance(base, int) and isinstance(exponent, int) and exponent > MAX_BITS:
+    if exponent > MAX_SIZE:
         raise OverflowError("so large an exponent")  # before the work is done: 9**9**9 has no end
     return base**exponent
 
 
 def _format(value: Any, spec: str = "") -> str:
-    return format(value, _narrow(spec))
-
-
-def _percent(template: str, *values: Any) -> str:
-    return _narrow(template.replace("*", "0000")) % values  # of *, a value is the width
-
-
-def _fill(template: str, *values: Any) -> str:
-    if not re.fullmatch(r"([^{}]|\{\{|\}\}|\{\d*(:[^{}]*)?\})*", template):  # no attributes, no items, no nesting
-        raise ValueError("expected plain fields such as {} or {0:.2f}")
-    return _narrow(template).format(*values)
-
-
-def _narrow(template: str) -> str:
-    if re.search(r"\d{4}", template):  # a width that makes text of that size
-        raise ValueError("so large a width")
-    return template
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+    if len(spec) > 6:
+        raise ValueError("so long a format")  # a width makes text of that size
+    return format(value, spec)
 
 
 def _torch(name: str) -> Any:
     """What a function of torch says of the machine. torch is imported only here: that takes seconds."""
     import torch
 
-    return operator.attrgetter(name.removeprefix("torch."))(torch)()
+    return operator.attrgetter(name)(torch)()
 
 
 OPERATORS: dict[type[ast.AST], Callable] = {
@@ -65,10 +48,9 @@ OPERATORS: dict[type[ast.AST], Callable] = {
     ast.Not: operator.not_,
     ast.Add: operator.add,
     ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
+    ast.Mult: _times,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
     ast.Pow: _power,
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -76,55 +58,33 @@ OPERATORS: dict[type[ast.AST], Callable] = {
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.In: lambda item, items: item in items,
-    ast.NotIn: lambda item, items: item not in items,
 }
+TORCH = ("cuda.is_available", "cuda.is_bf16_supported", "cuda.device_count", "backends.mps.is_available")
 FUNCTIONS: dict[str, Callable] = {
-    **{f.__name__: f for f in (str, int, float, abs, min, max)},
-    "round": lambda number: round(number),  # without digits: of a whole number, -10**9 has no end
+    **{function.__name__: function for function in (str, int, float, min, max)},
     "time.time": time.time,
     "time.strftime": time.strftime,
-    "datetime.now().strftime": _now,
-    "datetime.datetime.now().strftime": _now,
-    "os.path.join": os.path.join,
-    **{f"math.{f.__name__}": f for f in (math.sqrt, math.log, math.ceil, math.floor)},
-    **{
-        name: functools.partial(_torch, name)
-        for name in (
-            "torch.cuda.is_available",
-            "torch.cuda.is_bf16_supported",
-            "torch.cuda.device_count",
-            "torch.backends.mps.is_available",
-        )
-    },
+    "datetime.now().strftime": time.strftime,
+    "datetime.datetime.now().strftime": time.strftime,
+    **{f"torch.{name}": functools.partial(_torch, name) for name in TORCH},
 }
 
 
-def evaluate(node: ast.AST, named: Callable[[str], Any]) -> Any:
-    """The value of an expression. named: the value of a name. Raises UserError, and what `named` raises."""
-
-    def value(node: ast.AST) -> Any:
-        return evaluate(node, named)
-
+def evaluate(node: ast.AST, named: Mapping[str, Any]) -> Any:
+    """The value of an expression. named: the values of names. UserError if it has none here."""
+    value = functools.partial(evaluate, named=named)
     match node:
-        case ast.Constant(value=None | int() | float() | str() as result):  # bool is an int
+        case ast.Constant(value=int() | float() | str() as result):  # bool is an int
             pass
+        case ast.Name(id=name) if name in named:
+            result = named[name]
         case ast.Name(id=name):
-            result = named(name)
+            raise UserError(f"{name} is not assigned further up in this file, or not understood there")
         case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
             result = _called(OPERATORS[type(op)], value(operand))
-        case ast.BinOp(op=ast.Mod(), left=ast.Constant(value=str() as template), right=right):
-            result = _called(_percent, template, *map(value, right.elts if isinstance(right, ast.Tuple) else [right]))
-        case ast.Call(func=ast.Attribute(ast.Constant(value=str() as template), "format"), args=args, keywords=[]):
-            result = _called(_fill, template, *map(value, args))
-        case ast.BinOp(op=op, left=left, right=right) if type(op) in OPERATORS:
-            operands = value(left), value(right)
-            if str in map(type, operands) and not isinstance(op, ast.Add):
-                raise UserError("refused: arithmetic is for numbers, and + for two strings")
-            result = _called(OPERATORS[type(op)], *operands)
-        case ast.Compare(ops=[op], left=left, comparators=[right]):
+        case ast.BinOp(op=op, left=left, right=right) | ast.Compare(ops=[op], left=left, comparators=[right]) if (
+            type(op) in OPERATORS
+        ):
             result = _called(OPERATORS[type(op)], value(left), value(right))
         case ast.BoolOp(op=op, values=parts):
             for part in parts:
@@ -138,14 +98,12 @@ def evaluate(node: ast.AST, named: Callable[[str], Any]) -> Any:
             result = _called(_format, value(inner), *([value(spec)] if spec else []))
         case ast.Call(func=function, args=arguments, keywords=[]) if ast.unparse(function) in FUNCTIONS:
             result = _called(FUNCTIONS[ast.unparse(function)], *map(value, arguments))
-        case ast.Call():
-            raise UserError(f"refused: {ast.unparse(node)[:60]} is not called in a config file")
         case _:
-            raise UserError("refused: expected values, arithmetic, or calls such as str(), int(), time.time()")
-    if isinstance(result, str) and len(result) > MAX_TEXT:
-        raise UserError(f"refused: text of more than {MAX_TEXT} characters")
-    if isinstance(result, int) and result.bit_length() > MAX_BITS:
-        raise UserError(f"refused: a whole number of more than {MAX_BITS} bits")
+            expected = "values, arithmetic, or calls such as str(), int(), time.time()"
+            raise UserError(f"refused: {ast.unparse(node)[:60]}; expected {expected}")
+    size = len(result) if isinstance(result, str) else result.bit_length() if isinstance(result, int) else 0
+    if size > MAX_SIZE:
+        raise UserError(f"refused: text of more than {MAX_SIZE} characters, or a whole number of more bits")
     return result
 
 

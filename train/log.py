@@ -13,20 +13,18 @@ also by a resumed run, and a killed run leaves at most one partial line at the e
 """
 
 import dataclasses
-import importlib
+import importlib.util
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from train.config import TrainConfig
 from train.errors import UserError, complain, drop_output, first_line, safe, shown
-from train.files import open_regular
 
 METRICS = "metrics.jsonl"
 
@@ -51,21 +49,13 @@ class RunLog:
     the console says so, once for each. With eval_only nothing is written to out_dir.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        *,
-        device: str,
-        parameters: int,
-        resume_iter: int | None = None,
-        console: Callable[[str], None] = say,
-    ) -> None:
-        self.message = self._console = console
+    message = staticmethod(say)
+
+    def __init__(self, config: TrainConfig, *, device: str, parameters: int, resume_iter: int | None = None) -> None:
         self._path = Path(config.out_dir) / METRICS
         self._mfu: float | None = None  # the last one logged; nanoGPT sends it to wandb with an evaluation
         self._failed: set[str | Path] = set()  # outputs that the console has named
         self._file = self._tensorboard = None
-        self._torn = False  # whether the file ends within a line
         self._wandb, tensorboard = _import_sinks(config)
         settings = dataclasses.asdict(config)
         if self._wandb:
@@ -78,7 +68,7 @@ class RunLog:
         from train.checkpoint import set_aside  # here: torch takes two seconds, and `train.plot` needs only the log
 
         if resume_iter is None and (aside := set_aside(self._path.parent)):
-            console(f"the earlier run in {config.out_dir} was moved to {aside}")
+            say(f"the earlier run in {config.out_dir} was moved to {aside}")
         start, folder = resume_iter or 0, self._path.parent
         facts = {
             "resumed": resume_iter is not None,
@@ -86,14 +76,14 @@ class RunLog:
             "settings": settings,
             "device": device,
             "parameters": parameters,
-            "torch": _version("torch"),
-            "triton": _version("triton"),
+            "torch": metadata.version("torch"),
+            "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError), open_regular(self._path) as file:
-                self._torn = not file.read().endswith(b"\n")
-            self._file = self._path.open("ab", buffering=0)  # so that a line is one write, at once
+            torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
+            self._file = self._path.open("ab")
+            self._file.write(b"\n" * torn)  # a kill may have cut the last line
             # purge_step hides what an earlier run logged from there on
             self._tensorboard = tensorboard and tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=start)
             self._write("run", start, facts)
@@ -102,7 +92,7 @@ class RunLog:
 
     def iteration(self, iter_num: int, loss: float, seconds: float, mfu: float, **others: float) -> None:
         """The log line of an iteration. seconds: the mean of one since the last line; mfu: from 0 to 1."""
-        self._console(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
+        say(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
         values = {"loss": loss, "seconds": seconds, "mfu": mfu, **others}
         self._append("iter", iter_num, **values)
         self._mfu = mfu * 100
@@ -110,7 +100,7 @@ class RunLog:
 
     def evaluation(self, iter_num: int, train_loss: float, val_loss: float, lr: float, seconds: float) -> None:
         """The line of an evaluation: the mean loss of each split. seconds: what evaluating took."""
-        self._console(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        say(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self._append("eval", iter_num, train_loss=train_loss, val_loss=val_loss, lr=lr, seconds=seconds)
         known = {} if self._mfu is None else {"mfu": self._mfu}
         self._chart(iter_num, {"train/loss": train_loss, "val/loss": val_loss, "lr": lr, **known})
@@ -133,15 +123,10 @@ class RunLog:
             self._try(self._path, self._write, kind, iter_num, values)
 
     def _write(self, kind: str, iter_num: int, values: Mapping[str, Any]) -> None:
-        """Append a record, on a line of its own. OSError if it is not written whole."""
+        """Append a record. OSError if the disk is full; what it did not take then comes before the next record."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        line = json.dumps({"kind": kind, "iter": iter_num, **finite}, allow_nan=False).encode() + b"\n"
-        if self._torn:
-            line = b"\n" + line
-        self._torn = True
-        if self._file.write(line) != len(line):
-            raise OSError(0, "the disk is full")  # a short write is all a full disk says at first
-        self._torn = False
+        self._file.write(json.dumps({"kind": kind, "iter": iter_num, **finite}, allow_nan=False).encode() + b"\n")
+        self._file.flush()
 
     def _chart(self, iter_num: int, values: Mapping[str, float]) -> None:
         if self._wandb:
@@ -157,22 +142,16 @@ class RunLog:
         except Exception as error:  # wandb's and TensorBoard's are of many types
             if output not in self._failed:
                 self._failed.add(output)
-                self._console(f"{output}: cannot be written ({first_line(error)}); the run goes on")
+                say(f"{output}: cannot be written ({first_line(error)}); the run goes on")
 
 
 def check_sinks(config: TrainConfig) -> None:
     """UserError if a RunLog would fail: a package is missing, or out_dir cannot be written. Writes nothing."""
     _import_sinks(config)
-    if config.eval_only:  # writes nothing
-        return
     out_dir = Path(config.out_dir)
-    try:
-        folder = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
-    except OSError as error:  # a name that is too long, a parent that may not be searched
-        raise UserError(f"out_dir: got {shown(config.out_dir)}: {error.strerror}") from None
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        what = "cannot be written" if folder.is_dir() else "is no folder"
-        raise UserError(f"out_dir: got {shown(config.out_dir)}, expected a folder that can be written; {folder} {what}")
+    folder = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    if not config.eval_only and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise UserError(f"out_dir: got {shown(config.out_dir)}, but {folder} is no folder that can be written")
 
 
 def read_metrics(path: str | os.PathLike) -> list[Record]:
@@ -182,9 +161,7 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
     are there twice the last one counts. OSError if the file cannot be read.
     """
     records: dict[tuple[str, int], Record] = {}
-    with open_regular(Path(path)) as file:
-        lines = file.read().splitlines()
-    for line in lines:
+    for line in Path(path).read_bytes().splitlines():
         try:
             record = json.loads(line)
             key = str(record["kind"]), int(record["iter"])
@@ -195,13 +172,6 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
         records.pop(key, None)  # so that the order is that of the last times
         records[key] = record
     return list(records.values())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _import_sinks(config: TrainConfig) -> list[Any]:

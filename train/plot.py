@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.errors import UserError, one_line, printable, run
+from train.errors import UserError, one_line, run
 from train.files import replacing
 from train.log import METRICS, Record, read_metrics
 from train.settings import command_line, setting
@@ -39,8 +39,7 @@ LIGHT = {role: light for role, (light, _) in SCHEME.items()}
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 COLOURS = (LIGHT["ours"], "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#db2777")
 
-LARGEST = 1e30  # of a value drawn
-Points = tuple[np.ndarray, np.ndarray]  # iterations, losses
+MOST = 1500  # points of a training curve, about: a picture has no more columns
 
 
 def svg_style() -> str:
@@ -62,19 +61,16 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def picture(figure: "Figure", suffix: str, title: str) -> bytes:
-    """The figure as a file of the format that the suffix names. UserError for a format that matplotlib lacks."""
+    """The figure as a file of the format that the suffix names. ValueError for a format that matplotlib lacks."""
     from matplotlib import rc_context
 
-    formats = figure.canvas.get_supported_filetypes()
-    if suffix[1:] not in formats:
-        raise UserError(f"out: got a name ending in {suffix!r}, expected .{', .'.join(sorted(formats))}")
     buffer = io.BytesIO()
     if suffix != ".svg":
         figure.savefig(buffer, format=suffix[1:], dpi=144)
         return buffer.getvalue()
     unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # equal pictures are equal files
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        figure.savefig(buffer, format="svg", metadata={"Title": printable(title), **unsaid})
+        figure.savefig(buffer, format="svg", metadata={"Title": title, **unsaid})
     svg = buffer.getvalue().decode()
     svg = re.sub(r"<metadata>.*?</metadata>", f"<style>{svg_style()}</style>", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r' id="[a-z][a-z0-9.]*_\d+"', "", svg)  # a page of several pictures would have them twice
@@ -99,16 +95,16 @@ def plot_run(out_dir: str | os.PathLike) -> Path | None:
 def write_picture(path: Path, runs: dict[str, list[Record]]) -> Path:
     """Draw runs (name -> records) into the file `path`, whole or not at all.
 
-    UserError if there is no loss, or for a format that matplotlib lacks. OSError.
+    UserError if there is no loss. ValueError for a format that matplotlib lacks. OSError.
     """
-    figure, title = new_figure(648, 389), _title(runs)
+    figure, title = new_figure(648, 389), one_line(_title(runs))
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot(facecolor=LIGHT["paper"])
     for i, (name, records) in enumerate(runs.items()):
         _draw(axes, records, COLOURS[i % len(COLOURS)], name if len(runs) > 1 else "")
     if not axes.lines:
         raise UserError(f"{METRICS}: no losses yet in {', '.join(runs)}")
-    axes.set_title(printable(title), loc="left", color=LIGHT["ink"], parse_math=False)
+    axes.set_title(title, loc="left", color=LIGHT["ink"], parse_math=False)
     axes.set_xlabel("iteration", color=LIGHT["quiet"])
     axes.set_ylabel("loss, nats a token", color=LIGHT["quiet"])
     axes.tick_params(colors=LIGHT["quiet"], length=0)
@@ -129,11 +125,12 @@ def _draw(axes: "Axes", records: list[Record], colour: str, name: str) -> None:
     x, y = _points(records, "iter", "loss")
     evaluated, means = _points(records, "eval", "train_loss")
     judged, losses = _points(records, "eval", "val_loss")
+    every = math.ceil(len(x) / MOST)
     if len(x) and not name:
-        axes.plot(*_thin(x, y), color=colour, linewidth=0.8, alpha=0.2)
+        axes.plot(x[::every], y[::every], color=colour, linewidth=0.8, alpha=0.2)
     if len(x):
         label = "training" if not name else None if len(judged) else name
-        axes.plot(*_thin(x, _smooth(y)), color=colour, alpha=0.5 if name else 1.0, label=label)
+        axes.plot(x[::every], _smooth(y)[::every], color=colour, alpha=0.5 if name else 1.0, label=label)
     if len(evaluated) and not name:
         axes.plot(evaluated, means, "o", color=colour, markerfacecolor="none", label="training, evaluated")
     if len(judged):
@@ -143,12 +140,11 @@ def _draw(axes: "Axes", records: list[Record], colour: str, name: str) -> None:
         axes.plot(judged[best], losses[best], "o", color=colour, markersize=12, markerfacecolor="none")
 
 
-def _points(records: list[Record], kind: str, name: str) -> Points:
-    """The values of one field, by iteration; without those that no loss and no axis has."""
-    found = [(record["iter"], record.get(name)) for record in records if record["kind"] == kind]
-    numbers = ((x, y) for x, y in found if isinstance(x, int) and isinstance(y, int | float))
-    known = sorted((x, y) for x, y in numbers if 0 <= x < 2**53 and abs(y) < LARGEST)
-    return np.array([x for x, _ in known]), np.array([y for _, y in known], dtype=float)
+def _points(records: list[Record], kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The iterations and values of one field, without those that were not finite."""
+    points = [(record["iter"], record[name]) for record in records if record["kind"] == kind]
+    known = [(x, y) for x, y in points if y is not None]
+    return np.array([x for x, _ in known]), np.array([y for _, y in known])
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
@@ -159,40 +155,30 @@ def _smooth(y: np.ndarray) -> np.ndarray:
     return (sums[end] - sums[i - half]) / (end - i + half)
 
 
-def _thin(x: np.ndarray, y: np.ndarray, most: int = 1500) -> Points:
-    """At most about `most` of the points: a picture has no more columns."""
-    every = math.ceil(len(x) / most)
-    return x[::every], y[::every]
-
-
 def _title(runs: dict[str, list[Record]]) -> str:
     if len(runs) > 1:
         return "validation loss, with the training loss behind it"
     ((name, records),) = runs.items()
-    facts = next((record for record in reversed(records) if record["kind"] == "run"), {})
-    if not isinstance(facts.get("parameters"), int):
-        return name
-    return f"{name}: {facts['parameters'] / 1e6:.2f}M parameters, {facts.get('device')}"
+    facts = next((record for record in reversed(records) if record["kind"] == "run"), None)
+    return f"{name}: {facts['parameters'] / 1e6:.2f}M parameters, {facts['device']}" if facts else name
 
 
 def main(argv: list[str] | None = None) -> None:
     about = "Draw the loss curves of one run or several from their metrics.jsonl."
     config, named = command_line(PlotConfig, argv, "python -m train.plot", about, positional="[OUT_DIR ...]")
-    folders = [Path(name) for name in named or [config.out_dir]]
-    short = [folder.resolve().name for folder in folders]
-    names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+    folders = named or [config.out_dir]
     runs: dict[str, list[Record]] = {}
-    for name, folder in zip(names, folders, strict=True):
+    for folder in folders:
         try:
-            runs[name] = read_metrics(folder / METRICS)
+            runs[folder] = read_metrics(Path(folder) / METRICS)
         except OSError as error:
-            raise UserError(f"out_dir: cannot read {folder / METRICS}: {error.strerror}") from error
-    beside = folders[0] if len(folders) == 1 else Path()
+            raise UserError(f"out_dir: cannot read {Path(folder) / METRICS}: {error.strerror}") from error
+    beside = Path(folders[0] if len(folders) == 1 else "")
     path = Path(config.out) if config.out else beside / "loss.png"
     try:
         write_picture(path, runs)
-    except OSError as error:
-        raise UserError(f"out: cannot write {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"out: cannot write {path}: {getattr(error, 'strerror', error)}") from error
     print(one_line(f"loss curve: {path}"))
 
 

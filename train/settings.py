@@ -23,16 +23,15 @@ out. Anything else is refused with its line. So a stranger's config file can onl
 import ast
 import dataclasses
 import difflib
-import math
 import os
+import re
 import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError, one_line, shown
+from train.errors import UserError, first_line, one_line, shown
 from train.expressions import evaluate
 from train.files import read_regular
 
@@ -40,8 +39,9 @@ Value = int | float | bool | str
 
 PRESETS = {path.stem: path for path in sorted(Path(__file__).parent.glob("configs/[!_]*.py"))}
 MAX_BYTES = 1 << 16  # a config file is a page long; this only bounds the work of reading it
-ONLY_ASSIGNMENTS = "refused: a config file may only hold `name = value` lines"
 MISSPELLED = 0.85  # a name that nothing reads, and that is so similar to a setting, counts as a misspelling
+# nanoGPT's own line means the best dtype of the GPU, as `auto` does. Without a GPU nanoGPT ignores it.
+BEST_DTYPE = re.compile(r"'bfloat16' if [^']*torch\.[^']* else 'float16'")
 
 
 def setting(
@@ -75,7 +75,7 @@ def typed(setting: Field, value: Any) -> Value:
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
     if kind is float and type(value) is int:
-        value = float(value) if value.bit_length() < 1024 else math.inf
+        value = float(value)
     if type(value) is not kind:
         raise UserError(f"{setting.name}: got {shown(value)} ({type(value).__name__}), expected {kind.__name__}")
     return os.path.expanduser(value) if setting.metadata["path"] else value
@@ -178,8 +178,7 @@ def _value(setting: Field, text: str) -> Value:
     """The value that `text` spells: a Python literal, or for a str setting any text, in quotes or not."""
     kind = type(setting.default)
     try:
-        with warnings.catch_warnings(action="ignore"):
-            value = ast.literal_eval(text.capitalize() if kind is bool else text)
+        value = ast.literal_eval(text.capitalize() if kind is bool else text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
     return typed(setting, text if kind is str and type(value) is not str else value)
@@ -213,116 +212,59 @@ def read_config_file(name: str, known: Mapping[str, Field], parsed: Parsed) -> N
     nothing. UserError, with the line, for a file that is refused, and with the nearest preset for neither."""
     path = PRESETS.get(name, Path(name))
     if not os.path.lexists(path):
-        key, equals, _ = name.partition("=")
-        if equals and key.isidentifier():
-            raise UserError(f"{shown(name)}: settings are written with two dashes: --{name}")
         stem = path.stem.removeprefix("train_")  # nanoGPT's config/train_gpt2.py is the preset gpt2
         hint = nearest(stem, PRESETS) or f"; the presets are {', '.join(PRESETS)}"
-        raise UserError(f"{shown(name)}: neither a config file nor a preset{hint}")
+        raise UserError(f"{shown(name)}: neither a config file nor a preset{hint}; settings are written --key=value")
     try:
         source = read_regular(path, MAX_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a config file: {error.strerror}") from None
-    file = _ConfigFile(known, parsed.settings)
+    values: dict[str, Any] = {key: setting.default for key, setting in known.items()} | parsed.settings
+    line, others = 0, []
     try:
-        with warnings.catch_warnings(action="ignore"):  # an odd backslash in a string is not worth a warning
-            tree = ast.parse(source)
+        tree = ast.parse(source)
+        read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
         for statement in tree.body:
-            file.read(statement)
-        others = file.ended()
+            line = statement.lineno
+            for key, expression in _assigned(statement, known):
+                if key in known:
+                    best = key == "dtype" and BEST_DTYPE.fullmatch(ast.unparse(expression))
+                    value = typed(known[key], "auto" if best else evaluate(expression, values))
+                    parsed.settings[key] = values[key] = value
+                    continue
+                try:
+                    values[key] = evaluate(expression, values)
+                except UserError:  # a fork's own may have any value; only lines that read it are refused
+                    values.pop(key, None)
+                if key not in read:
+                    others.append(key)
+                    if hint := nearest(key, known, MISSPELLED):
+                        raise UserError(f"unknown setting {shown(key)}{hint}")
     except UserError as error:
-        line, reason = file.line, str(error)
-    except (RecursionError, MemoryError):  # the parser's two ways to say it
-        line, reason = file.line, "refused: nested too deeply"
-    except (SyntaxError, ValueError) as error:  # ValueError: early releases of 3.11, for a zero byte
-        line, reason = getattr(error, "lineno", 0), f"not Python: {getattr(error, 'msg', error)}"
-    else:
-        parsed.settings |= file.settings
-        if others:
-            parsed.notes.append(one_line(f"{path}: names that are no settings here, left out: {', '.join(others)}"))
-        return
-    raise UserError(f"{path}:{line}: {reason}" if line else f"{path}: {reason}")
+        raise UserError(f"{path}:{line}: {error}") from None
+    except (
+        SyntaxError,
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ) as error:  # all of these are raised by Python's parser
+        line = getattr(error, "lineno", None) or line
+        raise UserError(f"{path}:{line}: not Python: {getattr(error, 'msg', first_line(error))}") from None
+    if others:
+        parsed.notes.append(one_line(f"{path}: names that are no settings here, left out: {', '.join(others)}"))
 
 
-class _ConfigFile:
-    """A config file, read statement by statement.
-
-    settings: what the file assigned. A name that is no setting may have any value, even one that is not understood.
-    Then only lines that read this name are refused.
-    """
-
-    def __init__(self, known: Mapping[str, Field], above: Mapping[str, Value]) -> None:
-        self.line = 0  # of the statement that is read
-        self.settings: dict[str, Value] = {}
-        self._known = known
-        # the value of each name; for a name that is no setting perhaps the error that says why it has none
-        self._values: dict[str, Any] = {name: setting.default for name, setting in known.items()} | dict(above)
-        self._others: dict[str, int] = {}  # names that are no settings: the line where they are first assigned
-        self._used: set[str] = set()
-
-    def read(self, statement: ast.stmt) -> None:
-        """Take in the next statement. UserError if it does anything but give a name a value."""
-        self.line = statement.lineno
-        match statement:
-            case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Tuple(elts=values)) if len(names) == len(values):
-                held = [ast.Constant(evaluate(value, self._named)) for value in values]  # all first: `a, b = b, a`
-                for name, value in zip(names, held, strict=True):
-                    self._assign(name, value)
-            case ast.Assign(targets=names, value=value):
-                for name in names:
-                    self._assign(name, value)
-            case ast.AnnAssign(target=name, value=ast.expr() as value):
-                self._assign(name, value)
-            case ast.AugAssign(target=name, op=op, value=value):
-                self._assign(name, ast.BinOp(name, op, value))
-            case ast.Expr(value=ast.Constant(value=str())):
-                pass  # a docstring
-            case ast.Import(names=names) | ast.ImportFrom(names=names) if not (
-                {alias.asname or alias.name for alias in names} & {"*", *self._known}
-            ):
-                pass  # nothing is imported; a call of what is not known is refused
-            case _:
-                raise UserError(ONLY_ASSIGNMENTS)
-
-    def ended(self) -> list[str]:
-        """The names that are no settings and that no line reads. UserError for one like a misspelled setting."""
-        unread = [name for name in self._others if name not in self._used]
-        for name in unread:
-            self.line = self._others[name]
-            if hint := nearest(name, self._known, MISSPELLED):
-                raise UserError(f"unknown setting {shown(name)}{hint}")
-        return unread
-
-    def _assign(self, target: ast.expr, value: ast.expr) -> None:
-        if not isinstance(target, ast.Name):
-            raise UserError(ONLY_ASSIGNMENTS)
-        name = target.id
-        if name in self._known:
-            best = name == "dtype" and _is_best_dtype(value)
-            result = "auto" if best else typed(self._known[name], evaluate(value, self._named))
-            self._values[name] = self.settings[name] = result
-            return
-        self._others.setdefault(name, self.line)
-        try:
-            self._values[name] = evaluate(value, self._named)
-        except UserError as error:  # only lines that read this name are refused
-            self._values[name] = error
-
-    def _named(self, name: str) -> Any:
-        """The value of a name."""
-        if name not in self._values:
-            raise UserError(f"{name} is not assigned further up in this file{nearest(name, self._values)}")
-        self._used.add(name)
-        value = self._values[name]
-        if isinstance(value, UserError):
-            raise UserError(f"{name}, assigned in line {self._others[name]}: {value}")
-        return value
-
-
-def _is_best_dtype(node: ast.expr) -> bool:
-    """Whether this is nanoGPT's own line, `'bfloat16' if torch.cuda... else 'float16'`. It means the best dtype of the
-    GPU, as `auto` does. Without a GPU nanoGPT ignores it; `auto` is then the best that the CPU has."""
-    match node:
-        case ast.IfExp(body=ast.Constant(value=one), orelse=ast.Constant(value=other), test=test):
-            return {one, other} == {"bfloat16", "float16"} and "torch." in ast.unparse(test)
-    return False
+def _assigned(statement: ast.stmt, known: Mapping[str, Field]) -> list[tuple[str, ast.expr]]:
+    """The names that a statement assigns, with their expression. UserError if it does anything else."""
+    match statement:
+        case ast.Assign(targets=targets, value=value) if all(isinstance(target, ast.Name) for target in targets):
+            return [(target.id, value) for target in targets]
+        case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+            return [(name, value)]
+        case ast.Expr(value=ast.Constant(value=str())):
+            return []  # a docstring
+        case ast.Import(names=names) | ast.ImportFrom(names=names) if not (
+            {alias.asname or alias.name for alias in names} & {"*", *known}
+        ):
+            return []  # nothing is imported; a call of what is not known is refused
+    raise UserError("refused: a config file may only hold `name = value` lines")

@@ -35,19 +35,14 @@ def start(here, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 def refusal(here, start) -> Callable[..., str]:
     """The error line of a refused command. Nothing else may be printed, and nothing written."""
 
-    def tree() -> dict[Path, tuple]:
-        """Every name, with what changes if it is written, replaced or touched."""
-        stats = {path: path.lstat() for path in here.rglob("*")}
-        return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_mode) for path, stat in stats.items()}
+    def tree() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in here.rglob("*")}
 
     def refusal(*words: str, **settings) -> str:
         before = tree()
         status, out, err = start(*words, **settings)
-        assert status == 2
-        assert out == ""
+        assert (status, out) == (2, "")
         assert re.fullmatch(r"error: [^\n]+\n", err), err
-        assert err[:-1].isprintable()
-        assert len(err) < 1100
         assert tree() == before
         return err
 
@@ -57,57 +52,44 @@ def refusal(here, start) -> Callable[..., str]:
 def test_what_a_config_file_holds_without_effect_is_said_first(here, start):
     """And the job is good, but for what the other tests change."""
     (here / "fork.py").write_text("lora_rank = 8\nsteps = 2e0\nlog_interval = steps\n")
-    status, out, err = start("fork.py", warmup_iters=5000)
+    status, out, err = start("fork.py")
     assert (status, err) == (0, "")
-    first, second, third, *rest = out.splitlines()
+    first, second, *rest = out.splitlines()
     assert first == "fork.py: names that are no settings here, left out: lora_rank"
-    assert second.startswith("warmup_iters: 5000 is more than lr_decay_iters (20): the rate rises for 5000 steps")
-    assert third.startswith("fork.py over the defaults; dataset letters")
+    assert second.startswith("fork.py over the defaults; dataset letters")
     assert "2 iterations done" in rest
     assert (here / "out" / "ckpt.pt").is_file()
 
 
 SETTINGS = [
-    ("--device=cuda:7", ["device", "'cuda:7'", "expected one of: auto, cpu"]),
-    ("--dtype=float16", ["dtype", "'float16'", "expected one of", "float32", "on cpu"]),
-    (f"{'x' * 300}.py", ["neither a config file nor a preset"]),
-    ("--block_size=500", ["block_size=500", "val.bin", "500 tokens", "at least 501"]),
-    ("--dataset=numbers", ["data/numbers", "no such dataset", "python -m train.prepare FILE ... --dataset=numbers"]),
-    ("--init_from=resume", ["init_from=resume", "there is no", "ckpt.pt"]),
-    ("--init_from=gpt3", ["init_from=gpt3", "no such file", "gpt2-xl"]),
-    ("--init_from=data/letters/train.bin", ["init_from=data/letters/train.bin", "config.json: missing"]),
-    ("--init_from=gpt2 --block_size=16", ["init_from=gpt2", "path of a model.safetensors"]),
-    ("--out_dir=data/letters/train.bin/deeper", ["out_dir", "data/letters/train.bin is no folder"]),
-    (f"--out_dir={'x' * 300}", ["out_dir", "File name too long"]),
-    ("--tensorboard_log=True", ["tensorboard_log", "not installed", "pip install 'nanofuse[tensorboard]'"]),
+    ("--device=cuda:7", "device: got 'cuda:7', expected one of: auto, cpu"),
+    ("--dtype=float16", "dtype: got 'float16', expected one of: .*float32.* .on cpu."),
+    ("--block_size=500", "block_size=500: .*val.bin .*500 tokens.* at least 501"),
+    ("--dataset=numbers", "data/numbers: no such dataset; .*python -m train.prepare FILE ... --dataset=numbers"),
+    ("--init_from=resume", "init_from=resume: there is no .*ckpt.pt"),
+    ("--init_from=gpt3", "init_from=gpt3: .*no such file.* gpt2-xl"),
+    ("--init_from=data/letters/train.bin", "init_from=data/letters/train.bin: .*config.json: missing"),
+    ("--init_from=gpt2 --block_size=16", "init_from=gpt2: .*path of a model.safetensors"),
+    ("--out_dir=data/letters/train.bin/deeper", "data/letters/train.bin is no folder that can be written"),
+    (f"--out_dir={'x' * 300}", "File name too long"),
+    ("--wandb_log=True", "wandb_log: .* not installed; pip install 'nanofuse.wandb.'"),
+    ("--tensorboard_log=True", "tensorboard_log: .* not installed; pip install 'nanofuse.tensorboard.'"),
+    ("--block_size=3000", "data/letters/train.bin holds 3,000 tokens"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "words"), SETTINGS, ids=[changes for changes, _ in SETTINGS])
-def test_a_setting_that_cannot_be(refusal, monkeypatch, changes, words):
+@pytest.mark.parametrize(("changes", "message"), SETTINGS, ids=[changes for changes, _ in SETTINGS])
+def test_a_setting_that_cannot_be(refusal, monkeypatch, changes, message):
     for backend in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(backend, "is_available", lambda: False)
-    for module in ("huggingface_hub", "torch.utils.tensorboard"):
+    for module in ("huggingface_hub", "wandb", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, module, None)
-    settings = dict(re.findall(r"--(\w+)=(\S+)", changes))  # these replace the short job's
-    message = refusal(**settings) if settings else refusal(changes)
-    for word in words:
-        assert word in message
-
-
-def test_the_default_job_makes_no_corpus_for_a_run_that_cannot_be(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(sys, "argv", ["train", "--out_dir=file"])
-    with pytest.raises(SystemExit, match="2"):
-        run(main)
-    assert "error: out_dir: got 'file', expected a folder that can be written" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
-
-
-def test_shape_and_tokens_are_checked_before_memory_is_taken(refusal, here, monkeypatch):
     monkeypatch.setattr("train.state.GPT", lambda *args: pytest.fail("a model was built"))
-    assert "data/letters/train.bin holds 3,000 tokens" in refusal(block_size=3000)
+    settings = dict(re.findall(r"--(\w+)=(\S+)", changes))  # these replace the short job's
+    assert re.search(message, refusal(**settings))
+
+
+def test_tokens_that_the_model_has_not(refusal, here):
     path = here / "data" / "letters" / "val.bin"
     tokens = np.fromfile(path, "<u2")
     tokens[150] = 32
@@ -124,8 +106,6 @@ def test_a_checkpoint_of_another_shape_and_one_whose_parts_disagree(refusal, her
     for changes, message in (
         (dict(block_size=17), "block_size: got 17, expected at most 16, the positions that the weights of"),
         (dict(n_layer=2), "n_layer: got 2, expected 1, as the weights of init_from=resume have"),
-        (dict(n_head=4), "n_head: got 4, expected 2"),
-        (dict(n_embd=64), "n_embd: got 64, expected 32"),
         (dict(bias=True), "bias: got True, expected False"),
         (dict(gelu="tanh"), "gelu: got tanh, expected erf"),
         (dict(dataset="more"), "dataset=more: it has 33 different tokens, the model 32"),

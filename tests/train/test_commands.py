@@ -10,7 +10,6 @@ import tomllib
 import pytest
 
 from tests.train.jobs import ROOT
-from train import checkpoint
 from train.commands import COMMANDS, main
 
 
@@ -53,7 +52,6 @@ def test_in_a_folder_of_nanogpts_ours_runs_and_arguments_and_status_go_through(t
 
 # The default job: the first run of a new user
 
-SHORT = ("train", "--max_iters=20", "--eval_interval=10", "--eval_iters=2")
 # Every Python process imports this first. A connection to another machine ends the process.
 NO_NETWORK = """
 import socket
@@ -77,7 +75,7 @@ def test_from_nothing_to_a_sample(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    first = said(*SHORT)
+    first = said("train", "--max_iters=20", "--eval_interval=10", "--eval_iters=2")
     meta = json.loads((tmp_path / "data" / "docs" / "meta.json").read_text())
     assert 1_500_000 < meta["train_tokens"] + meta["val_tokens"] < 2_200_000
     assert set(meta["chars"]) == {"\n", *map(chr, range(32, 127))}  # plain text
@@ -89,21 +87,12 @@ def test_from_nothing_to_a_sample(tmp_path):
         "number of parameters: 0.8.*",
         rf"final losses: train {losses[20][1]}, val {losses[20][2]} \(best .*",
         r"a sample:\n[\s\S]{250,}\n---------------",
-        *("checkpoint: out/ckpt.pt, .*", "metrics:    out/metrics.jsonl", "loss curve: out/loss.png"),
+        *("checkpoint: out/ckpt.pt, iteration 20", "metrics:    out/metrics.jsonl", "loss curve: out/loss.png"),
     ):
         assert re.search(f"^{line}$", first, re.M), line
-    for name in ("ckpt.pt", "metrics.jsonl", "loss.png"):
-        assert (tmp_path / "out" / name).stat().st_size > 0
-    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 20
+    assert (tmp_path / "out" / "loss.png").stat().st_size > 0
 
     # The other commands find the run without a path.
     assert "import" in said("train.sample", "--num_samples=1", "--max_new_tokens=50", "--start=import")
     assert "loss curve: out/loss." in said("train.plot")
-
-    # Again: the corpus is there, the seed is the same, and nothing is overwritten.
-    second = said(*SHORT)
-    (aside,) = tmp_path.glob("out/earlier-*")
-    assert f"the earlier run in out was moved to out/{aside.name}" in second
-    assert checkpoint.load(aside / "ckpt.pt")["iter_num"] == 20
-    assert re.findall("^step .*", second, re.M) == re.findall("^step .*", first, re.M)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out", "site"]

@@ -2,24 +2,19 @@
 
 import dataclasses
 import functools
-import math
 import os
-import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 
 from tests.train.jobs import ROOT
 from train.config import TrainConfig, choose_base, compose, parse
 from train.errors import UserError
 from train.sample import SampleConfig
-from train.settings import PRESETS, Parsed, check_values, command_line, settings_of
+from train.settings import PRESETS, Parsed, command_line, settings_of
 
 FIELDS = settings_of(TrainConfig)
 
@@ -27,18 +22,15 @@ FIELDS = settings_of(TrainConfig)
 @pytest.mark.parametrize(
     ("argv", "wanted"),
     [
-        (["--batch-size=2", "--batch_size", "3"], {"batch_size": 3}),
-        (["--max_iters=600_000", "--seed=1e5"], {"max_iters": 600000, "seed": 100000}),
+        (["--batch-size=2", "--batch_size", "3", "--seed=1e5"], {"batch_size": 3, "seed": 100000}),
         (["--min-lr=1", "--learning-rate", "-1e-3"], {"min_lr": 1.0, "learning_rate": -1e-3}),
         (["--wandb_run_name=a=b", "--wandb_project=5"], {"wandb_run_name": "a=b", "wandb_project": "5"}),
-        (["--wandb_run_name='a', 'b'", "--wandb_project='a"], {"wandb_run_name": "'a', 'b'", "wandb_project": "'a"}),
-        (["--wandb_run_name='a\\nb'", "--wandb_project="], {"wandb_run_name": "a\nb", "wandb_project": ""}),
-        (["--bias", "--no-compile"], {"bias": True, "compile": False}),
-        (["--bias", "true", "--compile=FALSE", "--decay_lr=True"], {"bias": True, "compile": False, "decay_lr": True}),
-        (["--no-compile", "--compile"], {"compile": True}),
-        (["--rehearse"], {"rehearse": "auto"}),
+        (["--wandb_run_name='a\\nb'", "--wandb_project='a"], {"wandb_run_name": "a\nb", "wandb_project": "'a"}),
+        (["--bias", "--no-compile", "--decay_lr=True"], {"bias": True, "compile": False, "decay_lr": True}),
+        (["--bias", "true", "--compile=FALSE", "--compile"], {"bias": True, "compile": True}),
         (["--rehearse", "--seed=1"], {"rehearse": "auto", "seed": 1}),
         (["--rehearse", "h100", "--seed=1"], {"rehearse": "h100", "seed": 1}),
+        (["--out_dir=~/a", "--wandb_project=~/x"], {"out_dir": os.path.expanduser("~/a"), "wandb_project": "~/x"}),
     ],
 )
 def test_every_spelling_of_a_setting(argv, wanted):
@@ -52,107 +44,61 @@ AT_LEAST_1 = (
     "batch_size", "block_size", "n_layer", "n_head", "n_embd", "eval_interval", "log_interval", "eval_iters",
     "gradient_accumulation_steps", "keep_checkpoints",
 )  # fmt: skip
-AT_LEAST_0 = ("max_iters", "patience", "seed", "max_minutes", "peak_flops", "learning_rate")
 
 
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("--batch_siz=1", ("'batch_siz'", "did you mean batch_size?")),
-        ("--no-batch_size", ("'no_batch_size'",)),
-        ("--batch_size=5*8", ("batch_size", "'5*8'", "int")),
-        ("--batch_size", ("batch_size", "no value", "--batch_size=12")),
-        ("--seed=0x" + "f" * 6000, ("seed: got a int, too large to be shown", "below 9223372036854775808")),
-        ("--learning_rate=1e999", ("learning_rate: got inf, expected below 3.4e+38",)),
-        ("--min_lr=1" + "0" * 400, ("min_lr: got inf",)),
-        ("--compile=1", ("compile", "1 (int)", "bool")),
-        ("--dtype=bf16", ("dtype: got 'bf16', expected auto | float32", "did you mean bfloat16?")),
-        ("-batch_size=3", ("two dashes",)),
-        ("batch_size=3", ("--batch_size=3",)),
-        ("config/train_shakespeare_char.py", ("did you mean shakespeare_char?",)),
-        ("wibble", ("'wibble'", "the presets are", "docs_cpu")),
-        ("tests", ("tests: cannot be read as a config file: Is a directory",)),
+        ("--batch_siz=1", "unknown setting 'batch_siz' (did you mean batch_size?)"),
+        ("--no-batch_size", "unknown setting 'no_batch_size'"),
+        ("--batch_size=5*8", "batch_size: got '5*8' (str), expected int"),
+        ("--batch_size --seed=1", "batch_size: got no value, expected --batch_size=12"),
+        ("--compile=1", "compile: got 1 (int), expected bool"),
+        ("--dtype=bf16", "dtype: got 'bf16', expected auto | float32 | bfloat16 | float16 (did you mean bfloat16?)"),
+        ("-batch_size=3", "settings are written --key=value, with two dashes"),
+        ("batch_size=3", "'batch_size=3': neither a config file nor a preset"),
+        ("config/train_shakespeare_char.py", "(did you mean shakespeare_char?)"),
+        ("config/train_gpt2.py", "(did you mean gpt2?); settings are written --key=value"),
+        ("wibble", "; the presets are docs, docs_cpu, "),
+        ("tests", "tests: cannot be read as a config file: Is a directory"),
         # values that no machine could make work
-        ("--n_head=5", ("n_embd", "768", "multiple of n_head (5)")),
-        *((f"--{name}=0", (f"{name}: got 0, expected at least 1",)) for name in AT_LEAST_1),
-        *((f"--{name}=-1", (f"{name}: got -1", "expected at least 0")) for name in AT_LEAST_0),
-        *(
-            (f"--{name}=1e308", (f"{name}: got 1e+308, expected below 3.4e+38",))
-            for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip")
-        ),
-        *((f"--{name}=1", (f"{name}: got 1.0, expected below 1",)) for name in ("dropout", "beta1", "beta2")),
-        ("--device=cuda:x", ("device", "'cuda:x'", "cuda:N")),
-        *((f"--{name}=", (f"{name}: got ''",)) for name in ("out_dir", "dataset", "init_from")),
-        ("--batch_size=1000000000", ("batch_size", "got 1024000000000 tokens, expected at most 268435456")),
-        ("--batch_size=4097", ("batch_size * block_size: got 4195328 tokens, expected at most 4194304",)),
-        ("--gradient_accumulation_steps=1000000000", ("gradient_accumulation_steps", "below 1048576")),
-        ("--gradient_accumulation_steps=1000000", ("gradient_accumulation_steps * batch_size * block_size",)),
-        ("--eval_iters=1000000000", ("eval_iters: got 1000000000, expected below 10000000",)),
-        ("--n_layer=1000000", ("n_layer: got 1000000, expected below 1025",)),
-        ("--n_embd=2000000000", ("n_embd: got 2000000000, expected below 131072",)),
+        ("--n_head=5", "n_embd: got 768, expected a multiple of n_head (5)"),
+        *((f"--{name}=0", f"{name}: got 0, expected at least 1") for name in AT_LEAST_1),
+        *((f"--{name}=-1", f"{name}: got -1") for name in ("max_iters", "patience", "seed", "learning_rate")),
+        *((f"--{name}=1", f"{name}: got 1.0, expected below 1") for name in ("dropout", "beta1", "beta2")),
+        ("--learning_rate=1e999", "learning_rate: got inf, expected below 3.4e+38"),
+        ("--seed=0x" + "f" * 6000, "seed: got a int, too large to be shown, expected below 9223372036854775808"),
+        ("--batch_size=4097", "batch_size * block_size: got 4195328 tokens, expected at most 4194304"),
+        ("--n_layer=1000000", "n_layer: got 1000000, expected below 1025"),
     ],
-    ids=lambda value: value[:40] if isinstance(value, str) else "",
+    ids=lambda value: value[:40],
 )
 def test_a_wrong_argument_is_refused_with_a_hint(argument, expected, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError) as caught:
-        compose(parse([argument]), {})
-    line = str(caught.value)
-    assert all(part in line for part in expected), line
-    assert "\n" not in line
-    assert len(line) < 300
+        compose(parse(argument.split()), {})
+    assert expected in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
-def test_an_odd_but_possible_value_is_allowed():
-    for argv in (
-        ["--learning_rate=3e-5", "--device=cuda:1"],  # below min_lr: the rate rises, as in nanoGPT
-        ["--warmup_iters=11", "--lr_decay_iters=10", "--learning_rate=0", f"--keep_checkpoints={10**9}"],
-        ["--batch_size=4096", "--gradient_accumulation_steps=64", "--learning_rate=1e38", "--weight_decay=0"],
-    ):
-        compose(parse(argv), {})
-    with pytest.raises(UserError, match=r"weight_decay: got nan, expected below 3\.4e\+38"):
-        check_values(TrainConfig(weight_decay=float("nan")))
-
-
-def test_a_tilde_in_front_of_a_path_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    (tmp_path / "mine.py").write_text("bpe_dir = '~/bpe'\nwandb_project = '~/x'\n")
-    argv = [str(tmp_path / "mine.py"), "--out_dir=~/runs/a", "--dataset='~/data'", "--init_from", "~/b/ckpt.pt"]
-    paths = {"bpe_dir": "bpe", "out_dir": "runs/a", "dataset": "data", "init_from": "b/ckpt.pt"}
-    expected = {name: f"/home/me/{path}" for name, path in paths.items()}
-    assert parse(argv).settings == expected | {"wandb_project": "~/x"}
-
-
-def test_presets_files_and_overrides_apply_in_argv_order(tmp_path):
-    mine = tmp_path / "order.py"
-    mine.write_text("batch_size = 7\nlr_decay_iters = max_iters\nmin_lr = learning_rate / 10\nmax_iters = 9\n")
-    parsed = parse(["--batch_size=3", "--seed=5", "shakespeare_char", str(mine), "--learning_rate=1", "--max_iters=11"])
-    assert parsed.sources == ["shakespeare_char", str(mine)]
+def test_presets_files_and_overrides_apply_in_argv_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("gpt2").write_text("batch_size = 7\nlr_decay_iters = max_iters\nmin_lr = learning_rate / 10\nmax_iters = 9\n")
+    parsed = parse(["--batch_size=3", "--seed=5", "shakespeare_char", "./gpt2", "--learning_rate=1", "--max_iters=11"])
+    assert parsed.sources == ["shakespeare_char", "./gpt2"]
     named = {"seed": 5, "batch_size": 7, "max_iters": 11, "n_layer": 6, "learning_rate": 1.0}
     read = {"lr_decay_iters": 5000, "min_lr": 1e-4}  # from what was said before
     assert {name: parsed.settings[name] for name in named | read} == named | read
+    assert parse(["--rehearse", "gpt2"]).settings["block_size"] == 1024  # the preset, not the file of its name
 
 
-def test_a_preset_wins_over_a_file_of_its_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("gpt2").write_text("batch_size = 1\n")
-    assert parse(["--rehearse", "gpt2"]).settings["block_size"] == 1024
-    assert parse(["./gpt2"]).settings == {"batch_size": 1}
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["gpt2"], "'gpt2': not a setting"),
-        (["--batch_size=1"], "unknown setting 'batch_size'"),
-        (["--num_samples=0"], "num_samples: got 0, expected at least 1"),
-    ],
-)
-def test_another_command_has_its_own_settings_and_files(argv, message):
+def test_another_command_has_its_own_settings_and_files():
     read = functools.partial(command_line, SampleConfig, prog="python -m other", about="")
     assert read(["--top_k=1", "a", "b"], positional="FILE ...") == (SampleConfig(top_k=1), ["a", "b"])
-    with pytest.raises(UserError, match=message):
-        read(argv)
+    with pytest.raises(UserError, match="'gpt2': not a setting"):
+        read(["gpt2"])
+    with pytest.raises(UserError, match="num_samples: got 0, expected at least 1"):
+        read(["--num_samples=0"])
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, SampleConfig])
@@ -165,11 +111,8 @@ def test_help_lists_every_setting_and_preset_on_a_line_of_its_own(cls, capsys):
         shown = field.default if name != "start" else r"'\n'"
         (line,) = [line for line in lines if line.startswith(f"  --{name}={shown} ")]
         assert field.metadata["help"] in line
-        group = field.metadata["group"]
-        assert not group or f"{group}:" in lines
-    for name in PRESETS:
-        found = any(line.split()[:1] == [name] and line.endswith(".") for line in lines)
-        assert found == (cls is TrainConfig)
+    listed = [line.split()[0] for line in lines if line.endswith(".") and line.startswith("  ")]
+    assert listed == (list(PRESETS) if cls is TrainConfig else [])
 
 
 @pytest.mark.parametrize(
@@ -187,7 +130,6 @@ def test_help_and_refusals_come_before_torch_is_imported(argument, status, said,
     done = subprocess.run(argv, cwd=tmp_path, env=env, timeout=60, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert (done.stdout or done.stderr).startswith(said)
-    assert done.stderr.count("\n") == (status != 0)
 
 
 # How settings are put together
@@ -206,10 +148,8 @@ NANOGPT = {
 def test_names_and_defaults_are_nanogpts():
     ours = dataclasses.asdict(TrainConfig())
     assert {name: ours.get(name) for name in NANOGPT} == NANOGPT
-    assert {name: type(ours[name]) for name in NANOGPT} == {name: type(value) for name, value in NANOGPT.items()}
     assert ours["gradient_accumulation_steps"] == 1
     assert [ours[name] for name in ("backend", "device", "dtype", "gelu")] == ["auto"] * 4
-    compose(Parsed(), {})
 
 
 def test_the_settings_below_those_that_are_named():
@@ -224,8 +164,8 @@ def test_the_settings_below_those_that_are_named():
     assert compose(parsed, base) == TrainConfig(n_layer=2, seed=7, learning_rate=1e-2, init_from="resume", max_iters=5)
     with pytest.raises(UserError, match="batch_size: got '5'"):
         compose(Parsed(), {"batch_size": "5"})
-    with pytest.raises(UserError, match="multiple of n_head"):
-        compose(Parsed(settings={"n_head": 5}), stored)
+    with pytest.raises(UserError, match=r"weight_decay: got nan, expected below 3\.4e\+38"):
+        compose(Parsed(settings={"weight_decay": float("nan")}), stored)
 
 
 # Config files
@@ -253,10 +193,9 @@ NANOGPT_CONFIGS = {
 def load(tmp_path):
     """Load a config file with the given text. It is tmp_path / "mine.py"."""
 
-    def load(text: str | bytes) -> dict:
-        path = tmp_path / "mine.py"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
-        return parse([str(path)]).settings
+    def load(text: str) -> dict:
+        (tmp_path / "mine.py").write_text(text)
+        return parse([str(tmp_path / "mine.py")]).settings
 
     return load
 
@@ -264,7 +203,7 @@ def load(tmp_path):
 def executed(text: str) -> dict:
     """The settings that nanoGPT takes from a file: it runs it, with its defaults and its imports above."""
     assigned = {}
-    exec(text, {name: field.default for name, field in FIELDS.items()} | {"os": os, "math": math}, assigned)
+    exec(text, {name: field.default for name, field in FIELDS.items()} | {"os": os}, assigned)
     return {name: value for name, value in assigned.items() if name in FIELDS}
 
 
@@ -282,26 +221,20 @@ def test_nanogpts_own_files_load_and_are_presets(name, load):
 def test_every_preset_is_valid():
     for name in PRESETS:
         assert not compose(parse([name]), {}).wandb_log
-    for weights in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-        settings = parse(["eval_" + weights.replace("-", "_")]).settings
-        assert settings == {"init_from": weights, "eval_only": True, "batch_size": 8, "eval_iters": 500}
 
 
 AS_IN_PYTHON = (
-    "max_iters = (2 + 3) * 4 ** 2 // 3 % 7 - -1 + +2; lr_decay_iters = max_iters * 2; max_iters = max_iters + 1",
+    "max_iters = (2 + 3) * 4 ** 2 // 3 - -1 + +2; lr_decay_iters = max_iters * 2; max_iters = max_iters + 1",
     "learning_rate = 1 / 8; min_lr = learning_rate / 10; beta1 = 10 ** -3; dropout = float('0.5')",
     '"""doc"""\n# comment\n\nbias = True; compile = not bias\nbatch_size = (\n    4 *\n    5\n)\r\n',
     "",
     "n_embd: int = 64 if n_layer > 6 and not bias else 32; n_layer = bias and 3 or 5; n_head = n_layer and 2 or 9",
-    "compile = dataset == 'openwebtext' or 'z' in dataset; bias = 'o' not in dataset or 2 >= 3",
-    "x = None; compile = x is None; eval_only = x is not None; bias = 1 <= 1; decay_lr = 1 < 1",
+    "compile = 1 <= 1; eval_only = 3 >= 3; bias = dataset == 'openwebtext'; decay_lr = 1 < 1; wandb_log = 1 != 2",
     "out_dir = 'out-' + \"a\" 'b'; n_layer = 6\ndataset = f'out-{n_layer:02d}-{learning_rate:.0e}-{dataset}'",
-    "out_dir = os.path.join('runs', 'a') + str(int(3.7)) + str(round(2.5)); n_head = max(4, min(8, abs(-6)))",
-    "n_layer = math.ceil(1.5); n_embd = int(math.sqrt(4096))",
-    "beta1, beta2 = 0.5, 0.75; beta1, beta2 = beta2, beta1; n_layer = n_head = 2; n_layer += n_head",
-    "out_dir = 'out-%d-%s' % (n_layer, dataset); dataset = '%05.1f%%' % 1; device = '{{{:.2f}-{}}}'.format(1, 'b')",
+    "out_dir = str(int(3.7)) + str(min(8, 6)); n_layer = n_head = max(4, 2)",
     "lora_rank = 8; tags = [open(os.devnull), print]; batch_size = 3",  # a fork's: no settings, and of any kind
     "import numpy as np; from model import GPT; scale = np.sqrt(2); batch_size = 3",
+    "import time; from datetime import datetime; out_dir = time.strftime('%Y') + datetime.now().strftime('%Y')",
 )
 CUDA = torch.cuda.is_available()
 BEST = "'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'float16'"  # nanoGPT's own line
@@ -313,8 +246,6 @@ BEST = "'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported
         *((text, executed(text)) for text in AS_IN_PYTHON),
         # and the types of settings, the machine's dtype
         ("max_iters = 1e5; eval_interval = 8 / 2", {"max_iters": 100_000, "eval_interval": 4}),
-        ("\ufeffbatch_size = 3", {"batch_size": 3}),
-        ("wandb_run_name = 'ü\\d'", {"wandb_run_name": "ü\\d"}),  # without Python's warning
         (f"import torch\ndtype = {BEST}", {"dtype": "auto"}),
         ("dtype = 'float16' if time.time() > 0 else 'bfloat16'", {"dtype": "float16"}),  # torch is not asked
         ("device = 'cuda' if torch.cuda.is_available() else 'cpu'", {"device": "cuda" if CUDA else "cpu"}),
@@ -327,47 +258,28 @@ def test_a_config_file_is_read_as_python_reads_it(text, expected, load):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("batch_size = 9 / 2", "got 4.5 (float), expected int"),
-        ("out_dir = [1]", "refused"),
+        ("batch_size = 9 / 2", "batch_size: got 4.5 (float), expected int"),
         ("seed = " + "9" * 9999, "not Python"),
-        ("batch_size = (3 +\n    sum('a')\n)", "sum('a') is not called"),
-        ("batch_size, seed.a = 1, 2", "`name = value` lines"),
-        ("seed, batch_size = [1, 2]", "`name = value` lines"),
+        ("batch_size = (3 +\n    sum('a')\n)", "refused: sum('a'); expected values"),
+        ("batch_size, seed = 1, 2", "`name = value` lines"),
         ("from base import *", "`name = value` lines"),
         ("from base import batch_size", "`name = value` lines"),
         # what has no value
-        ("batch_size = 1 / 0", "division by zero"),
-        ("learning_rate = (-8) ** 0.5", "(complex), expected float"),
-        ("batch_sise = 3; batch_size = batch_sise + n", "n is not assigned"),
+        ("batch_size = 1 / 0", "cannot be computed: division by zero"),
+        ("batch_sise = 3; batch_size = batch_sise + n", "n is not assigned further up"),
+        ("n_layer = 2; x = 1; x = [2]; n_layer = x", "x is not assigned further up in this file, or not understood"),
         # what would be too large
         ("max_iters = 9 ** 9 ** 9 ** 9", "so large an exponent"),
-        ("seed = 2 ** 128", "128 bits"),
-        ("out_dir = 'a' * 9999", "+ for two strings"),
-        (f"out_dir = '{'a' * 4097}'", "4096 characters"),
-        ("out_dir = f'{1:9999}'", "so large a width"),
-        ("out_dir = f'{dataset!r}'", "refused"),
-        ("out_dir = '%9999d' % 1", "so large a width"),
-        ("out_dir = '%*d' % (9999, 1)", "so large a width"),
-        ("out_dir = '{:9999}'.format(1)", "so large a width"),
-        ("out_dir = '{:{}}'.format(1, 9999)", "plain fields"),
-        ("seed = round(7, -10 ** 9)", "cannot be computed"),
+        ("out_dir = 'a' * 9999", "* is for numbers"),
+        ("out_dir = f'{1:9999999999}'", "so long a format"),
+        ("seed = 10; " + "seed = seed * seed; " * 60, "a whole number of more bits"),
+        ("out_dir = 'a'; " + "out_dir = out_dir + out_dir; " * 60, "text of more than 1000 characters"),
         # what would run
         ("out_dir = ''.__class__", "refused"),
-        ("out_dir = '{0.__class__}'.format(1)", "plain fields"),
-        ("import os; out_dir = os.mkdir('ran')", "os.mkdir('ran') is not called"),
-        ("wandb_run_name = str(time.time(open('ran', 'w')))", "open('ran', 'w') is not called"),
-        ("wandb_run_name = str(time.time(0))", "cannot be computed"),
+        ("wandb_run_name = str(time.time(open('ran', 'w')))", "refused: open('ran', 'w')"),
         ("if open('ran', 'w'): batch_size = 3", "refused"),
         ("batch_size[open('ran', 'w')] = 3", "refused"),
-        ("batch_size = [x for x in [open('ran', 'w')]]", "refused"),
-        ("helper = open('ran', 'w'); out_dir = f'{helper}'", "helper, assigned in line 3: refused: open('ran', 'w')"),
-        # what repeats
-        ("seed = 10; " + "seed = seed * seed; " * 60, "128 bits"),
-        ("out_dir = 'a'; " + "out_dir = out_dir + out_dir; " * 60, "4096 characters"),
-        (
-            "x = 10; " + "x = x * x; " * 60 + "seed = x",
-            "x, assigned in line 3: refused: a whole number of more than 128",
-        ),
+        ("helper = open('ran', 'w'); out_dir = f'{helper}'", "helper is not assigned further up"),
     ],
     ids=lambda value: value[:40],
 )
@@ -375,21 +287,9 @@ def test_a_config_file_is_refused_with_its_line_and_does_nothing(line, reason, l
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         load(f"# a comment\neval_only = True\n{line}\n")
-    message = str(caught.value).replace("\\'", "'").replace("\\\\", "\\")
-    assert reason in message
-    assert "\n" not in message
-    assert message.startswith(f"{tmp_path / 'mine.py'}:3: ")
+    assert str(caught.value).startswith(f"{tmp_path / 'mine.py'}:3: ")
+    assert reason in str(caught.value)
     assert not (tmp_path / "ran").exists()
-
-
-def test_a_run_name_with_the_time(load):
-    before = int(time.time())
-    got = load(
-        "import time\nfrom datetime import datetime\nwandb_run_name = 'ft-' + str(int(time.time()))\n"
-        "now = datetime.now().strftime('%Y')\nout_dir = f'out-{now}-' + time.strftime('%m%d')\n"
-    )
-    assert before <= int(got["wandb_run_name"].removeprefix("ft-")) <= time.time()
-    assert re.fullmatch(r"out-\d{4}-\d{4}", got["out_dir"])
 
 
 def test_names_that_are_no_settings_are_noted_but_slips_are_refused(load, tmp_path):
@@ -403,18 +303,10 @@ def test_names_that_are_no_settings_are_noted_but_slips_are_refused(load, tmp_pa
     assert parsed.notes == [f"{path}: names that are no settings here, left out: lora_rank, tags"]
 
 
-PIECES = "=+-*/%()[],.:;#'\"\\\n\t\0 019einostr"
-
-
-@given(st.text() | st.text(PIECES) | st.text(PIECES).map("seed = {}".format) | st.binary())
-@example(b"batch_size = 1\0")
-@example(b"# coding: no-such\n")
-@example(b"#" * (1 << 16) + b"\n")
-@example(b"seed = " + b"1+" * 32000 + b"1")
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_junk_loads_or_is_refused_in_one_line(load, tmp_path, junk):
-    try:
-        assert all(type(value) is type(FIELDS[name].default) for name, value in load(junk).items())
-    except UserError as error:
-        assert str(error).startswith(f"{tmp_path / 'mine.py'}:")  # noqa: PT017
-        assert len(str(error).splitlines()) == 1  # noqa: PT017
+@pytest.mark.parametrize(
+    "junk", [b"# coding: no-such\n", b"#" * 70_000, b"seed = " + b"1+" * 32000 + b"1", b"a\0b", b"\xff"]
+)
+def test_junk_is_refused_too(junk, tmp_path):
+    (tmp_path / "mine.py").write_bytes(junk)
+    with pytest.raises(UserError, match=r"mine\.py:.*(not Python|cannot be read)"):
+        parse([str(tmp_path / "mine.py")])
