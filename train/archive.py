@@ -16,7 +16,6 @@ import torch
 
 from train.errors import first_line
 from train.files import open_regular
-from train.metapickle import check_pickle
 
 
 def load_archive(path: Path) -> object:
@@ -69,8 +68,8 @@ def leaves(tree: object, place: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _members(file: BinaryIO, *, verify: bool) -> set[tuple[int, int]]:
-    """(size, CRC) of the members of `file`. ValueError unless it is a zip archive as torch.save writes it, whose pickle
-    can be read without filling the memory or overflowing the stack. verify: whether all CRCs must be right."""
+    """(size, CRC) of the members of `file`. ValueError unless it is a zip archive as torch.save writes it, with the
+    right CRC of its pickle. verify: whether all CRCs must be right."""
     length = file.seek(0, os.SEEK_END)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -81,7 +80,7 @@ def _members(file: BinaryIO, *, verify: bool) -> set[tuple[int, int]]:
                 if packed or member.external_attr or member.internal_attr or member.extra:
                     raise ValueError(f"its member {member.filename} is packed or marked, as torch.save never does")
                 if member.filename.endswith("/data.pkl"):
-                    check_pickle(archive.read(member))
+                    archive.read(member)  # checks its CRC
             if verify and (name := archive.testzip()):
                 raise ValueError(f"its member {name} does not have its CRC")
     except Exception as error:  # zipfile raises half a dozen kinds, depending on the field that is hit

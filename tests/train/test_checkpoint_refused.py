@@ -79,16 +79,14 @@ def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP
             info.external_attr = 0  # as in torch's
 
 
-def rewritten(path: Path, pickled: bytes = b"", **options) -> None:
-    """A checkpoint in an archive with good CRCs, perhaps with another pickle."""
+def rewritten(path: Path, **options) -> None:
+    """A checkpoint in an archive with good CRCs."""
     torch.save(make_nanogpt(), path)
     with zipfile.ZipFile(path) as old:
         members = {info.filename: old.read(info) for info in old.infolist()}
-    name = next(name for name in members if name.endswith("data.pkl"))
-    zipped(path, members | {name: pickled or members[name]}, **options)
+    zipped(path, members, **options)
 
 
-TUPLES_IN_TUPLES = b"\x80\x02}N" + b"\x85" * 100_000 + b"K\x01s."
 FILES = {  # how a file is made, and what the refusal says
     "empty": (lambda path: path.write_bytes(b""), "0 bytes"),
     "folder": (lambda path: path.mkdir(), "Is a directory"),
@@ -99,7 +97,6 @@ FILES = {  # how a file is made, and what the refusal says
     "a state_dict": (lambda path: torch.save(make_model().state_dict(), path), "missing required field `model`"),
     "a pipe": (os.mkfifo, "cannot be read (not a regular file)"),
     "packed": (lambda path: rewritten(path, compression=zipfile.ZIP_DEFLATED), "is packed"),
-    "a deep pickle": (lambda path: rewritten(path, TUPLES_IN_TUPLES), "tuples"),
 }
 VALUES = [  # what a nanoGPT's checkpoint holds instead of its own, and of which place the refusal tells
     ({"model": {"w": 1.0}}, "$.model"),

@@ -129,7 +129,7 @@ def test_nanogpts_checkpoint_has_the_tokenizer_of_its_dataset(run_dir, capsys):
     del checkpoint["nanofuse"]
     torch.save(checkpoint, "out/ckpt.pt")
     Path("data/letters").mkdir(parents=True)
-    Path("data/letters/meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate(tokenizer.chars))}))
+    Path("data/letters/meta.pkl").write_bytes(pickle.dumps({"vocab_size": 32, "itos": [*tokenizer.chars]}))
     expected = make_model().eval().generate(torch.tensor([tokenizer.encode("hey")]), 20, 0)[0].tolist()
     assert samples(capsys, "--start=hey", "--temperature=0", "--dtype=float32") == [tokenizer.decode(expected)] * 2
 
