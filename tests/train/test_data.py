@@ -99,6 +99,8 @@ def test_nanogpts_meta(tmp_path, changes, known):
         ('{"vocab_size": 8589934592}', "<= 4294967296"),
         ('{"vocab_size": 100277, "dtype": "uint16"}', "expected uint32"),
         ('{"vocab_size": 50, "val_tokens": -3}', "val_tokens"),
+        ('{"vocab_size": 2, "tokenizer": "char", "chars": ["a", "a"]}', "distinct single characters"),
+        ('{"vocab_size": 2, "tokenizer": "char", "chars": ["a", "b", "c"]}', "chars has 3 characters"),
         ('{"vocab_size": 50, "checksums": {"bytes": 2, "train": [], "val": []}}', "checksums.bytes"),
     ],
 )
@@ -122,11 +124,13 @@ def test_a_malformed_meta_is_refused(tmp_path, monkeypatch, meta, said):
         ({"vocab_size": 50, "dtype": "uint32"}, [49, 1], "<u4", ""),
         ({"vocab_size": 100_277}, [1, 2, 3], "<u2", "1 tokens and 2 bytes, expected one or more, 4 bytes each: it was"),
         ({"vocab_size": 100_277}, [1, 2, 3, 4], "<u2", "token 131073 at position 0, .*vocab_size=100277"),
+        ({"vocab_size": 50}, [*range(50)] * 7 + [50, 52], "<u2", "token 50 at position 350, .*vocab_size=50"),
         ({"vocab_size": 50}, [], "<u2", "0 tokens and 0 bytes, expected one or more, 2 bytes each"),
         ({"vocab_size": 50, "train_tokens": 3}, [1, 2], "<u2", r"2 tokens .* expected the 3 of meta\.json"),
     ],
 )
-def test_a_size_or_dtype_that_the_file_contradicts(tmp_path, meta, train, dtype, said):
+def test_sizes_and_dtypes(tmp_path, monkeypatch, meta, train, dtype, said):
+    monkeypatch.setattr("train.data.SCAN_TOKENS", 100)
     folder = make(tmp_path, meta, train=train, dtype=dtype)
     if said:
         with pytest.raises(UserError, match=rf"train\.bin: {said}"):
@@ -173,16 +177,6 @@ def test_a_file_that_was_changed_is_refused(tmp_path, monkeypatch):
     assert not Dataset(make(tmp_path / "old")).check(whole=True)  # without checksums
 
 
-def test_check_names_the_first_bad_token(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.data.SCAN_TOKENS", 100)
-    dataset = Dataset(make(tmp_path, train=[*range(50)] * 7 + [50, 52]))
-    with pytest.raises(UserError, match=r"train\.bin: token 50 at position 350, expected ids below vocab_size=50"):
-        dataset.check(8)
-    dataset.check(8, vocab_size=64)
-    with pytest.raises(UserError, match=r"block_size=300: .*val\.bin holds 300 tokens, expected at least 301"):
-        dataset.check(300)
-
-
 # Loader
 
 
@@ -209,12 +203,12 @@ def test_a_batch_is_a_function_of_seed_and_step(tmp_path, monkeypatch, run_bytes
     dataset = unique(tmp_path)
     with loader(dataset) as ahead:
         want = [ahead.train(step) for step in range(20)]
+    assert want[19].x[:, :, 0].tolist() == [[4350, 148, 1097], [125, 1174, 1007]]  # as in every earlier version
+    assert want[19].seeds == (5957291195729832734, 2031715849233284585)
     assert len({seed for batch in want for seed in batch.seeds}) == 40
     with loader(dataset) as jumping:
         for step in (17, 3, 4, 19, 0, 1, 0):
             assert same(jumping.train(step), want[step])
-    assert want[19].x[:, :, 0].tolist() == [[4350, 148, 1097], [125, 1174, 1007]]  # as in every earlier version
-    assert want[19].seeds == (5957291195729832734, 2031715849233284585)
     with loader(dataset, seed=8) as other:
         assert not torch.equal(other.train(0).x, want[0].x)
 

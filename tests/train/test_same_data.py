@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from model import GPT, GPTConfig
-from model.pretrained import export_gpt2
 from tests.train.jobs import CHARS, make_data
 from tests.train.runs import CONSTANT, iterations, last, logged, refusal, resume, run
 from train.checkpoint import held
@@ -65,8 +63,7 @@ def test_a_run_goes_on_only_with_its_own_tokens(out):
     before = (out / "ckpt.pt").read_bytes()
     make_data(Path("data/shifted"), chars="A" + CHARS[:-1])
     message = refusal(resume, out, dataset="shifted", max_iters=6)
-    for word in ("dataset=shifted", "init_from=resume", "token 0 is 'a' there, 'A' here"):
-        assert word in message
+    assert "dataset=shifted: expected the tokens of init_from=resume, but token 0 is 'a' there, 'A' here" in message
     export(["--to=exported"])
     assert "token 0 is 'a'" in refusal(run, Path("new"), init_from="exported", dataset="shifted", bias=True)
     assert (out / "ckpt.pt").read_bytes() == before
@@ -83,18 +80,10 @@ def test_nanogpts_checkpoint_has_the_tokenizer_of_its_dataset_if_that_is_here(ou
     assert "tokenizer" not in checkpoint_tokenizer(nanogpts | {"model_args": {"vocab_size": 32}})
 
 
-def test_weights_with_gpt2s_tokens_are_not_trained_on_characters(out):
-    torch.manual_seed(0)
-    export_gpt2(GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=32)), Path("weights"))
-    message = refusal(run, Path("new"), dataset="letters", init_from="weights", bias=True)
-    assert "the tokenizer is 'gpt2' there, 'char' here" in message
-    assert not Path("new").exists()
-
-
 # The best loss
 
 
-@pytest.mark.parametrize("change", ["another folder", "the same folder", "nanogpt", "block_size"])
+@pytest.mark.parametrize("change", ["the same folder", "nanogpt", "block_size"])
 def test_a_best_loss_of_other_data_is_forgotten(out, capsys, change):
     best = last(out)
     assert best["iter_num"] == best["nanofuse"]["best_iter"] == 4

@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -30,9 +29,8 @@ def gpt2() -> GPT2Tokenizer:
 @settings(max_examples=30, deadline=None)
 def test_round_trips_through_meta(gpt2, text):
     for made in (CharTokenizer(sorted(set(text) | {"a"})), ByteTokenizer(), gpt2):
-        read = gpt2 if made is gpt2 else from_meta(made.meta())
         ids = made.encode(text)
-        assert read.decode(ids) == text
+        assert (gpt2 if made is gpt2 else from_meta(made.meta())).decode(ids) == text
         assert made.encode_array(text).tolist() == ids
     assert ByteTokenizer().encode(text) == list(text.encode())
 
@@ -49,22 +47,6 @@ def test_known_ids(gpt2):
     assert ByteTokenizer().decode([0xC3]) == "\ufffd"
     with pytest.raises(ValueError, match="'é' is not among the 3"):
         CharTokenizer("abc").encode("abé")
-
-
-@pytest.mark.parametrize(
-    "meta",
-    [
-        {"vocab_size": 3},
-        {"vocab_size": 3, "tokenizer": "words"},
-        *(
-            {"tokenizer": "char", "vocab_size": 2, "chars": chars}
-            for chars in (["a", "a"], ["ab"], [], ["a", "b", "c"])
-        ),
-    ],
-)
-def test_a_meta_that_does_not_describe_a_tokenizer_is_refused(meta):
-    with pytest.raises(UserError, match="tokenizer: "):
-        from_meta(meta)
 
 
 def test_where_gpt2s_ranks_come_from(tmp_path, monkeypatch):
@@ -143,17 +125,13 @@ def test_another_encoding_is_named(tmp_path, data, said, pack):
         read(path)
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
+def test_a_damaged_gzip_file_is_named(tmp_path):
     path = tmp_path / "a.txt"
     whole = gzip.compress(b"a" * 1000)
     for data in (whole[:20], whole[:-8] + bytes(8), whole[:10] + b"x" * 100):
         path.write_bytes(data)
         with pytest.raises(UserError, match=r"a\.txt: a damaged gzip file"):
             read(path)
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(UserError, match="cannot be read: not a regular file"):
-        read(path)
 
 
 def test_documents_of_a_jsonl_file(tmp_path):
@@ -169,6 +147,5 @@ def test_documents_of_a_jsonl_file(tmp_path):
 def test_a_line_that_is_no_document_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\n' + line + "\n")
-    with pytest.raises(UserError, match=r'a\.jsonl: line 3: expected a JSON object with a "text", got ') as caught:
+    with pytest.raises(UserError, match=r'a\.jsonl: line 3: expected a JSON object with a "text", got '):
         read(path)
-    assert len(str(caught.value)) < 300
