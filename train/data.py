@@ -114,11 +114,15 @@ class Dataset:
 
         Of a file over 256 MB only the beginning is read, unless `whole`. The loader checks the ids of every batch.
         """
-        self.check_length(block_size)
         limit = self.n_vocab if vocab_size is None else vocab_size
         sums = self._checksums
         for name in ("train", "val"):
             tokens = np.asarray(self.split(name))
+            if len(tokens) <= block_size:  # a sample has one token more
+                raise UserError(
+                    f"block_size={block_size}: {self.path(name)} holds {len(tokens):,} tokens, expected at least "
+                    f"{block_size + 1:,}"
+                )
             count = sums["bytes"] // tokens.itemsize if sums else SCAN_TOKENS
             end = len(tokens) if whole else min(len(tokens), SCAN_BYTES // tokens.itemsize)
             for i, start in enumerate(range(0, end, count)):
@@ -130,15 +134,6 @@ class Dataset:
                         f"match the checksum in meta.json; make it again with: {how_to_make(self.folder)}"
                     )
         return sums is not None
-
-    def check_length(self, block_size: int) -> None:
-        """UserError if a split is shorter than one sample: block_size tokens and the one after."""
-        for name in ("train", "val"):
-            if (length := len(self.split(name))) <= block_size:
-                raise UserError(
-                    f"block_size={block_size}: {self.path(name)} holds {length:,} tokens,"
-                    f" expected at least {block_size + 1:,}"
-                )
 
     def check_ids(self, split: Split, ids: np.ndarray, start: int, limit: int) -> None:
         """UserError if one of `ids` is `limit` or more. They are the split's tokens from position `start` on."""
@@ -232,10 +227,7 @@ Gathered = tuple[torch.Tensor, tuple[int, ...]]
 
 @dataclass
 class Loader:
-    """Draws the batches of one rank. Use it as a context: its end ends the loader's thread.
-
-    UserError if the dataset is shorter than one sample.
-    """
+    """Draws the batches of one rank. Use it as a context: its end ends the loader's thread."""
 
     dataset: Dataset
     batch_size: int  # B samples in a micro-step
@@ -248,7 +240,6 @@ class Loader:
     vocab_size: int | None = None  # ids in a batch must be below it; None: the dataset's
 
     def __post_init__(self) -> None:
-        self.dataset.check_length(self.block_size)
         self.seed, self.device = self.seed % 2**64, torch.device(self.device)
         self._pinned = self.device.type == "cuda"
         self.vocab_size = self.vocab_size or self.dataset.vocab_size

@@ -223,9 +223,6 @@ class GPT2Tokenizer(Tokenizer):
     def __init__(self, bpe_dir: str | Path | None = None) -> None:
         self._bpe = gpt2_encoding(bpe_dir)
 
-    def encode(self, text: str) -> list[int]:
-        return self._bpe.encode(text, allowed_special={END_OF_TEXT})  # takes lone surrogates, too
-
     def encode_array(self, text: str) -> np.ndarray:
         """Releases the GIL."""
         return self._bpe.encode_to_numpy(text, allowed_special={END_OF_TEXT})

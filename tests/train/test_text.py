@@ -31,17 +31,15 @@ def test_round_trips_through_meta(gpt2, text):
     for made in (CharTokenizer(sorted(set(text) | {"a"})), ByteTokenizer(), gpt2):
         ids = made.encode(text)
         assert (gpt2 if made is gpt2 else from_meta(made.meta())).decode(ids) == text
-        assert made.encode_array(text).tolist() == ids
     assert ByteTokenizer().encode(text) == list(text.encode())
 
 
 def test_known_ids(gpt2):
     assert gpt2.encode("hello world") == [31373, 995]
-    assert gpt2.encode("<|endoftext|>") == gpt2.encode_array("<|endoftext|>").tolist() == [50256]
+    assert gpt2.encode("<|endoftext|>") == [50256]
     assert gpt2.encode_ordinary("<|endoftext|>").tolist() == [27, 91, 437, 1659, 5239, 91, 29]
     undecoded = b"\xff!".decode("utf-8", "surrogateescape")  # what a command line could not decode
     assert ByteTokenizer().encode(undecoded) == [0xFF, ord("!")]
-    assert gpt2.decode(gpt2.encode(undecoded)) == "\ufffd!"
     assert CharTokenizer("b\udcffa").encode("a\udcff") == [2, 1]
     assert CharTokenizer("b\udcffa").decode([2, 1]) == "a?"
     assert ByteTokenizer().decode([0xC3]) == "\ufffd"
