@@ -199,7 +199,7 @@ def test_check_reads_all_of_a_dataset(capsys):
         (["shakespeare", "--bpe_dir=nowhere"], "bpe_dir: nowhere/encoder.json"),
         (["a.txt", "--dataset=new/../../a.txt/b"], "cannot be written: "),
         (["empty.txt.gz", "--tokenizer=byte"], "empty.txt.gz: empty"),
-        (["a.txt", "latin.txt"], "latin.txt: byte 2,003 is not UTF-8"),
+        (["a.txt", "latin.txt"], "latin.txt: byte 20,003 is not UTF-8"),
         (["short.txt"], "val part has 1 tokens"),
         (["docs.txt"], "dataset: got 'docs', expected a name, and not that of a corpus"),
         (["openwebtext", "--tokenizer=char"], "openwebtext: made as nanoGPT makes it"),
@@ -211,7 +211,7 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, arguments, messag
     Path("empty.txt.gz").write_bytes(gzip.compress(b""))
     Path("hollow").mkdir()
     os.mkfifo("pipe")
-    Path("latin.txt").write_bytes(b"a" * 2000 + "abé".encode()[:2] + b"c\xe9" + b"a" * 200)
+    Path("latin.txt").write_bytes(b"a" * 20_000 + "abé".encode()[:2] + b"c\xe9" + b"a" * 200)
     monkeypatch.setattr(texts, "CHUNK", 1000)
     before = tree()
     with pytest.raises(UserError, match=re.escape(message)):
