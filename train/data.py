@@ -1,8 +1,8 @@
 """A prepared dataset, and the batches drawn from it.
 
 train.bin and val.bin are flat little-endian arrays of token ids; meta.json describes them, and has their checksums.
-nanoGPT's folders are read as they are: with a meta.pkl, by an unpickler that runs nothing (`metapickle.py`); without
-any meta, as GPT-2 BPE in uint16.
+nanoGPT's folders are read as they are: with a meta.pkl, by an unpickler that runs nothing; without any meta, as GPT-2
+BPE in uint16.
 
 A batch depends on (seed, step, rank) and on nothing else. So there is no position in the data to save, and a resumed
 run gets the batches that it would have had. The start offsets of a step are drawn once, without replacement, for the
@@ -16,7 +16,6 @@ would break a graph capture in the first one.
 import itertools
 import math
 import os
-import random
 import time
 import weakref
 import zlib
@@ -32,14 +31,12 @@ import torch
 from train.corpora import CORPORA, dataset_folder, how_to_make
 from train.errors import UserError, shown
 from train.files import open_regular
-from train.metapickle import digest
 from train.settings import nearest
 from train.text import GPT2_TOKENS, Tokenizer, checked_meta, from_meta, padded_vocab_size, read_meta
 
 Split = Literal["train", "val"]
 
-FULL_SCAN_BYTES = 256 << 20  # files up to this size are read whole before the first step
-CHECK_SECONDS = 0.5  # for a larger one
+SCAN_BYTES = 256 << 20  # of each file, read before the first step
 SCAN_TOKENS = 4 << 20  # tokens looked at together in such a check
 GPT2_PADDED = 51200  # GPT-2's vocabulary, padded to the next multiple of 1024
 # Small steps are gathered many at a time: waking the thread costs more than filling 12 x 64 tokens.
@@ -79,7 +76,6 @@ class Dataset:
     def _open(self, name: Split) -> np.memmap:
         path, expected = self.path(name), self.meta.get(f"{name}_tokens")
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-        again = how_to_make(self.folder)
         try:
             self._files[name] = file = open_regular(path)
             weakref.finalize(self, file.close)
@@ -88,11 +84,12 @@ class Dataset:
                 known = f"the {expected:,} of meta.json" if expected else "one or more"
                 raise UserError(
                     f"{path}: {count:,} tokens and {rest} bytes, expected {known}, {dtype.itemsize} bytes each: it was "
-                    f"cut short, or it is another file; make it again with: {again}"
+                    f"cut short, or it is another file; make it again with: {how_to_make(self.folder)}"
                 )
             return np.memmap(file, dtype=dtype, mode="r")
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}; make it with: {again}") from None
+            how = how_to_make(self.folder)
+            raise UserError(f"{path}: cannot be read: {error.strerror}; make it with: {how}") from None
 
     def split(self, name: Split) -> np.memmap:
         return self.train if name == "train" else self.val
@@ -107,7 +104,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """Identifies the validation split: its length and a CRC. The CRC of a large file is that of its two ends."""
         tokens = np.asarray(self.val)
-        if tokens.nbytes > FULL_SCAN_BYTES:
+        if tokens.nbytes > SCAN_BYTES:
             tokens = np.concatenate([tokens[:SCAN_TOKENS], tokens[-SCAN_TOKENS:]])
         return f"{len(self.val)} tokens, CRC {zlib.crc32(tokens):08x}"
 
@@ -115,45 +112,28 @@ class Dataset:
         """UserError if a split is too short for `block_size`, holds an id of `vocab_size` (None: n_vocab) or more, or
         does not match its checksums. Returns whether meta has checksums.
 
-        Files over 256 MB are read for half a second, in random order, unless `whole`. The loader checks the ids of
-        every batch that it draws.
+        Of a file over 256 MB only the beginning is read, unless `whole`. The loader checks the ids of every batch.
         """
-        self.check_length(block_size)
         limit = self.n_vocab if vocab_size is None else vocab_size
         sums = self._checksums
         for name in ("train", "val"):
-            tokens, path = np.asarray(self.split(name)), self.path(name)
-            ids = tokens[:SCAN_TOKENS]
-            wide = len(ids) > 1 and ids.any() and not ids[1::2].any()
-            if wide and sums is None and self.meta.get("tokenizer") not in ("char", "byte"):
+            tokens = np.asarray(self.split(name))
+            if len(tokens) <= block_size:  # a sample has one token more
                 raise UserError(
-                    f"{path}: every second token is 0, as where the file has ids of more than {8 * ids.itemsize} bits; "
-                    f"expected {self.meta['dtype']} for vocab_size={self.n_vocab}"
+                    f"block_size={block_size}: {self.path(name)} holds {len(tokens):,} tokens, expected at least "
+                    f"{block_size + 1:,}"
                 )
             count = sums["bytes"] // tokens.itemsize if sums else SCAN_TOKENS
-            starts, end = range(0, len(tokens), count), math.inf
-            if tokens.nbytes > FULL_SCAN_BYTES and not whole:
-                starts, end = random.Random().sample(starts, len(starts)), time.monotonic() + CHECK_SECONDS
-            for start in starts:
-                if time.monotonic() > end:
-                    break
-                ids, i = tokens[start : start + count], start // count
+            end = len(tokens) if whole else min(len(tokens), SCAN_BYTES // tokens.itemsize)
+            for i, start in enumerate(range(0, end, count)):
+                ids = tokens[start : start + count]
                 self.check_ids(name, ids, start, limit)
                 if sums and sums[name][i : i + 1] != [zlib.crc32(ids)]:
                     raise UserError(
-                        f"{path}: damaged, or another file: tokens {start:,} to {start + count:,} do not match the "
-                        f"checksum in meta.json; make it again with: {how_to_make(self.folder)}"
+                        f"{self.path(name)}: damaged, or another file: tokens {start:,} to {start + count:,} do not "
+                        f"match the checksum in meta.json; make it again with: {how_to_make(self.folder)}"
                     )
         return sums is not None
-
-    def check_length(self, block_size: int) -> None:
-        """UserError if a split is shorter than one sample: block_size tokens and the one after."""
-        for name in ("train", "val"):
-            if (length := len(self.split(name))) <= block_size:
-                raise UserError(
-                    f"block_size={block_size}: {self.path(name)} holds {length:,} tokens,"
-                    f" expected at least {block_size + 1:,}"
-                )
 
     def check_ids(self, split: Split, ids: np.ndarray, start: int, limit: int) -> None:
         """UserError if one of `ids` is `limit` or more. They are the split's tokens from position `start` on."""
@@ -168,16 +148,14 @@ class Dataset:
 
         It is read, not mapped, because reading a map beyond the end of its file kills the process.
         """
-        file, dtype = self._files[split].fileno(), self.split(split).dtype
-        rows = np.empty((len(starts), length), dtype)
+        file, tokens = self._files[split].fileno(), self.split(split)
+        rows = np.empty((len(starts), length), tokens.dtype)
         for row, start in zip(rows, starts.tolist(), strict=True):
-            data = os.pread(file, row.nbytes, start * dtype.itemsize)
-            if len(data) < row.nbytes:
+            if os.preadv(file, [row], start * row.itemsize) < row.nbytes:
                 raise UserError(
-                    f"{self.path(split)}: {os.fstat(file).st_size:,} bytes, expected {self.split(split).nbytes:,}: it "
-                    "was cut short under the run"
+                    f"{self.path(split)}: {os.fstat(file).st_size:,} bytes, expected {tokens.nbytes:,}: it was cut "
+                    "short under the run"
                 )
-            row[:] = np.frombuffer(data, dtype)
         return rows
 
 
@@ -214,28 +192,21 @@ def unnamed_tokenizer(vocab_size: int) -> dict[str, Any]:
     """The tokenizer of a model that does not say: GPT-2's if it has GPT-2's tokens, padded or not; else unknown."""
     if GPT2_TOKENS <= vocab_size <= GPT2_PADDED:
         return {"tokenizer": "gpt2", "vocab_size": GPT2_TOKENS}
-    return {"vocab_size": vocab_size, "unread": "the weights hold none, and there is no data/<dataset> here with one"}
+    return {"vocab_size": vocab_size}
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """How two tokenizers differ, each as in meta.json; "" if they are the same. An equal size is not enough."""
-    kinds = there.get("tokenizer"), here.get("tokenizer")
-    if None not in kinds:
-        if kinds[0] != kinds[1]:
-            return f"the tokenizer is {shown(kinds[0])} there, {shown(kinds[1])} here"
-        for token, (one, other) in enumerate(itertools.zip_longest(there.get("chars", ()), here.get("chars", ()))):
-            if one != other:
-                return f"token {token} is {shown(one)} there, {shown(other)} here"
-        return ""
-    tables = [
-        digest(dict(enumerate(meta["chars"]))) if "chars" in meta else meta.get("table") for meta in (there, here)
-    ]
-    if None not in tables and tables[0] != tables[1]:
-        return "the tables of tokens are two different ones"
-    sizes = there["vocab_size"], here["vocab_size"]
-    fits = sizes[0] == sizes[1] or max(sizes) == padded_vocab_size(min(sizes))
-    # if nothing else is known, the model may have more tokens than the data
-    return "" if fits or kinds == (None, None) else f"{sizes[0]} different tokens there, {sizes[1]} here"
+    kinds, sizes = (there.get("tokenizer"), here.get("tokenizer")), (there["vocab_size"], here["vocab_size"])
+    if None in kinds:  # only sizes can be compared; if both are unknown, the model may have more tokens than the data
+        fits = sizes[0] == sizes[1] or max(sizes) == padded_vocab_size(min(sizes)) or kinds == (None, None)
+        return "" if fits else f"{sizes[0]} different tokens there, {sizes[1]} here"
+    if kinds[0] != kinds[1]:
+        return f"the tokenizer is {shown(kinds[0])} there, {shown(kinds[1])} here"
+    for token, (one, other) in enumerate(itertools.zip_longest(there.get("chars", ()), here.get("chars", ()))):
+        if one != other:
+            return f"token {token} is {shown(one)} there, {shown(other)} here"
+    return ""
 
 
 class Batch(NamedTuple):
@@ -256,10 +227,7 @@ Gathered = tuple[torch.Tensor, tuple[int, ...]]
 
 @dataclass
 class Loader:
-    """Draws the batches of one rank. Use it as a context: its end ends the loader's thread.
-
-    UserError if the dataset is shorter than one sample.
-    """
+    """Draws the batches of one rank. Use it as a context: its end ends the loader's thread."""
 
     dataset: Dataset
     batch_size: int  # B samples in a micro-step
@@ -272,7 +240,6 @@ class Loader:
     vocab_size: int | None = None  # ids in a batch must be below it; None: the dataset's
 
     def __post_init__(self) -> None:
-        self.dataset.check_length(self.block_size)
         self.seed, self.device = self.seed % 2**64, torch.device(self.device)
         self._pinned = self.device.type == "cuda"
         self.vocab_size = self.vocab_size or self.dataset.vocab_size

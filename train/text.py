@@ -5,7 +5,6 @@ GPT-2's merges come with tiktoken, which downloads them on first use. Without a 
 case the file must have the sha256 that tiktoken itself demands.
 """
 
-import codecs
 import functools
 import gzip
 import hashlib
@@ -13,10 +12,11 @@ import importlib.util
 import io
 import json
 import os
+import pickle
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, TextIO
 
@@ -26,7 +26,6 @@ import tiktoken
 
 from train.errors import UserError, shown
 from train.files import open_regular, read_regular
-from train.metapickle import read_meta_pickle
 
 CHUNK = 1 << 20  # characters read at once
 MAX_META = 64 << 20  # bytes of a meta.json or meta.pkl
@@ -43,13 +42,9 @@ SPELLING = {byte: chr(byte) for byte in range(256)} | {byte: chr(256 + n) for n,
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 ENCODER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
 
-UTF16 = "UTF-16, expected UTF-8 text: iconv -f UTF-16 -t UTF-8 OLD > NEW makes it"
-ZEROS = "zero bytes, as in UTF-16 or in a file that is no text, expected UTF-8 text"
-SIGNATURES = {  # first bytes of files that are not UTF-8 text: what such a file is, and what helps
-    codecs.BOM_UTF16_LE: UTF16,
-    codecs.BOM_UTF16_BE: UTF16,
-    b"PK\x03\x04": "a zip archive, expected UTF-8 text: unpack it first",
-}
+ICONV = "-t UTF-8 OLD > NEW makes it"
+# All up to the end of the last word that a space or newline follows. No word of GPT-2's BPE goes on there.
+WORDS = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 # Text files
@@ -68,41 +63,32 @@ def read_text(paths: Iterable[Path], between: str = "", *, raw: bool = False) ->
     for index, path in enumerate(paths):
         if index and between:
             yield between
-        with _opened(path) as file:
-            has_lines = path.name.lower().endswith((".jsonl", ".jsonl.gz"))
-            if raw and not has_lines:
-                text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-            else:
-                head = file.peek(4096)
-                found = next((found for signature, found in SIGNATURES.items() if head.startswith(signature)), "")
-                if found or b"\0" in head:  # UTF-16 without a mark often is valid UTF-8
-                    raise UserError(f"{path}: {found or ZEROS}")
-                text = io.TextIOWrapper(file, "utf-8-sig")
-            pieces = _documents(path, text, between) if has_lines else iter(functools.partial(text.read, CHUNK), "")
-            try:
-                yield from pieces
-            except UnicodeDecodeError as error:  # its object is what was read last
-                at = file.tell() - len(error.object) + error.start
-                raise UserError(
-                    f"{path}: byte {at:,} is not UTF-8 ({error.reason}), expected UTF-8 text; "
-                    "if it is Latin-1: iconv -f ISO-8859-1 -t UTF-8 OLD > NEW makes it"
-                ) from None
+        try:
+            with open_regular(path) as file:
+                packed = file.peek(2)[:2] == b"\x1f\x8b"
+                yield from _pieces(path, gzip.GzipFile(fileobj=file) if packed else file, between, raw)
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise UserError(f"{path}: a damaged gzip file: {error}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file at `path`, unpacked if it is gzip. UserError if it cannot be read, also inside."""
+def _pieces(path: Path, file: BinaryIO, between: str, raw: bool) -> Iterator[str]:
+    has_lines = path.name.lower().endswith((".jsonl", ".jsonl.gz"))
+    if raw and not has_lines:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+    elif b"\0" in file.peek(4096):  # UTF-16 often is valid UTF-8
+        raise UserError(f"{path}: zero bytes, expected UTF-8 text; if it is UTF-16: iconv -f UTF-16 {ICONV}")
+    else:
+        text = io.TextIOWrapper(file, "utf-8-sig")
     try:
-        with open_regular(path) as file:
-            if file.peek(2)[:2] != b"\x1f\x8b":
-                yield file
-            else:
-                with gzip.GzipFile(fileobj=file) as unpacked:
-                    yield unpacked
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path}: a damaged gzip file: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        yield from _documents(path, text, between) if has_lines else iter(functools.partial(text.read, CHUNK), "")
+    except UnicodeDecodeError as error:  # its object is what was read last
+        at = file.tell() - len(error.object) + error.start
+        raise UserError(
+            f"{path}: byte {at:,} is not UTF-8 ({error.reason}), expected UTF-8 text; "
+            f"if it is Latin-1: iconv -f ISO-8859-1 {ICONV}"
+        ) from None
 
 
 def _documents(path: Path, file: TextIO, between: str) -> Iterator[str]:
@@ -139,20 +125,13 @@ def split_at(pieces: Iterable[Any], size: int, whole: str = "") -> Iterator[tupl
 
 
 def whole_words(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text, in pieces of about CHUNK characters. GPT-2's BPE gives them the same ids as the whole text.
-
-    White space is only at the beginning of a word. So a word ends before a space or newline that follows any other
-    character. There the text is cut.
-    """
+    """The same text, in pieces of about CHUNK characters. GPT-2's BPE gives them the same ids as the whole text."""
     held = ""
     for piece in pieces:
-        searched, held = max(len(held), 1), held + piece
-        if len(held) < CHUNK:
-            continue
-        cuts = (at for at in reversed(range(searched, len(held))) if held[at] in " \n" and not held[at - 1].isspace())
-        if cut := next(cuts, 0):
-            yield held[:cut]
-            held = held[cut:]
+        held += piece
+        if len(held) >= CHUNK and (found := WORDS.match(held)):
+            yield found[0]
+            held = held[found.end() :]
     if held:
         yield held
 
@@ -244,9 +223,6 @@ class GPT2Tokenizer(Tokenizer):
     def __init__(self, bpe_dir: str | Path | None = None) -> None:
         self._bpe = gpt2_encoding(bpe_dir)
 
-    def encode(self, text: str) -> list[int]:
-        return self._bpe.encode(text, allowed_special={END_OF_TEXT})  # takes lone surrogates, too
-
     def encode_array(self, text: str) -> np.ndarray:
         """Releases the GIL."""
         return self._bpe.encode_to_numpy(text, allowed_special={END_OF_TEXT})
@@ -321,12 +297,36 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         data = read_regular(path, MAX_META)
-        return checked_meta(read_meta_pickle(data) if path.suffix == ".pkl" else json.loads(data))
+        return checked_meta(_from_pickle(data) if path.suffix == ".pkl" else json.loads(data))
     except OSError as error:
         reason = error.strerror
     except (ValueError, RecursionError) as error:
         reason = str(error)
     raise UserError(f"{path}: cannot be read: {reason}")
+
+
+class _PlainValues(pickle.Unpickler):
+    """Runs nothing. A pickle can ask for any class or function by name, and call it. nanoGPT's asks for none."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise ValueError(f"it asks for {module}.{name}, expected plain values; a meta.json can take its place")
+
+
+def _from_pickle(data: bytes) -> Any:
+    """nanoGPT's meta.pkl, {vocab_size, itos, stoi}, in the form of meta.json. ValueError if it cannot be read.
+
+    Training needs the size alone. A table of anything but characters costs the samples of text.
+    """
+    try:
+        meta = _PlainValues(io.BytesIO(data)).load()
+        found = {name: meta[name] for name in ("vocab_size", "dtype") if name in meta}
+    except Exception as error:  # an unpickler fed with garbage raises almost anything
+        raise ValueError(f"not a pickle that can be read ({type(error).__name__}: {error})") from None
+    try:
+        itos = meta["itos"]
+        return checked_meta(found | {"tokenizer": "char", "chars": [itos[i] for i in range(len(itos))]})
+    except (LookupError, TypeError, ValueError):
+        return found
 
 
 def checked_meta(meta: Any) -> dict[str, Any]:
@@ -351,8 +351,9 @@ def from_meta(meta: Mapping[str, Any], bpe_dir: str | Path | None = None, vocab_
     except ValueError as error:
         raise UserError(f"tokenizer: {error}") from None
     if name not in NAMES:
-        found = "it has no table of characters" if name is None else f"got {shown(name)}, expected {' | '.join(NAMES)}"
-        why = meta.get("unread") or found
+        why = f"got {shown(name)}, expected {' | '.join(NAMES)}"
+        if name is None:
+            why = "no table of characters in the weights or in data/<dataset>"
         raise UserError(f"tokenizer: the dataset's is not known ({why}), so its text cannot be shown")
     if name == "char":
         tokenizer = CharTokenizer(meta["chars"])

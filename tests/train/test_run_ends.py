@@ -2,14 +2,18 @@
 
 import errno
 import os
+import pickle
 import signal
 from unittest import mock
 
 import pytest
 import torch
 
+from tests.train.jobs import CHARS, make_data
 from tests.train.runs import iterations, last, poison, refusal, resume, run, send
+from train.errors import UserError
 from train.files import owned
+from train.sample import main as sample
 
 
 def test_eval_only_evaluates_once_and_changes_nothing(tmp_path, capsys):
@@ -69,6 +73,19 @@ def test_data_that_fails_costs_no_iteration(tmp_path):
     assert "train.bin: 100 bytes, expected 6,000: it was cut short under the run" in message
     assert last(tmp_path / "out")["iter_num"] > 5
     assert iterations(tmp_path / "out", "iter")[-1] == last(tmp_path / "out")["iter_num"] - 1
+
+
+def test_tokens_that_are_not_understood_cost_the_sample_alone(tmp_path, capsys):
+    data = make_data(tmp_path / "data")
+    (data / "meta.json").unlink()
+    words = [f"word{i}" for i in range(len(CHARS))]
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(words), "itos": words}))
+    assert run(tmp_path / "out", max_iters=2) == 0
+    said = capsys.readouterr().out
+    assert "no sample of text: tokenizer: the dataset's is not known (no table of characters in" in said
+    assert resume(tmp_path / "out", max_iters=4) == 0
+    with pytest.raises(UserError, match="tokenizer: the dataset's is not known"):
+        sample([f"--out_dir={tmp_path / 'out'}", "--device=cpu"])
 
 
 # The folder

