@@ -242,12 +242,7 @@ def read_config_file(name: str, known: Mapping[str, Field], parsed: Parsed) -> N
                         raise UserError(f"unknown setting {shown(key)}{hint}")
     except UserError as error:
         raise UserError(f"{path}:{line}: {error}") from None
-    except (
-        SyntaxError,
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ) as error:  # all of these are raised by Python's parser
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # all of them Python's parser raises
         line = getattr(error, "lineno", None) or line
         raise UserError(f"{path}:{line}: not Python: {getattr(error, 'msg', first_line(error))}") from None
     if others:
