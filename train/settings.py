@@ -236,7 +236,7 @@ def read_config_file(name: str, known: Mapping[str, Field], parsed: Parsed) -> N
                     values[key] = evaluate(expression, values)
                 except UserError:  # a fork's own may have any value; only lines that read it are refused
                     values.pop(key, None)
-                if key not in read:
+                if key not in read and key not in others:
                     others.append(key)
                     if hint := nearest(key, known, MISSPELLED):
                         raise UserError(f"unknown setting {shown(key)}{hint}")
