@@ -236,18 +236,13 @@ def read_config_file(name: str, known: Mapping[str, Field], parsed: Parsed) -> N
                     values[key] = evaluate(expression, values)
                 except UserError:  # a fork's own may have any value; only lines that read it are refused
                     values.pop(key, None)
-                if key not in read:
+                if key not in read and key not in others:
                     others.append(key)
                     if hint := nearest(key, known, MISSPELLED):
                         raise UserError(f"unknown setting {shown(key)}{hint}")
     except UserError as error:
         raise UserError(f"{path}:{line}: {error}") from None
-    except (
-        SyntaxError,
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ) as error:  # all of these are raised by Python's parser
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # all of them Python's parser raises
         line = getattr(error, "lineno", None) or line
         raise UserError(f"{path}:{line}: not Python: {getattr(error, 'msg', first_line(error))}") from None
     if others:

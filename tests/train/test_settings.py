@@ -293,8 +293,8 @@ def test_a_config_file_is_refused_with_its_line_and_does_nothing(line, reason, l
 
 
 def test_names_that_are_no_settings_are_noted_but_slips_are_refused(load, tmp_path):
-    text = "lora_rank = 8\ntokens = 4096\ntags = [print]\nbatch_size = tokens // 1024\nn_layers = n_layer\n"
-    with pytest.raises(UserError, match=r"mine\.py:5: unknown setting 'n_layers' \(did you mean n_layer\?\)"):
+    text = "lora_rank = 4\nlora_rank = 8\ntoks = 4096\ntags = [print]\nbatch_size = toks // 1024\nn_layers = n_layer\n"
+    with pytest.raises(UserError, match=r"mine\.py:6: unknown setting 'n_layers' \(did you mean n_layer\?\)"):
         load(text)
     path = tmp_path / "mine.py"
     path.write_text(text + "n_layer = n_layers\n")
