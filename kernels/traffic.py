@@ -31,8 +31,8 @@ def gelu_backward(M: int, N: int, b: int) -> int:
 
 
 def cross_entropy_forward(M: int, V: int, b: int, *, counted: int, gradient: bool) -> int:
-    """Logits of the `counted` rows that are not ignored, targets -> row losses, and the gradient."""
-    return counted * V * b + (8 + 4) * M + gradient * M * V * b
+    """Logits of the `counted` rows that are not ignored, targets -> row losses; the gradient, or statistics for it."""
+    return counted * V * b + (8 + 4) * M + (M * V * b if gradient else 8 * M)
 
 
 def embedding_forward(M: int, T: int, C: int, b: int, s: int, *, distinct: int) -> int:

@@ -3,15 +3,15 @@
     lse = log sum_j exp(x_j),   loss = mean of (lse - x_target) over the rows that count
     dx_j = (exp(x_j - lse) - [j = target]) / (rows that count)
 
-The first pass over a row finds its maximum, its sum and its target's logit. A second pass, where the gradient is
-wanted, writes it, and reads the row out of the caches. The backward pass of `cross_entropy` makes both passes again:
-besides logits and targets only the number of rows that count is saved for it.
+The first pass over a row finds its maximum, its sum and its target's logit. A second pass writes the gradient. Where
+both are made in one launch, the second one reads the row out of the caches. `cross_entropy` makes them apart, and saves
+the row's statistics in between: the logits are read once for the loss, and read and written once for the gradient.
 
 A row's tile is (LANES, WIDTH). WIDTH neighbours are one 16-byte access of one thread. Every lane keeps its own running
 maximum and sum (Milakov and Gimelshein 2018, arXiv:1805.02867), and lanes meet once, at the end of the row. So a block
 of columns needs no barrier, and one exponential for each element and one for each lane.
 
-The sum is kept as two numbers: the maximum m, and log2 of the sum of exp(x - m). For large logits x - m is exact, and
+The statistics are two numbers: the maximum m, and log2 of the sum of exp(x - m). For large logits x - m is exact, and
 lse is not. An ignored row is not read. For a target outside the vocabulary nothing is read, and its row's loss and
 gradient are NaN.
 """
@@ -34,7 +34,8 @@ def cross_entropy_fwd_kernel(
     targets_ptr,  # (M,) int64
     count_ptr,  # () float32: the rows that count
     dloss_ptr,  # () float32: the gradient of the mean loss; or None: that of every row's loss is taken to be 1
-    losses_ptr,  # out (M,) float32: the row's part of the mean loss, 0 where ignored
+    losses_ptr,  # out (M,) float32: the row's part of the mean loss, 0 where ignored; or None: stats_ptr knows the row
+    stats_ptr,  # (2, M) float32: top and log2_total; written with the losses, read without them; or None
     dlogits_ptr,  # out (M, columns): the gradient of the row's loss; or None. May be logits_ptr
     logits_stride,
     dlogits_stride,
@@ -52,26 +53,33 @@ def cross_entropy_fwd_kernel(
     target = tl.load(targets_ptr + o_row, mask=m_row, other=ignore_index)
     counted = target != ignore_index
     first = logits_ptr + o_row.to(tl.int64) * logits_stride
-    m_target = counted & (target >= 0) & (target < V)
-    x_target = tl.load(first + target, mask=m_target, other=float("nan")).to(tl.float32)
     o_col = tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     row = first[:, None, None] + o_col
     m_read = counted[:, None, None]
-    lane_top = tl.full((ROWS, LANES), LOWEST, dtype=tl.float32)
-    lane_total = tl.zeros((ROWS, LANES), dtype=tl.float32)
-    for start in range(0, columns, LANES * WIDTH):
-        x = tl.load(row + start, mask=m_read & (o_col < columns - start), other=float("-inf")).to(tl.float32)
-        if PADDED:
-            x = tl.where(o_col < V - start, x, float("-inf"))
-        new_top = tl.maximum(lane_top, tl.max(x, axis=2))
-        total = tl.sum(tl.exp2((x - new_top[:, :, None]) * LOG2E), axis=2)
-        lane_total = lane_total * tl.exp2((lane_top - new_top) * LOG2E) + total
-        lane_top = new_top
-    top = tl.max(lane_top, axis=1)
-    log2_total = tl.log2(tl.sum(lane_total * tl.exp2((lane_top - top[:, None]) * LOG2E), axis=1))
-    loss = (top - x_target) + LN2 * log2_total
     count = tl.load(count_ptr)
-    tl.store(losses_ptr + o_row, tl.where(counted, loss, 0.0) / count, mask=m_row)  # 0 / 0 where nothing counts
+    if losses_ptr is None:
+        top = tl.load(stats_ptr + o_row, mask=m_row, other=0.0)
+        log2_total = tl.load(stats_ptr + M + o_row, mask=m_row, other=0.0)
+    else:
+        m_target = counted & (target >= 0) & (target < V)
+        x_target = tl.load(first + target, mask=m_target, other=float("nan")).to(tl.float32)
+        lane_top = tl.full((ROWS, LANES), LOWEST, dtype=tl.float32)
+        lane_total = tl.zeros((ROWS, LANES), dtype=tl.float32)
+        for start in range(0, columns, LANES * WIDTH):
+            x = tl.load(row + start, mask=m_read & (o_col < columns - start), other=float("-inf")).to(tl.float32)
+            if PADDED:
+                x = tl.where(o_col < V - start, x, float("-inf"))
+            new_top = tl.maximum(lane_top, tl.max(x, axis=2))
+            total = tl.sum(tl.exp2((x - new_top[:, :, None]) * LOG2E), axis=2)
+            lane_total = lane_total * tl.exp2((lane_top - new_top) * LOG2E) + total
+            lane_top = new_top
+        top = tl.max(lane_top, axis=1)
+        log2_total = tl.log2(tl.sum(lane_total * tl.exp2((lane_top - top[:, None]) * LOG2E), axis=1))
+        loss = (top - x_target) + LN2 * log2_total
+        tl.store(losses_ptr + o_row, tl.where(counted, loss, 0.0) / count, mask=m_row)  # 0 / 0 where nothing counts
+        if stats_ptr is not None:
+            tl.store(stats_ptr + o_row, top, mask=m_row)
+            tl.store(stats_ptr + M + o_row, log2_total, mask=m_row)
     if dlogits_ptr is not None:
         upstream = 1.0
         if dloss_ptr is not None:
@@ -135,19 +143,20 @@ def row_losses(
     targets: Tensor,
     ignore_index: int,
     count: Tensor,
-    losses: Tensor,
+    losses: Tensor | None,
     dloss: Tensor | None,
     dlogits: Tensor | None,
+    stats: Tensor | None = None,
 ) -> None:
     """Write `losses` (M,), whose sum is the mean loss over `count` rows, and, where wanted, the gradient dlogits,
     perhaps over the logits: that of the loss times dloss (), or without dloss that of each row's loss. logits, dlogits
-    (M, V and padding) with unit last stride; targets (M,).
+    (M, V and padding) with unit last stride; targets (M,). stats (2, M) float32: written with the losses, read without.
     """
     M, columns = logits.shape
     ROWS, LANES, WIDTH, num_warps = tile(logits)
     args = dict(
         logits_ptr=logits, targets_ptr=targets, count_ptr=count, dloss_ptr=dloss, losses_ptr=losses,
-        dlogits_ptr=dlogits, logits_stride=logits.stride(0),
+        stats_ptr=stats, dlogits_ptr=dlogits, logits_stride=logits.stride(0),
         dlogits_stride=0 if dlogits is None else dlogits.stride(0),
         M=M, V=V, columns=columns, ignore_index=ignore_index,
         ROWS=ROWS, LANES=LANES, WIDTH=WIDTH, PADDED=columns > V,
@@ -161,28 +170,31 @@ def room_for_losses(logits: Tensor, M: int) -> Tensor:
 
 
 @custom_op("nanofuse::cross_entropy")
-def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(loss, how many rows count)"""
+def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, how many rows count, stats)"""
     M, V = logits.shape
     count, losses = counted(targets, ignore_index), room_for_losses(logits, M)
-    row_losses(logits, V, targets, ignore_index, count, losses, None, None)
-    return losses.sum(), count
+    stats = logits.new_empty(2, M, dtype=torch.float32)
+    row_losses(logits, V, targets, ignore_index, count, losses, None, None, stats)
+    return losses.sum(), count, stats
 
 
 @custom_op("nanofuse::cross_entropy_backward")
-def _cross_entropy_backward(dloss: Tensor, logits: Tensor, targets: Tensor, count: Tensor, ignore_index: int) -> Tensor:
-    (M, V), dlogits = logits.shape, logits.new_empty(logits.shape)
-    row_losses(logits, V, targets, ignore_index, count, room_for_losses(logits, M), dloss, dlogits)
+def _cross_entropy_backward(
+    dloss: Tensor, logits: Tensor, targets: Tensor, count: Tensor, stats: Tensor, ignore_index: int
+) -> Tensor:
+    dlogits = logits.new_empty(logits.shape)
+    row_losses(logits, logits.shape[1], targets, ignore_index, count, None, dloss, dlogits, stats)
     return dlogits
 
 
 def _save_cross_entropy(ctx, inputs, output):
     logits, targets, ctx.ignore_index = inputs
-    ctx.set_materialize_grads(False)  # only the loss has a gradient: no zeros are made up for the count
-    ctx.save_for_backward(logits, targets, output[1])
+    ctx.set_materialize_grads(False)  # only the loss has a gradient: no zeros are made up for the other results
+    ctx.save_for_backward(logits, targets, *output[1:])
 
 
-def _differentiate_cross_entropy(ctx, dloss, _):
+def _differentiate_cross_entropy(ctx, dloss, *_):
     return _cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_index), None, None
 
 
@@ -198,5 +210,5 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
     """
     check("logits", logits, (None, "V > 0"))
     check("targets", targets, logits.shape[:1], torch.int64, on=logits)
-    loss, _ = _cross_entropy(rows(logits), targets.contiguous(), ignore_index)
+    loss, *_ = _cross_entropy(rows(logits), targets.contiguous(), ignore_index)
     return loss
