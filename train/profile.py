@@ -64,7 +64,7 @@ PATTERNS = (
     ("LayerNorm forward", r"layer_norm|LayerNorm|RowwiseMoments"),
     ("GELU backward", r"gelu_b(wd|ackward)|GeluBackward"),
     ("GELU forward", r"gelu|Gelu"),
-    ("cross-entropy", r"cross_entropy|nll_loss|[sS]oft_?[mM]ax|^(scale|count)_kernel"),
+    ("cross-entropy", r"cross_entropy|nll_loss|[sS]oft_?[mM]ax|^count_kernel"),
     ("embeddings", r"[eE]mbedding|index_?[sS]elect|gather_kernel|RadixSort|SortKV|sum_and_scatter|krn_partial"),
     ("embeddings", r"compute_grad_weight|compute_num_of_partial|^aten::(sort|bincount|searchsorted)"),
     ("optimizer", r"adamw|Adam|multi_tensor_apply|NormTwoOps|vector_norm|_amp_"),
