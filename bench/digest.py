@@ -5,9 +5,8 @@ data sheet. No step is faster than its floor, unless a cache keeps data from one
 uses ATTAINED, the shares of a data sheet's rates that good kernels reached on an H100.
 """
 
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 from pathlib import Path
@@ -50,7 +49,6 @@ class Steps:
     copy: float | None  # bytes/s; infinite on a CPU, whose caches can hold all data of a small step
     label: str  # the device's
     source: str  # the file, or the data sheet
-    suffix: str = ""  # for names of files
     estimated: bool = False
 
     @property
@@ -63,14 +61,9 @@ class Steps:
         return _fastest(self.references)
 
     @property
-    def compared(self) -> list[Step]:
-        """All steps except our rungs, the steps between the reference's and ours."""
-        return [row for row in self.rows if row.compares or not row.ours]
-
-    @property
     def best(self) -> Step | None:
         """Our fastest step."""
-        return _fastest(row for row in self.compared if row.ours)
+        return _fastest(row for row in self.rows if row.compares and row.ours)
 
     def mfu(self, row: Step, formula: str = "nanogpt", seconds: float | None = None) -> float | None:
         """From 0 to 1; None without samples. seconds: a time to use instead of the step's own."""
@@ -91,15 +84,6 @@ class Steps:
         size = 4 if all(row.dtype == "float32" for row in self.rows) else 2
         known = self.matmul and self.copy
         return roofline(self.rows[0].shape, size, self.matmul, self.copy) if known else None
-
-    @property
-    def ladder(self) -> list[Step]:
-        """From the reference's step to ours: all modes of the first row, the rungs, and the last row, after the rows
-        that it extends. "ours compiled + graphed" extends "ours compiled".
-        """
-        first, last = self.rows[0].variant.partition(" ")[0] + " ", self.rows[-1].variant
-        rows = [(row, row.variant) for row in self.rows]
-        return [row for row, name in rows if not row.compares or name.startswith(first) or last.startswith(name)]
 
 
 def _fastest(rows: Iterable[Step]) -> Step | None:
@@ -122,8 +106,7 @@ class KernelRow:
 class Run:
     path: Path
     results: Results
-    label: str = ""  # its device; if other runs have that device, also its file
-    suffix: str = ""  # for names of files; unique
+    label: str = ""  # unique in a report: its device; if other runs have that device, also its file
 
     @property
     def file(self) -> str:
@@ -156,7 +139,7 @@ class Run:
             found.setdefault(step.workload, []).append(step)
         copy = results.ceiling("copy") if results.device.type == "cuda" else inf
         rates = results.peak.flops, results.ceiling("matmul"), copy
-        return [Steps(name, rows, *rates, self.label, self.source, self.suffix) for name, rows in found.items()]
+        return [Steps(name, rows, *rates, self.label, self.source) for name, rows in found.items()]
 
     @cached_property
     def kernels(self) -> list[KernelRow]:
@@ -174,15 +157,14 @@ class Run:
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
-    """Each file once, GPUs before CPUs, then by device, date and file name. Labels and suffixes are filled in."""
+    """Each file once, GPUs before CPUs, then by device, date and file name, with labels."""
     once = {run.path.resolve(): run for run in runs}.values()
     ordered = sorted(once, key=lambda r: (r.results.device.type != "cuda", r.device, r.results.date, r.file))
-    devices, names = [run.device for run in ordered], [slug(run.path.stem) for run in ordered]
-    unique, found = len(set(names)) == len(names), []
-    for i, (run, name) in enumerate(zip(ordered, names, strict=True)):
-        file = run.file if unique else one_line(run.path)
+    devices, files, found = [run.device for run in ordered], [run.file for run in ordered], []
+    for run in ordered:
+        file = run.file if files.count(run.file) == 1 else one_line(run.path)
         label = run.device if devices.count(run.device) == 1 else f"{run.device}, {file}"
-        found.append(replace(run, label=label, suffix=name if unique else f"{i}-{name}"))
+        found.append(Run(run.path, run.results, label))
     return found
 
 
@@ -201,8 +183,3 @@ def estimates(runs: Iterable[Run]) -> list[Steps]:
                 label = short_name(CARDS[card].name)
                 found.append(Steps(name, [row], rates[0], *rates, label, sheet.source, estimated=True))
     return found
-
-
-def slug(text: str) -> str:
-    """The text as a part of a file's name. Names in a results file can have any characters."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)

@@ -50,7 +50,6 @@ def sections(runs: Sequence[Run], guesses: Sequence[Steps]) -> list[Section]:
     made = [
         Section("In short", tables=_present([tables.devices([*measured, *guesses])])),
         Section("MFU", [pictures.mfu(name, found) for name, found in workloads.items()]),
-        Section("From the reference's step to ours", _present(map(pictures.waterfall, measured))),
         Section("Training steps", tables=list(map(tables.steps, measured))),
         Section("Kernels", _present(map(pictures.kernels, runs)), _present(map(tables.kernels, runs))),
         Section("Where the numbers come from", tables=[tables.files(runs)]),

@@ -206,21 +206,9 @@ def files(runs: Sequence[Run]) -> Table:
 
 
 def missing(run: Run) -> list[str]:
-    """What a run lacks, one line each: failed parts, failed tests, skipped rows."""
-    results, tests = run.results, run.results.tests
-    lines = [] if results.complete else ["The run is partial: it was stopped, ran out of time, or a part failed."]
-    if tests is None:
-        lines.append("It ran no tests.")
-    elif tests.failed:
-        lines.append(f"{tests.failed} of its tests failed: {', '.join(tests.failures)}.")
-    present = {f"{what} ceiling": results.ceiling(what) for what in ("matmul", "copy")}
-    present |= {"kernel row": results.kernels, "training step": results.steps}
-    return [*lines, *(f"There is no {what}." for what, value in present.items() if not value), *skipped(run)]
-
-
-def skipped(run: Run) -> list[str]:
-    """Failed parts, and rows without samples, and why. Kernels with the same variant and reason share a line."""
+    """Failed parts and tests, and rows without samples, and why. Kernels with one variant and reason share a line."""
     failed = [f"{failure.part} failed: {failure.error}" for failure in run.results.failures]
+    failed += [f"a GPU test failed: {name}" for name in (run.results.tests.failures if run.results.tests else [])]
     steps = [f"{w.name}, {row.variant}: {row.missing}" for w in run.steps for row in w.rows if not row.seconds]
     late = Counter(
         ("" if k.skipped == NO_TIME else f" of {k.variant}", k.skipped or "no reason given")
@@ -244,4 +232,4 @@ def summary(results: Results) -> str:
     if found := kernels(run):
         blocks.append(found.text())
     blocks += [f"{each.name}\n{steps(each).text()}" for each in run.steps]
-    return "\n\n".join([*blocks, "\n".join(skipped(run))]).strip()
+    return "\n\n".join([*blocks, "\n".join(missing(run))]).strip()
