@@ -5,27 +5,22 @@ are taken before its first test, by turns. For a kernel's group `--benchmark-max
 `--benchmark-min-rounds` (5) the least number of rounds. `--nanogpt_dir=DIR` adds a nanoGPT checkout to the steps.
 """
 
-from collections.abc import Callable
 from itertools import cycle
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
-from msgspec.structs import replace
 
 from bench import steps
 from bench.conftest import SESSION
-from bench.digest import Run, Steps
 from bench.results import WRONG, Kernel, Session, Step
 from bench.variants import DEFAULTS, WORKLOADS, Variant, variants
 from train.hardware import resolve_device, resolve_dtype, use_device
 
 try:
-    from bench.kernels import TIMED, Contest, directions, shapes
+    from bench.kernels import CASES, Contest, directions, shapes
     from bench.kernels import variants as kernel_variants
 except ImportError:  # Triton is not installed
-    TIMED = ()
+    CASES = ()
 
 SECONDS = {"cuda": 40.0, "cpu": 30.0}  # of samples, for a workload
 PASSED: list[float] = []  # the sample that the timer shows next
@@ -52,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             tests += [pytest.param(workload, name, id=f"{workload}-{name.replace(' ', '_')}") for name in names]
         metafunc.parametrize(("workload", "variant"), tests, indirect=["workload"], scope="module")
         return
-    for case in TIMED:
+    for case in CASES:
         for shape in shapes(case, device):
             contest = case, shape  # one object for all its tests: pytest makes one fixture of it
             for direction in directions(case):
@@ -60,7 +55,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                     name = case.name.replace(", ", "-").replace(" ", "_")  # `-k` does not accept these characters
                     id = "-".join([name, "x".join(map(str, shape)), direction, variant])
                     tests.append(pytest.param(contest, direction, variant, id=id))
-    metafunc.parametrize(("contest", "kernel", "variant"), tests, indirect=["contest", "kernel"], scope="module")
+    metafunc.parametrize(("contest", "direction", "variant"), tests, indirect=["contest"], scope="module")
 
 
 @pytest.fixture(scope="session")
@@ -72,69 +67,45 @@ def session(request: pytest.FixtureRequest) -> Session:
 
 
 @pytest.fixture(scope="module")
-def contest(session: Session, request: pytest.FixtureRequest) -> "Contest":
-    """The tensors of one case at one shape."""
-    return Contest(*request.param, session.dtype, session.device)
-
-
-@pytest.fixture(scope="module")
-def kernel(session: Session, contest: "Contest", request: pytest.FixtureRequest) -> Run:
-    """The rows of one direction."""
-    option = request.config.getoption
+def contest(session: Session, request: pytest.FixtureRequest) -> dict[tuple[str, str], Kernel]:
+    """The rows of one case at one shape, by direction and variant."""
+    (case, shape), option = request.param, request.config.getoption
+    contest = Contest(case, shape, session.dtype, session.device)
     seconds = 0.0 if option("benchmark_disable") else float(option("benchmark_max_time"))
-    rows = contest.measure(request.param, seconds, int(option("benchmark_min_rounds")))
-    session.results.kernels.extend(rows)
-    return Run(Path(), replace(session.results, kernels=rows))
+    every = [contest.measure(each, seconds, int(option("benchmark_min_rounds"))) for each in directions(case)]
+    session.results.kernels.extend(row for rows in every for row in rows)
+    return {(row.direction, row.variant): row for rows in every for row in rows}
 
 
 @pytest.fixture(scope="module")
-def workload(session: Session, request: pytest.FixtureRequest) -> Steps:
-    """The steps of one workload."""
-    disabled = request.config.getoption("benchmark_disable")
-    seconds = 0.0 if disabled else SECONDS.get(session.device.type, SECONDS["cpu"])
+def workload(session: Session, request: pytest.FixtureRequest) -> dict[str, Step]:
+    """The rows of one workload, by variant."""
+    seconds = 0.0 if request.config.getoption("benchmark_disable") else SECONDS.get(session.device.type, SECONDS["cpu"])
     every = step_variants(request.config)
     rows = steps.measure(WORKLOADS[request.param], every, session.device, session.dtype, seconds=seconds)
     session.results.steps.extend(rows)
-    (found,) = Run(Path(), replace(session.results, steps=rows)).steps
-    return found
+    return {row.variant: row for row in rows}
 
 
-@pytest.fixture
-def show(benchmark: Any) -> Callable[..., None]:
-    """Gives a row's samples to pytest-benchmark: each of its rounds takes one of them as its time.
+def show(benchmark: Any, row: Kernel | Step, group: str, **facts: object) -> None:
+    """Give a row's samples to pytest-benchmark: each of its rounds takes one of them as its time.
 
     A row without samples skips the test. A row whose check failed fails the test.
     """
-
-    def show(row: Kernel | Step, group: str, facts: dict[str, Any]) -> None:
-        if row.skipped.startswith(WRONG):
-            pytest.fail(row.skipped, pytrace=False)
-        if row.skipped:
-            pytest.skip(row.skipped)
-        samples, benchmark.group = cycle(row.seconds), group  # one call more is not timed
-        benchmark.extra_info |= facts
-        benchmark.pedantic(lambda: PASSED.append(next(samples)), setup=PASSED.clear, rounds=len(row.seconds))
-
-    return show
+    if row.skipped.startswith(WRONG):
+        pytest.fail(row.skipped, pytrace=False)
+    if row.skipped:
+        pytest.skip(row.skipped)
+    samples, benchmark.group = cycle(row.seconds), group  # one call more is not timed
+    benchmark.extra_info |= facts
+    benchmark.pedantic(lambda: PASSED.append(next(samples)), setup=PASSED.clear, rounds=len(row.seconds))
 
 
-def test_kernel(kernel: Run, variant: str, show: Callable[..., None]) -> None:
-    row = next(row for row in kernel.results.kernels if row.variant == variant)
-    facts = {"shape": row.shape, "dtype": row.dtype, "bytes": row.bytes, "flops": row.flops}
-    for found in kernel.kernels:
-        if found.kernel == row:
-            rates = {f"{what}_per_second": facts[what] and facts[what] / row.median for what in ("bytes", "flops")}
-            facts |= {**rates, "share_of_ceiling": found.share, "times_faster_than_compiled": found.speedup}
-    show(row, row.group.replace("×", "x"), facts)
+def test_kernel(contest: dict[tuple[str, str], Kernel], direction: str, variant: str, benchmark: Any) -> None:
+    row = contest[direction, variant]
+    show(benchmark, row, row.group.replace("×", "x"), bytes=row.bytes, flops=row.flops)
 
 
-def test_step(workload: Steps, variant: str, show: Callable[..., None]) -> None:
-    row = next(row for row in workload.rows if row.variant == variant)
-    facts = {
-        "dtype": row.dtype,
-        "tokens_per_second": row.median and row.tokens / row.median,
-        **{f"mfu_{formula}": workload.mfu(row, formula) for formula in row.flops},
-        "peak_memory": row.peak_memory,
-        "host_seconds": median(row.host_seconds) if row.host_seconds else None,
-    }
-    show(row, f"{row.workload} step", facts)
+def test_step(workload: dict[str, Step], variant: str, benchmark: Any) -> None:
+    row = workload[variant]
+    show(benchmark, row, f"{row.workload} step", tokens=row.tokens, flops=row.flops, peak_memory=row.peak_memory)

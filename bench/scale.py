@@ -109,23 +109,27 @@ def counts(text: str, node: int) -> list[int]:
 
 
 def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, float, list[str]]:
-    """(device's name, its rates, its peak, lines about them), as the file measured, else from data sheets."""
+    """(device's name, its rates, its peak, lines about them), as the file measured, or from the data sheet."""
+    if found:
+        matmul, copy = found.ceiling("matmul"), found.ceiling("copy")
+        if not (matmul and copy):
+            raise UserError(f"results: {config.results}: it has no ceilings; measure them with the steps")
+        said = [
+            f"measured    {matmul / 1e12:.4g} TFLOP/s of a large matmul",
+            f"measured    {copy / 1e9:.4g} GB/s of a large copy",
+            f"MFU         of {found.peak.flops / 1e12:.4g} TFLOP/s: {found.peak.source}",
+        ]
+        return found.device.name, (matmul, copy), found.peak.flops, said
     card = CARDS.get(config.device.lower())
-    name = found.device.name if found else card.name if card else config.device
+    name = card.name if card else config.device
     sheet = data_sheet(name)
-    matmul, copy = (found.ceiling(what) if found else None for what in ("matmul", "copy"))
-    if sheet is None and found is None:
+    if sheet is None:
         raise UserError(f"device: got {shown(config.device)}, expected one that train/hardware.py knows")
-    if sheet is None and not (matmul and copy):
-        raise UserError(f"results: {config.results}: it has no ceilings, and no data sheet of {name} is known")
-    said = [f"measured    {matmul / 1e12:.4g} TFLOP/s of a large matmul"] if matmul else []
-    said += [] if matmul else [f"data sheet  {sheet.bf16:g} TFLOP/s, dense bfloat16, {sheet.source}"]
-    said += [f"measured    {copy / 1e9:.4g} GB/s of a large copy"] if copy else []
-    said += [] if copy else [f"data sheet  {sheet.bandwidth:g} GB/s, {sheet.source}"]
-    rates = matmul or sheet.bf16 * 1e12, copy or sheet.bandwidth * 1e9
-    peak = found.peak.flops if found else rates[0]
-    said += [f"MFU         of {peak / 1e12:.4g} TFLOP/s: {found.peak.source}"] if found else []
-    return name, rates, peak, said
+    said = [
+        f"data sheet  {sheet.bf16:g} TFLOP/s, dense bfloat16, {sheet.source}",
+        f"data sheet  {sheet.bandwidth:g} GB/s, {sheet.source}",
+    ]
+    return name, (sheet.bf16 * 1e12, sheet.bandwidth * 1e9), sheet.bf16 * 1e12, said
 
 
 def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:

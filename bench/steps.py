@@ -24,7 +24,7 @@ from msgspec import structs
 
 from bench import results
 from bench.results import WRONG
-from bench.rules import NO_TIME, RECOMPILED, TimeBudget, compilations, compiling
+from bench.rules import NO_TIME, TimeBudget, compiling
 from bench.variants import Setting, StepFunction, Variant, Workload
 from model import GPT
 from train.data import Dataset, Loader
@@ -202,13 +202,11 @@ class Race:
         self.rounds += rounds
 
     def _turn(self, each: Timed, first: int, count: int) -> Turn | None:
-        """A turn of a variant. If it fails, or compiles anything again, the variant is given up; returns None."""
-        before = compilations()
+        """A turn of a variant. If it fails, the variant is given up; returns None."""
         try:
-            found = self._time(each.step, first, count)
+            return self._time(each.step, first, count)
         except Exception as error:  # as in `prepare`
             return each.give_up(first_line(error))
-        return found if compilations() == before else each.give_up(WRONG + RECOMPILED)
 
     def _time(self, step: StepFunction, first: int, count: int) -> Turn:
         """Time `count` iterations. On CUDA events give the times, and the host does not wait in between."""
