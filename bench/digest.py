@@ -1,8 +1,8 @@
-"""The numbers that tables and pictures show: rows computed from results files, and estimates for other devices.
+"""The numbers that tables and pictures show, computed from results files.
 
-A step's parts (`model/work.py`) have two rooflines. The floor uses full rates: those that a run measured, or those of a
-data sheet. No step is faster than its floor, unless a cache keeps data from one part to the next. The attainable time
-uses ATTAINED, the shares of a data sheet's rates that good kernels reached on an H100.
+The floor of a step is the time of its parts (`model/work.py`), one after the other, at the rates that the run measured.
+Each part takes the longer of its FLOPs' and its bytes' times. No step is faster than its floor, unless a cache keeps
+data from one part to the next.
 """
 
 from collections.abc import Iterable
@@ -12,15 +12,10 @@ from math import inf
 from pathlib import Path
 from statistics import median
 
-from bench.results import Kernel, Results, Shape, Step
-from bench.variants import WORKLOADS
+from bench.results import Kernel, Results, Step
 from model.flops import mfu
-from model.work import ATTAINED, SHEET, Shares, duration, step_work
+from model.work import duration, step_work
 from train.errors import one_line
-from train.hardware import CARDS, data_sheet
-
-ESTIMATED = ("gpt2", "shakespeare_char")  # workloads
-ESTIMATED_ON = ("a100", "h100", "h200", "b200", "l4", "4090")  # of CARDS
 
 
 def short_name(name: str) -> str:
@@ -28,28 +23,13 @@ def short_name(name: str) -> str:
     return name.removeprefix("NVIDIA ").strip()
 
 
-def roofline(step: Shape, size: int, flops: float, bandwidth: float, shares: Shares = SHEET) -> float:
-    """Seconds of a step's parts, one after the other. Each part takes the longer of its FLOPs' and its bytes' times.
-
-    size: bytes of every element. flops, bandwidth: FLOP/s and bytes/s.
-    """
-    sizes = dict.fromkeys(("compute", "stream", "gradients"), size)
-    parts = step_work(step.config, step.batch_size, accumulation=step.accumulation, **sizes, fused_gelu=True)
-    return duration(parts.items(), flops, bandwidth, shares)
-
-
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one workload on one device, in the file's order; or one step that nobody measured."""
+    """The steps of one workload of a run, in the file's order."""
 
+    run: "Run"
     name: str
     rows: list[Step]
-    peak: float  # FLOP/s
-    matmul: float | None  # FLOP/s; None: not measured
-    copy: float | None  # bytes/s; infinite on a CPU, whose caches can hold all data of a small step
-    label: str  # the device's
-    source: str  # the file, or the data sheet
-    estimated: bool = False
 
     @property
     def references(self) -> list[Step]:
@@ -68,7 +48,7 @@ class Steps:
     def mfu(self, row: Step, formula: str = "nanogpt", seconds: float | None = None) -> float | None:
         """From 0 to 1; None without samples. seconds: a time to use instead of the step's own."""
         seconds = seconds or row.median
-        return mfu(row.flops[formula], seconds, self.peak) if seconds else None
+        return mfu(row.flops[formula], seconds, self.run.results.peak.flops) if seconds else None
 
     def speedup(self, row: Step) -> float | None:
         """Over the fastest reference in the same rounds; None without one, or without samples."""
@@ -77,13 +57,18 @@ class Steps:
 
     @property
     def floor(self) -> float | None:
-        """Least seconds of a step, at the device's rates; None without them.
+        """Least seconds of a step; None if the run measured no rates.
 
-        It uses the narrowest dtype of the rows, which moves the fewest bytes.
+        It uses the narrowest dtype of the rows, which moves the fewest bytes. A CPU's caches can hold all data of a
+        small step, so there bytes take no time.
         """
+        matmul, copy = (self.run.results.ceiling(what) for what in ("matmul", "copy"))
+        if not (matmul and copy):
+            return None
         size = 4 if all(row.dtype == "float32" for row in self.rows) else 2
-        known = self.matmul and self.copy
-        return roofline(self.rows[0].shape, size, self.matmul, self.copy) if known else None
+        sizes, shape = dict.fromkeys(("compute", "stream", "gradients"), size), self.rows[0].shape
+        parts = step_work(shape.config, shape.batch_size, accumulation=shape.accumulation, **sizes, fused_gelu=True)
+        return duration(parts.items(), matmul, copy if self.run.on_gpu else inf)
 
 
 def _fastest(rows: Iterable[Step]) -> Step | None:
@@ -114,6 +99,10 @@ class Run:
         return one_line(self.path.name)
 
     @property
+    def on_gpu(self) -> bool:
+        return self.results.device.type == "cuda"
+
+    @property
     def device(self) -> str:
         name, threads = short_name(self.results.device.name), self.results.device.threads
         return f"{name}, {threads} thread{'s' * (threads != 1)}" if threads else name
@@ -134,12 +123,10 @@ class Run:
 
     @cached_property
     def steps(self) -> list[Steps]:
-        results, found = self.results, {}
-        for step in results.steps:
+        found: dict[str, list[Step]] = {}
+        for step in self.results.steps:
             found.setdefault(step.workload, []).append(step)
-        copy = results.ceiling("copy") if results.device.type == "cuda" else inf
-        rates = results.peak.flops, results.ceiling("matmul"), copy
-        return [Steps(name, rows, *rates, self.label, self.source) for name, rows in found.items()]
+        return [Steps(self, name, rows) for name, rows in found.items()]
 
     @cached_property
     def kernels(self) -> list[KernelRow]:
@@ -159,27 +146,10 @@ class Run:
 def in_order(runs: Iterable[Run]) -> list[Run]:
     """Each file once, GPUs before CPUs, then by device, date and file name, with labels."""
     once = {run.path.resolve(): run for run in runs}.values()
-    ordered = sorted(once, key=lambda r: (r.results.device.type != "cuda", r.device, r.results.date, r.file))
+    ordered = sorted(once, key=lambda run: (not run.on_gpu, run.device, run.results.date, run.file))
     devices, files, found = [run.device for run in ordered], [run.file for run in ordered], []
     for run in ordered:
         file = run.file if files.count(run.file) == 1 else one_line(run.path)
         label = run.device if devices.count(run.device) == 1 else f"{run.device}, {file}"
         found.append(Run(run.path, run.results, label))
-    return found
-
-
-def estimates(runs: Iterable[Run]) -> list[Steps]:
-    """The attainable step of each workload of ESTIMATED on each device of ESTIMATED_ON, unless a run measured it."""
-    measured = {
-        (data_sheet(run.results.device.name), s.workload) for run in runs for s in run.results.steps if s.seconds
-    }
-    found = []
-    for name in ESTIMATED:
-        for card in ESTIMATED_ON:
-            sheet = data_sheet(CARDS[card].name)
-            if (sheet, name) not in measured:
-                workload, rates = WORKLOADS[name], (sheet.bf16 * 1e12, sheet.bandwidth * 1e9)
-                row = workload.row("an estimate", seconds=[roofline(workload.shape, 2, *rates, ATTAINED)])
-                label = short_name(CARDS[card].name)
-                found.append(Steps(name, [row], rates[0], *rates, label, sheet.source, estimated=True))
     return found

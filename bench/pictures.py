@@ -30,7 +30,6 @@ class Line:
     words: str  # its value as text, or why there is none
     value: float | None = None  # where the bar ends; None: no bar
     role: str = "reference"
-    estimate: bool = False  # hatched: not measured
 
 
 @dataclass(frozen=True)
@@ -120,10 +119,8 @@ class Picture:
         if line.value is None:
             _write(axes, 0, y, textwrap.shorten(words, 90), "quiet", gap=6)
             return
-        paint = {"color": LIGHT[line.role], "linewidth": 0}
-        if line.estimate:
-            paint = {"facecolor": "none", "edgecolor": LIGHT[line.role], "linestyle": (0, (4, 2)), "hatch": "///"}
-        axes.barh(y, max(line.value, 0.001 * self.most), BAR / ROW, clip_on=False, **paint)
+        length = max(line.value, 0.001 * self.most)
+        axes.barh(y, length, BAR / ROW, clip_on=False, color=LIGHT[line.role], linewidth=0)
         _write(axes, line.value, y, words, "ink", gap=6)
 
 
@@ -140,23 +137,17 @@ def _write(
 # What the pictures show
 
 
-def mfu(name: str, found: Sequence[Steps]) -> Picture:
-    """MFU, time and memory of all steps, on every device that ran the workload; then the estimates."""
-    measured, guesses = ([steps for steps in found if steps.estimated is kind] for kind in (False, True))
+def mfu(found: Sequence[Steps]) -> Picture:
+    """MFU, time and memory of all steps of one workload, on every device that ran it."""
     groups = []
-    for steps in measured:
+    for steps in found:
         floor = 100 * steps.mfu(steps.rows[0], seconds=steps.floor) if steps.floor else None
-        groups.append(Group(steps.label, [_step(steps, row) for row in steps.rows], floor))
+        groups.append(Group(steps.run.label, [_step(steps, row) for row in steps.rows], floor))
     caption = "nanoGPT's MFU: (6N + 12LHQT) FLOPs a token over the device's dense peak. Beside it are the median time "
     caption += "of an iteration and, on a GPU, the step's peak memory. "
     if any(group.floor and group.floor > 100 for group in groups):
         caption += "MFU counts attention whole, but a step computes half of it. So the floor can pass 100 %. "
-    caption += f"From {sources(measured)}. " if measured else "No results file measured this workload. "
-    if guesses:
-        bars = [_step(steps, steps.rows[0]) for steps in guesses]
-        groups.append(Group("Not measured: attainable by the roofline, an estimate", bars))
-        caption += "Hatched bars are roofline estimates; nobody measured them."
-    return Picture(f"MFU, {name}", caption.strip(), groups)
+    return Picture(f"MFU, {found[0].name}", f"{caption}From {sources(found)}.", groups)
 
 
 def _step(steps: Steps, row: Step) -> Line:
@@ -164,8 +155,6 @@ def _step(steps: Steps, row: Step) -> Line:
         return Line(row.variant, row.missing)
     share = 100 * steps.mfu(row)
     words = f"{share:.1f} %, {digits(row.median, 1e3)} ms"
-    if steps.estimated:
-        return Line(steps.label, f"{words}, estimate", share, estimate=True)
     words += f", {row.peak_memory / 1e9:.2f} GB" if row.peak_memory else ""
     role = "reference" if not row.ours else "ours" if row.compares else "rung"
     return Line(row.variant, words, share, role)

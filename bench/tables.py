@@ -11,7 +11,6 @@ import numpy as np
 from bench.digest import KernelRow, Run, Steps
 from bench.results import Results, Step
 from bench.rules import NO_TIME
-from model.work import ATTAINED
 
 NONE = "–"
 
@@ -67,17 +66,17 @@ def rate(row: KernelRow) -> str:
 
 
 def sources(found: Sequence[Steps]) -> str:
-    return "; ".join(dict.fromkeys(steps.source for steps in found))
+    return "; ".join(dict.fromkeys(steps.run.source for steps in found))
 
 
 def devices(found: Sequence[Steps]) -> Table | None:
-    """Our fastest step of each workload on each device, estimates too. None if there is none."""
+    """Our fastest step of each workload on each device. None if there is none."""
     rows = []
     for steps in (steps for steps in found if steps.best):
         best, reference = steps.best, steps.baseline
         cells = {
             "workload": steps.name,
-            "device": steps.label,
+            "device": steps.run.label,
             "our best step": best.variant,
             "median, ms": digits(best.median, 1e3),
             **_mfu(steps, best),
@@ -86,21 +85,12 @@ def devices(found: Sequence[Steps]) -> Table | None:
             "reference, ms": digits(reference and reference.median, 1e3),
             "speed-up, ×": digits(steps.speedup(best), form=".2f"),
         }
-        rows.append(("computed" if steps.estimated else "", cells))
-    measured, guesses = ([steps for steps in found if steps.estimated is kind] for kind in (False, True))
+        rows.append(("", cells))
     caption = "MFU counts (6N + 12LHQT) FLOPs a token, MFU 6N counts 6N, over the device's dense peak. "
-    if references := dict.fromkeys(s.baseline.variant for s in measured if s.best and s.baseline):
+    if references := dict.fromkeys(steps.baseline.variant for steps in found if steps.best and steps.baseline):
         caption += f"The reference is the fastest of its modes ({', '.join(references)}). "
-    caption += "The floor is computed, at the rates that the run measured. "
-    if guesses:
-        caption += (
-            "Estimates are not measurements: nobody has run these. Their floor takes each part of the step at its data "
-            "sheet's FLOP/s or bytes/s, whichever takes longer. Their time assumes that every device reaches what good "
-            f"kernels reach on an H100: {100 * ATTAINED.matmul:.0f} % of the sheet's FLOP/s in matmuls, "
-            f"{100 * ATTAINED.attention:.0f} % in attention, {100 * ATTAINED.bandwidth:.0f} % of its bytes/s. "
-            f"Whether the step fits into the memory is not checked. Data sheets: {sources(guesses)}. "
-        )
-    return Table("Our best step on each device", f"{caption}From {sources(measured)}.", rows) if rows else None
+    caption += f"The floor is computed, at the rates that the run measured. From {sources(found)}."
+    return Table("Our best step on each device", caption, rows) if rows else None
 
 
 def steps(found: Steps) -> Table:
@@ -122,10 +112,10 @@ def steps(found: Steps) -> Table:
         rows.append(("computed", cells))
         parts = "each part of the step at the matmul and copy rates of this run."
         flops = "the step's FLOPs at the matmul rate of this run; its bytes stay in the caches."
-        caption += f"The floor is computed: {parts if np.isfinite(found.copy) else flops}"
+        caption += f"The floor is computed: {parts if found.run.on_gpu else flops}"
     else:
         caption += "It has no floor, since the file lacks a measured rate."
-    return Table(f"{found.name} on {found.label}", f"{caption} From {found.source}.", rows)
+    return Table(f"{found.name} on {found.run.label}", f"{caption} From {found.run.source}.", rows)
 
 
 def _step(steps: Steps, row: Step) -> Cells:
