@@ -17,8 +17,7 @@ from bench.variants import DEFAULTS, WORKLOADS, Variant, variants
 from train.hardware import resolve_device, resolve_dtype, use_device
 
 try:
-    from bench.kernels import CASES, Contest, directions, shapes
-    from bench.kernels import variants as kernel_variants
+    from bench.kernels import CASES, VARIANTS, Contest, directions, shapes
 except ImportError:  # Triton is not installed
     CASES = ()
 
@@ -51,7 +50,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for shape in shapes(case, device):
             contest = case, shape  # one object for all its tests: pytest makes one fixture of it
             for direction in directions(case):
-                for variant in kernel_variants(case, device):
+                for variant in VARIANTS:
                     name = case.name.replace(", ", "-").replace(" ", "_")  # `-k` does not accept these characters
                     id = "-".join([name, "x".join(map(str, shape)), direction, variant])
                     tests.append(pytest.param(contest, direction, variant, id=id))

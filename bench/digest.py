@@ -43,12 +43,12 @@ class Steps:
     @property
     def best(self) -> Step | None:
         """Our fastest step."""
-        return _fastest(row for row in self.rows if row.compares and row.ours)
+        return _fastest(row for row in self.rows if row.ours)
 
-    def mfu(self, row: Step, formula: str = "nanogpt", seconds: float | None = None) -> float | None:
-        """From 0 to 1; None without samples. seconds: a time to use instead of the step's own."""
+    def mfu(self, row: Step, seconds: float | None = None) -> float | None:
+        """nanoGPT's, from 0 to 1; None without samples. seconds: a time to use instead of the step's own."""
         seconds = seconds or row.median
-        return mfu(row.flops[formula], seconds, self.run.results.peak.flops) if seconds else None
+        return mfu(row.flops["nanogpt"], seconds, self.run.results.peak.flops) if seconds else None
 
     def speedup(self, row: Step) -> float | None:
         """Over the fastest reference in the same rounds; None without one, or without samples."""

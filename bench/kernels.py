@@ -1,14 +1,13 @@
-"""Kernels, timed by turns: every case at GPT's shapes, each direction, ours beside plain torch and other people's.
+"""Kernels, timed by turns: every case at GPT's shapes, each direction, ours beside plain torch and torch.compile.
 
 A case is checked before it is timed, by the tests' own criterion (`kernels/check.py`). The check uses the timed shape,
 or fewer rows where float64 would be too large or too slow. If ours fails, nothing of the case is timed. torch.compile
-and other people's kernels are allowed more error. Those with still more error are left out.
+is allowed more error. With still more it is left out.
 
 For `backward`, each sample has its own graph, made before the clock starts. `both` is a forward pass and its backward
 pass. Cotangents are random, or 1 for a scalar, as in training.
 """
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from bench.results import WRONG, Kernel
 from bench.rules import NO_TIME, TimeBudget, compiling, only_compiled
-from kernels import reference, select
+from kernels import select
 from kernels.cases import CASES, Case, Shape
 from kernels.check import disagreement, in_float64, outputs_and_gradients
 from kernels.launch import INTERPRETED
@@ -26,28 +25,14 @@ from kernels.timing import Staged, Timeable, by_turns
 from train.errors import first_line
 from train.hardware import resolve_dtype
 
-Function = Callable[..., Any]
 Inputs = dict[str, Any]
 Graph = tuple[list[Tensor], list[Tensor]]  # outputs, and the inputs that get gradients
 
-OTHERS_TIMES = 16.0  # others' largest error, as a multiple of plain torch's
+COMPILED_TIMES = 16.0  # largest error of what torch.compile makes, as a multiple of plain torch's
 CHECKED_BYTES = 1e9  # of a forward pass; with more, fewer rows are checked
 LEAST_SECONDS = 0.02  # of timing, even if less time is left
 CASE = "case"  # the budget's task of compiling and checking a case's variants
-OURS, PLAIN, COMPILED = "fused", "reference", "compiled"  # variants; the last is the second one under torch.compile
-
-
-def variants(case: Case, device: torch.device) -> dict[str, Callable[[], Function]]:
-    """The variants of a case, also those that cannot run here. Each gives a function of the case's inputs, or raises
-    ImportError or ValueError."""
-    fused, plain = case.fused, case.reference
-
-    def ours() -> Function:
-        require_gpu(device)
-        return fused
-
-    liger = {"liger": partial(ligers, case.name)} if case.name in LIGER else {}
-    return {OURS: ours, PLAIN: lambda: plain, COMPILED: lambda: only_compiled(plain)} | liger
+VARIANTS = OURS, PLAIN, COMPILED = "fused", "reference", "compiled"  # the last is plain torch under torch.compile
 
 
 def require_gpu(device: torch.device) -> None:
@@ -55,27 +40,6 @@ def require_gpu(device: torch.device) -> None:
     if INTERPRETED or device.type != "cuda":
         raise ValueError("Triton's kernels need a CUDA device; its interpreter is no benchmark")
     select("fused", device)
-
-
-# Liger-Kernel (https://github.com/linkedin/Liger-Kernel): how its module is called for each case that it has too.
-LIGER: dict[str, Function] = {
-    "layer_norm": lambda liger, x, weight, bias, dtype: liger.liger_layer_norm(
-        x, weight, bias, reference.LAYER_NORM_EPS
-    ).to(dtype),
-    "cross_entropy": lambda liger, logits, targets: liger.liger_cross_entropy(logits, targets, ignore_index=-1).float(),
-    "linear_cross_entropy": lambda liger, x, weight, targets, chunk_rows: liger.liger_fused_linear_cross_entropy(
-        x, weight, targets, ignore_index=-1
-    ).float(),
-}
-LIGER["linear_cross_entropy in chunks"] = LIGER["linear_cross_entropy"]  # it chooses its own chunks
-
-
-def ligers(case: str) -> Function:
-    """Liger-Kernel's function for a case. ImportError if it is not installed."""
-    return partial(LIGER[case], importlib.import_module("liger_kernel.transformers.functional"))
-
-
-# What is measured of a case
 
 
 def directions(case: Case) -> tuple[str, ...]:
@@ -119,13 +83,12 @@ class Contest:
             torch.cuda.empty_cache()
         self.case, self.shape, self.dtype, self.device = case, shape, dtype, device
         self.skipped: dict[str, str] = {}
-        self._functions: dict[str, Function] = {}
+        self._functions = {OURS: case.fused, PLAIN: case.reference, COMPILED: only_compiled(case.reference)}
         self._cotangents: list[Tensor] = []
-        for name, make in variants(case, device).items():
-            try:
-                self._functions[name] = make()
-            except (ImportError, ValueError) as error:
-                self.skipped[name] = first_line(error)
+        try:
+            require_gpu(device)
+        except ValueError as error:
+            self._skip([OURS], first_line(error))
         try:
             self._check()
             self._inputs = case.make_inputs(shape, dtype, device)
@@ -144,9 +107,8 @@ class Contest:
         except torch.OutOfMemoryError as error:  # each fits alone, but all together do not
             skipped |= dict.fromkeys(works, first_line(error))
         skipped |= self.skipped
-        names = variants(self.case, self.device)
         given = self.case, self.shape, self.dtype, direction
-        return [row(*given, name, samples.get(name, []), skipped.get(name, "")) for name in names]
+        return [row(*given, name, samples.get(name, []), skipped.get(name, "")) for name in VARIANTS]
 
     def _skip(self, names: list[str], reason: str) -> None:
         for name in names:
@@ -159,8 +121,8 @@ class Contest:
         plain, exact = (outputs_and_gradients(self._functions[PLAIN], given) for given in (inputs, in_float64(inputs)))
 
         def compare(name: str) -> str:
-            got, allowed = outputs_and_gradients(self._functions[name], inputs), {"times": OTHERS_TIMES}
-            return disagreement(got, plain, exact, **({} if name == OURS else allowed))
+            got, allowed = outputs_and_gradients(self._functions[name], inputs), {"times": COMPILED_TIMES}
+            return disagreement(got, plain, exact, **(allowed if name == COMPILED else {}))
 
         for name in [name for name in self._functions if name != PLAIN]:
             if reason := _fault(name, partial(compare, name)):
@@ -237,7 +199,7 @@ def rows(device: torch.device, seconds: float, cases: tuple[Case, ...] = CASES) 
         for nth, direction in enumerate(directions(case)):
             if contest is None or not budget.left:
                 given = case, shape, dtype, direction
-                yield from (row(*given, name, skipped=NO_TIME) for name in variants(case, device))
+                yield from (row(*given, name, skipped=NO_TIME) for name in VARIANTS)
             else:
                 share = of_case.left / (len(directions(case)) - nth)
                 yield from contest.measure(direction, max(share, LEAST_SECONDS))

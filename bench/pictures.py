@@ -141,7 +141,7 @@ def mfu(found: Sequence[Steps]) -> Picture:
     """MFU, time and memory of all steps of one workload, on every device that ran it."""
     groups = []
     for steps in found:
-        floor = 100 * steps.mfu(steps.rows[0], seconds=steps.floor) if steps.floor else None
+        floor = 100 * steps.mfu(steps.rows[0], steps.floor) if steps.floor else None
         groups.append(Group(steps.run.label, [_step(steps, row) for row in steps.rows], floor))
     caption = "nanoGPT's MFU: (6N + 12LHQT) FLOPs a token over the device's dense peak. Beside it are the median time "
     caption += "of an iteration and, on a GPU, the step's peak memory. "
@@ -156,8 +156,7 @@ def _step(steps: Steps, row: Step) -> Line:
     share = 100 * steps.mfu(row)
     words = f"{share:.1f} %, {digits(row.median, 1e3)} ms"
     words += f", {row.peak_memory / 1e9:.2f} GB" if row.peak_memory else ""
-    role = "reference" if not row.ours else "ours" if row.compares else "rung"
-    return Line(row.variant, words, share, role)
+    return Line(row.variant, words, share, "ours" if row.ours else "reference")
 
 
 def kernels(run: Run) -> Picture | None:

@@ -164,8 +164,8 @@ def base_of(name: str, found: Results | None, rates: Rates) -> tuple[Job, float,
 
     workload = WORKLOADS[name]
     config = replace(workload.config, dropout=0.0)
-    ours = [row for row in (found.steps if found else []) if row.seconds and row.variant.startswith("ours")]
-    rows = [row for row in ours if row.shape.config == config]
+    every = found.steps if found else []
+    rows = [row for row in every if row.seconds and row.ours and row.shape.config == config]
     if not rows:
         said = f"ESTIMATE    {name}: the roofline floor, faster than any device will be"
         return Job(workload.config, workload.batch_size, FUSED), 1.0, said

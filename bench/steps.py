@@ -81,8 +81,8 @@ def measure(
 ) -> list[results.Step]:
     """Rows of all variants, in order; about `seconds` of samples, after building and checking.
 
-    budget: for everything, with building, compiling and checking. Variants that do not fit are left out, rungs first.
-    None: no limit, and LEAST turns of each even if `seconds` is too short for them.
+    budget: for everything, with building, compiling and checking. Variants that do not fit are left out, first those
+    that nobody is compared with. None: no limit, and LEAST turns of each even if `seconds` is too short for them.
 
     The rows are also appended to `into`, even if an exception or an interruption ends the measurement.
     """

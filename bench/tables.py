@@ -79,14 +79,14 @@ def devices(found: Sequence[Steps]) -> Table | None:
             "device": steps.run.label,
             "our best step": best.variant,
             "median, ms": digits(best.median, 1e3),
-            **_mfu(steps, best),
+            "MFU, %": digits(steps.mfu(best), 100, ".1f"),
             "floor, ms": digits(steps.floor, 1e3),
-            "floor's MFU, %": digits(steps.floor and steps.mfu(best, seconds=steps.floor), 100, ".1f"),
+            "floor's MFU, %": digits(steps.floor and steps.mfu(best, steps.floor), 100, ".1f"),
             "reference, ms": digits(reference and reference.median, 1e3),
             "speed-up, ×": digits(steps.speedup(best), form=".2f"),
         }
         rows.append(("", cells))
-    caption = "MFU counts (6N + 12LHQT) FLOPs a token, MFU 6N counts 6N, over the device's dense peak. "
+    caption = "MFU is nanoGPT's: (6N + 12LHQT) FLOPs a token over the device's dense peak. "
     if references := dict.fromkeys(steps.baseline.variant for steps in found if steps.best and steps.baseline):
         caption += f"The reference is the fastest of its modes ({', '.join(references)}). "
     caption += f"The floor is computed, at the rates that the run measured. From {sources(found)}."
@@ -105,7 +105,7 @@ def steps(found: Steps) -> Table:
             "step": "floor",
             "median, ms": digits(found.floor, 1e3),
             "tokens, 1/s": digits(first.tokens / found.floor),
-            **_mfu(found, first, found.floor),
+            "MFU, %": digits(found.mfu(first, found.floor), 100, ".1f"),
             "speed-up, ×": digits(found.baseline and found.baseline.median / found.floor, form=".2f"),
             "note": "computed, not measured",
         }
@@ -125,12 +125,12 @@ def _step(steps: Steps, row: Step) -> Cells:
         "dtype": row.dtype,
         **_times(row.seconds, "ms", 1e3),
         "tokens, 1/s": digits(row.median and row.tokens / row.median),
-        **_mfu(steps, row),
+        "MFU, %": digits(steps.mfu(row), 100, ".1f"),
         "speed-up, ×": digits(steps.speedup(row), form=".2f"),
         "memory, GB": digits(row.peak_memory if row.seconds else None, 1e-9, ".2f"),
         "host, %": digits(host, 100, ".1f"),
         "samples": str(len(row.seconds)),
-        "note": row.missing if not row.seconds else "" if row.compares else "rung",
+        "note": "" if row.seconds else row.missing,
     }
 
 
@@ -139,11 +139,6 @@ def _times(seconds: list[float], unit: str, times: float) -> Cells:
     low, high = np.quantile(seconds, [0.1, 0.9], method="nearest").tolist() if seconds else (None, None)
     found = {"median": median(seconds) if seconds else None, "p10": low, "p90": high}
     return {f"{name}, {unit}": digits(value, times) for name, value in found.items()}
-
-
-def _mfu(steps: Steps, row: Step, seconds: float | None = None) -> Cells:
-    headings = {"nanogpt": "MFU, %", "6n": "MFU 6N, %"}
-    return {heading: digits(steps.mfu(row, formula, seconds), 100, ".1f") for formula, heading in headings.items()}
 
 
 def kernels(run: Run) -> Table | None:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import kernels
-from bench.kernels import LIGER, Contest, directions, rows, work_of
+from bench.kernels import Contest, directions, rows, work_of
 from bench.results import Kernel
 from bench.rules import NO_TIME
 from kernels import reference, timing
@@ -205,29 +204,6 @@ def test_work_and_the_shape_that_is_checked() -> None:
         ("adamw", (124_373_760, 124_354_560), 124_373_760),  # it has no rows
     ):
         assert kernels.checked(BY_NAME[name], shape, bf16) == (checked, *shape[1:])
-
-
-@pytest.mark.parametrize("name", LIGER)
-def test_ligers_counterparts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By stand-ins with its signatures: the arguments reach them."""
-
-    def cross_entropy(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"):
-        return torch.nn.functional.cross_entropy(input, target, ignore_index=ignore_index, reduction=reduction)
-
-    def linear_cross_entropy(input, weight, target, bias=None, ce_weight=None, ignore_index=-100):
-        return torch.nn.functional.cross_entropy(input @ weight.T, target, ignore_index=ignore_index)
-
-    functional = types.SimpleNamespace(
-        liger_layer_norm=lambda X, W, B, eps: torch.nn.functional.layer_norm(X, W.shape, W, B, eps),
-        liger_cross_entropy=cross_entropy,
-        liger_fused_linear_cross_entropy=linear_cross_entropy,
-    )
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
-    case = BY_NAME[name]
-    contest = Contest(replace(case, fused=case.reference), case.shapes[1], FP32, CPU)
-    for row in contest.measure("both", seconds=0):
-        assert row.skipped == ""
-        assert row.seconds
 
 
 @pytest.mark.gpu

@@ -157,11 +157,11 @@ def test_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -
 @pytest.mark.parametrize(
     ("compiling", "skipped"),
     [
-        (6.0, ["rung 2", "rung 3"]),
-        (20.0, ["rung 0", "rung 1", "rung 2", "rung 3", "ours compiled"]),
+        (6.0, ["other 2", "other 3"]),
+        (20.0, ["other 0", "other 1", "other 2", "other 3", "ours compiled"]),
     ],
 )
-def test_the_time_is_kept_by_leaving_out_rungs_first(
+def test_the_time_is_kept_by_leaving_out_others_first(
     compiling: float, skipped: list[str], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In 90 seconds of the clock; a compilation takes `compiling` of them, a step half a second. Only the first
@@ -176,7 +176,7 @@ def test_the_time_is_kept_by_leaving_out_rungs_first(
     every = [
         slow("reference eager", 1.0),
         slow("reference compiled", compiling, compiled=True),
-        *(slow(f"rung {i}", compiling, compiled=True, compares=False) for i in range(4)),
+        *(slow(f"other {i}", compiling, compiled=True, compares=False) for i in range(4)),
         slow("ours compiled", compiling, compiled=True),
     ]
     monkeypatch.setattr(command, "variants", lambda *settings: every)

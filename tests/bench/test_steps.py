@@ -58,8 +58,9 @@ def measure(*variants: Variant, workload: Workload = SMALL, dtype: torch.dtype =
 def test_every_variant_is_checked_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     theirs = nanogpt(checkout(tmp_path), compile=False, float32=True)
     wrong = nanogpt(checkout(tmp_path / "wrong", fault=3.0), compile=False, float32=True)
-    *rows, faulty = measure(theirs, EAGER, ours("ours eager"), ours("a rung", compares=False), wrong)
-    assert [row.variant for row in rows] == ["nanoGPT eager", "reference eager", "ours eager", "a rung"]
+    rival = reference("other", compile=False, float32=True, compares=False)
+    *rows, faulty = measure(theirs, EAGER, ours(), rival, wrong)
+    assert [row.variant for row in rows] == ["nanoGPT eager", "reference eager", "ours eager", "other eager"]
     assert [row.compares for row in rows] == [True, True, True, False]
     for row in rows:
         assert row.skipped == ""
@@ -72,7 +73,7 @@ def test_every_variant_is_checked_and_timed(tmp_path: Path, capsys: pytest.Captu
         assert row.shape.accumulation == 2
     assert faulty.skipped.startswith("wrong: its losses are off by ")  # it trains at another rate
     assert capsys.readouterr().out == ""
-    lower = measure(EAGER, ours("ours eager"), dtype=torch.bfloat16)  # may differ by what it costs
+    lower = measure(EAGER, ours(), dtype=torch.bfloat16)  # may differ by what it costs
     assert [row.dtype for row in lower] == ["float32", "bfloat16"]
     assert all(row.seconds for row in lower)
     assert lower[1].losses != lower[0].losses
@@ -179,19 +180,19 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def test_every_compiled_step_runs_code_made_for_its_shape(graphs: list[bool]) -> None:
     """More often than torch compiles one function, and after another shape."""
-    theirs, rung = reference(compile=True, float32=True), ours("rung", compile=True)
+    theirs, own = reference(compile=True, float32=True), ours(compile=True)
     other = replace(SMALL, config=replace(SMALL.config, block_size=6))
     with torch._dynamo.config.patch(recompile_limit=1):  # 8 unless somebody says so
-        rows = [*measure(theirs, workload=other), *measure(theirs, rung)]
+        rows = [*measure(theirs, workload=other), *measure(theirs, own)]
     assert [(row.skipped, bool(row.seconds)) for row in rows] == [("", True)] * 3
     assert graphs == [True] * 3
 
 
 def test_what_is_not_compiled_code_alone_is_not_timed(graphs: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "LIMIT", 1)  # with dropout it needs two compilations
-    assert "limit" in measure(EAGER, ours("compiled", compile=True), workload=DROPOUT)[1].skipped
+    assert "limit" in measure(EAGER, ours(compile=True), workload=DROPOUT)[1].skipped
     monkeypatch.setattr(torch, "compile", lambda function, options=None: function)
-    first, *others = measure(EAGER, reference(compile=True, float32=True), ours("compiled", compile=True))
+    first, *others = measure(EAGER, reference(compile=True, float32=True), ours(compile=True))
     assert first.seconds
     assert {row.skipped for row in others} == {"torch.compile left it as Python"}
 
