@@ -29,6 +29,7 @@ CPU_STEPS = {
     "ours eager": 0.020,
     "ours compiled": 0.018,
 }
+MARKUP = "<b>|`*$x$"  # in a reason; it stays words
 SHAPES = {"linear_cross_entropy": [32768, 768, 50304], "mlp": [32768, 768, 3072]}
 
 
@@ -82,14 +83,13 @@ def a100_partial() -> Results:
     """Stopped early: no kernels, three steps, one of which failed its check, tests that failed."""
     whole = h100(1, "NVIDIA A100-SXM4-80GB")
     reference, ours, failed = (whole.steps[i] for i in (1, 2, 3))
-    why = "its losses are off by 3.1e-01, expected 2e-02 at most"
     return replace(
         whole,
         commit=Commit("fedcba9876543210", clean=False),
         date="2026-11-20T09:30:00+00:00",
-        tests=Tests(118, 2, 2, ["tests/train/test_gpu.py::test_one", "<b>::test_two"]),
+        tests=Tests(118, 2, 2, ["tests/train/test_gpu.py::test_one", "test_two"]),
         kernels=[],
-        steps=[reference, ours, replace(failed, seconds=[], host_seconds=[], skipped=why)],
+        steps=[reference, ours, replace(failed, seconds=[], skipped=f"its losses are off by 3.1e-01 {MARKUP}")],
         failures=[Failure("kernels", "CUDA error: an illegal memory access was encountered")],
         complete=False,
     )
