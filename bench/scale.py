@@ -7,15 +7,14 @@ float32 take their own floors times the same slowness.
 Several devices: each computes its micro-steps, then the gradients are summed in one exchange, then each updates. The
 exchange hides behind nothing.
 
-A ring of N devices reduces and scatters S bytes, then gathers them, in N - 1 hops each (Patarasuk and Yuan 2009,
-"Bandwidth optimal all-reduce algorithms"):
+N devices reduce and scatter S bytes, then gather them. At best (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce
+algorithms") each sends
 
-    2 * ((N - 1) / N * S / bandwidth + (N - 1) * hop)
+    2 * (N - 1) / N * S
 
 With n nodes of g devices there are two levels. First the devices of each node exchange their data. Then each device
-exchanges its part S / g with one device of each other node, through its own network card. With many nodes the hops take
-long, so NCCL all-reduces over two binary trees instead, in 2 log2(n) hops (Sanders, Speck and Traeff 2009, "Two-tree
-algorithms for full bandwidth broadcast, reduction and scan"). The faster of the two counts.
+exchanges its part S / g with one device of each other node, through its own network card. Latencies are left out: a
+GPT's gradients are large.
 """
 
 import math
@@ -38,8 +37,6 @@ from train.settings import command_line, setting
 Rates = tuple[float, float]  # FLOP/s of one device in the compute dtype, bytes/s of its memory
 ABOUT = "Predict tokens/s and MFU of several devices, from one device's measured step and the links between them."
 FLOAT32 = 4  # bytes
-NETWORK, CALL = 14.0, 8.4  # microseconds: a hop between nodes, the start of any exchange
-NCCL = "NCCL's own model, src/graph/tuning.cc"
 
 
 @dataclass(frozen=True)
@@ -77,25 +74,17 @@ def share_out(job: Job, tokens: int, devices: int) -> Job:
 
 @dataclass(frozen=True)
 class Fabric:
-    """Nodes and links. Rates are bytes/s that one device reaches in one direction. Hops and calls are seconds."""
+    """Nodes and links. Rates are bytes/s that one device reaches in one direction."""
 
     node: int  # devices that one node has
     inside: float
     between: float
-    hop_inside: float
-    hop_between: float
-    call: float
 
     def all_reduce(self, size: float, devices: int) -> float:
         """Seconds of one all-reduce of `size` bytes; 0 for one device."""
-        if devices == 1:
-            return 0.0
         g = min(devices, self.node)
-        n, part = devices // g, size / g
-        inside = 2 * ((g - 1) / g * size / self.inside + (g - 1) * self.hop_inside)
-        ring = 2 * ((n - 1) / n * part / self.between + (n - 1) * self.hop_between)
-        tree = 2 * part / self.between + 2 * (n - 1).bit_length() * self.hop_between  # up the trees and down
-        return inside + min(ring, tree) + self.call
+        n = devices // g
+        return 2 * ((g - 1) / g * size / self.inside + (n - 1) / n * (size / g) / self.between)
 
 
 def counts(text: str, node: int) -> list[int]:
@@ -139,14 +128,12 @@ def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
     if link is None and not config.intranode_gbyte:
         raise UserError(f"intranode_gbyte: got 0.0, expected GB/s in one direction: no link of {device} is known")
     gbytes, share = config.intranode_gbyte or link.bandwidth, config.link_share
-    hop = link.hop if link else NETWORK
     where = f"{gbytes:g} GB/s in one direction between devices of a node"
     said = [
         f"as set      {where}" if config.intranode_gbyte else f"data sheet  {where}, {link.name} ({link.source})",
         f"assumed     nodes of {config.node}; a network card of {config.internode_gbit:g} Gbit/s for each device",
         f"assumed     {share:.0%} of a link's rate is reached (NCCL's protocols cost about 20%: nccl-tests issue 212)",
-        f"assumed     {CALL:g} us an exchange; a hop {hop:g} us within a node, {NETWORK:g} between ({NCCL})",
-        "assumed     rings within nodes, rings or trees across; switches add nothing up, no other traffic",
+        "assumed     an exchange has no latency; switches add nothing up, no other traffic",
         "as built    gradients are summed over ranks in float32; several micro-steps' too",
         "assumed     other batch sizes: as many times slower than their own floor",
         "as built    the exchange begins after the last micro-step, and hides behind nothing",
@@ -154,8 +141,7 @@ def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
         "estimated   GB that each device holds: train/dryrun.py, fused kernels, nothing computed again",
         f"as set      {config.tokens:,} tokens an iteration, shared out; shares rounded up to whole sequences",
     ]
-    rates = share * gbytes * 1e9, share * config.internode_gbit / 8 * 1e9
-    return Fabric(config.node, *rates, hop / 1e6, NETWORK / 1e6, CALL / 1e6), said
+    return Fabric(config.node, share * gbytes * 1e9, share * config.internode_gbit / 8 * 1e9), said
 
 
 def base_of(name: str, found: Results | None, rates: Rates) -> tuple[Job, float, str]:
