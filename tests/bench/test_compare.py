@@ -70,18 +70,6 @@ def test_intervals() -> None:
     assert [verdict([a], [b], rows=1).words for a, b in few].count("no difference") >= 90
 
 
-def test_what_suffers_more_than_the_references_from_other_work_is_not_called_slower() -> None:
-    """Ours take 30 % more while another is at work, the references 15: that was longer in the second run."""
-    rng = np.random.default_rng(6)
-
-    def shared(busy_rounds: int) -> Rounds:
-        still = run(rng, busy=0.0)
-        states = (np.arange(90) < busy_rounds)[:, None]
-        return Rounds(still.own + 0.3 * states, {k: control + 0.15 * states for k, control in still.references.items()})
-
-    assert told(shared(20), shared(70)).words == "no difference"
-
-
 # Files
 
 
