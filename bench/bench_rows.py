@@ -2,7 +2,7 @@
 
 A group of pytest-benchmark is a case, shape and direction of a kernel, or a workload of a step. All samples of a group
 are taken before its first test, by turns. For a kernel's group `--benchmark-max-time` (1 s) is the time, and
-`--benchmark-min-rounds` (5) the least number of rounds. `--nanogpt_dir=DIR` adds a nanoGPT checkout to the steps.
+`--benchmark-min-rounds` (5) the least number of rounds.
 """
 
 from itertools import cycle
@@ -13,7 +13,7 @@ import pytest
 from bench import steps
 from bench.conftest import SESSION
 from bench.results import WRONG, Kernel, Session, Step
-from bench.variants import DEFAULTS, WORKLOADS, Variant, variants
+from bench.variants import DEFAULTS, WORKLOADS, variants
 from train.hardware import resolve_device, resolve_dtype, use_device
 
 try:
@@ -33,16 +33,11 @@ def timer() -> float:
 pytestmark = pytest.mark.benchmark(timer=timer)
 
 
-def step_variants(config: pytest.Config) -> list[Variant]:
-    device = resolve_device("auto")
-    return variants(device, resolve_dtype("auto", device), config.getoption("nanogpt_dir"))
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device, tests = resolve_device("auto"), []
     if metafunc.function is test_step:
         for workload in DEFAULTS.get(device.type, "cpu").split(","):
-            names = [variant.name for variant in step_variants(metafunc.config)]
+            names = [variant.name for variant in variants(device, resolve_dtype("auto", device))]
             tests += [pytest.param(workload, name, id=f"{workload}-{name.replace(' ', '_')}") for name in names]
         metafunc.parametrize(("workload", "variant"), tests, indirect=["workload"], scope="module")
         return
@@ -80,7 +75,7 @@ def contest(session: Session, request: pytest.FixtureRequest) -> dict[tuple[str,
 def workload(session: Session, request: pytest.FixtureRequest) -> dict[str, Step]:
     """The rows of one workload, by variant."""
     seconds = 0.0 if request.config.getoption("benchmark_disable") else SECONDS.get(session.device.type, SECONDS["cpu"])
-    every = step_variants(request.config)
+    every = variants(session.device, session.dtype)
     rows = steps.measure(WORKLOADS[request.param], every, session.device, session.dtype, seconds=seconds)
     session.results.steps.extend(rows)
     return {row.variant: row for row in rows}

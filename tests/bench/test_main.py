@@ -13,7 +13,7 @@ from msgspec.structs import replace
 import bench.__main__ as command
 from bench import results, steps
 from bench.results import WRONG, Ceiling, Results
-from bench.rules import NO_TIME
+from bench.rules import NO_TIME, TimeBudget
 from bench.variants import WORKLOADS, Variant, Workload, variants
 from kernels.cases import CASES
 from model import GPTConfig
@@ -179,6 +179,17 @@ def test_the_time_is_kept_by_leaving_out_others_first(
     assert {row.workload for row in written[-1].steps if row.seconds} == {"cpu", "other"}
 
 
+def test_a_part_of_the_time_knows_how_long_tasks_took(clock: Clock) -> None:
+    whole = TimeBudget(100.0)
+    with whole.task("compiled"):
+        clock.let_pass(30.0)
+    part = whole.part(20.0)
+    assert (part.left, part.fits("compiled"), whole.part(1000.0).left) == (20.0, False, 70.0)
+    with part.task("compiled"):
+        clock.let_pass(10.0)
+    assert not whole.fits("compiled", more=31.0)  # the slowest counts, and 60 seconds are left
+
+
 def test_gpu_tests_run_in_a_process_of_their_own(here: Path) -> None:
     marks = {"one": "", "two": "<skipped/>", "three": "<failure/>", "four": "<error/>"}
     cases = "".join(f'<testcase classname="a" name="{name}">{mark}</testcase>' for name, mark in marks.items())
@@ -201,6 +212,12 @@ def test_the_smoke_set_is_small_and_whole() -> None:
     assert len(ids) < 40
     for name in [*(f"test_one_regime[{case.name}]" for case in CASES), "test_resume", "test_a_batch_of_one[fused]"]:
         assert any(name in test for test in ids), name
+
+
+def test_a_second_measurement_of_a_day_keeps_the_first(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [call(monkeypatch, "--parts=tests") for _ in range(2)] == [0, 0]
+    first, second = sorted(path.stem for path in (here / "bench" / "results").iterdir())
+    assert second == f"{first}-2"
 
 
 @pytest.mark.parametrize("when", ["ceilings", "tests"])

@@ -233,12 +233,12 @@ def test_what_does_not_fit_waits_for_the_next_group_and_the_reference_takes_part
     assert [row.variant for row in rows] == [variant.name for variant in every]
     assert [row.skipped for row in rows] == [""] * 5
     assert alive.built.count("reference eager") == 2  # without dropout, and as it is timed: never again
-    control, rung, *others = rows
+    control, last, *others = rows
     assert (control.first_round, len(control.seconds)) == (0, 2 * steps.LEAST)
-    assert [row.first_round for row in (*others, rung)] == [0, 0, steps.LEAST, steps.LEAST]  # a rung comes last
+    assert [row.first_round for row in (*others, last)] == [0, 0, steps.LEAST, steps.LEAST]  # the one not compared
     assert control.beside(others[0]) == control.seconds[: steps.LEAST]
-    assert control.beside(rung) == control.seconds[steps.LEAST :]
-    assert rung.beside(others[0]) == []
+    assert control.beside(last) == control.seconds[steps.LEAST :]
+    assert last.beside(others[0]) == []
 
 
 def test_what_does_not_fit_beside_the_reference_alone_is_left_out() -> None:
