@@ -60,6 +60,7 @@ class Bench(Session):
         name = "-".join(self.results.device.name.lower().split()).replace("/", "-")
         stem = f"{name}-{self.results.date[:10]}"  # an earlier file of the day stays
         self.path = Path(config.out) if config.out else unused(Path("bench", "results"), stem, ".json")
+        self.stored = True  # whether the file has the results
         bar = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}{postfix}"
         self.bar = tqdm(total=60 * config.minutes, bar_format=bar, leave=False, disable=None)  # on a terminal only
 
@@ -82,14 +83,14 @@ class Bench(Session):
         except OSError as error:
             raise UserError(f"out: {self.path} cannot be written: {error.strerror}") from None
 
-    def write(self) -> bool:
-        """Write the results; returns whether that worked. If not, say why."""
+    def write(self) -> None:
+        """Write the results. If that is impossible, say why, and go on."""
         try:
             results.write(self.path, self.results)
+            self.stored = True
         except OSError as error:
             self.tell(f"out: {self.path} cannot be written: {error.strerror or error}")
-            return False
-        return True
+            self.stored = False
 
     def measure(self, parts: Iterable[str]) -> int:
         """Run the parts in order; returns the exit status. A part that fails is recorded, and the others go on."""
@@ -111,6 +112,7 @@ class Bench(Session):
         if any(row.skipped.startswith(WRONG) for row in (*self.results.kernels, *self.results.steps)):
             status = status or 1
         self.add(clocks_after=self.clocks(), complete=status == 0)
+        self.write()
         return status
 
     def tests(self, seconds: float) -> None:
@@ -161,7 +163,7 @@ def main() -> int:
     status = bench.measure(parts)
     bench.bar.close()
     print(summary(bench.results))
-    if not bench.write():  # nothing that was measured is lost
+    if not bench.stored:  # nothing that was measured is lost
         print(results.encoded(bench.results).decode())
         return status or 1
     print(one_line(f"written to {bench.path}") + ("" if bench.results.complete else ", which is not complete"))

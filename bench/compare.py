@@ -78,12 +78,13 @@ def verdict(a: Sequence[np.ndarray], b: Sequence[np.ndarray], rows: int) -> Verd
     return Verdict(*np.exp([middle, middle - margin, middle + margin]).tolist())
 
 
-def quiet_rounds(sides: Sequence[Sequence[Rounds]]) -> list[list[np.ndarray]]:
+def quiet_rounds(sides: Sequence[Sequence[Rounds]], within: float, *, paced: bool = True) -> list[list[np.ndarray]]:
     """For each run of each side, log(our time / the references') of its quiet rounds.
 
-    References that all runs have show the pace. Without one, every round is quiet.
+    within: which quantile of our turn counts. paced: whether references show the pace; those that all runs have count.
+    Without one, every round is quiet.
     """
-    common = set.intersection(*(set(run.references) for side in sides for run in side))
+    common = set.intersection(*(set(run.references) for side in sides for run in side)) if paced else set()
 
     def pace(run: Rounds) -> np.ndarray:
         references = [run.references[name] for name in sorted(common)]
@@ -93,13 +94,20 @@ def quiet_rounds(sides: Sequence[Sequence[Rounds]]) -> list[list[np.ndarray]]:
 
     runs = [[(run.own, pace(run)) for run in side] for side in sides]
     best = min(np.quantile(pace, 0.05) for side in runs for _, pace in side)
-    return [[(np.median(own[: len(pace)], axis=1) - pace)[pace <= best + QUIET] for own, pace in side] for side in runs]
+    return [
+        [(np.quantile(own[: len(pace)], within, axis=1) - pace)[pace <= best + QUIET] for own, pace in side]
+        for side in runs
+    ]
 
 
 def report(runs: Sequence[Run]) -> str:
     """The comparison of two files, or of the files of two commits, as text. UserError if they cannot be compared."""
     sides = split(runs)
     lines = [f"{name}: {'; '.join(run.source for run in side)}" for name, side in zip("AB", sides, strict=True)]
+    versions = [asdict(run.results.software) for run in runs]
+    if differing := ", ".join(name for name in versions[0] if len({version[name] for version in versions}) > 1):
+        lines.append(f"They differ in {differing}. So do their references, and these do not show the machine's pace.")
+    within = 0.1 if runs[0].results.device.type == "cpu" else 0.5  # other programs on a CPU only add time
     found = False
     for title, part in (("Steps", "steps"), ("Kernels", "kernels")):
         rows = [[_rows(getattr(run.results, part)) for run in side] for side in sides]
@@ -109,7 +117,7 @@ def report(runs: Sequence[Run]) -> str:
             found = True
             heads = [title, "A, ms", "B, ms", "quiet rounds", "B/A", f"{100 * LEVEL:.0f} % interval", "verdict"]
             named = {name: [[of_run[name] for of_run in side if name in of_run] for side in rows] for name in both}
-            cells = [[name, *_cells(own, len(both))] for name, own in named.items()]
+            cells = [[name, *_cells(own, within, not differing, len(both))] for name, own in named.items()]
             lines += ["", aligned([heads, *cells])]
         for side, here, there in (("A", in_a, in_b), ("B", in_b, in_a)):
             if alone := [name for name in here if name not in there]:
@@ -122,11 +130,11 @@ def report(runs: Sequence[Run]) -> str:
 def split(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     """The runs of A and of B. Two files are A and B in this order. More files are split by commit, the first is A.
 
-    UserError unless all runs are of one device and software, and each workload has one shape.
+    UserError unless all runs are of one device, and each workload has one shape.
     """
-    machines, commits = dict.fromkeys(map(_machine, runs)), list(dict.fromkeys(run.commit for run in runs))
-    if len(machines) > 1:
-        raise UserError(f"compare: got results of {' and of '.join(machines)}, expected one device and software")
+    devices, commits = (list(dict.fromkeys(each)) for each in ((r.device for r in runs), (r.commit for r in runs)))
+    if len(devices) > 1:
+        raise UserError(f"compare: got results of {' and '.join(devices)}, expected one device")
     shapes = {}
     for step in (step for run in runs for step in run.results.steps if step.seconds):
         if shapes.setdefault(step.workload, step.shape) != step.shape:
@@ -139,11 +147,6 @@ def split(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     return tuple([run for run in runs if run.commit == commit] for commit in commits)
 
 
-def _machine(run: Run) -> str:
-    versions = asdict(run.results.software).items()
-    return ", ".join([run.device, *(f"{name} {version}" for name, version in versions if version)])
-
-
 def _rows(found: Sequence[Kernel | Step]) -> Rows:
     """Our rows, and those of others that took turns with them."""
     rows = {}
@@ -154,9 +157,9 @@ def _rows(found: Sequence[Kernel | Step]) -> Rows:
     return rows
 
 
-def _cells(own: Sequence[Sequence[Rounds]], rows: int) -> list[str]:
+def _cells(own: Sequence[Sequence[Rounds]], within: float, paced: bool, rows: int) -> list[str]:
     """A line of the table. own: a row of ours, by side, in each run that has it."""
-    quiet = quiet_rounds(own)
+    quiet = quiet_rounds(own, within, paced=paced)
     times = [digits(np.exp(np.median(np.concatenate([run.own.ravel() for run in side]))), 1e3) for side in own]
     counts = [*(sum(map(len, side)) for side in quiet), *(sum(len(run.own) for run in side) for side in own)]
     cells = [*times, "{} and {} of {} and {}".format(*counts)]

@@ -1,4 +1,4 @@
-"""`pytest bench/`: our own tables below pytest-benchmark's."""
+"""`pytest bench/`: its option, and our own tables below pytest-benchmark's."""
 
 from typing import Any
 
@@ -8,6 +8,10 @@ from bench.results import Session
 from bench.tables import summary
 
 SESSION = pytest.StashKey[Session]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nanogpt_dir", default="", help="folder of a nanoGPT checkout, timed beside our steps")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -1,21 +1,27 @@
-"""The numbers that tables and pictures show, computed from results files.
+"""The numbers that tables and pictures show: rows computed from results files, and estimates for other devices.
 
-The floor of a step is the time of its parts (`model/work.py`), one after the other, at the rates that the run measured.
-Each part takes the longer of its FLOPs' and its bytes' times. No step is faster than its floor, unless a cache keeps
-data from one part to the next.
+A step's parts (`model/work.py`) have two rooflines. The floor uses full rates: those that a run measured, or those of a
+data sheet. No step is faster than its floor, unless a cache keeps data from one part to the next. The attainable time
+uses ATTAINED, the shares of a data sheet's rates that good kernels reached on an H100.
 """
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
 from pathlib import Path
 from statistics import median
 
-from bench.results import Kernel, Results, Step
+from bench.results import Kernel, Results, Shape, Step
+from bench.variants import WORKLOADS
 from model.flops import mfu
-from model.work import duration, step_work
+from model.work import ATTAINED, SHEET, Shares, duration, step_work
 from train.errors import one_line
+from train.hardware import CARDS, data_sheet
+
+ESTIMATED = ("gpt2", "shakespeare_char")  # workloads
+ESTIMATED_ON = ("a100", "h100", "h200", "b200", "l4", "4090")  # of CARDS
 
 
 def short_name(name: str) -> str:
@@ -23,13 +29,29 @@ def short_name(name: str) -> str:
     return name.removeprefix("NVIDIA ").strip()
 
 
+def roofline(step: Shape, size: int, flops: float, bandwidth: float, shares: Shares = SHEET) -> float:
+    """Seconds of a step's parts, one after the other. Each part takes the longer of its FLOPs' and its bytes' times.
+
+    size: bytes of every element. flops, bandwidth: FLOP/s and bytes/s.
+    """
+    sizes = dict.fromkeys(("compute", "stream", "gradients"), size)
+    parts = step_work(step.config, step.batch_size, accumulation=step.accumulation, **sizes, fused_gelu=True)
+    return duration(parts.items(), flops, bandwidth, shares)
+
+
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one workload of a run, in the file's order."""
+    """The steps of one workload on one device, in the file's order; or one step that nobody measured."""
 
-    run: "Run"
     name: str
     rows: list[Step]
+    peak: float  # FLOP/s
+    matmul: float | None  # FLOP/s; None: not measured
+    copy: float | None  # bytes/s; infinite on a CPU, whose caches can hold all data of a small step
+    label: str  # the device's
+    source: str  # the file, or the data sheet
+    suffix: str = ""  # for names of files
+    estimated: bool = False
 
     @property
     def references(self) -> list[Step]:
@@ -41,14 +63,19 @@ class Steps:
         return _fastest(self.references)
 
     @property
+    def compared(self) -> list[Step]:
+        """All steps except our rungs, the steps between the reference's and ours."""
+        return [row for row in self.rows if row.compares or not row.ours]
+
+    @property
     def best(self) -> Step | None:
         """Our fastest step."""
-        return _fastest(row for row in self.rows if row.ours)
+        return _fastest(row for row in self.compared if row.ours)
 
-    def mfu(self, row: Step, seconds: float | None = None) -> float | None:
-        """nanoGPT's, from 0 to 1; None without samples. seconds: a time to use instead of the step's own."""
+    def mfu(self, row: Step, formula: str = "nanogpt", seconds: float | None = None) -> float | None:
+        """From 0 to 1; None without samples. seconds: a time to use instead of the step's own."""
         seconds = seconds or row.median
-        return mfu(row.flops["nanogpt"], seconds, self.run.results.peak.flops) if seconds else None
+        return mfu(row.flops[formula], seconds, self.peak) if seconds else None
 
     def speedup(self, row: Step) -> float | None:
         """Over the fastest reference in the same rounds; None without one, or without samples."""
@@ -57,18 +84,22 @@ class Steps:
 
     @property
     def floor(self) -> float | None:
-        """Least seconds of a step; None if the run measured no rates.
+        """Least seconds of a step, at the device's rates; None without them.
 
-        It uses the narrowest dtype of the rows, which moves the fewest bytes. A CPU's caches can hold all data of a
-        small step, so there bytes take no time.
+        It uses the narrowest dtype of the rows, which moves the fewest bytes.
         """
-        matmul, copy = (self.run.results.ceiling(what) for what in ("matmul", "copy"))
-        if not (matmul and copy):
-            return None
         size = 4 if all(row.dtype == "float32" for row in self.rows) else 2
-        sizes, shape = dict.fromkeys(("compute", "stream", "gradients"), size), self.rows[0].shape
-        parts = step_work(shape.config, shape.batch_size, accumulation=shape.accumulation, **sizes, fused_gelu=True)
-        return duration(parts.items(), matmul, copy if self.run.on_gpu else inf)
+        known = self.matmul and self.copy
+        return roofline(self.rows[0].shape, size, self.matmul, self.copy) if known else None
+
+    @property
+    def ladder(self) -> list[Step]:
+        """From the reference's step to ours: all modes of the first row, the rungs, and the last row, after the rows
+        that it extends. "ours compiled + graphed" extends "ours compiled".
+        """
+        first, last = self.rows[0].variant.partition(" ")[0] + " ", self.rows[-1].variant
+        rows = [(row, row.variant) for row in self.rows]
+        return [row for row, name in rows if not row.compares or name.startswith(first) or last.startswith(name)]
 
 
 def _fastest(rows: Iterable[Step]) -> Step | None:
@@ -91,16 +122,13 @@ class KernelRow:
 class Run:
     path: Path
     results: Results
-    label: str = ""  # unique in a report: its device; if other runs have that device, also its file
+    label: str = ""  # its device; if other runs have that device, also its file
+    suffix: str = ""  # for names of files; unique
 
     @property
     def file(self) -> str:
         """The name of the file, as a report may show it."""
         return one_line(self.path.name)
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.results.device.type == "cuda"
 
     @property
     def device(self) -> str:
@@ -123,10 +151,12 @@ class Run:
 
     @cached_property
     def steps(self) -> list[Steps]:
-        found: dict[str, list[Step]] = {}
-        for step in self.results.steps:
+        results, found = self.results, {}
+        for step in results.steps:
             found.setdefault(step.workload, []).append(step)
-        return [Steps(self, name, rows) for name, rows in found.items()]
+        copy = results.ceiling("copy") if results.device.type == "cuda" else inf
+        rates = results.peak.flops, results.ceiling("matmul"), copy
+        return [Steps(name, rows, *rates, self.label, self.source, self.suffix) for name, rows in found.items()]
 
     @cached_property
     def kernels(self) -> list[KernelRow]:
@@ -144,12 +174,35 @@ class Run:
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
-    """Each file once, GPUs before CPUs, then by device, date and file name, with labels."""
+    """Each file once, GPUs before CPUs, then by device, date and file name. Labels and suffixes are filled in."""
     once = {run.path.resolve(): run for run in runs}.values()
-    ordered = sorted(once, key=lambda run: (not run.on_gpu, run.device, run.results.date, run.file))
-    devices, files, found = [run.device for run in ordered], [run.file for run in ordered], []
-    for run in ordered:
-        file = run.file if files.count(run.file) == 1 else one_line(run.path)
+    ordered = sorted(once, key=lambda r: (r.results.device.type != "cuda", r.device, r.results.date, r.file))
+    devices, names = [run.device for run in ordered], [slug(run.path.stem) for run in ordered]
+    unique, found = len(set(names)) == len(names), []
+    for i, (run, name) in enumerate(zip(ordered, names, strict=True)):
+        file = run.file if unique else one_line(run.path)
         label = run.device if devices.count(run.device) == 1 else f"{run.device}, {file}"
-        found.append(Run(run.path, run.results, label))
+        found.append(replace(run, label=label, suffix=name if unique else f"{i}-{name}"))
     return found
+
+
+def estimates(runs: Iterable[Run]) -> list[Steps]:
+    """The attainable step of each workload of ESTIMATED on each device of ESTIMATED_ON, unless a run measured it."""
+    measured = {
+        (data_sheet(run.results.device.name), s.workload) for run in runs for s in run.results.steps if s.seconds
+    }
+    found = []
+    for name in ESTIMATED:
+        for card in ESTIMATED_ON:
+            sheet = data_sheet(CARDS[card].name)
+            if (sheet, name) not in measured:
+                workload, rates = WORKLOADS[name], (sheet.bf16 * 1e12, sheet.bandwidth * 1e9)
+                row = workload.row("an estimate", seconds=[roofline(workload.shape, 2, *rates, ATTAINED)])
+                label = short_name(CARDS[card].name)
+                found.append(Steps(name, [row], rates[0], *rates, label, sheet.source, estimated=True))
+    return found
+
+
+def slug(text: str) -> str:
+    """The text as a part of a file's name. Names in a results file can have any characters."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)

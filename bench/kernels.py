@@ -1,13 +1,14 @@
-"""Kernels, timed by turns: every case at GPT's shapes, each direction, ours beside plain torch and torch.compile.
+"""Kernels, timed by turns: every case at GPT's shapes, each direction, ours beside plain torch and other people's.
 
 A case is checked before it is timed, by the tests' own criterion (`kernels/check.py`). The check uses the timed shape,
 or fewer rows where float64 would be too large or too slow. If ours fails, nothing of the case is timed. torch.compile
-is allowed more error. With still more it is left out.
+and other people's kernels are allowed more error. Those with still more error are left out.
 
 For `backward`, each sample has its own graph, made before the clock starts. `both` is a forward pass and its backward
 pass. Cotangents are random, or 1 for a scalar, as in training.
 """
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -16,23 +17,41 @@ import torch
 from torch import Tensor
 
 from bench.results import WRONG, Kernel
-from bench.rules import NO_TIME, TimeBudget, compiling, only_compiled
-from kernels import select
-from kernels.cases import CASES, Case, Shape
+from bench.rules import NO_TIME, RECOMPILED, TimeBudget, compilations, compiling, only_compiled
+from kernels import reference, select
+from kernels.cases import CASES, Case, Shape, draw
 from kernels.check import disagreement, in_float64, outputs_and_gradients
 from kernels.launch import INTERPRETED
 from kernels.timing import Staged, Timeable, by_turns
+from model.attention import BACKENDS, causal_attention
 from train.errors import first_line
 from train.hardware import resolve_dtype
 
+Function = Callable[..., Any]
 Inputs = dict[str, Any]
 Graph = tuple[list[Tensor], list[Tensor]]  # outputs, and the inputs that get gradients
 
-COMPILED_TIMES = 16.0  # largest error of what torch.compile makes, as a multiple of plain torch's
+OTHERS_TIMES = 16.0  # others' largest error, as a multiple of plain torch's
 CHECKED_BYTES = 1e9  # of a forward pass; with more, fewer rows are checked
 LEAST_SECONDS = 0.02  # of timing, even if less time is left
 CASE = "case"  # the budget's task of compiling and checking a case's variants
-VARIANTS = OURS, PLAIN, COMPILED = "fused", "reference", "compiled"  # the last is plain torch under torch.compile
+OURS, PLAIN, COMPILED = "fused", "reference", "compiled"  # variants; the last is the second one under torch.compile
+
+
+def variants(case: Case, device: torch.device) -> dict[str, Callable[[], Function]]:
+    """The variants of a case, also those that cannot run here. Each gives a function of the case's inputs, or raises
+    ImportError or ValueError."""
+    fused, plain = case.fused, case.reference
+    found = {PLAIN: lambda: plain, COMPILED: lambda: only_compiled(plain)}
+    if case.name == ATTENTION.name:
+        return found | {name: partial(partial, plain, backend=name) for name in BACKENDS if name != "auto"}
+
+    def ours() -> Function:
+        require_gpu(device)
+        return fused
+
+    liger = {"liger": partial(ligers, case.name)} if case.name in LIGER else {}
+    return {OURS: ours} | found | liger
 
 
 def require_gpu(device: torch.device) -> None:
@@ -40,6 +59,53 @@ def require_gpu(device: torch.device) -> None:
     if INTERPRETED or device.type != "cuda":
         raise ValueError("Triton's kernels need a CUDA device; its interpreter is no benchmark")
     select("fused", device)
+
+
+# Liger-Kernel (https://github.com/linkedin/Liger-Kernel): how its module is called for each case that it has too.
+LIGER: dict[str, Function] = {
+    "layer_norm": lambda liger, x, weight, bias, dtype: liger.liger_layer_norm(
+        x, weight, bias, reference.LAYER_NORM_EPS
+    ).to(dtype),
+    "cross_entropy": lambda liger, logits, targets: liger.liger_cross_entropy(logits, targets, ignore_index=-1).float(),
+    "linear_cross_entropy": lambda liger, x, weight, targets, chunk_rows: liger.liger_fused_linear_cross_entropy(
+        x, weight, targets, ignore_index=-1
+    ).float(),
+}
+LIGER["linear_cross_entropy in chunks"] = LIGER["linear_cross_entropy"]  # it chooses its own chunks
+
+
+def ligers(case: str) -> Function:
+    """Liger-Kernel's function for a case. ImportError if it is not installed."""
+    return partial(LIGER[case], importlib.import_module("liger_kernel.transformers.functional"))
+
+
+def _qkv(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    B, T, H, Q = shape
+    return {"qkv": draw(device)(B, T, 3 * H * Q, dtype=dtype), "n_head": H}
+
+
+def _attention_bytes(B: int, T: int, H: int, Q: int, b: int) -> int:
+    """Bytes of qkv and y, or of their gradients."""
+    return 4 * B * T * H * Q * b
+
+
+ATTENTION = Case(  # no kernel of ours: its entrants are the backends of model/attention.py
+    name="attention",
+    fused=causal_attention,
+    reference=causal_attention,
+    make_inputs=_qkv,
+    shapes=((2, 64, 2, 32),),
+    gpt_shapes=((32, 1024, 12, 64), (64, 256, 6, 64), (8, 1024, 25, 64)),
+    cpu_shapes=((4, 256, 6, 64),),
+    forward_bytes=_attention_bytes,
+    backward_bytes=_attention_bytes,
+    flops=lambda B, T, H, Q: 2 * B * T**2 * H * Q,  # two matmuls, half of each masked
+)
+
+TIMED: tuple[Case, ...] = (*CASES, ATTENTION)
+
+
+# What is measured of a case
 
 
 def directions(case: Case) -> tuple[str, ...]:
@@ -55,14 +121,15 @@ def work_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str) -> tup
     """(bytes, FLOPs) that a direction needs at least.
 
     A case with FLOPs gives no bytes, because it knows only those of its own kernels, not cuBLAS's. The backward pass
-    has two matmuls for each one of the forward pass. linear_cross_entropy has FLOPs only for `both`: ours computes
-    gradients in the forward pass, torch in the backward pass.
+    has two matmuls for each one of the forward pass. Attention's has one more for the scores, which it computes again.
+    linear_cross_entropy has FLOPs only for `both`: ours computes gradients in the forward pass, torch in the backward
+    pass.
     """
     if case.flops and case.name.startswith("linear_cross_entropy") and direction != "both":
         return None, None
     if case.flops:
         forward = case.flops(*shape)
-        backward = 2 * forward
+        backward = forward * 5 // 2 if case.name == ATTENTION.name else 2 * forward
     else:
         forward = case.forward_bytes(*shape, dtype.itemsize)
         backward = case.backward_bytes(*shape, dtype.itemsize) if case.backward_bytes else 0
@@ -83,12 +150,13 @@ class Contest:
             torch.cuda.empty_cache()
         self.case, self.shape, self.dtype, self.device = case, shape, dtype, device
         self.skipped: dict[str, str] = {}
-        self._functions = {OURS: case.fused, PLAIN: case.reference, COMPILED: only_compiled(case.reference)}
+        self._functions: dict[str, Function] = {}
         self._cotangents: list[Tensor] = []
-        try:
-            require_gpu(device)
-        except ValueError as error:
-            self._skip([OURS], first_line(error))
+        for name, make in variants(case, device).items():
+            try:
+                self._functions[name] = make()
+            except (ImportError, ValueError) as error:
+                self.skipped[name] = first_line(error)
         try:
             self._check()
             self._inputs = case.make_inputs(shape, dtype, device)
@@ -102,13 +170,18 @@ class Contest:
         skipped = {name: reason for name, work in works.items() if (reason := _fault(name, work))}
         works = {name: work for name, work in works.items() if name not in skipped}
         samples: dict[str, list[float]] = {}
+        before = compilations()
         try:
             samples = by_turns(works, self.device, seconds=seconds, least=least) if works else {}
         except torch.OutOfMemoryError as error:  # each fits alone, but all together do not
             skipped |= dict.fromkeys(works, first_line(error))
+        if compilations() > before:
+            samples.pop(COMPILED, None)
+            skipped[COMPILED] = WRONG + RECOMPILED
         skipped |= self.skipped
+        names = variants(self.case, self.device)
         given = self.case, self.shape, self.dtype, direction
-        return [row(*given, name, samples.get(name, []), skipped.get(name, "")) for name in VARIANTS]
+        return [row(*given, name, samples.get(name, []), skipped.get(name, "")) for name in names]
 
     def _skip(self, names: list[str], reason: str) -> None:
         for name in names:
@@ -118,17 +191,26 @@ class Contest:
     def _check(self) -> None:
         """Skip variants that disagree with the reference. If ours does, skip all."""
         inputs = self.case.make_inputs(checked(self.case, self.shape, self.dtype), self.dtype, self.device)
-        plain, exact = (outputs_and_gradients(self._functions[PLAIN], given) for given in (inputs, in_float64(inputs)))
+        plain, exact = (self._tensors_of(PLAIN, given) for given in (inputs, in_float64(inputs)))
 
         def compare(name: str) -> str:
-            got, allowed = outputs_and_gradients(self._functions[name], inputs), {"times": COMPILED_TIMES}
-            return disagreement(got, plain, exact, **(allowed if name == COMPILED else {}))
+            got = self._tensors_of(name, inputs)
+            if name != OURS:
+                return disagreement(got, plain, exact, times=OTHERS_TIMES)
+            again = self._tensors_of(name, inputs)
+            unsteady = (key for key, x in got.items() if not torch.equal(x.nan_to_num(), again[key].nan_to_num()))
+            wrong = disagreement(got, plain, exact)
+            return wrong or next((f"{key}: other bits the second time" for key in unsteady), "")
 
         for name in [name for name in self._functions if name != PLAIN]:
             if reason := _fault(name, partial(compare, name)):
                 self._skip([name], reason)
                 if name == OURS:
                     return self._skip(list(self._functions), f"not timed, since {OURS} is wrong")
+
+    def _tensors_of(self, name: str, inputs: Inputs) -> dict[str, Tensor]:
+        """The tensors to compare: results, gradients, and inputs that the function writes over."""
+        return outputs_and_gradients(self._functions[name], inputs)
 
     def _work(self, name: str, direction: str) -> Timeable:
         function = self._functions[name]
@@ -181,7 +263,7 @@ def _differentiable(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
-def rows(device: torch.device, seconds: float, cases: tuple[Case, ...] = CASES) -> Iterator[Kernel]:
+def rows(device: torch.device, seconds: float, cases: tuple[Case, ...] = TIMED) -> Iterator[Kernel]:
     """The rows of every case, as they are measured, in about `seconds`; the first shape of every case comes first.
 
     Rows without time left come as skipped. If our kernel is wrong, its row's `skipped` begins with WRONG, and the
@@ -199,7 +281,7 @@ def rows(device: torch.device, seconds: float, cases: tuple[Case, ...] = CASES) 
         for nth, direction in enumerate(directions(case)):
             if contest is None or not budget.left:
                 given = case, shape, dtype, direction
-                yield from (row(*given, name, skipped=NO_TIME) for name in VARIANTS)
+                yield from (row(*given, name, skipped=NO_TIME) for name in variants(case, device))
             else:
                 share = of_case.left / (len(directions(case)) - nth)
                 yield from contest.measure(direction, max(share, LEAST_SECONDS))

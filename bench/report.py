@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import compare, pictures, results, tables
-from bench.digest import Run, in_order
+from bench.digest import Run, Steps, estimates, in_order
 from bench.pictures import NARROW, WIDE, Picture
 from bench.tables import NONE, Table, counted
 from train import errors
@@ -41,13 +41,16 @@ class Section:
     lists: Sequence[tuple[str, list[str]]] = ()  # heading, items
 
 
-def sections(runs: Sequence[Run]) -> list[Section]:
+def sections(runs: Sequence[Run], guesses: Sequence[Steps]) -> list[Section]:
     """The report's sections that have contents, in order."""
     measured = [steps for run in runs for steps in run.steps]
-    workloads = dict.fromkeys(steps.name for steps in measured)
+    workloads: dict[str, list[Steps]] = {}
+    for steps in (*measured, *guesses):
+        workloads.setdefault(steps.name, []).append(steps)
     made = [
-        Section("In short", tables=_present([tables.devices(measured)])),
-        Section("MFU", [pictures.mfu([steps for steps in measured if steps.name == name]) for name in workloads]),
+        Section("In short", tables=_present([tables.devices([*measured, *guesses])])),
+        Section("MFU", [pictures.mfu(name, found) for name, found in workloads.items()]),
+        Section("From the reference's step to ours", _present(map(pictures.waterfall, measured))),
         Section("Training steps", tables=list(map(tables.steps, measured))),
         Section("Kernels", _present(map(pictures.kernels, runs)), _present(map(tables.kernels, runs))),
         Section("Where the numbers come from", tables=[tables.files(runs)]),
@@ -56,10 +59,12 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     return [section for section in made if section.pictures or section.tables or section.lists]
 
 
-def summary(runs: Sequence[Run]) -> str:
+def summary(runs: Sequence[Run], guesses: Sequence[Steps]) -> str:
     partial = sum(not run.results.complete for run in runs)
     line = f"{counted(len(runs), 'results file')} of {counted(len({run.device for run in runs}), 'device')}"
-    return line + (f", {partial} of them partial." if partial else ".")
+    line += f", {partial} of them partial." if partial else "."
+    unmeasured = ", ".join(dict.fromkeys(guess.label for guess in guesses))
+    return f"{line} What nobody measured is an estimate and marked as one: {unmeasured}." if unmeasured else line
 
 
 def html(summary: str, sections: Sequence[Section]) -> str:
@@ -113,7 +118,8 @@ def write(folder: Path, runs: Sequence[Run]) -> None:
         if os.path.lexists(folder / name) and not holds(folder / name, TITLE):
             raise UserError(f"out: {folder / name} is there, and is no report; name another folder")
     runs = in_order(runs)
-    about, parts = summary(runs), sections(runs)
+    guesses = estimates(runs)
+    about, parts = summary(runs, guesses), sections(runs, guesses)
     contents = {"report.md": markdown(about, parts).encode(), "report.html": html(about, parts).encode()}
     for each in (each for section in parts for each in section.pictures):
         for suffix in (".svg", ".png"):

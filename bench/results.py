@@ -10,7 +10,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 import torch
@@ -29,7 +29,9 @@ WRONG = "wrong: "  # a row's `skipped` begins with this if its check failed
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")  # of a model
 
 Positive = Annotated[float, Meta(gt=0)]
-Count = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=1, le=1 << 40)]
+Layers = Annotated[int, Meta(ge=1, le=1 << 16)]  # work is summed over them
+Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Machine(Struct, frozen=True):
@@ -90,10 +92,10 @@ class Kernel(Measured, frozen=True):
     shape: list[Count]
     dtype: str
     direction: str  # "forward", "backward", "both"
-    variant: str  # "fused", "reference", "compiled"
+    variant: str  # "fused", "reference", "compiled", "liger", "flash_attn"
     seconds: list[Positive] = []
-    bytes: int | None = None  # least bytes that the operation must move
-    flops: int | None = None
+    bytes: Natural | None = None  # least bytes that the operation must move
+    flops: Natural | None = None
     skipped: str = ""  # why there are no samples
 
     @property
@@ -116,9 +118,9 @@ class Kernel(Measured, frozen=True):
 
 
 class Shape(Struct, frozen=True):
-    """The shape of a training step."""
+    """The shape of a training step. ValueError for one that cannot be built."""
 
-    n_layer: Count
+    n_layer: Layers
     n_head: Count
     n_embd: Count
     block_size: Count
@@ -132,13 +134,16 @@ class Shape(Struct, frozen=True):
         """The model's."""
         return GPTConfig(**{name: getattr(self, name) for name in SIZES}, bias=bool(self.bias))
 
+    def __post_init__(self) -> None:
+        _ = self.config
+
 
 class Step(Measured, frozen=True):
     """A whole training step: one workload, one variant."""
 
     workload: str  # "gpt2", "shakespeare_char", "cpu", ...
     variant: str  # as bench/variants.py names them
-    compares: bool  # False: no speed-up is over it, because nanoGPT does not train so on this device
+    compares: bool  # False: a rung, a step between the reference's and ours
     dtype: str
     tokens: Count  # of an iteration, on this device
     flops: dict[Literal["nanogpt", "6n"], Positive]  # of an iteration, by formula
@@ -147,16 +152,20 @@ class Step(Measured, frozen=True):
     turn: Count = 1
     # counted over the workload's groups; variants that do not fit into memory together are measured in groups, one
     # after the other, each with the reference
-    first_round: int = 0
-    host_seconds: list[float] = []  # until the call returned; the device may still be working
-    peak_memory: int | None = None  # bytes on the device; CUDA only
+    first_round: Natural = 0
+    host_seconds: list[Annotated[float, Meta(ge=0)]] = []  # until the call returned; the device may still be working
+    peak_memory: Natural | None = None  # bytes on the device; CUDA only
     losses: list[float | None] = []  # of the first steps, for the check; None: not a finite number
     skipped: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.seconds) % self.turn:
+            raise ValueError(f"turn: got {self.turn}, expected a divisor of the {len(self.seconds)} samples")
 
     @property
     def ours(self) -> bool:
         """Whether it runs our code."""
-        return self.variant.startswith("ours ")
+        return not self.variant.startswith(("reference ", "nanoGPT "))
 
     @property
     def group(self) -> str:
@@ -168,9 +177,9 @@ class Step(Measured, frozen=True):
 
 
 class Tests(Struct, frozen=True):
-    passed: int  # GPU tests
-    failed: int
-    skipped: int
+    passed: Natural  # GPU tests
+    failed: Natural
+    skipped: Natural
     failures: list[str] = []  # names of tests
 
 
@@ -197,6 +206,10 @@ class Results(Struct, frozen=True):
     format: Literal[FORMAT] = FORMAT
     version: Literal[VERSION] = VERSION
 
+    def __post_init__(self) -> None:
+        if not self.peak.flops > 0:
+            raise ValueError(f"peak: got {self.peak.flops} FLOP/s, expected more than 0")
+
     def ceiling(self, what: str, dtype: str = "") -> float | None:
         """The rate of the best ceiling of that kind, None if it was not measured. dtype: of a matmul; empty: of any."""
         found = (each for each in self.ceilings if each.what == what and (what == "copy" or dtype in ("", each.dtype)))
@@ -204,26 +217,39 @@ class Results(Struct, frozen=True):
 
 
 def encoded(results: Results) -> bytes:
-    """The contents of the file."""
-    return msgspec.json.format(msgspec.json.encode(results), indent=1)
+    """The contents of the file. ValueError for results that `read` would refuse."""
+    text = msgspec.json.encode(results)
+    msgspec.json.decode(text, type=Results)
+    return msgspec.json.format(text, indent=1)
 
 
 def write(path: Path, results: Results) -> None:
-    """Write the whole file or nothing. OSError."""
+    """Write the whole file or nothing. ValueError for results that `read` would refuse; OSError."""
+    text = encoded(results)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        file.write(encoded(results))
+        file.write(text)
 
 
 def read(path: Path) -> Results:
-    """The results in a file. If they cannot be read: ValueError, one line that names the file and the field."""
+    """The results in a file; control characters in its words are escaped. If they cannot be read: ValueError, one line
+    that names the file and the field."""
     try:
-        return msgspec.json.decode(read_regular(path, MAX_BYTES), type=Results)
+        return msgspec.convert(_printable(msgspec.json.decode(read_regular(path, MAX_BYTES))), Results)
     except OSError as error:
         raise ValueError(one_line(f"{path}: cannot be read: {error.strerror}")) from error
-    except ValueError as error:  # msgspec's errors are ValueErrors
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         message = f"{path}: is no results file of {FORMAT}, version {VERSION}: {error}"
         raise ValueError(one_line(message)) from error
+
+
+def _printable(value: Any) -> Any:
+    """The same, with every text on one line that a terminal does not act upon."""
+    if isinstance(value, str):
+        return one_line(value)
+    if isinstance(value, dict):
+        return {key: _printable(each) for key, each in value.items()}
+    return [_printable(each) for each in value] if isinstance(value, list) else value
 
 
 # Where the numbers come from

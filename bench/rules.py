@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 
 NO_TIME = "no time was left"  # why a row has no samples
+RECOMPILED = "it was compiled again while it was timed"
 LIMIT = 10_000  # compilations of one code object; a variant needs two: without dropout, and as it is timed
 
 
@@ -66,6 +67,13 @@ def compiling() -> Iterator[None]:
         automatic_dynamic_shapes=False,
     ):
         yield
+
+
+def compilations() -> int:
+    """Graphs that torch.compile has made in this process so far."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
 
 
 def only_compiled(function: Callable[..., Any], compile: Callable[[Callable], Callable] | None = None) -> Callable:

@@ -7,14 +7,15 @@ float32 take their own floors times the same slowness.
 Several devices: each computes its micro-steps, then the gradients are summed in one exchange, then each updates. The
 exchange hides behind nothing.
 
-N devices reduce and scatter S bytes, then gather them. At best (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce
-algorithms") each sends
+A ring of N devices reduces and scatters S bytes, then gathers them, in N - 1 hops each (Patarasuk and Yuan 2009,
+"Bandwidth optimal all-reduce algorithms"):
 
-    2 * (N - 1) / N * S
+    2 * ((N - 1) / N * S / bandwidth + (N - 1) * hop)
 
 With n nodes of g devices there are two levels. First the devices of each node exchange their data. Then each device
-exchanges its part S / g with one device of each other node, through its own network card. Latencies are left out: a
-GPT's gradients are large.
+exchanges its part S / g with one device of each other node, through its own network card. With many nodes the hops take
+long, so NCCL all-reduces over two binary trees instead, in 2 log2(n) hops (Sanders, Speck and Traeff 2009, "Two-tree
+algorithms for full bandwidth broadcast, reduction and scan"). The faster of the two counts.
 """
 
 import math
@@ -37,6 +38,8 @@ from train.settings import command_line, setting
 Rates = tuple[float, float]  # FLOP/s of one device in the compute dtype, bytes/s of its memory
 ABOUT = "Predict tokens/s and MFU of several devices, from one device's measured step and the links between them."
 FLOAT32 = 4  # bytes
+NETWORK, CALL = 14.0, 8.4  # microseconds: a hop between nodes, the start of any exchange
+NCCL = "NCCL's own model, src/graph/tuning.cc"
 
 
 @dataclass(frozen=True)
@@ -74,17 +77,25 @@ def share_out(job: Job, tokens: int, devices: int) -> Job:
 
 @dataclass(frozen=True)
 class Fabric:
-    """Nodes and links. Rates are bytes/s that one device reaches in one direction."""
+    """Nodes and links. Rates are bytes/s that one device reaches in one direction. Hops and calls are seconds."""
 
     node: int  # devices that one node has
     inside: float
     between: float
+    hop_inside: float
+    hop_between: float
+    call: float
 
     def all_reduce(self, size: float, devices: int) -> float:
         """Seconds of one all-reduce of `size` bytes; 0 for one device."""
+        if devices == 1:
+            return 0.0
         g = min(devices, self.node)
-        n = devices // g
-        return 2 * ((g - 1) / g * size / self.inside + (n - 1) / n * (size / g) / self.between)
+        n, part = devices // g, size / g
+        inside = 2 * ((g - 1) / g * size / self.inside + (g - 1) * self.hop_inside)
+        ring = 2 * ((n - 1) / n * part / self.between + (n - 1) * self.hop_between)
+        tree = 2 * part / self.between + 2 * (n - 1).bit_length() * self.hop_between  # up the trees and down
+        return inside + min(ring, tree) + self.call
 
 
 def counts(text: str, node: int) -> list[int]:
@@ -98,27 +109,23 @@ def counts(text: str, node: int) -> list[int]:
 
 
 def rates_of(config: ScaleConfig, found: Results | None) -> tuple[str, Rates, float, list[str]]:
-    """(device's name, its rates, its peak, lines about them), as the file measured, or from the data sheet."""
-    if found:
-        matmul, copy = found.ceiling("matmul"), found.ceiling("copy")
-        if not (matmul and copy):
-            raise UserError(f"results: {config.results}: it has no ceilings; measure them with the steps")
-        said = [
-            f"measured    {matmul / 1e12:.4g} TFLOP/s of a large matmul",
-            f"measured    {copy / 1e9:.4g} GB/s of a large copy",
-            f"MFU         of {found.peak.flops / 1e12:.4g} TFLOP/s: {found.peak.source}",
-        ]
-        return found.device.name, (matmul, copy), found.peak.flops, said
+    """(device's name, its rates, its peak, lines about them), as the file measured, else from data sheets."""
     card = CARDS.get(config.device.lower())
-    name = card.name if card else config.device
+    name = found.device.name if found else card.name if card else config.device
     sheet = data_sheet(name)
-    if sheet is None:
+    matmul, copy = (found.ceiling(what) if found else None for what in ("matmul", "copy"))
+    if sheet is None and found is None:
         raise UserError(f"device: got {shown(config.device)}, expected one that train/hardware.py knows")
-    said = [
-        f"data sheet  {sheet.bf16:g} TFLOP/s, dense bfloat16, {sheet.source}",
-        f"data sheet  {sheet.bandwidth:g} GB/s, {sheet.source}",
-    ]
-    return name, (sheet.bf16 * 1e12, sheet.bandwidth * 1e9), sheet.bf16 * 1e12, said
+    if sheet is None and not (matmul and copy):
+        raise UserError(f"results: {config.results}: it has no ceilings, and no data sheet of {name} is known")
+    said = [f"measured    {matmul / 1e12:.4g} TFLOP/s of a large matmul"] if matmul else []
+    said += [] if matmul else [f"data sheet  {sheet.bf16:g} TFLOP/s, dense bfloat16, {sheet.source}"]
+    said += [f"measured    {copy / 1e9:.4g} GB/s of a large copy"] if copy else []
+    said += [] if copy else [f"data sheet  {sheet.bandwidth:g} GB/s, {sheet.source}"]
+    rates = matmul or sheet.bf16 * 1e12, copy or sheet.bandwidth * 1e9
+    peak = found.peak.flops if found else rates[0]
+    said += [f"MFU         of {peak / 1e12:.4g} TFLOP/s: {found.peak.source}"] if found else []
+    return name, rates, peak, said
 
 
 def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
@@ -128,12 +135,14 @@ def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
     if link is None and not config.intranode_gbyte:
         raise UserError(f"intranode_gbyte: got 0.0, expected GB/s in one direction: no link of {device} is known")
     gbytes, share = config.intranode_gbyte or link.bandwidth, config.link_share
+    hop = link.hop if link else NETWORK
     where = f"{gbytes:g} GB/s in one direction between devices of a node"
     said = [
         f"as set      {where}" if config.intranode_gbyte else f"data sheet  {where}, {link.name} ({link.source})",
         f"assumed     nodes of {config.node}; a network card of {config.internode_gbit:g} Gbit/s for each device",
         f"assumed     {share:.0%} of a link's rate is reached (NCCL's protocols cost about 20%: nccl-tests issue 212)",
-        "assumed     an exchange has no latency; switches add nothing up, no other traffic",
+        f"assumed     {CALL:g} us an exchange; a hop {hop:g} us within a node, {NETWORK:g} between ({NCCL})",
+        "assumed     rings within nodes, rings or trees across; switches add nothing up, no other traffic",
         "as built    gradients are summed over ranks in float32; several micro-steps' too",
         "assumed     other batch sizes: as many times slower than their own floor",
         "as built    the exchange begins after the last micro-step, and hides behind nothing",
@@ -141,7 +150,8 @@ def fabric_of(config: ScaleConfig, device: str) -> tuple[Fabric, list[str]]:
         "estimated   GB that each device holds: train/dryrun.py, fused kernels, nothing computed again",
         f"as set      {config.tokens:,} tokens an iteration, shared out; shares rounded up to whole sequences",
     ]
-    return Fabric(config.node, share * gbytes * 1e9, share * config.internode_gbit / 8 * 1e9), said
+    rates = share * gbytes * 1e9, share * config.internode_gbit / 8 * 1e9
+    return Fabric(config.node, *rates, hop / 1e6, NETWORK / 1e6, CALL / 1e6), said
 
 
 def base_of(name: str, found: Results | None, rates: Rates) -> tuple[Job, float, str]:
@@ -150,8 +160,8 @@ def base_of(name: str, found: Results | None, rates: Rates) -> tuple[Job, float,
 
     workload = WORKLOADS[name]
     config = replace(workload.config, dropout=0.0)
-    every = found.steps if found else []
-    rows = [row for row in every if row.seconds and row.ours and row.shape.config == config]
+    ours = [row for row in (found.steps if found else []) if row.seconds and row.variant.startswith("ours")]
+    rows = [row for row in ours if row.shape.config == config]
     if not rows:
         said = f"ESTIMATE    {name}: the roofline floor, faster than any device will be"
         return Job(workload.config, workload.batch_size, FUSED), 1.0, said

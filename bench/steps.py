@@ -24,7 +24,7 @@ from msgspec import structs
 
 from bench import results
 from bench.results import WRONG
-from bench.rules import NO_TIME, TimeBudget, compiling
+from bench.rules import NO_TIME, RECOMPILED, TimeBudget, compilations, compiling
 from bench.variants import Setting, StepFunction, Variant, Workload
 from model import GPT
 from train.data import Dataset, Loader
@@ -81,8 +81,8 @@ def measure(
 ) -> list[results.Step]:
     """Rows of all variants, in order; about `seconds` of samples, after building and checking.
 
-    budget: for everything, with building, compiling and checking. Variants that do not fit are left out, first those
-    that nobody is compared with. None: no limit, and LEAST turns of each even if `seconds` is too short for them.
+    budget: for everything, with building, compiling and checking. Variants that do not fit are left out, rungs first.
+    None: no limit, and LEAST turns of each even if `seconds` is too short for them.
 
     The rows are also appended to `into`, even if an exception or an interruption ends the measurement.
     """
@@ -202,11 +202,13 @@ class Race:
         self.rounds += rounds
 
     def _turn(self, each: Timed, first: int, count: int) -> Turn | None:
-        """A turn of a variant. If it fails, the variant is given up; returns None."""
+        """A turn of a variant. If it fails, or compiles anything again, the variant is given up; returns None."""
+        before = compilations()
         try:
-            return self._time(each.step, first, count)
+            found = self._time(each.step, first, count)
         except Exception as error:  # as in `prepare`
             return each.give_up(first_line(error))
+        return found if compilations() == before else each.give_up(WRONG + RECOMPILED)
 
     def _time(self, step: StepFunction, first: int, count: int) -> Turn:
         """Time `count` iterations. On CUDA events give the times, and the host does not wait in between."""

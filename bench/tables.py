@@ -11,6 +11,7 @@ import numpy as np
 from bench.digest import KernelRow, Run, Steps
 from bench.results import Results, Step
 from bench.rules import NO_TIME
+from model.work import ATTAINED
 
 NONE = "–"
 
@@ -66,31 +67,40 @@ def rate(row: KernelRow) -> str:
 
 
 def sources(found: Sequence[Steps]) -> str:
-    return "; ".join(dict.fromkeys(steps.run.source for steps in found))
+    return "; ".join(dict.fromkeys(steps.source for steps in found))
 
 
 def devices(found: Sequence[Steps]) -> Table | None:
-    """Our fastest step of each workload on each device. None if there is none."""
+    """Our fastest step of each workload on each device, estimates too. None if there is none."""
     rows = []
     for steps in (steps for steps in found if steps.best):
         best, reference = steps.best, steps.baseline
         cells = {
             "workload": steps.name,
-            "device": steps.run.label,
+            "device": steps.label,
             "our best step": best.variant,
             "median, ms": digits(best.median, 1e3),
-            "MFU, %": digits(steps.mfu(best), 100, ".1f"),
+            **_mfu(steps, best),
             "floor, ms": digits(steps.floor, 1e3),
-            "floor's MFU, %": digits(steps.floor and steps.mfu(best, steps.floor), 100, ".1f"),
+            "floor's MFU, %": digits(steps.floor and steps.mfu(best, seconds=steps.floor), 100, ".1f"),
             "reference, ms": digits(reference and reference.median, 1e3),
             "speed-up, ×": digits(steps.speedup(best), form=".2f"),
         }
-        rows.append(("", cells))
-    caption = "MFU is nanoGPT's: (6N + 12LHQT) FLOPs a token over the device's dense peak. "
-    if references := dict.fromkeys(steps.baseline.variant for steps in found if steps.best and steps.baseline):
+        rows.append(("computed" if steps.estimated else "", cells))
+    measured, guesses = ([steps for steps in found if steps.estimated is kind] for kind in (False, True))
+    caption = "MFU counts (6N + 12LHQT) FLOPs a token, MFU 6N counts 6N, over the device's dense peak. "
+    if references := dict.fromkeys(s.baseline.variant for s in measured if s.best and s.baseline):
         caption += f"The reference is the fastest of its modes ({', '.join(references)}). "
-    caption += f"The floor is computed, at the rates that the run measured. From {sources(found)}."
-    return Table("Our best step on each device", caption, rows) if rows else None
+    caption += "The floor is computed, at the rates that the run measured. "
+    if guesses:
+        caption += (
+            "Estimates are not measurements: nobody has run these. Their floor takes each part of the step at its data "
+            "sheet's FLOP/s or bytes/s, whichever takes longer. Their time assumes that every device reaches what good "
+            f"kernels reach on an H100: {100 * ATTAINED.matmul:.0f} % of the sheet's FLOP/s in matmuls, "
+            f"{100 * ATTAINED.attention:.0f} % in attention, {100 * ATTAINED.bandwidth:.0f} % of its bytes/s. "
+            f"Whether the step fits into the memory is not checked. Data sheets: {sources(guesses)}. "
+        )
+    return Table("Our best step on each device", f"{caption}From {sources(measured)}.", rows) if rows else None
 
 
 def steps(found: Steps) -> Table:
@@ -105,17 +115,17 @@ def steps(found: Steps) -> Table:
             "step": "floor",
             "median, ms": digits(found.floor, 1e3),
             "tokens, 1/s": digits(first.tokens / found.floor),
-            "MFU, %": digits(found.mfu(first, found.floor), 100, ".1f"),
+            **_mfu(found, first, found.floor),
             "speed-up, ×": digits(found.baseline and found.baseline.median / found.floor, form=".2f"),
             "note": "computed, not measured",
         }
         rows.append(("computed", cells))
         parts = "each part of the step at the matmul and copy rates of this run."
         flops = "the step's FLOPs at the matmul rate of this run; its bytes stay in the caches."
-        caption += f"The floor is computed: {parts if found.run.on_gpu else flops}"
+        caption += f"The floor is computed: {parts if np.isfinite(found.copy) else flops}"
     else:
         caption += "It has no floor, since the file lacks a measured rate."
-    return Table(f"{found.name} on {found.run.label}", f"{caption} From {found.run.source}.", rows)
+    return Table(f"{found.name} on {found.label}", f"{caption} From {found.source}.", rows)
 
 
 def _step(steps: Steps, row: Step) -> Cells:
@@ -125,12 +135,12 @@ def _step(steps: Steps, row: Step) -> Cells:
         "dtype": row.dtype,
         **_times(row.seconds, "ms", 1e3),
         "tokens, 1/s": digits(row.median and row.tokens / row.median),
-        "MFU, %": digits(steps.mfu(row), 100, ".1f"),
+        **_mfu(steps, row),
         "speed-up, ×": digits(steps.speedup(row), form=".2f"),
         "memory, GB": digits(row.peak_memory if row.seconds else None, 1e-9, ".2f"),
         "host, %": digits(host, 100, ".1f"),
         "samples": str(len(row.seconds)),
-        "note": "" if row.seconds else row.missing,
+        "note": row.missing if not row.seconds else "" if row.compares else "rung",
     }
 
 
@@ -139,6 +149,11 @@ def _times(seconds: list[float], unit: str, times: float) -> Cells:
     low, high = np.quantile(seconds, [0.1, 0.9], method="nearest").tolist() if seconds else (None, None)
     found = {"median": median(seconds) if seconds else None, "p10": low, "p90": high}
     return {f"{name}, {unit}": digits(value, times) for name, value in found.items()}
+
+
+def _mfu(steps: Steps, row: Step, seconds: float | None = None) -> Cells:
+    headings = {"nanogpt": "MFU, %", "6n": "MFU 6N, %"}
+    return {heading: digits(steps.mfu(row, formula, seconds), 100, ".1f") for formula, heading in headings.items()}
 
 
 def kernels(run: Run) -> Table | None:
@@ -191,9 +206,21 @@ def files(runs: Sequence[Run]) -> Table:
 
 
 def missing(run: Run) -> list[str]:
-    """Failed parts and tests, and rows without samples, and why. Kernels with one variant and reason share a line."""
+    """What a run lacks, one line each: failed parts, failed tests, skipped rows."""
+    results, tests = run.results, run.results.tests
+    lines = [] if results.complete else ["The run is partial: it was stopped, ran out of time, or a part failed."]
+    if tests is None:
+        lines.append("It ran no tests.")
+    elif tests.failed:
+        lines.append(f"{tests.failed} of its tests failed: {', '.join(tests.failures)}.")
+    present = {f"{what} ceiling": results.ceiling(what) for what in ("matmul", "copy")}
+    present |= {"kernel row": results.kernels, "training step": results.steps}
+    return [*lines, *(f"There is no {what}." for what, value in present.items() if not value), *skipped(run)]
+
+
+def skipped(run: Run) -> list[str]:
+    """Failed parts, and rows without samples, and why. Kernels with the same variant and reason share a line."""
     failed = [f"{failure.part} failed: {failure.error}" for failure in run.results.failures]
-    failed += [f"a GPU test failed: {name}" for name in (run.results.tests.failures if run.results.tests else [])]
     steps = [f"{w.name}, {row.variant}: {row.missing}" for w in run.steps for row in w.rows if not row.seconds]
     late = Counter(
         ("" if k.skipped == NO_TIME else f" of {k.variant}", k.skipped or "no reason given")
@@ -217,4 +244,4 @@ def summary(results: Results) -> str:
     if found := kernels(run):
         blocks.append(found.text())
     blocks += [f"{each.name}\n{steps(each).text()}" for each in run.steps]
-    return "\n\n".join([*blocks, "\n".join(missing(run))]).strip()
+    return "\n\n".join([*blocks, "\n".join(skipped(run))]).strip()

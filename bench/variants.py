@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bench.results import SIZES, Shape, Step
 from bench.rules import only_compiled
-from kernels import REFERENCE, select
+from kernels import REFERENCE, Ops, select
 from model import GPT, GPTConfig, Precision
 from model.config import GPT2_SIZES
 from model.flops import FORMULAS, flops_per_token
@@ -109,7 +109,7 @@ class Setting(NamedTuple):
 class Variant(NamedTuple):
     name: str
     build: Callable[[Setting], StepFunction]
-    compares: bool = True  # False: no speed-up is over it, because nanoGPT does not train so on this device
+    compares: bool = True  # False: a rung, a step between the reference's and ours
     float32: bool = False  # its matmuls are in float32, whichever dtype the others use
     compiled: bool = False  # by torch.compile
 
@@ -182,20 +182,28 @@ def nanogpt(folder: str, **mode: Any) -> Variant:
     return reference("nanoGPT", make, **mode)
 
 
-def ours(*, compile: bool = False, graphed: bool = False) -> Variant:
-    """The project's step, as a run on this device takes it."""
+def ours(
+    name: str,
+    *,
+    ops: Ops | None = None,
+    compile: bool = False,
+    graphed: bool = False,
+    attention: str = "auto",
+    compares: bool = True,
+) -> Variant:
+    """The project's step. ops: None for the device's own choice."""
 
     def build(setting: Setting) -> StepFunction:
         workload, device = setting.workload, setting.device
         layer = Layer(workload.config, workload.batch_size, setting.dtype, device)
-        ops, _ = choose_mlp(select("auto", device), layer, World())
-        attention, _ = choose_attention("auto", layer, World())
+        bundle, _ = choose_mlp(select("auto", device), layer, World()) if ops is None else (ops, "")
+        backend, _ = choose_attention(attention, layer, World())
         precision = Precision(setting.dtype, resolve_stream("auto", setting.dtype, device.type))
-        model = GPT(workload.config, ops, precision=precision, attention=attention)
+        model = GPT(workload.config, bundle, precision=precision, attention=backend)
         model.to(device).load_state_dict(setting.weights)
         optimizer = FlatAdamW(
             model,
-            ops,
+            bundle,
             learning_rate=setting.learning_rate,
             betas=setting.betas,
             weight_decay=setting.weight_decay,
@@ -210,8 +218,7 @@ def ours(*, compile: bool = False, graphed: bool = False) -> Variant:
             step = GraphedStep(step, (workload.accumulation, workload.batch_size, workload.config.block_size))
         return lambda batch: step(batch, setting.learning_rate).loss
 
-    modes = [mode for mode, wanted in (("compiled", compile), ("graphed", graphed)) if wanted]
-    return Variant(f"ours {' + '.join(modes) or 'eager'}", build, compiled=compile)
+    return Variant(name, build, compares, compiled=compile)
 
 
 def variants(device: torch.device, dtype: torch.dtype, nanogpt_dir: str = "") -> list[Variant]:
@@ -225,7 +232,22 @@ def variants(device: torch.device, dtype: torch.dtype, nanogpt_dir: str = "") ->
         for compile in (False, True):
             every += [nanogpt(nanogpt_dir, compile=compile, **mode)] if nanogpt_dir else []
             every.append(reference(compile=compile, **mode))
+    every.append(ours("ours eager"))
     if on_cpu:
-        return [*every, ours(), ours(compile=True)]
+        return [*every, ours("ours compiled", compile=True)]
+    every.append(ours("ours graphed", graphed=True))
+    fused, bundle = select("auto", device), REFERENCE
+    if fused is not REFERENCE:
+        rung = {"compile": True, "compares": False}
+        every.append(ours("flat state, no casts", ops=REFERENCE, attention="flash", **rung))
+        every.append(ours("attention", ops=REFERENCE, **rung))
+        for name, operations in (
+            ("LayerNorm", ("layer_norm", "add_layer_norm")),
+            ("cross-entropy", ("linear_cross_entropy",)),
+            ("GELU", ("mlp",)),
+            ("embedding", ("embedding",)),
+        ):
+            bundle = replace(bundle, **{operation: getattr(fused, operation) for operation in operations})
+            every.append(ours(name, ops=bundle, **rung))
     # the last one is what `python -m train --compile` runs on a GPU
-    return [*every, ours(), ours(graphed=True), ours(compile=True), ours(compile=True, graphed=True)]
+    return [*every, ours("ours compiled", compile=True), ours("ours compiled + graphed", compile=True, graphed=True)]

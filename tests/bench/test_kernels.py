@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import kernels
-from bench.kernels import Contest, directions, rows, work_of
+from bench.kernels import LIGER, TIMED, Contest, directions, rows, work_of
 from bench.results import Kernel
 from bench.rules import NO_TIME
 from kernels import reference, timing
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 FP32 = torch.float32
 SHAPE = (8, 16)
 EVERY = ("forward", "backward", "both")
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in TIMED}
 
 
 @pytest.fixture(autouse=True)
@@ -60,16 +61,16 @@ TOY = Case(
 )
 
 
-def measured(case: Case, direction: str = "forward") -> dict[str, Kernel]:
-    found = Contest(case, case.cpu_shapes[0], FP32, CPU).measure(direction, seconds=0)
+def measured(case: Case, direction: str = "forward", **options: Any) -> dict[str, Kernel]:
+    found = Contest(case, case.cpu_shapes[0], FP32, CPU).measure(direction, seconds=0, **options)
     return {row.variant: row for row in found}
 
 
 @pytest.mark.parametrize(
-    ("direction", "timed"),
-    [("forward", ["forward"]), ("backward", ["backward"]), ("both", ["forward", "backward"])],
+    ("direction", "timed", "moved"),
+    [("forward", ["forward"], 100), ("backward", ["backward"], 150), ("both", ["forward", "backward"], 250)],
 )
-def test_a_direction_is_timed_and_nothing_else(direction: str, timed: list[str]) -> None:
+def test_a_direction_is_timed_and_nothing_else(direction: str, timed: list[str], moved: int) -> None:
     """Calls of a function and of its gradient, as the clock sees them; then samples of every variant."""
     calls: list[str] = []
 
@@ -93,27 +94,39 @@ def test_a_direction_is_timed_and_nothing_else(direction: str, timed: list[str])
     work.work(made)
     assert calls == timed
     found = contest.measure(direction, seconds=0, least=7)
-    names = [f"toy 8×16 float32 {direction} {variant}" for variant in ("fused", "reference", "compiled")]
-    assert [(row.name, len(row.seconds), row.skipped) for row in found] == [(name, 7, "") for name in names]
-    assert all(min(row.seconds) > 0 for row in found)
+    assert [row.variant for row in found] == ["fused", "reference", "compiled"]
+    for row in found:
+        assert len(row.seconds) == 7
+        assert min(row.seconds) > 0
+        assert (row.case, row.shape, row.dtype, row.direction) == ("toy", [8, 16], "float32", direction)
+        assert (row.bytes, row.skipped) == (moved, "")
 
 
-def greedy(x: Tensor, weight: Tensor, *, calls: Iterator[int] = count()) -> Tensor:  # noqa: B008
-    if next(calls):  # the check's was the first
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    return scaled(x, weight)
+def unsteady(calls: Iterator[int]) -> Callable[..., Tensor]:
+    return lambda x, weight: scaled(x, weight) * (1 + 1e-7 * (next(calls) % 2))
 
 
 def broken(x: Tensor, weight: Tensor) -> Tensor:
     raise RuntimeError("an illegal memory access\nwas encountered")
 
 
+def greedy(calls: Iterator[int]) -> Callable[..., Tensor]:
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        if next(calls) >= 2:  # the check's two are over
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
+        return scaled(x, weight)
+
+    return function
+
+
 @pytest.mark.parametrize(
     ("variant", "function", "skipped"),
     [
+        ("fused", lambda x, weight: scaled(x, weight) + 1e-2, "wrong: output 0: 128 of 128 elements off"),
         ("fused", lambda x, weight: scaled(x, weight) + (x - x.detach()) * 1e-2, "wrong: dx: "),
+        ("fused", unsteady(count()), "wrong: output 0: other bits the second time"),
         ("fused", broken, "wrong: an illegal memory access"),
-        ("fused", greedy, "CUDA out of memory"),
+        ("fused", greedy(count()), "CUDA out of memory. Tried to allocate 40 GiB"),
         ("compiled", broken, "an illegal memory access"),
         ("compiled", lambda x, weight: 0 * x * weight, "disagrees with the reference: output 0: "),
     ],
@@ -129,8 +142,10 @@ def test_what_fails_is_left_out_alone_unless_ours_is_wrong(
     assert row.skipped.startswith(skipped)
     assert not row.seconds
     for other in found.values():
-        assert bool(other.seconds) == (not skipped.startswith("wrong"))
-        assert other.skipped == ("" if other.seconds else "not timed, since fused is wrong")
+        if skipped.startswith("wrong"):
+            assert (other.seconds, other.skipped) == ([], "not timed, since fused is wrong")
+        else:
+            assert other.seconds
 
 
 def test_where_ours_cannot_run_it_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +154,15 @@ def test_where_ours_cannot_run_it_is_left_out_with_the_reason(monkeypatch: pytes
     found = measured(TOY)
     assert found["fused"].skipped == "Triton's kernels need a CUDA device; its interpreter is no benchmark"
     assert found["reference"].seconds
+
+
+def test_where_float64_takes_too_much_fewer_rows_are_checked() -> None:
+    for case, shape, checked in (
+        ("layer_norm", (32768, 768), 32768),
+        ("linear_cross_entropy", (32768, 768, 50304), 2048),
+        ("adamw", (124_373_760, 124_354_560), 124_373_760),  # it has no rows
+    ):
+        assert kernels.checked(BY_NAME[case], shape, torch.bfloat16) == (checked, *shape[1:])
 
 
 def test_what_works_in_place_is_checked_by_what_it_leaves() -> None:
@@ -158,9 +182,21 @@ def test_what_works_in_place_is_checked_by_what_it_leaves() -> None:
 # Cases and budgets
 
 
+def test_rows_come_first_shapes_first_and_end_with_the_time(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.setattr(kernels, "by_turns", lambda works, device, seconds, least: {name: [seconds] for name in works})
+    other = replace(TOY, name="other", backward_bytes=None)
+    cases = (replace(TOY, cpu_shapes=(SHAPE, (2, 16))), other)
+    found = list(rows(CPU, 9.0, cases))
+    order = list(dict.fromkeys((row.case, row.shape[0], row.direction) for row in found))
+    assert order == [*(("toy", 8, d) for d in EVERY), ("other", 8, "forward"), *(("toy", 2, d) for d in EVERY)]
+    assert min(row.seconds[0] for row in found) > kernels.LEAST_SECONDS
+    late = list(rows(CPU, 0.0, cases))
+    assert [row.name for row in late] == [row.name for row in found]
+    assert {row.skipped for row in late} == {NO_TIME}
+
+
 def test_the_time_is_kept_by_leaving_out_cases(clock: Clock) -> None:
-    """A case takes 6 s to check, and 0.1 s a round; one that would not end is not begun, by the slowest so far. The
-    first shape of every case comes first."""
+    """A case takes 6 s to check, and 0.1 s a round; one that would not end is not begun, by the slowest so far."""
 
     def working(x: Tensor, weight: Tensor) -> Tensor:
         clock.let_pass(0.1)
@@ -171,33 +207,67 @@ def test_the_time_is_kept_by_leaving_out_cases(clock: Clock) -> None:
         return inputs_of(*given)
 
     toy = replace(TOY, fused=working, make_inputs=slow_inputs, backward_bytes=None)
-    cases = tuple(replace(toy, name=f"toy {i}", cpu_shapes=(SHAPE, (2, 16))) for i in range(4))
-    found = list(rows(CPU, 30.0, cases))
+    found = list(rows(CPU, 30.0, tuple(replace(toy, name=f"toy {i}") for i in range(9))))
     assert clock() <= 30.0
-    order = list(dict.fromkeys((row.case, row.shape[0]) for row in found))
-    assert order == [(case.name, size) for size in (8, 2) for case in cases]
-    timed = dict.fromkeys((row.case, row.shape[0]) for row in found if row.seconds)
-    assert list(timed) == order[:4]
     assert {row.variant for row in found if row.case == "toy 0" and row.seconds} == {"fused", "reference", "compiled"}
-    assert {row.skipped for row in found if (row.case, row.shape[0]) not in timed} == {NO_TIME}
+    timed = {row.case for row in found if row.seconds}
+    assert timed == {"toy 0", "toy 1", "toy 2", "toy 3"}
+    assert {row.skipped for row in found if row.case not in timed} == {NO_TIME}
+    assert len({row.case for row in found}) == 9
     assert {row.skipped for row in rows(CPU, 5.0, (toy,))} == {NO_TIME}  # its check took all of it
 
 
-def test_work_and_the_shape_that_is_checked() -> None:
-    bf16, norm = torch.bfloat16, BY_NAME["layer_norm"]
+def test_work() -> None:
+    bf16 = torch.bfloat16
+    scores = 2 * 3 * 10 * 10 * 5 * 7  # batch, length, length, heads, head size; half of them masked
+    norm = BY_NAME["layer_norm"]
     moved = norm.forward_bytes(4, 8, 2), norm.backward_bytes(4, 8, 2)
     for name, shape, expected in (
         ("mlp, erf, tiles 1", (4, 8, 16), [(None, 2048), (None, 4096), (None, 6144)]),
         ("linear_cross_entropy", (4, 8, 16), [(None, None), (None, None), (None, 3072)]),
+        ("attention", (3, 10, 5, 7), [(None, scores), (None, scores * 5 // 2), (None, scores * 7 // 2)]),
         ("layer_norm", (4, 8), [(moved[0], None), (moved[1], None), (sum(moved), None)]),
     ):
         assert [work_of(BY_NAME[name], shape, bf16, direction) for direction in EVERY] == expected
-    for name, shape, checked in (
-        ("layer_norm", (32768, 768), 32768),
-        ("linear_cross_entropy", (32768, 768, 50304), 2048),  # float64 takes too much
-        ("adamw", (124_373_760, 124_354_560), 124_373_760),  # it has no rows
-    ):
-        assert kernels.checked(BY_NAME[name], shape, bf16) == (checked, *shape[1:])
+
+
+# Other people's kernels
+
+
+@pytest.mark.parametrize("name", LIGER)
+def test_ligers_counterparts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stand-ins with its signatures: the arguments reach them, and logits that they write over harm nobody."""
+
+    def cross_entropy(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"):
+        loss = torch.nn.functional.cross_entropy(input, target, ignore_index=ignore_index, reduction=reduction)
+        input.detach().zero_()
+        return loss
+
+    def linear_cross_entropy(input, weight, target, bias=None, ce_weight=None, ignore_index=-100):
+        return torch.nn.functional.cross_entropy(input @ weight.T, target, ignore_index=ignore_index)
+
+    functional = types.SimpleNamespace(
+        liger_layer_norm=lambda X, W, B, eps: torch.nn.functional.layer_norm(X, W.shape, W, B, eps),
+        liger_cross_entropy=cross_entropy,
+        liger_fused_linear_cross_entropy=linear_cross_entropy,
+    )
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
+    case = BY_NAME[name]
+    contest = Contest(replace(case, fused=case.reference), case.shapes[1], FP32, CPU)
+    for row in contest.measure("both", seconds=0):
+        assert row.skipped == ""
+        assert row.seconds
+    fresh = case.make_inputs(case.shapes[1], FP32, CPU)
+    for key, given in contest._inputs.items():
+        assert not isinstance(given, Tensor) or torch.equal(given, fresh[key])
+
+
+def test_attention_is_timed_by_every_backend_that_runs_and_the_others_say_why_not() -> None:
+    case = BY_NAME["attention"]
+    found = measured(replace(case, cpu_shapes=case.shapes), "both")
+    assert {"reference", "compiled", "flash", "math"} <= {name for name, row in found.items() if row.seconds}
+    assert all(found[package].seconds or found[package].skipped for package in ("flash_attn", "fa3", "fa4"))
+    assert "fused" not in found
 
 
 @pytest.mark.gpu
@@ -215,41 +285,52 @@ def test_ours_is_timed_on_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
 
 # pytest bench/
 
-BENCH = """
+SAMPLES = [0.1, 0.3, 1e-7, 0.7, 1.0 / 3.0]
+BENCH = f"""
 from dataclasses import replace
 import torch
 from bench import bench_rows, kernels
-from bench.bench_rows import contest, pytest_generate_tests, pytestmark, session, test_kernel
+from bench.bench_rows import contest, kernel, pytestmark, session, show, test_kernel
+from bench.results import Kernel
 from tests.bench.test_kernels import TOY, scaled
 
 kernels.require_gpu = lambda device: None
 real = torch.compile
 torch.compile = lambda function, options=None: real(function, backend="eager")
 wrong = replace(TOY, name="off", fused=lambda x, weight: scaled(x, weight) * 1.5)
-bench_rows.CASES = tuple(replace(case, backward_bytes=None) for case in (TOY, wrong))
-kernels.by_turns = lambda works, device, seconds, least: {name: [0.1, 0.3, 1e-7, 0.7, 1 / 3] for name in works}
+bench_rows.TIMED = tuple(replace(case, backward_bytes=None) for case in (TOY, wrong))
+
+def pytest_generate_tests(metafunc):
+    if metafunc.function is test_kernel:
+        bench_rows.pytest_generate_tests(metafunc)
+
+def test_samples(show):
+    show(Kernel("a", [1], "float32", "forward", "fused", {SAMPLES}), "given", {{"fact": 1}})
 """
 
 
 @pytest.mark.slow
 def test_pytest_bench(tmp_path: Path) -> None:
-    """Samples come out to the last bit, our own table below; a wrong kernel fails, and its case is not timed."""
+    """Samples are shown to the last bit, rates beside them; a wrong kernel fails, and its case is not timed."""
     (tmp_path / "bench_toys.py").write_text(BENCH)
-    # not as a worker of xdist's, where pytest-benchmark would not measure
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    # as a user's shell: neither the interpreter, nor a worker of xdist's, where pytest-benchmark would not measure
+    ours = ("TRITON_INTERPRET", "PYTEST_XDIST")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "bench.conftest"]
     command += [str(tmp_path / "bench_toys.py"), "-rfs", "--benchmark-max-time=0", f"--benchmark-json={tmp_path}/out"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
-    for said in (
-        "1 failed, 3 passed, 2 skipped",
-        "wrong: output 0: ",
-        "not timed, since fused is wrong",
-        "measured by",
-    ):
-        assert said in done.stdout
-    fused = json.loads((tmp_path / "out").read_text())["benchmarks"][0]
-    assert fused["name"] == "test_kernel[toy-8x16-forward-fused]"
-    assert fused["group"].startswith("toy 8x16 ")
-    assert fused["stats"]["data"] == [0.1, 0.3, 1e-7, 0.7, 1 / 3]
-    assert fused["extra_info"] == {"bytes": 100, "flops": None}
+    assert "1 failed, 4 passed, 2 skipped" in done.stdout
+    assert "wrong: output 0: " in done.stdout
+    assert "not timed, since fused is wrong" in done.stdout
+    found = {one["name"]: one for one in json.loads((tmp_path / "out").read_text())["benchmarks"]}
+    given, fused = found["test_samples"], found["test_kernel[toy-8x16-forward-fused]"]
+    assert (given["group"], given["stats"]["data"], given["extra_info"]) == ("given", SAMPLES, {"fact": 1})
+    info, median = fused["extra_info"], fused["stats"]["median"]
+    assert fused["group"] == f"toy 8x16 {info['dtype']} forward"
+    assert fused["stats"]["rounds"] == len(fused["stats"]["data"]) == 5
+    assert info["bytes_per_second"] == pytest.approx(info["bytes"] / median)
+    assert info["share_of_ceiling"] > 0
+    line = next(line for line in done.stdout.splitlines() if line.startswith("toy") and "fused" in line)
+    assert f"{1e6 * median:.1f}"[:3] in line

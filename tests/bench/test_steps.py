@@ -1,5 +1,6 @@
 """Timing of steps: nothing is timed that trains another model, nothing that was measured is lost."""
 
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from model import GPTConfig
 from tests.bench.made import fake
 from tests.clock import Clock
 from tests.train.test_golden import TRACES, golden_batch, golden_model, recorded, relative
+from train.data import Batch
 
 CPU = torch.device("cpu")
 SMALL = Workload("small", GPTConfig(block_size=8, vocab_size=17, n_layer=1, n_head=2, n_embd=16, bias=True), 2, 2)
@@ -58,9 +60,8 @@ def measure(*variants: Variant, workload: Workload = SMALL, dtype: torch.dtype =
 def test_every_variant_is_checked_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     theirs = nanogpt(checkout(tmp_path), compile=False, float32=True)
     wrong = nanogpt(checkout(tmp_path / "wrong", fault=3.0), compile=False, float32=True)
-    rival = reference("other", compile=False, float32=True, compares=False)
-    *rows, faulty = measure(theirs, EAGER, ours(), rival, wrong)
-    assert [row.variant for row in rows] == ["nanoGPT eager", "reference eager", "ours eager", "other eager"]
+    *rows, faulty = measure(theirs, EAGER, ours("ours eager"), ours("a rung", compares=False), wrong)
+    assert [row.variant for row in rows] == ["nanoGPT eager", "reference eager", "ours eager", "a rung"]
     assert [row.compares for row in rows] == [True, True, True, False]
     for row in rows:
         assert row.skipped == ""
@@ -73,7 +74,7 @@ def test_every_variant_is_checked_and_timed(tmp_path: Path, capsys: pytest.Captu
         assert row.shape.accumulation == 2
     assert faulty.skipped.startswith("wrong: its losses are off by ")  # it trains at another rate
     assert capsys.readouterr().out == ""
-    lower = measure(EAGER, ours(), dtype=torch.bfloat16)  # may differ by what it costs
+    lower = measure(EAGER, ours("ours eager"), dtype=torch.bfloat16)  # may differ by what it costs
     assert [row.dtype for row in lower] == ["float32", "bfloat16"]
     assert all(row.seconds for row in lower)
     assert lower[1].losses != lower[0].losses
@@ -137,62 +138,109 @@ def test_an_interruption_keeps_what_was_measured() -> None:
     rows = []
     with pytest.raises(KeyboardInterrupt):
         steps.measure(SMALL, [fake("one"), fake("two", interrupt)], CPU, torch.float32, seconds=1e3, into=rows)
-    assert [bool(row.seconds) for row in rows] == [True, True]
+    assert len(rows) == 2
+    assert all(row.seconds for row in rows)
 
 
-def test_the_reference_in_this_tree_trains_as_nanogpt_does() -> None:
-    """Held to a trace that nanoGPT computed."""
-    case = TRACES["accumulate_4"]
-    workload = Workload("", GPTConfig(**case["config"]), case["batch_size"], case["gradient_accumulation_steps"])
+@pytest.mark.parametrize("name", ["accumulate_4", "odd_sizes"])
+def test_the_reference_in_this_tree_trains_as_nanogpt_does(name: str) -> None:
+    """Held to traces that nanoGPT computed."""
+    case = TRACES[name]
+    workload = Workload(name, GPTConfig(**case["config"]), case["batch_size"], case["gradient_accumulation_steps"])
     given = {key: case[key] for key in ("learning_rate", "weight_decay", "grad_clip")} | {"betas": tuple(case["betas"])}
     step = EAGER.build(Setting(workload, golden_model(case).state_dict(), CPU, torch.float32, **given))
     losses = torch.stack([step(golden_batch(case, i)) for i in range(len(case["loss"]))]).double()
     assert relative(losses, recorded(case).loss) < 2e-5
 
 
-def test_the_variants_begin_with_the_reference_and_end_with_ours(tmp_path: Path) -> None:
+@pytest.mark.skipif("NANOGPT_DIR" not in os.environ, reason="NANOGPT_DIR names no nanoGPT checkout")
+def test_a_checkout_of_nanogpt_gives_the_same_losses() -> None:
+    first, second = measure(nanogpt(os.environ["NANOGPT_DIR"], compile=False, float32=True), EAGER)
+    assert second.losses == pytest.approx(first.losses, rel=1e-6)
+
+
+def test_the_ladder_begins_with_the_reference_and_ends_with_ours(tmp_path: Path) -> None:
     every = variants(CPU, torch.bfloat16, checkout(tmp_path))
-    modes = [f"{of} {mode}" for mode in ("eager", "compiled") for of in ("nanoGPT", "reference")]
-    autocast = [mode.replace(" ", " autocast ") for mode in modes]
-    assert [variant.name for variant in every] == [*modes, *autocast, "ours eager", "ours compiled"]
+    names = [variant.name for variant in every]
+    assert names[:4] == ["nanoGPT eager", "reference eager", "nanoGPT compiled", "reference compiled"]
+    autocast = [f"{of} autocast {mode}" for mode in ("eager", "compiled") for of in ("nanoGPT", "reference")]
+    assert names[4:] == [*autocast, "ours eager", "ours compiled"]
     assert [variant.name for variant in every if not variant.compares] == autocast
-    assert [variant.name for variant in every if variant.float32] == modes
+    assert [variant.name for variant in every if not variant.float32] == names[4:]
     assert not any("autocast" in variant.name for variant in variants(CPU, torch.float32))
 
 
 # What is called compiled
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each graph that Inductor would be given, whether it is for one shape alone."""
-    found = []
+class Recorded:
+    """In Inductor's place: counts what it is given to compile, and how often that runs."""
 
-    def compiler(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+    def __init__(self) -> None:
+        self.graphs: list[bool] = []  # of each, whether it is for one shape alone
+        self.calls = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
         sizes = [size for x in inputs if isinstance(x, torch.Tensor) for size in x.shape]
-        found.append(not any(isinstance(size, torch.SymInt) for size in (*sizes, *inputs)))
-        return graph
+        self.graphs.append(not any(isinstance(size, torch.SymInt) for size in (*sizes, *inputs)))
 
+        def run(*args: object) -> object:
+            self.calls += 1
+            return graph(*args)
+
+        return run
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    recorded = Recorded()
     real = torch.compile  # another backend takes none of Inductor's options
-    monkeypatch.setattr(torch, "compile", lambda function, options=None: real(function, backend=compiler))
-    return found
+    monkeypatch.setattr(torch, "compile", lambda function, options=None: real(function, backend=recorded))
+    return recorded
 
 
-def test_every_compiled_step_runs_code_made_for_its_shape(graphs: list[bool]) -> None:
+def test_every_compiled_step_runs_compiled_code_made_for_its_shape(compiled: Recorded) -> None:
     """More often than torch compiles one function, and after another shape."""
-    theirs, own = reference(compile=True, float32=True), ours(compile=True)
+    micro_steps = 0
+
+    def counted(variant: Variant) -> Variant:
+        def build(setting: Setting) -> Callable[[Batch], torch.Tensor]:
+            step = variant.build(setting)
+
+            def call(batch: Batch) -> torch.Tensor:
+                nonlocal micro_steps
+                micro_steps += len(batch.seeds)
+                return step(batch)
+
+            return call
+
+        return variant._replace(build=build)
+
+    theirs, rung = counted(reference(compile=True, float32=True)), counted(ours("rung", compile=True))
     other = replace(SMALL, config=replace(SMALL.config, block_size=6))
     with torch._dynamo.config.patch(recompile_limit=1):  # 8 unless somebody says so
-        rows = [*measure(theirs, workload=other), *measure(theirs, own)]
-    assert [(row.skipped, bool(row.seconds)) for row in rows] == [("", True)] * 3
-    assert graphs == [True] * 3
+        rows = [*measure(theirs, workload=other), *measure(theirs, rung)]
+    assert [row.skipped for row in rows] == [""] * 3
+    assert all(row.seconds for row in rows)
+    assert compiled.graphs == [True] * 3
+    assert compiled.calls == micro_steps
 
 
-def test_what_is_not_compiled_code_alone_is_not_timed(graphs: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_compiled_code_alone_is_not_timed(compiled: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = torch.compile(lambda x, n: x * n)
+
+    def restless(call: int) -> float:  # it compiles under the clock, after the warm-up, whatever the clock says
+        function(torch.ones(2), float(call // 6))
+        return 1.0
+
+    first, second = measure(fake("steady"), fake("restless", restless))
+    assert first.seconds
+    assert second.skipped == "wrong: it was compiled again while it was timed"
+    assert second.seconds == second.host_seconds == []
     monkeypatch.setattr(rules, "LIMIT", 1)  # with dropout it needs two compilations
-    assert "limit" in measure(EAGER, ours(compile=True), workload=DROPOUT)[1].skipped
+    assert "limit" in measure(EAGER, ours("compiled", compile=True), workload=DROPOUT)[1].skipped
     monkeypatch.setattr(torch, "compile", lambda function, options=None: function)
-    first, *others = measure(EAGER, reference(compile=True, float32=True), ours(compile=True))
+    first, *others = measure(EAGER, reference(compile=True, float32=True), ours("compiled", compile=True))
     assert first.seconds
     assert {row.skipped for row in others} == {"torch.compile left it as Python"}
 
@@ -233,12 +281,12 @@ def test_what_does_not_fit_waits_for_the_next_group_and_the_reference_takes_part
     assert [row.variant for row in rows] == [variant.name for variant in every]
     assert [row.skipped for row in rows] == [""] * 5
     assert alive.built.count("reference eager") == 2  # without dropout, and as it is timed: never again
-    control, last, *others = rows
+    control, rung, *others = rows
     assert (control.first_round, len(control.seconds)) == (0, 2 * steps.LEAST)
-    assert [row.first_round for row in (*others, last)] == [0, 0, steps.LEAST, steps.LEAST]  # the one not compared
+    assert [row.first_round for row in (*others, rung)] == [0, 0, steps.LEAST, steps.LEAST]  # a rung comes last
     assert control.beside(others[0]) == control.seconds[: steps.LEAST]
-    assert control.beside(last) == control.seconds[steps.LEAST :]
-    assert last.beside(others[0]) == []
+    assert control.beside(rung) == control.seconds[steps.LEAST :]
+    assert rung.beside(others[0]) == []
 
 
 def test_what_does_not_fit_beside_the_reference_alone_is_left_out() -> None:
