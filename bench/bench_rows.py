@@ -5,7 +5,6 @@ are taken before its first test, by turns. For a kernel's group `--benchmark-max
 `--benchmark-min-rounds` (5) the least number of rounds. `--nanogpt_dir=DIR` adds a nanoGPT checkout to the steps.
 """
 
-from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -99,36 +98,31 @@ def workload(session: Session, request: pytest.FixtureRequest) -> Steps:
     return found
 
 
-@pytest.fixture
-def show(benchmark: Any) -> Callable[..., None]:
-    """Gives a row's samples to pytest-benchmark: each of its rounds takes one of them as its time.
+def show(benchmark: Any, row: Kernel | Step, group: str, facts: dict[str, Any]) -> None:
+    """Give a row's samples to pytest-benchmark: each of its rounds takes one of them as its time.
 
     A row without samples skips the test. A row whose check failed fails the test.
     """
-
-    def show(row: Kernel | Step, group: str, facts: dict[str, Any]) -> None:
-        if row.skipped.startswith(WRONG):
-            pytest.fail(row.skipped, pytrace=False)
-        if row.skipped:
-            pytest.skip(row.skipped)
-        samples, benchmark.group = cycle(row.seconds), group  # one call more is not timed
-        benchmark.extra_info |= facts
-        benchmark.pedantic(lambda: PASSED.append(next(samples)), setup=PASSED.clear, rounds=len(row.seconds))
-
-    return show
+    if row.skipped.startswith(WRONG):
+        pytest.fail(row.skipped, pytrace=False)
+    if row.skipped:
+        pytest.skip(row.skipped)
+    samples, benchmark.group = cycle(row.seconds), group  # one call more is not timed
+    benchmark.extra_info |= facts
+    benchmark.pedantic(lambda: PASSED.append(next(samples)), setup=PASSED.clear, rounds=len(row.seconds))
 
 
-def test_kernel(kernel: Run, variant: str, show: Callable[..., None]) -> None:
+def test_kernel(kernel: Run, variant: str, benchmark: Any) -> None:
     row = next(row for row in kernel.results.kernels if row.variant == variant)
     facts = {"shape": row.shape, "dtype": row.dtype, "bytes": row.bytes, "flops": row.flops}
     for found in kernel.kernels:
         if found.kernel == row:
             rates = {f"{what}_per_second": facts[what] and facts[what] / row.median for what in ("bytes", "flops")}
             facts |= {**rates, "share_of_ceiling": found.share, "times_faster_than_compiled": found.speedup}
-    show(row, row.group.replace("×", "x"), facts)
+    show(benchmark, row, row.group.replace("×", "x"), facts)
 
 
-def test_step(workload: Steps, variant: str, show: Callable[..., None]) -> None:
+def test_step(workload: Steps, variant: str, benchmark: Any) -> None:
     row = next(row for row in workload.rows if row.variant == variant)
     facts = {
         "dtype": row.dtype,
@@ -137,4 +131,4 @@ def test_step(workload: Steps, variant: str, show: Callable[..., None]) -> None:
         "peak_memory": row.peak_memory,
         "host_seconds": median(row.host_seconds) if row.host_seconds else None,
     }
-    show(row, f"{row.workload} step", facts)
+    show(benchmark, row, f"{row.workload} step", facts)

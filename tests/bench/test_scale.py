@@ -34,24 +34,17 @@ def test_an_all_reduce(devices: int, seconds: float) -> None:
     assert HAND.all_reduce(80, devices) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize(
-    ("devices", "batch_size", "accumulation"),
-    [(1, 32, 15), (2, 30, 8), (13, 19, 2), (64, 8, 1), (1024, 1, 1)],  # 480 sequences; 37 for each of 13
-)
-def test_sharing_out_nanogpts_iteration(devices: int, batch_size: int, accumulation: int) -> None:
-    job = share_out(GPT2, 491520, devices)
-    assert (job.batch_size, job.accumulation) == (batch_size, accumulation)
-
-
 def test_the_least_time_of_a_step() -> None:
     """Of sums in float32, an optimizer reads gradients twice as wide, twice. The first of two micro-steps writes them
     as wide, the other reads and writes them."""
-    alone, several, two, three, four = (
+    alone, several, two, three = (
         least_seconds(replace(GPT2, accumulation=accumulation), RATES, devices)
-        for accumulation, devices in ((1, 1), (1, 2), (2, 1), (3, 1), (4, 1))
+        for accumulation, devices in ((1, 1), (1, 2), (2, 1), (3, 1))
     )
     assert several - alone == pytest.approx(124_373_760 * (2 * 2 + (2 + 6) / 2) / 3e12)
-    assert two - several == pytest.approx(three - two) == pytest.approx(four - three)  # a micro-step
+    assert two - several == pytest.approx(three - two)  # a micro-step
+    shared = [share_out(GPT2, 491520, devices) for devices in (1, 2, 13, 64, 1024)]  # 480 sequences; 37 for each of 13
+    assert [(job.batch_size, job.accumulation) for job in shared] == [(32, 15), (30, 8), (19, 2), (8, 1), (1, 1)]
 
 
 # The command
@@ -71,15 +64,17 @@ def test_a_measured_step_in_the_table(tmp_path: Path) -> None:
     results.write(path, structs.replace(h100(), steps=steps))
     config = ScaleConfig(str(path), sizes="gpt2,gpt2-medium", devices="1,8", tokens=32 * 1024)
     text = scale.report(config)
-    assert "measured    gpt2: 70.00 ms for 32,768 tokens, ours graphed, bfloat16, median of 3" in text
-    assert "ESTIMATE    gpt2-medium: the roofline floor" in text
-    assert "gpt2-medium (ESTIMATE from the floor)" in text
-    assert "measured    741.8 TFLOP/s of a large matmul" in text
-    assert "data sheet  450 GB/s in one direction between devices of a node, NVLink 4" in text
+    for said in (
+        "measured    gpt2: 70.00 ms for 32,768 tokens, ours graphed, bfloat16, median of 3",
+        "ESTIMATE    gpt2-medium: the roofline floor",
+        "gpt2-medium (ESTIMATE from the floor)",
+        "measured    741.8 TFLOP/s of a large matmul",
+        "data sheet  450 GB/s in one direction between devices of a node, NVLink 4",
+    ):
+        assert said in text
     one, eight = cells(text, "gpt2")
     flops = 6 * (124_373_760 - 1024 * 768) + 12 * 12 * 768 * 1024
-    assert one[:4] == ["1", "1", "x", "32"]
-    assert one[4:8] == ["32,768", "70.00", "0.00", f"{32768 / 0.07:,.0f}"]
+    assert one[:8] == ["1", "1", "x", "32", "32,768", "70.00", "0.00", f"{32768 / 0.07:,.0f}"]
     assert one[8:10] == [f"{flops * 32768 / 0.07 / 989e12:.1%}", "100.0%"]
     assert eight[1:5] == ["1", "x", "4", "32,768"]
     sums = scale.fabric_of(config, "NVIDIA H100 80GB HBM3")[0].all_reduce(4 * 124_373_760, 8)
@@ -97,20 +92,16 @@ def test_estimates_need_no_file() -> None:
     ("argument", "message"),
     [
         ("--results=none.json", "results: none.json: cannot be read: No such file or directory"),
-        ("--results=bad.json", "results: bad.json: is no results file of nanofuse-bench, version 1: Object missing"),
         ("--results=bare.json", "results: bare.json: it has no ceilings, and no data sheet of AMD EPYC is known"),
         ("--device=H1000", "device: got 'H1000', expected one that train/hardware.py knows"),
         ("--devices=1,two", "devices: got 'two', expected whole numbers from 1 to 8, which a node has, or multiples"),
         ("--devices=12", "devices: got 12, expected whole numbers from 1 to 8, which a node has, or multiples"),
-        ("--sizes=gpt3", "sizes: got 'gpt3', expected some of: cpu, shakespeare_char, gpt2,"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("bad.json").write_text("{}")
     results.write(Path("bare.json"), structs.replace(h100(), device=Machine("AMD EPYC", "cpu"), ceilings=[]))
     monkeypatch.setattr(sys, "argv", ["bench.scale", argument])
     with pytest.raises(UserError) as error:
         scale.main()
     assert str(error.value).startswith(message)
-    assert "\n" not in str(error.value)
