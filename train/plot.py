@@ -164,7 +164,7 @@ def _title(runs: dict[str, list[Record]]) -> str:
     facts = next((record for record in reversed(records) if record["kind"] == "run"), {})
     if not (isinstance(facts.get("parameters"), int) and facts["parameters"] < 2**63):
         return name
-    return f"{name}: {facts['parameters'] / 1e6:.2f}M parameters, {facts.get('device')}"
+    return f"{name}: {facts['parameters'] / 1e6:.2f}M parameters, {str(facts.get('device'))[:80]}"
 
 
 def main(argv: list[str] | None = None) -> None:
