@@ -43,7 +43,7 @@ PRESETS = {path.stem: path for path in sorted(Path(__file__).parent.glob("config
 MAX_BYTES = 1 << 16  # a config file is a page long; this only bounds the work of reading it
 MISSPELLED = 0.85  # a name that nothing reads, and that is so similar to a setting, counts as a misspelling
 # nanoGPT's own line means the best dtype of the GPU, as `auto` does. Without a GPU nanoGPT ignores it.
-BEST_DTYPE = re.compile(r"'(bfloat16|float16)' if .*torch\..* else '(?!\1)b?float16'")
+BEST_DTYPE = re.compile(r"'b?float16' if .*torch\..* else 'b?float16'")
 
 
 def setting(

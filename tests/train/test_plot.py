@@ -94,10 +94,10 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(make_run(tmp_path / "a" / "out", RECORDS).parent)
     main([])  # the folder "out"
     assert sorted(path.name for path in Path("out").iterdir()) == ["loss.png", METRICS]
-    make_run(Path("other"), EVALUATIONS)
-    main(["out", "other", "--out=both.svg"])
+    make_run(Path("oth\x1ber"), EVALUATIONS)
+    main(["out", "oth\x1ber", "--out=both.svg"])
     assert capsys.readouterr().out == "loss curve: out/loss.png\nloss curve: both.svg\n"
-    assert [text.split(",")[0] for text in words("both.svg") if "best" in text] == ["out", "other"]
+    assert [text.split(",")[0] for text in words("both.svg") if "best" in text] == ["out", r"oth\x1ber"]
     Path("link.svg").symlink_to("/dev/null")
     make_run(Path("deep"), []).joinpath(METRICS).write_text('{"kind": "run", "iter": ' + "[" * 10**5)
     os.mkfifo(make_run(Path("piped"), []) / "pipe")

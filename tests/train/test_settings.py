@@ -136,7 +136,7 @@ def test_help_lists_every_setting_and_preset_on_a_line_of_its_own(cls, capsys):
 def test_help_and_refusals_come_before_torch_is_imported(argument, status, said, tmp_path):
     """Importing torch takes seconds. Here another module named torch comes first, and its import ends the process."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "PYTHONWARNINGS": "default"}
     argv = [sys.executable, "-m", "train", argument]
     done = subprocess.run(argv, cwd=tmp_path, env=env, timeout=60, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
@@ -272,6 +272,7 @@ BEST = "'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported
         ("device = 'cuda' if torch.cuda.is_available() else 'cpu'", {"device": "cuda" if CUDA else "cpu"}),
     ],
 )
+@pytest.mark.filterwarnings("error::DeprecationWarning", "error::SyntaxWarning")
 def test_a_config_file_is_read_as_python_reads_it(text, expected, load):
     assert repr(load(text)) == repr(expected)
 
@@ -324,7 +325,9 @@ def test_a_config_file_is_refused_with_its_line_and_does_nothing(line, reason, l
 
 
 def test_names_that_are_no_settings_are_noted_but_slips_are_refused(load, tmp_path):
-    text = "lora_rank = 8\ntokens = 4096\ntags = [print]\nbatch_size = tokens // 1024\nn_layers = n_layer\n"
+    text = (
+        "lora_rank = 8; lora_rank = 9\ntokens = 4096\ntags = [print]\nbatch_size = tokens // 1024\nn_layers = n_layer\n"
+    )
     with pytest.raises(UserError, match=r"mine\.py:5: unknown setting 'n_layers' \(did you mean n_layer\?\)"):
         load(text)
     path = tmp_path / "mine.py"
