@@ -6,14 +6,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from train.config import TrainConfig, choose_base, compose, parse
+from train.config import TrainConfig, check_each, choose_base, compose, notes, parse
 from train.errors import UserError, any_characters, ending, first_line, run, safe
-from train.settings import check_values
 
 if __name__ == "__main__":  # --help and wrong settings end here: importing torch takes seconds
     any_characters()
     with ending():
-        check_values(TrainConfig(**parse(sys.argv[1:]).settings))
+        check_each(TrainConfig(**parse(sys.argv[1:]).settings))
 
 import torch
 
@@ -58,7 +57,7 @@ def main() -> int:
         base, why = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
         config = compose(parsed, base)
         why = " over ".join([*reversed(parsed.sources), why])
-        for note in parsed.notes if world.master else ():
+        for note in notes(parsed, config) if world.master else ():
             say(note)
         if absent:
             from train.rehearse import rehearse  # imported here: only a rehearsal needs it

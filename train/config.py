@@ -5,13 +5,15 @@ plain defaults (`choose_base`). Over it lie the settings that the command line n
 or `--key=value`, the last one winning (`parse`). `compose` puts one over the other and validates the result.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from train.errors import UserError
+from train.errors import UserError, shown
 from train.settings import Parsed, Value, check_values, parse_settings, setting, settings_of, typed
 
 FLOAT32 = 3.4e38  # the device computes with these settings in float32
+MOST_TOKENS = 2**28  # in one step: the host holds its batch
 MOST_ROWS = 2**22  # tokens in a micro-batch: more fill no device better, and settings that fit are found in seconds
 ABOUT = "Train a GPT. With nothing else: the default job, which needs no network and no preparation."
 
@@ -94,6 +96,27 @@ class TrainConfig:
     profile: bool = setting(False, "profile a few steps: out_dir/trace.json, and where their time goes")
 
 
+def check_each(config: TrainConfig) -> None:
+    """UserError unless every setting by itself is one that some machine could make work."""
+    check_values(config)
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device, re.ASCII):
+        raise UserError(f"device: got {shown(config.device)}, expected auto, cpu, cuda, cuda:N or mps")
+    for name in ("out_dir", "dataset", "init_from"):
+        if not getattr(config, name):  # --out_dir=$UNSET, for example
+            raise UserError(f"{name}: got '', expected a name")
+
+
+def notes(parsed: Parsed, config: TrainConfig) -> list[str]:
+    """Lines for the user about settings that do less than they seem to."""
+    lines = list(parsed.notes)
+    if config.decay_lr and config.warmup_iters > config.lr_decay_iters:
+        lines.append(
+            f"warmup_iters: {config.warmup_iters} is more than lr_decay_iters ({config.lr_decay_iters}): the rate "
+            f"rises for {config.warmup_iters} steps, then it is min_lr, without a cosine, as in nanoGPT"
+        )
+    return lines
+
+
 def parse(argv: list[str]) -> Parsed:
     """The settings that a training command line names: presets, config files and overrides in argv order.
 
@@ -130,10 +153,15 @@ def compose(parsed: Parsed, base: Mapping[str, Value]) -> TrainConfig:
     settings = settings_of(TrainConfig)
     kept = {name: typed(settings[name], value) for name, value in base.items() if name in settings}
     config = TrainConfig(**{**kept, **parsed.settings})
-    check_values(config)
+    check_each(config)
     rows = config.batch_size * config.block_size
-    if rows > MOST_ROWS:
-        raise UserError(f"batch_size * block_size: got {rows} tokens, expected at most {MOST_ROWS}")
+    step = config.gradient_accumulation_steps * rows
+    for product, tokens, most in (
+        ("gradient_accumulation_steps * batch_size * block_size", step, MOST_TOKENS),
+        ("batch_size * block_size", rows, MOST_ROWS),
+    ):
+        if tokens > most:
+            raise UserError(f"{product}: got {tokens} tokens, expected at most {most}")
     if config.n_embd % config.n_head:
         raise UserError(f"n_embd: got {config.n_embd}, expected a multiple of n_head ({config.n_head})")
     return config

@@ -1,5 +1,6 @@
 """Errors that end a command with one line: the setting, what came, what was expected. Text made safe to print."""
 
+import errno
 import io
 import os
 import shlex
@@ -9,6 +10,8 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
+
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # errors of an open stream, not of a file's name
 
 
 class UserError(Exception):
@@ -73,6 +76,10 @@ def ending() -> Iterator[None]:
     """Inside, an error of the user or the system ends the program with one line and an exit status. Ctrl-C and a closed
     pipe end it without the line."""
     try:
+        try:
+            os.getcwd()
+        except FileNotFoundError:  # even torch cannot be imported there
+            raise UserError("the current folder was deleted; cd to one that exists") from None
         yield
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -83,8 +90,11 @@ def ending() -> Iterator[None]:
         complain(f"error: {error}")
         sys.exit(error.status)
     except OSError as error:
-        if error.filename is None:  # perhaps of the output: its disk is full
+        if error.filename is None and error.errno in WRITING:
             drop_output()
+            complain(f"error: the output cannot be written: {error.strerror}")
+            sys.exit(1)
+        # of a file: a name too long, a folder that may not be searched
         complain(f"error: {one_line(f'{error.filename}: {error.strerror}' if error.filename else error)}")
         sys.exit(UserError.status)
 
@@ -100,8 +110,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def any_characters() -> None:
     r"""Let stdout and stderr take any text: characters that their encoding lacks become \xe4, \u20ac or \udcff."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed before the program started; the next file opened would get its number
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif isinstance(stream, io.TextIOWrapper):  # a notebook's is none
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -1,13 +1,16 @@
 """The value of a Python expression in a config file, computed without running Python.
 
-The expression is walked as a syntax tree. It may hold numbers, text, f-strings, names with a value, arithmetic,
-comparisons, `a if b else c`, and calls of FUNCTIONS: what config files of nanoGPT and its forks hold. Everything else
-is refused. The work and the size of each result are bounded.
+The expression is walked as a syntax tree. It may hold numbers, text, names with a value, arithmetic, comparisons,
+`a if b else c`, three ways to fill in text, and calls of FUNCTIONS: what config files of nanoGPT and its forks hold.
+Everything else is refused. The work and the size of each result are bounded.
 """
 
 import ast
 import functools
+import math
 import operator
+import os.path
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,6 +38,21 @@ def _format(value: Any, spec: str = "") -> str:
     return format(value, spec)
 
 
+def _percent(left: Any, *right: Any) -> Any:
+    """A remainder, or text with values filled in."""
+    if not isinstance(left, str):
+        return operator.mod(left, *right)
+    if not re.fullmatch(r"([^%]|%%|%[-+ 0-9.]{0,5}[a-zA-Z])*", left):  # no * for a width
+        raise ValueError("expected plain fields such as %s or %.2f")
+    return left % right
+
+
+def _fill(template: str, *values: Any) -> str:
+    if not re.fullmatch(r"([^{}]|\{\{|\}\}|\{\d*(:[^{}]{0,5})?\})*", template):  # no attributes, no items, no nesting
+        raise ValueError("expected plain fields such as {} or {0:.2f}")
+    return template.format(*values)
+
+
 def _torch(name: str) -> Any:
     """What a function of torch says of the machine. torch is imported only here: that takes seconds."""
     import torch
@@ -51,6 +69,7 @@ OPERATORS: dict[type[ast.AST], Callable] = {
     ast.Mult: _times,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
+    ast.Mod: _percent,
     ast.Pow: _power,
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -58,10 +77,17 @@ OPERATORS: dict[type[ast.AST], Callable] = {
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.In: lambda item, items: item in items,
+    ast.NotIn: lambda item, items: item not in items,
 }
 TORCH = ("cuda.is_available", "cuda.is_bf16_supported", "cuda.device_count", "backends.mps.is_available")
 FUNCTIONS: dict[str, Callable] = {
-    **{function.__name__: function for function in (str, int, float, min, max)},
+    **{function.__name__: function for function in (str, int, float, abs, min, max)},
+    **{f"math.{function.__name__}": function for function in (math.sqrt, math.log, math.ceil, math.floor)},
+    "round": lambda number: round(number),  # without digits: of a whole number, -10**9 has no end
+    "os.path.join": os.path.join,
     "time.time": time.time,
     "time.strftime": time.strftime,
     "datetime.now().strftime": time.strftime,
@@ -74,7 +100,7 @@ def evaluate(node: ast.AST, named: Mapping[str, Any]) -> Any:
     """The value of an expression. named: the values of names. UserError if it has none here."""
     value = functools.partial(evaluate, named=named)
     match node:
-        case ast.Constant(value=int() | float() | str() as result):  # bool is an int
+        case ast.Constant(value=None | int() | float() | str() as result):  # bool is an int
             pass
         case ast.Name(id=name) if name in named:
             result = named[name]
@@ -82,6 +108,12 @@ def evaluate(node: ast.AST, named: Mapping[str, Any]) -> Any:
             raise UserError(f"{name} is not assigned further up in this file, or not understood there")
         case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
             result = _called(OPERATORS[type(op)], value(operand))
+        case ast.BinOp(op=ast.Mod(), left=template, right=ast.Tuple(elts=values)):
+            result = _called(_percent, *map(value, [template, *values]))
+        case ast.Call(
+            func=ast.Attribute(value=ast.Constant(value=str()) as template, attr="format"), args=values, keywords=[]
+        ):
+            result = _called(_fill, *map(value, [template, *values]))
         case ast.BinOp(op=op, left=left, right=right) | ast.Compare(ops=[op], left=left, comparators=[right]) if (
             type(op) in OPERATORS
         ):

@@ -13,18 +13,20 @@ also by a resumed run, and a killed run leaves at most one partial line at the e
 """
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from train.config import TrainConfig
 from train.errors import UserError, complain, drop_output, first_line, safe, shown
+from train.files import open_regular
 
 METRICS = "metrics.jsonl"
 
@@ -76,12 +78,14 @@ class RunLog:
             "settings": settings,
             "device": device,
             "parameters": parameters,
-            "torch": metadata.version("torch"),
-            "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
+            "torch": _version("torch"),
+            "triton": _version("triton"),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
+            torn = False
+            with suppress(FileNotFoundError), open_regular(self._path) as file:
+                torn = not file.read().endswith(b"\n")
             self._file = self._path.open("ab")
             self._file.write(b"\n" * torn)  # a kill may have cut the last line
             # purge_step hides what an earlier run logged from there on
@@ -148,9 +152,14 @@ class RunLog:
 def check_sinks(config: TrainConfig) -> None:
     """UserError if a RunLog would fail: a package is missing, or out_dir cannot be written. Writes nothing."""
     _import_sinks(config)
+    if config.eval_only:  # writes nothing
+        return
     out_dir = Path(config.out_dir)
-    folder = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
-    if not config.eval_only and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+    try:
+        folder = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long, a parent that may not be searched
+        raise UserError(f"out_dir: got {shown(config.out_dir)}: {error.strerror}") from None
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         raise UserError(f"out_dir: got {shown(config.out_dir)}, but {folder} is no folder that can be written")
 
 
@@ -161,7 +170,9 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
     are there twice the last one counts. OSError if the file cannot be read.
     """
     records: dict[tuple[str, int], Record] = {}
-    for line in Path(path).read_bytes().splitlines():
+    with open_regular(Path(path)) as file:
+        lines = file.read().splitlines()
+    for line in lines:
         try:
             record = json.loads(line)
             key = str(record["kind"]), int(record["iter"])
@@ -172,6 +183,13 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
         records.pop(key, None)  # so that the order is that of the last times
         records[key] = record
     return list(records.values())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _import_sinks(config: TrainConfig) -> list[Any]:

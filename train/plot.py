@@ -39,6 +39,7 @@ LIGHT = {role: light for role, (light, _) in SCHEME.items()}
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 COLOURS = (LIGHT["ours"], "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#db2777")
 
+LARGEST = 1e30  # of a value drawn
 MOST = 1500  # points of a training curve, about: a picture has no more columns
 
 
@@ -101,7 +102,7 @@ def write_picture(path: Path, runs: dict[str, list[Record]]) -> Path:
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot(facecolor=LIGHT["paper"])
     for i, (name, records) in enumerate(runs.items()):
-        _draw(axes, records, COLOURS[i % len(COLOURS)], name if len(runs) > 1 else "")
+        _draw(axes, records, COLOURS[i % len(COLOURS)], one_line(name) if len(runs) > 1 else "")
     if not axes.lines:
         raise UserError(f"{METRICS}: no losses yet in {', '.join(runs)}")
     axes.set_title(title, loc="left", color=LIGHT["ink"], parse_math=False)
@@ -141,10 +142,11 @@ def _draw(axes: "Axes", records: list[Record], colour: str, name: str) -> None:
 
 
 def _points(records: list[Record], kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The iterations and values of one field, without those that were not finite."""
-    points = [(record["iter"], record[name]) for record in records if record["kind"] == kind]
-    known = [(x, y) for x, y in points if y is not None]
-    return np.array([x for x, _ in known]), np.array([y for _, y in known])
+    """The iterations and values of one field, without those that no axis and no loss has."""
+    points = [(record["iter"], record.get(name)) for record in records if record["kind"] == kind]
+    numbers = ((x, y) for x, y in points if isinstance(x, int) and isinstance(y, int | float))
+    known = [(x, y) for x, y in numbers if 0 <= x < 2**53 and abs(y) < LARGEST]
+    return np.array([x for x, _ in known]), np.array([y for _, y in known], dtype=float)
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
@@ -159,8 +161,10 @@ def _title(runs: dict[str, list[Record]]) -> str:
     if len(runs) > 1:
         return "validation loss, with the training loss behind it"
     ((name, records),) = runs.items()
-    facts = next((record for record in reversed(records) if record["kind"] == "run"), None)
-    return f"{name}: {facts['parameters'] / 1e6:.2f}M parameters, {facts['device']}" if facts else name
+    facts = next((record for record in reversed(records) if record["kind"] == "run"), {})
+    if not (isinstance(facts.get("parameters"), int) and facts["parameters"] < 2**63):
+        return name
+    return f"{name}: {facts['parameters'] / 1e6:.2f}M parameters, {str(facts.get('device'))[:80]}"
 
 
 def main(argv: list[str] | None = None) -> None:

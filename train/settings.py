@@ -23,9 +23,11 @@ out. Anything else is refused with its line. So a stranger's config file can onl
 import ast
 import dataclasses
 import difflib
+import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field
 from pathlib import Path
@@ -41,7 +43,7 @@ PRESETS = {path.stem: path for path in sorted(Path(__file__).parent.glob("config
 MAX_BYTES = 1 << 16  # a config file is a page long; this only bounds the work of reading it
 MISSPELLED = 0.85  # a name that nothing reads, and that is so similar to a setting, counts as a misspelling
 # nanoGPT's own line means the best dtype of the GPU, as `auto` does. Without a GPU nanoGPT ignores it.
-BEST_DTYPE = re.compile(r"'bfloat16' if [^']*torch\.[^']* else 'float16'")
+BEST_DTYPE = re.compile(r"'b?float16' if .*torch\..* else 'b?float16'")
 
 
 def setting(
@@ -75,7 +77,7 @@ def typed(setting: Field, value: Any) -> Value:
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if value.bit_length() < 1024 else math.inf
     if type(value) is not kind:
         raise UserError(f"{setting.name}: got {shown(value)} ({type(value).__name__}), expected {kind.__name__}")
     return os.path.expanduser(value) if setting.metadata["path"] else value
@@ -178,7 +180,8 @@ def _value(setting: Field, text: str) -> Value:
     """The value that `text` spells: a Python literal, or for a str setting any text, in quotes or not."""
     kind = type(setting.default)
     try:
-        value = ast.literal_eval(text.capitalize() if kind is bool else text)
+        with warnings.catch_warnings(action="ignore"):  # of an odd backslash, for example
+            value = ast.literal_eval(text.capitalize() if kind is bool else text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
     return typed(setting, text if kind is str and type(value) is not str else value)
@@ -222,21 +225,23 @@ def read_config_file(name: str, known: Mapping[str, Field], parsed: Parsed) -> N
     values: dict[str, Any] = {key: setting.default for key, setting in known.items()} | parsed.settings
     line, others = 0, []
     try:
-        tree = ast.parse(source)
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(source)
         read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
         for statement in tree.body:
             line = statement.lineno
+            above = dict(values)  # `a, b = b, a` reads both before it assigns one
             for key, expression in _assigned(statement, known):
                 if key in known:
                     best = key == "dtype" and BEST_DTYPE.fullmatch(ast.unparse(expression))
-                    value = typed(known[key], "auto" if best else evaluate(expression, values))
+                    value = typed(known[key], "auto" if best else evaluate(expression, above))
                     parsed.settings[key] = values[key] = value
                     continue
                 try:
-                    values[key] = evaluate(expression, values)
+                    values[key] = evaluate(expression, above)
                 except UserError:  # a fork's own may have any value; only lines that read it are refused
                     values.pop(key, None)
-                if key not in read and key not in others:
+                if key not in {*read, *others}:
                     others.append(key)
                     if hint := nearest(key, known, MISSPELLED):
                         raise UserError(f"unknown setting {shown(key)}{hint}")
@@ -254,6 +259,12 @@ def _assigned(statement: ast.stmt, known: Mapping[str, Field]) -> list[tuple[str
     match statement:
         case ast.Assign(targets=targets, value=value) if all(isinstance(target, ast.Name) for target in targets):
             return [(target.id, value) for target in targets]
+        case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)) if all(
+            isinstance(target, ast.Name) for target in targets
+        ) and len(targets) == len(values):
+            return [(target.id, value) for target, value in zip(targets, values, strict=True)]
+        case ast.AugAssign(target=ast.Name(id=name) as target, op=op, value=value):
+            return [(name, ast.BinOp(target, op, value))]
         case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
             return [(name, value)]
         case ast.Expr(value=ast.Constant(value=str())):

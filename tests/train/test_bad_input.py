@@ -52,11 +52,12 @@ def refusal(here, start) -> Callable[..., str]:
 def test_what_a_config_file_holds_without_effect_is_said_first(here, start):
     """And the job is good, but for what the other tests change."""
     (here / "fork.py").write_text("lora_rank = 8\nsteps = 2e0\nlog_interval = steps\n")
-    status, out, err = start("fork.py")
+    status, out, err = start("fork.py", warmup_iters=5000)
     assert (status, err) == (0, "")
-    first, second, *rest = out.splitlines()
+    first, second, third, *rest = out.splitlines()
     assert first == "fork.py: names that are no settings here, left out: lora_rank"
-    assert second.startswith("fork.py over the defaults; dataset letters")
+    assert second.startswith("warmup_iters: 5000 is more than lr_decay_iters (20): the rate rises for 5000 steps")
+    assert third.startswith("fork.py over the defaults; dataset letters")
     assert "2 iterations done" in rest
     assert (here / "out" / "ckpt.pt").is_file()
 
@@ -71,7 +72,7 @@ SETTINGS = [
     ("--init_from=data/letters/train.bin", "init_from=data/letters/train.bin: .*config.json: missing"),
     ("--init_from=gpt2 --block_size=16", "init_from=gpt2: .*path of a model.safetensors"),
     ("--out_dir=data/letters/train.bin/deeper", "data/letters/train.bin is no folder that can be written"),
-    (f"--out_dir={'x' * 300}", "File name too long"),
+    (f"--out_dir={'x' * 300}", "out_dir: got 'x.*File name too long"),
     ("--wandb_log=True", "wandb_log: .* not installed; pip install 'nanofuse.wandb.'"),
     ("--tensorboard_log=True", "tensorboard_log: .* not installed; pip install 'nanofuse.tensorboard.'"),
     ("--block_size=3000", "data/letters/train.bin holds 3,000 tokens"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import resource
 import sys
@@ -89,6 +90,20 @@ def test_a_kill_inside_a_line_costs_that_line_alone(start, cut, left):
     with start.path.open("ab") as file:  # nor does what is no record
         file.write(b'[]\n3\nnull\n\xff\n{"kind": "iter"}\n{"kind": "iter", "iter": 1e999}\n' + b"[" * 10**5)
     assert losses(read_metrics(start.path)) == {i: float(i) for i in (*range(left), 3)}
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda path: path.parent.touch(),
+        lambda path: path.mkdir(parents=True),
+        lambda path: (path.parent.mkdir(), os.mkfifo(path)),
+    ],
+)
+def test_what_cannot_be_written(start, put):
+    put(start.path)
+    with pytest.raises(UserError, match=r"^out_dir: cannot write .*metrics.jsonl: [A-Za-z ]+$"):
+        start(resume_iter=0)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The loss curves: their content and format. They never make the end of a run fail."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -63,9 +64,19 @@ def test_a_run_alone(tmp_path):
     assert "prefers-color-scheme:dark" in text
 
 
-@pytest.mark.parametrize("records", [[iteration(0, 0.0)], [evaluation(0, 4.0, 4.0), iteration(5, None)]])
+HUGE = int("9" * 400)
+WILD = [
+    {"kind": "run", "iter": 0, "parameters": HUGE},
+    {"kind": "iter", "iter": 9},
+    *(iteration(i, loss) for i, loss in enumerate([None, 1.0, 1e308, HUGE])),
+    *(evaluation(i, *losses) for i, losses in [(HUGE, (1.0, 1.0)), (3, (-1e308, [1.0])), (-(10**30), ("x", 1e308))]),
+    {"kind": "eval", "iter": "5", "val_loss": 1.0},
+]
+
+
+@pytest.mark.parametrize("records", [[iteration(0, 0.0)], [evaluation(0, 4.0, 4.0), iteration(5, None)], WILD])
 @pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's
-def test_short_runs_have_a_picture_too(tmp_path, records):
+def test_odd_runs_have_a_picture_too(tmp_path, records):
     assert words(write_picture(tmp_path / "loss.svg", {"out": records}))
 
 
@@ -83,14 +94,19 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(make_run(tmp_path / "a" / "out", RECORDS).parent)
     main([])  # the folder "out"
     assert sorted(path.name for path in Path("out").iterdir()) == ["loss.png", METRICS]
-    make_run(Path("other"), EVALUATIONS)
-    main(["out", "other", "--out=both.svg"])
+    make_run(Path("oth\x1ber"), EVALUATIONS)
+    main(["out", "oth\x1ber", "--out=both.svg"])
     assert capsys.readouterr().out == "loss curve: out/loss.png\nloss curve: both.svg\n"
-    assert [text.split(",")[0] for text in words("both.svg") if "best" in text] == ["out", "other"]
+    assert [text.split(",")[0] for text in words("both.svg") if "best" in text] == ["out", r"oth\x1ber"]
     Path("link.svg").symlink_to("/dev/null")
+    make_run(Path("deep"), []).joinpath(METRICS).write_text('{"kind": "run", "iter": ' + "[" * 10**5)
+    os.mkfifo(make_run(Path("piped"), []) / "pipe")
+    os.replace("piped/pipe", Path("piped") / METRICS)
     for arguments, message in (
         (["--out=link.svg"], r"out: cannot write link.svg: it is .*, expected a regular file"),
         (["--out=loss.doc"], r"out: cannot write loss.doc: Format 'doc' is not supported .*png"),
+        (["deep"], r"metrics.jsonl: no losses yet in deep"),
+        (["piped"], r"out_dir: cannot read piped.metrics.jsonl: not a regular file"),
         (["nowhere"], r"out_dir: cannot read nowhere.metrics.jsonl: No such file or directory"),
         ([str(make_run(Path("begun"), [RUN]))], r"metrics.jsonl: no losses yet in begun"),
     ):

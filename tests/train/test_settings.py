@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -69,6 +70,13 @@ AT_LEAST_1 = (
         ("--learning_rate=1e999", "learning_rate: got inf, expected below 3.4e+38"),
         ("--seed=0x" + "f" * 6000, "seed: got a int, too large to be shown, expected below 9223372036854775808"),
         ("--batch_size=4097", "batch_size * block_size: got 4195328 tokens, expected at most 4194304"),
+        ("--batch_size=1000000000", "batch_size * block_size: got 1024000000000 tokens, expected at most 2684"),
+        ("--gradient_accumulation_steps=1000000", "gradient_accumulation_steps * batch_size * block_size: got"),
+        ("--gradient_accumulation_steps=10000000", "gradient_accumulation_steps: got 10000000, expected below 1048576"),
+        ("--min_lr=1" + "0" * 400, "min_lr: got inf, expected below"),
+        ("--seed=" + "1" * 9999, "seed: got '111"),
+        *((f"--device={name}", f"device: got {name!r}, expected auto, cpu") for name in ("foo", "cuda:x", "")),
+        *((f"--{name}=", f"{name}: got '', expected a name") for name in ("out_dir", "dataset", "init_from")),
         ("--n_layer=1000000", "n_layer: got 1000000, expected below 1025"),
     ],
     ids=lambda value: value[:40],
@@ -120,12 +128,15 @@ def test_help_lists_every_setting_and_preset_on_a_line_of_its_own(cls, capsys):
     [
         ("--help", 0, "usage: python -m train "),
         ("--dtype=bf16", 2, "error: dtype: got 'bf16', expected auto | float32 "),
+        ("--device=foo", 2, "error: device: got 'foo', expected auto, cpu, "),
+        ("--out_dir=", 2, "error: out_dir: got '', expected a name"),
+        ("--seed='\\d'", 2, "error: seed: got '\\\\d' (str), expected int"),  # without Python's warning
     ],
 )
 def test_help_and_refusals_come_before_torch_is_imported(argument, status, said, tmp_path):
     """Importing torch takes seconds. Here another module named torch comes first, and its import ends the process."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "PYTHONWARNINGS": "default"}
     argv = [sys.executable, "-m", "train", argument]
     done = subprocess.run(argv, cwd=tmp_path, env=env, timeout=60, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
@@ -203,7 +214,7 @@ def load(tmp_path):
 def executed(text: str) -> dict:
     """The settings that nanoGPT takes from a file: it runs it, with its defaults and its imports above."""
     assigned = {}
-    exec(text, {name: field.default for name, field in FIELDS.items()} | {"os": os}, assigned)
+    exec(text, {name: field.default for name, field in FIELDS.items()} | {"os": os, "math": math}, assigned)
     return {name: value for name, value in assigned.items() if name in FIELDS}
 
 
@@ -224,14 +235,19 @@ def test_every_preset_is_valid():
 
 
 AS_IN_PYTHON = (
-    "max_iters = (2 + 3) * 4 ** 2 // 3 - -1 + +2; lr_decay_iters = max_iters * 2; max_iters = max_iters + 1",
+    "max_iters = (2 + 3) * 4 ** 2 // 3 % 7 - -1 + +2; lr_decay_iters = max_iters * 2; max_iters = max_iters + 1",
     "learning_rate = 1 / 8; min_lr = learning_rate / 10; beta1 = 10 ** -3; dropout = float('0.5')",
     '"""doc"""\n# comment\n\nbias = True; compile = not bias\nbatch_size = (\n    4 *\n    5\n)\r\n',
     "",
     "n_embd: int = 64 if n_layer > 6 and not bias else 32; n_layer = bias and 3 or 5; n_head = n_layer and 2 or 9",
     "compile = 1 <= 1; eval_only = 3 >= 3; bias = dataset == 'openwebtext'; decay_lr = 1 < 1; wandb_log = 1 != 2",
     "out_dir = 'out-' + \"a\" 'b'; n_layer = 6\ndataset = f'out-{n_layer:02d}-{learning_rate:.0e}-{dataset}'",
-    "out_dir = str(int(3.7)) + str(min(8, 6)); n_layer = n_head = max(4, 2)",
+    "out_dir = str(int(3.7)) + str(min(8, 6)); n_layer = n_head = max(4, 2); n_layer += n_head; n_embd = abs(-6)",
+    "beta1, beta2 = 0.5, 0.75; beta1, beta2 = beta2, beta1; x, n_layer = print, 2; max_iters *= 2",
+    "out_dir = 'out-%d-%s' % (n_layer, dataset); dataset = '%05.1f%%' % 1; x = '2024-%s'; wandb_run_name = x % 'a'",
+    "out_dir = '{{{:.2f}-{}}}'.format(1, 'b'); dataset = os.path.join('runs', str(round(2.5)))",
+    "n_layer = math.ceil(1.5); n_embd = int(math.sqrt(4096)); bias = 'z' in dataset; compile = 'z' not in dataset",
+    "x = None; compile = x is None; eval_only = x is not None",
     "lora_rank = 8; tags = [open(os.devnull), print]; batch_size = 3",  # a fork's: no settings, and of any kind
     "import numpy as np; from model import GPT; scale = np.sqrt(2); batch_size = 3",
     "import time; from datetime import datetime; out_dir = time.strftime('%Y') + datetime.now().strftime('%Y')",
@@ -246,11 +262,17 @@ BEST = "'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported
         *((text, executed(text)) for text in AS_IN_PYTHON),
         # and the types of settings, the machine's dtype
         ("max_iters = 1e5; eval_interval = 8 / 2", {"max_iters": 100_000, "eval_interval": 4}),
+        ("\ufeffwandb_run_name = 'ü\\d'", {"wandb_run_name": "ü\\d"}),  # without Python's warning
         (f"import torch\ndtype = {BEST}", {"dtype": "auto"}),
+        (
+            "dtype = 'float16' if device == 'cpu' or not torch.cuda.is_bf16_supported() else 'bfloat16'",
+            {"dtype": "auto"},
+        ),
         ("dtype = 'float16' if time.time() > 0 else 'bfloat16'", {"dtype": "float16"}),  # torch is not asked
         ("device = 'cuda' if torch.cuda.is_available() else 'cpu'", {"device": "cuda" if CUDA else "cpu"}),
     ],
 )
+@pytest.mark.filterwarnings("error::DeprecationWarning", "error::SyntaxWarning")
 def test_a_config_file_is_read_as_python_reads_it(text, expected, load):
     assert repr(load(text)) == repr(expected)
 
@@ -261,7 +283,9 @@ def test_a_config_file_is_read_as_python_reads_it(text, expected, load):
         ("batch_size = 9 / 2", "batch_size: got 4.5 (float), expected int"),
         ("seed = " + "9" * 9999, "not Python"),
         ("batch_size = (3 +\n    sum('a')\n)", "refused: sum('a'); expected values"),
-        ("batch_size, seed = 1, 2", "`name = value` lines"),
+        ("batch_size, seed.a = 1, 2", "`name = value` lines"),
+        ("batch_size, seed = [1, 2]", "`name = value` lines"),
+        ("learning_rate = (-8) ** 0.5", "learning_rate: got"),
         ("from base import *", "`name = value` lines"),
         ("from base import batch_size", "`name = value` lines"),
         # what has no value
@@ -272,10 +296,18 @@ def test_a_config_file_is_read_as_python_reads_it(text, expected, load):
         ("max_iters = 9 ** 9 ** 9 ** 9", "so large an exponent"),
         ("out_dir = 'a' * 9999", "* is for numbers"),
         ("out_dir = f'{1:9999999999}'", "so long a format"),
+        ("out_dir = '%9999999d' % 1", "plain fields"),
+        ("out_dir = '%*d' % (9999, 1)", "plain fields"),
+        ("x = '%9999999d'; out_dir = x % 1", "plain fields"),
+        ("out_dir = '{:9999999}'.format(1)", "plain fields"),
+        ("out_dir = '{:{}}'.format(1, 9999999)", "plain fields"),
+        ("seed = round(7, -10 ** 9)", "cannot be computed"),
         ("seed = 10; " + "seed = seed * seed; " * 60, "a whole number of more bits"),
         ("out_dir = 'a'; " + "out_dir = out_dir + out_dir; " * 60, "text of more than 1000 characters"),
         # what would run
         ("out_dir = ''.__class__", "refused"),
+        ("out_dir = '{0.__class__}'.format(1)", "plain fields"),
+        ("import os; out_dir = os.mkdir('ran')", "refused: os.mkdir('ran')"),
         ("wandb_run_name = str(time.time(open('ran', 'w')))", "refused: open('ran', 'w')"),
         ("if open('ran', 'w'): batch_size = 3", "refused"),
         ("batch_size[open('ran', 'w')] = 3", "refused"),
@@ -293,8 +325,10 @@ def test_a_config_file_is_refused_with_its_line_and_does_nothing(line, reason, l
 
 
 def test_names_that_are_no_settings_are_noted_but_slips_are_refused(load, tmp_path):
-    text = "lora_rank = 4\nlora_rank = 8\ntoks = 4096\ntags = [print]\nbatch_size = toks // 1024\nn_layers = n_layer\n"
-    with pytest.raises(UserError, match=r"mine\.py:6: unknown setting 'n_layers' \(did you mean n_layer\?\)"):
+    text = (
+        "lora_rank = 8; lora_rank = 9\ntokens = 4096\ntags = [print]\nbatch_size = tokens // 1024\nn_layers = n_layer\n"
+    )
+    with pytest.raises(UserError, match=r"mine\.py:5: unknown setting 'n_layers' \(did you mean n_layer\?\)"):
         load(text)
     path = tmp_path / "mine.py"
     path.write_text(text + "n_layer = n_layers\n")
