@@ -69,6 +69,7 @@ WORDS = st.text(st.sampled_from("ab'sl ré\n\t\u00a0\x1c生。\uff112½,.!_\u030
 
 
 @given(text=WORDS, size=st.integers(1, 20))
+@example(text="it's 'll  we'll\n\n x", size=1)
 @settings(max_examples=100, deadline=None)
 def test_bpe_in_pieces_is_bpe_of_the_whole(gpt2, text, size):
     with pytest.MonkeyPatch.context() as patch:
