@@ -6,7 +6,9 @@ import gzip
 import io
 import json
 import lzma
+import re
 import shutil
+import subprocess
 from pathlib import Path
 from unittest import mock
 
@@ -133,8 +135,12 @@ def read(path: Path, between: str = "") -> str:
 def test_another_encoding_is_named(tmp_path, data, said, pack):
     path = tmp_path / "a.txt"
     path.write_bytes(pack(data))
-    with pytest.raises(UserError, match=rf"a\.txt: {said}"):
+    with pytest.raises(UserError, match=rf"a\.txt: {said}") as caught:
         read(path)
+    if pack is bytes and (command := re.search("iconv .*NEW", str(caught.value))):
+        names = {"OLD": path, "NEW": tmp_path / "new.txt"}
+        subprocess.run(re.sub("OLD|NEW", lambda name: str(names[name[0]]), command[0]), shell=True, check=True)
+        assert read(names["NEW"]) in ("Gemüt\n", "生存还是毁灭。", "生存")
 
 
 def test_a_damaged_gzip_file_is_named(tmp_path):
