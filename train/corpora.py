@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.errors import UserError, first_line, quoted
+from train.files import read_regular, replacing
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-MAX_TEXT = 1 << 24  # bytes of a download
+MAX_TEXT = 1 << 24  # bytes of the text of a corpus
 TIMEOUT = 30  # seconds without a byte until a download is given up
 
 # Folders of the standard library that are left out: without text to learn from, or not in all of Debian's packages
@@ -94,17 +95,14 @@ def _parts(text: str, seen: set[str]) -> Iterator[str]:
 
 
 def shakespeare_text() -> bytes:
-    """TinyShakespeare, downloaded. UserError if that fails, and for another text."""
+    """TinyShakespeare, downloaded. UserError if that fails."""
     remedy = "put the file into the dataset's folder as input.txt and run again"
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=TIMEOUT) as response:
-            data = response.read(MAX_TEXT)
+            return response.read(MAX_TEXT)
     except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise UserError(f"{SHAKESPEARE_URL}: cannot be downloaded ({first_line(reason)}); {remedy}") from None
-    if (found := hashlib.sha256(data).hexdigest()) != SHAKESPEARE_SHA256:
-        raise UserError(f"{SHAKESPEARE_URL}: sha256 is {found}, expected {SHAKESPEARE_SHA256}; {remedy}")
-    return data
 
 
 def openwebtext() -> dict[str, Any]:
@@ -124,12 +122,27 @@ def openwebtext() -> dict[str, Any]:
 class Corpus(NamedTuple):
     tokenizer: str  # what `--tokenizer=auto` stands for
     text: Callable[[], bytes] | None  # makes or downloads it; None: documents instead of a text, `openwebtext`
+    sha256: str = ""  # of the text; empty: of what `text` makes
+
+    def fetch(self, path: Path) -> None:
+        """Make or download the text as `path`, unless it is there. UserError if that fails, or for another text."""
+        there = os.path.lexists(path)
+        try:
+            data = read_regular(path, MAX_TEXT) if there else self.text()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        expected = self.sha256 or hashlib.sha256(self.text() if there else data).hexdigest()
+        if (found := hashlib.sha256(data).hexdigest()) != expected:
+            raise UserError(f"{path}: the text's sha256 is {found}, expected {expected}; put the corpus's own there")
+        if not there:
+            with replacing(path) as file:
+                file.write(data)
 
 
 CORPORA = {
     "docs": Corpus("char", lambda: docs_text().encode()),  # what every Python ships: its reference and docstrings
-    "shakespeare_char": Corpus("char", shakespeare_text),  # by character
-    "shakespeare": Corpus("gpt2", shakespeare_text),  # by GPT-2's tokens
+    "shakespeare_char": Corpus("char", shakespeare_text, SHAKESPEARE_SHA256),  # by character
+    "shakespeare": Corpus("gpt2", shakespeare_text, SHAKESPEARE_SHA256),  # by GPT-2's tokens
     "openwebtext": Corpus("gpt2", None),  # 8 million web pages, by GPT-2's tokens; 54 GB of cache
 }
 
@@ -141,7 +154,14 @@ def dataset_folder(name: str) -> Path:
     return path if named else Path("data") / path
 
 
-def how_to_make(folder: Path) -> str:
-    """The command that makes the dataset in `folder`. FILE ... stands for the user's text."""
-    name = folder.name if folder.parent == Path("data") else str(folder)
-    return f"python -m train.prepare {name if name in CORPORA else f'FILE ... --dataset={quoted(name)}'}"
+def how_to_make(folder: Path, tokenizer: str | None = None) -> str:
+    """The command that makes the dataset in `folder`, with this tokenizer if it is one. FILE ... stands for the user's
+    text."""
+    name, usual = folder.name if folder.parent == Path("data") else str(folder), "char"
+    if name in CORPORA:
+        what, usual = name, CORPORA[name].tokenizer
+    else:
+        text = folder / "input.txt"
+        what = f"{quoted(text) if os.path.isfile(text) else 'FILE ...'} --dataset={quoted(name)}"
+    other = f" --tokenizer={tokenizer}" if tokenizer in ("char", "byte", "gpt2") and tokenizer != usual else ""
+    return f"python -m train.prepare {what}{other}"

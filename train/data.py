@@ -1,8 +1,8 @@
 """A prepared dataset, and the batches drawn from it.
 
 train.bin and val.bin are flat little-endian arrays of token ids; meta.json describes them, and has their checksums.
-nanoGPT's folders are read as they are: with a meta.pkl, by an unpickler that runs nothing; without any meta, as GPT-2
-BPE in uint16.
+nanoGPT's folders are read as they are: with a meta.pkl, by an unpickler that runs nothing (`metapickle.py`); without
+any meta, as GPT-2 BPE in uint16.
 
 A batch depends on (seed, step, rank) and on nothing else. So there is no position in the data to save, and a resumed
 run gets the batches that it would have had. The start offsets of a step are drawn once, without replacement, for the
@@ -31,6 +31,7 @@ import torch
 from train.corpora import CORPORA, dataset_folder, how_to_make
 from train.errors import UserError, shown
 from train.files import open_regular
+from train.metapickle import digest
 from train.settings import nearest
 from train.text import GPT2_TOKENS, Tokenizer, checked_meta, from_meta, padded_vocab_size, read_meta
 
@@ -84,12 +85,14 @@ class Dataset:
                 known = f"the {expected:,} of meta.json" if expected else "one or more"
                 raise UserError(
                     f"{path}: {count:,} tokens and {rest} bytes, expected {known}, {dtype.itemsize} bytes each: it was "
-                    f"cut short, or it is another file; make it again with: {how_to_make(self.folder)}"
+                    f"cut short, or it is another file; make it again with: {self._how()}"
                 )
             return np.memmap(file, dtype=dtype, mode="r")
         except OSError as error:
-            how = how_to_make(self.folder)
-            raise UserError(f"{path}: cannot be read: {error.strerror}; make it with: {how}") from None
+            raise UserError(f"{path}: cannot be read: {error.strerror}; make it with: {self._how()}") from None
+
+    def _how(self) -> str:
+        return how_to_make(self.folder, self.meta.get("tokenizer"))
 
     def split(self, name: Split) -> np.memmap:
         return self.train if name == "train" else self.val
@@ -123,6 +126,12 @@ class Dataset:
                     f"block_size={block_size}: {self.path(name)} holds {len(tokens):,} tokens, expected at least "
                     f"{block_size + 1:,}"
                 )
+            ids = tokens[:SCAN_TOKENS]
+            if sums is None and len(ids) > 1 and ids.any() and not ids[1::2].any():
+                raise UserError(
+                    f"{self.path(name)}: every second token is 0, as where the file has ids of more than "
+                    f"{8 * ids.itemsize} bits; expected {self.meta['dtype']} for vocab_size={self.n_vocab}"
+                )
             count = sums["bytes"] // tokens.itemsize if sums else SCAN_TOKENS
             end = len(tokens) if whole else min(len(tokens), SCAN_BYTES // tokens.itemsize)
             for i, start in enumerate(range(0, end, count)):
@@ -131,7 +140,7 @@ class Dataset:
                 if sums and sums[name][i : i + 1] != [zlib.crc32(ids)]:
                     raise UserError(
                         f"{self.path(name)}: damaged, or another file: tokens {start:,} to {start + count:,} do not "
-                        f"match the checksum in meta.json; make it again with: {how_to_make(self.folder)}"
+                        f"match the checksum in meta.json; make it again with: {self._how()}"
                     )
         return sums is not None
 
@@ -198,6 +207,9 @@ def unnamed_tokenizer(vocab_size: int) -> dict[str, Any]:
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """How two tokenizers differ, each as in meta.json; "" if they are the same. An equal size is not enough."""
     kinds, sizes = (there.get("tokenizer"), here.get("tokenizer")), (there["vocab_size"], here["vocab_size"])
+    tables = [digest(dict(enumerate(it["chars"]))) if "chars" in it else it.get("table") for it in (there, here)]
+    if None in kinds and None not in tables:
+        return "" if tables[0] == tables[1] else "the tables of tokens are two different ones"
     if None in kinds:  # only sizes can be compared; if both are unknown, the model may have more tokens than the data
         fits = sizes[0] == sizes[1] or max(sizes) == padded_vocab_size(min(sizes)) or kinds == (None, None)
         return "" if fits else f"{sizes[0]} different tokens there, {sizes[1]} here"

@@ -102,12 +102,16 @@ def main(argv: list[str] | None = None) -> None:
         model = from_checkpoint(checkpoint)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+    meta: dict[str, Any] = {}
     try:
-        tokenizer = from_meta(checkpoint_tokenizer(checkpoint), config.bpe_dir or None, model.config.vocab_size)
+        meta = checkpoint_tokenizer(checkpoint)
+        tokenizer = from_meta(meta, config.bpe_dir or None, model.config.vocab_size)
         files = tokenizer_files(tokenizer, model.config.block_size)
         said = f"its tokenizer ({tokenizer.name}), too: transformers.AutoTokenizer.from_pretrained({str(folder)!r})"
     except UserError as error:  # GPT-2's needs a download; nanoGPT's checkpoints name only their dataset
         files, said = {}, f"without a tokenizer: {error}"
+        if "table" in meta:  # a table of words: it tells which data the weights belong to
+            files["meta.json"] = {name: meta[name] for name in ("vocab_size", "table")}
     try:
         with making_folder(folder), staging_folder(folder) as staging:
             export_gpt2(model, staging)

@@ -23,7 +23,7 @@ import numpy as np
 
 from train.corpora import CORPORA, dataset_folder, openwebtext
 from train.errors import UserError, one_line, quoted, run, shown
-from train.files import checksums, making_folder, replace_together, replacing, staging_folder
+from train.files import checksums, making_folder, replace_together, staging_folder
 from train.settings import command_line, nearest, setting
 from train.text import (
     END_OF_TEXT,
@@ -47,6 +47,7 @@ Then: python -m train --dataset=DATASET"""
 FILES = ("train.bin", "val.bin", "meta.json", "meta.pkl")
 CHECKSUM_BYTES = 1 << 24  # bytes of a token file that one checksum is of
 DOCUMENTS = 500  # of OpenWebText, encoded together
+DEFAULT_BLOCK_SIZE = 256  # the longest sequence of the default jobs, docs and docs_cpu
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("train", "val"):
         print(one_line(f"{dataset_folder(dataset) / name}.bin: {meta[f'{name}_tokens']:,} tokens"))
     print(f"vocabulary: {meta['vocab_size']:,} ({meta['tokenizer']}); text sha256 {meta['sha256']}")
-    print(f"{time.monotonic() - start:.1f} s; train on it with: python -m train --dataset={quoted(dataset)}")
+    command, shortest = f"python -m train --dataset={quoted(dataset)}", min(meta["train_tokens"], meta["val_tokens"])
+    if shortest <= DEFAULT_BLOCK_SIZE:  # sequences must fit into the smaller part
+        command += f" --block_size={min(shortest - 1, 64)}"
+    print(f"{time.monotonic() - start:.1f} s; train on it with: {command}")
 
 
 def prepare(sources: list[str], config: PrepareConfig) -> tuple[str, dict[str, Any]]:
@@ -109,10 +113,7 @@ def prepare(sources: list[str], config: PrepareConfig) -> tuple[str, dict[str, A
             return dataset, write_openwebtext(folder, coder)
         if name:
             files = [folder / "input.txt"]
-            if not os.path.lexists(files[0]):  # as nanoGPT does: a text that is there is taken
-                data = CORPORA[name].text()
-                with replacing(files[0]) as file:
-                    file.write(data)
+            CORPORA[name].fetch(files[0])
         return dataset, write_dataset(folder, files, coder, config.val_fraction)
 
 
@@ -128,9 +129,7 @@ def text_files(sources: list[str]) -> list[Path]:
         raise UserError(f"nothing to prepare: expected a name ({', '.join(CORPORA)}) or text files")
     files: list[Path] = []
     for source in sources:
-        inside = [Path(source)]
-        if os.path.isdir(source):
-            inside = sorted(path for path in Path(source).rglob("*") if _is_text(path, source))
+        inside = sorted(_below(source)) if os.path.isdir(source) else [Path(source)]
         if not inside:
             raise UserError(f"{shown(source)}: no files in this folder, expected text files")
         if not os.path.isfile(inside[0]):
@@ -140,9 +139,16 @@ def text_files(sources: list[str]) -> list[Path]:
     return files
 
 
-def _is_text(path: Path, folder: str) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return not hidden and path.name not in FILES and os.path.isfile(path)
+def _below(folder: str) -> Iterator[Path]:
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"{shown(error.filename)}: cannot be read: {error.strerror}")
+
+    for where, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(where, name)
+            if not name.startswith(".") and name not in FILES and os.path.isfile(path):
+                yield path
 
 
 def default_name(source: str) -> str:
@@ -233,7 +239,10 @@ def write_dataset(folder: Path, paths: Sequence[Path], coder: Tokenizer | None, 
         coder = coder or CharTokenizer([chr(code) for code in np.flatnonzero(alphabet)])
         parts = split_at(reading(digest), int(length * (1 - val_fraction)), between)
         tokens = in_order(coder.encode_array, parts)
-        return write_tokens(folder, coder, tokens, digest, sources=sources_of(paths))
+        try:
+            return write_tokens(folder, coder, tokens, digest, sources=sources_of(paths))
+        except ValueError:  # a character that the first pass did not meet
+            raise UserError(f"{named}: changed while being read; run again") from None
 
 
 def write_tokens(

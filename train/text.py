@@ -5,6 +5,7 @@ GPT-2's merges come with tiktoken, which downloads them on first use. Without a 
 case the file must have the sha256 that tiktoken itself demands.
 """
 
+import codecs
 import functools
 import gzip
 import hashlib
@@ -12,7 +13,6 @@ import importlib.util
 import io
 import json
 import os
-import pickle
 import re
 import zlib
 from abc import ABC, abstractmethod
@@ -26,9 +26,10 @@ import tiktoken
 
 from train.errors import UserError, shown
 from train.files import open_regular, read_regular
+from train.metapickle import read_meta_pickle
 
 CHUNK = 1 << 20  # characters read at once
-MAX_META = 64 << 20  # bytes of a meta.json or meta.pkl
+MAX_META = {".json": 64 << 20, ".pkl": 16 << 20}  # bytes
 
 GPT2_TOKENS = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
 END_OF_TEXT = "<|endoftext|>"
@@ -42,7 +43,19 @@ SPELLING = {byte: chr(byte) for byte in range(256)} | {byte: chr(256 + n) for n,
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 ENCODER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
 
-ICONV = "-t UTF-8 OLD > NEW makes it"
+ICONV = "iconv -f {} -t UTF-8 OLD > NEW makes it"
+UNPACK = "expected UTF-8 text: unpack it first"
+UTF16 = f"UTF-16, expected UTF-8 text: {ICONV.format('UTF-16')}"
+SIGNATURES = {  # first bytes of files that are not UTF-8 text: what such a file is, and what helps
+    codecs.BOM_UTF32_LE: f"UTF-32, expected UTF-8 text: {ICONV.format('UTF-32')}",  # before UTF-16, which begins it
+    codecs.BOM_UTF16_LE: UTF16,
+    codecs.BOM_UTF16_BE: UTF16,
+    b"PK\x03\x04": f"a zip archive, {UNPACK}",
+    b"BZh": f"packed by bzip2, {UNPACK}",
+    b"\xfd7zXZ": f"packed by xz, {UNPACK}",
+    b"\x28\xb5\x2f\xfd": f"packed by zstd, {UNPACK}",
+}
+ZEROS = "zero bytes, as in UTF-16 or in a file that is no text, expected UTF-8 text"
 # All up to the end of the last word that a space or newline follows. No word of GPT-2's BPE goes on there.
 WORDS = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
@@ -77,9 +90,11 @@ def _pieces(path: Path, file: BinaryIO, between: str, raw: bool) -> Iterator[str
     has_lines = path.name.lower().endswith((".jsonl", ".jsonl.gz"))
     if raw and not has_lines:
         text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-    elif b"\0" in file.peek(4096):  # UTF-16 often is valid UTF-8
-        raise UserError(f"{path}: zero bytes, expected UTF-8 text; if it is UTF-16: iconv -f UTF-16 {ICONV}")
     else:
+        head = file.peek(4096)
+        found = next((found for signature, found in SIGNATURES.items() if head.startswith(signature)), "")
+        if found or b"\0" in head:  # UTF-16 without a mark often is valid UTF-8
+            raise UserError(f"{path}: {found or ZEROS}")
         text = io.TextIOWrapper(file, "utf-8-sig")
     try:
         yield from _documents(path, text, between) if has_lines else iter(functools.partial(text.read, CHUNK), "")
@@ -87,7 +102,7 @@ def _pieces(path: Path, file: BinaryIO, between: str, raw: bool) -> Iterator[str
         at = file.tell() - len(error.object) + error.start
         raise UserError(
             f"{path}: byte {at:,} is not UTF-8 ({error.reason}), expected UTF-8 text; "
-            f"if it is Latin-1: iconv -f ISO-8859-1 {ICONV}"
+            f"if it is Latin-1: {ICONV.format('ISO-8859-1')}"
         ) from None
 
 
@@ -223,6 +238,9 @@ class GPT2Tokenizer(Tokenizer):
     def __init__(self, bpe_dir: str | Path | None = None) -> None:
         self._bpe = gpt2_encoding(bpe_dir)
 
+    def encode(self, text: str) -> list[int]:
+        return self._bpe.encode(text, allowed_special={END_OF_TEXT})  # takes lone surrogates, too
+
     def encode_array(self, text: str) -> np.ndarray:
         """Releases the GIL."""
         return self._bpe.encode_to_numpy(text, allowed_special={END_OF_TEXT})
@@ -296,37 +314,13 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        data = read_regular(path, MAX_META)
-        return checked_meta(_from_pickle(data) if path.suffix == ".pkl" else json.loads(data))
+        data = read_regular(path, MAX_META[path.suffix])
+        return checked_meta(read_meta_pickle(data) if path.suffix == ".pkl" else json.loads(data))
     except OSError as error:
         reason = error.strerror
     except (ValueError, RecursionError) as error:
         reason = str(error)
     raise UserError(f"{path}: cannot be read: {reason}")
-
-
-class _PlainValues(pickle.Unpickler):
-    """Runs nothing. A pickle can ask for any class or function by name, and call it. nanoGPT's asks for none."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise ValueError(f"it asks for {module}.{name}, expected plain values; a meta.json can take its place")
-
-
-def _from_pickle(data: bytes) -> Any:
-    """nanoGPT's meta.pkl, {vocab_size, itos, stoi}, in the form of meta.json. ValueError if it cannot be read.
-
-    Training needs the size alone. A table of anything but characters costs the samples of text.
-    """
-    try:
-        meta = _PlainValues(io.BytesIO(data)).load()
-        found = {name: meta[name] for name in ("vocab_size", "dtype") if name in meta}
-    except Exception as error:  # an unpickler fed with garbage raises almost anything
-        raise ValueError(f"not a pickle that can be read ({type(error).__name__}: {error})") from None
-    try:
-        itos = meta["itos"]
-        return checked_meta(found | {"tokenizer": "char", "chars": [itos[i] for i in range(len(itos))]})
-    except (LookupError, TypeError, ValueError):
-        return found
 
 
 def checked_meta(meta: Any) -> dict[str, Any]:

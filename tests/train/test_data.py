@@ -1,5 +1,6 @@
 """Token files, and batches from them."""
 
+import collections
 import json
 import os
 import pickle
@@ -61,25 +62,45 @@ class Evil:
         return os.mkdir, ("pickle-was-run",)
 
 
-NANOGPTS = {"vocab_size": 50, "itos": dict(enumerate(CHARS)), "stoi": {char: i for i, char in enumerate(CHARS)}}
+class Pointer:
+    """A scalar of numpy whose bytes are an address."""
+
+    def __reduce__(self):
+        return np.int64(0).__reduce__()[0], (np.dtype("O"), bytes(range(8)))
+
+
+ITOS = dict(enumerate(CHARS))
+STOI = {char: i for i, char in ITOS.items()}
+NANOGPTS = {"vocab_size": 50, "itos": ITOS, "stoi": STOI}
 
 
 @pytest.mark.parametrize(
-    ("changes", "known"),
+    ("meta", "size", "known"),
     [
-        ({}, True),
-        ({"itos": CHARS, "vocab_size": 64}, True),
-        ({"itos": [f"word{i}" for i in range(50)]}, False),
-        ({"itos": NANOGPTS["itos"] | {51: "!"}}, False),  # a hole
-        ({"itos": [*CHARS, "!"]}, False),  # more than vocab_size
-        ({"itos": None, "dtype": "uint32"}, False),
+        (NANOGPTS, 50, True),
+        ({"vocab_size": np.int32(64), "itos": {np.int32(i): np.str_(char) for i, char in ITOS.items()}}, 64, True),
+        ({"vocab_size": None, "itos": collections.OrderedDict(ITOS), "stoi": STOI}, 50, True),
+        ({"vocab_size": "50", "itos": None, "stoi": collections.defaultdict(int, STOI)}, 50, True),
+        ({"vocab_size": np.int64(50), "itos": np.array(CHARS), "stoi": collections.Counter(STOI)}, 50, True),
+        ({"itos": tuple(CHARS)}, 50, True),
+        ({"itos": [f"word{i}" for i in range(50)]}, 50, False),
+        ({"vocab_size": 50}, 50, False),
+        ({"vocab_size": 50, "itos": {**ITOS, 0: None}}, 50, False),
+        ({"vocab_size": 50, "itos": {**ITOS, 1: "A"}}, 50, False),  # twice the same
+        ({"itos": {**ITOS, 51: "!"}}, 52, False),  # a hole
+        ({"vocab_size": 50, "itos": [*CHARS, "!"]}, 50, False),  # more than vocab_size
+        ({"vocab_size": 50, "itos": Evil(), "tokenizer": Path("a")}, 50, False),
+        ({"vocab_size": 50, "itos": {**ITOS, 0: Pointer()}}, 50, False),
+        ({"vocab_size": 50, "dtype": "uint32"}, 50, False),
     ],
 )
-def test_nanogpts_meta(tmp_path, changes, known):
-    """Training needs the size alone. Another table than one of characters costs the sampling of text."""
-    meta = NANOGPTS | changes
-    dataset = Dataset(make(tmp_path, pickle.dumps(meta)))
-    assert (dataset.vocab_size, dataset.train.dtype) == (meta["vocab_size"], meta.get("dtype", "uint16"))
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_meta_pickles_of_forks(tmp_path, monkeypatch, meta, size, known, protocol):
+    """Training needs the size alone. What is not understood costs the sampling of text. Nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    dataset = Dataset(make(tmp_path, pickle.dumps(meta, protocol)))
+    assert (dataset.vocab_size, type(dataset.vocab_size), dataset.train.dtype) == (size, int, meta.get("dtype", "<u2"))
+    assert not Path("pickle-was-run").exists()
     if known:
         assert dataset.tokenizer().encode("BAD") == [1, 0, 3]
     else:
@@ -87,10 +108,29 @@ def test_nanogpts_meta(tmp_path, changes, known):
             dataset.tokenizer()
 
 
+HUGE, NESTED = (1 << 60).to_bytes(8, "little"), b"\x80\x02}N"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"}p%d\n." % (1 << 60),  # an index
+        *(b"\x80\x05" + opcode + HUGE + b"a." for opcode in (b"\x8e", b"\x95", b"\x96")),  # lengths
+        NESTED + b"\x85" * 100_000 + b"K\x01s.",  # a key that is a tuple of a tuple of a tuple ...
+        NESTED + b"2\x86" * 100 + b"K\x01s.",  # of two equal ones, of two equal ones, ...
+        b"}X\x0a\0\0\0vocab_size\x8b" + (9999).to_bytes(4, "little") + b"\x7f" * 9999 + b"s.",  # a long number
+    ],
+    ids=range(7),
+)
+def test_a_pickle_that_would_take_all_memory_or_the_stack_is_refused(tmp_path, data):
+    with pytest.raises(UserError, match=r"meta\.pkl: cannot be read"):
+        Dataset(make(tmp_path, data))
+
+
 @pytest.mark.parametrize(
     ("meta", "said"),
     [
-        (pickle.dumps(NANOGPTS | {"itos": Evil()}), "it asks for posix.mkdir, expected plain values; a meta.json"),
+        (pickle.dumps({"vocab_size": Evil()}), "vocab_size"),
         (pickle.dumps(NANOGPTS)[:-3], "not a pickle"),
         (pickle.dumps([50]), "vocab_size"),
         ("{", "Expecting"),
@@ -127,6 +167,14 @@ def test_a_malformed_meta_is_refused(tmp_path, monkeypatch, meta, said):
         ({"vocab_size": 50}, [*range(50)] * 7 + [50, 50], "<u2", "token 50 at position 350, .*vocab_size=50"),
         ({"vocab_size": 50}, [], "<u2", "0 tokens and 0 bytes, expected one or more, 2 bytes each"),
         ({"vocab_size": 50}, [1], "<u2", "block_size=1: .* holds 1 tokens, expected at least 2"),
+        (
+            {"vocab_size": 50_257, "tokenizer": "gpt2"},
+            [1, 2, 3],
+            "<u4",
+            "every second token is 0, .* expected uint16 for",
+        ),
+        (CHAR_META, [1, 2, 3], "<u4", "every second token is 0, .* expected uint16 for vocab_size=50"),
+        ({"vocab_size": 100_277}, [1, 2, 3], "<u8", "every second token is 0, .* expected uint32"),
         ({"vocab_size": 50, "train_tokens": 3}, [1, 2], "<u2", r"2 tokens .* expected the 3 of meta\.json"),
     ],
 )

@@ -17,6 +17,7 @@ import pytest
 
 from train import corpora, prepare
 from train import text as texts
+from train.config import compose, parse
 from train.corpora import dataset_folder
 from train.data import Dataset
 from train.errors import UserError
@@ -45,7 +46,9 @@ def play(tmp_path, tmp_path_factory, monkeypatch) -> Path:
     source = tmp_path_factory.mktemp("network") / "play.txt"
     source.write_text(PLAY)
     monkeypatch.setattr(corpora, "SHAKESPEARE_URL", source.as_uri())
-    monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY.encode()).hexdigest())
+    for name in ("shakespeare", "shakespeare_char"):
+        corpus = corpora.CORPORA[name]._replace(sha256=hashlib.sha256(PLAY.encode()).hexdigest())
+        monkeypatch.setitem(corpora.CORPORA, name, corpus)
     return source
 
 
@@ -83,7 +86,8 @@ def test_files_are_encoded_one_after_the_other(monkeypatch, capsys, tokenizer):
     said = capsys.readouterr().out
     assert f"data/a/train.bin: {len(ids[0]):,} tokens" in said
     assert hashlib.sha256(text if tokenizer == "byte" else text.encode()).hexdigest() in said
-    assert said.endswith("train on it with: python -m train --dataset=a\n")
+    command = "train on it with: python -m train --dataset=a"
+    assert said.endswith(f"{command} --block_size=64\n" if len(ids[1]) <= 256 else f"{command}\n")
 
 
 def test_nanogpt_reads_the_folder():
@@ -164,11 +168,27 @@ def test_the_command_that_makes_a_missing_dataset(name, said):
     Path("a.txt").write_text(TEXT)
     Path("data", "my poems").mkdir(parents=True)
     there = dataset_folder(name.replace("ABSOLUTE", os.getcwd()))
-    for missing in (said, r"val\.bin: cannot be read: No such file or directory; "):
-        with pytest.raises(UserError, match=f"{missing}make it with: python -m train.prepare FILE ...") as caught:
+    missing = r"val\.bin: cannot be read: No such file or directory; "
+    for expected, tokenizer in ((said, "char"), (missing, "char"), (missing, "byte")):
+        with pytest.raises(UserError, match=f"{expected}make it with: ") as caught:
             Dataset(there)
-        run("a.txt", *shlex.split(str(caught.value).rpartition("FILE ... ")[2]))
+        command = str(caught.value).rpartition("python -m train.prepare ")[2]
+        assert command.startswith("FILE ... " if expected == said else shlex.quote(str(there / "input.txt")))
+        run(*shlex.split(command.replace("FILE ...", "a.txt")))
+        assert Dataset(there).meta["tokenizer"] == tokenizer
+        (there / "input.txt").write_text(TEXT)  # nanoGPT's place for the text
+        if expected == missing and tokenizer == "char":
+            run("a.txt", f"--dataset={there}", "--tokenizer=byte")
         Dataset(there).path("val").unlink()
+
+
+@pytest.mark.parametrize("size", [20, 2560, 2600])
+def test_the_command_that_trains_on_a_dataset_works(capsys, size):
+    Path("a b.txt").write_text("To be, or not to be\n" * (size // 20))
+    run("a b.txt")
+    (command,) = re.findall("train on it with: python -m train (.*)", capsys.readouterr().out)
+    config = compose(parse(shlex.split(command)), parse(["docs"]).settings)
+    Dataset(dataset_folder(config.dataset)).check(config.block_size)
 
 
 def test_check_reads_all_of_a_dataset(capsys):
@@ -220,6 +240,29 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, arguments, messag
     assert not Path("data").exists()
 
 
+def test_a_file_that_changes_while_it_is_read(monkeypatch):
+    Path("a.txt").write_text("ab" * 1000)
+    pieces = mock.Mock(side_effect=[iter(["ab" * 1000]), iter(["ac" * 1000])])
+    monkeypatch.setattr(prepare, "read_text", pieces)
+    with pytest.raises(UserError, match=r"a\.txt: changed while being read; run again"):
+        run("a.txt")
+    assert not Path("data").exists()
+
+
+def test_a_folder_that_cannot_be_read_is_named(monkeypatch):
+    Path("poems/b").mkdir(parents=True)
+    Path("poems/a.txt").write_text(TEXT)
+    scan = os.scandir
+
+    def scandir(path):
+        return scan(path) if os.path.basename(path) != "b" else scan("nowhere")
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"nowhere.: cannot be read: No such file or directory"):
+        run("poems")
+    assert not Path("data").exists()
+
+
 @pytest.mark.parametrize("failing", [1, 2, 3, 4])
 def test_after_an_end_between_two_renames_there_is_no_mixture(monkeypatch, failing):
     """And what a killed process left is removed, what a living one uses is not."""
@@ -257,9 +300,8 @@ def test_shakespeare_is_downloaded_once(play):
     with pytest.raises(UserError, match=r"make it with: python -m train\.prepare shakespeare_char$"):
         Dataset("data/shakespeare_char")
     assert whole_text(make("shakespeare_char")) == PLAY
-    play.unlink()  # what lies there is taken, as nanoGPT does
-    Path("data/shakespeare_char/input.txt").write_text(TEXT)
-    assert whole_text(make("shakespeare_char")) == TEXT
+    play.unlink()  # what lies there is not downloaded
+    assert whole_text(make("shakespeare_char")) == PLAY
     with pytest.raises(UserError, match=r"cannot be downloaded \(.*; put the file into"):
         make("shakespeare")
     play.write_text("another play")
@@ -268,6 +310,16 @@ def test_shakespeare_is_downloaded_once(play):
     assert os.listdir("data") == ["shakespeare_char"]
     play.write_text(PLAY)
     assert make("shakespeare").tokenizer().name == "gpt2"
+
+
+@pytest.mark.parametrize("name", ["docs", "shakespeare"])
+def test_another_text_under_the_name_of_a_corpus_stays(name):
+    path = Path("data", name, "input.txt")
+    path.parent.mkdir(parents=True)
+    path.write_text(TEXT)
+    with pytest.raises(UserError, match=r"input\.txt: the text's sha256 is .* expected .*; put the corpus's own there"):
+        make(name)
+    assert tree() == {str(path): TEXT.encode()}
 
 
 class Documents(list):

@@ -1,5 +1,6 @@
 """Weights and data are paired by their tokenizer, never by size; losses are compared if they are of the same data."""
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -12,12 +13,15 @@ from tests.train.runs import CONSTANT, iterations, last, logged, refusal, resume
 from train.checkpoint import held
 from train.data import checkpoint_tokenizer, difference, unnamed_tokenizer
 from train.export import main as export
+from train.metapickle import read_meta_pickle
 
 BYTES = {"vocab_size": 256, "tokenizer": "byte"}
 ABC = {"vocab_size": 3, "tokenizer": "char", "chars": list("abc")}
 
 
 GPT2 = {"vocab_size": 50257, "tokenizer": "gpt2"}
+WORDS, OTHERS = (read_meta_pickle(pickle.dumps({"itos": words})) for words in (["to", "be", "or"], ["be", "to", "or"]))
+TWO_TABLES = "the tables of tokens are two different ones"
 
 
 @pytest.mark.parametrize(
@@ -32,6 +36,10 @@ GPT2 = {"vocab_size": 50257, "tokenizer": "gpt2"}
         (unnamed_tokenizer(65), ABC, "65 different tokens there, 3 here"),  # nanoGPT's, whose table is unknown
         (unnamed_tokenizer(64), ABC, ""),  # it may be padded
         (ABC, {"vocab_size": 3}, ""),
+        (WORDS, WORDS, ""),
+        (WORDS, OTHERS, TWO_TABLES),
+        (ABC, WORDS, TWO_TABLES),
+        (WORDS, {"vocab_size": 3}, ""),
         ({"vocab_size": 200}, {"vocab_size": 90}, ""),
     ],
 )
@@ -70,6 +78,18 @@ def test_a_run_goes_on_only_with_its_own_tokens(out):
     (make_data(Path("data/bare")) / "meta.json").write_text('{"vocab_size": 32}')
     resume(out, dataset="bare", max_iters=5)
     assert last(out)["nanofuse"]["tokenizer"]["chars"] == list(CHARS)  # a table that the data lacks is kept
+
+
+def test_words_are_told_apart_too(out):
+    for name, step in (("words", 1), ("other", -1)):
+        folder = make_data(Path("data", name))
+        (folder / "meta.json").unlink()
+        (folder / "meta.pkl").write_bytes(pickle.dumps({"itos": [f"word{i}" for i in range(32)][::step]}))
+    run(Path("of_words"), dataset="words", max_iters=2)
+    assert TWO_TABLES in refusal(resume, Path("of_words"), dataset="other")
+    export(["--out_dir=of_words", "--to=exported"])
+    assert TWO_TABLES in refusal(run, Path("new"), dataset="other", init_from="exported", bias=True)
+    assert resume(Path("of_words"), max_iters=3) == 0
 
 
 def test_nanogpts_checkpoint_has_the_tokenizer_of_its_dataset_if_that_is_here(out):

@@ -1,9 +1,14 @@
 """Text read in pieces, to ids and back, and where GPT-2's ranks come from."""
 
+import bz2
+import codecs
 import gzip
 import io
 import json
+import lzma
+import re
 import shutil
+import subprocess
 from pathlib import Path
 from unittest import mock
 
@@ -40,6 +45,7 @@ def test_known_ids(gpt2):
     assert gpt2.encode_ordinary("<|endoftext|>").tolist() == [27, 91, 437, 1659, 5239, 91, 29]
     undecoded = b"\xff!".decode("utf-8", "surrogateescape")  # what a command line could not decode
     assert ByteTokenizer().encode(undecoded) == [0xFF, ord("!")]
+    assert gpt2.decode(gpt2.encode(undecoded)) == "\ufffd!"
     assert CharTokenizer("b\udcffa").encode("a\udcff") == [2, 1]
     assert CharTokenizer("b\udcffa").decode([2, 1]) == "a?"
     assert ByteTokenizer().decode([0xC3]) == "\ufffd"
@@ -113,15 +119,28 @@ def read(path: Path, between: str = "") -> str:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ("Gemüt\n".encode("utf-16"), "zero bytes, expected UTF-8 text; if it is UTF-16: iconv -f UTF-16 -t UTF-8 OLD"),
+        *(
+            (text.encode(f"utf-{n}"), f"UTF-{n}, expected UTF-8 text: iconv -f UTF-{n} -t UTF-8 OLD > NEW makes it$")
+            for text in ("Gemüt\n", "生存还是毁灭。")
+            for n in (16, 32)
+        ),
+        (codecs.BOM_UTF16_BE + "生存".encode("utf-16-be"), "UTF-16, expected"),
+        ("Быть\n".encode("utf-16-be"), "zero bytes, as in UTF-16"),
+        (b"PK\x03\x04" + bytes(26), "a zip archive, expected UTF-8 text: unpack it first$"),
+        (bz2.compress(b"a"), "packed by bzip2, expected UTF-8 text: unpack it first$"),
+        (lzma.compress(b"a"), "packed by xz, expected"),
         ("Gemüt\n".encode("latin-1"), r"byte 3 is not UTF-8 \(invalid start byte\), .* Latin-1: iconv -f ISO-8859-1"),
     ],
 )
 def test_another_encoding_is_named(tmp_path, data, said, pack):
     path = tmp_path / "a.txt"
     path.write_bytes(pack(data))
-    with pytest.raises(UserError, match=rf"a\.txt: {said}"):
+    with pytest.raises(UserError, match=rf"a\.txt: {said}") as caught:
         read(path)
+    if pack is bytes and (command := re.search("iconv .*NEW", str(caught.value))):
+        names = {"OLD": path, "NEW": tmp_path / "new.txt"}
+        subprocess.run(re.sub("OLD|NEW", lambda name: str(names[name[0]]), command[0]), shell=True, check=True)
+        assert read(names["NEW"]) in ("Gemüt\n", "生存还是毁灭。", "生存")
 
 
 def test_a_damaged_gzip_file_is_named(tmp_path):
