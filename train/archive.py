@@ -17,6 +17,7 @@ from train.errors import first_line
 from train.files import open_regular
 
 ZIP64 = b"\x01\x00"  # how the only extra field begins that torch writes: sizes of archives over 4 GB
+MAX_VALUES = 5_000_000
 MAX_TUPLES = 50_000  # in one pickle: if each one holds the next, hashing more of them overflows the stack
 
 
@@ -65,12 +66,14 @@ def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 
 def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
-    """Of every tensor in nested dicts, lists and tuples. Each of those is visited once, however many hold it."""
-    waiting, seen = [tree], set()
+    """Of every tensor in nested dicts, lists and tuples. ValueError for lists that hold themselves, or others so often
+    that nobody could print them."""
+    waiting, visited = [tree], 0
     while waiting:
-        item = waiting.pop()
+        item, visited = waiting.pop(), visited + 1
+        if visited > MAX_VALUES:
+            raise ValueError(f"it holds more than {MAX_VALUES:,} values")
         if isinstance(item, torch.Tensor):
             yield item.untyped_storage()
-        elif isinstance(item, dict | list | tuple) and id(item) not in seen:
-            seen.add(id(item))
+        elif isinstance(item, dict | list | tuple):
             waiting += [*item, *item.values()] if isinstance(item, dict) else item
