@@ -37,16 +37,21 @@ def generate(
     The model is in eval mode from the first token until the iterator ends or is closed. Then it gets its old mode back.
     The call checks its arguments and raises ValueError. After the call, only reading a token waits for the device.
     """
+    vocab_size = model.config.vocab_size
+    n_vocab = vocab_size if n_vocab is None else n_vocab
+    fits = idx.dim() == 2 and idx.numel() > 0 and idx.dtype == torch.int64
     checked = (
+        ("idx", f"shape {tuple(idx.shape)} of {idx.dtype}", fits, "a non-empty (B, T) of torch.int64"),
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
         ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or a finite number above it"),
         ("top_k", top_k, top_k is None or top_k >= 1, "1 or more, or None to keep every token"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "more than 0 and at most 1"),
+        ("n_vocab", n_vocab, 1 <= n_vocab <= vocab_size, f"1 to vocab_size ({vocab_size})"),
     )
     for name, value, good, expected in checked:
         if not good:
             raise ValueError(f"{name}: got {value}, expected {expected}")
-    vocab_size, (low, high) = model.config.vocab_size, (int(bound) for bound in idx.aminmax())
+    low, high = (int(bound) for bound in idx.aminmax())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"idx: got ids from {low} to {high}, expected 0 to {vocab_size - 1}")
 

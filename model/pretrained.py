@@ -17,7 +17,7 @@ and then get the tensors. So the weights are in memory once, and nothing is init
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ MASKS = (".attn.bias", ".attn.masked_bias")
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}  # Hugging Face's names -> ours
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # people halve their files
+MAX_CONFIG = 1 << 20  # bytes of a config.json
+MAX_SIZE = 1 << 24  # of a dimension
 SHAPE = {  # our field -> config.json's
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
@@ -64,24 +66,33 @@ def load_gpt2(
     Raises FileNotFoundError (no file, or no network), ImportError (a package is missing), ValueError (not the tensors
     of a GPT-2, or a config.json that our GPT does not support).
     """
-    safetensors = _safetensors()
-    path, config = _locate(source)
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-    state = {}
-    for key, tensor in tensors.items():
-        if not key.endswith(MASKS):
-            name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
-            # a copy: the tensors of the file are views of it, mapped
-            state[name] = _transposed(name, tensor).clone(memory_format=torch.contiguous_format)
-    return _built(_read_config(config, dropout, gelu), state, path, ops, options)
+    path, config, state = _read(source, dropout, gelu, weights=True)
+    return _built(config, state, path, ops, options)
 
 
 def gpt2_shape(source: str | os.PathLike[str], *, dropout: float = 0.0, gelu: str | None = None) -> GPTConfig:
-    """The shape of the model that `load_gpt2` would load. It reads config.json alone, and raises the same errors."""
-    return _read_config(_locate(source)[1], dropout, gelu)
+    """The shape of the model that `load_gpt2` would load. It reads no weights."""
+    return _read(source, dropout, gelu, weights=False)[1]
+
+
+def _read(
+    source: str | os.PathLike[str], dropout: float, gelu: str | None, *, weights: bool
+) -> tuple[Path, GPTConfig, dict[str, Tensor]]:
+    """(the safetensors file, the shape, if `weights` the tensors under our names)."""
+    safetensors = _safetensors()
+    path, config = _locate(source)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if not key.endswith(MASKS)]  # noqa: SIM118
+            names = {key: key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}" for key in keys}
+            shape = _read_config(config, dropout, gelu)
+            _check_blocks(shape, names.values(), path)
+            # copies: the tensors of the file are views of it, mapped
+            how = {"memory_format": torch.contiguous_format}
+            read = names.items() if weights else ()
+            return path, shape, {name: _transposed(name, file.get_tensor(key)).clone(**how) for key, name in read}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 
 
 def from_checkpoint(
@@ -167,14 +178,17 @@ def _safetensors() -> Any:
 
 def _read_config(path: Path, dropout: float, gelu: str | None) -> GPTConfig:
     """The shape in a Hugging Face config.json. ValueError for a model that ours does not support."""
+    if not os.path.lexists(path):
+        raise ValueError(f"{path}: missing, expected it beside {WEIGHTS}: it tells the number of heads")
     try:
+        if not os.path.isfile(path) or path.stat().st_size > MAX_CONFIG:
+            raise ValueError(f"no regular file of at most {MAX_CONFIG:,} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
         shape = {ours: found[theirs] for ours, theirs in SHAPE.items()}
-        if any(type(size) is not int for size in shape.values()):
-            raise ValueError(f"expected whole numbers as sizes, got {shape}")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing, expected it beside {WEIGHTS}: it tells the number of heads") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for ours, size in shape.items():
+            if type(size) is not int or not 1 <= size < MAX_SIZE:
+                raise ValueError(f"{SHAPE[ours]}: got {str(size)[:40]}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not the config.json of a GPT-2 ({type(error).__name__}: {error})") from None
     only = {
         "model_type": ("gpt2",),
@@ -197,11 +211,19 @@ def _transposed(name: str, tensor: Tensor) -> Tensor:
     return tensor.t() if name.endswith(CONV1D) else tensor
 
 
+def _check_blocks(config: GPTConfig, names: Iterable[str], where: object) -> None:
+    """ValueError unless there are tensors of n_layer blocks. To build a model of more could take forever."""
+    blocks = len({name.split(".")[2] for name in names if name.startswith("transformer.h.")})
+    if config.n_layer > blocks:
+        raise ValueError(f"{where}: transformer.h.{blocks} is missing: n_layer is {config.n_layer}")
+
+
 def _built(
     config: GPTConfig, tensors: Mapping[str, Tensor], where: object, ops: Ops, options: Mapping[str, Any]
 ) -> GPT:
     """A GPT that owns these tensors, under our names, in float32. The tied head may be absent. ValueError, with the
     first three differences, if they are not its weights."""
+    _check_blocks(config, tensors, where)
     with torch.device("meta"):  # no memory, no initialisation, no random numbers
         model = GPT(config, ops, **options)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -213,6 +235,8 @@ def _built(
             wrong.append(f"{name} has shape {tuple(tensor.shape)}, expected {expected[name]}")
         elif tensor.dtype not in FLOATS:
             wrong.append(f"{name} has {tensor.dtype}, expected one of {', '.join(map(str, FLOATS))}")
+        elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            wrong.append(f"{name} has more elements than values")
     if not wrong and HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
         wrong.append(f"{HEAD} differs from {EMBEDDING}, expected a head tied to the embedding")
     if wrong:

@@ -17,11 +17,12 @@ tensor, a plain value, or a list, tuple or dict of those, so that nanoGPT too re
 torch.load(weights_only=True), which runs no code.
 """
 
+import io
 import os
 import re
-import shlex
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -31,7 +32,7 @@ import torch
 from msgspec import Meta, Struct, field
 
 from train.archive import load_archive
-from train.errors import UserError, first_line
+from train.errors import UserError, first_line, quoted
 from train.files import staging_folder, sync, sync_folder, unused
 
 Size = Annotated[int, Meta(ge=1, lt=2**24)]
@@ -98,20 +99,24 @@ class Held(NamedTuple):
     best_val_loss: float
 
 
-def save(out_dir: Path, checkpoint: dict, keep: int) -> None:
+def save(out_dir: Path, checkpoint: dict, keep: int, *, again: bool = False) -> None:
     """Write `out_dir/ckpt.pt`. Keep `keep` - 1 of those before it: ckpt-previous-1.pt is the newest.
 
-    UserError if the disk is full or out_dir cannot be written. The old files are then untouched.
+    again: the ckpt.pt that it replaces holds the same weights, so it is not kept beside the new one.
+
+    UserError if the disk is full or out_dir cannot be written. The old files are then untouched. ValueError for what
+    `load` would refuse: now, while the run is still alive.
     """
+    unpack(checkpoint)
     latest, best_iter = out_dir / LATEST, checkpoint["nanofuse"].get("best_iter")
     old, best = held(latest), best_iter == checkpoint["iter_num"]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with staging_folder(out_dir) as staging:
-            with open(staging / LATEST, "wb", buffering=0) as file:
+            with _Writer(open(staging / LATEST, "wb", buffering=0)) as file:
                 torch.save(checkpoint, file)
                 sync(file)
-            if keep > 1:
+            if keep > 1 and not again:
                 _keep_previous(out_dir, staging, keep)
             if old and old.iter_num == best_iter and not best:
                 _name_also(latest, staging, out_dir / BEST)
@@ -122,8 +127,12 @@ def save(out_dir: Path, checkpoint: dict, keep: int) -> None:
         if best:
             (out_dir / BEST).unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch's writer wraps it
-        if not isinstance(cause, OSError):
+        cause = error
+        while cause and not isinstance(cause, OSError | KeyboardInterrupt):  # torch's writer wraps it
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        if cause is None:
             raise  # not the disk's doing
         left = f"{latest} is still whole" if latest.is_file() else "there is none"
         raise UserError(f"out_dir={out_dir}: the checkpoint could not be written ({cause}); {left}") from error
@@ -162,8 +171,8 @@ def best_of(out_dir: Path) -> Path:
 def held(path: Path) -> Held | None:
     """What the checkpoint at `path` says about itself; None if there is none. No weight is read or verified."""
     try:
-        found = unpack(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except Exception:  # no file, a damaged one, a foreign one: all that torch raises
+        found = unpack(load_archive(path, verify=False))
+    except (OSError, ValueError):  # no file, a damaged one, a foreign one
         return None
     return Held(found["iter_num"], found["best_val_loss"])
 
@@ -171,7 +180,7 @@ def held(path: Path) -> Held | None:
 def set_best_aside(out_dir: Path) -> Path:
     """Keep the best checkpoint in a new folder, as `set_aside` does, before others take its place."""
     if best_of(out_dir).name == LATEST:
-        with staging_folder(out_dir) as staging:
+        with _moving(out_dir), staging_folder(out_dir) as staging:
             _name_also(out_dir / LATEST, staging, out_dir / BEST)
     return set_aside(out_dir, (BEST,))
 
@@ -185,24 +194,45 @@ def set_aside(out_dir: Path, patterns: tuple[str, ...] = _OF_A_RUN) -> Path | No
     if not found:
         return None
     folder = unused(out_dir, f"earlier-{datetime.now():%Y%m%d-%H%M%S}")
-    folder.mkdir()
-    for path in found:
-        path.rename(folder / path.name)
+    with _moving(out_dir):
+        folder.mkdir()
+        for path in found:
+            path.rename(folder / path.name)
     return folder
 
 
+@contextmanager
+def _moving(out_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"out_dir={out_dir}: the earlier run in it could not be set aside ({error})") from error
+
+
 def _offer(path: Path) -> str:
-    """The newest other checkpoint of the folder that is whole, and the command with which it is read instead."""
+    """The newest other checkpoint of the folder that is whole, and the command with which it is read instead. What is
+    at `path` is kept: it may be whole, but of another program."""
     for other in (path.with_name(LATEST), *_previous(path.parent), path.with_name(BEST)):
         with suppress(OSError, ValueError):
             if other != path:
                 iteration = unpack(load_archive(other))["iter_num"]
-                copy = shlex.join(["cp", str(other), str(path)])
-                return f"; {other.name}, of iteration {iteration}, is whole: `{copy}`, then try again"
+                moves = [("mv", path, unused(path.parent, f"{path.name}.damaged"))] * path.exists()
+                if path.name != BEST:  # the best one is looked for in ckpt.pt too
+                    moves.append(("cp", other, path))
+                command = " && ".join(" ".join(map(quoted, move)) for move in moves)
+                return f"; {other.name}, of iteration {iteration}, is whole: `{command}`, then try again"
     return ""
 
 
 # Writing
+
+
+class _Writer(io.BufferedWriter):
+    """A file for torch.save. After an interrupt torch still writes the archive's end, when it frees its own writer. The
+    file is closed by then. An error there would abort the process, so such a write does nothing."""
+
+    def write(self, data: Any) -> int:
+        return len(data) if self.closed else super().write(data)
 
 
 def _keep_previous(out_dir: Path, staging: Path, keep: int) -> None:

@@ -17,7 +17,7 @@ from model.generate import generate
 from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint import best_of, load, named
 from train.data import checkpoint_tokenizer, weights_tokenizer
-from train.errors import UserError, one_line, quoted, run, safe, shown
+from train.errors import UserError, first_line, one_line, quoted, run, safe, shown
 from train.hardware import device_name, resolve_device, resolve_dtype
 from train.settings import command_line, setting
 from train.text import GPT2_TOKENS, CharTokenizer, Tokenizer, from_meta, read_text
@@ -75,6 +75,19 @@ def to_inference(model: GPT, device: torch.device) -> None:
         if isinstance(layer, nn.Linear):  # the head too, which leaves the embedding its float32
             for name, weight in list(layer.named_parameters(recurse=False)):
                 setattr(layer, name, nn.Parameter(weight.to(model.precision.compute), requires_grad=False))
+
+
+def try_compile(model: GPT, device: torch.device) -> nn.Module:
+    """`model`, compiled for any number of tokens. If that fails: `model` itself, and a line on stderr says why."""
+    compiled = torch.compile(model, dynamic=True)
+    try:
+        list(generate(compiled, torch.zeros(1, 2, dtype=torch.int64, device=device), 2, 0))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Dynamo's, Inductor's, a missing C++ compiler's, Triton's, a driver's: all kinds
+        print(f"compile: not possible here, going on without it: {first_line(error)}", file=sys.stderr)
+        return model
+    return compiled
 
 
 def read_prompt(start: str, tokenizer: Tokenizer) -> str:
@@ -136,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     about = f"{source}: {size}, {tokenizer.name} tokens, {computed} on {device_name(device)}"
     print(one_line(about), file=sys.stderr)
     if config.compile:
-        model = torch.compile(model, dynamic=True)
+        model = try_compile(model, device)
     generator = torch.Generator(device).manual_seed(config.seed)
     for _ in range(config.num_samples):
         for piece in sample_text(model, tokenizer, config, generator):

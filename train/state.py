@@ -67,7 +67,9 @@ class TrainState:
                     "judged_at": progress.judged_at,
                 },
             }
-            checkpoints.save(Path(plan.config.out_dir), checkpoint, plan.config.keep_checkpoints)
+            # interrupted where an evaluation was due, and resumed: saved again, now with its loss
+            again = self.saved_iter == progress.iter_num and not self.other_data
+            checkpoints.save(Path(plan.config.out_dir), checkpoint, plan.config.keep_checkpoints, again=again)
             self.saved_iter = progress.iter_num
 
     def _whole(self) -> tuple[dict, dict]:
@@ -86,7 +88,7 @@ def make_state(plan: Plan, checkpoint: dict | None) -> TrainState:
     scaler = LossScale(plan.device, enabled=plan.precision.compute == torch.float16)
     state = TrainState(plan, model, place(plan, model), scaler, Progress())
     if checkpoint is not None and plan.config.init_from == "resume":
-        load_optimizer(state.optimizer, checkpoint["optimizer"])
+        load_optimizer(state.optimizer, cropped(checkpoint, model.config.block_size))
         ours = checkpoint["nanofuse"]
         if state.scaler.enabled and ours.get("scaler"):
             state.scaler.load_state_dict(ours["scaler"])
@@ -188,17 +190,32 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def _moments(entry: object, param: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
-    """An AdamW's state of `param` in a checkpoint. UserError if `entry` is anything else.
+    """`entry`, an AdamW's state of `param` in a checkpoint, checked. UserError if it is anything else."""
 
-    If the model was cropped, the moments of its position embeddings are cut too.
-    """
-    found = {}
-    if isinstance(entry, dict) and entry.keys() >= {"step", *MOMENTS}:
-        found = {key: entry[key][: len(param)] for key in MOMENTS}
-    if not found or any(moment.shape != param.shape for moment in found.values()):
+    def fits(moment: object) -> bool:
+        dense = isinstance(moment, torch.Tensor) and moment.layout == torch.strided and not moment.is_meta
+        return dense and moment.is_floating_point() and moment.shape == param.shape
+
+    found = entry if isinstance(entry, dict) else {}
+    step = found.get("step")  # a number or a tensor, as the AdamW of the file had it
+    if isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_meta:
+        step = step.item()
+    if type(step) not in (int, float) or not 0 <= step < 1e15 or not all(fits(found.get(key)) for key in MOMENTS):
         raise UserError(
-            f"init_from=resume: the optimizer of the checkpoint has for its tensor {index} no step, "
-            f"{' and '.join(MOMENTS)} of the shape {list(param.shape)}: it is not this model's AdamW"
+            f"init_from=resume: the optimizer of the checkpoint has for its tensor {index} no count of steps, or no "
+            f"floats {' and '.join(MOMENTS)} of the shape {list(param.shape)}: it is not this model's AdamW"
         )
-    # the step is a number or a tensor, as the AdamW of the file had it
-    return {"step": torch.tensor(float(entry["step"])), **found}
+    return {"step": torch.tensor(float(step)), **{key: found[key] for key in MOMENTS}}
+
+
+def cropped(checkpoint: dict, block_size: int) -> dict:
+    """The checkpoint's AdamW state. The moments of its position embeddings are cut to `block_size`, as the weights."""
+    state, before = checkpoint["optimizer"], checkpoint["model_args"]["block_size"]
+    entry = state["state"].get(1)  # the second tensor, after the embedding of tokens
+    if block_size == before or not isinstance(entry, dict):
+        return state
+    cut = {
+        key: value[:block_size] if key in MOMENTS and getattr(value, "shape", ())[:1] == (before,) else value
+        for key, value in entry.items()
+    }
+    return {**state, "state": {**state["state"], 1: cut}}

@@ -128,6 +128,10 @@ def test_bad_values_are_named_at_the_call():
         ({"temperature": math.nan}, "temperature: got nan"),
         ({"top_k": 0}, "top_k: got 0"),
         ({"top_p": 1.1}, "top_p: got 1.1"),
+        ({"n_vocab": 34}, r"n_vocab: got 34, expected 1 to vocab_size \(33\)"),
+        ({"idx": EVERY_TOKEN[:, :0]}, r"idx: got shape \(33, 0\)"),
+        ({"idx": EVERY_TOKEN[:, 0]}, r"idx: got shape \(33,\)"),
+        ({"idx": EVERY_TOKEN.float()}, "idx: .*float32"),
         ({"idx": EVERY_TOKEN + 1}, "idx: got ids from 1 to 33, expected 0 to 32"),
     ):
         with pytest.raises(ValueError, match=message):

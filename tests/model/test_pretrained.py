@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import types
@@ -101,8 +102,13 @@ def test_files_of_the_hub(tmp_path, prefix, dtype, head):
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon: got 1e-06, expected 1e-05"),
         ({"n_inner": 24}, "n_inner: got 24, expected None or 48"),
         ({"n_head": 5}, "n_embd: got 12, expected a multiple of n_head"),
-        ({"n_layer": 2.0}, r"not the config\.json of a GPT-2 .*expected whole numbers"),
-        ({"n_layer": 4}, "; and 21 more"),
+        ({"n_head": -2}, r"not the config\.json of a GPT-2 .*n_head: got -2"),
+        ({"n_layer": 10**30}, r"not the config\.json of a GPT-2 .*n_layer: got 1000"),
+        ({"n_layer": 2.0}, r"not the config\.json of a GPT-2 .*n_layer: got 2.0"),
+        ({"n_embd": float("inf")}, r"not the config\.json of a GPT-2 .*n_embd: got inf"),
+        ({"n_positions": ["8"]}, r"not the config\.json of a GPT-2 .*n_positions: got \['8'\]"),
+        ({"n_layer": 1_000_000}, r"transformer\.h\.2 is missing: n_layer is 1000000"),
+        ({"n_layer": 1}, "; and 9 more"),
     ],
 )
 def test_other_models_are_refused(tmp_path, changes, message):
@@ -119,10 +125,18 @@ def test_what_is_no_file_or_not_whole_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
         load_gpt2(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"config\.json: not the config\.json of a GPT-2"):
-        gpt2_shape(tmp_path)
-    (tmp_path / "config.json").unlink()
+    write(tmp_path, hub_tensors())
+    config = tmp_path / "config.json"
+    kinds = [lambda content=content: config.write_text(content) for content in ("{}", "[" * 100_000, " " * (1 << 21))]
+    for make in (*kinds, config.mkdir, lambda: os.mkfifo(config), lambda: config.symlink_to("/dev/zero")):
+        config.unlink()
+        make()
+        with pytest.raises(ValueError, match=r"config\.json: not the config\.json of a GPT-2"):
+            gpt2_shape(tmp_path)
+        if config.is_dir():
+            config.rmdir()
+            config.touch()
+    config.unlink()
     with pytest.raises(ValueError, match=r"config\.json: missing, expected it beside model\.safetensors"):
         gpt2_shape(tmp_path)
     path.unlink()
@@ -172,9 +186,20 @@ def test_from_checkpoint(dtype):
         assert (p.data_ptr() == model.get_parameter(name).data_ptr()) == (dtype == torch.float32)
     assert from_checkpoint(checkpoint_of(model, gelu="tanh")).config.gelu == "tanh"
     assert from_checkpoint(checkpoint_of(model), dropout=0.0).config.dropout == 0.0
-    args = checkpoint_of(model)["model_args"] | {"block_size": 16}
-    with pytest.raises(ValueError, match=r"^model: transformer\.wpe\.weight has shape \(8, 12\), expected \(16, 12\)"):
-        from_checkpoint(checkpoint_of(model) | {"model_args": args})
+
+
+def test_what_is_no_gpts_is_refused():
+    good = checkpoint_of(make_model())
+    name, bias = "transformer.ln_f.bias", good["model"]["transformer.ln_f.bias"]
+    for tensor, message in ((bias.long(), "has torch.int64"), (bias[:1].clone().expand(12), "has more elements than")):
+        with pytest.raises(ValueError, match=f"^model: {name} {message}"):
+            from_checkpoint(good | {"model": good["model"] | {name: tensor}})
+    for changes, message in (
+        ({"block_size": 16}, r"transformer\.wpe\.weight has shape \(8, 12\), expected \(16, 12\)"),
+        ({"n_layer": 10**9}, r"transformer\.h\.2 is missing: n_layer is 1000000000"),  # it would take forever to build
+    ):
+        with pytest.raises(ValueError, match=f"^model: {message}"):
+            from_checkpoint(good | {"model_args": good["model_args"] | changes})
 
 
 TRANSFORMERS = """

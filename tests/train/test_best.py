@@ -89,7 +89,7 @@ def test_a_damaged_best_is_not_read_and_the_advice_works(out, capsys):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1  # within a tensor
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"; ckpt\.pt, of iteration 7, is whole: `cp") as refused:
+    with pytest.raises(UserError, match=r"; ckpt\.pt, of iteration 7, is whole: `mv") as refused:
         sample(SAMPLE)
     subprocess.run(str(refused.value).split("`")[1], shell=True, check=True)
     sample(SAMPLE)

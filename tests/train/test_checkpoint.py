@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -104,6 +105,44 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
     assert called == moves.split()
 
 
+def test_an_interrupt_anywhere_in_torchs_writer_leaves_the_old_one(tmp_path, monkeypatch):
+    """A second Ctrl-C, at every call of it. Without care, torch then aborts the process when it frees its writer."""
+    countdown = math.inf
+
+    def interrupting(function):
+        def call(*args):
+            nonlocal countdown
+            countdown -= 1
+            if countdown == 0:
+                raise KeyboardInterrupt
+            return function(*args)
+
+        return call
+
+    torchs, ours = torch._C.PyTorchFileWriter, checkpoint._Writer
+    for kind, name in ((torchs, "write_record"), (torchs, "write_end_of_file"), (ours, "write"), (ours, "flush")):
+        monkeypatch.setattr(kind, name, interrupting(getattr(kind, name)))
+    checkpoint.save(tmp_path, make_checkpoint(1), keep=2)
+    for k in itertools.count(1):
+        countdown = k
+        try:
+            checkpoint.save(tmp_path, make_checkpoint(2), keep=2)
+        except KeyboardInterrupt:
+            assert os.listdir(tmp_path) == ["ckpt.pt"]
+        else:
+            break
+        assert saved_iterations(tmp_path) == [1]
+    assert k > 30
+    assert saved_iterations(tmp_path) == [2, 1]
+
+
+def test_what_a_load_would_refuse_is_not_saved(tmp_path):
+    checkpoint.save(tmp_path, make_checkpoint(1), keep=1)
+    with pytest.raises(ValueError, match=r"nanofuse\.scaler"):
+        checkpoint.save(tmp_path, make_checkpoint(2, nanofuse={"scaler": {"scale": "1"}}), keep=1)
+    assert saved_iterations(tmp_path) == [1]
+
+
 def test_full_disk(tmp_path):
     """Simulated by a limit on the size of files."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -125,3 +164,13 @@ def test_runs_that_are_set_aside_in_the_same_second_keep_apart(tmp_path):
     for text in ("first", "second", "third"):
         (tmp_path / "metrics.jsonl").write_text(text)
         assert (checkpoint.set_aside(tmp_path) / "metrics.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("aside", [checkpoint.set_aside, checkpoint.set_best_aside])
+def test_a_run_that_cannot_be_set_aside_is_told_in_one_line(tmp_path, monkeypatch, aside):
+    checkpoint.save(tmp_path, make_checkpoint(1), keep=1)
+    for name in ("mkdir", "replace", "link"):
+        monkeypatch.setattr(os, name, mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+    with pytest.raises(UserError, match=f"out_dir={tmp_path}: .* could not be set aside .*Permission denied"):
+        aside(tmp_path)
+    assert saved_iterations(tmp_path) == [1]

@@ -1,6 +1,7 @@
 """What a checkpoint holds: nanoGPT's layout, to load and to save, and the optimizer's whole state."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -79,13 +80,22 @@ def test_an_optimizer_of_another_kind_or_model_is_refused():
         train(model, optimizer, 1)
         return optimizer.state_dict()
 
+    def changed(**values) -> dict:
+        state = trained()
+        state["state"][0] |= values
+        return state
+
+    zeros = torch.zeros(32, 8)
+    moments = (None, 0, [0.0] * 1000, zeros.long(), zeros.to_sparse(), zeros.to("meta"), torch.zeros(33, 8))
     narrow, missing, sgds = make_adamw(make_model()), trained(), trained()
     del missing["state"][1], sgds["state"][0]["exp_avg"]
     for state, message in (
-        (trained(width=16), r"tensor 0 no step, .* of the shape \[32, 8\]: it is not this model's AdamW"),
+        (trained(width=16), r"tensor 0 no count of steps, .* of the shape \[32, 8\]: it is not this model's AdamW"),
         (torch.optim.AdamW(make_model().parameters()).state_dict(), "groups of 3 tensors, this model's 1 and 2"),
-        (missing, "tensor 1 no step"),
-        (sgds, "tensor 0 no step"),
+        (missing, "tensor 1 no count"),
+        (sgds, "tensor 0 no count"),
+        *((changed(step=step), "tensor 0 no count") for step in ("three", None, -1, 1e300, math.nan, torch.ones(2))),
+        *((changed(exp_avg=moment), "tensor 0 no count") for moment in moments),
     ):
         with pytest.raises(UserError, match=message):
             load_optimizer(narrow, state)

@@ -38,7 +38,10 @@ def test_damage_is_refused_or_harmless(path):
     within = (tensor, tensor + 511, tensor + 1023)
     locators = range(whole.rindex(b"PK\x06\x06"), len(whole))
     flips = [(position, bit) for position in attributes for bit in range(8)]
-    flips += [(position, position % 8) for position in (*within, *locators, *range(0, len(whole), 83))]
+    flips += [
+        (position, position % 8)
+        for position in (*within, *locators, *range(directory, len(whole), 3), *range(0, len(whole), 83))
+    ]
     said = {}
     for position, bit in flips:
         flipped = bytearray(whole)
@@ -59,10 +62,35 @@ def test_what_torch_reads_is_compared_with_what_was_verified(path, monkeypatch):
     assert "torch does not read the bytes" in refusal(path)
 
 
+def rewritten(path: Path, pickled: bytes = b"", compression: int = zipfile.ZIP_STORED, **attributes: int) -> None:
+    """A checkpoint in an archive with good CRCs, perhaps with another pickle."""
+    torch.save(make_nanogpt(), path)
+    with zipfile.ZipFile(path) as old:
+        members = {info.filename: old.read(info) for info in old.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, pickled if pickled and name.endswith("data.pkl") else data)
+        for info in archive.infolist():
+            info.external_attr = 0  # as in torch's
+            for name, value in attributes.items():
+                setattr(info, name, value)
+
+
+PROTO, TUPLE1, SET_ITEM, STOP = b"\x80\x02", b"\x85", b"K\x01s", b"."
+TUPLES_IN_TUPLES = PROTO + b"}N" + TUPLE1 * 100_000 + SET_ITEM + STOP  # hashing them overflows the stack
+DOUBLED = PROTO + b"]q\x00" + b"]q\x01(h\x00h\x00eq\x00" * 60 + STOP  # lists of 2**60 items, if each is visited
 FILES = [  # how a file is made, and what the refusal says
     (lambda path: path.write_bytes(b""), "not a zip file"),
     (lambda path: path.mkdir(), "Is a directory"),
     (os.mkfifo, "cannot be read (not a regular file)"),
+    (lambda path: rewritten(path, compression=zipfile.ZIP_DEFLATED), "is packed"),
+    (lambda path: rewritten(path, bytes(10**8), zipfile.ZIP_DEFLATED), "is packed"),
+    (lambda path: rewritten(path, external_attr=16), "marked"),
+    (lambda path: rewritten(path, internal_attr=1), "marked"),
+    (lambda path: rewritten(path, extra=b"up\0\0"), "marked"),
+    (lambda path: rewritten(path, TUPLES_IN_TUPLES), "50,000 tuples"),
+    (lambda path: rewritten(path, PROTO + b"]" * 10**5 + b"a" * (10**5 - 1) + STOP), "not a dict"),
+    (lambda path: rewritten(path, DOUBLED), "more than 5,000,000 values"),
     (lambda path: torch.save(torch.zeros(3), path), "it holds a Tensor"),
     (lambda path: torch.save({"x": Path("x")}, path), "it holds pathlib"),
     (lambda path: torch.save(make_model().state_dict(), path), "missing required field `model`"),
@@ -71,6 +99,7 @@ VALUES = [  # what a nanoGPT's checkpoint holds instead of its own, and of which
     ({"model": {"w": 1.0}}, "$.model"),
     ({"model": {}}, "$.model"),
     ({"model": {"w": torch.zeros(2).to_sparse()}}, "no checkpoint"),
+    ({"model": {"w": torch.zeros(2, device="meta")}}, "no checkpoint"),
     ({"optimizer": {"state": {}}}, "`param_groups` - at `$.optimizer"),
     ({"iter_num": "5"}, "Expected `int`, got `str` - at `$.iter_num"),
     ({"best_val_loss": torch.zeros(2)}, "Expected `float`, got `Tensor` - at `$.best_val_loss"),
@@ -93,6 +122,7 @@ def test_files_and_values_of_other_kinds(tmp_path):
         message = refusal(path)
         assert str(path) in message
         assert says in message
+        assert not callable(made) or checkpoint.held(path) is None
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])
@@ -111,3 +141,4 @@ def test_the_newest_whole_one_is_offered_and_the_offer_works(tmp_path, damage):
     assert "iteration 1, is whole" in message
     subprocess.run(message.split("`")[1], shell=True, check=True)
     assert checkpoint.load(path)["iter_num"] == 1
+    assert (out_dir / "ckpt.pt.damaged").exists() == (damage == "cut")  # it may be another program's

@@ -33,7 +33,7 @@ def test_kills_at_random_instants_and_inside_saves(tmp_path, request):
     request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
     torch.set_num_threads(1)
     digests = [""]
-    with mock.patch("train.checkpoint.save", lambda out_dir, state, keep: digests.append(digest(state))):
+    with mock.patch("train.checkpoint.save", lambda out_dir, state, keep, again: digests.append(digest(state))):
         run(tmp_path / "reference", eval_interval=1, max_iters=REFERENCE)
     losses, rng = logged_losses(tmp_path / "reference"), random.Random(1)
     inside = apart = 0

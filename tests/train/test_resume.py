@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.checkpoints import assert_same
+from tests.train.checkpoints import assert_same, saved_iterations
 from tests.train.runs import CONSTANT, Stop, crash, iterations, last, logged, resume, run, send
 
 N = 7  # not a multiple of the intervals
@@ -82,6 +82,15 @@ def test_patience_is_counted_over_a_signal_and_a_repeated_evaluation_counts_once
     assert resume(tmp_path / "out") == 0
     assert iterations(tmp_path / "out", "eval") == [0, 2, 4, 4, 6]
     assert "no better validation loss in 3 evaluations" in capsys.readouterr().out
+
+
+def test_a_state_that_is_evaluated_only_when_it_is_resumed_is_kept_once(tmp_path):
+    run(tmp_path / "out", at={3: send(signal.SIGINT)}, eval_interval=2, max_iters=8)
+    resume(tmp_path / "out", max_iters=4)
+    assert iterations(tmp_path / "out", "save") == [2, 4, 4]
+    assert saved_iterations(tmp_path / "out") == [4, 2]
+    resume(tmp_path / "out", max_iters=4, block_size=8)  # other weights: those of before are kept
+    assert saved_iterations(tmp_path / "out") == [4, 4]
 
 
 @pytest.fixture(scope="module")

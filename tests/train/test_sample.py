@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -99,6 +100,16 @@ def test_casting_once_changes_nothing(dtype):
     to_inference(model, torch.device("cpu"))
     assert torch.equal(model(idx)[0], logits)
     assert {layer.weight.dtype for layer in model.modules() if isinstance(layer, torch.nn.Linear)} == {dtype}
+
+
+def test_without_a_compiler_it_goes_on(run_dir, capsys, monkeypatch):
+    expected, broken = samples(capsys), make_model()
+    broken.forward = mock.Mock(side_effect=RuntimeError("\nno C++ compiler\nat all"))
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: broken)
+    main(["--device=cpu", "--num_samples=2", "--max_new_tokens=20", "--compile"])
+    out, err = capsys.readouterr()
+    assert out == "".join(text + "\n---------------\n" for text in expected)
+    assert "compile: not possible here, going on without it: no C++ compiler\n" in err
 
 
 def test_mistakes(run_dir, capsys):
