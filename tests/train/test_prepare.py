@@ -110,7 +110,8 @@ def test_documents_end_with_gpt2s_token():
     poems = Path("data/poems")
     (poems / "b").mkdir(parents=True)
     (poems / "a.txt").write_text("One.<|endoftext|>Two, and more")
-    (poems / ".hidden").write_bytes(b"\xff")
+    (poems / ".hidden").mkdir()
+    (poems / ".hidden" / "a.txt").write_bytes(b"\xff")
     (poems / "b" / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Three"}\n{"text": "Four"}\n'))
     (poems / "d.md").write_bytes("\ufeffFive\r\n".encode())
     for fraction in (0.5, 0.9):  # both would begin inside a name: of the token between two files, of that in a.txt
