@@ -17,7 +17,7 @@ from train.errors import first_line
 from train.files import open_regular
 
 ZIP64 = b"\x01\x00"  # how the only extra field begins that torch writes: sizes of archives over 4 GB
-MAX_VALUES = 5_000_000
+MAX_VALUES = 2_000_000
 MAX_TUPLES = 50_000  # in one pickle: if each one holds the next, hashing more of them overflows the stack
 
 

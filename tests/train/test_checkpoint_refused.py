@@ -90,7 +90,7 @@ FILES = [  # how a file is made, and what the refusal says
     (lambda path: rewritten(path, extra=b"up\0\0"), "marked"),
     (lambda path: rewritten(path, TUPLES_IN_TUPLES), "50,000 tuples"),
     (lambda path: rewritten(path, PROTO + b"]" * 10**5 + b"a" * (10**5 - 1) + STOP), "not a dict"),
-    (lambda path: rewritten(path, DOUBLED), "more than 5,000,000 values"),
+    (lambda path: rewritten(path, DOUBLED), "more than 2,000,000 values"),
     (lambda path: torch.save(torch.zeros(3), path), "it holds a Tensor"),
     (lambda path: torch.save({"x": Path("x")}, path), "it holds pathlib"),
     (lambda path: torch.save(make_model().state_dict(), path), "missing required field `model`"),
