@@ -195,10 +195,9 @@ def _offer(path: Path) -> str:
     """The newest other checkpoint of the folder that is whole, and the command with which it is read instead."""
     for other in (path.with_name(LATEST), *_previous(path.parent), path.with_name(BEST)):
         with suppress(OSError, ValueError):
-            if other != path:
-                iteration = unpack(load_archive(other))["iter_num"]
-                copy = shlex.join(["cp", str(other), str(path)])
-                return f"; {other.name}, of iteration {iteration}, is whole: `{copy}`, then try again"
+            iteration = unpack(load_archive(other))["iter_num"]  # `path` itself fails here
+            copy = shlex.join(["cp", str(other), str(path)])
+            return f"; {other.name}, of iteration {iteration}, is whole: `{copy}`, then try again"
     return ""
 
 
