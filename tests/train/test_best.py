@@ -65,10 +65,13 @@ def test_the_best_survives_interruptions_and_is_read(tmp_path, out, capsys):
 
 
 def test_nanogpts_checkpoint_is_the_best_if_it_says_so(tmp_path, best):
-    """Copied alone. nanoGPT saves only the best if so set."""
+    """nanoGPT saves only the best if so set."""
     theirs, out = last(best), tmp_path / "out"
     out.mkdir()
     torch.save({k: v for k, v in theirs.items() if k != "nanofuse"}, out / "ckpt.pt")
+    torch.save(
+        theirs | {"iter_num": 2, "best_val_loss": 9.0}, out / "ckpt-best.pt"
+    )  # what a kill between moves 5 and 6 leaves
     assert resume(out, at={1: send(signal.SIGINT)}, **WORSE) == 130
     assert last(out)["iter_num"] == 6
     assert held(out / "ckpt-best.pt") == (4, theirs["best_val_loss"])
