@@ -12,9 +12,10 @@ H100 = Device(capability=90, multiprocessors=132)
 PARTS = 4  # of a walk over all kernels, so that several processes share it
 
 
-def ones() -> list[tuple[Case, Shape, torch.dtype]]:
-    """Each case where all its sizes are 1."""
-    found = [(case, (1,) * len(case.shapes[0]), dtype) for case in CASES for dtype in case.dtypes]
+def regimes() -> list[tuple[Case, Shape, torch.dtype]]:
+    """Each case at its own shapes, some ragged, some with one row, and where all sizes are 1; in each dtype."""
+    sizes = [(case, shape) for case in CASES for shape in ((1,) * len(case.shapes[0]), *case.shapes)]
+    found = [(case, shape, dtype) for case, shape in sizes for dtype in case.dtypes]
     return [regime for regime in found if not refused(*regime)]
 
 
@@ -23,7 +24,7 @@ def ones() -> list[tuple[Case, Shape, torch.dtype]]:
 def test_all_sizes_and_dtypes(part: int) -> None:
     """With dropout and without, with biases and without. Launches that Triton compiles separately, each once."""
     found: dict[tuple, tuple[tuple, Launch]] = {}
-    for regime in [*ones(), *(regime.values for regime in EVERY_REGIME)]:
+    for regime in regimes():
         for launch in launches(*regime, H100):
             found.setdefault(specialised(launch), (regime, launch))
     assert {launch.kernel.fn.__name__ for _, launch in found.values()} == set(BUDGETS)
@@ -34,7 +35,7 @@ def test_all_sizes_and_dtypes(part: int) -> None:
 
 
 def test_no_regime_of_the_gpu_tests_is_refused_there() -> None:
-    regimes = [regime.values for regime in EVERY_REGIME]
-    regimes += [(case, *regime) for case in CASES for regime in one_regime(case)]
-    for case, shape, dtype in regimes:
+    expected = [regime.values for regime in EVERY_REGIME]
+    expected += [(case, *regime) for case in CASES for regime in one_regime(case)]
+    for case, shape, dtype in expected:
         assert launches(case, shape, dtype, H100), (case.name, shape, dtype)
