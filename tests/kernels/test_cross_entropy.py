@@ -37,9 +37,9 @@ def draw(M: int, C: int, V: int, device: torch.device, dtype: torch.dtype = torc
 @pytest.mark.parametrize(
     ("dtype", "scale", "needs", "ignored", "ignore_index"),
     [
-        (torch.float32, 1.0, ("x", "weight"), [2, 7], -100),
+        (torch.float32, 1.0, ("weight",), [2, 7], -100),
         (torch.float32, 1.0, ("x",), [2, 7], 3),
-        (torch.bfloat16, 1 / 3, ("weight",), [], -1),
+        (torch.bfloat16, 1 / 3, ("x", "weight"), [], -1),
         (torch.float16, 1024.0, ("x", "weight"), [], -1),
         (torch.bfloat16, 1.0, ("x", "weight"), list(range(50)), -1),
     ],
