@@ -181,7 +181,7 @@ def adamw(
     """One update of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) after clipping, in place and without a sync.
 
     param, exp_avg, exp_avg_sq (n,) float32, flat buffers of which elements [0, n_decay) decay; grad (n,) of any float
-    dtype, to be multiplied by inv_scale () float32; lr () float32; step () float32, the updates done so far.
+    dtype, to be multiplied by inv_scale () float32; lr () float32; step () float32 or int64, the updates done so far.
     `max_norm`: largest norm of the whole gradient, 0 for no clipping. compute (n,): param's rounded copy, kept so.
 
     Returns the gradient's norm, unscaled and before clipping, and found_inf, 1 where that norm is not finite, both ()

@@ -189,4 +189,6 @@ def _fastest(
 
 def cache_file() -> Path:
     """The file that stores the times."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanofuse", "times.json")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    # a user without a home, whose "~" stays, has none: nothing can be made below this name
+    return (folder if folder.is_absolute() else Path(os.devnull)) / "nanofuse" / "times.json"

@@ -47,7 +47,7 @@ def cuda_graphs(tasks: list[Task]) -> list[Work]:
 
 
 class GraphedStep(TrainStep):
-    """A `step` whose micro-steps and updates are replayed. ValueError for inputs of another shape.
+    """A `step` whose micro-steps and updates are replayed. ValueError for inputs of another shape or dtype.
 
     shape: (accumulation, batch_size, block_size) of all batches. Make it between two steps, when there are no
     gradients. Capturing runs the parts of a step a few times. Afterwards `step` is as before: parameters, moments, step
@@ -102,9 +102,11 @@ class GraphedStep(TrainStep):
         return self._evaluated.clone()  # the next replay overwrites it
 
     def _put(self, x: Tensor, y: Tensor) -> None:
-        """Copy a micro-batch to where graphs read it. ValueError for another shape, which the copy might stretch."""
-        if not x.shape == y.shape == self._x.shape:
-            raise ValueError(f"batch: got {tuple(x.shape)}, expected {tuple(self._x.shape)}, as captured")
+        """Copy a micro-batch to where graphs read it. ValueError, with the name, for another shape or dtype."""
+        for name, there, value in (("x", self._x, x), ("y", self._y, y)):
+            if (value.dtype, value.shape) != (there.dtype, there.shape):
+                got, expected = (f"{t.dtype} {tuple(t.shape)}" for t in (value, there))
+                raise ValueError(f"{name}: got {got}, expected {expected}, as captured")
         torch._foreach_copy_([self._x, self._y], [x, y])  # one launch
 
 

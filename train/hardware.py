@@ -150,6 +150,8 @@ def measure_flops(device: torch.device, dtype: torch.dtype, budget: float = 0.5)
     sizes = (256, 512, 1024) if device.type == "cpu" else (1024, 2048, 4096)
     best = 0.0
     for size in sizes:
+        if best and 2 * size**3 / best > budget:
+            break  # a slow device, that a larger matmul would hold for longer
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         best = max(best, 2 * size**3 / _least_seconds(lambda a=a, b=b: a @ b, device, budget / len(sizes)))
     return best

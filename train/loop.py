@@ -45,8 +45,10 @@ def signals_caught() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    numbers = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * (not ignored)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
     before = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught

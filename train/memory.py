@@ -7,6 +7,7 @@ before free memory is read. On a CPU, compiled steps of 6 or 8 blocks took from 
 
 import dataclasses
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import torch
 from kernels import Ops
 from model import GPTConfig
 from model.recompute import MODES
-from train.config import TrainConfig
+from train.config import MOST_ROWS, TrainConfig
 from train.distributed import World
 from train.dryrun import Job, dry_run
 from train.errors import UserError
 from train.hardware import card_at
 
 LOSS_CHUNK = 4096  # rows of logits in a chunk: enough to keep the matmuls large
+MOST_CHUNKS = MOST_ROWS // LOSS_CHUNK  # more cost only time
 
 
 def job_of(config: TrainConfig, world: World, shape: GPTConfig, ops: Ops, dtype: torch.dtype, **others: Any) -> Job:
@@ -46,13 +48,18 @@ def rows_at_a_time(
     config: TrainConfig, ops: Ops, dtype: torch.dtype, vocab_size: int, block_size: int, room: float, why: str = ""
 ) -> int:
     """How many rows of logits the loss holds at a time, 0 for all: as set, or LOSS_CHUNK if all would take more than a
-    quarter of `room`, the device's bytes. UserError for chunks with the reference kernels; why: a reason to add."""
+    quarter of `room`, the device's bytes. UserError for too many chunks, and for any with the reference kernels; why: a
+    reason to add."""
     chunk = config.loss_chunk
     if ops.name == "reference":
         if chunk > 0:
             raise UserError(f"loss_chunk: got {chunk}, expected 0 or -1: the reference kernels hold all logits{why}")
         return 0
-    logits = config.batch_size * block_size * vocab_size * dtype.itemsize
+    rows = config.batch_size * block_size
+    if 0 < chunk < rows / MOST_CHUNKS:
+        least = -(-rows // MOST_CHUNKS)
+        raise UserError(f"loss_chunk: got {chunk}, expected 0, -1 or at least {least}: at most {MOST_CHUNKS} chunks")
+    logits = rows * vocab_size * dtype.itemsize
     return chunk if chunk >= 0 else LOSS_CHUNK if logits > room / 4 else 0
 
 
@@ -95,36 +102,48 @@ def free_memory(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> 
 
 def advice(job: Job, room: int, ranks: int) -> str:
     """A message: the first of `changes` with which the step fits, or that none fits."""
-    for settings in changes(job, ranks):
+
+    def changed(settings: dict[str, Any]) -> Job:
         times = job.batch_size // settings.get("batch_size", job.batch_size)  # a step keeps its number of tokens
         fields = {"accumulation": times * job.accumulation, "several": job.several or times > 1, **settings}
         if fields.pop("shard", False):
             fields["shards"] = ranks
-        if dry_run(dataclasses.replace(job, **fields)).total <= room:
-            if times > 1:
-                settings = settings | {"gradient_accumulation_steps": times * job.accumulation * ranks}
+        return dataclasses.replace(job, **fields)
+
+    def fits(settings: dict[str, Any]) -> bool:
+        tried = changed(settings)
+        if tried.loss_chunk:  # there can be a thousand chunks: first, what the step holds beside all logits
+            whole = dry_run(dataclasses.replace(tried, loss_chunk=0))
+            if whole.total - whole.memory["logits"] > room:
+                return False
+        return dry_run(tried).total <= room
+
+    for group in changes(job, ranks):
+        if fits(group[-1]):
+            settings = group[bisect_left(group, True, hi=len(group) - 1, key=fits)]
+            after = changed(settings)
+            if after.batch_size < job.batch_size:
+                settings = settings | {"gradient_accumulation_steps": after.accumulation * ranks}
             return " ".join(f"--{name}={value}" for name, value in settings.items()) + " fits"
     return "not even --batch_size=1 --recompute=block fits" + (
         f", nor with --shard on {ranks} ranks" if ranks > 1 else ""
     )
 
 
-def changes(job: Job, ranks: int) -> Iterator[dict[str, Any]]:
+def changes(job: Job, ranks: int) -> Iterator[list[dict[str, Any]]]:
     """Settings to try, in this order: the loss in chunks; recomputation; both; smaller micro-batches; all of these
-    together; the same with a sharded state."""
+    together; the same with a sharded state. In groups, within which each needs less memory than the one before it."""
     tokens = job.batch_size * job.shape.block_size
     fused = job.ops.name == "fused"
     chunk = [{"loss_chunk": LOSS_CHUNK}] if fused and not job.loss_chunk and tokens > LOSS_CHUNK else []
     again = [{"recompute": mode} for mode in MODES[MODES.index(job.recompute) + 1 :]]
     cheap = [*chunk, *again, *(one | other for one in chunk for other in again)]
-    size, sizes = job.batch_size, []
-    while size > 1:  # a half each time, of odd numbers a third and so on
-        size //= next(n for n in range(2, size + 1) if size % n == 0)
-        sizes.append({"batch_size": size})
-    local = [*cheap, *sizes, *(small | most for small in sizes for most in cheap[-1:])]
+    sizes = [{"batch_size": n} for n in range(job.batch_size - 1, 0, -1) if job.batch_size % n == 0]
+    local = [*([settings] for settings in cheap), sizes, [size | most for size in sizes for most in cheap[-1:]]]
+    local = [group for group in local if group]
     yield from local
     if ranks > 1 and job.shards == 1:
-        yield from ({"shard": True} | change for change in ({}, *local))
+        yield from ([{"shard": True} | change for change in group] for group in ([{}], *local))
 
 
 def amount(size: int) -> str:

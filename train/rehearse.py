@@ -50,7 +50,9 @@ def rehearse(config: TrainConfig, named: set[str], why: str, checkpoint: dict | 
     if dataset is not None:
         check_data(config, dataset, shape, checkpoint)
     ops, without = _ops(config.kernels)
-    chunk = rows_at_a_time(config, ops, dtype, shape.vocab_size, shape.block_size, target.memory)
+    chunk = 0  # without Triton the reference is counted: it holds all logits
+    if ops.name == "fused" or config.kernels == "reference":
+        chunk = rows_at_a_time(config, ops, dtype, shape.vocab_size, shape.block_size, target.memory)
     resumed = checkpoint is not None
     job = job_of(config, world, shape, ops, dtype, loss_chunk=chunk, resumed=resumed, card=target)
     tokens = config.gradient_accumulation_steps * config.batch_size * shape.block_size

@@ -101,6 +101,7 @@ class TrainStep:
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of one micro-batch, without dropout. Outside of an evaluation the model is in training mode."""
         self.model.eval()
-        loss = self.model(x, y)[1]
-        self.model.train()
-        return loss
+        try:
+            return self.model(x, y)[1]
+        finally:
+            self.model.train()

@@ -49,7 +49,7 @@ UPDATE_PROGRAMS = 32  # a multiprocessor: about three times what it holds, so th
 def adamw_norm_kernel(
     grad_ptr,  # (n,)
     lr_ptr,  # () float32
-    step_ptr,  # () float32: updates done
+    step_ptr,  # () float32 or int64: updates done
     partial_ptr,  # out (P,) float32: each program's sum of squares
     scalars_ptr,  # out (3,) float32: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), 1 - lr * weight_decay
     n,
@@ -84,7 +84,7 @@ def adamw_update_kernel(
     grad_ptr,  # (n,)
     exp_avg_ptr,  # in and out (n,) float32
     exp_avg_sq_ptr,  # in and out (n,) float32
-    step_ptr,  # in and out () float32
+    step_ptr,  # in and out () float32 or int64
     inv_scale_ptr,  # () float32, or None: the gradient is not scaled
     compute_ptr,  # out (n,) bfloat16 or float16, or None
     partial_ptr,  # (P,) float32
@@ -168,12 +168,19 @@ def adamw(
     check("exp_avg", exp_avg, (n,), float32, on=param)
     check("exp_avg_sq", exp_avg_sq, (n,), float32, on=param)
     check("lr", lr, (), float32, on=param)
-    check("step", step, (), float32, on=param)
+    check("step", step, (), float32, torch.int64, on=param)
     check("inv_scale", inv_scale, (), float32, on=param)
     check("compute", compute, (n,), *FLOATS[1:], on=param)
     for name, x in {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "compute": compute}.items():
         if x is not None and not x.is_contiguous():
             raise refusal(name, f"stride {x.stride(0)}", "a contiguous buffer, since it is written")
+    if not 0 <= n_decay <= n:
+        raise refusal("n_decay", n_decay, f"0 to {n}, the number of elements")
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise refusal("betas", betas, "two numbers of 0 or more and less than 1")
+    for name, number in {"eps": eps, "weight_decay": weight_decay, "max_norm": max_norm}.items():
+        if not number >= 0.0:
+            raise refusal(name, number, "0 or more")
 
     grad, multiprocessors = grad.contiguous(), device_of(param).multiprocessors
     # One program at least: the norm's first sets the bias corrections, the update's first advances the step

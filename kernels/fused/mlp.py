@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels.fused.gelu import check_form, gelu_backward, gelu_forward
 from kernels.fused.linear import put_product, put_row_sum
 from kernels.fused.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, linear_gelu, linear_gelu_backward, tiles_for
-from kernels.launch import check, custom_op, device_of, rows
+from kernels.launch import check, custom_op, device_of, refusal, rows
 from kernels.reference import Grads
 
 CUBLAS = 0  # in the place of the number of the fused matmul's tiles
@@ -40,9 +40,12 @@ def ways(x: Tensor) -> tuple[list[str], list[str]]:
     return forward, backward
 
 
-def _tiles(n: int, table: dict[int, tuple[Tiles, ...]], x: Tensor) -> Tiles | None:
+def _tiles(name: str, n: int, table: dict[int, tuple[Tiles, ...]], x: Tensor) -> Tiles | None:
     """The fused matmul's n-th tiles on x's device; None for cuBLAS."""
-    return (None, *tiles_for(table, device_of(x), x.dtype))[n]
+    found = (None, *tiles_for(table, device_of(x), x.dtype))
+    if not 0 <= n < len(found):
+        raise refusal(name, n, f"0 (cuBLAS) to {len(found) - 1}")
+    return found[n]
 
 
 @custom_op("nanofuse::mlp")
@@ -63,7 +66,7 @@ def _mlp(
     accumulate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, act, pre); act and pre are empty unless they are kept for backward. The last five are only for that."""
-    if tiles := _tiles(forward_tiles, FORWARD_TILES, x):
+    if tiles := _tiles("forward_tiles", forward_tiles, FORWARD_TILES, x):
         act, pre = linear_gelu(rows(x), rows(fc_weight), fc_bias, approximate, keep, tiles)
     else:
         pre = F.linear(x, fc_weight, fc_bias)
@@ -78,7 +81,7 @@ def _mlp_dpre(
     dy: Tensor, proj_weight: Tensor, pre: Tensor, approximate: str, wants_dbias: bool, backward_tiles: int
 ) -> tuple[Tensor, Tensor]:
     """(dpre, float32 rows whose sum is the gradient of fc_bias; none unless they are wanted)."""
-    if tiles := _tiles(backward_tiles, BACKWARD_TILES, dy):
+    if tiles := _tiles("backward_tiles", backward_tiles, BACKWARD_TILES, dy):
         dpre, partials = linear_gelu_backward(rows(dy), rows(proj_weight), pre, approximate, wants_dbias, tiles)
     else:
         dpre = dy @ proj_weight  # the gradient of act, until the kernel overwrites it

@@ -31,13 +31,13 @@ def after(function, arguments: dict) -> dict[str, Tensor]:
 
 @implementations
 @pytest.mark.parametrize(
-    ("betas", "updates"), [((0.0, 0.5), 0), ((0.9, 0.999), 20), ((0.9999, 0.95), 1), ((0.8, 0.999999), 999_999)]
+    ("betas", "updates"), [((0.0, 0.5), 0), ((0.9, 0.999), 20.0), ((0.9999, 0.95), 1.0), ((0.8, 0.999999), 999_999)]
 )
 def test_bias_corrections_to_millions_of_steps(function, betas, updates, device, nan_filled: None) -> None:
-    """From nothing, with a gradient of 1, the update is made of the two corrections alone."""
+    """From nothing, with a gradient of 1, the update is made of the two corrections alone. Step counts may be int64."""
     state = {name: torch.zeros(1, device=device) for name in ("param", "exp_avg", "exp_avg_sq")}
     grad, lr = torch.ones(1, device=device), torch.ones((), device=device)
-    step = torch.tensor(float(updates), device=device)
+    step = torch.tensor(updates, device=device)
     plain = dict(n_decay=1, eps=0.0, weight_decay=0.0, max_norm=0.0, inv_scale=None, compute=None)
     function(**state, grad=grad, lr=lr, step=step, betas=betas, **plain)
     m, v = ((1 - beta) / -math.expm1((updates + 1) * math.log(beta)) if beta else 1.0 for beta in betas)

@@ -211,6 +211,11 @@ def test_where_times_are_kept_and_that_none_are_where_they_cannot_be(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert cache_file() == Path("/home/somebody/.cache/nanofuse/times.json")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # of a user without a home
+    monkeypatch.chdir(tmp_path)
+    clock(*FOUR)
+    assert "earlier" not in choose_attention("auto", LAYER, World())[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 # A name, and runs

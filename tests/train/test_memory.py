@@ -13,7 +13,7 @@ from kernels import FUSED, REFERENCE
 from model import GPTConfig
 from tests.train.runs import refusal, run
 from train import memory, plan
-from train.dryrun import Job, dry_run
+from train.dryrun import DryRun, Job, dry_run
 from train.errors import UserError
 from train.memory import advice, check_memory, free_memory
 
@@ -57,6 +57,25 @@ def test_the_cheapest_change_that_fits(
     """The room is what the step takes with these changes. The message gives the accumulation of all ranks."""
     monkeypatch.setattr(memory, "dry_run", kept)
     assert advice(job, kept(dataclasses.replace(job, **changes)).total, ranks) == text
+
+
+def test_advice_for_a_huge_batch_tries_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,520 has 48 divisors. Nor is a step of many chunks tried that would not fit with any."""
+    tried = []
+
+    def counted(job: Job) -> DryRun:
+        tried.append(job)
+        return kept(job)
+
+    monkeypatch.setattr(memory, "dry_run", counted)
+    job = dataclasses.replace(WIDE, batch_size=2520)
+    fitting = dataclasses.replace(job, batch_size=840, accumulation=15)
+    assert advice(job, kept(fitting).total, 1) == "--batch_size=840 --gradient_accumulation_steps=15 fits"
+    assert len(tried) < 16
+    tried.clear()
+    assert advice(job, 10**6, 8).endswith("nor with --shard on 8 ranks")
+    assert len(tried) < 16
+    assert not any(job.loss_chunk for job in tried)
 
 
 def test_a_run_that_does_not_fit_takes_nothing(

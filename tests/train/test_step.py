@@ -79,3 +79,10 @@ def test_a_scale_changes_neither_loss_nor_norm_nor_update():
     assert [scaled(batch(i, 2), LR) for i in range(3)] == [plain(batch(i, 2), LR) for i in range(3)]
     scaled.scaler = plain.scaler
     torch.testing.assert_close(everything(scaled), everything(plain), rtol=0, atol=0)
+
+
+def test_an_evaluation_that_fails_leaves_dropout_on() -> None:
+    step = make(dropout=0.2)
+    with pytest.raises(IndexError):
+        step.evaluate(*(10**6 + tokens[0] for tokens in batch(0, 1)[:2]))
+    assert step.model.training
