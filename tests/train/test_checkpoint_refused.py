@@ -1,6 +1,7 @@
 """Loads: a short, damaged or foreign file is refused with its name, and the message offers the previous checkpoint."""
 
 import os
+import struct
 import subprocess
 import zipfile
 from pathlib import Path
@@ -62,7 +63,9 @@ def test_what_torch_reads_is_compared_with_what_was_verified(path, monkeypatch):
     assert "torch does not read the bytes" in refusal(path)
 
 
-def rewritten(path: Path, pickled: bytes = b"", compression: int = zipfile.ZIP_STORED, **attributes: int) -> None:
+def rewritten(
+    path: Path, pickled: bytes = b"", compression: int = zipfile.ZIP_STORED, **attributes: int | bytes
+) -> None:
     """A checkpoint in an archive with good CRCs, perhaps with another pickle."""
     torch.save(make_nanogpt(), path)
     with zipfile.ZipFile(path) as old:
@@ -74,6 +77,13 @@ def rewritten(path: Path, pickled: bytes = b"", compression: int = zipfile.ZIP_S
             info.external_attr = 0  # as in torch's
             for name, value in attributes.items():
                 setattr(info, name, value)
+
+
+def test_the_extra_field_of_files_over_4_gb_is_read(path):
+    """torch writes it beside the members that begin beyond 4 GB: those of gpt2-medium's moments."""
+    rewritten(path, extra=struct.pack("<HHQ", 1, 8, 0))
+    assert checkpoint.load(path)["iter_num"] == make_nanogpt()["iter_num"]
+    assert checkpoint.held(path)
 
 
 PROTO, TUPLE1, SET_ITEM, STOP = b"\x80\x02", b"\x85", b"K\x01s", b"."
