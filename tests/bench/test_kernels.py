@@ -226,9 +226,8 @@ def test_ligers_counterparts(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
     case = BY_NAME[name]
     contest = Contest(replace(case, fused=case.reference), case.shapes[1], FP32, CPU)
-    for row in contest.measure("both", seconds=0):
-        assert row.skipped == ""
-        assert row.seconds
+    found = contest.measure("both", seconds=0)
+    assert [row.variant for row in found if row.seconds] == ["fused", "reference", "compiled", "liger"]
     fresh = case.make_inputs(case.shapes[1], FP32, CPU)
     for key, given in contest._inputs.items():
         assert not isinstance(given, Tensor) or torch.equal(given, fresh[key])
