@@ -217,15 +217,18 @@ class Results(Struct, frozen=True):
 
 
 def encoded(results: Results) -> bytes:
-    """The contents of the file."""
-    return msgspec.json.format(msgspec.json.encode(results), indent=1)
+    """The contents of the file. ValueError for results that `read` would refuse."""
+    text = msgspec.json.encode(results)
+    msgspec.json.decode(text, type=Results)
+    return msgspec.json.format(text, indent=1)
 
 
 def write(path: Path, results: Results) -> None:
-    """Write the whole file or nothing. OSError."""
+    """Write the whole file or nothing. ValueError for results that `read` would refuse; OSError."""
+    text = encoded(results)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        file.write(encoded(results))
+        file.write(text)
 
 
 def read(path: Path) -> Results:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from msgspec import to_builtins
+from msgspec.structs import replace
 
 from bench import results
-from bench.results import Session
+from bench.results import Ceiling, Session
 from tests.bench.made import cpu, h100
 
 WHOLE = json.loads(json.dumps(to_builtins(h100())))
@@ -25,6 +26,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert results.read(path) == made
     for committed in COMMITTED.glob("*.json"):
         assert results.read(committed).complete
+    with pytest.raises(ValueError, match=r"got `null` - at `\$\.ceilings\[0\]\.rates\[0\]`"):
+        results.write(path, replace(cpu(), ceilings=[Ceiling("copy", "", [float("nan")])]))
+    assert results.read(path) == made  # still whole
 
 
 def changed(part: str = "", **fields: object) -> str:
