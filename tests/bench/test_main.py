@@ -213,7 +213,7 @@ def test_the_smoke_set_is_small_and_whole() -> None:
     ids = [line for line in done.stdout.splitlines() if "<Function" in line]
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(ids) < 40
-    for name in [*(f"test_one_regime[{case.name}]" for case in CASES), "test_resume", "test_a_batch_of_one[fused]"]:
+    for name in [*(f"test_one_regime[{case.name}]" for case in CASES), "test_resume", "[one sequence-fused]"]:
         assert any(name in test for test in ids), name
 
 

@@ -123,7 +123,7 @@ B16 = torch.bfloat16
         *((dtype, 3, 0.2, {}) for dtype in (torch.float32, B16, torch.float16)),
         *((dtype, 2, 0.2, {"compile": True}) for dtype in (torch.float32, B16, torch.float16)),
         *((B16, 2, 0.2, {"recompute": mode}) for mode in MODES[1:]),
-        pytest.param(B16, 1, 0.2, {"size": 1}, marks=pytest.mark.smoke),
+        pytest.param(B16, 1, 0.2, {"size": 1}, marks=pytest.mark.smoke, id="one sequence"),
     ],
 )
 def test_a_replayed_step_is_the_eager_step(
