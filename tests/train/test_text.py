@@ -31,7 +31,7 @@ def gpt2() -> GPT2Tokenizer:
 
 
 @given(text=st.text(st.characters(codec="utf-8"), max_size=60))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_round_trips_through_meta(gpt2, text):
     for made in (CharTokenizer(sorted(set(text) | {"a"})), ByteTokenizer(), gpt2):
         ids = made.encode(text)
@@ -76,7 +76,7 @@ WORDS = st.text(st.sampled_from("ab'sl ré\n\t\u00a0\x1c生。\uff112½,.!_\u030
 
 @given(text=WORDS, size=st.integers(1, 20))
 @example(text="it's 'll  we'll\n\n x", size=1)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bpe_in_pieces_is_bpe_of_the_whole(gpt2, text, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "CHUNK", size)
@@ -93,7 +93,7 @@ def test_bpe_in_pieces_is_bpe_of_the_whole(gpt2, text, size):
     pack=st.booleans(),
 )
 @example(text="a\r\n\rb", chunk=2, cut=0.5, mark=True, pack=False)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_text_is_read_and_split_whole(tmp_path_factory, text, chunk, cut, mark, pack):
     """In pieces, packed or not, with a byte order mark or not; line ends are those of Python's text files."""
     path = tmp_path_factory.getbasetemp() / "text.txt"
