@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import shutil
+from contextlib import suppress
 from unittest import mock
 
 import pytest
@@ -79,13 +80,11 @@ def test_a_kill_at_every_system_call_leaves_old_or_new(tmp_path, monkeypatch, af
         checkpoint.save(tmp_path / "four", make_checkpoint(iteration, best_iter, best_val_loss=losses[iteration]), keep)
     for k in itertools.count(1):
         out_dir = shutil.copytree(tmp_path / "four", tmp_path / str(k))
-        countdown, killed = k, False
+        countdown = k
         called.clear()
-        try:
+        with suppress(Killed):
             checkpoint.save(out_dir, make_checkpoint(5, best, best_val_loss=losses[5]), keep)
-        except Killed:
-            killed = True
-        countdown = math.inf
+        killed, countdown = countdown <= 0, math.inf
         kept = saved_iterations(out_dir)  # loads every one of them
         survivor = kept[0]
         assert survivor in (4, 5)

@@ -1,5 +1,9 @@
-"""Loads: a short, damaged or foreign file is refused with its name, and the message offers the previous checkpoint."""
+"""What a checkpoint holds, and loads: nanoGPT's layout, both ways, and the optimizer's whole state. A short, damaged or
+foreign file is refused with its name, and the message offers the previous checkpoint."""
 
+import copy
+import itertools
+import math
 import os
 import struct
 import subprocess
@@ -9,9 +13,96 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.checkpoints import MODEL_ARGS, assert_same, make_checkpoint, make_model, make_nanogpt, refusal
+from tests.train.checkpoints import (
+    MODEL_ARGS,
+    assert_same,
+    make_adamw,
+    make_checkpoint,
+    make_model,
+    make_nanogpt,
+    refusal,
+    train,
+)
 from train import checkpoint
 from train.errors import UserError
+from train.state import load_optimizer
+
+
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
+def test_loads_nanogpts(tmp_path, prefix):
+    theirs, expected = make_nanogpt(), make_nanogpt()
+    expected["model"]["transformer.h.0.attn.c_attn.bias"] = torch.ones(24)
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16)}  # dropped: it is no weight
+    theirs["model"] = {prefix + name: tensor for name, tensor in (expected["model"] | mask).items()}
+    torch.save(theirs, tmp_path / "ckpt.pt")
+    expected |= {"best_val_loss": 1.25, "nanofuse": {}, "model": dict(expected["model"])}
+    assert_same(checkpoint.load(tmp_path / "ckpt.pt"), expected)
+
+
+def test_nanogpt_loads_ours(tmp_path):
+    """With the same statements as in its train.py and sample.py."""
+    model = make_model()
+    optimizer = make_adamw(model, fused=True, lr=2**-10)
+    train(model, optimizer, 3)
+    # a run with CUDA graphs has its rate in a tensor and a capturable AdamW
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group |= {"lr": torch.tensor(2**-10), "capturable": True}
+    ours = make_checkpoint(model=model.state_dict(), optimizer=checkpoint.portable(state))
+    checkpoint.save(tmp_path, ours, keep=2)
+
+    loaded = torch.load(tmp_path / "ckpt.pt", map_location="cpu")
+    assert_same(loaded["model_args"], MODEL_ARGS)
+    assert_same([(x["lr"], x["capturable"]) for x in loaded["optimizer"]["param_groups"]], [(2**-10, False)] * 2)
+    twin = make_model(seed=9)
+    twin.load_state_dict(loaded["model"])
+    theirs = make_adamw(twin)
+    theirs.load_state_dict(loaded["optimizer"])
+    train(model, optimizer, 2, seed=5)
+    train(twin, theirs, 2, seed=5)
+    assert_same(dict(twin.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize(("source", "target"), [(True, False), (None, True), (False, None)])
+def test_optimizer_goes_on_where_it_was(source, target):
+    """For every pair of AdamW implementations: moments and count are loaded, flags are not."""
+    model = make_model()
+    before = make_adamw(model, fused=source)
+    train(model, before, 3)
+    after = make_adamw(make_model(seed=9), fused=target, lr=2e-3, betas=(0.8, 0.9))
+    after.param_groups[0]["weight_decay"] = 0.3
+    settings = after.state_dict()["param_groups"]
+    state, expected = before.state_dict(), copy.deepcopy(before.state_dict()["state"])
+    for entry in state["state"].values() if source else ():  # a number, as an older torch has it
+        entry["step"] = 3
+    load_optimizer(after, state)
+    assert_same(after.state_dict(), {"state": expected, "param_groups": settings})
+
+
+def test_an_optimizer_of_another_kind_or_model_is_refused():
+    def changed(**values) -> dict:
+        state = make_nanogpt()["optimizer"]
+        state["state"][0] |= values
+        return state
+
+    zeros, ours, missing = torch.zeros(32, 8), make_adamw(make_model()), changed()
+    del missing["state"][1]
+    moments = (None, 0, [0.0] * 1000, zeros.long(), zeros.to_sparse(), zeros.to("meta"), torch.zeros(33, 8))
+    for state, message in (
+        (torch.optim.AdamW(make_model().parameters()).state_dict(), "groups of 3 tensors, this model's 1 and 2"),
+        (missing, "tensor 1 no count"),
+        *((changed(step=step), "tensor 0 no count") for step in ("three", None, -1, 1e300, math.nan, torch.ones(2))),
+        *(
+            (changed(exp_avg=moment), r"tensor 0 .* of the shape \[32, 8\]: it is not this model's AdamW")
+            for moment in (*moments, torch.zeros(32, 16))
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_optimizer(ours, state)
+        assert not ours.state
+
+
+# Refusals
 
 
 @pytest.fixture
@@ -25,26 +116,21 @@ def test_damage_is_refused_or_harmless(path):
     """The file is cut at many lengths, and bits of it are flipped. Harmless are the padding and the zip fields that are
     not used here (a date, a permission)."""
     whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+        member = next(info for info in archive.infolist() if info.filename.endswith("/data/0"))
     for length in {*range(8), *range(0, len(whole), 101), *range(len(whole) - 30, len(whole))}:
         path.write_bytes(whole[:length])
         refusal(path)
         assert checkpoint.held(path) is None
-    path.write_bytes(whole)
-    with zipfile.ZipFile(path) as archive:
-        directory = archive.start_dir
-        member = next(info for info in archive.infolist() if info.filename.endswith("/data/0"))
     entry = whole.index(member.filename.encode(), directory) - 46
     attributes = range(entry + 36, entry + 42)  # with these torch takes the member for a folder and reads nothing
     tensor = whole.index(torch.full((256,), 3.0).numpy().tobytes())
     within = (tensor, tensor + 511, tensor + 1023)
     locators = range(whole.rindex(b"PK\x06\x06"), len(whole))
-    flips = [(position, bit) for position in attributes for bit in range(8)]
-    flips += [
-        (position, position % 8)
-        for position in (*within, *locators, *range(directory, len(whole), 3), *range(0, len(whole), 83))
-    ]
+    others = (*within, *locators, *range(directory, len(whole), 3), *range(0, len(whole), 83))
     said = {}
-    for position, bit in flips:
+    for position, bit in [*itertools.product(attributes, range(8)), *((position, position % 8) for position in others)]:
         flipped = bytearray(whole)
         flipped[position] ^= 1 << bit
         path.write_bytes(flipped)
@@ -63,9 +149,13 @@ def test_what_torch_reads_is_compared_with_what_was_verified(path, monkeypatch):
     assert "torch does not read the bytes" in refusal(path)
 
 
-def rewritten(
-    path: Path, pickled: bytes = b"", compression: int = zipfile.ZIP_STORED, **attributes: int | bytes
-) -> None:
+def follow(advice: str) -> str:
+    """Run the command that a message suggests."""
+    subprocess.run(advice.split("`")[1], shell=True, check=True)
+    return advice
+
+
+def rewritten(path: Path, pickled: bytes = b"", compression: int = zipfile.ZIP_STORED, **attributes) -> None:
     """A checkpoint in an archive with good CRCs, perhaps with another pickle."""
     torch.save(make_nanogpt(), path)
     with zipfile.ZipFile(path) as old:
@@ -135,20 +225,29 @@ def test_files_and_values_of_other_kinds(tmp_path):
         assert not callable(made) or checkpoint.held(path) is None
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut"])
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut])
 def test_the_newest_whole_one_is_offered_and_the_offer_works(tmp_path, damage):
     out_dir = tmp_path / "my out"
     for iteration in (1, 2, 3):
         checkpoint.save(out_dir, make_checkpoint(iteration), keep=3)
-    path, previous = out_dir / "ckpt.pt", out_dir / "ckpt-previous-1.pt"
-    whole = path.read_bytes()
-    path.unlink()
-    if damage == "cut":
-        path.write_bytes(whole[:-100])
+    path = out_dir / "ckpt.pt"
+    damage(path)
     assert "ckpt-previous-1.pt, of iteration 2, is whole" in refusal(path)
-    previous.write_bytes(previous.read_bytes()[:-100])
-    message = refusal(path)
-    assert "iteration 1, is whole" in message
-    subprocess.run(message.split("`")[1], shell=True, check=True)
+    cut(out_dir / "ckpt-previous-1.pt")
+    assert "iteration 1, is whole" in follow(refusal(path))
     assert checkpoint.load(path)["iter_num"] == 1
-    assert (out_dir / "ckpt.pt.damaged").exists() == (damage == "cut")  # it may be another program's
+    assert (out_dir / "ckpt.pt.damaged").exists() == (damage == cut)  # it may be another program's
+
+
+def test_a_damaged_best_is_not_read_and_the_offer_works(tmp_path):
+    for iteration in (1, 2):
+        checkpoint.save(tmp_path, make_checkpoint(iteration, best_iter=1), keep=1)
+    best = checkpoint.best_of(tmp_path)
+    content = best.read_bytes()
+    best.write_bytes(content.replace(torch.ones(256).numpy().tobytes(), bytes(1024)))  # a tensor; all else is whole
+    assert "; ckpt.pt, of iteration 2, is whole: `mv" in follow(refusal(best))
+    assert checkpoint.load(checkpoint.best_of(tmp_path))["iter_num"] == 2
