@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -55,15 +56,32 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None
     return set
 
 
-def test_auto_takes_the_fastest_that_runs_and_says_so(clock) -> None:
-    clock(*FOUR)
+@pytest.mark.parametrize("change", ["shape", "device", "torch", "candidates", "{", '{"a": {"flash": []}}'])
+def test_auto_takes_the_fastest_that_runs_and_measures_again_after_a_change(clock, change, monkeypatch):
+    """Also of the file of times: it may be damaged."""
     said = "attention: flash_attn, fastest of flash_attn 0.50 ms, fa3 1.25 ms, fa4 2.00 ms, flash 3.00 ms a layer, "
-    assert choose_attention("auto", LAYER, World()) == ("flash_attn", said + "forward and backward")
+    said += "forward and backward"
+    for times, when in ((FOUR, ""), ((), ", as an earlier run measured")):
+        clock(*times)
+        assert choose_attention("auto", LAYER, World()) == ("flash_attn", said + when)
     assert {(x.shape, x.dtype) for x in flash_packages.got} >= {((3, 8, 3, 2, 4), torch.float32)}
     assert len(flash_packages.dqkvs) > 0
+    layer = LAYER._replace(batch_size=2) if change == "shape" else LAYER
+    if change == "device":
+        monkeypatch.setattr(choices, "device_name", lambda device: "another card")
+    elif change == "torch":
+        monkeypatch.setattr(torch, "__version__", "3.0")
+    elif change == "candidates":
+        flash_packages.remove(monkeypatch)
+    elif change != "shape":
+        cache_file().write_text(change)
+    for times, earlier in (((1.0, 2.0, 3.0, 4.0), False), ((), True)):
+        clock(*times)
+        backend, now = choose_attention("auto", layer, World())
+        assert (backend, "earlier" in now) == ("flash", earlier)
 
 
-def test_nothing_is_measured_off_cuda_or_where_there_is_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_off_cuda_or_where_there_is_one_way(monkeypatch):
     ragged = changed(MLP, n_embd=24)  # rows that do not begin at multiples of 16 elements
     for ops, layer in ((REFERENCE, MLP), (FUSED, MLP._replace(dtype=torch.float32)), (FUSED, ragged)):
         assert choose_mlp(ops, layer, World()) == (ops, "")
@@ -75,16 +93,32 @@ def test_nothing_is_measured_off_cuda_or_where_there_is_one_way(monkeypatch: pyt
     assert choose_mlp(FUSED, MLP, World()) == (FUSED, "")
 
 
+def test_where_times_are_kept_and_that_none_are_where_they_cannot_be(clock, tmp_path, monkeypatch):
+    assert cache_file() == tmp_path / "cache" / "nanofuse" / "times.json"
+    cache_file().mkdir(parents=True)
+    for _ in range(2):
+        clock(*FOUR)
+        assert "earlier" not in choose_attention("auto", LAYER, World())[1]
+    assert [path.name for path in (tmp_path / "cache").rglob("*")] == ["nanofuse", "times.json"]
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert cache_file() == Path("/home/somebody/.cache/nanofuse/times.json")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # of a user without a home
+    monkeypatch.chdir(tmp_path)
+    clock(*FOUR)
+    assert "earlier" not in choose_attention("auto", LAYER, World())[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
 # The MLP
 
 
 class Spied:
-    """The fused bundle, with the reference's MLP, which is quicker here. It keeps its last tiles and arguments. `spoil`
+    """The fused bundle, with the reference's MLP, which is quicker here. It keeps its tiles and arguments. `spoil`
     changes the result of the way `wrong`."""
 
     def __init__(self, spoil: Callable[[Tensor], Tensor] | None = None, wrong: Way | None = None) -> None:
-        self.way, self.spoil, self.wrong = None, spoil, wrong
-        self.rows: set[int] = set()
+        self.spoil, self.wrong, self.rows = spoil, wrong, set()
         self.ops = replace(FUSED, mlp=self.mlp)
 
     def mlp(self, *, forward_tiles: int = 0, backward_tiles: int = 0, **given: Any) -> Tensor:
@@ -99,13 +133,11 @@ class Spied:
         return self.way
 
 
-def test_the_mlp_is_the_fastest_in_each_direction_and_the_next_run_takes_the_same(
-    clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_mlp_is_the_fastest_in_each_direction_and_the_next_run_takes_the_same(clock, monkeypatch):
     """Measured is the MLP that the run computes; backward, the forward pass runs before the clock starts. Only the
     first rows are checked before. Neither choice overwrites the other's times."""
     clock(*FOUR)
-    attention, said = choose_attention("auto", LAYER, World())
+    choose_attention("auto", LAYER, World())
     spied, asked = Spied(), []
 
     def look(work: Timeable) -> None:
@@ -131,7 +163,7 @@ def test_the_mlp_is_the_fastest_in_each_direction_and_the_next_run_takes_the_sam
     ops, later = choose_mlp(spied.ops, MLP, World())
     assert spied.taken(ops) == (1, 0)
     assert later == mlp_said.replace(" a layer", " a layer, as an earlier run measured")
-    assert choose_attention("auto", LAYER, World()) == (attention, f"{said}, as an earlier run measured")
+    assert "earlier" in choose_attention("auto", LAYER, World())[1]
     other = choices.mlp_inputs(changed(MLP, bias=False, gelu="tanh"))
     assert [other[name] for name in ("fc_bias", "proj_bias", "approximate")] == [None, None, "tanh"]
 
@@ -146,7 +178,7 @@ def raises(y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("spoil", "wrong"), [(raises, (1, 0)), (gradient, (0, 1))])
-def test_what_is_wrong_is_neither_timed_nor_taken(clock, spoil: Callable, wrong: Way) -> None:
+def test_what_is_wrong_is_neither_timed_nor_taken(clock, spoil, wrong):
     """Even if it would be the fastest."""
     spied, forward = Spied(spoil, wrong), spoil is raises
     two, three = (3.0, 2.0), (3.0, 2.0, 1.0)  # of cuBLAS, the first tiles, which may be wrong, and the second
@@ -159,7 +191,7 @@ def test_what_is_wrong_is_neither_timed_nor_taken(clock, spoil: Callable, wrong:
     assert "\n" not in said
 
 
-def test_every_rank_takes_rank_0s() -> None:
+def test_every_rank_takes_rank_0s():
     told = iter([BACKENDS.index("fa3"), 2, 1])
 
     class Second(World):
@@ -169,53 +201,8 @@ def test_every_rank_takes_rank_0s() -> None:
     world, spied = Second(1, 1, 2), Spied()
     assert choose_attention("auto", LAYER, world)[0] == "fa3"
     ops, _ = choose_mlp(spied.ops, MLP, world)
-    assert spied.way is None  # only rank 0 checks and measures
+    assert not spied.rows  # only rank 0 checks and measures
     assert spied.taken(ops) == (2, 1)
-
-
-# Times that are kept
-
-
-@pytest.mark.parametrize("change", ["shape", "device", "torch", "candidates", "{", '{"a": {"flash": []}}'])
-def test_times_of_something_else_and_a_damaged_file_are_not_taken(
-    clock, change: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock(*FOUR)
-    choose_attention("auto", LAYER, World())
-    layer = LAYER._replace(batch_size=2) if change == "shape" else LAYER
-    if change == "device":
-        monkeypatch.setattr(choices, "device_name", lambda device: "another card")
-    elif change == "torch":
-        monkeypatch.setattr(torch, "__version__", "3.0")
-    elif change == "candidates":
-        flash_packages.remove(monkeypatch)
-    elif change != "shape":
-        cache_file().write_text(change)
-    clock(1.0, 2.0, 3.0, 4.0)
-    backend, said = choose_attention("auto", layer, World())
-    assert backend == "flash"
-    assert "earlier" not in said
-    clock()
-    assert "earlier" in choose_attention("auto", layer, World())[1]
-
-
-def test_where_times_are_kept_and_that_none_are_where_they_cannot_be(
-    clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert cache_file() == tmp_path / "cache" / "nanofuse" / "times.json"
-    cache_file().mkdir(parents=True)
-    for _ in range(2):
-        clock(*FOUR)
-        assert "earlier" not in choose_attention("auto", LAYER, World())[1]
-    assert [path.name for path in (tmp_path / "cache").rglob("*")] == ["nanofuse", "times.json"]
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert cache_file() == Path("/home/somebody/.cache/nanofuse/times.json")
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # of a user without a home
-    monkeypatch.chdir(tmp_path)
-    clock(*FOUR)
-    assert "earlier" not in choose_attention("auto", LAYER, World())[1]
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 # A name, and runs
@@ -228,7 +215,7 @@ def test_where_times_are_kept_and_that_none_are_where_they_cannot_be(
         ("flash", 0.2, "do not support non-zero dropout"),
     ],
 )
-def test_a_name_that_cannot_run(name: str, dropout: float, reason: str) -> None:
+def test_a_name_that_cannot_run(name, dropout, reason):
     with pytest.raises(UserError) as caught:
         choose_attention(name, changed(LAYER, dropout=dropout), World())
     message = str(caught.value)
@@ -238,29 +225,19 @@ def test_a_name_that_cannot_run(name: str, dropout: float, reason: str) -> None:
     assert "\n" not in message
 
 
-def test_a_run_computes_with_what_was_chosen_and_chooses_again_when_resumed(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_computes_with_what_was_chosen_and_chooses_again_when_resumed(tmp_path, capsys, monkeypatch):
     """And learns the same by another attention."""
-    rows = set()
-
-    def chosen(ops: Ops, layer: Layer, world: World) -> tuple[Ops, str]:
-        def mlp(x: Tensor, *given: Any) -> Tensor:
-            rows.add(x.shape[:-1].numel())
-            return ops.mlp(x, *given)
-
-        return replace(ops, mlp=mlp), "mlp: chosen"
-
+    mlp = mock.Mock(side_effect=REFERENCE.mlp)
     monkeypatch.setattr(choices, "TIMED", ())
     settings = dict(dropout=0.0, max_iters=2)
     run(tmp_path / "auto", **settings)
     said = capsys.readouterr().out
     assert "\nattention:" not in said
     assert "\nmlp:" not in said
-    monkeypatch.setattr("train.plan.choose_mlp", chosen)
+    monkeypatch.setattr("train.plan.choose_mlp", lambda ops, *of: (replace(ops, mlp=mlp), "mlp: chosen"))
     run(tmp_path / "fa3", **settings, attention="fa3")
     assert "\nattention: fa3, as set\nmlp: chosen\n" in capsys.readouterr().out
-    assert 32 in rows
+    assert any(call.args[0].shape[:-1].numel() == 2 * 16 for call in mlp.call_args_list)
     assert {x.size(0) for x in flash_packages.got} > {1}  # the trial uses another batch size
     one, other = ({n: record["loss"] for n, record in logged(tmp_path / name).items()} for name in ("auto", "fa3"))
     assert other == pytest.approx(one, rel=1e-4)
