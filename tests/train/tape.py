@@ -60,12 +60,10 @@ def tape(tasks: list[Task]) -> list[Work]:
     """A `Capture`. Runs each task once as a warm-up and once to record it."""
     for task in tasks:
         task.warm_up()
-    return [_record(task) for task in tasks]
-
-
-def _record(task: Task) -> Work:
-    task.prepare()
-    with Tape() as recorder:
-        task.run()
-    recorder.spoil()
-    return recorder.replay
+    recorders = [Tape() for _ in tasks]
+    for task, recorder in zip(tasks, recorders, strict=True):
+        task.prepare()
+        with recorder:
+            task.run()
+        recorder.spoil()
+    return [recorder.replay for recorder in recorders]

@@ -64,12 +64,11 @@ def test_a_failed_capture_is_one_line_and_leaves_no_trace() -> None:
 
 
 def test_another_shape_or_dtype_is_refused() -> None:
-    step = make(accumulation=2)
-    graphed = GraphedStep(step, (2, B, T), capture=tape)
-    with pytest.raises(ValueError, match=r"x: got torch.int64 \(1, 8\), expected torch.int64 \(2, 8\), as captured"):
-        graphed(batch(0, 2, size=1), 1e-3)
-    good = batch(0, 2)
-    with pytest.raises(ValueError, match=r"y: got torch.int32 \(2, 8\), expected torch.int64 \(2, 8\), as captured"):
-        graphed(good._replace(y=good.y.int()), 1e-3)
-    with pytest.raises(ValueError, match=r"batch: got 1 micro-steps, expected 2, as captured"):
-        graphed(batch(0, 1), 1e-3)
+    graphed, good = GraphedStep(make(accumulation=2), (2, B, T), capture=tape), batch(0, 2)
+    for given, message in (
+        (batch(0, 2, size=1), r"x: got torch.int64 \(1, 8\), expected torch.int64 \(2, 8\), as captured"),
+        (good._replace(y=good.y.int()), r"y: got torch.int32 \(2, 8\), expected torch.int64 \(2, 8\), as captured"),
+        (batch(0, 1), "batch: got 1 micro-steps, expected 2, as captured"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            graphed(given, 1e-3)
