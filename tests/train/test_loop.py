@@ -1,16 +1,16 @@
-"""The loop: what it logs, evaluates, saves and times."""
+"""The loop: the learning rate, and what it logs, evaluates, saves and times."""
 
 import dataclasses
 import functools
+import math
 import re
 import signal
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,11 +20,38 @@ from model.pretrained import from_checkpoint
 from model.work import flops_per_token
 from tests.train.runs import CONSTANT, iterations, last, logged, records, run
 from tests.train.tape import tape
+from train.config import TrainConfig
 from train.data import Batch, Dataset, Loader
-from train.graph import Capture, GraphedStep, Task, Work
-from train.loop import Loop
+from train.graph import GraphedStep, Task, Work
+from train.loop import Loop, learning_rate
 from train.state import TrainState
 from train.step import TrainStep
+
+
+def nanogpts_rate(n: int, warmup: int, decay: int, high: float, low: float) -> float:
+    """Up to `high` in warmup + 1 equal steps, then down by the half-angle form of the cosine."""
+    if n < warmup:
+        return high - high * (warmup - n) / (warmup + 1)
+    if n > decay or warmup == decay:
+        return low
+    return low + (high - low) * math.cos(math.pi / 2 * (n - warmup) / (decay - warmup)) ** 2
+
+
+rates = st.floats(0, 1)
+
+
+@given(warmup=st.integers(0, 3000), length=st.integers(-4000, 10**6), high=rates, low=rates, part=st.floats(0, 1))
+def test_the_learning_rate_is_nanogpts_formula_at_every_corner(warmup, length, high, low, part):
+    """Also where the warmup is longer than the decay, as in nanoGPT's recipe for a CPU. It comes first."""
+    decay = max(warmup + length, 0)
+    config = TrainConfig(warmup_iters=warmup, lr_decay_iters=decay, learning_rate=high, min_lr=low)
+    constant = dataclasses.replace(config, decay_lr=False)
+    corners = {0, 1, warmup // 2, warmup, (warmup + decay) // 2, decay, 2 * decay, warmup + int(part * length)}
+    for n in sorted({max(c + d, 0) for c in corners for d in (-1, 0, 1)}):
+        rate = learning_rate(n, config)
+        assert rate == pytest.approx(nanogpts_rate(n, warmup, decay, high, low), rel=1e-9, abs=1e-12)
+        assert 0 <= rate <= max(high, low) * (1 + 1e-12)
+        assert learning_rate(n, constant) == high
 
 
 def test_an_evaluation_is_the_mean_of_its_batches_without_dropout(tmp_path):
@@ -40,16 +67,15 @@ def test_an_evaluation_is_the_mean_of_its_batches_without_dropout(tmp_path):
 
 
 @pytest.mark.parametrize(("max_iters", "log_interval"), [(0, 1), (12, 1), (11, 3)])
-def test_what_is_logged_and_saved_and_times_without_evaluations(tmp_path, monkeypatch, capsys, max_iters, log_interval):
-    """On a clock that moves only by command: a step takes 1 s, evaluating a split 100 s, a save 10,000 s."""
-    now = 1000.0  # a clock may start anywhere
+def test_what_is_logged_saved_and_timed(tmp_path, clock, monkeypatch, capsys, max_iters, log_interval):
+    """Times leave out evaluations and saves: a step takes 1 s, evaluating a split 100 s, a save 10,000 s."""
+    clock.now = 1000.0  # it may start anywhere
 
     def takes(seconds: float, owner: type, name: str) -> None:
         does = getattr(owner, name)
 
         def method(*given: object) -> object:
-            nonlocal now
-            now += seconds
+            clock.let_pass(seconds)
             return does(*given)
 
         monkeypatch.setattr(owner, name, method)
@@ -57,14 +83,13 @@ def test_what_is_logged_and_saved_and_times_without_evaluations(tmp_path, monkey
     takes(1, TrainStep, "__call__")
     takes(100, TrainStep, "evaluation")
     takes(10_000, TrainState, "save")
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
     settings = dict(eval_interval=4, eval_iters=3, warmup_iters=11, learning_rate=0.12, peak_flops=1e8)
     assert run(tmp_path / "out", max_iters=max_iters, log_interval=log_interval, **settings) == 0
     lines, evaluations = list(range(0, max_iters, log_interval)), [*range(0, max_iters, 4), max_iters]
     assert iterations(tmp_path / "out", "iter") == lines
     assert iterations(tmp_path / "out", "eval") == evaluations
     assert iterations(tmp_path / "out", "save") == evaluations[1:]
-    assert now - 1000 == max_iters * 1 + len(evaluations) * 2 * 100 + len(evaluations[1:]) * 10_000
+    assert clock() - 1000 == max_iters * 1 + len(evaluations) * 2 * 100 + len(evaluations[1:]) * 10_000
     printed = capsys.readouterr().out
     kinds = [record["kind"].replace("eval", "step") for record in records(tmp_path / "out")]
     assert re.findall(r"^(iter|step) \d", printed, re.MULTILINE) == [kind for kind in kinds if kind in ("iter", "step")]
@@ -108,53 +133,42 @@ def test_a_signal_in_an_evaluation_lets_it_finish_and_saves_after_the_next_step(
     assert iterations(tmp_path / "out", "save") == [1]
 
 
-# Graphs
-
-
-def watched_tape(replayed: list[str]) -> Capture:
-    """A tape in the place of CUDA's graphs. It notes what is replayed, and hides what a replay does."""
-
-    def capture(tasks: list[Task]) -> list[Work]:
-        def graph(name: str, replay: Work) -> None:
-            with torch.utils._python_dispatch._disable_current_modes():
-                replay()
-            replayed.append(name)
-
-        names = ("micro-step", "update", "evaluation")
-        return [functools.partial(graph, name, replay) for name, replay in zip(names, tape(tasks), strict=True)]
-
-    return capture
-
-
-def test_a_run_captures_its_step_and_its_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_captures_its_step_and_its_evaluation(tmp_path, monkeypatch):
     """The loop cannot tell them from what they hold. The host launches little beside the graphs, in order: the learning
     rate, the loss cleared, the batches put where graphs read them, a copy of the results, the loop's own copy. On a GPU
     the loader's copy of a batch is one more."""
     run(tmp_path / "eager")
-    launches: list[list[str]] = []
-    replayed, iterate = [], Loop._iterate
+    launched, of_iterations, iterate = [], [], Loop._iterate
 
     class Host(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if not func.is_view and func is not torch.ops.aten.detach.default:
-                replayed.append(func.overloadpacket.__name__)
+                launched.append(func.overloadpacket.__name__)
             return func(*args, **(kwargs or {}))
 
+    def graph(name: str, replay: Work) -> None:
+        with torch.utils._python_dispatch._disable_current_modes():
+            replay()
+        launched.append(name)
+
+    def capture(tasks: list[Task]) -> list[Work]:  # a tape in the place of CUDA's graphs
+        names = ("micro-step", "update", "evaluation")
+        return [functools.partial(graph, name, replay) for name, replay in zip(names, tape(tasks), strict=True)]
+
     def watched(loop: Loop) -> None:
-        before = len(replayed)
+        before = len(launched)
         with Host():
             iterate(loop)
-        launches.append(replayed[before:])
+        of_iterations.append(launched[before:])
 
     monkeypatch.setattr(Loop, "_iterate", watched)
     monkeypatch.setattr(command, "choose_graphs", lambda *args, **options: (True, ""))
-    monkeypatch.setattr(command, "GraphedStep", functools.partial(GraphedStep, capture=watched_tape(replayed)))
+    monkeypatch.setattr(command, "GraphedStep", functools.partial(GraphedStep, capture=capture))
     monkeypatch.setattr("train.loop.MOST_UNREAD", 3)  # the host reads losses between two lines of the log
     run(tmp_path / "captured", log_interval=5)
-    seen = Counter(replayed)
-    assert [seen[name] for name in ("micro-step", "update", "evaluation")] == [6 * 2, 6, 4 * 2 * 2]
+    assert [launched.count(name) for name in ("micro-step", "update", "evaluation")] == [6 * 2, 6, 4 * 2 * 2]
     micro_steps = ["_foreach_copy_", "micro-step"] * 2
-    assert launches[1] == ["fill_", "zero_", *micro_steps, "update", "clone", "stack"]
+    assert of_iterations[1] == ["fill_", "zero_", *micro_steps, "update", "clone", "stack"]
     eager = logged(tmp_path / "eager")
     assert logged(tmp_path / "captured") == {n: eager[n] for n in (0, 5)}
     assert logged(tmp_path / "captured", "eval") == logged(tmp_path / "eager", "eval")
