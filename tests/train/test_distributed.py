@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -88,24 +89,25 @@ def test_ranks_take_the_gpus_in_order(monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "work"), [(train_command, "decide"), (bench_command, "variants")])
-def test_the_device_of_a_run_is_the_current_one(here, monkeypatch, command, work):
-    """Streams and captures belong to the current device, so it must be set before any work."""
+def test_the_device_of_a_run_is_the_current_one_and_takes_tf32(here, monkeypatch, request, command, work):
+    """Streams and captures belong to the current device, so it must be set before any work. TF32 is set in a way that
+    Inductor can still ask for it."""
+    request.addfinalizer(partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("highest")
     for name, answer in {"device_count": 2, "is_available": True, "get_device_capability": (9, 0)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
     begun = mock.Mock(side_effect=InterruptedError)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr(torch.cuda, "set_device", begun.device)
     monkeypatch.setattr(command, work, begun)
     monkeypatch.setattr(sys, "argv", ["command", "--device=cuda:1"])
     with pytest.raises(InterruptedError):
         command.main()
     assert begun.mock_calls[0] == mock.call.device(torch.device("cuda", 1))
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 @pytest.mark.parametrize(("graphed", "accumulation", "dtype"), [(False, 1, torch.bfloat16), (True, 3, torch.float16)])
-def test_gradients_are_exchanged_once_a_step(
-    graphed: bool, accumulation: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_are_exchanged_once_a_step(graphed, accumulation, dtype, monkeypatch):
     sent = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: sent.append(x))
     step, alone = (steps.make(accumulation=2, dtype=dtype) for _ in range(2))
@@ -115,10 +117,9 @@ def test_gradients_are_exchanged_once_a_step(
     call = GraphedStep(step, (accumulation, steps.B, steps.T), capture=tape) if graphed else step
     losses = steps.train(call, accumulation, 1)
     assert [x.data_ptr() for x in sent] == [step.optimizer.flat.grad.data_ptr()]
-    assert sent[0].dtype == torch.float32
-    assert sent[0].numel() == len(step.optimizer.flat.grad)
-    (loss, norm), (expected, twice) = losses[0], steps.train(alone, accumulation, 1)[0]
-    assert (loss, norm) == (expected, twice / 2)  # the mean over two ranks, one of which sent zeros
+    assert (sent[0].dtype, sent[0].numel()) == (torch.float32, len(step.optimizer.flat.grad))
+    ((loss, norm),) = steps.train(alone, accumulation, 1)
+    assert losses == [(loss, norm / 2)]  # the mean over two ranks, one of which sent zeros
 
 
 # Runs
@@ -222,21 +223,19 @@ def test_what_ranks_tell_each_other_and_what_each_holds_of_a_sharded_model(here)
         import os
         import torch
         from torch.distributed.tensor import DTensor
-        from model import GPT, GPTConfig, Precision
+        from tests.train import steps
         from train.distributed import process_group, world_from_environment
         from train.shard import ShardedAdamW, share_out
         from train.step import TrainStep
 
         world = world_from_environment()
-        with process_group(world, "auto", torch.device("cpu")):
-            assert (world.size, world.master) == (2, world.rank == 0)
+        with process_group(world, "auto", steps.CPU):
             told = [world.agree(value) for value in (0, 2 * world.rank, 0, 1 - world.rank, 0)]
             assert told == [0, 0, 2, 0, 1], told
             assert world.from_master(7 + world.rank) == 7
 
-            shape = GPTConfig(block_size=8, vocab_size=32, n_layer=2, n_head=2, n_embd=16)
-            model = GPT(shape, precision=Precision(torch.bfloat16))
-            share_out(model, world, torch.device("cpu"))
+            model = steps.small_model(dtype=torch.bfloat16, n_layer=2, vocab_size=32)
+            share_out(model, world, steps.CPU)
             optimizer = ShardedAdamW(model, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
             seen = []
             first, second = model.transformer.h
@@ -245,9 +244,8 @@ def test_what_ranks_tell_each_other_and_what_each_holds_of_a_sharded_model(here)
                 seen.extend((args[0].dtype, block.attn.c_attn.weight.dtype, type(first.attn.c_attn.weight.data)))
 
             second.register_forward_pre_hook(look)
-            tokens = torch.randint(32, (1, 2, 9))
-            step = TrainStep(model, optimizer, grad_clip=1.0)
-            step.micro_step(tokens[0, :, :-1], tokens[0, :, 1:], 1)
+            step, batch = TrainStep(model, optimizer, grad_clip=1.0), steps.batch(0)
+            step.micro_step(batch.x[0], batch.y[0], 1)
             half = model.get_num_params(non_embedding=False) / 2
             assert sum(p.to_local().numel() for p in model.parameters()) == half
             assert sum(p.grad.to_local().numel() for p in model.parameters()) == half

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -10,18 +11,6 @@ import torch
 from train import hardware
 from train.config import TrainConfig
 from train.errors import UserError
-from train.hardware import (
-    CARDS,
-    DATA_SHEETS,
-    Peak,
-    data_sheet,
-    measure_bandwidth,
-    measure_flops,
-    peak_flops,
-    resolve_device,
-    resolve_dtype,
-    resolve_stream,
-)
 from train.settings import settings_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -32,56 +21,43 @@ def cuda(monkeypatch):
     """Make torch see CUDA devices with this name and compute capability."""
 
     def pretend(name="NVIDIA H100 80GB HBM3", capability=(9, 0), count=1):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        answers = {"is_available": count > 0, "device_count": count}
+        answers |= {"get_device_name": name, "get_device_capability": capability}
+        for function, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, function, mock.Mock(return_value=answer))
 
     return pretend
 
 
 def test_every_data_sheet_is_plausible():
     """Finds sparse figures, wrong columns and wrong digits. Tensor cores double their rate at half the bits."""
-    for sheet in DATA_SHEETS:
+    for sheet in hardware.DATA_SHEETS:
         assert sheet.source
         assert 200 < sheet.bandwidth < 10_000, sheet
         assert 1.9 < sheet.bf16 / sheet.tf32 < 2.1, sheet
         assert 20 < sheet.bf16 * 1000 / sheet.bandwidth < 450, sheet  # FLOPs per byte
-    assert {"", "auto", *CARDS} == set(settings_of(TrainConfig)["rehearse"].metadata["choices"])
-    assert all(data_sheet(card.name) for card in CARDS.values())
+    assert {"", "auto", *hardware.CARDS} == set(settings_of(TrainConfig)["rehearse"].metadata["choices"])
+    assert all(hardware.data_sheet(card.name) for card in hardware.CARDS.values())
 
 
 def test_the_peak_is_the_data_sheets_and_is_measured_where_the_table_lacks_the_device(cuda, monkeypatch):
     cuda()
-    for dtype, column, tflops in (
-        (torch.bfloat16, "bf16", 989),
-        (torch.float16, "fp16", 989),
-        (torch.float32, "tf32", 495),
-    ):
-        assert peak_flops(CUDA, dtype) == Peak(tflops * 1e12, f"NVIDIA H100 data sheet, SXM, dense {column}")
+    for dtype, column, tflops in (("bfloat16", "bf16", 989), ("float16", "fp16", 989), ("float32", "tf32", 495)):
+        peak = hardware.Peak(tflops * 1e12, f"NVIDIA H100 data sheet, SXM, dense {column}")
+        assert hardware.peak_flops(CUDA, getattr(torch, dtype)) == peak
     monkeypatch.setattr(hardware, "measure_flops", lambda device, dtype: 5e12)
     cuda("NVIDIA A100-SXM4-40GB MIG 1g.5gb")
-    assert peak_flops(CUDA, torch.bfloat16).source.endswith("bfloat16 matmul peak of NVIDIA A100-SXM4-40GB MIG 1g.5gb")
-
-
-def test_a_run_on_cuda_takes_tf32_so_that_inductor_can_still_ask(cuda):
-    before = torch.get_float32_matmul_precision()
-    cuda()
-    try:
-        hardware.use_device(CUDA)
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    measured = hardware.peak_flops(CUDA, torch.bfloat16).source
+    assert measured.endswith("bfloat16 matmul peak of NVIDIA A100-SXM4-40GB MIG 1g.5gb")
 
 
 def test_what_is_measured_by_a_clock_on_which_everything_takes_two_seconds(monkeypatch):
     """The best of three matmuls, unless the next takes too long. A copy counts what is read and what is written."""
     seconds = iter(range(0, 10**6, 2))
     monkeypatch.setattr("train.hardware.time.perf_counter", lambda: next(seconds))
-    assert measure_flops(CPU, torch.float32, budget=20) == 2 * 1024**3 / 2
-    assert measure_flops(CPU, torch.float32, budget=10) == 2 * 256**3 / 2
-    assert measure_bandwidth(CPU, budget=20, size=4096) == 2 * 4096 / 2
+    assert hardware.measure_flops(CPU, torch.float32, budget=20) == 2 * 1024**3 / 2
+    assert hardware.measure_flops(CPU, torch.float32, budget=10) == 2 * 256**3 / 2
+    assert hardware.measure_bandwidth(CPU, budget=20, size=4096) == 2 * 4096 / 2
 
 
 @pytest.mark.parametrize(
@@ -95,9 +71,9 @@ def test_what_is_measured_by_a_clock_on_which_everything_takes_two_seconds(monke
 def test_devices(cuda, monkeypatch, gpus, mac, named, refused, expected):
     cuda(count=gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mac)
-    assert {name: str(resolve_device(name)) for name in named} == named
+    assert {name: str(hardware.resolve_device(name)) for name in named} == named
     with pytest.raises(UserError, match=f"device: got '{refused}', expected one of: {expected}"):
-        resolve_device(refused)
+        hardware.resolve_device(refused)
 
 
 @pytest.mark.parametrize(
@@ -116,10 +92,10 @@ def test_dtypes(cuda, monkeypatch, device, fast, offered, refused):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     names = offered.split(", ")
-    for name in ("auto", *names):
-        assert str(resolve_dtype(name, torch.device(device))) == f"torch.{names[0] if name == 'auto' else name}"
+    for name, dtype in zip(("auto", *names), (names[0], *names), strict=True):
+        assert hardware.resolve_dtype(name, torch.device(device)) == getattr(torch, dtype)
     with pytest.raises(UserError, match=f"dtype: got '{refused}', expected one of: auto, {offered}"):
-        resolve_dtype(refused, torch.device(device))
+        hardware.resolve_dtype(refused, torch.device(device))
 
 
 def test_the_residual_streams_dtype() -> None:
@@ -129,7 +105,7 @@ def test_the_residual_streams_dtype() -> None:
         ("auto", torch.bfloat16, "cpu", torch.float32),
         ("float32", torch.bfloat16, "cuda", torch.float32),
     ):
-        assert resolve_stream(name, dtype, device) == expected
+        assert hardware.resolve_stream(name, dtype, device) == expected
 
 
 FAULTS = """
