@@ -1,7 +1,6 @@
 """Compiling the model. If a machine cannot compile, the run goes on without it."""
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.slow
-def test_without_a_compiler_the_run_goes_on_in_eager_mode() -> None:
+def test_without_a_compiler_the_run_goes_on_in_eager_mode():
     torch._dynamo.reset()  # forgets what other tests compiled
     model, lines = small_model(), []
     with fresh_cache(), inductor_config.patch({"cpp.cxx": (None, "/no/such/compiler")}):
@@ -33,7 +32,7 @@ def test_without_a_compiler_the_run_goes_on_in_eager_mode() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-def test_compiled_is_compiled_with_the_same_dropout() -> None:
+def test_compiled_is_compiled_with_the_same_dropout():
     torch._dynamo.reset()
     model, lines = small_model(dropout=0.5), []
     chosen = model_to_train(model, CONFIG, CPU, lines.append)
@@ -48,7 +47,7 @@ def test_compiled_is_compiled_with_the_same_dropout() -> None:
     torch.testing.assert_close(*losses)
 
 
-def test_in_parts_two_blocks_are_compiled_whatever_the_depth() -> None:
+def test_in_parts_two_blocks_are_compiled_whatever_the_depth():
     torch._dynamo.reset()
     counters.clear()
     model, idx = small_model(dropout=0.5, n_layer=4), torch.randint(11, (2, 8))
@@ -70,9 +69,7 @@ def test_in_parts_two_blocks_are_compiled_whatever_the_depth() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(("in_parts", "graphs"), [(False, 2), (True, 8)])
-def test_nothing_is_compiled_again_after_the_warm_up(
-    in_parts: bool, graphs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_compiled_again_after_the_warm_up(in_parts, graphs, tmp_path, monkeypatch):
     """The warm-up makes the graphs of training and evaluation. Nothing later makes one, not even the sample of text. In
     parts: the embedding, the only block, the last LayerNorm, the loss."""
     monkeypatch.setattr("train.compile.in_parts", lambda device, sharded: in_parts)
@@ -89,7 +86,7 @@ def test_nothing_is_compiled_again_after_the_warm_up(
     assert not counters["graph_break"]
 
 
-def test_memory_that_runs_out_is_not_taken_for_a_missing_compiler() -> None:
+def test_memory_that_runs_out_is_not_taken_for_a_missing_compiler():
     class Hungry(torch.nn.Module):
         def forward(self, idx: torch.Tensor, targets: torch.Tensor, dloss: torch.Tensor) -> None:
             raise torch.OutOfMemoryError("no memory left")
@@ -99,16 +96,14 @@ def test_memory_that_runs_out_is_not_taken_for_a_missing_compiler() -> None:
         model_to_train(Hungry(), CONFIG, CPU, lambda line: None)
 
 
-def test_what_compiling_leaves_behind_is_no_gradient_of_the_first_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_compiling_leaves_behind_is_no_gradient_of_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)  # the first call, on zeros, is still made
     for compile in (False, True):
         run(tmp_path / str(compile), compile=compile, max_iters=1, dropout=0.0)
     assert logged(tmp_path / "True")[0] == logged(tmp_path / "False")[0]
 
 
-def test_the_residual_dtype_reaches_the_stream_between_the_blocks(tmp_path: Path) -> None:
+def test_the_residual_dtype_reaches_the_stream_between_the_blocks(tmp_path):
     """By default it stays float32: each layer adds a little to a large stream, which bfloat16 would round away."""
     seen = []
 

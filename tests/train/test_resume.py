@@ -18,32 +18,27 @@ def assert_same_end(a: Path, b: Path, *more: str) -> None:
     assert_same(*({key: last(folder)[key] for key in ("model", "optimizer", "iter_num", *more)} for folder in (a, b)))
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_halves_are_the_whole(tmp_path, request, compiled):
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_two_halves_are_the_whole(tmp_path, request, monkeypatch, kind):
     """With the dropout and accumulation of KILLED_JOB. Every run evaluates at other iterations."""
     settings = dict(dtype="bfloat16", log_interval=3)
-    if compiled:
+    if kind == "compiled":
         request.getfixturevalue("compiler")
         settings = dict(compile=True)
         # Inductor sums an embedding's gradient with atomics, so several threads give no fixed order.
         request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
         torch.set_num_threads(1)
+    elif kind == "float16":  # slow, but a CPU can do it
+        monkeypatch.setattr("train.plan.resolve_dtype", lambda name, device: torch.float16)
     run(tmp_path / "whole", max_iters=2 * N, eval_interval=5, **settings)
     run(tmp_path / "halves", max_iters=N, eval_interval=3, eval_iters=1, **settings)
     resume(tmp_path / "halves", max_iters=2 * N, eval_interval=4)
     assert max(logged(tmp_path / "whole")) >= 2 * N - 3
     assert logged(tmp_path / "halves") == logged(tmp_path / "whole")
     assert_same_end(tmp_path / "halves", tmp_path / "whole")
-
-
-def test_the_loss_scale_is_resumed(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.plan.resolve_dtype", lambda name, device: torch.float16)  # slow, but a CPU can do it
-    run(tmp_path / "whole", max_iters=4, eval_interval=4)
-    run(tmp_path / "halves", max_iters=2)
-    resume(tmp_path / "halves", max_iters=4)
-    assert last(tmp_path / "whole")["nanofuse"]["scaler"]["_growth_tracker"] == 4
-    assert logged(tmp_path / "halves") == logged(tmp_path / "whole")
-    assert_same_end(tmp_path / "halves", tmp_path / "whole", "nanofuse")
+    whole, halves = (last(tmp_path / name)["nanofuse"]["scaler"] for name in ("whole", "halves"))
+    assert halves == whole
+    assert whole.get("_growth_tracker") == (2 * N if kind == "float16" else None)
 
 
 @pytest.mark.parametrize(("number", "always"), [(signal.SIGINT, False), (signal.SIGHUP, True)])
@@ -112,13 +107,11 @@ def test_it_is_evaluated_and_left_as_it_is_and_goes_on_with_its_settings_and_tho
     assert iterations(out, "iter") == [0, 1, 2, 3]
     assert iterations(out, "eval") == [0, 2, 4, 4]
     assert_same(last(out), before)
-    modes = []
-    at = {0: lambda step: modes.append(step.model.transformer.h[0].recompute)}
-    resume(out, at, max_iters=6, weight_decay=0.25, recompute="block")
+    modes, changed = [], {"max_iters": 6, "weight_decay": 0.25, "recompute": "block"}
+    resume(out, {0: lambda step: modes.append(step.model.transformer.h[0].recompute)}, **changed)
     after = last(out)
-    changed = {"init_from": "resume", "out_dir": str(out), "max_iters": 6, "weight_decay": 0.25, "recompute": "block"}
     assert modes == ["block"]
-    assert after["config"] == before["config"] | changed
+    assert after["config"] == before["config"] | changed | {"init_from": "resume", "out_dir": str(out)}
     assert after["model_args"]["dropout"] == 0.3
     group = after["optimizer"]["param_groups"][0]
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.9), 0.25)
