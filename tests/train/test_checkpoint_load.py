@@ -233,9 +233,10 @@ def cut(path: Path) -> None:
 def test_the_newest_whole_one_is_offered_and_the_offer_works(tmp_path, damage):
     out_dir = tmp_path / "my out"
     for iteration in (1, 2, 3):
-        checkpoint.save(out_dir, make_checkpoint(iteration), keep=3)
+        checkpoint.save(out_dir, make_checkpoint(iteration, best_iter=1), keep=3)
     path = out_dir / "ckpt.pt"
     damage(path)
+    assert checkpoint.best_of(out_dir) == path  # whose refusal offers the others
     assert "ckpt-previous-1.pt, of iteration 2, is whole" in refusal(path)
     cut(out_dir / "ckpt-previous-1.pt")
     assert "iteration 1, is whole" in follow(refusal(path))

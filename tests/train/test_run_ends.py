@@ -1,11 +1,13 @@
 """How a run ends: done, out of time, interrupted, or with a loss that is not finite. Its folder is its own."""
 
 import errno
+import itertools
 import os
 import pickle
 import runpy
 import signal
 import sys
+import time
 from unittest import mock
 
 import pytest
@@ -34,14 +36,16 @@ def test_eval_only_evaluates_once_and_changes_nothing(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_max_minutes_evaluates_and_saves(tmp_path, capsys):
-    assert run(tmp_path / "out", max_iters=100, max_minutes=1e-9, eval_interval=50) == 0
-    assert iterations(tmp_path / "out", "iter") == [0]
-    assert iterations(tmp_path / "out", "eval") == [0, 1]
-    assert last(tmp_path / "out")["iter_num"] == 1
-    assert "max_minutes=1e-09 have passed" in capsys.readouterr().out
-    assert resume(tmp_path / "out", max_minutes=60.0, max_iters=3) == 0  # max_minutes is for each run, not in total
+def test_max_minutes_evaluates_and_saves(tmp_path, monkeypatch, capsys):
+    """On a clock that moves by 25 s from one look to the next."""
+    monkeypatch.setattr("train.loop.time", mock.Mock(wraps=time, monotonic=itertools.count(step=25).__next__))
+    assert run(tmp_path / "out", max_iters=100, max_minutes=1.0, eval_interval=50) == 0
     assert iterations(tmp_path / "out", "iter") == [0, 1, 2]
+    assert iterations(tmp_path / "out", "eval") == [0, 3]
+    assert last(tmp_path / "out")["iter_num"] == 3
+    assert "max_minutes=1 have passed" in capsys.readouterr().out
+    assert resume(tmp_path / "out", max_iters=5) == 0  # max_minutes is for each run, not in total
+    assert iterations(tmp_path / "out", "iter") == [0, 1, 2, 3, 4]
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path):
@@ -52,20 +56,24 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("end", "log_interval"), [("logged", 1), ("evaluated", 100), ("signal", 100), ("in float16", 1)]
+    ("end", "log_interval"),
+    [("logged", 1), ("evaluated", 100), ("signal", 100), ("in float16", 1), ("by the last update", 1)],
 )
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, monkeypatch, log_interval, end):
     """The message names the iteration of this loss, even if losses are read much later."""
     at = {4: poison} | ({5: send(signal.SIGTERM)} if end == "signal" else {})
-    settings = dict(eval_interval=3, max_iters=5 if end == "evaluated" else 100, log_interval=log_interval)
+    late = end == "by the last update"  # all losses of steps are finite, those of the last evaluation are not
+    if late:
+        at = {4: lambda step: step.optimizer.flat.exp_avg.fill_(float("nan"))}
+    settings = dict(eval_interval=3, max_iters=5 if late or end == "evaluated" else 100, log_interval=log_interval)
     if end == "in float16":  # where gradients may be infinite
         monkeypatch.setattr("train.plan.resolve_dtype", lambda name, device: torch.float16)
     message = refusal(run, tmp_path / "out", at, status=1, **settings)
-    assert "loss: got nan at iteration 4" in message
+    assert f"loss: got nan at iteration {4 + late}" in message
     assert last(tmp_path / "out")["iter_num"] == 3
     assert all(tensor.isfinite().all() for tensor in last(tmp_path / "out")["model"].values())
     assert iterations(tmp_path / "out", "save") == [3]
-    assert iterations(tmp_path / "out", "eval") == [0, 3]
+    assert iterations(tmp_path / "out", "eval") == [0, 3] + [5] * late
 
 
 def test_data_that_fails_costs_no_iteration(tmp_path):
