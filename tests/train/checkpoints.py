@@ -13,12 +13,12 @@ from train.errors import UserError
 MODEL_ARGS = dict(n_layer=1, n_head=2, n_embd=8, block_size=16, bias=True, vocab_size=32, dropout=0.0)
 
 
-def make_model(seed: int = 0, width: int = 8) -> torch.nn.Module:
+def make_model(seed: int = 0) -> torch.nn.Module:
     """Names and tied weights as in nanoGPT's GPT, with the fewest layers that have both kinds of parameter."""
     torch.manual_seed(seed)
     model = torch.nn.Module()
-    model.transformer = torch.nn.ModuleDict({"wte": torch.nn.Embedding(32, width), "ln_f": torch.nn.LayerNorm(width)})
-    model.lm_head = torch.nn.Linear(width, 32, bias=False)
+    model.transformer = torch.nn.ModuleDict({"wte": torch.nn.Embedding(32, 8), "ln_f": torch.nn.LayerNorm(8)})
+    model.lm_head = torch.nn.Linear(8, 32, bias=False)
     model.transformer.wte.weight = model.lm_head.weight
     return model
 
