@@ -164,7 +164,7 @@ def test_a_run_captures_its_step_and_its_evaluation(tmp_path, monkeypatch):
     monkeypatch.setattr(Loop, "_iterate", watched)
     monkeypatch.setattr(command, "choose_graphs", lambda *args, **options: (True, ""))
     monkeypatch.setattr(command, "GraphedStep", functools.partial(GraphedStep, capture=capture))
-    monkeypatch.setattr("train.loop.MOST_UNREAD", 3)  # the host reads losses between two lines of the log
+    monkeypatch.setattr("train.loop.MOST_UNREAD", 1)  # the host reads losses between two lines of the log
     run(tmp_path / "captured", log_interval=5)
     assert [launched.count(name) for name in ("micro-step", "update", "evaluation")] == [6 * 2, 6, 4 * 2 * 2]
     micro_steps = ["_foreach_copy_", "micro-step"] * 2
