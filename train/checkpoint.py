@@ -270,16 +270,6 @@ def _previous(out_dir: Path) -> list[Path]:
 # What is in the file
 
 
-def portable(optimizer_state: dict) -> dict:
-    """`optimizer_state`, for a process that runs AdamW in another way. nanoGPT takes the rate, which may be a tensor
-    here, and `capturable` from the file, and `capturable` fails on a CPU."""
-    groups = [
-        {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in group.items()} | {"capturable": False}
-        for group in optimizer_state["param_groups"]
-    ]
-    return {"state": optimizer_state["state"], "param_groups": groups}
-
-
 def unpack(raw: Any) -> dict:
     """What torch.load returned, checked, in the layout above. ValueError if anything is wrong with it."""
     if not isinstance(raw, dict):

@@ -52,7 +52,7 @@ class TrainState:
         if plan.world.master:
             checkpoint = {
                 "model": weights,
-                "optimizer": checkpoints.portable(moments),
+                "optimizer": moments,
                 "model_args": {name: getattr(self.model.config, name) for name in MODEL_ARGS},
                 "iter_num": progress.iter_num,
                 "best_val_loss": progress.best_val_loss,
