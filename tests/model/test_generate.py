@@ -5,20 +5,14 @@ import math
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT
 from model.generate import generate, probabilities, sample
+from tests.model.small import make
 
 
 def make_model(**shape) -> GPT:
-    config = {"block_size": 16, "vocab_size": 33, "n_layer": 2, "n_head": 2, "n_embd": 16} | shape
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**config)).eval()
-    for name, p in model.named_parameters():  # not as training starts: the likeliest token must vary
-        if name.endswith("bias"):
-            torch.nn.init.normal_(p, std=0.1)
-        elif p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.2 if "wte" in name else 1.0)
-    return model
+    """Not as training starts: the likeliest token varies."""
+    return make(**{"vocab_size": 33, "n_head": 2, "n_embd": 16, "std": 0.5} | shape).eval()
 
 
 def drawn(*args, **options) -> torch.Tensor:
