@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.cases import CASES
 from kernels.check import fault, outputs_and_gradients
 from kernels.fused.adamw import adamw
+from tests.kernels.test_cases import NAMED
 
 EPS = torch.finfo(torch.float32).eps
 implementations = pytest.mark.parametrize("function", [adamw, reference.adamw], ids=["fused", "reference"])
@@ -17,8 +17,7 @@ implementations = pytest.mark.parametrize("function", [adamw, reference.adamw], 
 
 def made(n: int, device: torch.device, dtype: torch.dtype = torch.float32, **changes) -> dict:
     """Arguments of adamw in the middle of a run, as in a case of the registry."""
-    case = next(case for case in CASES if case.name == "adamw with a loss scale and a copy")
-    return case.make_inputs((n, n // 3), dtype, device) | changes
+    return NAMED["adamw with a loss scale and a copy"].make_inputs((n, n // 3), dtype, device) | changes
 
 
 @implementations

@@ -10,9 +10,6 @@ from torch import Tensor
 from kernels import cross_entropy, linear_cross_entropy, reference
 from kernels.check import fault, in_float64, outputs_and_gradients
 from kernels.fused.cross_entropy import row_losses
-from kernels.fused.linear_cross_entropy import padded
-from kernels.launch import INTERPRETED
-from tests.kernels.watcher import Memory
 
 CHUNKS = pytest.mark.parametrize("chunk_rows", [0, 4])
 inf, nan = math.inf, math.nan
@@ -125,27 +122,3 @@ def test_float16_keeps_what_a_mean_over_many_rows_would_lose(chunk_rows: int, de
     inputs |= {"targets": torch.zeros(1024, dtype=torch.int64, device=device), "chunk_rows": 64 * chunk_rows}
     got, exact = outputs_and_gradients(fused_loss, inputs), outputs_and_gradients(plain_loss, in_float64(inputs))
     torch.testing.assert_close(got["dweight"][1:].double(), exact["dweight"][1:], rtol=0.02, atol=0)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="bytes and reads are counted in Triton's interpreter")
-@CHUNKS
-def test_no_gradient_no_work_of_a_head(chunk_rows: int, memory: Memory) -> None:
-    M, V = 8, 20
-    inputs = draw(M, 8, V, torch.device("cpu"))
-    with torch.no_grad():
-        loss = fused_loss(**inputs, chunk_rows=chunk_rows)
-    assert memory.stored == 4 * M + 4  # losses, and how many count
-    assert max(end - first for first, end in memory.spans) == 4 * (chunk_rows or M) * padded(V)  # all logits there are
-    frozen = {name: value.detach() for name, value in inputs.items()}
-    assert torch.equal(fused_loss(**frozen, chunk_rows=chunk_rows), loss)
-    assert memory.stored == 2 * (4 * M + 4)
-
-
-@CHUNKS
-def test_the_inputs_stay_as_they_were_and_a_gradient_may_be_taken_twice(chunk_rows: int, device: torch.device) -> None:
-    inputs = draw(9, 8, 20, device)
-    before = [x.detach().clone() for x in inputs.values()]
-    loss, leaves = fused_loss(**inputs, chunk_rows=chunk_rows), (inputs["x"], inputs["weight"])
-    first, second = (torch.autograd.grad(n * loss, leaves, retain_graph=True) for n in (1, 2))
-    assert all(torch.equal(2 * a, b) for a, b in zip(first, second, strict=True))
-    assert all(map(torch.equal, inputs.values(), before))

@@ -30,14 +30,19 @@ def inputs(dtype: torch.dtype = torch.float32, B: int = 2, T: int = 13, Q: int =
     return qkv.to(dtype).requires_grad_(), dy.to(dtype)
 
 
-def truth(qkv: Tensor, dy: Tensor, mask: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """y and dqkv by the formula, in float64. mask: of the weights."""
-    qkv = qkv.detach().double().requires_grad_()
+def formula(qkv: Tensor, n_head: int, mask: Tensor | float = 1.0) -> Tensor:
+    """y (B, T, C) of qkv (B, T, 3C), in its dtype. mask: of the weights."""
     B, T, C3 = qkv.shape
-    q, k, v = (x.view(B, T, H, -1).transpose(1, 2) for x in qkv.split(C3 // 3, dim=2))
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))
-    ahead = torch.ones(T, T, dtype=torch.bool).triu(1)
-    y = (scores.masked_fill(ahead, -math.inf).softmax(-1) * mask @ v).transpose(1, 2).reshape(B, T, C3 // 3)
+    q, k, v = (x.view(B, T, n_head, -1).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+    scores = q @ k.mT / math.sqrt(q.size(-1)) + torch.full((T, T), -math.inf).triu(1)
+    weights = scores.exp() / scores.exp().sum(-1, keepdim=True) * mask
+    return (weights @ v).transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def truth(qkv: Tensor, dy: Tensor, mask: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """y and dqkv in float64."""
+    qkv = qkv.detach().double().requires_grad_()
+    y = formula(qkv, H, mask)
     return y, torch.autograd.grad(y, qkv, dy.double())[0]
 
 
@@ -123,7 +128,7 @@ def test_sampling_needs_no_backend_that_this_machine_lacks(monkeypatch: pytest.M
     """With a cache, and for one token, any will do. Elsewhere a model asks the one that it was given."""
     flash_packages.remove(monkeypatch)
     net, auto = (make(attention=backend).eval() for backend in ("fa4", "auto"))
-    idx, _ = batch(net.config)
+    idx, _ = batch(net)
     cache = KVCache(net.config, 3, "cpu", torch.float32)
     with torch.no_grad():
         net(idx[:, :15], cache=cache)
@@ -138,7 +143,7 @@ def test_a_compiled_model_breaks_around_a_backend_that_the_compiler_does_not_kno
     """Once for all layers."""
     torch._dynamo.reset()
     eager, net = (make(attention="fa4", n_layer=12) for _ in range(2))
-    pair = batch(net.config)
+    pair = batch(net)
     run = torch.compile(net, backend="aot_eager")
     losses = [compute(*pair)[1] for compute in (eager, run)]
     torch.testing.assert_close(*losses)

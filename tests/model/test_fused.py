@@ -9,58 +9,46 @@ import torch
 
 from kernels import FUSED, REFERENCE, Ops
 from kernels.check import disagreement
-from model import GPT, GPTConfig, Precision
+from kernels.launch import INTERPRETED
+from model import GPT, Precision
 from tests.kernels.rounding import round_to_nearest
-from tests.model.small import DEVICE, batch, make
+from tests.model.small import batch, make
 
-SHAPE = dict(vocab_size=53, n_head=3, n_embd=36)
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 
 def made(ops: Ops, dtype: torch.dtype = torch.float32, **changes) -> GPT:
     stream = torch.float64 if dtype == torch.float64 else torch.float32
-    model = make(ops, precision=Precision(dtype, stream), **SHAPE | changes).to(DEVICE)
+    model = make(ops, precision=Precision(dtype, stream), n_head=3, n_embd=36, **changes).to(DEVICE)
     return model.double() if dtype == torch.float64 else model
-
-
-def pair() -> tuple[torch.Tensor, torch.Tensor]:
-    """32 of the targets count: a power of two, whose reciprocal costs bfloat16 no rounding."""
-    idx, targets = batch(GPTConfig(block_size=16, vocab_size=53))
-    return idx.to(DEVICE), targets.to(DEVICE)
 
 
 def loss_and_gradients(model: GPT, run: torch.nn.Module | None = None) -> dict[str, torch.Tensor]:
     """run: the compiled model."""
     model.zero_grad()
-    _, loss = (model if run is None else run)(*pair())
+    _, loss = (model if run is None else run)(*batch(model))
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("bias", "gelu"), [(True, "erf"), (False, "tanh")])
-def test_same_loss_and_gradients(bias: bool, gelu: str) -> None:
-    changes = dict(bias=bias, gelu=gelu)
-    fused, plain = (loss_and_gradients(made(ops, **changes)) for ops in (FUSED, REFERENCE))
-    exact = loss_and_gradients(made(REFERENCE, torch.float64, **changes))
-    assert not disagreement(fused, plain, exact)
-
-
-def test_no_further_from_the_truth_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounding is all over the place there; of each gradient as a whole it is not larger than plain torch's."""
+@pytest.mark.parametrize(
+    ("dtype", "bias", "gelu"),
+    [(torch.float32, True, "erf"), (torch.float32, False, "tanh"), (torch.bfloat16, True, "erf")],
+)
+def test_same_loss_and_gradients(dtype: torch.dtype, bias: bool, gelu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, where rounding is all over the place, each gradient as a whole is no further from the truth."""
     round_to_nearest(monkeypatch)
-    fused, plain = (loss_and_gradients(made(ops, torch.bfloat16)) for ops in (FUSED, REFERENCE))
-    exact = loss_and_gradients(made(REFERENCE, torch.float64))
+    fused, plain, exact = (
+        loss_and_gradients(made(ops, of, bias=bias, gelu=gelu))
+        for ops, of in ((FUSED, dtype), (REFERENCE, dtype), (REFERENCE, torch.float64))
+    )
+    if dtype == torch.float32:
+        assert not disagreement(fused, plain, exact)
+        return
     assert abs(fused["loss"] - exact["loss"]) < 4 * torch.finfo(torch.bfloat16).eps
-    for name in exact:
+    for name in exact.keys() - {"loss"}:
         error, allowed = ((got[name].double() - exact[name]).norm().item() for got in (fused, plain))
-        assert error < 1.5 * allowed or name == "loss", f"{name}: off by {error:.3g}, plain torch by {allowed:.3g}"
-
-
-def test_several_sequences_are_sampled_as_with_the_reference() -> None:
-    """With the cache, and past block_size, where the window slides."""
-    prompt = pair()[0][:, :10]
-    fused, plain = (made(ops).generate(prompt, 4, temperature=0) for ops in (FUSED, REFERENCE))
-    assert torch.equal(fused, plain)
-    assert len(plain[:, 10:].unique()) > 4  # tokens vary
+        assert error < 1.5 * allowed, f"{name}: off by {error:.3g}, plain torch by {allowed:.3g}"
 
 
 @pytest.mark.slow
@@ -83,8 +71,8 @@ def test_every_operation_that_drops_has_a_seed_of_its_own() -> None:
         return call
 
     ops = replace(FUSED, embedding=spied(FUSED.embedding), add_layer_norm=spied(FUSED.add_layer_norm))
-    model = made(ops, dropout=0.1)
+    model = made(ops, dropout=0.1, n_layer=3)
     for _ in range(2):
-        model(*pair())
-    model.eval()(*pair())
+        model(*batch(model))
+    model.eval()(*batch(model))
     assert len(seeds) == len(set(seeds)) == 2 * (2 * len(model.transformer.h) + 1)

@@ -20,32 +20,34 @@ from tests.model.small import SHAPE, batch, make
 def test_parameters_have_nanogpts_names_and_the_values_that_its_seed_draws(bias: bool) -> None:
     """nanoGPT: every layer built in order, each drawing torch's default, then normals over all, then c_proj again."""
     c = 32
+
+    def block() -> nn.ModuleDict:
+        attn = {"c_attn": nn.Linear(c, 3 * c, bias=bias), "c_proj": nn.Linear(c, c, bias=bias)}
+        mlp = {"c_fc": nn.Linear(c, 4 * c, bias=bias), "c_proj": nn.Linear(4 * c, c, bias=bias)}
+        norms = {name: nn.LayerNorm(c, bias=bias) for name in ("ln_1", "ln_2")}
+        return nn.ModuleDict({"attn": nn.ModuleDict(attn), "mlp": nn.ModuleDict(mlp), **norms})
+
+    def initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
     torch.manual_seed(5)
-    drawn = {"transformer.wte": nn.Embedding(40, c), "transformer.wpe": nn.Embedding(16, c)}
-    norms = {"transformer.ln_f": nn.LayerNorm(c, bias=bias)}
-    for i in range(2):
-        block = f"transformer.h.{i}"
-        drawn[f"{block}.attn.c_attn"] = nn.Linear(c, 3 * c, bias=bias)
-        drawn[f"{block}.attn.c_proj"] = nn.Linear(c, c, bias=bias)
-        drawn[f"{block}.mlp.c_fc"] = nn.Linear(c, 4 * c, bias=bias)
-        drawn[f"{block}.mlp.c_proj"] = nn.Linear(4 * c, c, bias=bias)
-        norms |= {f"{block}.{name}": nn.LayerNorm(c, bias=bias) for name in ("ln_1", "ln_2")}
-    drawn["lm_head"] = nn.Linear(c, 40, bias=False)
-    drawn["transformer.wte"].weight = drawn["lm_head"].weight
-    for layer in drawn.values():
-        nn.init.normal_(layer.weight, 0.0, 0.02)
-        if getattr(layer, "bias", None) is not None:
-            nn.init.zeros_(layer.bias)
-    for name, layer in drawn.items():
-        if name.endswith("c_proj"):
-            nn.init.normal_(layer.weight, 0.0, 0.02 / math.sqrt(4))
+    parts = {"wte": nn.Embedding(40, c), "wpe": nn.Embedding(16, c), "h": nn.ModuleList([block(), block()])}
+    transformer = nn.ModuleDict({**parts, "ln_f": nn.LayerNorm(c, bias=bias)})
+    theirs = nn.ModuleDict({"transformer": transformer, "lm_head": nn.Linear(c, 40, bias=False)})
+    transformer.wte.weight = theirs.lm_head.weight
+    theirs.apply(initialise)
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("c_proj.weight"):
+            nn.init.normal_(parameter, 0.0, 0.02 / math.sqrt(4))
     after = torch.rand(3)
-    expected = {f"{name}.{key}": x for name, layer in (drawn | norms).items() for key, x in layer.state_dict().items()}
 
     torch.manual_seed(5)
     model = GPT(GPTConfig(**SHAPE, bias=bias))
     assert torch.equal(torch.rand(3), after)  # no draw more, none less
-    state = model.state_dict()
+    state, expected = model.state_dict(), theirs.state_dict()
     assert state.keys() == expected.keys()
     assert {name for name, _ in model.named_parameters()} == expected.keys() - {"lm_head.weight"}
     for name, value in expected.items():
@@ -54,14 +56,14 @@ def test_parameters_have_nanogpts_names_and_the_values_that_its_seed_draws(bias:
 
 def test_dropout_only_in_training():
     model = make(dropout=0.5)
-    pair = batch(model.config)
+    pair = batch(model)
     assert model(*pair)[1] != model(*pair)[1]
     assert model.eval()(*pair)[1] == make()(*pair)[1]
 
 
 def test_crop_block_size():
     model = make()
-    idx, targets = batch(model.config, T=9)
+    idx, targets = batch(model, T=9)
     with pytest.raises(ValueError, match="got 17, expected at most the model's 16"):
         model.crop_block_size(17)
     _, before = model(idx, targets)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model import GPT, GPTConfig, Precision
 from tests.model.small import batch, make
+from tests.model.test_attention import formula
 
 SHAPES = {
     "usual": {},
@@ -19,7 +20,6 @@ SHAPES = {
 
 def definition(w: Mapping[str, Tensor], config: GPTConfig, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(logits, loss) of GPT-2 in the dtype of its weights, written with nothing but arithmetic."""
-    B, T = idx.shape
 
     def norm(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
@@ -34,19 +34,11 @@ def definition(w: Mapping[str, Tensor], config: GPTConfig, idx: Tensor, targets:
             return x * (1 + torch.erf(x / math.sqrt(2))) / 2
         return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
-    def attention(x: Tensor, name: str) -> Tensor:
-        q, k, v = (
-            part.view(B, T, config.n_head, -1).transpose(1, 2) for part in linear(x, f"{name}.c_attn").chunk(3, dim=-1)
-        )
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
-        scores = scores.masked_fill(torch.arange(T) > torch.arange(T)[:, None], -math.inf)
-        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
-        return linear((weights @ v).transpose(1, 2).reshape(B, T, -1), f"{name}.c_proj")
-
-    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:T]
+    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][: idx.size(1)]
     for i in range(config.n_layer):
         block = f"transformer.h.{i}"
-        x = x + attention(norm(x, f"{block}.ln_1"), f"{block}.attn")
+        y = formula(linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn"), config.n_head)
+        x = x + linear(y, f"{block}.attn.c_proj")
         x = x + linear(gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
     logits = norm(x, "transformer.ln_f") @ w["transformer.wte.weight"].T
     log_probs = logits - logits.exp().sum(-1, keepdim=True).log()
@@ -72,7 +64,7 @@ def test_float64_is_the_definition(name):
     shape = dict(SHAPES[name])
     size = {key: shape.pop(key) for key in ("B", "T") if key in shape}
     model = make(precision=Precision(torch.float64, torch.float64), **shape)
-    idx, targets = batch(model.config, **size)
+    idx, targets = batch(model, **size)
     expected_logits, expected_loss, gradients = truth(model, idx, targets)
     model.double()
     logits, loss = model(idx, targets)
@@ -92,7 +84,7 @@ def test_it_is_the_definition_but_for_rounding(how: torch.dtype | str) -> None:
     autocast = how == "autocast"
     dtype = torch.bfloat16 if autocast else how
     model = make(precision=Precision() if autocast else Precision(dtype))
-    idx, targets = batch(model.config)
+    idx, targets = batch(model)
     expected_logits, expected_loss, gradients = truth(model, idx, targets)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits, loss = model(idx, targets)

@@ -9,20 +9,17 @@ from kernels.launch import INTERPRETED
 from model import GPT, Precision
 from model.recompute import MODES
 from tests.model.held import Made
-from tests.model.small import DEVICE, batch, make
+from tests.model.small import batch, make
+from tests.model.test_fused import DEVICE
 
 
 def made(ops: Ops, recompute: str, dtype: torch.dtype = torch.float32) -> GPT:
     return make(ops, precision=Precision(dtype), recompute=recompute, dropout=0.2).to(DEVICE)
 
 
-def pair(model: GPT) -> list[torch.Tensor]:
-    return [x.to(DEVICE) for x in batch(model.config)]
-
-
 def loss_and_gradients(run: nn.Module) -> list[torch.Tensor]:
     torch.manual_seed(2)
-    loss = run(*pair(run))[1]
+    loss = run(*batch(run))[1]
     return [loss.detach(), *torch.autograd.grad(loss, list(run.parameters()))]
 
 
@@ -57,7 +54,7 @@ def test_nothing_random_and_no_attention_is_computed_again(ops: Ops) -> None:
         return sum(name.startswith(tuple(random)) and "backward" not in name for name in made.ops)
 
     model = made(ops, "block")
-    idx, targets = pair(model)
+    idx, targets = batch(model)
     with Made() as forward:
         loss = model(idx, targets)[1]
     with Made() as backward:
