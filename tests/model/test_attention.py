@@ -148,6 +148,6 @@ def test_a_compiled_model_breaks_around_a_backend_that_the_compiler_does_not_kno
     losses = [compute(*pair)[1] for compute in (eager, run)]
     torch.testing.assert_close(*losses)
     weights = (m.transformer.h[0].attn.c_attn.weight for m in (eager, net))
-    torch.testing.assert_close(*(torch.autograd.grad(*pair)[0] for pair in zip(losses, weights, strict=True)))
+    torch.testing.assert_close(*(torch.autograd.grad(*both)[0] for both in zip(losses, weights, strict=True)))
     with torch._dynamo.config.patch(error_on_recompile=True):
         run(*pair)
