@@ -23,12 +23,6 @@ def plain_loss(*, scale: float = 1.0, **inputs: Any) -> Tensor:
     return scale * reference.linear_cross_entropy(**inputs)[0]
 
 
-def draw(M: int, C: int, V: int, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The inputs of linear_cross_entropy."""
-    x, weight = (torch.randn(n, C, device=device).to(dtype).requires_grad_() for n in (M, V))
-    return {"x": x, "weight": weight, "targets": torch.arange(M, device=device) % V}
-
-
 @CHUNKS
 @pytest.mark.parametrize(
     ("dtype", "scale", "needs", "ignored", "ignore_index"),
@@ -43,11 +37,11 @@ def draw(M: int, C: int, V: int, device: torch.device, dtype: torch.dtype = torc
 def test_scaled_losses_ignored_targets_and_gradients_that_nobody_wants(
     dtype, scale: float, needs: tuple, ignored: list, ignore_index: int, chunk_rows: int, device, nan_filled: None
 ) -> None:
-    inputs = draw(50, 24, 65, device, dtype)
+    inputs: dict[str, Any] = {"scale": scale, "ignore_index": ignore_index, "chunk_rows": chunk_rows}
+    for name, rows in (("x", 50), ("weight", 65)):
+        inputs[name] = torch.randn(rows, 24, device=device).to(dtype).requires_grad_(name in needs)
+    inputs["targets"] = torch.arange(50, device=device)
     inputs["targets"][ignored] = ignore_index
-    for name in {"x", "weight"} - {*needs}:
-        inputs[name].requires_grad_(False)
-    inputs |= {"scale": scale, "ignore_index": ignore_index, "chunk_rows": chunk_rows}
     assert not fault(fused_loss, plain_loss, inputs)
 
 
