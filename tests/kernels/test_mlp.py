@@ -61,7 +61,7 @@ def launched(forward_tiles: int, backward_tiles: int, K: int = 64, N: int = 128,
     x.requires_grad_()
     with recording(HOPPER) as launches:
         tiles = {"forward_tiles": forward_tiles, "backward_tiles": backward_tiles}
-        mlp(x, fc_weight, None, proj_weight, None, "erf", **tiles).sum().backward()
+        mlp(x, fc_weight, None, proj_weight, None, "tanh", **tiles).sum().backward()
     return launches
 
 
@@ -70,6 +70,7 @@ def test_forward_and_backward_go_each_by_their_own_tiles(forward: int, backward:
     asked = (forward, FORWARD_TILES[90], "gelu_fwd_kernel"), (backward, BACKWARD_TILES[90], "gelu_bwd_kernel")
     for launch, (n, tiles, kernel) in zip(launched(forward, backward), asked, strict=True):
         assert launch.kernel.fn.__name__ == ("linear_" if n else "") + kernel
+        assert launch.args["TANH"]
         if n:
             sizes = [launch.args[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
             assert Tiles(*sizes, launch.num_warps, launch.num_stages, tiles[n - 1].programs) == tiles[n - 1]
