@@ -48,16 +48,6 @@ def test_greedy_is_what_recomputing_everything_gives(block_size: int, prompt: in
         assert all(row.unique().numel() > 4 for row in expected)
 
 
-def test_generate_as_in_nanogpt() -> None:
-    model, idx = make_model(), torch.zeros(8, 3, dtype=torch.int64)
-    torch.manual_seed(0)
-    expected = torch.cat([idx, drawn(model, idx, 6, 5.0, 3)], dim=1)
-    torch.manual_seed(0)
-    out = model.generate(idx, 6, temperature=5.0, top_k=3)
-    assert torch.equal(out, expected)
-    assert not out.requires_grad
-
-
 def test_tokens_stream_and_the_caller_keeps_its_modes() -> None:
     """A token costs one pass, and is the caller's own. Dropout is off meanwhile; gradients stay on outside."""
     model, idx = make_model(dropout=0.5), torch.zeros(2, 3, dtype=torch.int64)
@@ -117,11 +107,14 @@ EVERY_TOKEN = torch.arange(33)[:, None]
 def test_extremes_of_the_draw():
     """Padding of the vocabulary is never drawn. With a generator, the global one is left alone."""
     model, before = make_model(), torch.get_rng_state()
+    greedy = drawn(model, EVERY_TOKEN, 1, temperature=0)
     # as little as float32 cannot hold is the likeliest token
     for options in ({"temperature": 1e-46}, {"top_p": 1e-300}, {"top_k": 1}):
         options["generator"] = torch.Generator().manual_seed(1)
-        assert torch.equal(drawn(model, EVERY_TOKEN, 1, **options), drawn(model, EVERY_TOKEN, 1, temperature=0))
+        assert torch.equal(drawn(model, EVERY_TOKEN, 1, **options), greedy)
     assert torch.equal(torch.get_rng_state(), before)
+    for options in ({"temperature": 0}, {"top_k": 1}):  # nanoGPT's call: the prompt and what follows
+        assert torch.equal(model.generate(EVERY_TOKEN, 1, **options), torch.cat([EVERY_TOKEN, greedy], dim=1))
     for temperature in (0, 5.0):
         assert drawn(model, EVERY_TOKEN, 4, temperature, n_vocab=5).max() <= 4
         assert model.generate(EVERY_TOKEN, 4, temperature)[:, 1:].max() > 4
