@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from kernels.cases import CASES, Case, Shape
 from kernels.check import disagreement, fault, outputs_and_gradients
-from kernels.launch import INTERPRETED
 from tests.kernels.watcher import Memory
 
 NAMED = {case.name: case for case in CASES}
@@ -161,30 +160,31 @@ def test_no_rows(case: Case, device: torch.device, nan_filled: None) -> None:
     assert not fault(case.fused, case.reference, inputs)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="bytes and tensors are seen in Triton's interpreter")
 @pytest.mark.parametrize(
     ("name", "shape", "stored", "largest"),
     [
-        ("mlp, erf, cublas", (17, 16, 40), 2 * 17 * 40, 2 * 17 * 40),  # act, and never pre
-        ("mlp, erf, tiles 1", (17, 16, 40), 2 * 17 * 40, 2 * 17 * 40),
+        ("mlp, erf, cublas", (17, 16, 48), 2 * 17 * 48, 2 * 17 * 48),  # act, and never pre
+        ("mlp, erf, tiles 1", (17, 16, 48), 2 * 17 * 48, 2 * 17 * 48),
         ("linear_cross_entropy", (64, 8, 20), 4 * 64 + 4, 2 * 64 * 32),  # losses and how many count; of all logits
         ("linear_cross_entropy in chunks", (64, 8, 20), 4 * 64 + 4, 2 * 32 * 32),  # of a chunk's
     ],
 )
 def test_without_a_gradient_nothing_is_kept_for_one(
-    name: str, shape: Shape, stored: int, largest: int, memory: Memory
+    name: str, shape: Shape, stored: int, largest: int, device: torch.device, memory: Memory | None
 ) -> None:
-    inputs = NAMED[name].make_inputs(shape, torch.bfloat16, torch.device("cpu"))
+    """stored, largest: bytes in Triton's interpreter, of all stores and of the last kernel's largest tensor."""
+    inputs = NAMED[name].make_inputs(shape, torch.bfloat16, device)
     frozen = {name: x.detach() if isinstance(x, Tensor) else x for name, x in inputs.items()}
     expected, *_ = tree_leaves(NAMED[name].fused(**inputs))
     assert expected.requires_grad
     for arguments in (inputs, frozen):
-        before = memory.stored
+        before = memory.stored if memory else 0
         with torch.set_grad_enabled(arguments is frozen):
             result, *_ = tree_leaves(NAMED[name].fused(**arguments))
         assert torch.equal(result, expected)
-        assert memory.stored - before == stored
-        assert max(end - first for first, end in memory.spans) == largest
+        if memory:
+            assert memory.stored - before == stored
+            assert max(end - first for first, end in memory.spans) == largest
 
 
 @pytest.mark.parametrize(
