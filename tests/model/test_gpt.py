@@ -107,7 +107,7 @@ def test_estimate_mfu_is_of_an_a100():
 
 
 def test_from_pretrained_takes_another_dropout_alone(tmp_path):
-    export_gpt2(make(), tmp_path)
+    export_gpt2(make(dropout=0.1), tmp_path)
     for options, dropout in ((dict(dropout=0.2), 0.2), (None, 0.0)):
         assert GPT.from_pretrained(str(tmp_path), options).config == GPTConfig(**SHAPE, dropout=dropout)
     with pytest.raises(ValueError, match="override_args: got bias, expected dropout"):
