@@ -43,6 +43,7 @@ def test_what_is_missing_decides_the_bundle(monkeypatch: pytest.MonkeyPatch) -> 
     """Whatever device it is, in the interpreter."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert select("auto", CUDA, lambda device: "").name == "fused"
+    assert select("auto", torch.device("cpu"), lambda device: "") is REFERENCE
     monkeypatch.setattr("kernels.launch.why_no_launch", lambda device: "no compiler")
     assert select("auto", CUDA) is REFERENCE
     with pytest.raises(ValueError, match=r"got fused, expected reference or auto: no compiler"):

@@ -1,5 +1,7 @@
 """embedding: segments of every length, and tokens at the vocabulary's ends and beyond. Its masks: test_dropout.py."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,6 +9,11 @@ from kernels import FUSED, reference
 from kernels.check import fault
 
 embedding = FUSED.embedding
+
+
+def inputs(idx: torch.Tensor, V: int, C: int, device: torch.device) -> dict[str, Any]:
+    wte, wpe = (torch.randn(rows, C).to(device).requires_grad_() for rows in (V, idx.shape[1]))
+    return {"idx": idx.to(device), "wte": wte, "wpe": wpe, "dtype": torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -20,29 +27,25 @@ embedding = FUSED.embedding
 def test_segments_that_begin_and_end_anywhere(lengths: list[int], C: int, device: torch.device) -> None:
     """Each token as often as `lengths` says, in any order: the pieces of the sorted rows are cut everywhere."""
     tokens = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    tokens = tokens[torch.randperm(len(tokens))]
-    wte, wpe = (torch.randn(rows, C).to(device).requires_grad_() for rows in (len(lengths), 1))
-    inputs = {"idx": tokens[:, None].to(device), "wte": wte, "wpe": wpe, "dtype": torch.float32}
-    assert not fault(embedding, reference.embedding, inputs)
+    idx = tokens[torch.randperm(len(tokens))][:, None]
+    assert not fault(embedding, reference.embedding, inputs(idx, len(lengths), C, device))
 
 
 @pytest.mark.parametrize("V", [2**15 - 1, 2**15, 2**15 + 1])
 def test_the_keys_of_the_sort_hold_the_vocabularys_last_token(V: int, device: torch.device) -> None:
-    idx = torch.tensor([[V - 1, 0, V - 1, 5, V - 2]], device=device)
-    wte, wpe = (torch.randn(rows, 4, device=device, requires_grad=True) for rows in (V, 5))
-    inputs = {"idx": idx, "wte": wte, "wpe": wpe, "dtype": torch.float32}
-    assert not fault(embedding, reference.embedding, inputs)
+    idx = torch.tensor([[V - 1, 0, V - 1, 5, V - 2]])
+    assert not fault(embedding, reference.embedding, inputs(idx, V, 4, device))
 
 
 def test_tokens_out_of_the_vocabulary_are_nan_and_read_nothing(device: torch.device) -> None:
     """The bounds of every access are watched meanwhile."""
-    V, wte, wpe = 6, *(torch.randn(rows, 40, device=device, requires_grad=True) for rows in (6, 4))
-    idx = torch.tensor([[0, V, 5, -1], [2**40, 3, -(2**40), 3]], device=device)
+    V = 6
+    given = inputs(torch.tensor([[0, V, 5, -1], [2**40, 3, -(2**40), 3]]), V, 40, device)
+    idx, x = given["idx"], embedding(**given)
     bad = (idx < 0) | (idx >= V)
-    x = embedding(idx, wte, wpe, torch.float32)
     assert x[bad].isnan().all()
-    assert torch.equal(x[~bad], reference.embedding(idx.masked_fill(bad, 0), wte, wpe, torch.float32)[~bad])
-    dwte, dwpe = torch.autograd.grad(x, (wte, wpe), torch.ones_like(x))
+    assert torch.equal(x[~bad], reference.embedding(**given | {"idx": idx.masked_fill(bad, 0)})[~bad])
+    dwte, dwpe = torch.autograd.grad(x, (given["wte"], given["wpe"]), torch.ones_like(x))
     assert torch.equal(dwpe, torch.full_like(dwpe, 2.0))
     counts = torch.bincount(idx[~bad], minlength=V)
     assert torch.equal(dwte, counts[:, None].expand(V, 40).float())

@@ -1,14 +1,9 @@
 """mlp, by cuBLAS and by the fused matmul: what the registry's cases leave open."""
 
-from functools import partial
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from kernels import reference
-from kernels.cases import CASES
 from kernels.fused.matmul import (
     BACKWARD_TILES,
     FORWARD_TILES,
@@ -20,15 +15,9 @@ from kernels.fused.matmul import (
 )
 from kernels.fused.mlp import mlp
 from kernels.launch import INTERPRETED, Device, Launch, recording, run
-from tests.kernels.watcher import Memory
+from tests.kernels.test_cases import NAMED
 
 HOPPER = Device(90, 132)
-
-
-def drawn(M: int, K: int, N: int, device: torch.device) -> dict[str, Any]:
-    """The inputs of mlp, as in a case of the registry."""
-    case = next(case for case in CASES if case.name == "mlp, erf, cublas")
-    return case.make_inputs((M, K, N), torch.bfloat16, device)
 
 
 @pytest.mark.skipif(
@@ -37,7 +26,7 @@ def drawn(M: int, K: int, N: int, device: torch.device) -> dict[str, Any]:
 @pytest.mark.parametrize("tiles", INTERPRETED_TILES if INTERPRETED else FORWARD_TILES[90], ids=str)
 def test_descriptors_move_what_pointers_do(tiles: Tiles, device: torch.device, nan_filled: None) -> None:
     """Of tiles that nothing fills."""
-    inputs = drawn(37, 48, 80, device)
+    inputs = NAMED["mlp, erf, cublas"].make_inputs((37, 48, 80), torch.bfloat16, device)
     x, weight, bias, proj_weight = (inputs[k].detach() for k in ("x", "fc_weight", "fc_bias", "proj_weight"))
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     rounded = exact.to(x.dtype)
@@ -63,19 +52,6 @@ def test_descriptors_are_used_where_addresses_and_strides_allow() -> None:
     assert not has_descriptors(HOPPER, x[:0])
 
 
-@pytest.mark.parametrize("tiles", [0, 1], ids=["cublas", "fused"])
-def test_nothing_is_kept_without_a_gradient(tiles: int, device: torch.device, memory: Memory | None) -> None:
-    inputs, fused = drawn(17, 16, 40, device), partial(mlp, forward_tiles=tiles)
-    expected = fused(**inputs)
-    assert expected.requires_grad
-    stored = memory.stored if memory else 0
-    with torch.no_grad():
-        assert torch.equal(fused(**inputs), expected)
-    frozen = {name: x.detach() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    assert torch.equal(fused(**frozen), expected)
-    assert memory is None or memory.stored - stored == 2 * 17 * 40 * 2  # act, twice, and never pre
-
-
 def launched(forward_tiles: int, backward_tiles: int, K: int = 64, N: int = 128, first: int = 0) -> list[Launch]:
     """What an MLP launches on an H100 that is not there, forward and backward. first: columns before the weights."""
     x, fc_weight, proj_weight = (
@@ -85,7 +61,7 @@ def launched(forward_tiles: int, backward_tiles: int, K: int = 64, N: int = 128,
     x.requires_grad_()
     with recording(HOPPER) as launches:
         tiles = {"forward_tiles": forward_tiles, "backward_tiles": backward_tiles}
-        mlp(x, fc_weight, None, proj_weight, None, "erf", **tiles).sum().backward()
+        mlp(x, fc_weight, None, proj_weight, None, "tanh", **tiles).sum().backward()
     return launches
 
 
@@ -94,6 +70,7 @@ def test_forward_and_backward_go_each_by_their_own_tiles(forward: int, backward:
     asked = (forward, FORWARD_TILES[90], "gelu_fwd_kernel"), (backward, BACKWARD_TILES[90], "gelu_bwd_kernel")
     for launch, (n, tiles, kernel) in zip(launched(forward, backward), asked, strict=True):
         assert launch.kernel.fn.__name__ == ("linear_" if n else "") + kernel
+        assert launch.args["TANH"]
         if n:
             sizes = [launch.args[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
             assert Tiles(*sizes, launch.num_warps, launch.num_stages, tiles[n - 1].programs) == tiles[n - 1]

@@ -8,53 +8,42 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import FUSED, add_layer_norm, cross_entropy, gelu, linear_cross_entropy
+from tests.kernels.test_cases import NAMED
 
-TARGETS = torch.zeros(3, dtype=torch.int64)
-ADAMW = dict.fromkeys(("param", "grad", "exp_avg", "exp_avg_sq"), (6,)) | {"lr": (), "step": ()}
-ADAMW |= {"n_decay": 2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "max_norm": 0.0}
-MLP = {"x": (3, 8), "fc_weight": (16, 8), "fc_bias": (16,), "proj_weight": (8, 16), "proj_bias": (8,)}
-GOOD = {  # a tuple is a tensor's shape
-    add_layer_norm: {"x": (3, 8), "residual": (3, 8), "weight": (8,), "bias": (8,), "dtype": torch.float32, "p": 0.0},
-    gelu: {"x": (3, 8), "approximate": "erf"},
-    FUSED.mlp: MLP | {"approximate": "erf", "forward_tiles": 0},
-    cross_entropy: {"logits": (3, 8), "targets": TARGETS},
-    linear_cross_entropy: {"x": (3, 8), "weight": (10, 8), "targets": TARGETS},
-    FUSED.embedding: {"idx": TARGETS[None], "wte": (5, 8), "wpe": (3, 8), "dtype": torch.float32},
-    FUSED.adamw: ADAMW | {"inv_scale": None, "compute": None},
-}
+LAYER_NORM, GELU, MLP, LOSS = "add_layer_norm", "gelu, erf", "mlp, erf, cublas", "cross_entropy"
+HEAD, EMBEDDING, ADAMW = "linear_cross_entropy", "embedding", "adamw with a loss scale and a copy"
+zeros = torch.zeros
 BAD = [
-    (add_layer_norm, "x", (2, 8), "got shape (2, 8), expected (3, 8)"),
-    (add_layer_norm, "residual", torch.zeros(3, 8).double(), "got torch.float64, expected torch.float32 or"),
-    (add_layer_norm, "residual", (3, 4097), "got 4097 channels, expected 1 to 4096"),
-    (add_layer_norm, "dtype", torch.float64, "got torch.float64, expected"),
-    (add_layer_norm, "p", 1.0, "got 1.0, expected 0 or more and less than 1"),
-    (gelu, "approximate", "none", "got 'none', expected 'erf' or 'tanh'"),
-    (gelu, "x", (3, 0), "got shape (3, 0), expected (3, C > 0)"),
-    (FUSED.mlp, "fc_bias", torch.zeros(16).half(), "got torch.float16, expected torch.float32"),
-    (FUSED.mlp, "proj_weight", torch.zeros(8, 16, device="meta"), "got a tensor on meta, expected"),
-    (FUSED.mlp, "forward_tiles", 9, "got 9, expected 0 (cuBLAS) to "),
-    (cross_entropy, "targets", torch.zeros(3, dtype=torch.int32), "got torch.int32, expected torch.int64"),
-    (linear_cross_entropy, "chunk_rows", -1, "got -1, expected 0"),
-    (FUSED.embedding, "idx", (1, 3), "got torch.float32, expected torch.int64 or torch.int32"),
-    (FUSED.embedding, "wpe", (4, 8), "got shape (4, 8), expected (3, 8)"),
-    (FUSED.embedding, "wte", (5, 8193), "got 8193 channels, expected 1 to 8192"),
-    (FUSED.adamw, "exp_avg", torch.zeros(12)[::2], "got stride 2, expected a contiguous buffer"),
-    (FUSED.adamw, "compute", (6,), "got torch.float32, expected torch.bfloat16 or torch.float16"),
-    (FUSED.adamw, "step", torch.zeros((), dtype=torch.int32), "got torch.int32, expected torch.float32 or torch.int64"),
-    (FUSED.adamw, "n_decay", 7, "got 7, expected 0 to 6"),
-    (FUSED.adamw, "betas", [0.9, 1.0], "got [0.9, 1.0], expected two numbers of 0 or more and less than 1"),
-    (FUSED.adamw, "eps", -1e-8, "got -1e-08, expected 0 or more"),
-    (FUSED.adamw, "weight_decay", math.nan, "got nan, expected 0 or more"),
-    (FUSED.adamw, "max_norm", -1.0, "got -1.0, expected 0 or more"),
+    (LAYER_NORM, "x", zeros(2, 64), "got shape (2, 64), expected (1, 64)"),
+    (LAYER_NORM, "residual", zeros(1, 64).double(), "got torch.float64, expected torch.float32 or"),
+    (LAYER_NORM, "residual", zeros(1, 4097), "got 4097 channels, expected 1 to 4096"),
+    (LAYER_NORM, "dtype", torch.float64, "got torch.float64, expected"),
+    (LAYER_NORM, "p", 1.0, "got 1.0, expected 0 or more and less than 1"),
+    (GELU, "approximate", "none", "got 'none', expected 'erf' or 'tanh'"),
+    (GELU, "x", zeros(3, 0), "got shape (3, 0), expected (3, C > 0)"),
+    (MLP, "fc_bias", zeros(32).half(), "got torch.float16, expected torch.float32"),
+    (MLP, "proj_weight", zeros(32, 32, device="meta"), "got a tensor on meta, expected"),
+    (MLP, "forward_tiles", 9, "got 9, expected 0 (cuBLAS) to "),
+    (LOSS, "targets", zeros(1, dtype=torch.int32), "got torch.int32, expected torch.int64"),
+    (HEAD, "chunk_rows", -1, "got -1, expected 0"),
+    (EMBEDDING, "idx", zeros(2, 9), "got torch.float32, expected torch.int64 or torch.int32"),
+    (EMBEDDING, "wpe", zeros(10, 37), "got shape (10, 37), expected (9, 37)"),
+    (EMBEDDING, "wte", zeros(11, 8193), "got 8193 channels, expected 1 to 8192"),
+    (ADAMW, "exp_avg", zeros(2000)[::2], "got stride 2, expected a contiguous buffer"),
+    (ADAMW, "compute", zeros(1000), "got torch.float32, expected torch.bfloat16 or torch.float16"),
+    (ADAMW, "step", zeros((), dtype=torch.int32), "got torch.int32, expected torch.float32 or torch.int64"),
+    (ADAMW, "n_decay", 1001, "got 1001, expected 0 to 1000"),
+    (ADAMW, "betas", [0.9, 1.0], "got [0.9, 1.0], expected two numbers of 0 or more and less than 1"),
+    (ADAMW, "eps", -1e-8, "got -1e-08, expected 0 or more"),
+    (ADAMW, "weight_decay", math.nan, "got nan, expected 0 or more"),
+    (ADAMW, "max_norm", -1.0, "got -1.0, expected 0 or more"),
 ]
 
 
-@pytest.mark.parametrize(("function", "name", "value", "message"), BAD)
-def test_refused_with_what_came_and_what_was_expected(function, name: str, value: Any, message: str, device) -> None:
-    arguments = GOOD[function] | {name: value}
-    for key, x in arguments.items():
-        x = torch.zeros(x) if isinstance(x, tuple) else x
-        arguments[key] = x.to(device) if isinstance(x, Tensor) and not x.is_meta else x
+@pytest.mark.parametrize(("case", "name", "value", "message"), BAD)
+def test_refused_with_what_came_and_what_was_expected(case: str, name: str, value: Any, message: str, device) -> None:
+    shape = (1000, 601) if case == ADAMW else NAMED[case].shapes[0]
+    arguments = NAMED[case].make_inputs(shape, torch.float32, device)
+    arguments[name] = value.to(device) if isinstance(value, Tensor) and not value.is_meta else value
     with pytest.raises(ValueError, match=re.escape(f"{name}: {message}")):
-        function(**arguments)
+        NAMED[case].fused(**arguments)

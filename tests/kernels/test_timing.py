@@ -1,6 +1,7 @@
 """Samples: by turns, and of nothing but the work. What captures need: tests/rehearsal/test_timing.py."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,43 +47,37 @@ class Simulated(CudaMeter):
         self.flushes += 1
         self.ask(host=5e-6, device=2e-4)
 
-    def event(self) -> "Event":
-        return Event(self)
+    def event(self) -> SimpleNamespace:
+        at = max(self.host, self.device)
+
+        def synchronize() -> None:
+            self.host = max(self.host, at)
+
+        return SimpleNamespace(
+            at=at,
+            query=lambda: self.host >= at,
+            synchronize=synchronize,
+            elapsed_time=lambda end: 1e3 * (end.at - at),
+        )
 
 
-class Event:
-    def __init__(self, gpu: Simulated) -> None:
-        self.gpu, self.at = gpu, max(gpu.host, gpu.device)
-
-    def query(self) -> bool:
-        return self.gpu.host >= self.at
-
-    def synchronize(self) -> None:
-        self.gpu.host = max(self.gpu.host, self.at)
-
-    def elapsed_time(self, end: "Event") -> float:
-        return 1e3 * (end.at - self.at)
-
-
-@pytest.mark.parametrize(("launches", "flushes"), [(4, 1), (60, 1 + 2 + 4 + 8 + 16)])
-def test_what_the_host_needs_to_launch_is_not_counted(launches: int, flushes: int) -> None:
+@pytest.mark.parametrize(
+    ("launches", "waits", "seconds", "flushes"),
+    [
+        (4, False, 4 * 2e-6, 1),
+        (60, False, 60 * 2e-6, 1 + 2 + 4 + 8 + 16),
+        (1, True, 42e-6, 2 * FLUSHES - 1),  # a wait of the work's own counts
+    ],
+)
+def test_what_the_host_needs_to_launch_is_not_counted(launches: int, waits: bool, seconds: float, flushes: int) -> None:
     """40 us of the host's and 2 us of the device's for each launch."""
     gpu = Simulated()
 
     def run(given: None) -> None:
+        if waits:
+            gpu.host = gpu.device
         for _ in range(launches):
             gpu.ask(host=40e-6, device=2e-6)
 
-    assert gpu.sample(Staged(lambda: None, run)) == pytest.approx(launches * 2e-6)
+    assert gpu.sample(Staged(lambda: None, run)) == pytest.approx(seconds)
     assert gpu.flushes == flushes
-
-
-def test_a_wait_of_the_works_own_counts() -> None:
-    gpu = Simulated()
-
-    def waiting(given: None) -> None:
-        gpu.host = gpu.device
-        gpu.ask(host=2e-4, device=1e-5)
-
-    assert gpu.sample(Staged(lambda: None, waiting)) == pytest.approx(2.1e-4)
-    assert gpu.flushes == 2 * FLUSHES - 1

@@ -5,12 +5,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model import GPT, GPTConfig
+from kernels import cpu
 from model.attention import PACKAGES, SDPA, KVCache, causal_attention
 from tests.model import flash_packages
 from tests.model.held import Made
+from tests.model.small import batch, make
 
 H = 3
 EPSILON = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -28,14 +30,19 @@ def inputs(dtype: torch.dtype = torch.float32, B: int = 2, T: int = 13, Q: int =
     return qkv.to(dtype).requires_grad_(), dy.to(dtype)
 
 
-def truth(qkv: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """y and dqkv by the formula, in float64."""
-    qkv = qkv.detach().double().requires_grad_()
+def formula(qkv: Tensor, n_head: int, mask: Tensor | float = 1.0) -> Tensor:
+    """y (B, T, C) of qkv (B, T, 3C), in its dtype. mask: of the weights."""
     B, T, C3 = qkv.shape
-    q, k, v = (x.view(B, T, H, -1).transpose(1, 2) for x in qkv.split(C3 // 3, dim=2))
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))
-    ahead = torch.ones(T, T, dtype=torch.bool).triu(1)
-    y = (scores.masked_fill(ahead, -math.inf).softmax(-1) @ v).transpose(1, 2).reshape(B, T, C3 // 3)
+    q, k, v = (x.view(B, T, n_head, -1).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+    scores = q @ k.mT / math.sqrt(q.size(-1)) + torch.full((T, T), -math.inf).triu(1)
+    weights = scores.exp() / scores.exp().sum(-1, keepdim=True) * mask
+    return (weights @ v).transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def truth(qkv: Tensor, dy: Tensor, mask: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """y and dqkv in float64."""
+    qkv = qkv.detach().double().requires_grad_()
+    y = formula(qkv, H, mask)
     return y, torch.autograd.grad(y, qkv, dy.double())[0]
 
 
@@ -66,24 +73,34 @@ def test_the_formula_without_copies(backend: str, dtype: torch.dtype) -> None:
     assert asked == ({qkv.data_ptr()} if backend in PACKAGES else set())
 
 
-# Dropout
+@pytest.mark.parametrize("dtype", EPSILON)
+@pytest.mark.parametrize(("T", "p"), [(1, 0.5), (13, 0.0), (70, 0.3)])
+def test_on_a_cpu_the_formula_with_the_mask_that_was_drawn(dtype: torch.dtype, T: int, p: float) -> None:
+    qkv, dy = inputs(dtype, T=T)
+    packed = qkv.view(2, T, 3, H, 8)
+    torch.manual_seed(5)
+    y = cpu.attention(packed, p).flatten(2)
+    torch.manual_seed(5)
+    keep, scale = cpu.random_mask(packed, p, (2, H, T, T))
+    dqkv = torch.autograd.grad(y, qkv, dy)[0]
+    for ours, exact in zip((y, dqkv), truth(qkv, dy, keep.double() * scale), strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - exact).abs().max() <= EPSILON[dtype] * exact.abs().max()
 
 
 @pytest.mark.parametrize("backend", ["auto", "math"])
-def test_dropout_falls_on_the_weights_and_again_in_the_backward_pass(backend: str) -> None:
-    qkv, dy = inputs(B=64, T=32)
-    with torch.no_grad():
-        qkv.view(64, 32, 3, -1)[:, :, 2] = 1
-    for p in (0.0, 0.1, 0.4):
-        y = causal_attention(qkv, H, p, backend)
-        assert y.mean().item() == pytest.approx(1, abs=0.02)  # with v all ones, y is what is left of a row's weights
-        first = y[:, 0].view(64, H, -1)[..., 0]  # of one weight
-        assert (first == 0).float().mean().item() == pytest.approx(p, abs=0.1)
-        (dqkv,) = torch.autograd.grad(y, qkv, dy)
-        dv = dqkv.view(64, 32, 3, -1)[:, :, 2]
-        terms = y.double() * dy
-        # y is linear in v: <y, dy> = <v, dv>
-        assert dv.double().sum().item() == pytest.approx(terms.sum().item(), abs=1e-5 * terms.abs().sum().item())
+def test_dropout_is_asked_of_the_backend(backend: str) -> None:
+    qkv, _ = inputs()
+    packed = qkv.view(2, 13, 3, H, 8)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    torch.manual_seed(5)
+    y = causal_attention(qkv, H, 0.3, backend)
+    torch.manual_seed(5)
+    if backend == "auto":
+        expected = cpu.attention(packed, 0.3)
+    else:
+        expected = F.scaled_dot_product_attention(q, k, v, dropout_p=0.3, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(y, expected.flatten(2))
 
 
 def test_cudnn_is_not_asked_for_dropout_that_it_may_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,28 +124,16 @@ def test_dropout_reaches_a_package_or_is_refused() -> None:
             causal_attention(inputs(torch.float16)[0], H, 0.2, backend)
 
 
-# In the model
-
-
-def model(backend: str, n_layer: int = 2) -> GPT:
-    torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=n_layer, n_head=4, n_embd=32), attention=backend)
-
-
-def batch() -> tuple[Tensor, Tensor]:
-    idx, targets = torch.randint(40, (2, 3, 16), generator=torch.Generator().manual_seed(1))
-    return idx, targets
-
-
 def test_sampling_needs_no_backend_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a cache, and for one token, any will do. Elsewhere a model asks the one that it was given."""
     flash_packages.remove(monkeypatch)
-    net, idx = model("fa4").eval(), batch()[0]
+    net, auto = (make(attention=backend).eval() for backend in ("fa4", "auto"))
+    idx, _ = batch(net)
     cache = KVCache(net.config, 3, "cpu", torch.float32)
     with torch.no_grad():
         net(idx[:, :15], cache=cache)
-        torch.testing.assert_close(net(idx[:, 15:], cache=cache)[0], model("auto").eval()(idx)[0])
-        torch.testing.assert_close(net(idx[:, :1])[0], model("auto").eval()(idx[:, :1])[0])
+        torch.testing.assert_close(net(idx[:, 15:], cache=cache)[0], auto(idx)[0])
+        torch.testing.assert_close(net(idx[:, :1])[0], auto(idx[:, :1])[0])
     with pytest.raises(ImportError):
         net(idx)
 
@@ -137,11 +142,12 @@ def test_sampling_needs_no_backend_that_this_machine_lacks(monkeypatch: pytest.M
 def test_a_compiled_model_breaks_around_a_backend_that_the_compiler_does_not_know() -> None:
     """Once for all layers."""
     torch._dynamo.reset()
-    eager, net = model("fa4", 12), model("fa4", 12)
+    eager, net = (make(attention="fa4", n_layer=12) for _ in range(2))
+    pair = batch(net)
     run = torch.compile(net, backend="aot_eager")
-    losses = [compute(*batch())[1] for compute in (eager, run)]
+    losses = [compute(*pair)[1] for compute in (eager, run)]
     torch.testing.assert_close(*losses)
     weights = (m.transformer.h[0].attn.c_attn.weight for m in (eager, net))
-    torch.testing.assert_close(*(torch.autograd.grad(*pair)[0] for pair in zip(losses, weights, strict=True)))
+    torch.testing.assert_close(*(torch.autograd.grad(*both)[0] for both in zip(losses, weights, strict=True)))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        run(*batch())
+        run(*pair)

@@ -5,20 +5,14 @@ import math
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT
 from model.generate import generate, probabilities, sample
+from tests.model.small import make
 
 
 def make_model(**shape) -> GPT:
-    config = {"block_size": 16, "vocab_size": 33, "n_layer": 2, "n_head": 2, "n_embd": 16} | shape
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**config)).eval()
-    for name, p in model.named_parameters():  # not as training starts: the likeliest token must vary
-        if name.endswith("bias"):
-            torch.nn.init.normal_(p, std=0.1)
-        elif p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.2 if "wte" in name else 1.0)
-    return model
+    """Not as training starts: the likeliest token varies."""
+    return make(**{"vocab_size": 33, "n_head": 2, "n_embd": 16, "std": 0.5} | shape).eval()
 
 
 def drawn(*args, **options) -> torch.Tensor:
@@ -52,16 +46,6 @@ def test_greedy_is_what_recomputing_everything_gives(block_size: int, prompt: in
     assert counted == rows
     if new > 6:  # otherwise a wrong position would look like a right one
         assert all(row.unique().numel() > 4 for row in expected)
-
-
-def test_generate_as_in_nanogpt() -> None:
-    model, idx = make_model(), torch.zeros(8, 3, dtype=torch.int64)
-    torch.manual_seed(0)
-    expected = torch.cat([idx, drawn(model, idx, 6, 5.0, 3)], dim=1)
-    torch.manual_seed(0)
-    out = model.generate(idx, 6, temperature=5.0, top_k=3)
-    assert torch.equal(out, expected)
-    assert not out.requires_grad
 
 
 def test_tokens_stream_and_the_caller_keeps_its_modes() -> None:
@@ -123,11 +107,14 @@ EVERY_TOKEN = torch.arange(33)[:, None]
 def test_extremes_of_the_draw():
     """Padding of the vocabulary is never drawn. With a generator, the global one is left alone."""
     model, before = make_model(), torch.get_rng_state()
+    greedy = drawn(model, EVERY_TOKEN, 1, temperature=0)
     # as little as float32 cannot hold is the likeliest token
     for options in ({"temperature": 1e-46}, {"top_p": 1e-300}, {"top_k": 1}):
         options["generator"] = torch.Generator().manual_seed(1)
-        assert torch.equal(drawn(model, EVERY_TOKEN, 1, **options), drawn(model, EVERY_TOKEN, 1, temperature=0))
+        assert torch.equal(drawn(model, EVERY_TOKEN, 1, **options), greedy)
     assert torch.equal(torch.get_rng_state(), before)
+    for options in ({"temperature": 0}, {"top_k": 1}):  # nanoGPT's call: the prompt and what follows
+        assert torch.equal(model.generate(EVERY_TOKEN, 1, **options), torch.cat([EVERY_TOKEN, greedy], dim=1))
     for temperature in (0, 5.0):
         assert drawn(model, EVERY_TOKEN, 4, temperature, n_vocab=5).max() <= 4
         assert model.generate(EVERY_TOKEN, 4, temperature)[:, 1:].max() > 4

@@ -13,68 +13,57 @@ from torch import nn
 
 from model import GPT, GPTConfig
 from model.pretrained import export_gpt2
-
-TINY = dict(block_size=16, vocab_size=40, n_layer=2, n_head=4, n_embd=32)
-
-
-def make(seed: int = 0, **changes) -> GPT:
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(**TINY | changes))
-
-
-def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(40, shape, generator=torch.Generator().manual_seed(seed))
-
-
-# Parameters
+from tests.model.small import SHAPE, batch, make
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_parameters_have_nanogpts_names_and_the_values_that_its_seed_draws(bias: bool) -> None:
     """nanoGPT: every layer built in order, each drawing torch's default, then normals over all, then c_proj again."""
     c = 32
-    torch.manual_seed(5)
-    drawn = {"transformer.wte": nn.Embedding(40, c), "transformer.wpe": nn.Embedding(16, c)}
-    norms = {"transformer.ln_f": nn.LayerNorm(c, bias=bias)}
-    for i in range(2):
-        block = f"transformer.h.{i}"
-        drawn[f"{block}.attn.c_attn"] = nn.Linear(c, 3 * c, bias=bias)
-        drawn[f"{block}.attn.c_proj"] = nn.Linear(c, c, bias=bias)
-        drawn[f"{block}.mlp.c_fc"] = nn.Linear(c, 4 * c, bias=bias)
-        drawn[f"{block}.mlp.c_proj"] = nn.Linear(4 * c, c, bias=bias)
-        norms |= {f"{block}.{name}": nn.LayerNorm(c, bias=bias) for name in ("ln_1", "ln_2")}
-    drawn["lm_head"] = nn.Linear(c, 40, bias=False)
-    drawn["transformer.wte"].weight = drawn["lm_head"].weight
-    for layer in drawn.values():
-        nn.init.normal_(layer.weight, 0.0, 0.02)
-        if getattr(layer, "bias", None) is not None:
-            nn.init.zeros_(layer.bias)
-    for name, layer in drawn.items():
-        if name.endswith("c_proj"):
-            nn.init.normal_(layer.weight, 0.0, 0.02 / math.sqrt(4))
-    after = torch.rand(3)
-    expected = {f"{name}.{key}": x for name, layer in (drawn | norms).items() for key, x in layer.state_dict().items()}
 
-    model = make(seed=5, bias=bias)
+    def block() -> nn.ModuleDict:
+        attn = {"c_attn": nn.Linear(c, 3 * c, bias=bias), "c_proj": nn.Linear(c, c, bias=bias)}
+        mlp = {"c_fc": nn.Linear(c, 4 * c, bias=bias), "c_proj": nn.Linear(4 * c, c, bias=bias)}
+        norms = {name: nn.LayerNorm(c, bias=bias) for name in ("ln_1", "ln_2")}
+        return nn.ModuleDict({"attn": nn.ModuleDict(attn), "mlp": nn.ModuleDict(mlp), **norms})
+
+    def initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    torch.manual_seed(5)
+    parts = {"wte": nn.Embedding(40, c), "wpe": nn.Embedding(16, c), "h": nn.ModuleList([block(), block()])}
+    transformer = nn.ModuleDict({**parts, "ln_f": nn.LayerNorm(c, bias=bias)})
+    theirs = nn.ModuleDict({"transformer": transformer, "lm_head": nn.Linear(c, 40, bias=False)})
+    transformer.wte.weight = theirs.lm_head.weight
+    theirs.apply(initialise)
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("c_proj.weight"):
+            nn.init.normal_(parameter, 0.0, 0.02 / math.sqrt(4))
+    after = torch.rand(3)
+
+    torch.manual_seed(5)
+    model = GPT(GPTConfig(**SHAPE, bias=bias))
     assert torch.equal(torch.rand(3), after)  # no draw more, none less
-    state = model.state_dict()
+    state, expected = model.state_dict(), theirs.state_dict()
     assert state.keys() == expected.keys()
     assert {name for name, _ in model.named_parameters()} == expected.keys() - {"lm_head.weight"}
     for name, value in expected.items():
         assert torch.equal(state[name], value), name
 
 
-# Modes
-
-
 def test_dropout_only_in_training():
-    model, idx, targets = make(dropout=0.5), tokens(4, 16), tokens(4, 16, seed=1)
-    assert model(idx, targets)[1] != model(idx, targets)[1]
-    assert model.eval()(idx, targets)[1] == make()(idx, targets)[1]
+    model = make(dropout=0.5)
+    pair = batch(model)
+    assert model(*pair)[1] != model(*pair)[1]
+    assert model.eval()(*pair)[1] == make()(*pair)[1]
 
 
 def test_crop_block_size():
-    model, idx, targets = make(), tokens(2, 9), tokens(2, 9, seed=1)
+    model = make()
+    idx, targets = batch(model, T=9)
     with pytest.raises(ValueError, match="got 17, expected at most the model's 16"):
         model.crop_block_size(17)
     _, before = model(idx, targets)
@@ -85,10 +74,7 @@ def test_crop_block_size():
     assert model.transformer.wpe.weight.grad.shape == (9, 32)
     assert model.transformer.wpe.weight.untyped_storage().nbytes() == 9 * 32 * 4
     with pytest.raises(ValueError, match=r"got 10 tokens, expected at most 9 \(block_size\)"):
-        model(tokens(1, 10))
-
-
-# GPTConfig
+        model(torch.zeros(1, 10, dtype=torch.int64))
 
 
 def test_the_config_is_nanogpts_by_default_and_a_shape_that_cannot_be_built_is_refused():
@@ -101,10 +87,7 @@ def test_the_config_is_nanogpts_by_default_and_a_shape_that_cannot_be_built_is_r
         (dict(gelu="relu"), "gelu: got 'relu', expected 'erf' or 'tanh'"),
     ):
         with pytest.raises(ValueError, match=message):
-            GPTConfig(**TINY | changes)
-
-
-# nanoGPT's own methods
+            GPTConfig(**SHAPE | changes)
 
 
 def test_configure_optimizers_makes_nanogpts_groups():
@@ -123,13 +106,10 @@ def test_estimate_mfu_is_of_an_a100():
     assert model.estimate_mfu(fwdbwd_per_iter=5, dt=0.25) == pytest.approx(expected)
 
 
-def test_from_pretrained_reads_openais_weights(tmp_path):
-    model = make(dropout=0.1)
-    export_gpt2(model, tmp_path)
-    again = GPT.from_pretrained(str(tmp_path), dict(dropout=0.2))
-    assert again.config.dropout == 0.2
-    assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
-    assert GPT.from_pretrained(str(tmp_path)).config.dropout == 0.0
+def test_from_pretrained_takes_another_dropout_alone(tmp_path):
+    export_gpt2(make(dropout=0.1), tmp_path)
+    for options, dropout in ((dict(dropout=0.2), 0.2), (None, 0.0)):
+        assert GPT.from_pretrained(str(tmp_path), options).config == GPTConfig(**SHAPE, dropout=dropout)
     with pytest.raises(ValueError, match="override_args: got bias, expected dropout"):
         GPT.from_pretrained(str(tmp_path), {"bias": False})
 

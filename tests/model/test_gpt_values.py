@@ -8,36 +8,18 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig, Precision
+from tests.model.small import batch, make
+from tests.model.test_attention import formula
 
 SHAPES = {
-    "usual": dict(B=3, block_size=16, vocab_size=40, n_layer=2, n_head=4, n_embd=32),
-    "odd": dict(B=5, T=7, block_size=13, vocab_size=37, n_layer=3, n_head=3, n_embd=27, bias=False, gelu="tanh"),
+    "usual": {},
+    "odd": dict(T=7, block_size=13, vocab_size=37, n_layer=3, n_head=3, n_embd=27, bias=False, gelu="tanh"),
     "one of all": dict(B=1, block_size=1, vocab_size=2, n_layer=1, n_head=1, n_embd=1),
 }
 
 
-def make(precision: Precision = Precision(), **shape) -> GPT:
-    """A model with weights large enough that every part of it matters, and biases that are not zero."""
-    model = GPT(GPTConfig(**shape), precision=precision)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
-        parameter.data = 1 + 0.2 * values if ".ln_" in name and parameter.ndim == 1 else 0.2 * values
-    return model
-
-
-def case(B: int, T: int | None = None, precision: Precision = Precision(), **shape) -> tuple[GPT, Tensor, Tensor]:
-    model, generator = make(precision=precision, **shape), torch.Generator().manual_seed(1)
-    size = (B, T or shape["block_size"])
-    idx, targets = (torch.randint(shape["vocab_size"], size, generator=generator) for _ in range(2))
-    if targets.numel() > 3:
-        targets.view(-1)[::3] = -1
-    return model, idx, targets
-
-
 def definition(w: Mapping[str, Tensor], config: GPTConfig, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(logits, loss) of GPT-2 in the dtype of its weights, written with nothing but arithmetic."""
-    B, T = idx.shape
 
     def norm(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
@@ -52,19 +34,11 @@ def definition(w: Mapping[str, Tensor], config: GPTConfig, idx: Tensor, targets:
             return x * (1 + torch.erf(x / math.sqrt(2))) / 2
         return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
-    def attention(x: Tensor, name: str) -> Tensor:
-        q, k, v = (
-            part.view(B, T, config.n_head, -1).transpose(1, 2) for part in linear(x, f"{name}.c_attn").chunk(3, dim=-1)
-        )
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
-        scores = scores.masked_fill(torch.arange(T) > torch.arange(T)[:, None], -math.inf)
-        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
-        return linear((weights @ v).transpose(1, 2).reshape(B, T, -1), f"{name}.c_proj")
-
-    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:T]
+    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][: idx.size(1)]
     for i in range(config.n_layer):
         block = f"transformer.h.{i}"
-        x = x + attention(norm(x, f"{block}.ln_1"), f"{block}.attn")
+        y = formula(linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn"), config.n_head)
+        x = x + linear(y, f"{block}.attn.c_proj")
         x = x + linear(gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
     logits = norm(x, "transformer.ln_f") @ w["transformer.wte.weight"].T
     log_probs = logits - logits.exp().sum(-1, keepdim=True).log()
@@ -87,7 +61,10 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_float64_is_the_definition(name):
-    model, idx, targets = case(**SHAPES[name], precision=Precision(torch.float64, torch.float64))
+    shape = dict(SHAPES[name])
+    size = {key: shape.pop(key) for key in ("B", "T") if key in shape}
+    model = make(precision=Precision(torch.float64, torch.float64), **shape)
+    idx, targets = batch(model, **size)
     expected_logits, expected_loss, gradients = truth(model, idx, targets)
     model.double()
     logits, loss = model(idx, targets)
@@ -106,7 +83,8 @@ def test_it_is_the_definition_but_for_rounding(how: torch.dtype | str) -> None:
     """By itself in each dtype, and under autocast, as nanoGPT's scripts use it."""
     autocast = how == "autocast"
     dtype = torch.bfloat16 if autocast else how
-    model, idx, targets = case(**SHAPES["usual"], precision=Precision() if autocast else Precision(dtype))
+    model = make(precision=Precision() if autocast else Precision(dtype))
+    idx, targets = batch(model)
     expected_logits, expected_loss, gradients = truth(model, idx, targets)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits, loss = model(idx, targets)

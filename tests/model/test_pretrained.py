@@ -1,11 +1,13 @@
 """Weights in and out: bit for bit through our own files, to rounding against transformers, and never half."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,79 +16,65 @@ import torch
 
 from model import GPT, GPTConfig
 from model.pretrained import export_gpt2, from_checkpoint, gpt2_shape, load_gpt2
+from tests.model.small import make
 
 SHAPE = {"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 12}
-CONFIG = {"model_type": "gpt2", "n_positions": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 12}
 
 
 def make_model(**shape) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**SHAPE | shape)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.5)  # biases and LayerNorms too
-    return model
+    return make(**SHAPE | shape).eval()
 
 
-def hub_tensors(config: dict = CONFIG) -> dict[str, torch.Tensor]:
-    """The tensors of a GPT-2 under the names of the file on the hub, its mask buffers among them."""
-    torch.manual_seed(1)
-    c, t = config["n_embd"], config["n_positions"]
-    tensors = {"wte.weight": torch.randn(config["vocab_size"], c), "wpe.weight": torch.randn(t, c)}
-    weights = {"ln_1": (c,), "ln_2": (c,), "attn.c_attn": (c, 3 * c), "attn.c_proj": (c, c)}
-    weights |= {"mlp.c_fc": (c, 4 * c), "mlp.c_proj": (4 * c, c)}
-    for i in range(config["n_layer"]):
-        for name, shape in weights.items():
-            tensors[f"h.{i}.{name}.weight"] = torch.randn(shape)
-            tensors[f"h.{i}.{name}.bias"] = torch.randn(shape[-1])
-        tensors[f"h.{i}.attn.bias"] = torch.ones(t, t).tril()[None, None]
-        tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-    return tensors | {"ln_f.weight": torch.randn(c), "ln_f.bias": torch.randn(c)}
-
-
-def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict = CONFIG) -> Path:
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
+def exported(folder: Path, changes: dict | None = None) -> Path:
+    """The folder of a model's two files. changes: other tensors, by the hub's names, and fields; None: missing."""
+    export_gpt2(make_model(gelu="tanh"), folder)
+    path = folder / "config.json"
+    config, tensors = json.loads(path.read_text()), safetensors.torch.load_file(folder / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    for name, value in (changes or {}).items():
+        (tensors if "." in name else config)[name] = value
+    tensors, config = ({k: v for k, v in files.items() if v is not None} for files in (tensors, config))
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    path.write_text(json.dumps(config))
     return folder
 
 
-@pytest.mark.parametrize(("bias", "gelu"), [(True, "tanh"), (False, "erf")])
-def test_round_trip(tmp_path, bias, gelu):
-    model = make_model(bias=bias, gelu=gelu, dropout=0.1)
+@pytest.mark.parametrize(
+    ("bias", "gelu", "prefix", "dtype"),
+    [(True, "tanh", "", torch.float32), (False, "erf", "transformer.", torch.bfloat16)],
+)
+def test_a_file_has_the_hubs_layout_and_is_read_as_the_hubs_are(tmp_path, bias, gelu, prefix, dtype):
+    """With masks, without the prefix, halved and with the head beside the table. Loading draws no random numbers, and
+    the model owns its memory."""
+    model, path = make_model(bias=bias, gelu=gelu, dropout=0.1), tmp_path / "model.safetensors"
     export_gpt2(model, tmp_path)
-    again = load_gpt2(tmp_path, dropout=0.2)
+    ours, theirs, file = dict(model.named_parameters()), safetensors.torch.load_file(path), {}
+    assert len(theirs) == 4 + 2 * 12
+    for name, tensor in theirs.items():
+        linear = name.endswith(".weight") and ("attn" in name or "mlp" in name)
+        ours.setdefault(name, torch.zeros(len(tensor)))
+        assert torch.equal(tensor, ours[name].T if linear else ours[name]), name
+        file[prefix + name.removeprefix("transformer.")] = tensor.to(dtype)
+    if prefix:
+        file["lm_head.weight"] = file["transformer.wte.weight"].clone()
+    else:
+        file |= {"h.0.attn.bias": torch.ones(8, 8), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    safetensors.torch.save_file(file, path)
+    before = torch.get_rng_state()
+    again = load_gpt2(path if prefix else tmp_path, dropout=0.2)
+    assert torch.equal(torch.get_rng_state(), before)
     assert again.config == gpt2_shape(tmp_path, dropout=0.2) == GPTConfig(**SHAPE, bias=True, gelu=gelu, dropout=0.2)
     assert gpt2_shape(tmp_path, gelu="tanh").gelu == load_gpt2(tmp_path, gelu="tanh").config.gelu == "tanh"
-    ours = model.state_dict()
-    for name, tensor in again.state_dict().items():
-        assert torch.equal(tensor, ours[name] if name in ours else torch.zeros_like(tensor)), name
-
-
-@pytest.mark.parametrize(
-    ("prefix", "dtype", "head"), [("", torch.float32, False), ("transformer.", torch.bfloat16, True)]
-)
-def test_files_of_the_hub(tmp_path, prefix, dtype, head):
-    """Loading draws no random numbers, and the model owns its memory."""
-    tensors = {name: tensor.to(dtype) for name, tensor in hub_tensors().items()}
-    file = {prefix + name: tensor for name, tensor in tensors.items()}
-    if head:
-        file["lm_head.weight"] = tensors["wte.weight"].clone()
-    path = write(tmp_path, file) / "model.safetensors"
-    before = torch.get_rng_state()
-    model = load_gpt2(path if head else tmp_path)
-    assert torch.equal(torch.get_rng_state(), before)
     with path.open("r+b") as opened:
         opened.write(b"\0" * path.stat().st_size)
-    parameters = dict(model.named_parameters())
-    assert len(parameters) == sum(not name.endswith((".attn.bias", ".masked_bias")) for name in tensors)
+    parameters = dict(again.named_parameters())
+    assert parameters.keys() == ours.keys()
     for name, parameter in parameters.items():
-        tensor = tensors[name.removeprefix("transformer.")]
-        linear = name.endswith(".weight") and ("attn" in name or "mlp" in name)
-        assert torch.equal(parameter, (tensor.T if linear else tensor).float()), name
+        assert torch.equal(parameter, ours[name].to(dtype).float()), name
         assert parameter.dtype == torch.float32
         assert parameter.is_contiguous()
         assert parameter.requires_grad
-    assert model.lm_head.weight is model.transformer.wte.weight
-    assert model.config == GPTConfig(**SHAPE, bias=True, gelu="tanh")
+    assert again.lm_head.weight is again.transformer.wte.weight
 
 
 @pytest.mark.parametrize(
@@ -112,31 +100,39 @@ def test_files_of_the_hub(tmp_path, prefix, dtype, head):
     ],
 )
 def test_other_models_are_refused(tmp_path, changes, message):
-    """By their tensors, by their config.json."""
-    tensors, config = hub_tensors(), dict(CONFIG)
-    for name, value in changes.items():
-        (tensors if "." in name else config)[name] = value
     with pytest.raises(ValueError, match=message):
-        load_gpt2(write(tmp_path, {name: value for name, value in tensors.items() if value is not None}, config))
+        load_gpt2(exported(tmp_path, changes))
 
 
-def test_what_is_no_file_or_not_whole_is_refused(tmp_path):
-    path = write(tmp_path, hub_tensors()) / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
+def content(text: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(content(text) for text in ("{}", "[" * 100_000, " " * (1 << 21))),
+        Path.mkdir,
+        os.mkfifo,
+        lambda path: path.symlink_to("/dev/zero"),
+    ],
+)
+def test_what_is_no_config_is_refused(tmp_path, make):
+    config = exported(tmp_path) / "config.json"
+    config.unlink()
+    make(config)
+    with pytest.raises(ValueError, match=r"config\.json: not the config\.json of a GPT-2"):
+        gpt2_shape(tmp_path)
+
+
+def test_files_that_are_missing_or_cut_short_are_named(tmp_path):
+    path = exported(tmp_path) / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
         load_gpt2(tmp_path)
-    write(tmp_path, hub_tensors())
-    config = tmp_path / "config.json"
-    kinds = [lambda content=content: config.write_text(content) for content in ("{}", "[" * 100_000, " " * (1 << 21))]
-    for make in (*kinds, config.mkdir, lambda: os.mkfifo(config), lambda: config.symlink_to("/dev/zero")):
-        config.unlink()
-        make()
-        with pytest.raises(ValueError, match=r"config\.json: not the config\.json of a GPT-2"):
-            gpt2_shape(tmp_path)
-        if config.is_dir():
-            config.rmdir()
-            config.touch()
-    config.unlink()
+    path.write_bytes(whole)
+    (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json: missing, expected it beside model\.safetensors"):
         gpt2_shape(tmp_path)
     path.unlink()
@@ -145,7 +141,7 @@ def test_what_is_no_file_or_not_whole_is_refused(tmp_path):
 
 
 def test_by_name(tmp_path, monkeypatch):
-    write(tmp_path, hub_tensors())
+    exported(tmp_path, {"activation_function": None})
     asked = []
 
     def download(repository: str, file: str) -> str:
@@ -156,7 +152,7 @@ def test_by_name(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=download))
-    assert load_gpt2("gpt2-xl").config.n_embd == 12
+    assert load_gpt2("gpt2-xl").config.gelu == "tanh"
     assert asked == [("openai-community/gpt2-xl", name) for name in ("model.safetensors", "config.json")]
     with pytest.raises(FileNotFoundError, match=r"gpt2: cannot download .*\(no route\); give the path"):
         load_gpt2("gpt2")
@@ -167,8 +163,8 @@ def test_by_name(tmp_path, monkeypatch):
 
 
 def checkpoint_of(model: GPT, **extra) -> dict:
-    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-    args = {name: getattr(model.config, name) for name in names}
+    args = dataclasses.asdict(model.config)
+    del args["gelu"]  # nanoGPT has none
     return {"model": model.state_dict(), "model_args": args, "nanofuse": extra}
 
 

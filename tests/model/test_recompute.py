@@ -6,27 +6,20 @@ from torch import nn
 
 from kernels import FUSED, REFERENCE, Ops
 from kernels.launch import INTERPRETED
-from model import GPT, GPTConfig, Precision
+from model import GPT, Precision
 from model.recompute import MODES
 from tests.model.held import Made
-
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-
-
-def make(ops: Ops, recompute: str, dtype: torch.dtype = torch.float32) -> GPT:
-    torch.manual_seed(0)
-    shape = GPTConfig(block_size=12, vocab_size=31, n_layer=2, n_head=2, n_embd=32, dropout=0.2)
-    return GPT(shape, ops, precision=Precision(dtype), recompute=recompute).to(DEVICE)
+from tests.model.small import batch, make
+from tests.model.test_fused import DEVICE
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return tuple(torch.randint(31, (2, 12), generator=generator).to(DEVICE) for _ in range(2))
+def made(ops: Ops, recompute: str, dtype: torch.dtype = torch.float32) -> GPT:
+    return make(ops, precision=Precision(dtype), recompute=recompute, dropout=0.2).to(DEVICE)
 
 
 def loss_and_gradients(run: nn.Module) -> list[torch.Tensor]:
     torch.manual_seed(2)
-    loss = run(*batch())[1]
+    loss = run(*batch(run))[1]
     return [loss.detach(), *torch.autograd.grad(loss, list(run.parameters()))]
 
 
@@ -34,7 +27,7 @@ def loss_and_gradients(run: nn.Module) -> list[torch.Tensor]:
     ("ops", "dtype"), [(REFERENCE, torch.bfloat16), pytest.param(FUSED, torch.float32, marks=pytest.mark.slow)]
 )
 def test_the_same_gradients(ops: Ops, dtype: torch.dtype) -> None:
-    expected, *others = (loss_and_gradients(make(ops, mode, dtype=dtype)) for mode in MODES)
+    expected, *others = (loss_and_gradients(made(ops, mode, dtype=dtype)) for mode in MODES)
     for results in others:
         torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
@@ -46,7 +39,7 @@ def test_the_same_gradients_compiled(recompute: str, ops: Ops, compiler: None) -
     found = []
     for mode in ("none", recompute):
         torch.compiler.reset()
-        compiled = torch.compile(make(ops, mode), fullgraph=True)
+        compiled = torch.compile(made(ops, mode), fullgraph=True)
         found.append([loss_and_gradients(compiled) for _ in range(2)][1])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
 
@@ -60,7 +53,8 @@ def test_nothing_random_and_no_attention_is_computed_again(ops: Ops) -> None:
     def kept(made: Made) -> int:
         return sum(name.startswith(tuple(random)) and "backward" not in name for name in made.ops)
 
-    model, (idx, targets) = make(ops, "block"), batch()
+    model = made(ops, "block")
+    idx, targets = batch(model)
     with Made() as forward:
         loss = model(idx, targets)[1]
     with Made() as backward:
