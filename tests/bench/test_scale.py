@@ -79,6 +79,8 @@ def test_a_measured_step_in_the_table(tmp_path: Path) -> None:
     assert eight[1:5] == ["1", "x", "4", "32,768"]
     sums = scale.fabric_of(config, "NVIDIA H100 80GB HBM3")[0].all_reduce(4 * 124_373_760, 8)
     assert float(eight[6]) == pytest.approx(1e3 * sums, abs=0.01)
+    rates = [float(row[7].replace(",", "")) / int(row[0]) for row in (one, eight)]
+    assert eight[9] == f"{rates[1] / rates[0]:.1%}"
 
 
 def test_estimates_need_no_file() -> None:
