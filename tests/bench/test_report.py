@@ -154,6 +154,7 @@ def test_bars_are_as_long_as_their_numbers(name: str, written: Path) -> None:
     for found in ([line.label for line in every], [line.words for line in every]):
         assert [word for word in words if word in found] == found
     if name == "mfu-gpt2":
+        assert {line.role for line in lines if line.label == "ours eager"} == {"ours"}
         floors = [group.floor for group in PICTURES[name].groups if group.floor]
         assert [line.get_xdata()[0] for line in axes.lines] == pytest.approx(floors)
 
@@ -264,4 +265,5 @@ def test_the_terminal_is_shown_what_was_measured_and_what_was_not() -> None:
         "4 kernel rows of fused not measured: Triton's interpreter is no benchmark\n"
         f"4 kernel rows not measured: {NO_TIME}"
     )
+    assert "linear_cross_entropy  32768×768×50304" in summary(h100())
     assert "There is no training step." in missing(Run(Path(), replace(made, steps=[])))

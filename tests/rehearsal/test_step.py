@@ -94,7 +94,8 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if self.gpu._capturing and any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves(made)):
+        captured = torch.cuda.is_current_stream_capturing()
+        if captured and any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves(made)):
             self.streams.add(self.gpu.stream)
             self.threads.add(threading.get_ident())
         return made
