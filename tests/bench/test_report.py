@@ -23,7 +23,8 @@ from train.errors import UserError
 from train.plot import LIGHT
 
 COMMITTED = Path(__file__).parents[2] / "bench" / "results"
-RUNS = in_order(Run(Path(name), each) for name, each in all_devices().items())
+MADE = [Run(Path(name), each) for name, each in all_devices().items()]
+RUNS = in_order(MADE)
 SECTIONS = report.sections(RUNS, estimates(RUNS))
 TABLES = {table.title: table for section in SECTIONS for table in section.tables}
 PICTURES = {picture.name: picture for section in SECTIONS for picture in section.pictures}
@@ -33,7 +34,7 @@ PICTURES = {picture.name: picture for section in SECTIONS for picture in section
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the report of three devices, drawn once."""
     folder = tmp_path_factory.mktemp("report")
-    report.write(folder, RUNS)
+    report.write(folder, MADE)
     return folder
 
 
