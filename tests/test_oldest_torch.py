@@ -43,10 +43,7 @@ def interpreter() -> str:
 
 @pytest.mark.slow
 def test_with_the_oldest_torch() -> None:
-    try:
-        build.environment()
-    except build.CannotBuild as error:
-        pytest.skip(str(error))
+    build.environment()  # skips where the device guard cannot be built
     python = interpreter()
     ours = ("PYTEST_", "NANOFUSE_", "TRITON_")  # set for this process, not for that one
     env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}

@@ -21,7 +21,7 @@ from bench.kernels import LIGER, TIMED, Contest, directions, rows, work_of
 from bench.results import Kernel
 from bench.rules import NO_TIME
 from kernels import reference, timing
-from kernels.cases import CASES, Case, draw
+from kernels.cases import CASES, Case
 from tests.clock import Clock
 
 CPU = torch.device("cpu")
@@ -29,6 +29,7 @@ FP32 = torch.float32
 SHAPE = (8, 16)
 EVERY = ("forward", "backward", "both")
 BY_NAME = {case.name: case for case in TIMED}
+TOY = replace(BY_NAME["gelu, erf"], name="toy", fused=reference.gelu, cpu_shapes=(SHAPE,))
 
 
 @pytest.fixture(autouse=True)
@@ -39,84 +40,50 @@ def everything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)  # warm caches will do here
 
 
-def scaled(x: Tensor, weight: Tensor) -> Tensor:
-    return (x.float() * weight.float()).to(x.dtype)
-
-
-def inputs_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    randn = draw(device)
-    return {"x": randn(*shape, dtype=dtype), "weight": randn(shape[-1], dtype=dtype)}
-
-
-TOY = Case(
-    name="toy",
-    fused=scaled,
-    reference=scaled,
-    make_inputs=inputs_of,
-    shapes=(SHAPE,),
-    gpt_shapes=(SHAPE,),
-    forward_bytes=lambda *shape: 100,
-    backward_bytes=lambda *shape: 150,
-    cpu_shapes=(SHAPE,),
-)
-
-
 def measured(case: Case, direction: str = "forward") -> dict[str, Kernel]:
     found = Contest(case, case.cpu_shapes[0], FP32, CPU).measure(direction, seconds=0)
     return {row.variant: row for row in found}
 
 
-@pytest.mark.parametrize(
-    ("direction", "timed"),
-    [("forward", ["forward"]), ("backward", ["backward"]), ("both", ["forward", "backward"])],
-)
-def test_a_direction_is_timed_and_nothing_else(direction: str, timed: list[str]) -> None:
-    """Calls of a function and of its gradient, as the clock sees them; then samples of every variant."""
-    calls: list[str] = []
-
-    class Watched(torch.autograd.Function):
+@pytest.mark.parametrize(("direction", "seconds"), [("forward", 1.0), ("backward", 10.0), ("both", 11.0)])
+def test_a_direction_is_timed_and_nothing_else(direction: str, seconds: float, clock: Clock) -> None:
+    class Slow(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, weight):
-            calls.append("forward")
-            ctx.save_for_backward(x, weight)
-            return x * weight
+        def forward(ctx, x):
+            clock.let_pass(1.0)
+            return x.clone()
 
         @staticmethod
         def backward(ctx, dy):
-            calls.append("backward")
-            x, weight = ctx.saved_tensors
-            return dy * weight, (dy * x).sum(0)
+            clock.let_pass(10.0)
+            return dy
 
-    contest = Contest(replace(TOY, fused=lambda x, weight: Watched.apply(x, weight)), SHAPE, FP32, CPU)
-    work = contest._work("fused", direction)
-    made = work.prepare()
-    calls.clear()
-    work.work(made)
-    assert calls == timed
+    slow = replace(TOY, fused=lambda x, approximate: reference.gelu(Slow.apply(x), approximate))
+    contest = Contest(slow, SHAPE, FP32, CPU)
     found = contest.measure(direction, seconds=0, least=7)
     names = [f"toy 8×16 float32 {direction} {variant}" for variant in ("fused", "reference", "compiled")]
     assert [(row.name, len(row.seconds), row.skipped) for row in found] == [(name, 7, "") for name in names]
-    assert all(min(row.seconds) > 0 for row in found)
+    assert found[0].seconds == [seconds] * 7
 
 
-def greedy(x: Tensor, weight: Tensor, *, calls: Iterator[int] = count()) -> Tensor:  # noqa: B008
+def greedy(x: Tensor, approximate: str, *, calls: Iterator[int] = count()) -> Tensor:  # noqa: B008
     if next(calls):  # the check's was the first
         raise torch.OutOfMemoryError("CUDA out of memory")
-    return scaled(x, weight)
+    return reference.gelu(x, approximate)
 
 
-def broken(x: Tensor, weight: Tensor) -> Tensor:
+def broken(**inputs: Any) -> Tensor:
     raise RuntimeError("an illegal memory access\nwas encountered")
 
 
 @pytest.mark.parametrize(
     ("variant", "function", "skipped"),
     [
-        ("fused", lambda x, weight: scaled(x, weight) + (x - x.detach()) * 1e-2, "wrong: dx: "),
+        ("fused", lambda x, approximate: reference.gelu(x, approximate) + (x - x.detach()) * 1e-2, "wrong: dx: "),
         ("fused", broken, "wrong: an illegal memory access"),
         ("fused", greedy, "CUDA out of memory"),
         ("compiled", broken, "an illegal memory access"),
-        ("compiled", lambda x, weight: 0 * x * weight, "disagrees with the reference: output 0: "),
+        ("compiled", lambda x, approximate: 0 * x, "disagrees with the reference: output 0: "),
     ],
 )
 def test_what_fails_is_left_out_alone_unless_ours_is_wrong(
@@ -163,13 +130,13 @@ def test_the_time_is_kept_by_leaving_out_cases(clock: Clock) -> None:
     """A case takes 6 s to check, and 0.1 s a round; one that would not end is not begun, by the slowest so far. The
     first shape of every case comes first."""
 
-    def working(x: Tensor, weight: Tensor) -> Tensor:
+    def working(**inputs: Any) -> Tensor:
         clock.let_pass(0.1)
-        return scaled(x, weight)
+        return reference.gelu(**inputs)
 
     def slow_inputs(*given: Any) -> dict[str, Any]:
         clock.let_pass(3.0)
-        return inputs_of(*given)
+        return TOY.make_inputs(*given)
 
     toy = replace(TOY, fused=working, make_inputs=slow_inputs, backward_bytes=None)
     cases = tuple(replace(toy, name=f"toy {i}", cpu_shapes=(SHAPE, (2, 16))) for i in range(4))
@@ -261,12 +228,12 @@ from dataclasses import replace
 import torch
 from bench import bench_rows, kernels
 from bench.bench_rows import contest, kernel, pytest_generate_tests, pytestmark, session, test_kernel
-from tests.bench.test_kernels import TOY, scaled
+from tests.bench.test_kernels import TOY
 
 kernels.require_gpu = lambda device: None
 real = torch.compile
 torch.compile = lambda function, options=None: real(function, backend="eager")
-wrong = replace(TOY, name="off", fused=lambda x, weight: scaled(x, weight) * 1.5)
+wrong = replace(TOY, name="off", fused=lambda **inputs: 1.5 * TOY.reference(**inputs))
 bench_rows.TIMED = tuple(replace(case, backward_bytes=None) for case in (TOY, wrong))
 kernels.by_turns = lambda works, device, seconds, least: {name: [0.1, 0.3, 1e-7, 0.7, 1 / 3] for name in works}
 """
@@ -286,7 +253,7 @@ def test_pytest_bench(tmp_path: Path) -> None:
         "1 failed, 3 passed, 2 skipped",
         "wrong: output 0: ",
         "not timed, since fused is wrong",
-        "measured by",
+        "measured ceiling of a copy",
     ):
         assert said in done.stdout
     fused = json.loads((tmp_path / "out").read_text())["benchmarks"][0]
@@ -294,7 +261,8 @@ def test_pytest_bench(tmp_path: Path) -> None:
     assert fused["group"].startswith("toy 8x16 ")
     assert fused["stats"]["data"] == [0.1, 0.3, 1e-7, 0.7, 1 / 3]
     info, median = fused["extra_info"], 0.3
-    assert (info["bytes"], info["flops"], info["flops_per_second"]) == (100, None, None)
-    assert info["bytes_per_second"] == pytest.approx(100 / median)
+    moved = TOY.forward_bytes(*SHAPE, getattr(torch, info["dtype"]).itemsize)
+    assert (info["bytes"], info["flops"], info["flops_per_second"]) == (moved, None, None)
+    assert info["bytes_per_second"] == pytest.approx(moved / median)
     assert info["share_of_ceiling"] > 0
     assert info["times_faster_than_compiled"] == 1.0

@@ -1,8 +1,6 @@
 """The report: what it shows is what the files hold, what is missing is said, and a bad file is refused in one line."""
 
-import contextlib
 import html
-import io
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +15,7 @@ from msgspec.structs import replace
 from bench import report, results
 from bench.digest import Run, estimates, in_order, slug
 from bench.pictures import WIDE
-from bench.results import Ceiling, Kernel, Results, Step
+from bench.results import Ceiling, Kernel, Step
 from bench.rules import NO_TIME
 from bench.tables import Table, missing, summary
 from tests.bench.made import MARKUP, all_devices, cpu, h100
@@ -25,27 +23,18 @@ from train.errors import UserError
 from train.plot import LIGHT
 
 COMMITTED = Path(__file__).parents[2] / "bench" / "results"
-RUNS = in_order(Run(Path(name), each) for name, each in all_devices().items())
+MADE = [Run(Path(name), each) for name, each in all_devices().items()]
+RUNS = in_order(MADE)
 SECTIONS = report.sections(RUNS, estimates(RUNS))
 TABLES = {table.title: table for section in SECTIONS for table in section.tables}
 PICTURES = {picture.name: picture for section in SECTIONS for picture in section.pictures}
 
 
-def files(folder: Path, made: dict[str, Results]) -> list[str]:
-    for name, each in made.items():
-        results.write(folder / name, each)
-    return [str(folder / name) for name in made]
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the report of three devices, and what was said of two files that are none: drawn once."""
+    """A folder with the report of three devices, drawn once."""
     folder = tmp_path_factory.mktemp("report")
-    (folder / "foreign.json").write_text('{"a": 1}')
-    named = [str(folder / "foreign.json"), *files(folder, all_devices()), str(folder / "absent.json")]
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        assert report.main([*named, f"--out={folder}"]) == 1
-    (folder / "said.txt").write_text(said.getvalue())
+    report.write(folder, MADE)
     return folder
 
 
@@ -113,7 +102,7 @@ def test_the_page_and_the_markdown_show_all_tables_and_pictures(written: Path, p
     assert slug("../<script>, x") == "..-script-x"
 
 
-def test_what_is_missing_is_said(written: Path, page: str) -> None:
+def test_what_is_missing_is_said(page: str) -> None:
     said = html.unescape(re.sub(r"<[a-z/].*?>", "\n", page, flags=re.DOTALL))
     for line in (
         "kernels failed: CUDA error: an illegal memory access was encountered",
@@ -130,9 +119,6 @@ def test_what_is_missing_is_said(written: Path, page: str) -> None:
         "a100-2026-11-20.json": ("partial", "fedcba987654 (changed)"),
         "cpu-2026-11-22.json": ("complete", "0123456789ab"),
     }
-    foreign, absent = (written / "said.txt").read_text().splitlines()
-    assert foreign.startswith(f"{written}/foreign.json: is no results file of nanofuse-bench, version 1: ")
-    assert absent == f"{written}/absent.json: cannot be read: No such file or directory; skipped"
 
 
 def test_estimates_are_of_what_nobody_measured() -> None:
@@ -169,6 +155,7 @@ def test_bars_are_as_long_as_their_numbers(name: str, written: Path) -> None:
     for found in ([line.label for line in every], [line.words for line in every]):
         assert [word for word in words if word in found] == found
     if name == "mfu-gpt2":
+        assert {line.role for line in lines if line.label == "ours eager"} == {"ours"}
         floors = [group.floor for group in PICTURES[name].groups if group.floor]
         assert [line.get_xdata()[0] for line in axes.lines] == pytest.approx(floors)
 
@@ -203,23 +190,29 @@ def test_the_waterfall_goes_from_the_reference_to_ours() -> None:
     assert "cross-entropy" not in others
 
 
-def test_without_a_good_file_there_is_no_report_and_it_goes_over_another_report_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_bad_file_is_named_and_skipped_and_a_report_goes_over_another_report_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    (tmp_path / "foreign.json").write_text("[]")
-    for names in ([str(tmp_path / "foreign.json")], []):
+    good, foreign, absent = (str(tmp_path / f"{name}.json") for name in ("good", "foreign", "absent"))
+    results.write(Path(good), cpu())
+    Path(foreign).write_text("[]")
+    for names in ([foreign], []):
         with pytest.raises(UserError, match=r"FILES: none .*expected results files"):
             report.main([*names, f"--out={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(report, "sections", lambda *given: [])  # pictures take long
-    named = [*files(tmp_path, {"x.json": cpu()}), f"--out={tmp_path}"]
+    out = f"--out={tmp_path}"
     for mine in (tmp_path / "report.md", tmp_path / "report.html"):
         mine.write_text("my own")
         with pytest.raises(UserError, match=f"out: .*{mine.name} is there, and is no report; name another folder"):
-            report.main(named)
+            report.main([good, out])
         assert mine.read_text() == "my own"
         mine.unlink()
-    assert [report.main(named) for _ in range(2)] == [0, 0]
+    capsys.readouterr()
+    assert [report.main([good, out]), report.main([foreign, good, absent, out])] == [0, 1]
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"{foreign}: is no results file of nanofuse-bench, version 1: ")
+    assert second == f"{absent}: cannot be read: No such file or directory; skipped"
 
 
 def test_runs_of_one_device_are_told_apart() -> None:
@@ -273,4 +266,5 @@ def test_the_terminal_is_shown_what_was_measured_and_what_was_not() -> None:
         "4 kernel rows of fused not measured: Triton's interpreter is no benchmark\n"
         f"4 kernel rows not measured: {NO_TIME}"
     )
+    assert "linear_cross_entropy  32768×768×50304" in summary(h100())
     assert "There is no training step." in missing(Run(Path(), replace(made, steps=[])))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, results
+from bench import report
+from bench.digest import Run
 from tests.bench.made import all_devices
 from train.plot import SCHEME
 
@@ -73,11 +74,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("report")
-    made = {f"measured-on-a-machine-with-a-long-name-{name}": each for name, each in all_devices().items()}
-    for name, each in made.items():
-        results.write(folder / name, each)
-    report.main([*(str(folder / name) for name in made), f"--out={folder}"])
+    folder, name = tmp_path_factory.mktemp("report"), "measured-on-a-machine-with-a-long-name-{}"
+    report.write(folder, [Run(Path(name.format(file)), each) for file, each in all_devices().items()])
     return (folder / "report.html").read_text()
 
 

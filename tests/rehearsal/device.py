@@ -11,7 +11,6 @@ import os
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import count
 
 import pytest
@@ -41,14 +40,21 @@ H100 = types.SimpleNamespace(
 )
 
 
-@dataclass
-class Capture:
-    """A recorded CUDA graph."""
+def nothing(*args: object, **kwargs: object) -> None:
+    """Does nothing."""
+
+
+class Graph:
+    """Replaces torch.cuda.CUDAGraph: a recorded one."""
 
     stream: int  # of its recording
-    strays: int = 0  # waits between that stream and others: a device would fail, or capture the other stream too
-    failed: bool = True  # ended by an exception
-    replays: int = 0
+    strays = 0  # waits between that stream and others: a device would fail, or capture the other stream too
+    failed = True  # ended by an exception
+    replays = 0
+    __init__ = nothing
+
+    def replay(self) -> None:
+        self.replays += 1
 
 
 class Gpu:
@@ -61,7 +67,7 @@ class Gpu:
         self._guard.guard_stream.restype = ctypes.c_int64
         self._ids = count(1)
         self._capturing = False
-        self.captures: list[Capture] = []
+        self.captures: list[Graph] = []
 
     @property
     def stream(self) -> int:
@@ -79,19 +85,19 @@ class Gpu:
             self._guard.guard_set_stream(ctypes.c_int64(before))
 
     @contextmanager
-    def capturing(self, graph: "Graph", stream: int) -> Iterator[None]:
+    def capturing(self, graph: Graph, stream: int) -> Iterator[None]:
         """Like `torch.cuda.graph`: launches inside are recorded in the graph."""
-        graph.capture = Capture(stream)
-        self.captures.append(graph.capture)
+        graph.stream = stream
+        self.captures.append(graph)
         self._capturing = True
         self._guard.guard_capture(ctypes.c_int64(stream))
         try:
             with self.on(stream):
                 yield
-            graph.capture.failed = False
+            graph.failed = False
         finally:
             self._capturing = False
-            graph.capture.strays = self._guard.guard_capture(ctypes.c_int64(-1))
+            graph.strays = self._guard.guard_capture(ctypes.c_int64(-1))
 
     def stand_ins(self) -> dict[str, object]:
         """More of these, of this device's streams."""
@@ -116,10 +122,6 @@ class Gpu:
         }
 
 
-def nothing(*args: object, **kwargs: object) -> None:
-    """Does nothing."""
-
-
 class Event:
     """Replaces torch.cuda.Event."""
 
@@ -130,16 +132,6 @@ class Event:
 
     def elapsed_time(self, end: "Event") -> float:
         return 1.0
-
-
-class Graph:
-    """Replaces torch.cuda.CUDAGraph."""
-
-    capture: Capture
-    __init__ = nothing
-
-    def replay(self) -> None:
-        self.capture.replays += 1
 
 
 ANSWERS: dict[str, object] = {  # what replaces names in torch.cuda

@@ -6,22 +6,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from kernels import FUSED
 from kernels.launch import Device
 from tests.rehearsal.device import Gpu
 from tests.rehearsal.inductor import Inductor, inductor  # noqa: F401
-from tests.rehearsal.test_step import job
+from tests.rehearsal.test_step import FUSED_MATMUL, job
 from tests.rehearsal.watching import Watching
 from train import compile, dryrun
 from train.config import TrainConfig
-
-
-class Counting(Watching):
-    """A recorder that lets compiled code run unchanged."""
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
-
 
 # launches of a compiled micro-step, and GB that they move; for the eager one see test_step.py
 PINNED = {
@@ -44,7 +36,7 @@ def test_two_blocks_are_compiled_whatever_the_depth(
     n_layer: int,
     fused_matmul: bool,
 ) -> None:
-    shapes = job(workload, layers=n_layer, fused_matmul=fused_matmul, on="cuda")
+    shapes = job(workload, {"n_layer": n_layer}, ops=FUSED_MATMUL if fused_matmul else FUSED, on="cuda")
     shape = shapes.batch_size, shapes.shape.block_size
     step = dryrun.build(shapes)
     signal.setitimer(signal.ITIMER_PROF, 60)  # seconds; then the process ends, before Inductor has used up all memory
@@ -60,7 +52,7 @@ def test_two_blocks_are_compiled_whatever_the_depth(
     assert inductor.unknown == []
 
     x, y = (torch.zeros(shape, dtype=torch.int64, device=gpu.device) for _ in range(2))
-    recorder = Counting(Device(90, 132), "cuda", shapes.shape.vocab_size)
+    recorder = Watching(Device(90, 132), "cuda", shapes.shape.vocab_size)
     step.optimizer.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):

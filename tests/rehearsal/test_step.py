@@ -39,21 +39,18 @@ PINNED = {
 FUSED_MATMUL = dataclasses.replace(FUSED, mlp=functools.partial(FUSED.mlp, forward_tiles=1, backward_tiles=1))
 
 
-def job(
-    workload: str, recompute: str = "none", layers: int | None = None, fused_matmul: bool = False, **changes: Any
-) -> Job:
+def job(workload: str, shape: dict[str, Any] | None = None, **changes: Any) -> Job:
+    """A workload's, with these fields changed. shape: fields of its model's shape, changed."""
     sizes = WORKLOADS[workload]
-    shape = sizes.config if layers is None else dataclasses.replace(sizes.config, n_layer=layers)
-    if "dropout" in changes:
-        shape = dataclasses.replace(shape, dropout=changes.pop("dropout"))
-    attention = "flash" if shape.dropout else "cudnn"
-    ops = FUSED_MATMUL if fused_matmul else FUSED
-    return Job(shape, sizes.batch_size, ops, recompute=recompute, attention=attention, **changes)
+    config = dataclasses.replace(sizes.config, **shape or {})
+    fields = {"batch_size": sizes.batch_size, "ops": FUSED, "attention": "flash" if config.dropout else "cudnn"}
+    return Job(config, **fields | changes)
 
 
 @pytest.mark.parametrize(("workload", "recompute", "fused_matmul"), PINNED)
 def test_launches_and_bytes_are_pinned(workload: str, recompute: str, fused_matmul: bool) -> None:
-    run = dry_run(job(workload, recompute, fused_matmul=fused_matmul))
+    ops = FUSED_MATMUL if fused_matmul else FUSED
+    run = dry_run(job(workload, recompute=recompute, ops=ops))
     micro, update = (sum(call.bytes for call in part) / 1e9 for part in (run.micro_step, run.update))
     seen = len(run.micro_step), round(micro, 2), len(run.update), round(update, 2)
     assert seen == PINNED[workload, recompute, fused_matmul]
@@ -76,8 +73,8 @@ def test_a_step_waits_for_nothing(
 ) -> None:
     """No host sync, no mixed devices, no fake that differs from its body. Launches and memory with the real autograd
     engine, its threads and the device's tensors are the same as on shapes alone."""
-    several = recompute == "mlp"
-    shapes = job(workload, recompute, layers, dropout=dropout, several=several, accumulation=3 if several else 1)
+    sums = {"several": True, "accumulation": 3} if recompute == "mlp" else {}
+    shapes = job(workload, {"n_layer": layers, "dropout": dropout}, recompute=recompute, **sums)
     expected = dry_run(shapes)
     watching: list[Watching] = []
     monkeypatch.setattr(dryrun, "Recorder", lambda *given: watching.append(Watching(*given)) or watching[0])
@@ -97,7 +94,8 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if self.gpu._capturing and any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves(made)):
+        captured = torch.cuda.is_current_stream_capturing()
+        if captured and any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves(made)):
             self.streams.add(self.gpu.stream)
             self.threads.add(threading.get_ident())
         return made
@@ -112,8 +110,9 @@ class Allocations(TorchDispatchMode):
     ],
 )
 def test_a_capture_is_on_one_stream(gpu: Gpu, workload: str, dropout: float, recompute: str, compiled: bool) -> None:
-    shapes = job(workload, recompute, layers=1 + compiled, dropout=dropout, on="cuda", several=True, accumulation=2)
-    shapes = dataclasses.replace(shapes, batch_size=2)
+    sizes = {"n_layer": 1 + compiled, "dropout": dropout}
+    fields = {"recompute": recompute, "batch_size": 2, "accumulation": 2, "several": True, "on": "cuda"}
+    shapes = job(workload, sizes, **fields)
     step = build(shapes)
     x = torch.zeros(2, shapes.shape.block_size, dtype=torch.int64, device=gpu.device)
     if compiled:  # Dynamo and autograd as with Inductor, but its code cannot run without a device
@@ -140,7 +139,7 @@ def test_a_capture_is_on_one_stream(gpu: Gpu, workload: str, dropout: float, rec
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 def test_a_loss_of_another_stream_is_seen_unless_nothing_holds_it(gpu: Gpu) -> None:
     """Its AccumulateGrad nodes remember the default stream. torch 2.13 refuses; earlier, the capture waits for it."""
-    step = build(dataclasses.replace(job("shakespeare_char", layers=1, on="cuda"), batch_size=2))
+    step = build(job("shakespeare_char", {"n_layer": 1}, batch_size=2, on="cuda"))
     tokens = torch.zeros(2, 256, dtype=torch.int64, device=gpu.device)
     gc.disable()  # so that a collection by chance cannot help; the process runs only this test
     held = [step.model(tokens, tokens)[1]]

@@ -11,13 +11,9 @@ from kernels.timing import CudaMeter, Staged, by_turns
 from tests.rehearsal.device import Gpu
 
 
-def leaves(gpu: Gpu) -> tuple[Tensor, Tensor, Tensor]:
-    x, residual = (torch.randn(64, 32, device=gpu.device, requires_grad=True) for _ in range(2))
-    return x, residual, torch.ones(32, device=gpu.device, requires_grad=True)
-
-
 def test_preparation_and_work_are_two_graphs_on_one_stream(gpu: Gpu) -> None:
-    x, residual, weight = leaves(gpu)
+    x, residual = (torch.randn(64, 32, device=gpu.device, requires_grad=True) for _ in range(2))
+    weight = torch.ones(32, device=gpu.device, requires_grad=True)
     dy = torch.randn(64, 32, device=gpu.device)
 
     def forward() -> Tensor:
@@ -41,8 +37,7 @@ def test_preparation_and_work_are_two_graphs_on_one_stream(gpu: Gpu) -> None:
 
 
 def test_a_capture_that_fails_is_timed_as_it_is(gpu: Gpu) -> None:
-    x, *_ = leaves(gpu)
-    calls = []
+    x, calls = torch.ones(8, device=gpu.device), []
 
     def uncapturable() -> Tensor:
         if torch.cuda.is_current_stream_capturing():

@@ -20,6 +20,10 @@ class Watching(dryrun.Recorder):
         super().__init__(*args)
         self.faults: list[str] = []
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # compiled code runs unchanged
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         devices = {x.device.type for x in tensors}
