@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bench import kernels
 from bench.kernels import LIGER, TIMED, Contest, directions, rows, work_of
-from bench.results import Kernel
-from bench.rules import NO_TIME
+from bench.results import WRONG, Kernel
+from bench.rules import NO_TIME, RECOMPILED
 from kernels import reference, timing
 from kernels.cases import CASES, Case
 from tests.clock import Clock
@@ -99,6 +99,18 @@ def test_what_fails_is_left_out_alone_unless_ours_is_wrong(
     for other in found.values():
         assert bool(other.seconds) == (not skipped.startswith("wrong"))
         assert other.skipped == ("" if other.seconds else "not timed, since fused is wrong")
+
+
+def test_what_is_compiled_again_under_the_clock_has_no_samples() -> None:
+    calls: list[Tensor] = []
+
+    def restless(x: Tensor, approximate: str) -> Tensor:
+        calls.append(x)  # compiled code is for one length of this list
+        return reference.gelu(x, approximate)
+
+    found = measured(replace(TOY, reference=restless))
+    assert (found["compiled"].skipped, found["compiled"].seconds) == (WRONG + RECOMPILED, [])
+    assert all(found[name].seconds for name in ("fused", "reference"))
 
 
 def test_where_ours_cannot_run_it_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
