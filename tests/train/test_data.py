@@ -214,15 +214,6 @@ def test_a_file_that_was_changed_is_refused(tmp_path, monkeypatch):
 # Loader
 
 
-def test_targets_are_the_next_tokens(tmp_path):
-    with loader(unique(tmp_path)) as batches:
-        for batch, steps in ((batches.train(0), 2), (batches.evaluation("train", 0), 1)):
-            assert (batch.x.shape, batch.x.dtype) == ((steps, 3, 8), torch.int64)
-            assert batch.x.is_contiguous()
-            assert batch.y.is_contiguous()
-            assert torch.equal(batch.x + 1, batch.y)
-
-
 def test_every_window_is_drawn_and_no_other(tmp_path):
     dataset = unique(tmp_path, length=20)  # offsets 0 ... 11, the range of torch.randint(20 - 8)
     with loader(dataset, batch_size=12, accumulation=1) as batches:
@@ -251,6 +242,11 @@ def test_ranks_share_out_the_batch_of_one_process_and_evaluate_the_same_batches(
     dataset = unique(tmp_path)
     with loader(dataset, accumulation=6) as alone:
         want, evaluated = alone.train(5), [alone.evaluation(split, 4) for split in ("train", "val")]
+    for batch, steps in ((want, 6), (evaluated[0], 1)):  # targets are the next tokens
+        assert (batch.x.shape, batch.x.dtype) == ((steps, 3, 8), torch.int64)
+        assert batch.x.is_contiguous()
+        assert batch.y.is_contiguous()
+        assert torch.equal(batch.x + 1, batch.y)
     for rank in range(3):
         with loader(dataset, accumulation=2, rank=rank, world_size=3) as part:
             assert all(map(same, [part.evaluation(split, 4) for split in ("train", "val")], evaluated))

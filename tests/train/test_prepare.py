@@ -82,18 +82,13 @@ def test_files_are_encoded_one_after_the_other(monkeypatch, capsys, tokenizer):
     ids = [encode(text[:cut]), encode(text[cut:])]
     assert [dataset.train.tolist(), dataset.val.tolist()] == ids
     assert (dataset.meta["train_tokens"], dataset.meta["val_tokens"]) == (len(ids[0]), len(ids[1]))
+    if tokenizer == "char":  # nanoGPT's scripts read it
+        meta = pickle.loads(Path("data/a/meta.pkl").read_bytes())
+        assert meta["vocab_size"] == len(meta["itos"]) == len(meta["stoi"])
+        assert "".join(meta["itos"][i] for i in np.fromfile("data/a/train.bin", "<u2").tolist()) == text[:cut]
     said = capsys.readouterr().out
     assert f"data/a/train.bin: {len(ids[0]):,} tokens" in said
     assert hashlib.sha256(text if tokenizer == "byte" else text.encode()).hexdigest() in said
-
-
-def test_nanogpt_reads_the_folder():
-    Path("a.txt").write_text("hello world, hello moon")
-    run("a.txt", "--dataset", "greetings", "--val_fraction=0.5")
-    meta = pickle.loads(Path("data/greetings/meta.pkl").read_bytes())
-    train = np.fromfile("data/greetings/train.bin", dtype=np.uint16)
-    assert meta["vocab_size"] == len(meta["itos"]) == len(meta["stoi"]) == 11
-    assert "".join(meta["itos"][i] for i in train.tolist()) == "hello world"
 
 
 def test_an_alphabet_over_65536_takes_uint32():
@@ -163,21 +158,23 @@ def test_a_dataset_of_other_files_is_replaced_only_by_name():
     ],
 )
 def test_the_command_that_makes_a_missing_dataset(name, said):
-    Path("a.txt").write_text(TEXT)
+    """Of a file of the user's, or of nanoGPT's input.txt in the folder, where a part of the dataset is lost."""
     Path("data", "my poems").mkdir(parents=True)
     there = dataset_folder(name.replace("ABSOLUTE", os.getcwd()))
-    missing = r"val\.bin: cannot be read: No such file or directory; "
-    for expected, tokenizer in ((said, "char"), (missing, "char"), (missing, "byte")):
-        with pytest.raises(UserError, match=f"{expected}make it with: ") as caught:
+    for tokenizer in (None, "char", "byte"):
+        if tokenizer:
+            there.joinpath("input.txt").write_text(TEXT)
+            run(str(there / "input.txt"), f"--dataset={there}", f"--tokenizer={tokenizer}")
+            Dataset(there).path("val").unlink()
+            said = r"val\.bin: cannot be read: No such file or directory; "
+        with pytest.raises(UserError, match=f"{said}make it with: ") as caught:
             Dataset(there)
         command = str(caught.value).rpartition("python -m train.prepare ")[2]
-        assert command.startswith("FILE ... " if expected == said else shlex.quote(str(there / "input.txt")))
-        run(*shlex.split(command.replace("FILE ...", "a.txt")))
-        assert Dataset(there).meta["tokenizer"] == tokenizer
-        (there / "input.txt").write_text(TEXT)  # nanoGPT's place for the text
-        if expected == missing and tokenizer == "char":
-            run("a.txt", f"--dataset={there}", "--tokenizer=byte")
-        Dataset(there).path("val").unlink()
+        if not tokenizer:
+            Path("a.txt").write_text(TEXT)
+            command = command.replace("FILE ...", "a.txt")
+        run(*shlex.split(command))
+        assert Dataset(there).meta["tokenizer"] == (tokenizer or "char")
 
 
 @pytest.mark.parametrize(("size", "block_size"), [(20, 1), (2560, 64), (2600, 256)])
