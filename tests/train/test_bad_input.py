@@ -72,7 +72,6 @@ SETTINGS = [
     (f"--out_dir={'x' * 300}", "out_dir: got 'x.*File name too long"),
     ("--wandb_log=True", "wandb_log: .* not installed; pip install 'nanofuse.wandb.'"),
     ("--tensorboard_log=True", "tensorboard_log: .* not installed; pip install 'nanofuse.tensorboard.'"),
-    ("--block_size=3000", "data/letters/train.bin holds 3,000 tokens"),
 ]
 
 

@@ -281,7 +281,6 @@ def test_a_config_file_is_read_as_python_reads_it(text, expected, load):
         ("batch_size = (3 +\n    sum('a')\n)", "refused: sum('a'); expected values"),
         ("batch_size, seed.a = 1, 2", "`name = value` lines"),
         ("batch_size, seed = [1, 2]", "`name = value` lines"),
-        ("learning_rate = (-8) ** 0.5", "learning_rate: got"),
         ("from base import *", "`name = value` lines"),
         ("from base import batch_size", "`name = value` lines"),
         # what has no value
@@ -294,7 +293,6 @@ def test_a_config_file_is_read_as_python_reads_it(text, expected, load):
         ("out_dir = f'{1:9999999999}'", "so long a format"),
         ("out_dir = '%9999999d' % 1", "plain fields"),
         ("out_dir = '%*d' % (9999, 1)", "plain fields"),
-        ("x = '%9999999d'; out_dir = x % 1", "plain fields"),
         ("out_dir = '{:9999999}'.format(1)", "plain fields"),
         ("out_dir = '{:{}}'.format(1, 9999999)", "plain fields"),
         ("seed = round(7, -10 ** 9)", "cannot be computed"),
