@@ -5,12 +5,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from model import GPT, GPTConfig
-from model.pretrained import export_gpt2
 from tests.train.jobs import CHARS, arguments, make_data
 from train import checkpoint
 from train.__main__ import main
@@ -75,7 +72,6 @@ SETTINGS = [
     (f"--out_dir={'x' * 300}", "out_dir: got 'x.*File name too long"),
     ("--wandb_log=True", "wandb_log: .* not installed; pip install 'nanofuse.wandb.'"),
     ("--tensorboard_log=True", "tensorboard_log: .* not installed; pip install 'nanofuse.tensorboard.'"),
-    ("--block_size=3000", "data/letters/train.bin holds 3,000 tokens"),
 ]
 
 
@@ -88,17 +84,6 @@ def test_a_setting_that_cannot_be(refusal, monkeypatch, changes, message):
     monkeypatch.setattr("train.state.GPT", lambda *args: pytest.fail("a model was built"))
     settings = dict(re.findall(r"--(\w+)=(\S+)", changes))  # these replace the short job's
     assert re.search(message, refusal(**settings))
-
-
-def test_tokens_that_the_model_has_not(refusal, here):
-    path = here / "data" / "letters" / "val.bin"
-    tokens = np.fromfile(path, "<u2")
-    tokens[150] = 32
-    tokens.tofile(path)
-    assert re.search("data/letters/val.bin: token 32 at position 150, .*vocab_size=32", refusal())
-
-
-# Checkpoints and weights
 
 
 def test_a_checkpoint_of_another_shape_and_one_whose_parts_disagree(refusal, here, start):
@@ -117,10 +102,3 @@ def test_a_checkpoint_of_another_shape_and_one_whose_parts_disagree(refusal, her
     good = checkpoint.load(path)
     torch.save(good | {"model_args": good["model_args"] | {"n_layer": 2}}, path)
     assert re.search(r"init_from=resume: .*transformer\.h\.1", refusal(init_from="resume", n_layer=2))
-
-
-def test_weights_that_know_less_than_is_asked(refusal, here):
-    torch.manual_seed(0)
-    export_gpt2(GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=1, n_head=2, n_embd=32)), here / "weights")
-    assert "dataset=letters: it has 32 different tokens, the model 31" in refusal(init_from="weights", bias=True)
-    assert "block_size: got 17, expected at most 16" in refusal(init_from="weights", bias=True, block_size=17)

@@ -112,24 +112,14 @@ HUGE, NESTED = (1 << 60).to_bytes(8, "little"), b"\x80\x02}N"
 
 
 @pytest.mark.parametrize(
-    "data",
-    [
-        b"}p%d\n." % (1 << 60),  # an index
-        *(b"\x80\x05" + opcode + HUGE + b"a." for opcode in (b"\x8e", b"\x95", b"\x96")),  # lengths
-        NESTED + b"\x85" * 100_000 + b"K\x01s.",  # a key that is a tuple of a tuple of a tuple ...
-        NESTED + b"2\x86" * 100 + b"K\x01s.",  # of two equal ones, of two equal ones, ...
-        b"}X\x0a\0\0\0vocab_size\x8b" + (9999).to_bytes(4, "little") + b"\x7f" * 9999 + b"s.",  # a long number
-    ],
-    ids=range(7),
-)
-def test_a_pickle_that_would_take_all_memory_or_the_stack_is_refused(tmp_path, data):
-    with pytest.raises(UserError, match=r"meta\.pkl: cannot be read"):
-        Dataset(make(tmp_path, data))
-
-
-@pytest.mark.parametrize(
     ("meta", "said"),
     [
+        # pickles that would take all memory, or the stack
+        (b"}p%d\n." % (1 << 60), ""),  # an index
+        *((b"\x80\x05" + opcode + HUGE + b"a.", "") for opcode in (b"\x8e", b"\x95", b"\x96")),  # lengths
+        (NESTED + b"\x85" * 100_000 + b"K\x01s.", ""),  # a key that is a tuple of a tuple of a tuple ...
+        (NESTED + b"2\x86" * 100 + b"K\x01s.", ""),  # of two equal ones, of two equal ones, ...
+        (b"}X\x0a\0\0\0vocab_size\x8b" + (9999).to_bytes(4, "little") + b"\x7f" * 9999 + b"s.", ""),  # a long number
         (pickle.dumps({"vocab_size": Evil()}), "vocab_size"),
         (pickle.dumps(NANOGPTS)[:-3], "not a pickle"),
         (pickle.dumps([50]), "vocab_size"),
@@ -143,6 +133,7 @@ def test_a_pickle_that_would_take_all_memory_or_the_stack_is_refused(tmp_path, d
         ('{"vocab_size": 2, "tokenizer": "char", "chars": ["a", "b", "c"]}', "chars has 3 characters"),
         ('{"vocab_size": 50, "checksums": {"bytes": 2, "train": [], "val": []}}', "checksums.bytes"),
     ],
+    ids=lambda value: repr(value)[:40],
 )
 def test_a_malformed_meta_is_refused(tmp_path, monkeypatch, meta, said):
     monkeypatch.chdir(tmp_path)
@@ -167,12 +158,6 @@ def test_a_malformed_meta_is_refused(tmp_path, monkeypatch, meta, said):
         ({"vocab_size": 50}, [*range(50)] * 7 + [50, 50], "<u2", "token 50 at position 350, .*vocab_size=50"),
         ({"vocab_size": 50}, [], "<u2", "0 tokens and 0 bytes, expected one or more, 2 bytes each"),
         ({"vocab_size": 50}, [1], "<u2", "block_size=1: .* holds 1 tokens, expected at least 2"),
-        (
-            {"vocab_size": 50_257, "tokenizer": "gpt2"},
-            [1, 2, 3],
-            "<u4",
-            "every second token is 0, .* expected uint16 for",
-        ),
         (CHAR_META, [1, 2, 3], "<u4", "every second token is 0, .* expected uint16 for vocab_size=50"),
         ({"vocab_size": 100_277}, [1, 2, 3], "<u8", "every second token is 0, .* expected uint32"),
         ({"vocab_size": 50, "train_tokens": 3}, [1, 2], "<u2", r"2 tokens .* expected the 3 of meta\.json"),
@@ -229,15 +214,6 @@ def test_a_file_that_was_changed_is_refused(tmp_path, monkeypatch):
 # Loader
 
 
-def test_targets_are_the_next_tokens(tmp_path):
-    with loader(unique(tmp_path)) as batches:
-        for batch, steps in ((batches.train(0), 2), (batches.evaluation("train", 0), 1)):
-            assert (batch.x.shape, batch.x.dtype) == ((steps, 3, 8), torch.int64)
-            assert batch.x.is_contiguous()
-            assert batch.y.is_contiguous()
-            assert torch.equal(batch.x + 1, batch.y)
-
-
 def test_every_window_is_drawn_and_no_other(tmp_path):
     dataset = unique(tmp_path, length=20)  # offsets 0 ... 11, the range of torch.randint(20 - 8)
     with loader(dataset, batch_size=12, accumulation=1) as batches:
@@ -266,6 +242,11 @@ def test_ranks_share_out_the_batch_of_one_process_and_evaluate_the_same_batches(
     dataset = unique(tmp_path)
     with loader(dataset, accumulation=6) as alone:
         want, evaluated = alone.train(5), [alone.evaluation(split, 4) for split in ("train", "val")]
+    for batch, steps in ((want, 6), (evaluated[0], 1)):  # targets are the next tokens
+        assert (batch.x.shape, batch.x.dtype) == ((steps, 3, 8), torch.int64)
+        assert batch.x.is_contiguous()
+        assert batch.y.is_contiguous()
+        assert torch.equal(batch.x + 1, batch.y)
     for rank in range(3):
         with loader(dataset, accumulation=2, rank=rank, world_size=3) as part:
             assert all(map(same, [part.evaluation(split, 4) for split in ("train", "val")], evaluated))

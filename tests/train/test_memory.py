@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from kernels import FUSED, REFERENCE
 from model import GPTConfig
 from tests.train.runs import refusal, run
 from train import memory, plan
-from train.dryrun import DryRun, Job, dry_run
+from train.dryrun import Job, dry_run
 from train.errors import UserError
 from train.memory import advice, check_memory, free_memory
 
 WIDE = Job(GPTConfig(1024, 320, n_layer=2, n_head=2, n_embd=128), 6, FUSED, accumulation=5, several=True)
 ALONE = dataclasses.replace(WIDE, accumulation=1, several=False)
+HALVED = dict(batch_size=3, accumulation=2, several=True)
 LARGE = Job(GPTConfig(64, 320, n_layer=2, n_head=8, n_embd=512), 4, FUSED, several=True)  # a large state
 
 kept = functools.cache(dry_run)  # on shapes, the same job gives the same numbers; each takes half a second
@@ -40,47 +42,33 @@ def test_what_is_free(tmp_path: Path) -> None:
         (WIDE, dict(loss_chunk=4096), 1, "--loss_chunk=4096 fits"),
         (WIDE, dict(recompute="mlp"), 8, "--recompute=mlp fits"),  # the state is not the problem
         (WIDE, dict(batch_size=1, accumulation=30), 2, "--batch_size=1 --gradient_accumulation_steps=60 fits"),
-        (
-            ALONE,
-            dict(batch_size=3, accumulation=2, several=True),
-            1,
-            "--batch_size=3 --gradient_accumulation_steps=2 fits",
-        ),
+        (ALONE, HALVED, 1, "--batch_size=3 --gradient_accumulation_steps=2 fits"),
         (LARGE, dict(shards=8), 8, "--shard=True fits"),
         (LARGE, dict(shards=8, recompute="mlp"), 8, "--shard=True --recompute=mlp fits"),
         (LARGE, dict(shards=8), 1, "not even --batch_size=1 --recompute=block fits"),
     ],
 )
-def test_the_cheapest_change_that_fits(
-    job: Job, changes: dict, ranks: int, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cheapest_change_that_fits(job, changes, ranks, text, monkeypatch) -> None:
     """The room is what the step takes with these changes. The message gives the accumulation of all ranks."""
     monkeypatch.setattr(memory, "dry_run", kept)
     assert advice(job, kept(dataclasses.replace(job, **changes)).total, ranks) == text
 
 
-def test_advice_for_a_huge_batch_tries_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advice_for_a_huge_batch_tries_few_steps(monkeypatch) -> None:
     """2,520 has 48 divisors. Nor is a step of many chunks tried that would not fit with any."""
-    tried = []
-
-    def counted(job: Job) -> DryRun:
-        tried.append(job)
-        return kept(job)
-
-    monkeypatch.setattr(memory, "dry_run", counted)
+    tried = mock.Mock(side_effect=kept)
+    monkeypatch.setattr(memory, "dry_run", tried)
     job = dataclasses.replace(WIDE, batch_size=2520)
     fitting = dataclasses.replace(job, batch_size=840, accumulation=15)
     assert advice(job, kept(fitting).total, 1) == "--batch_size=840 --gradient_accumulation_steps=15 fits"
-    assert len(tried) < 16
-    tried.clear()
+    assert tried.call_count < 16
+    tried.reset_mock()
     assert advice(job, 10**6, 8).endswith("nor with --shard on 8 ranks")
-    assert len(tried) < 16
-    assert not any(job.loss_chunk for job in tried)
+    assert tried.call_count < 16
+    assert not any(call.args[0].loss_chunk for call in tried.call_args_list)
 
 
-def test_a_run_that_does_not_fit_takes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_run_that_does_not_fit_takes_nothing(tmp_path, monkeypatch, capsys) -> None:
     settings = dict(batch_size=8, block_size=64, n_embd=64)
     monkeypatch.setattr(plan, "free_memory", lambda device: 2_000_000)
     with monkeypatch.context() as patch:

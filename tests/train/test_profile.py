@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -93,9 +94,7 @@ def test_a_run_that_is_stopped_or_fails_amidst_them(tmp_path: Path, capsys: pyte
 
 
 def test_a_trace_that_cannot_be_written_ends_no_training(tmp_path: Path, capsys, monkeypatch) -> None:
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr("train.profile.replace_together", full)
     assert run(tmp_path / "out", **PROFILED) == 0
     assert "trace.json could not be written: [Errno 28] No space left on device" in capsys.readouterr().out
