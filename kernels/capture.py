@@ -1,10 +1,13 @@
 """Work captured in CUDA graphs: what a capture needs, and why one fails."""
 
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
 WARM_UP = 3  # calls before a capture, in which kernels compile and libraries allocate memory
+_FAILED: list[torch.cuda.CUDAGraph] = []  # torch's allocator of pinned memory may still ask them which stream they had
 
 
 def capture_graphs(
@@ -18,7 +21,7 @@ def capture_graphs(
     Every warm-up is called WARM_UP times, before the first capture: a capture keeps its memory, and a later warm-up
     would need more memory beside it. Warm-ups and captures share `stream`, a side stream. So cuBLAS allocates its
     workspace for that stream before the captures and outside the pool, and no autograd node remembers another stream.
-    Raises what warm-ups and runs raise.
+    Raises what warm-ups and runs raise. Then `pool` must not be used again.
     """
     stream.wait_stream(torch.cuda.current_stream())
     # entered here too, because a capture that fails does not restore the current stream
@@ -42,7 +45,24 @@ def _captured(run: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[
                 failed = error
                 raise
     except Exception:
+        _clean_up(graph, stream, pool)
         if failed is not None:  # ending the capture has failed too, and says less about why
             raise failed from None
         raise
     return graph.replay
+
+
+def _clean_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
+    """End what a failed capture began. If CUDA invalidated it, as it does when work waits for the device, torch's
+    `capture_end` raises before it ends anything. Then the allocator still records to the pool: it frees no cached
+    memory any more, and refuses other captures with this pool. In torch 2.11 the generator still captures, and refuses
+    to draw random numbers, until another capture succeeds."""
+    _FAILED.append(graph)
+    with suppress(RuntimeError):  # only the work had failed: all has ended
+        device = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    with suppress(RuntimeError), warnings.catch_warnings():  # the first error is raised, and says why
+        warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=torch.cuda.graph_pool_handle(), stream=stream):
+            pass

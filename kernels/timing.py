@@ -152,8 +152,7 @@ class CudaMeter(Meter):
             try:
                 prepare, replay = capture_graphs([work], runs, self._side, self._pool)
             except Exception:
-                # after a capture that failed torch's generator still captures, until another capture succeeds
-                capture_graphs([], [lambda: None], self._side, self._pool)
+                self._pool = torch.cuda.graph_pool_handle()  # the old one cannot be captured with again
                 raise
         return Staged(prepare, lambda nothing: replay())
 
