@@ -1,5 +1,6 @@
 """Work captured in CUDA graphs: what a capture needs, and why one fails."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -8,6 +9,13 @@ import torch
 
 WARM_UP = 3  # calls before a capture, in which kernels compile and libraries allocate memory
 _FAILED: list[torch.cuda.CUDAGraph] = []  # torch's allocator of pinned memory may still ask them which stream they had
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures on a device. cuBLAS keeps a workspace for every stream on which it was ever called,
+    and for every thread that called it there: 32 MiB each on an H100, as long as the process lives."""
+    return torch.cuda.Stream(device)
 
 
 def capture_graphs(

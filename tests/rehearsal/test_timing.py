@@ -38,6 +38,8 @@ def test_preparation_and_work_are_two_graphs_on_one_stream(gpu: Gpu) -> None:
     assert [capture.strays for capture in gpu.captures] == [0, 0]
     assert len({capture.replays for capture in gpu.captures}) == 1
     assert gpu.stream == 0
+    by_turns({"": work}, gpu.device, seconds=0, least=3)  # on the same stream: each costs a workspace of cuBLAS's
+    assert len({capture.stream for capture in gpu.captures}) == 1
 
 
 def test_a_capture_that_fails_is_timed_as_it_is(gpu: Gpu) -> None:
