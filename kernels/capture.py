@@ -33,13 +33,14 @@ def capture_graphs(
     """
     stream.wait_stream(torch.cuda.current_stream())
     # entered here too, because a capture that fails does not restore the current stream
-    with torch.cuda.stream(stream):
-        for warm_up in warm_ups:
-            for _ in range(WARM_UP):
-                warm_up()
-        replays = [_captured(run, stream, pool) for run in runs]
-    torch.cuda.current_stream().wait_stream(stream)
-    return replays
+    try:
+        with torch.cuda.stream(stream):
+            for warm_up in warm_ups:
+                for _ in range(WARM_UP):
+                    warm_up()
+            return [_captured(run, stream, pool) for run in runs]
+    finally:  # also where it fails: the caller clears what the warm-ups wrote, and they may still run
+        torch.cuda.current_stream().wait_stream(stream)
 
 
 def _captured(run: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[int, int]) -> Callable[[], None]:

@@ -64,6 +64,7 @@ class Gpu:
         self._recording: set[tuple[int, int]] = set()  # pools of captures that did not end
         self.stuck: set[tuple[int, int]] = set()  # those of them for which the allocator frees no cached memory
         self.captures: list[Capture] = []
+        self.waits: list[tuple[int, int]] = []  # of a stream for another, in Python
         self.draws = True  # whether the generator draws random numbers outside captures
 
     @property
@@ -116,6 +117,7 @@ class Gpu:
                 self.stream_id = next(gpu._ids) if stream_id is None else stream_id
 
             def wait_stream(self, other: "Stream") -> None:
+                gpu.waits.append((self.stream_id, other.stream_id))
                 gpu._guard.guard_wait(ctypes.c_int64(self.stream_id), ctypes.c_int64(other.stream_id))
 
         return {
