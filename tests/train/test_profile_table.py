@@ -46,6 +46,7 @@ NAMES = {
     ],
     "embeddings": [
         "void at::native::(anonymous namespace)::indexSelectLargeIndex<float, long, unsigned int, 2, 2, -2, true>()",
+        "void at::native::(anonymous namespace)::fill_reverse_indices_kernel(long*, int, IntDivider<unsigned int>)",
         "aten::embedding_dense_backward",
         "nanofuse_cpu::embedding_backward",
     ],
@@ -61,6 +62,7 @@ NAMES = {
     COPIES: [
         "Memcpy DtoD (Device -> Device)",
         "Memset (Device)",
+        "void at::native::multi_tensor_apply_kernel<at::native::TensorListMetadata<2>, at::native::CopyFunctor<long>>",
         "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul>>",
         "aten::copy_",
         "aten::zeros",
