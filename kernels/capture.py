@@ -73,5 +73,6 @@ def _clean_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tupl
         torch._C._cuda_releasePool(device, pool)
     with suppress(RuntimeError), warnings.catch_warnings():  # the first error is raised, and says why
         warnings.filterwarnings("ignore", "The CUDA Graph is empty")
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=torch.cuda.graph_pool_handle(), stream=stream):
+        empty, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(empty, pool=pool, stream=stream, capture_error_mode="thread_local"):
             pass
