@@ -66,11 +66,11 @@ def _clean_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tupl
     `capture_end` raises before it ends anything. Then the allocator still records to the pool: it frees no cached
     memory any more, and refuses other captures with this pool. In torch 2.11 the generator still captures, and refuses
     to draw random numbers, until another capture succeeds."""
-    _FAILED.append(graph)
     with suppress(RuntimeError):  # only the work had failed: all has ended
         device = torch.cuda.current_device()
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
+        _FAILED.append(graph)  # it owns no memory
     with suppress(RuntimeError), warnings.catch_warnings():  # the first error is raised, and says why
         warnings.filterwarnings("ignore", "The CUDA Graph is empty")
         empty, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
