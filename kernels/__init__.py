@@ -1,8 +1,8 @@
 """The operations a GPT is made of: what each means in plain torch, and their fused Triton kernels.
 
 The floors above use `Ops`, the bundle a model is built with; `REFERENCE`, the plain-torch bundle, and `FUSED`, that of
-the Triton kernels; `select`, which gives the bundle for a device by name; and `missing`, which says why the fused ones
-cannot run there.
+the Triton kernels; `select`, which gives the bundle for a device by name; `missing`, which says why the fused ones
+cannot run there, and `too_wide`, why they cannot compute a model.
 
 The fused operations also stand alone, for a model of your own: `layer_norm`, `add_layer_norm` (dropout, residual
 addition and LayerNorm in one pass), `gelu`, `cross_entropy` and `linear_cross_entropy` (the head and its loss in one
@@ -30,7 +30,7 @@ A caller under autocast casts first: x and the weights that multiply it have one
 from importlib import import_module
 from typing import Any
 
-from kernels.available import missing, select
+from kernels.available import missing, select, too_wide
 from kernels.ops import REFERENCE, Ops
 from kernels.reference import Grads
 
@@ -44,7 +44,7 @@ _TRITON = {
     "linear_cross_entropy": "kernels.fused.linear_cross_entropy",
 }
 
-__all__ = ["REFERENCE", "Grads", "Ops", "missing", "select", *_TRITON]
+__all__ = ["REFERENCE", "Grads", "Ops", "missing", "select", "too_wide", *_TRITON]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,6 +27,13 @@ def missing(device: torch.device) -> str:
     return why_no_launch(device)
 
 
+def too_wide(width: int) -> str:
+    """Why the fused kernels, where they run, cannot compute a model of this width, in one line; empty if they can."""
+    from kernels.fused.layer_norm import MAX_WIDTH
+
+    return f"their LayerNorm takes at most {MAX_WIDTH} channels, the model has {width}" if width > MAX_WIDTH else ""
+
+
 def select(name: str, device: torch.device, lacks: Callable[[torch.device], str] = missing) -> Ops:
     """The bundle by name: "reference", "fused", or "auto": fused on a CUDA device that can run it, else reference.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kernels.capture import capture_graphs
+from kernels.capture import capture_graphs, side_stream
 
 MOST = 200  # rounds of samples
 FLUSHES = 64  # of the caches before a sample, at most: about 13 ms of an H100
@@ -105,8 +105,7 @@ class CudaMeter(Meter):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        with torch.cuda.device(device):
-            self._side, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self._side, self._pool = side_stream(device), torch.cuda.graph_pool_handle()
 
     def ready(self, work: Staged) -> Staged:
         try:
@@ -152,8 +151,7 @@ class CudaMeter(Meter):
             try:
                 prepare, replay = capture_graphs([work], runs, self._side, self._pool)
             except Exception:
-                # after a capture that failed torch's generator still captures, until another capture succeeds
-                capture_graphs([], [lambda: None], self._side, self._pool)
+                self._pool = torch.cuda.graph_pool_handle()  # the old one cannot be captured with again
                 raise
         return Staged(prepare, lambda nothing: replay())
 

@@ -2,12 +2,12 @@
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from train.config import TrainConfig, check_each, choose_base, compose, notes, parse
-from train.errors import UserError, any_characters, ending, first_line, run, safe
+from train.errors import RunError, UserError, any_characters, ending, first_line, run, safe
 
 if __name__ == "__main__":  # --help and wrong settings end here: importing torch takes seconds
     any_characters()
@@ -70,7 +70,7 @@ def main() -> int:
         if world.master and not config.eval_only and not resumed:
             held.enter_context(owned(Path(config.out_dir)))
         device = use_device(local_device(resolve_device(config.device), world))
-        with process_group(world, config.backend, device):
+        with memory_suffices(), process_group(world, config.backend, device):
             plan = decide(config, set(parsed.settings), why, checkpoint, world, device)
             state = make_state(plan, checkpoint)
             del checkpoint, stored  # frees as much memory as the model and the optimizer take
@@ -82,6 +82,17 @@ def main() -> int:
             sys.stderr.flush()
             os._exit(status)
         return status
+
+
+@contextmanager
+def memory_suffices() -> Iterator[None]:
+    """Inside, a device without memory left is a RunError. The estimate knows nothing of gaps between an allocator's
+    blocks, nor of what other processes take later."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        less = "a smaller --batch_size, --recompute=block and --loss_chunk=4096 need less"
+        raise RunError(f"memory: {first_line(error)}; {less}") from error
 
 
 def train(state: TrainState, *, resumed: bool) -> int:

@@ -95,6 +95,15 @@ def local_device(device: torch.device, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
+def _lost(error: RuntimeError) -> str:
+    """What an exchange that failed says of the ranks. gloo's only fail where a rank has ended. NCCL has reasons of its
+    own, which every rank meets and nobody else would tell: no shared memory in a container, an unsuitable network."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "NCCL" not in str(error) or len(lines) < 2:
+        return "another rank has ended, which says why"
+    return f"NCCL failed, or another rank has ended, which says why: {lines[0]} {lines[-1]}"
+
+
 @contextmanager
 def process_group(world: World, backend: str, device: torch.device) -> Iterator[None]:
     """Join the ranks; at the end, leave them. NCCL sends gradients between GPUs, gloo everything else.
@@ -117,7 +126,5 @@ def process_group(world: World, backend: str, device: torch.device) -> Iterator[
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        raise RunError(
-            f"rank {world.rank}: another rank has ended, which says why; --init_from=resume goes on from the last save"
-        ) from None
+        raise RunError(f"rank {world.rank}: {_lost(error)}; --init_from=resume goes on from the last save") from None
     dist.destroy_process_group()

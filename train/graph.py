@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.capture import capture_graphs
+from kernels.capture import capture_graphs, side_stream
 from train.errors import UserError, first_line
 from train.step import TrainStep
 
@@ -42,7 +42,7 @@ Capture = Callable[[list[Task]], list[Work]]
 
 def cuda_graphs(tasks: list[Task]) -> list[Work]:
     """Capture each task in a graph, after the warm-ups of all. Returns the graphs' replays."""
-    side, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    side, pool = side_stream(torch.device("cuda", torch.cuda.current_device())), torch.cuda.graph_pool_handle()
     return capture_graphs([task.warm_up for task in tasks], [task.run for task in tasks], side, pool)
 
 

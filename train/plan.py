@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kernels import Ops, missing, select
+from kernels import Ops, missing, select, too_wide
 from model import GPTConfig, Precision
 from model.attention import BACKENDS, why_not_dropout
 from model.config import GPT2_SIZES
@@ -88,8 +88,8 @@ def decide(
     dtype = resolve_dtype(config.dtype, device)
     check_together(config, world, device.type, dtype)
     dataset = open_dataset(config.dataset, world)
-    ops, chunk, kernels = choose_ops(config, device, dtype, dataset.vocab_size)
     shape = model_shape(config, named, checkpoint, dataset.vocab_size)
+    ops, chunk, kernels = choose_ops(config, device, dtype, dataset.vocab_size, shape.n_embd)
     tokenizer = check_data(config, dataset, shape, checkpoint)
     config = dataclasses.replace(config, **{name: getattr(shape, name) for name in (*SHAPE, "block_size")})
     free = free_memory(device)  # first: torch's allocator keeps the memory that measuring attention takes
@@ -146,10 +146,13 @@ def open_dataset(name: str, world: World) -> Dataset:
     return Dataset(folder)
 
 
-def choose_ops(config: TrainConfig, device: torch.device, dtype: torch.dtype, vocab_size: int) -> tuple[Ops, int, str]:
+def choose_ops(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, vocab_size: int, width: int
+) -> tuple[Ops, int, str]:
     """(the run's kernels; how many rows of logits their loss holds at a time, 0 for all; a message about the choice,
     may be empty). UserError for kernels that cannot run."""
-    lacks = functools.cache(missing)  # a call compiles and launches a kernel
+    # a call compiles and launches a kernel
+    lacks = functools.cache(lambda device: missing(device) or too_wide(width))
     try:
         ops = select(config.kernels, device, lacks)
     except ValueError as error:

@@ -66,7 +66,9 @@ PATTERNS = (
     ("GELU forward", r"gelu|Gelu"),
     ("cross-entropy", r"cross_entropy|nll_loss|[sS]oft_?[mM]ax|^count_kernel"),
     ("embeddings", r"[eE]mbedding|index_?[sS]elect|gather_kernel|RadixSort|SortKV|sum_and_scatter|krn_partial"),
-    ("embeddings", r"compute_grad_weight|compute_num_of_partial|^aten::(sort|bincount|searchsorted)"),
+    ("embeddings", r"compute_grad_weight|compute_num_of_partial|fill_reverse_indices"),  # the last one begins a sort
+    ("embeddings", r"^aten::(sort|bincount|searchsorted)"),
+    (COPIES, r"multi_tensor_apply.*Copy"),  # a batch, put where a graph reads it
     ("optimizer", r"adamw|Adam|multi_tensor_apply|NormTwoOps|vector_norm|_amp_"),
     ("matmuls", r"nvjet|gemm|gemv|cutlass|xmma|cublas|splitK|sm\d\d_|mkldnn|^aten::(_?addmm|mm|linear|matmul)"),
     (COPIES, r"^Mem(cpy|set)|copy|Copy|FillFunctor|^aten::(to|clone|contiguous|cat|stack|fill_|zero_)$"),

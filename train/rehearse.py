@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels import REFERENCE, Ops
+from kernels import REFERENCE, Ops, too_wide
 from model.work import ATTAINED, POOR, Shares, Work, duration, flops_per_token, mfu, num_params
 from train.choices import has_fused_matmul
 from train.config import TrainConfig
@@ -49,7 +49,7 @@ def rehearse(config: TrainConfig, named: set[str], why: str, checkpoint: dict | 
     shape = model_shape(config, named, checkpoint, vocab_size, download=False)
     if dataset is not None:
         check_data(config, dataset, shape, checkpoint)
-    ops, without = _ops(config.kernels)
+    ops, without = _ops(config.kernels, shape.n_embd)
     chunk = 0  # without Triton the reference is counted: it holds all logits
     if ops.name == "fused" or config.kernels == "reference":
         chunk = rows_at_a_time(config, ops, dtype, shape.vocab_size, shape.block_size, target.memory)
@@ -87,8 +87,9 @@ def _data(config: TrainConfig) -> tuple[Dataset | None, int, str]:
     return None, size, f"data: {folder} is not prepared yet: {how}; its vocabulary is taken to be {size:,}"
 
 
-def _ops(kernels: str) -> tuple[Ops, str]:
-    """The kernels that the run would use, and why they cannot be compiled here, "" if they can."""
+def _ops(kernels: str, width: int) -> tuple[Ops, str]:
+    """The kernels that the run would use, and why they cannot be compiled here, "" if they can. UserError for fused
+    ones that cannot compute a model of this width."""
     if kernels == "reference":
         return REFERENCE, "the reference has none of its own"
     try:
@@ -96,6 +97,10 @@ def _ops(kernels: str) -> tuple[Ops, str]:
         from kernels.launch import INTERPRETED
     except ImportError as error:
         return REFERENCE, f"Triton is not installed here ({error}); what follows is counted with the reference kernels"
+    if reason := too_wide(width):
+        if kernels == "fused":
+            raise UserError(f"kernels: got fused, expected reference or auto: {reason}")
+        return REFERENCE, f"the run would take the reference's, without a kernel of its own: {reason}"
     return FUSED, "TRITON_INTERPRET is set, the interpreter takes the compiler's place" if INTERPRETED else ""
 
 

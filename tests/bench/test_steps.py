@@ -13,6 +13,8 @@ import torch
 from bench import rules, steps
 from bench.results import Step
 from bench.variants import Setting, Variant, Workload, nanogpt, ours, reference, variants
+from kernels import FUSED
+from kernels.launch import INTERPRETED
 from model import GPTConfig
 from tests.bench.made import fake
 from tests.clock import Clock
@@ -20,6 +22,7 @@ from tests.train.test_golden import TRACES, golden_batch, golden_model, recorded
 
 CPU = torch.device("cpu")
 SMALL = Workload("small", GPTConfig(block_size=8, vocab_size=17, n_layer=1, n_head=2, n_embd=16, bias=True), 2, 2)
+TINY = Workload("tiny", GPTConfig(block_size=4, vocab_size=17, n_layer=1, n_head=2, n_embd=16), 1)
 DROPOUT = replace(SMALL, config=replace(SMALL.config, dropout=0.2))
 EAGER = reference(compile=False, float32=True)
 CHECKOUT = """
@@ -161,6 +164,33 @@ def test_the_variants_begin_with_the_reference_and_end_with_ours(tmp_path: Path)
     assert [variant.name for variant in every if not variant.compares] == autocast
     assert [variant.name for variant in every if variant.float32] == modes
     assert not any("autocast" in variant.name for variant in variants(CPU, torch.float32))
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
+    """The variants of a GPU."""
+    monkeypatch.setattr("bench.variants.select", lambda name, device: FUSED)
+    return variants(torch.device("cuda"), torch.bfloat16)
+
+
+def test_a_gpu_has_rungs_between_the_reference_and_ours(on_a_gpu: list[Variant]) -> None:
+    rungs = ["flat state, no casts", "attention", "LayerNorm", "cross-entropy", "GELU", "embedding"]
+    first, last = ["reference eager", "reference compiled"], ["ours compiled", "ours compiled + graphed"]
+    assert [variant.name for variant in on_a_gpu] == [*first, "ours eager", "ours graphed", *rungs, *last]
+    assert [variant.name for variant in on_a_gpu if not variant.compares] == rungs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="fused kernels run on a CPU only in Triton's interpreter")
+def test_every_variant_of_a_gpu_trains_as_the_reference_does(
+    on_a_gpu: list[Variant], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But those in graphs: tests/rehearsal captures them."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, options=None: real(function, backend="eager"))
+    monkeypatch.setattr(steps, "LEAST", 1)
+    rows = measure(*(each for each in on_a_gpu if "graphed" not in each.name), workload=TINY, dtype=torch.bfloat16)
+    assert {row.variant: row.skipped for row in rows if row.skipped} == {}
 
 
 # What is called compiled

@@ -67,7 +67,11 @@ class Gpu:
         self._guard.guard_stream.restype = ctypes.c_int64
         self._ids = count(1)
         self._capturing = False
+        self._recording: set[tuple[int, int]] = set()  # pools of captures that did not end
+        self.stuck: set[tuple[int, int]] = set()  # those of them for which the allocator frees no cached memory
         self.captures: list[Graph] = []
+        self.waits: list[tuple[int, int]] = []  # of a stream for another, in Python
+        self.draws = True  # whether the generator draws random numbers outside captures
 
     @property
     def stream(self) -> int:
@@ -85,8 +89,14 @@ class Gpu:
             self._guard.guard_set_stream(ctypes.c_int64(before))
 
     @contextmanager
-    def capturing(self, graph: Graph, stream: int) -> Iterator[None]:
-        """Like `torch.cuda.graph`: launches inside are recorded in the graph."""
+    def capturing(self, graph: Graph, stream: int, pool: tuple[int, int]) -> Iterator[None]:
+        """Like `torch.cuda.graph`: launches inside are recorded in the graph. One that fails is not ended, as where
+        CUDA has invalidated it."""
+        if pool in self._recording:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self._recording.add(pool)
+        self.stuck.add(pool)
+        self.draws = False
         graph.stream = stream
         self.captures.append(graph)
         self._capturing = True
@@ -95,6 +105,9 @@ class Gpu:
             with self.on(stream):
                 yield
             graph.failed = False
+            self._recording.remove(pool)
+            self.stuck.remove(pool)
+            self.draws = True
         finally:
             self._capturing = False
             graph.strays = self._guard.guard_capture(ctypes.c_int64(-1))
@@ -110,11 +123,13 @@ class Gpu:
                 self.stream_id = next(gpu._ids) if stream_id is None else stream_id
 
             def wait_stream(self, other: "Stream") -> None:
+                gpu.waits.append((self.stream_id, other.stream_id))
                 gpu._guard.guard_wait(ctypes.c_int64(self.stream_id), ctypes.c_int64(other.stream_id))
 
         return {
             "Stream": Stream,
-            "graph": lambda graph, stream, **options: gpu.capturing(graph, stream.stream_id),
+            "graph": lambda graph, pool, stream, **options: gpu.capturing(graph, stream.stream_id, pool),
+            "graph_pool_handle": lambda: (0, next(gpu._ids)),
             "is_current_stream_capturing": lambda: gpu._capturing,
             "current_stream": lambda device=None: Stream(stream_id=gpu.stream),
             "default_stream": lambda device=None: Stream(stream_id=0),
@@ -137,7 +152,6 @@ class Event:
 ANSWERS: dict[str, object] = {  # what replaces names in torch.cuda
     "Event": Event,
     "CUDAGraph": Graph,
-    "graph_pool_handle": lambda: (0, 1),
     "is_available": lambda: True,
     "is_initialized": lambda: True,
     "is_bf16_supported": lambda *args, **kwargs: True,
@@ -180,6 +194,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     device = Gpu()
     for name, answer in {**ANSWERS, **device.stand_ins()}.items():
         monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda index, pool: device.stuck.remove(pool))
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", nothing)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda self: 0)  # launch plans check its alignment
     if hasattr(fake_tensor, "init_gpu_context"):  # torch 2.13

@@ -151,3 +151,18 @@ def test_a_loss_of_another_stream_is_seen_unless_nothing_holds_it(gpu: Gpu) -> N
     del held
     GraphedStep(step, (1, *tokens.shape))
     assert [capture.strays for capture in gpu.captures] == [0, 0]
+
+
+def test_a_step_whose_warm_up_fails_is_cleared_when_it_has_ended(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warm-ups' kernels may still run on the side stream, and write what is cleared on the default one."""
+    step = build(job("shakespeare_char", {"n_layer": 1}, batch_size=2, on="cuda"))
+    streams: list[int] = []
+
+    def fails() -> None:
+        streams.append(gpu.stream)
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(step.optimizer, "gather", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        GraphedStep(step, (1, 2, 256))
+    assert gpu.waits[-1] == (0, *streams)

@@ -34,6 +34,8 @@ def test_preparation_and_work_are_two_graphs_on_one_stream(gpu: Gpu) -> None:
     assert [capture.strays for capture in gpu.captures] == [0, 0]
     assert len({capture.replays for capture in gpu.captures}) == 1
     assert gpu.stream == 0
+    by_turns({"": work}, gpu.device, seconds=0, least=3)  # on the same stream: each costs a workspace of cuBLAS's
+    assert len({capture.stream for capture in gpu.captures}) == 1
 
 
 def test_a_capture_that_fails_is_timed_as_it_is(gpu: Gpu) -> None:
@@ -45,9 +47,16 @@ def test_a_capture_that_fails_is_timed_as_it_is(gpu: Gpu) -> None:
         calls.append(gpu.stream)
         return x * 2
 
-    with pytest.raises(RuntimeError, match="not permitted"):
-        CudaMeter(gpu.device).capture(Staged(lambda: None, lambda nothing: uncapturable()))
-    assert [capture.failed for capture in gpu.captures] == [False, True, False]  # the last one resets torch's state
+    meter = CudaMeter(gpu.device)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not permitted"):
+            meter.capture(Staged(lambda: None, lambda nothing: uncapturable()))
+        assert [capture.failed for capture in gpu.captures] == [False, True, False]  # the last one resets the generator
+        assert gpu.draws
+        assert not gpu.stuck
+        gpu.captures.clear()
+    meter.capture(Staged(lambda: x * 2, torch.sum))
+    assert not any(capture.failed for capture in gpu.captures)
     calls.clear()
     samples = by_turns({"": uncapturable}, gpu.device, seconds=0, least=3)
     assert len(samples[""]) == 3

@@ -24,7 +24,7 @@ from tests.train.tape import tape
 from train import plan
 from train.config import TrainConfig
 from train.distributed import World, local_device, process_group, world_from_environment
-from train.errors import UserError
+from train.errors import RunError, UserError
 from train.graph import GraphedStep
 
 CPU = torch.device("cpu")
@@ -65,6 +65,27 @@ def test_ranks_that_cannot_meet(here, monkeypatch):
             pass
     with process_group(World(), "nccl", CPU):  # nanoGPT's default; alone it sends nothing
         assert not torch.distributed.is_initialized()
+
+
+SHM = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, unhandled system error, NCCL version 2.28
+ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.
+Last error:
+Error while creating shared memory segment /dev/shm/nccl-a (size 9637888), error: No space left on device (28)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.distributed.DistBackendError(SHM), r"rank 1: NCCL failed, .*unhandled system error.* No space left on"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed"), "rank 1: another rank has ended, which"),
+    ],
+)
+def test_an_exchange_that_fails_says_what_nobody_else_says(monkeypatch, error, words):
+    """All ranks of a container without shared memory get the same error from NCCL, and none has ended."""
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    with pytest.raises(RunError, match=words), process_group(World(1, 1, 2), "auto", CPU):
+        raise error
 
 
 def test_what_ranks_cannot_share_is_refused(here, monkeypatch):

@@ -45,8 +45,8 @@ BROKEN = "Failed to find C compiler."
 def test_auto_goes_on_without_and_says_why(tmp_path, capsys, monkeypatch):
     """The rest of the run is the CPU's."""
 
-    def as_on_cuda(config: TrainConfig, device: torch.device, dtype: torch.dtype, vocab_size: int) -> tuple:
-        return choose_ops(config, CUDA, dtype, vocab_size)
+    def as_on_cuda(config: TrainConfig, device: torch.device, *others: object) -> tuple:
+        return choose_ops(config, CUDA, *others)
 
     monkeypatch.setattr(plan, "missing", lambda device: BROKEN)
     monkeypatch.setattr(plan, "choose_ops", as_on_cuda)
@@ -58,7 +58,7 @@ def test_auto_goes_on_without_and_says_why(tmp_path, capsys, monkeypatch):
 
 def test_fused_is_refused_and_nothing_is_said_of_what_was_not_asked_for(monkeypatch):
     def choose(**settings) -> tuple[Ops, int, str]:
-        return choose_ops(TrainConfig(**settings), CUDA, torch.float32, 50)
+        return choose_ops(TrainConfig(**settings), CUDA, torch.float32, 50, TrainConfig.n_embd)
 
     monkeypatch.setattr(plan, "missing", lambda device: BROKEN)
     for settings, message in (
@@ -69,3 +69,13 @@ def test_fused_is_refused_and_nothing_is_said_of_what_was_not_asked_for(monkeypa
         with pytest.raises(UserError, match=message):
             choose(**settings)
     assert choose(kernels="reference") == (REFERENCE, 0, "")
+
+
+def test_a_model_too_wide_for_a_kernel_takes_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "missing", lambda device: "")
+    reason = "their LayerNorm takes at most 4096 channels, the model has 5120"
+    ops, _, said = choose_ops(TrainConfig(), CUDA, torch.float32, 50, 5120)
+    assert ops is REFERENCE
+    assert said == f"kernels: the fused ones cannot run here, going on with the reference's: {reason}"
+    with pytest.raises(UserError, match=f"kernels: got fused, expected reference or auto: {reason}"):
+        choose_ops(TrainConfig(kernels="fused"), CUDA, torch.float32, 50, 5120)

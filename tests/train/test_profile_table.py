@@ -37,7 +37,8 @@ NAMES = {
     "GELU backward": ["void at::native::vectorized_elementwise_kernel<4, at::native::GeluBackwardCUDAKernelImpl()>"],
     "cross-entropy": ["aten::_log_softmax_backward_data"],
     "embeddings": [
-        "void at::native::(anonymous namespace)::indexSelectLargeIndex<float, long, unsigned int, 2, 2, -2>()"
+        "void at::native::(anonymous namespace)::indexSelectLargeIndex<float, long, unsigned int, 2, 2, -2>()",
+        "void at::native::(anonymous namespace)::fill_reverse_indices_kernel(long*, int, IntDivider<unsigned int>)",
     ],
     "optimizer": ["void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::NormTwoOps<float>>>"],
     COMPILED: [
@@ -47,6 +48,7 @@ NAMES = {
     COPIES: [
         "Memcpy DtoD (Device -> Device)",
         "Memset (Device)",
+        "void at::native::multi_tensor_apply_kernel<at::native::TensorListMetadata<2>, at::native::CopyFunctor<long>>",
         "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul>>",
         "aten::copy_",
         "aten::zeros",

@@ -66,6 +66,7 @@ def test_gpt2_on_an_h100(rehearse, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--kernels=reference", "--loss_chunk=64"], "loss_chunk"),
         (["--batch_size=65536", "--loss_chunk=4095"], "loss_chunk: got 4095, expected 0, -1 or at least 4096: at most"),
         (["--init_from=gpt2-xl", "--n_layer=3"], "n_layer"),
+        (["--kernels=fused", "--n_embd=4160"], "kernels: got fused, expected reference or auto: their LayerNorm"),
         (["--batch_size=65536", "--n_embd=512", "--kernels=reference"], "GB, what NVIDIA H100 80GB HBM3 has free; --"),
     ],
 )
@@ -80,6 +81,8 @@ def test_weights_by_name_and_what_the_card_would_measure(rehearse) -> None:
     said = rehearse(*SMALL, "--kernels=reference", "--rehearse=a10")
     assert "\nmeasured on the card when the run starts: attention; " in said
     assert "kernels: not compiled: the reference has none of its own" in said
+    said = rehearse(*SMALL, "--n_embd=4160", "--rehearse=b200")  # wider than a kernel takes
+    assert "kernels: not compiled: the run would take the reference's" in said
     said = rehearse(*SMALL, "--dtype=float32", "--attention=flash", "--rehearse")  # bare: an H100, if there is no GPU
     assert "measured on the card" not in said
     assert "H100" in said.splitlines()[0]

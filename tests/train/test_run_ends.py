@@ -19,6 +19,7 @@ from train import files
 from train.errors import UserError
 from train.files import owned
 from train.sample import main as sample
+from train.step import TrainStep
 
 
 def test_eval_only_evaluates_once_and_changes_nothing(tmp_path, capsys):
@@ -74,6 +75,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, mon
     assert all(tensor.isfinite().all() for tensor in last(tmp_path / "out")["model"].values())
     assert iterations(tmp_path / "out", "save") == [3]
     assert iterations(tmp_path / "out", "eval") == [0, 3] + [5] * late
+
+
+def test_a_device_without_memory_ends_the_run_with_one_line(tmp_path):
+    def takes_all(step: TrainStep) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    said = refusal(run, tmp_path / "out", {1: takes_all}, status=1)
+    assert said.startswith("memory: CUDA out of memory. Tried to allocate 2.00 GiB.; a smaller --batch_size, ")
 
 
 def test_data_that_fails_costs_no_iteration(tmp_path):
