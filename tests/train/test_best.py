@@ -1,5 +1,6 @@
 """The best state survives whatever comes after it. `resume` takes the latest one, who reads weights the best one."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -62,6 +63,13 @@ def test_the_best_survives_interruptions_and_is_read(tmp_path, out, capsys):
     said = capsys.readouterr().out
     assert f"checkpoint: {out / 'ckpt.pt'}, iteration 9\n" in said
     assert f"best:       {out / 'ckpt-best.pt'}, iteration 4\n" in said
+
+
+def test_the_best_is_kept_in_a_folder_whose_name_is_not_utf8(tmp_path, best):
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    shutil.copytree(best, out)
+    assert resume(out, at={2: send(signal.SIGINT)}, **WORSE) == 130
+    assert held(out / "ckpt-best.pt").iter_num == 4
 
 
 def test_nanogpts_checkpoint_is_the_best_if_it_says_so(tmp_path, best):
