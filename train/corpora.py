@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.errors import UserError, first_line, quoted
+from train.errors import UserError, command, first_line, quoted
 from train.files import read_regular, replacing
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -164,4 +164,4 @@ def how_to_make(folder: Path, tokenizer: str | None = None) -> str:
         text = folder / "input.txt"
         what = f"{quoted(text) if os.path.isfile(text) else 'FILE ...'} --dataset={quoted(name)}"
     other = f" --tokenizer={tokenizer}" if tokenizer in ("char", "byte", "gpt2") and tokenizer != usual else ""
-    return f"python -m train.prepare {what}{other}"
+    return f"{command('train.prepare')} {what}{other}"
