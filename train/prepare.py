@@ -34,6 +34,7 @@ from train.text import (
     Tokenizer,
     code_points,
     from_meta,
+    large,
     read_meta,
     read_text,
     split_at,
@@ -223,7 +224,7 @@ def write_dataset(folder: Path, paths: Sequence[Path], coder: Tokenizer | None, 
 
         def reading(digest: Any) -> Iterator[str | bytes]:
             pieces = read_text(paths, between, raw=of_bytes)
-            for piece in whole_words(pieces) if of_words else pieces:
+            for piece in whole_words(pieces) if of_words else large(pieces):
                 data = piece.encode("utf-8", "surrogateescape")
                 digest.update(data)
                 bar.update(len(data))

@@ -124,6 +124,16 @@ def test_documents_end_with_gpt2s_token():
     assert sorted(os.listdir(poems)) == [".hidden", "a.txt", "b", "d.md", "meta.json", "train.bin", "val.bin"]
 
 
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_short_documents_are_encoded_together(monkeypatch, tokenizer):
+    calls, kind = [], {"char": texts.CharTokenizer, "byte": texts.ByteTokenizer}[tokenizer]
+    encode = kind.encode_array
+    monkeypatch.setattr(kind, "encode_array", lambda self, text: calls.append(len(text)) or encode(self, text))
+    Path("a.jsonl").write_text('{"text": "To be"}\n' * 1000)
+    assert whole_text(make("a.jsonl", tokenizer=tokenizer)) == "To be\n" * 1000
+    assert calls == [5400, 600]
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [
