@@ -133,7 +133,10 @@ class Corpus(NamedTuple):
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         expected = self.sha256 or hashlib.sha256(self.text() if there else data).hexdigest()
         if (found := hashlib.sha256(data).hexdigest()) != expected:
-            raise UserError(f"{path}: the text's sha256 is {found}, expected {expected}; put the corpus's own there")
+            raise UserError(
+                f"{path}: the text's sha256 is {found}, expected {expected}: it is not the corpus; move it away, or "
+                f"prepare it under another name: {command('train.prepare')} {quoted(path)} --dataset=NAME"
+            )
         if not there:
             with replacing(path) as file:
                 file.write(data)

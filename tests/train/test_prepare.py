@@ -328,9 +328,11 @@ def test_another_text_under_the_name_of_a_corpus_stays(name):
     path = Path("data", name, "input.txt")
     path.parent.mkdir(parents=True)
     path.write_text(TEXT)
-    with pytest.raises(UserError, match=r"input\.txt: the text's sha256 is .* expected .*; put the corpus's own there"):
+    with pytest.raises(UserError, match=r"input\.txt: the text's sha256 is .* expected .*; move it away, or ") as told:
         make(name)
     assert tree() == {str(path): TEXT.encode()}
+    run(*shlex.split(str(told.value).partition("train.prepare ")[2].replace("NAME", "mine")))
+    assert whole_text(Dataset("data/mine")) == TEXT
 
 
 class Documents(list):
