@@ -54,6 +54,12 @@ def test_greedy_is_what_recomputing_everything_gives(block_size: int, prompt: in
         assert all(row.unique().numel() > 4 for row in expected)
 
 
+def test_compiled_for_any_length_it_is_one_graph() -> None:
+    model, idx = make_model(block_size=8), torch.arange(3)[None]
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="eager")  # raises where a graph would break
+    assert torch.equal(drawn(compiled, idx, 8, 0), drawn(model, idx, 8, 0))
+
+
 def test_generate_as_in_nanogpt() -> None:
     model, idx = make_model(), torch.zeros(8, 3, dtype=torch.int64)
     torch.manual_seed(0)
