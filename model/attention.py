@@ -105,7 +105,8 @@ def _sdpa(packed: Tensor, p: float, backend: str, cache: KVCache | None, layer: 
     if cache is not None:
         T = q.size(2)
         assert T == 1 or cache.length == 0, "several tokens after a filled cache would need a shifted mask"
-        causal = T > 1
+        if T == 1:  # a branch: compiled for any T, the comparison is no bool, and SDPA refuses it
+            causal = False
         k, v = cache.extend(layer, k, v)
     if q.is_meta:  # torch chooses by the device, and a meta tensor has none
         return _on_shapes(q, k, v, p, backend).transpose(1, 2)

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from train.config import TrainConfig, check_each, choose_base, compose, notes, parse
-from train.errors import RunError, UserError, any_characters, ending, first_line, run, safe
+from train.errors import RunError, UserError, any_characters, command, ending, first_line, run, safe
 
 if __name__ == "__main__":  # --help and wrong settings end here: importing torch takes seconds
     any_characters()
@@ -157,7 +157,7 @@ def farewell(state: TrainState, loop: Loop, say: Callable[[str], None]) -> None:
     say(f"final losses: train {losses.train:.4f}, val {losses.val:.4f} (best {best:.4f})")
     try:
         if plan.sharded:
-            raise UserError("the model is shared out; python -m train.sample reads it from the checkpoint")
+            raise UserError(f"the model is shared out; {command('train.sample')} reads it from the checkpoint")
         tokenizer = plan.dataset.tokenizer(plan.config.bpe_dir or None)
         generator = torch.Generator(plan.device).manual_seed(plan.config.seed)
         drawn = SampleConfig(start=example_start(tokenizer), max_new_tokens=300)

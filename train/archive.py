@@ -9,6 +9,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ MAX_TUPLES = 50_000  # in one pickle: if each one holds the next, hashing more o
 def load_archive(path: Path, *, verify: bool = True) -> object:
     """What torch.save wrote to `path`: tensors on the CPU, plain values, and dicts, lists and tuples of those.
 
-    Every byte is verified. verify=False: no weight is read. OSError if the file cannot be opened, ValueError if it is
-    not a whole archive.
+    Every byte is verified. verify=False: none is, and no weight is read where the file can be mapped. OSError if the
+    file cannot be opened, ValueError if it is not a whole archive.
     """
     with open_regular(path) as file:  # once: a save may replace the name between the check and the load
         try:
@@ -33,10 +34,13 @@ def load_archive(path: Path, *, verify: bool = True) -> object:
                 members = _members(archive)
                 if verify and (name := archive.testzip()):
                     raise ValueError(f"its member {name} does not have its CRC")
-            if not verify:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if not verify:  # torch maps by name alone, which must be UTF-8; some file systems map nothing
+                with suppress(UnicodeEncodeError, RuntimeError):
+                    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             file.seek(0)
             raw = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+            if not verify:
+                return raw
             storages = {storage.data_ptr(): storage for storage in _storages(raw)}  # tied weights share one
             for storage in storages.values():
                 sizes = [member.CRC for member in members if member.file_size == storage.nbytes()]

@@ -89,6 +89,7 @@ _MASK = re.compile(r"\.attn\.bias$")  # the causal mask, a 4-D buffer of nanoGPT
 
 LATEST, BEST = "ckpt.pt", "ckpt-best.pt"
 _PREVIOUS = "ckpt-previous-{}.pt"
+_EARLIER = "earlier-"  # so begin the names of folders with earlier runs
 _OF_A_RUN = ("ckpt*.pt", "metrics.jsonl", "loss.png", "loss.svg", "tensorboard", "trace.json")
 
 
@@ -193,7 +194,7 @@ def set_aside(out_dir: Path, patterns: tuple[str, ...] = _OF_A_RUN) -> Path | No
     found = [path for pattern in patterns for path in out_dir.glob(pattern)]
     if not found:
         return None
-    folder = unused(out_dir, f"earlier-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = unused(out_dir, f"{_EARLIER}{datetime.now():%Y%m%d-%H%M%S}")
     with _moving(out_dir):
         folder.mkdir()
         for path in found:
@@ -211,7 +212,7 @@ def _moving(out_dir: Path) -> Iterator[None]:
 
 def _offer(path: Path) -> str:
     """The newest other checkpoint of the folder that is whole, and the command with which it is read instead. What is
-    at `path` is kept: it may be whole, but of another program."""
+    at `path` is kept: it may be whole, but of another program. If there is none: the newest run that was set aside."""
     for other in (path.with_name(LATEST), *_previous(path.parent), path.with_name(BEST)):
         with suppress(OSError, ValueError):
             if other != path:
@@ -221,6 +222,9 @@ def _offer(path: Path) -> str:
                     moves.append(("cp", other, path))
                 command = " && ".join(" ".join(map(quoted, move)) for move in moves)
                 return f"; {other.name}, of iteration {iteration}, is whole: `{command}`, then try again"
+    for earlier in sorted(path.parent.glob(f"{_EARLIER}*/{LATEST}"), reverse=True):
+        if found := held(earlier):
+            return f"; an earlier run, of iteration {found.iter_num}, is there: --out_dir={quoted(earlier.parent)}"
     return ""
 
 

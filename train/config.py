@@ -162,6 +162,6 @@ def compose(parsed: Parsed, base: Mapping[str, Value]) -> TrainConfig:
     ):
         if tokens > most:
             raise UserError(f"{product}: got {tokens} tokens, expected at most {most}")
-    if config.n_embd % config.n_head:
+    if config.init_from == "scratch" and config.n_embd % config.n_head:  # weights have both
         raise UserError(f"n_embd: got {config.n_embd}, expected a multiple of n_head ({config.n_head})")
     return config

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.errors import UserError, first_line, quoted
+from train.errors import UserError, command, first_line, quoted
 from train.files import read_regular, replacing
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -133,7 +133,10 @@ class Corpus(NamedTuple):
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         expected = self.sha256 or hashlib.sha256(self.text() if there else data).hexdigest()
         if (found := hashlib.sha256(data).hexdigest()) != expected:
-            raise UserError(f"{path}: the text's sha256 is {found}, expected {expected}; put the corpus's own there")
+            raise UserError(
+                f"{path}: the text's sha256 is {found}, expected {expected}: it is not the corpus; move it away, or "
+                f"prepare it under another name: {command('train.prepare')} {quoted(path)} --dataset=NAME"
+            )
         if not there:
             with replacing(path) as file:
                 file.write(data)
@@ -164,4 +167,4 @@ def how_to_make(folder: Path, tokenizer: str | None = None) -> str:
         text = folder / "input.txt"
         what = f"{quoted(text) if os.path.isfile(text) else 'FILE ...'} --dataset={quoted(name)}"
     other = f" --tokenizer={tokenizer}" if tokenizer in ("char", "byte", "gpt2") and tokenizer != usual else ""
-    return f"python -m train.prepare {what}{other}"
+    return f"{command('train.prepare')} {what}{other}"

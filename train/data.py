@@ -13,8 +13,11 @@ While the device works, a thread gathers the next steps. It uses only host memor
 would break a graph capture in the first one.
 """
 
+import functools
 import itertools
+import json
 import math
+import operator
 import os
 import time
 import weakref
@@ -30,15 +33,16 @@ import torch
 
 from train.corpora import CORPORA, dataset_folder, how_to_make
 from train.errors import UserError, shown
-from train.files import open_regular
+from train.files import open_regular, read_regular
 from train.metapickle import digest
 from train.settings import nearest
-from train.text import GPT2_TOKENS, Tokenizer, checked_meta, from_meta, padded_vocab_size, read_meta
+from train.text import GPT2_TOKENS, MAX_META, Tokenizer, checked_meta, from_meta, padded_vocab_size, read_meta
 
 Split = Literal["train", "val"]
 
 SCAN_BYTES = 256 << 20  # of each file, read before the first step
 SCAN_TOKENS = 4 << 20  # tokens looked at together in such a check
+GPT2_TABLE = "4b8ea1d264f01b94e5d7257c9998d1f4b94172ee57985fd67b408871d59146d3"  # digest of its tokens, spelled
 GPT2_PADDED = 51200  # GPT-2's vocabulary, padded to the next multiple of 1024
 # Small steps are gathered many at a time: waking the thread costs more than filling 12 x 64 tokens.
 RUN_BYTES = 1 << 20
@@ -191,10 +195,28 @@ def checkpoint_tokenizer(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def weights_tokenizer(source: str, vocab_size: int) -> dict[str, Any]:
     """The tokenizer of the weights `source`, a name, a file or a folder: that of the meta.json beside them, which
-    `python -m train.export` writes, else that of `unnamed_tokenizer`."""
+    `python -m train.export` writes, else that of `unnamed_tokenizer`, unless `transformers`' own says otherwise."""
+    if not os.path.exists(source):
+        return unnamed_tokenizer(vocab_size)
     folder = Path(source) if os.path.isdir(source) else Path(source).parent
-    found = read_meta(folder) if os.path.exists(source) else None
-    return found or unnamed_tokenizer(vocab_size)
+    found = read_meta(folder) or unnamed_tokenizer(vocab_size)
+    foreign = _foreign_tokenizer(folder) if found.get("tokenizer") == "gpt2" else ""
+    return {"tokenizer": foreign, "vocab_size": vocab_size} if foreign else found
+
+
+def _foreign_tokenizer(folder: Path) -> str:
+    """The name of the file in which `transformers` keeps a tokenizer with other tokens than GPT-2's; "" without one.
+    GPT-2s of other languages have as many tokens as OpenAI's."""
+    for name, keys in (("vocab.json", ()), ("tokenizer.json", ("model", "vocab"))):
+        try:
+            vocab = functools.reduce(operator.getitem, keys, json.loads(read_regular(folder / name, MAX_META[".json"])))
+            tokens = {i: token for token, i in vocab.items() if i < GPT2_TOKENS - 1}
+        except OSError:
+            continue
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # of another kind, a list for one
+            return name
+        return "" if digest(tokens) == GPT2_TABLE else name
+    return ""
 
 
 def unnamed_tokenizer(vocab_size: int) -> dict[str, Any]:

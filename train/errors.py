@@ -50,6 +50,11 @@ def quoted(word: object) -> str:
     return "$'" + _printable(text.replace("\\", "\\\\").replace("'", "\\'")) + "'"
 
 
+def command(module: str) -> str:
+    """How to start a program of ours: by `nanofuse` where `python -m` would run another train.py, nanoGPT's for one."""
+    return f"nanofuse {module.rpartition('.')[2]}" if os.path.lexists("train.py") else f"python -m {module}"
+
+
 def safe(text: str) -> str:
     """`text` of several lines, safe for a terminal: control characters are escaped, except line ends and tabs."""
     return "".join(_printable(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)

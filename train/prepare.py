@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from train.corpora import CORPORA, dataset_folder, openwebtext
-from train.errors import UserError, one_line, quoted, run, shown
+from train.errors import UserError, command, one_line, quoted, run, shown
 from train.files import checksums, making_folder, replace_together, staging_folder
 from train.settings import command_line, nearest, setting
 from train.text import (
@@ -34,6 +34,7 @@ from train.text import (
     Tokenizer,
     code_points,
     from_meta,
+    large,
     read_meta,
     read_text,
     split_at,
@@ -83,10 +84,10 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("train", "val"):
         print(one_line(f"{dataset_folder(dataset) / name}.bin: {meta[f'{name}_tokens']:,} tokens"))
     print(f"vocabulary: {meta['vocab_size']:,} ({meta['tokenizer']}); text sha256 {meta['sha256']}")
-    command, shortest = f"python -m train --dataset={quoted(dataset)}", min(meta["train_tokens"], meta["val_tokens"])
+    words, shortest = f"{command('train')} --dataset={quoted(dataset)}", min(meta["train_tokens"], meta["val_tokens"])
     if shortest <= DEFAULT_BLOCK_SIZE:  # sequences must fit into the smaller part
-        command += f" --block_size={min(shortest - 1, 64)}"
-    print(f"{time.monotonic() - start:.1f} s; train on it with: {command}")
+        words += f" --block_size={min(shortest - 1, 64)}"
+    print(f"{time.monotonic() - start:.1f} s; train on it with: {words}")
 
 
 def prepare(sources: list[str], config: PrepareConfig) -> tuple[str, dict[str, Any]]:
@@ -223,7 +224,7 @@ def write_dataset(folder: Path, paths: Sequence[Path], coder: Tokenizer | None, 
 
         def reading(digest: Any) -> Iterator[str | bytes]:
             pieces = read_text(paths, between, raw=of_bytes)
-            for piece in whole_words(pieces) if of_words else pieces:
+            for piece in whole_words(pieces) if of_words else large(pieces):
                 data = piece.encode("utf-8", "surrogateescape")
                 digest.update(data)
                 bar.update(len(data))

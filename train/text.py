@@ -139,6 +139,19 @@ def split_at(pieces: Iterable[Any], size: int, whole: str = "") -> Iterator[tupl
         size -= len(piece)
 
 
+def large(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text, in pieces of CHUNK characters or more: each one costs, and a document may be a line."""
+    held, length = [], 0
+    for piece in pieces:
+        held.append(piece)
+        length += len(piece)
+        if length >= CHUNK:
+            yield "".join(held)
+            held, length = [], 0
+    if held:
+        yield "".join(held)
+
+
 def whole_words(pieces: Iterable[str]) -> Iterator[str]:
     """The same text, in pieces of about CHUNK characters. GPT-2's BPE gives them the same ids as the whole text."""
     held = ""

@@ -48,6 +48,12 @@ def test_greedy_is_what_recomputing_everything_gives(block_size: int, prompt: in
         assert all(row.unique().numel() > 4 for row in expected)
 
 
+def test_compiled_for_any_length_it_is_one_graph() -> None:
+    model, idx = make_model(block_size=8), torch.arange(3)[None]
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="eager")  # raises where a graph would break
+    assert torch.equal(drawn(compiled, idx, 8, 0), drawn(model, idx, 8, 0))
+
+
 def test_tokens_stream_and_the_caller_keeps_its_modes() -> None:
     """A token costs one pass, and is the caller's own. Dropout is off meanwhile; gradients stay on outside."""
     model, idx = make_model(dropout=0.5), torch.zeros(2, 3, dtype=torch.int64)

@@ -41,12 +41,14 @@ def test_in_a_folder_of_nanogpts_ours_runs_and_arguments_and_status_go_through(t
     for words, status, said in (
         ("prepare x.txt --dataset=be", 0, ""),
         ("rehearse h200 --rehearse=h10", 2, r"error: rehearse: got 'h10', expected auto \| a100 \| h100.*\n"),
+        ("train --dataset=shakespeare_char", 2, "error: .*; make it with: nanofuse prepare shakespeare_char\n"),
         ("trian", 2, r"error: unknown command 'trian' \(did you mean train\?\); nanofuse --help lists them all\n"),
     ):
         argv, env = [sys.executable, str(script), *words.split()], os.environ | {"PYTHONPATH": str(ROOT)}
         ended = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
         assert ended.returncode == status, ended.stderr
         assert re.fullmatch(said, ended.stderr)
+        assert "python -m train" not in ended.stdout + ended.stderr  # it would run nanoGPT's
     assert (folder / "data" / "be" / "train.bin").is_file()
 
 

@@ -116,6 +116,16 @@ def test_documents_end_with_gpt2s_token():
     assert sorted(os.listdir(poems)) == [".hidden", "a.txt", "b", "d.md", "meta.json", "train.bin", "val.bin"]
 
 
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_short_documents_are_encoded_together(monkeypatch, tokenizer):
+    calls, kind = [], {"char": texts.CharTokenizer, "byte": texts.ByteTokenizer}[tokenizer]
+    encode = kind.encode_array
+    monkeypatch.setattr(kind, "encode_array", lambda self, text: calls.append(len(text)) or encode(self, text))
+    Path("a.jsonl").write_text('{"text": "To be"}\n' * 1000)
+    assert whole_text(make("a.jsonl", tokenizer=tokenizer)) == "To be\n" * 1000
+    assert calls == [5400, 600]
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [
@@ -306,9 +316,11 @@ def test_another_text_under_the_name_of_a_corpus_stays(name):
     path = Path("data", name, "input.txt")
     path.parent.mkdir(parents=True)
     path.write_text(TEXT)
-    with pytest.raises(UserError, match=r"input\.txt: the text's sha256 is .* expected .*; put the corpus's own there"):
+    with pytest.raises(UserError, match=r"input\.txt: the text's sha256 is .* expected .*; move it away, or ") as told:
         make(name)
     assert tree() == {str(path): TEXT.encode()}
+    run(*shlex.split(str(told.value).partition("train.prepare ")[2].replace("NAME", "mine")))
+    assert whole_text(Dataset("data/mine")) == TEXT
 
 
 class Documents(list):

@@ -130,6 +130,13 @@ def test_an_earlier_run_is_moved_aside_whole_and_nothing_else(tmp_path, capsys):
     assert iterations(tmp_path / "out", "iter") == [0, 1]
 
 
+def test_an_earlier_run_is_named_where_the_new_one_saved_nothing(tmp_path):
+    run(tmp_path / "out", max_iters=4)
+    run(tmp_path / "out", max_iters=0)
+    (aside,) = (tmp_path / "out").glob("earlier-*")
+    assert f"; an earlier run, of iteration 4, is there: --out_dir={aside}" in refusal(resume, tmp_path / "out")
+
+
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     out_dir = tmp_path / "out"
     run(out_dir, max_iters=4)

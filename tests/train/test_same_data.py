@@ -1,5 +1,6 @@
 """Weights and data are paired by their tokenizer, never by size; losses are compared if they are of the same data."""
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -11,9 +12,12 @@ import torch
 from tests.train.jobs import CHARS, make_data
 from tests.train.runs import CONSTANT, iterations, last, logged, refusal, resume, run
 from train.checkpoint import held
-from train.data import checkpoint_tokenizer, difference, unnamed_tokenizer
+from train.data import checkpoint_tokenizer, difference, unnamed_tokenizer, weights_tokenizer
+from train.errors import UserError
 from train.export import main as export
+from train.export import tokenizer_files
 from train.metapickle import read_meta_pickle
+from train.text import GPT2Tokenizer, from_meta
 
 BYTES = {"vocab_size": 256, "tokenizer": "byte"}
 ABC = {"vocab_size": 3, "tokenizer": "char", "chars": list("abc")}
@@ -46,6 +50,21 @@ TWO_TABLES = "the tables of tokens are two different ones"
 def test_the_difference_of_two_tokenizers(there, here, says):
     assert says in difference(there, here)
     assert bool(difference(there, here)) == bool(says)
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab"),
+    [("vocab.json", {"olá": 0, "mundo": 1}), ("tokenizer.json", {"model": {"vocab": [["olá", -1.5]]}})],
+)
+def test_a_gpt2_of_another_language_has_as_many_tokens(tmp_path, name, vocab):
+    (tmp_path / name).write_text(json.dumps(vocab))
+    there = weights_tokenizer(str(tmp_path), 50257)
+    assert difference(there, GPT2) == f"the tokenizer is {name!r} there, 'gpt2' here"
+    with pytest.raises(UserError, match="cannot be shown"):
+        from_meta(there)
+    (tmp_path / name).write_text(json.dumps(tokenizer_files(GPT2Tokenizer(), 8)["tokenizer.json"]))
+    (tmp_path / name).rename(tmp_path / "tokenizer.json")
+    assert weights_tokenizer(str(tmp_path), 50304) == GPT2
 
 
 @pytest.fixture(scope="module")
