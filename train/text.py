@@ -107,14 +107,14 @@ def _pieces(path: Path, file: BinaryIO, between: str, raw: bool) -> Iterator[str
 
 
 def _documents(path: Path, file: TextIO, between: str) -> Iterator[str]:
-    """The field "text" of every line, `between` between two. Without `between`, a newline follows each."""
+    """The field "text" of every line, `between` between two. Without `between`, a newline follows each. Half a
+    surrogate pair becomes U+FFFD, as in tiktoken."""
     separator = ""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
-            text.encode()  # a string, without lone surrogates
+            text = json.loads(line)["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             message = f'{path}: line {number:,}: expected a JSON object with a "text", got {shown(line.rstrip())}'
             raise UserError(message) from None

@@ -153,15 +153,15 @@ def test_a_damaged_gzip_file_is_named(tmp_path):
 
 
 def test_documents_of_a_jsonl_file(tmp_path):
-    path, documents = tmp_path / "a.JSONL.gz", ["To be,\r\nor", "nót", "", "to\u2028be \U0001f600"]
+    path, documents = tmp_path / "a.JSONL.gz", ["To be,\r\nor", "nót", "half \ud83d", "to\u2028be \U0001f600", ""]
     lines = [json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(documents)]
     path.write_bytes(gzip.compress("\n\n".join(lines).encode("utf-8-sig")))
-    expected = [text.replace("\r\n", "\n") for text in documents]
+    expected = [text.replace("\r\n", "\n").replace("\ud83d", "\ufffd") for text in documents]
     assert read(path) == "".join(read_text([path], raw=True)) == "\n".join([*expected, ""])
     assert read(path, "|") == "|".join(expected)
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "{}", '{"text": 1}', "[" * 99999, '{"text": "\\ud800"}'])
+@pytest.mark.parametrize("line", ["{", "[1]", "{}", '{"text": 1}', "[" * 99999])
 def test_a_line_that_is_no_document_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\n' + line + "\n")
