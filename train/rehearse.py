@@ -124,18 +124,19 @@ def _times(run: DryRun, job: Job, config: TrainConfig, target: Card, world: Worl
     if sheet is None:
         yield f"time: no data sheet of {target.name} is known here"
         return
-    peak, bandwidth = sheet.peak(job.dtype), sheet.bandwidth * 1e9
-    rates = config.peak_flops or peak.flops, bandwidth
+    peak = sheet.peak(job.dtype)
+    rates, of = (peak.flops, sheet.bandwidth * 1e9), config.peak_flops or peak.flops  # `of`: what MFU is a share of
     tokens = job.accumulation * job.batch_size * job.shape.block_size
     flops = flops_per_token(job.shape, config.mfu_formula) * tokens
     least = duration(job.work().items(), *rates)
     graphed = config.cuda_graphs and job.shards == 1
     best, worst = (expected(run, job, rates, graphed, *assumed) for assumed in (GOOD, BAD))
-    yield f"peak: {rates[0] / 1e12:.4g} TFLOP/s, {sheet.bandwidth:,} GB/s: {peak.source}"
-    yield f"floor: {1e3 * least:.2f} ms/iter, mfu {mfu(flops, least, rates[0]):.1%}: every part at the card's peaks"
+    as_set = f"; mfu is of {of / 1e12:.4g} TFLOP/s, as set" if config.peak_flops else ""
+    yield f"peak: {rates[0] / 1e12:.4g} TFLOP/s, {sheet.bandwidth:,} GB/s: {peak.source}{as_set}"
+    yield f"floor: {1e3 * least:.2f} ms/iter, mfu {mfu(flops, least, of):.1%}: every part at the card's peaks"
     yield (
-        f"expected: {1e3 * best:.4g} to {1e3 * worst:.4g} ms/iter, mfu {mfu(flops, worst, rates[0]):.0%} to "
-        f"{mfu(flops, best, rates[0]):.0%}, {tokens * world.size / worst:,.0f} to {tokens * world.size / best:,.0f} "
+        f"expected: {1e3 * best:.4g} to {1e3 * worst:.4g} ms/iter, mfu {mfu(flops, worst, of):.0%} to "
+        f"{mfu(flops, best, of):.0%}, {tokens * world.size / worst:,.0f} to {tokens * world.size / best:,.0f} "
         "tokens/s: an estimate, nothing was measured" + (", communication not counted" if world.size > 1 else "")
     )
 

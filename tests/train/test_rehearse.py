@@ -57,6 +57,18 @@ def test_gpt2_on_an_h100(rehearse, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nothing was measured, communication not counted" in said
 
 
+def test_a_peak_that_is_set_is_the_mfus_alone(rehearse) -> None:
+    """The card is no slower if MFU is a share of an A100's peak, as nanoGPT's is."""
+    of_a_h100, of_an_a100 = (rehearse("gpt2", "--rehearse=h100", *more) for more in ([], ["--peak_flops=312e12"]))
+    times = r"([\d.]+) (?:to ([\d.]+) )?ms/iter, mfu ([\d.]+)%(?: to (\d+)%)?"
+    ours, theirs = (re.findall(times, said) for said in (of_a_h100, of_an_a100))
+    assert [found[:2] for found in ours] == [found[:2] for found in theirs]
+    for own, other in zip(ours, theirs, strict=True):
+        assert float(other[2]) == pytest.approx(float(own[2]) * 989 / 312, rel=0.02)
+    assert "peak: 989 TFLOP/s, 3,350 GB/s: NVIDIA H100 data sheet, SXM, dense bf16\n" in of_a_h100
+    assert "dense bf16; mfu is of 312 TFLOP/s, as set\n" in of_an_a100
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
