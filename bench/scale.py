@@ -27,7 +27,7 @@ from bench.digest import short_name
 from bench.results import Results
 from bench.tables import aligned
 from bench.variants import WORKLOADS, chosen
-from model.work import floor, flops_per_token, mfu, num_params
+from model.work import duration, flops_per_token, mfu, num_params
 from train import errors
 from train.dryrun import Job, dry_run
 from train.errors import UserError, shown
@@ -56,11 +56,8 @@ class ScaleConfig:
 
 def least_seconds(job: Job, rates: Rates, devices: int = 1) -> float:
     """Of a step, without the exchange. Gradients of several micro-steps or devices are summed in float32."""
-    several = devices * job.accumulation > 1
-    work = replace(job, accumulation=2, several=several).work(fused_gelu=True)  # two: one starts the sum, one adds
-    seconds = {name: floor(part, *rates) for name, part in work.items()}
-    update, sums = seconds.pop("optimizer"), seconds.pop("accumulation")
-    return job.accumulation * (sum(seconds.values()) + several * sums) / 2 + update
+    work = replace(job, several=devices * job.accumulation > 1).work(fused_gelu=True)
+    return duration(work.items(), *rates)
 
 
 def share_out(job: Job, tokens: int, devices: int) -> Job:
