@@ -41,7 +41,7 @@ def embedding_forward(M: int, T: int, C: int, b: int, s: int, *, distinct: int) 
 
 
 def embedding_backward(M: int, T: int, C: int, V: int, b: int, s: int) -> int:
-    """dstream -> the gradients of both tables."""
+    """dstream -> the gradients of both tables. V: 0 for rows that are added to what another operation wrote."""
     return M * C * s + (V + T) * C * b
 
 

@@ -142,9 +142,10 @@ def step_work(
         "GELU forward": Work(bytes=pre if fused_gelu else traffic.gelu_forward(M, 4 * C, b)) * L,
         "GELU backward": Work(bytes=pre if fused_gelu else traffic.gelu_backward(M, 4 * C, b)) * L,
         "cross-entropy": Work(bytes=traffic.cross_entropy_forward(M, V, b, counted=M, gradient=True)),
-        # the rows that are read are left out: their number depends on the text
+        # the rows of the tokens that occur are left out: their number depends on the text. The gradient of the others
+        # is the head's alone, which its matmul writes.
         "embedding forward": Work(bytes=traffic.embedding_forward(M, T, C, b, s, distinct=0)),
-        "embedding backward": Work(bytes=traffic.embedding_backward(M, T, C, V, b, s)),
+        "embedding backward": Work(bytes=traffic.embedding_backward(M, T, C, 0, b, s)),
     }
     update = {
         # a matmul adds its result to the sum, which it reads and writes; the first one starts the sum

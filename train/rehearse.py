@@ -128,7 +128,7 @@ def _times(run: DryRun, job: Job, config: TrainConfig, target: Card, world: Worl
     rates, of = (peak.flops, sheet.bandwidth * 1e9), config.peak_flops or peak.flops  # `of`: what MFU is a share of
     tokens = job.accumulation * job.batch_size * job.shape.block_size
     flops = flops_per_token(job.shape, config.mfu_formula) * tokens
-    least = duration(job.work().items(), *rates)
+    least = duration(job.work(fused_gelu=True).items(), *rates)  # as the fused matmul can, which a run may choose
     graphed = config.cuda_graphs and job.shards == 1
     best, worst = (expected(run, job, rates, graphed, *assumed) for assumed in (GOOD, BAD))
     as_set = f"; mfu is of {of / 1e12:.4g} TFLOP/s, as set" if config.peak_flops else ""

@@ -41,7 +41,7 @@ measured on the card when the run starts: attention, the MLP's matmuls; counted 
 launches: 268 a micro-step, 4 an update
 bytes: 31.4 GB a micro-step, 3.2 GB an update, 1257.3 GB a step; 5 launches of a micro-step move less than 2 MB; counted without torch.compile
 peak: 989 TFLOP/s, 3,350 GB/s: NVIDIA H100 data sheet, SXM, dense bf16
-floor: 542.33 ms/iter, mfu 78.3%: every part at the card's peaks
+floor: 508.96 ms/iter, mfu 83.5%: every part at the card's peaks
 expected: 729.1 to 970.3 ms/iter, mfu 44% to 58%, 506,552 to 674,149 tokens/s: an estimate, nothing was measured
 """  # noqa: E501, as the README shows it
 
