@@ -94,11 +94,17 @@ class Steps:
     @property
     def ladder(self) -> list[Step]:
         """From the reference's step to ours: all modes of the first row, the rungs, and the last row, after the rows
-        that it extends. "ours compiled + graphed" extends "ours compiled".
+        that it extends. "ours compiled + graphed" extends "ours compiled". Each changes the one before it, so a plain
+        torch that is not compiled, as the row before it is, is no rung.
         """
         first, last = self.rows[0].variant.partition(" ")[0] + " ", self.rows[-1].variant
-        rows = [(row, row.variant) for row in self.rows]
-        return [row for row, name in rows if not row.compares or name.startswith(first) or last.startswith(name)]
+
+        def belongs(row: Step) -> bool:
+            if row.compares:
+                return row.variant.startswith(first) or last.startswith(row.variant)
+            return row.ours or not row.variant.endswith(" eager")
+
+        return [row for row in self.rows if belongs(row)]
 
 
 def _fastest(rows: Iterable[Step]) -> Step | None:

@@ -184,6 +184,9 @@ def test_the_waterfall_goes_from_the_reference_to_ours() -> None:
         assert (change.start, change.value) == pytest.approx((at[before], at[after]))
         assert change.words[0] == ("+" if at[after] > at[before] else "−")
         assert close(change.words[1:], abs(at[after] - at[before]))
+    _, *changes, _ = PICTURES["waterfall-cpu-cpu-2026-11-22"].groups[0].lines  # each is compiled, like the one before it
+    modes = ["nanoGPT compiled", "reference autocast compiled", "ours compiled"]
+    assert [line.label for line in changes] == [f"+ {mode}" for mode in modes]
     groups = PICTURES["mfu-cpu"].groups[0], PICTURES["mfu-gpt2"].groups[1]
     shown, others = ([line.label for line in group.lines] for group in groups)
     assert "reference autocast compiled" in shown  # plain torch is shown as the references are, though it is a rung
