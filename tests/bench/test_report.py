@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -12,12 +13,13 @@ import pytest
 from matplotlib.colors import to_hex
 from msgspec.structs import replace
 
-from bench import report, results
+from bench import bench_rows, report, results
 from bench.digest import Run, estimates, in_order, slug
 from bench.pictures import WIDE
 from bench.results import Ceiling, Kernel, Step
 from bench.rules import NO_TIME
 from bench.tables import Table, missing, summary
+from bench.variants import WORKLOADS
 from tests.bench.made import MARKUP, all_devices, cpu, h100
 from train.errors import UserError
 from train.plot import LIGHT
@@ -184,8 +186,8 @@ def test_the_waterfall_goes_from_the_reference_to_ours() -> None:
         assert (change.start, change.value) == pytest.approx((at[before], at[after]))
         assert change.words[0] == ("+" if at[after] > at[before] else "−")
         assert close(change.words[1:], abs(at[after] - at[before]))
-    _, *changes, _ = PICTURES["waterfall-cpu-cpu-2026-11-22"].groups[0].lines  # each is compiled, like the one before it
-    modes = ["nanoGPT compiled", "reference autocast compiled", "ours compiled"]
+    _, *changes, _ = PICTURES["waterfall-cpu-cpu-2026-11-22"].groups[0].lines
+    modes = ["nanoGPT compiled", "reference autocast compiled", "ours compiled"]  # none takes back the one before it
     assert [line.label for line in changes] == [f"+ {mode}" for mode in modes]
     groups = PICTURES["mfu-cpu"].groups[0], PICTURES["mfu-gpt2"].groups[1]
     shown, others = ([line.label for line in group.lines] for group in groups)
@@ -252,6 +254,55 @@ def test_a_kernel_is_bounded_by_what_it_meets_first() -> None:
     assert bound(4e12, 1e9, flops=10**9, bytes=10**6) == ("copy", 1e9, 1.0)  # its bytes take longer
     assert bound(None, None, flops=10**9, bytes=10**6) == ("matmul", 1e12, None)
     assert bound(4e12, 2e12) == ("", None, None)
+
+
+class Shown:
+    """pytest-benchmark's fixture, as far as rows are given to it. samples: what its timer would show."""
+
+    def __init__(self) -> None:
+        self.extra_info, self.samples = {}, []
+
+    def pedantic(self, target: Callable[[], object], setup: Callable[[], object], rounds: int) -> None:
+        for _ in range(rounds):
+            setup()
+            begin = bench_rows.timer()
+            target()
+            self.samples.append(bench_rows.timer() - begin)
+
+
+def test_pytest_benchmark_shows_a_rows_samples_and_what_they_come_to() -> None:
+    seconds = [0.06, 0.04, 0.05]
+    step = WORKLOADS["gpt2"].row("ours graphed", seconds=seconds)
+    step = replace(step, host_seconds=[3e-3, 1e-3, 2e-3], peak_memory=7)
+    kernel = Kernel("toy", [8, 16], "bfloat16", "forward", "fused", seconds, flops=10**12)
+    compiled = replace(kernel, variant="compiled", seconds=[0.1])
+    ceilings = [Ceiling("matmul", "bfloat16", [80e12])]
+    run = Run(Path(), replace(h100(), steps=[step], kernels=[kernel, compiled], ceilings=ceilings))
+    shown = Shown()
+    bench_rows.test_step(run.steps[0], step.variant, shown)
+    assert (shown.samples, shown.group) == (seconds, "gpt2 step")
+    n, tokens = 124_373_760 - 1024 * 768, 32 * 1024
+    assert shown.extra_info == {
+        "dtype": "bfloat16",
+        "tokens_per_second": pytest.approx(tokens / 0.05),
+        "mfu_nanogpt": pytest.approx((6 * n + 12 * 12 * 768 * 1024) * tokens / 0.05 / 989e12),
+        "mfu_6n": pytest.approx(6 * n * tokens / 0.05 / 989e12),
+        "peak_memory": 7,
+        "host_seconds": 2e-3,
+    }
+    shown = Shown()
+    bench_rows.test_kernel(run, "fused", shown)
+    assert (shown.samples, shown.group) == (seconds, "toy 8x16 bfloat16 forward")
+    assert shown.extra_info == {
+        "shape": [8, 16],
+        "dtype": "bfloat16",
+        "bytes": None,
+        "flops": 10**12,
+        "bytes_per_second": None,
+        "flops_per_second": pytest.approx(10**12 / 0.05),
+        "share_of_ceiling": pytest.approx(10**12 / 0.05 / 80e12),
+        "times_faster_than_compiled": pytest.approx(2.0),
+    }
 
 
 def test_the_terminal_is_shown_what_was_measured_and_what_was_not() -> None:
