@@ -38,6 +38,8 @@ ALLOCATIONS = frozenset(["empty", "new_empty", "empty_like", "empty_strided", "n
 FILLS = frozenset(["zero_", "fill_", "zeros", "zeros_like", "ones_like", "full", "full_like"])  # these only write
 MATMUL_OPS = frozenset(["mm", "addmm", "addmm_", "bmm", "baddbmm"])
 WORKSPACES = 2 * 2**25  # bytes that cuBLAS takes: 32 MiB on recent GPUs, for each of two streams
+# parameters and both moments, which an update reads and writes: arguments of our kernel, and of torch's operation
+UPDATED = {"adamw_update_kernel": ("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"), "_fused_adamw_": (0, 2, 3)}
 GRANULE = 512  # bytes: torch's allocator for CUDA rounds the size of every tensor up to a multiple
 
 
@@ -46,7 +48,7 @@ class Call:
     """One launch on the device: a kernel of ours, or an operation of torch, counted as one kernel."""
 
     name: str  # "mm", or "triton:gelu_fwd_kernel"
-    bytes: int  # read and written, if each of its tensors is touched once
+    bytes: int  # read and written, if each of its tensors is touched once, and AdamW's read and written
     flops: int  # of a matmul or of attention (only the causal half), else 0
 
 
@@ -96,6 +98,7 @@ class Recorder(TorchDispatchMode):
             return result
         written = [x for x in outputs if x is not kwargs.get("out")]
         moved = written if name in FILLS else inputs + ([] if name == "copy_" else written)
+        moved += [x for i in UPDATED.get(name, ()) for x in args[i]]
         total = sum(x.nbytes for x in moved if self._on_device(x))
         self.calls.append(Call(name, total, _flops(name, [x for x in args if isinstance(x, Tensor)])))
         return result
@@ -107,8 +110,10 @@ class Recorder(TorchDispatchMode):
         with recording(self.device) as launches, self:
             result = BODIES[func](*args, **kwargs)
         for launch in launches:
-            moved = sum(x.nbytes for x in map(_tensor, launch.args.values()) if x is not None)
-            self.calls.append(Call(f"triton:{launch.kernel.fn.__name__}", moved, 0))
+            name = launch.kernel.fn.__name__
+            again = [launch.args[updated] for updated in UPDATED.get(name, ())]
+            moved = sum(x.nbytes for x in map(_tensor, [*launch.args.values(), *again]) if x is not None)
+            self.calls.append(Call(f"triton:{name}", moved, 0))
             self.launches.append(dataclasses.replace(launch, args=_shapes_of(launch.args)))
         self._track(tree_leaves(result))
         return result

@@ -26,14 +26,14 @@ from train.graph import GraphedStep
 
 # Launches of a micro-step, GB that they move, the same of an update. Change this table only on purpose.
 PINNED = {
-    ("gpt2", "none", False): (267, 79.78, 3, 2.24),
-    ("gpt2", "none", True): (243, 72.54, 3, 2.24),
-    ("gpt2", "mlp", False): (303, 90.77, 3, 2.24),
-    ("gpt2", "block", False): (351, 99.24, 3, 2.24),
-    ("shakespeare_char", "none", False): (142, 8.12, 3, 0.19),
-    ("shakespeare_char", "none", True): (130, 7.22, 3, 0.19),
-    ("shakespeare_char", "mlp", False): (160, 9.50, 3, 0.19),
-    ("shakespeare_char", "block", False): (184, 10.55, 3, 0.19),
+    ("gpt2", "none", False): (267, 79.78, 3, 3.73),
+    ("gpt2", "none", True): (243, 72.54, 3, 3.73),
+    ("gpt2", "mlp", False): (303, 90.77, 3, 3.73),
+    ("gpt2", "block", False): (351, 99.24, 3, 3.73),
+    ("shakespeare_char", "none", False): (142, 8.12, 3, 0.32),
+    ("shakespeare_char", "none", True): (130, 7.22, 3, 0.32),
+    ("shakespeare_char", "mlp", False): (160, 9.50, 3, 0.32),
+    ("shakespeare_char", "block", False): (184, 10.55, 3, 0.32),
 }
 # with the fused matmul both ways, which a run takes where it is faster
 FUSED_MATMUL = dataclasses.replace(FUSED, mlp=functools.partial(FUSED.mlp, forward_tiles=1, backward_tiles=1))
@@ -54,10 +54,10 @@ def test_launches_and_bytes_are_pinned(workload: str, recompute: str, fused_matm
     micro, update = (sum(call.bytes for call in part) / 1e9 for part in (run.micro_step, run.update))
     seen = len(run.micro_step), round(micro, 2), len(run.update), round(update, 2)
     assert seen == PINNED[workload, recompute, fused_matmul]
-    if recompute == "none":  # the recorder sees AdamW's tensors once, but they are read and written
+    if recompute == "none":
         work = job(workload).work(fused_gelu=fused_matmul)
-        least = sum(part.bytes for part in work.values())
-        assert 1e9 * micro + work["optimizer"].bytes < 1.12 * least
+        assert 1e9 * micro < 1.12 * sum(part.bytes for name, part in work.items() if name != "optimizer")
+        assert 1e9 * update == pytest.approx(work["optimizer"].bytes, rel=1e-4)
 
 
 # both workloads, with dropout and without, each mode
