@@ -134,8 +134,9 @@ def _times(run: DryRun, job: Job, config: TrainConfig, target: Card, world: Worl
     as_set = f"; mfu is of {of / 1e12:.4g} TFLOP/s, as set" if config.peak_flops else ""
     yield f"peak: {rates[0] / 1e12:.4g} TFLOP/s, {sheet.bandwidth:,} GB/s: {peak.source}{as_set}"
     yield f"floor: {1e3 * least:.2f} ms/iter, mfu {mfu(flops, least, of):.1%}: every part at the card's peaks"
+    low, high = (f"{1e3 * seconds:.4g}" if seconds < 1 else f"{1e3 * seconds:,.0f}" for seconds in (best, worst))
     yield (
-        f"expected: {1e3 * best:.4g} to {1e3 * worst:.4g} ms/iter, mfu {mfu(flops, worst, of):.0%} to "
+        f"expected: {low} to {high} ms/iter, mfu {mfu(flops, worst, of):.0%} to "
         f"{mfu(flops, best, of):.0%}, {tokens * world.size / worst:,.0f} to {tokens * world.size / best:,.0f} "
         "tokens/s: an estimate, nothing was measured" + (", communication not counted" if world.size > 1 else "")
     )

@@ -67,6 +67,8 @@ def test_a_peak_that_is_set_is_the_mfus_alone(rehearse) -> None:
         assert float(other[2]) == pytest.approx(float(own[2]) * 989 / 312, rel=0.02)
     assert "peak: 989 TFLOP/s, 3,350 GB/s: NVIDIA H100 data sheet, SXM, dense bf16\n" in of_a_h100
     assert "dense bf16; mfu is of 312 TFLOP/s, as set\n" in of_an_a100
+    medium = ["--n_layer=24", "--n_head=16", "--n_embd=1024", "--batch_size=8"]
+    assert re.search(r"^expected: 1\d,\d{3} to 1\d,\d{3} ms/iter", rehearse("gpt2", "--rehearse=l4", *medium), re.M)
 
 
 @pytest.mark.parametrize(
