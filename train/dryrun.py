@@ -250,7 +250,9 @@ def dry_run(job: Job) -> DryRun:
             calls.append(recorder.calls)
             peaks.append(recorder.parts)
         memory = _memory(job, step, state, peaks)
-    return DryRun(*calls[:2], recorder.launches, memory)
+    micro_step, update, _ = calls
+    update = [dataclasses.replace(call, bytes=call.bytes // job.shards) for call in update]  # each rank has its share
+    return DryRun(micro_step, update, recorder.launches, memory)
 
 
 def build(job: Job) -> TrainStep:
