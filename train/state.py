@@ -139,7 +139,11 @@ def resumed_progress(plan: Plan, checkpoint: dict) -> tuple[Progress, str]:
     there = checkpoints.held(out_dir / checkpoints.BEST)
     if there and there.best_val_loss <= best:
         best_iter, best = there
-    elif best_iter not in (0, iter_num):  # iteration 0 is never saved
+        line += f" {best:.4f}, of iteration {best_iter}"
+        # Where an earlier checkpoint was put back, a run comes to this iteration again, with other weights.
+        best_iter = best_iter if best_iter < iter_num else -1
+        return Progress(iter_num, best, best_iter, stale_evals, judged_at), line
+    if best_iter not in (0, iter_num):  # iteration 0 is never saved
         return Progress(iter_num), f"{line} starts again: no file holds the best state"
     return Progress(iter_num, best, best_iter, stale_evals, judged_at), f"{line} {best:.4f}, of iteration {best_iter}"
 
