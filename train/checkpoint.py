@@ -197,7 +197,7 @@ def set_aside(out_dir: Path, patterns: tuple[str, ...] = _OF_A_RUN) -> Path | No
     folder = unused(out_dir, f"{_EARLIER}{datetime.now():%Y%m%d-%H%M%S}")
     with _moving(out_dir):
         folder.mkdir()
-        for path in found:
+        for path in sorted(found, key=lambda path: path.name == LATEST):  # last: until then the run can be resumed
             path.rename(folder / path.name)
     return folder
 

@@ -64,7 +64,8 @@ def choose_attention(name: str, layer: Layer, world: World) -> tuple[str, str]:
     if able:
         works = {name: partial(attention_pass, name, layer) for name in able}
         name, said = _fastest("attention", works, layer, "a layer, forward and backward", digits=2)
-    return BACKENDS[world.from_master(BACKENDS.index(name))], f"attention: {said}"
+    (index,) = world.from_master(BACKENDS.index(name))
+    return BACKENDS[int(index)], f"attention: {said}"
 
 
 def attention_pass(backend: str, layer: Layer) -> Callable[[], None]:
@@ -122,7 +123,8 @@ def choose_mlp(ops: Ops, layer: Layer, world: World) -> tuple[Ops, str]:
             kind = f"mlp {direction}, triton {triton.__version__}"
             fastest, words = _fastest(kind, works, layer, "a layer", digits=3)
             words += "".join(f", without {name}, which is wrong: {reason}" for name, reason in wrong.items())
-        taken[tiles] = world.from_master(names.index(fastest))
+        (index,) = world.from_master(names.index(fastest))
+        taken[tiles] = int(index)
         said.append(f"{direction} {words}")
     return replace(ops, mlp=partial(ops.mlp, **taken)), f"mlp: {'; '.join(said)}"
 

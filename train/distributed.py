@@ -1,6 +1,7 @@
 """Ranks, which torchrun starts, and what they exchange."""
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,9 +39,17 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def from_master(self, value: int) -> int:
-        """Rank 0's value, on every rank. Waits for rank 0."""
-        return int(self.sum(torch.tensor(value if self.master else 0)))
+    def from_master(self, *values: float) -> list[float]:
+        """Rank 0's values, on every rank. Waits for rank 0."""
+        if self.size == 1:
+            return [*values]
+        return self.sum(torch.tensor([value if self.master else 0 for value in values], dtype=torch.float64)).tolist()
+
+    def check_alike(self, got: str, *facts: object) -> None:
+        """UserError on each rank whose `facts`, numbers and text about what it got, are not rank 0's. Waits for it."""
+        digest = zlib.crc32(repr(facts).encode())
+        if self.from_master(digest) != [digest]:
+            raise UserError(f"rank {self.rank}: {got}, other than rank 0; all machines must read the same files")
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,6 +20,8 @@ try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None
+
+DAY = 24 * 60 * 60  # seconds
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -114,24 +117,25 @@ def owned(folder: Path) -> Iterator[None]:
 def staging_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder inside `folder`. It is deleted at the end, and so are those that killed processes left.
 
-    A folder in use is locked. The system drops the lock when its process ends.
+    A folder in use is locked. The system drops the lock when its process ends. Where nothing can be locked, only those
+    are deleted that nobody has touched for a day: a run may use the others, which saves while its curve is drawn.
     """
     for path in folder.glob(".staging-*"):
-        with suppress(OSError), _locked(path):
-            shutil.rmtree(path)
+        with suppress(OSError), _locked(path) as locked:
+            if locked or time.time() - max(os.stat(inside).st_mtime for inside in (path, *path.iterdir())) > DAY:
+                shutil.rmtree(path)
     with tempfile.TemporaryDirectory(prefix=".staging-", dir=folder) as path, _locked(Path(path)):
         yield Path(path)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. BlockingIOError if another process holds it."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock. BlockingIOError if another process holds it. False where there are no locks."""
     if fcntl is None:
-        yield
+        yield False
         return
     with _opened(folder) as descriptor:
-        _if_possible(fcntl.flock, descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield _if_possible(fcntl.flock, descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager
@@ -190,10 +194,12 @@ def _opened(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _if_possible(call: Callable[..., None], *arguments: int) -> None:
-    """Nothing happens on a file system that cannot lock or sync, some network ones for example."""
+def _if_possible(call: Callable[..., None], *arguments: int) -> bool:
+    """Whether it was done. A file system may not be able to lock or sync, some network ones for example."""
     try:
         call(*arguments)
+        return True
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF):
             raise
+        return False

@@ -15,6 +15,7 @@ from model import GPT
 from model.pretrained import from_checkpoint, load_gpt2
 from train import checkpoint as checkpoints
 from train.checkpoint import MODEL_ARGS, MOMENTS
+from train.distributed import World
 from train.errors import UserError
 from train.optim import FlatAdamW, LossScale, Optimizer
 from train.plan import Plan, weights_wanted
@@ -83,7 +84,9 @@ class TrainState:
 
 
 def make_state(plan: Plan, checkpoint: dict | None) -> TrainState:
-    """A new run's state, or the checkpoint's. UserError if weights or moments cannot be loaded."""
+    """A new run's state, or the checkpoint's. UserError if weights or moments cannot be loaded, and on a rank that has
+    read another checkpoint or dataset than rank 0."""
+    check_ranks(plan, checkpoint)
     model = build_model(plan, checkpoint)
     scaler = LossScale(plan.device, enabled=plan.precision.compute == torch.float16)
     state = TrainState(plan, model, place(plan, model), scaler, Progress())
@@ -92,12 +95,31 @@ def make_state(plan: Plan, checkpoint: dict | None) -> TrainState:
         ours = checkpoint["nanofuse"]
         if state.scaler.enabled and ours.get("scaler"):
             state.scaler.load_state_dict(ours["scaler"])
-        state.progress, line = resumed_progress(plan, checkpoint)
+        progress, line = resumed_progress(plan, checkpoint)
+        state.progress = shared_progress(progress, plan.world)
         state.saved_iter, state.other_data = checkpoint["iter_num"], bool(changes(plan, checkpoint))
         plan.lines.append(line)
     elif checkpoint is not None:
         plan.lines.append(f"weights of {checkpoints.named(plan.config.init_from)}, iteration {checkpoint['iter_num']}")
     return state
+
+
+def check_ranks(plan: Plan, checkpoint: dict | None) -> None:
+    """UserError on a rank that has read other files than rank 0: on another machine, or before a run replaced them."""
+    config, data = plan.config, plan.dataset
+    if checkpoint is not None:
+        iter_num, ours = checkpoint["iter_num"], checkpoint["nanofuse"]
+        known = iter_num, checkpoint["best_val_loss"], ours.get("best_iter"), ours.get("judged_at")
+        plan.world.check_alike(f"init_from={config.init_from}: got a checkpoint of iteration {iter_num}", *known)
+    tokens = len(data.train), data.fingerprint()
+    plan.world.check_alike(f"dataset={config.dataset}: got {tokens[0]:,} tokens to train on, {tokens[1]}", *tokens)
+
+
+def shared_progress(progress: Progress, world: World) -> Progress:
+    """Rank 0's progress. Only rank 0 writes files, so that another machine may lack ckpt-best.pt."""
+    fields = dataclasses.fields(Progress)
+    values = world.from_master(*dataclasses.astuple(progress))
+    return Progress(*(type(field.default)(value) for field, value in zip(fields, values, strict=True)))
 
 
 def resumed_progress(plan: Plan, checkpoint: dict) -> tuple[Progress, str]:
@@ -117,7 +139,11 @@ def resumed_progress(plan: Plan, checkpoint: dict) -> tuple[Progress, str]:
     there = checkpoints.held(out_dir / checkpoints.BEST)
     if there and there.best_val_loss <= best:
         best_iter, best = there
-    elif best_iter not in (0, iter_num):  # iteration 0 is never saved
+        line += f" {best:.4f}, of iteration {best_iter}"
+        # Where an earlier checkpoint was put back, a run comes to this iteration again, with other weights.
+        best_iter = best_iter if best_iter < iter_num else -1
+        return Progress(iter_num, best, best_iter, stale_evals, judged_at), line
+    if best_iter not in (0, iter_num):  # iteration 0 is never saved
         return Progress(iter_num), f"{line} starts again: no file holds the best state"
     return Progress(iter_num, best, best_iter, stale_evals, judged_at), f"{line} {best:.4f}, of iteration {best_iter}"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.train.checkpoints import assert_same
 from tests.train.runs import iterations, last, logged, resume, run, send
 from train.checkpoint import best_of, held, load
 from train.export import main as export
@@ -76,3 +77,19 @@ def test_a_best_loss_that_no_file_holds_is_forgotten(out, capsys):
     since = {n: logged(out, "eval")[n]["val_loss"] for n in (8, 9)}  # ckpt.pt was of iteration 7
     best = min(since, key=since.get)
     assert held(best_of(out)) == (best, since[best])
+
+
+def test_the_best_survives_a_return_to_an_earlier_checkpoint(tmp_path):
+    """What comes of it is worse, also at the iteration that was the best."""
+    out, settings = tmp_path / "out", dict(eval_interval=2, keep_checkpoints=4)
+    run(out, max_iters=6, decay_lr=False, **settings)
+    resume(out, learning_rate=0.5, max_iters=8)
+    best = held(out / "ckpt-best.pt")
+    assert best.iter_num == 6
+    weights = load(out / "ckpt-best.pt")["model"]
+    shutil.copy(out / "ckpt-previous-2.pt", out / "ckpt.pt")
+    for end in (6, 8):  # the first one ends with a checkpoint of the same iteration as the best one
+        resume(out, learning_rate=0.5, max_iters=end)
+        assert iterations(out, "save")[-1] == end
+        assert held(best_of(out)) == best
+    assert_same(load(best_of(out))["model"], weights)

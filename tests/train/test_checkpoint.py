@@ -165,6 +165,18 @@ def test_runs_that_are_set_aside_in_the_same_second_keep_apart(tmp_path):
         assert (checkpoint.set_aside(tmp_path) / "metrics.jsonl").read_text() == text
 
 
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_run_that_was_being_set_aside_can_be_resumed(tmp_path, monkeypatch, moved):
+    """Not from an older checkpoint, which is still there: the newest one goes last."""
+    for iteration in (1, 2, 3):
+        checkpoint.save(tmp_path, make_checkpoint(iteration), 3)
+    results = [*[mock.DEFAULT] * moved, Killed]
+    monkeypatch.setattr(os, "rename", mock.Mock(wraps=os.rename, side_effect=results))
+    with suppress(Killed):
+        checkpoint.set_aside(tmp_path)
+    assert checkpoint.load(tmp_path / "ckpt.pt")["iter_num"] == 3
+
+
 @pytest.mark.parametrize("aside", [checkpoint.set_aside, checkpoint.set_best_aside])
 def test_a_run_that_cannot_be_set_aside_is_told_in_one_line(tmp_path, monkeypatch, aside):
     checkpoint.save(tmp_path, make_checkpoint(1), keep=1)

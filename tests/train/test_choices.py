@@ -195,8 +195,8 @@ def test_every_rank_takes_rank_0s():
     told = iter([BACKENDS.index("fa3"), 2, 1])
 
     class Second(World):
-        def from_master(self, value: int) -> int:
-            return next(told)
+        def from_master(self, *values: float) -> list[float]:
+            return [next(told) for _ in values]
 
     world, spied = Second(1, 1, 2), Spied()
     assert choose_attention("auto", LAYER, world)[0] == "fa3"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import bench.__main__ as bench_command
 import train.__main__ as train_command
 from tests.train import steps
 from tests.train.jobs import ROOT, arguments, make_data
-from tests.train.runs import last, logged, records, run
+from tests.train.runs import last, logged, records, refusal, resume, run, send
 from tests.train.tape import tape
 from train import plan
 from train.config import TrainConfig
@@ -107,6 +108,14 @@ def test_ranks_take_the_gpus_in_order(monkeypatch):
     assert local_device(CPU, World(3, 3, 4)) == CPU
     with pytest.raises(UserError, match="expected at most 2, one a GPU"):
         local_device(first, World(2, 2, 4))
+
+
+def test_a_rank_that_has_read_other_files_is_refused(tmp_path, monkeypatch):
+    """Another machine's, or a checkpoint that a run has replaced since: the ranks would train different models."""
+    run(tmp_path / "out", max_iters=2)
+    monkeypatch.setattr(World, "from_master", lambda self, *values: [value + 1 for value in values])
+    for go, got in ((resume, "init_from=resume: got a checkpoint of iteration 2"), (run, "tokens, CRC")):
+        assert re.search(f"^rank 0: .*{got}.*, other than rank 0", refusal(go, tmp_path / "out"))
 
 
 @pytest.mark.parametrize(("command", "work"), [(train_command, "decide"), (bench_command, "variants")])
@@ -253,7 +262,7 @@ def test_what_ranks_tell_each_other_and_what_each_holds_of_a_sharded_model(here)
         with process_group(world, "auto", steps.CPU):
             told = [world.agree(value) for value in (0, 2 * world.rank, 0, 1 - world.rank, 0)]
             assert told == [0, 0, 2, 0, 1], told
-            assert world.from_master(7 + world.rank) == 7
+            assert world.from_master(7 + world.rank, 0.1 - world.rank) == [7, 0.1]
 
             model = steps.small_model(dtype=torch.bfloat16, n_layer=2, vocab_size=32)
             share_out(model, world, steps.CPU)
@@ -312,6 +321,31 @@ def test_a_rank_that_dies_or_fails_costs_the_others_one_line(here, monkeypatch, 
     assert finish(ranks[1])[1].count("it was cut short under the run") == fails
     assert ranks[0].returncode == 1
     assert re.fullmatch(r"error: rank 0: another rank has ended[^\n]*\n", err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lacks", "status"), [("ckpt-best.pt", 0), ("ckpt.pt", 2)])
+def test_a_machine_that_has_not_all_of_rank_0s_files(here, monkeypatch, lacks, status):
+    """Without the best checkpoint it goes on as rank 0 does. Another latest one is refused."""
+    settings = dict(eval_interval=2, always_save_checkpoint=False)
+    run(here / "0" / "out", max_iters=4, warmup_iters=0, lr_decay_iters=3, min_lr=0.0, **settings)
+    worse = dict(learning_rate=0.5, decay_lr=False, max_iters=100)
+    resume(here / "0" / "out", at={2: send(signal.SIGINT)}, **worse)
+    shutil.copytree(here / "0", here / "1")
+    best = here / "1" / "out" / "ckpt-best.pt"
+    os.replace(best, best.with_name("ckpt.pt") if lacks == "ckpt.pt" else here / "elsewhere.pt")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    ranks = []
+    for rank in ("0", "1"):
+        place(monkeypatch, rank, "0", "2")
+        monkeypatch.chdir(here / rank)
+        ranks.append(start(1, "-m", "train", "--init_from=resume", "--max_iters=12", "--out_dir=out"))
+    said = [finish(rank) for rank in ranks]
+    assert ranks[1].returncode == status, said
+    assert ("got a checkpoint of iteration 4, other than rank 0" in said[1][1]) == bool(status)
+    assert ("iteration 7; best validation loss" in said[0][0]) == (not status)
 
 
 @pytest.mark.slow

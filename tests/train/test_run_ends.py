@@ -166,3 +166,17 @@ def test_without_locks_nothing_is_held(windows, tmp_path, monkeypatch):
         monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     with owned(tmp_path / "out"):
         assert run(tmp_path / "out", max_iters=2) == 0
+
+
+def test_without_locks_a_curve_that_is_drawn_leaves_a_save_alone(tmp_path, monkeypatch):
+    """`train.plot` writes into the folder that a run saves to. What a kill left is deleted a day later."""
+    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
+    (tmp_path / "loss.png").write_bytes(b"")
+    with files.staging_folder(tmp_path) as saving:
+        (saving / "ckpt.pt").write_bytes(b"half")
+        for hours, there in ((12, True), (48, False)):
+            for path in (saving / "ckpt.pt", saving):
+                os.utime(path, (0, time.time() - 3600 * hours))
+            with files.replacing(tmp_path / "loss.png") as file:
+                file.write(b"drawn")
+            assert saving.exists() == there
