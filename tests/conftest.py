@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -32,6 +33,14 @@ def compiler() -> None:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
     except Exception as error:
         pytest.skip(f"torch.compile does not work on this machine: {str(error).strip().splitlines()[0]}")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """Each test compiles anew: after eight variants of a function in one process Dynamo leaves it eager, with a warning
+    only, and a later test would compare eager code with eager code."""
+    if "torch._dynamo" in sys.modules:  # importing it takes a second
+        torch.compiler.reset()
 
 
 @pytest.fixture

@@ -76,7 +76,6 @@ def test_compiled_without_a_break_it_is_the_same(
     if backend == "inductor":
         request.getfixturevalue("compiler")
     inputs = case.make_inputs(case.shapes[0], case.dtypes[-1], device)
-    torch.compiler.reset()
     compiled = torch.compile(case.fused, fullgraph=True, backend=backend)
     eager, got = outputs_and_gradients(case.fused, inputs), outputs_and_gradients(compiled, inputs)
     assert not disagreement(got, eager, eager)

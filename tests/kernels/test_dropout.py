@@ -65,7 +65,6 @@ def test_what_drops_is_what_the_seed_says(
 
 def test_compiled_it_draws_a_new_mask_for_each_call_and_the_same_one_backward(device: torch.device) -> None:
     x, residual = (torch.ones(8, 64, device=device, requires_grad=True) for _ in range(2))
-    torch.compiler.reset()
     compiled = torch.compile(add_layer_norm, fullgraph=True, backend="aot_eager_decomp_partition")
     streams = []
     for _ in range(2):

@@ -122,7 +122,6 @@ def test_captured_in_a_graph_and_compiled(case: Case) -> None:
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
-    torch.compiler.reset()
     compiled = torch.compile(case.fused, fullgraph=True)
     eager, by_inductor = outputs_and_gradients(case.fused, inputs), outputs_and_gradients(compiled, inputs)
     assert not disagreement(by_inductor, eager, eager)

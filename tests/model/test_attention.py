@@ -141,7 +141,6 @@ def test_sampling_needs_no_backend_that_this_machine_lacks(monkeypatch: pytest.M
 @pytest.mark.slow
 def test_a_compiled_model_breaks_around_a_backend_that_the_compiler_does_not_know() -> None:
     """Once for all layers."""
-    torch._dynamo.reset()
     eager, net = (make(attention="fa4", n_layer=12) for _ in range(2))
     pair = batch(net)
     run = torch.compile(net, backend="aot_eager")

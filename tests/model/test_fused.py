@@ -53,7 +53,6 @@ def test_same_loss_and_gradients(dtype: torch.dtype, bias: bool, gelu: str, monk
 
 @pytest.mark.slow
 def test_compiled_whole_it_is_the_same(compiler: None) -> None:
-    torch.compiler.reset()
     model = made(FUSED)
     eager, compiled = (loss_and_gradients(model, run) for run in (None, torch.compile(model, fullgraph=True)))
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)

@@ -20,7 +20,6 @@ CPU = torch.device("cpu")
 
 @pytest.mark.slow
 def test_without_a_compiler_the_run_goes_on_in_eager_mode():
-    torch._dynamo.reset()  # forgets what other tests compiled
     model, lines = small_model(), []
     with fresh_cache(), inductor_config.patch({"cpp.cxx": (None, "/no/such/compiler")}):
         chosen = model_to_train(model, CONFIG, CPU, lines.append)
@@ -33,7 +32,6 @@ def test_without_a_compiler_the_run_goes_on_in_eager_mode():
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_compiled_is_compiled_with_the_same_dropout():
-    torch._dynamo.reset()
     model, lines = small_model(dropout=0.5), []
     chosen = model_to_train(model, CONFIG, CPU, lines.append)
     assert chosen is not model
@@ -47,8 +45,19 @@ def test_compiled_is_compiled_with_the_same_dropout():
     torch.testing.assert_close(*losses)
 
 
+@pytest.mark.parametrize("dimensions", range(1, 10))
+def test_a_test_compiles_whatever_others_compiled_before_it(dimensions: int) -> None:
+    """Of one function Dynamo compiles eight variants in a process; a ninth is eager, here and in the tests on a GPU."""
+    counters.clear()
+    torch.compile(plus_one, backend="eager")(torch.zeros([2] * dimensions))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def plus_one(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
 def test_in_parts_two_blocks_are_compiled_whatever_the_depth():
-    torch._dynamo.reset()
     counters.clear()
     model, idx = small_model(dropout=0.5, n_layer=4), torch.randint(11, (2, 8))
     results = []
@@ -73,7 +82,6 @@ def test_nothing_is_compiled_again_after_the_warm_up(in_parts, graphs, tmp_path,
     """The warm-up makes the graphs of training and evaluation. Nothing later makes one, not even the sample of text. In
     parts: the embedding, the only block, the last LayerNorm, the loss."""
     monkeypatch.setattr("train.compile.in_parts", lambda device, sharded: in_parts)
-    torch._dynamo.reset()
     counters.clear()
     seen = []
 
@@ -91,7 +99,6 @@ def test_memory_that_runs_out_is_not_taken_for_a_missing_compiler():
         def forward(self, idx: torch.Tensor, targets: torch.Tensor, dloss: torch.Tensor) -> None:
             raise torch.OutOfMemoryError("no memory left")
 
-    torch._dynamo.reset()
     with pytest.raises(torch.OutOfMemoryError):
         model_to_train(Hungry(), CONFIG, CPU, lambda line: None)
 

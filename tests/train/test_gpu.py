@@ -96,7 +96,6 @@ def assert_replayed(
     eager = steps.make(ops, device=CUDA, **settings)
     captured = steps.make(ops, device=CUDA, recompute=recompute, **settings)
     if compile:
-        torch.compiler.reset()
         eager.model, captured.model = compiled(eager.model), compiled(captured.model)
     for step in (eager, captured):
         steps.train(step, accumulation, 2, CUDA, size)
