@@ -255,6 +255,11 @@ def floors(timeline: Timeline, job: Job, rates: tuple[float, float]) -> Counter[
 
 def report(timeline: Timeline, steps: int, job: Job, rates: tuple[float, float]) -> str:
     """The table as text: the rows that took time or must. Their seconds add up to those of a step, by the wall."""
+    if timeline.rows[IDLE] == timeline.wall:
+        return (
+            "profile: no table: the profiler saw nothing run; on a GPU it needs CUPTI, which may lack a permission or "
+            "serve another profiler"
+        )
     wall, least = timeline.wall / 1e6 / steps, floors(timeline, job, rates)
     ceilings = f"{rates[0] / 1e12:.4g} TFLOP/s in a matmul, {rates[1] / 1e9:.4g} GB/s in a copy"
     lines = [

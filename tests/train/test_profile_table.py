@@ -164,6 +164,14 @@ def test_floors_stand_in_the_rows_that_do_their_work() -> None:
     assert not {*GELU, OTHER} & {*found}
 
 
+def test_without_a_kernel_there_is_no_table_of_idle_time() -> None:
+    """CUPTI did not start: torch's profiler then sees the host only."""
+    timeline = read(
+        event("aten::mm", 110, 10, cat="cpu_op"), event("cudaGraphLaunch", 112, 3, "cuda_runtime"), cuda=True
+    )
+    assert profile.report(timeline, 5, JOB, RATES).startswith("profile: no table: the profiler saw nothing run")
+
+
 def test_the_report() -> None:
     rows = {"matmuls": 30_000.0, OTHER: 5_000.0, IDLE: 15_000.0}
     names = {("matmuls", "nvjet"): 30_000.0, (OTHER, "mystery"): 4_000.0, (OTHER, "x" * 100): 1_000.0}
