@@ -220,8 +220,9 @@ def _offer(path: Path) -> str:
                 moves = [("mv", path, unused(path.parent, f"{path.name}.damaged"))] * path.exists()
                 if path.name != BEST:  # the best one is looked for in ckpt.pt too
                     moves.append(("cp", other, path))
-                command = " && ".join(" ".join(map(quoted, move)) for move in moves)
-                return f"; {other.name}, of iteration {iteration}, is whole: `{command}`, then try again"
+                commands = [" ".join(map(quoted, move)) for move in moves]
+                how = f"`{' && '.join(commands)}`, then try again" if commands else "try again"
+                return f"; {other.name}, of iteration {iteration}, is whole: {how}"
     for earlier in sorted(path.parent.glob(f"{_EARLIER}*/{LATEST}"), reverse=True):
         if found := held(earlier):
             return f"; an earlier run, of iteration {found.iter_num}, is there: --out_dir={quoted(earlier.parent)}"

@@ -124,8 +124,19 @@ def staging_folder(folder: Path) -> Iterator[Path]:
         with suppress(OSError), _locked(path) as locked:
             if locked or time.time() - max(os.stat(inside).st_mtime for inside in (path, *path.iterdir())) > DAY:
                 shutil.rmtree(path)
-    with tempfile.TemporaryDirectory(prefix=".staging-", dir=folder) as path, _locked(Path(path)):
-        yield Path(path)
+    with ExitStack() as held:
+        yield _staged(folder, held)
+
+
+def _staged(folder: Path, held: ExitStack) -> Path:
+    """A new temporary folder, locked, both until `held` ends. If another process, before the lock, takes it for one
+    that was left, there is another one."""
+    while True:
+        path = Path(held.enter_context(tempfile.TemporaryDirectory(prefix=".staging-", dir=folder)))
+        with suppress(BlockingIOError, FileNotFoundError):
+            held.enter_context(_locked(path))
+            if path.exists():
+                return path
 
 
 @contextmanager

@@ -246,3 +246,9 @@ def test_a_damaged_best_is_not_read_and_the_offer_works(tmp_path):
     best.write_bytes(content.replace(torch.ones(256).numpy().tobytes(), bytes(1024)))  # a tensor; all else is whole
     assert "; ckpt.pt, of iteration 2, is whole: `mv" in follow(refusal(best))
     assert checkpoint.load(checkpoint.best_of(tmp_path))["iter_num"] == 2
+
+
+def test_a_best_that_a_run_deletes_before_it_is_read(tmp_path):
+    """Its latest one has just become the best. There is nothing to move then."""
+    checkpoint.save(tmp_path, make_checkpoint(2, best_iter=2), keep=1)
+    assert refusal(tmp_path / "ckpt-best.pt").endswith("; ckpt.pt, of iteration 2, is whole: try again")

@@ -8,6 +8,8 @@ import runpy
 import signal
 import sys
 import time
+from contextlib import ExitStack
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -180,3 +182,23 @@ def test_without_locks_a_curve_that_is_drawn_leaves_a_save_alone(tmp_path, monke
             with files.replacing(tmp_path / "loss.png") as file:
                 file.write(b"drawn")
             assert saving.exists() == there
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_folder_that_another_process_takes_for_an_old_one_is_made_again(tmp_path, monkeypatch, held):
+    """Two programs write into one folder. The first one cleans up just when the second has made its own."""
+    make, made = files.tempfile.mkdtemp, []
+
+    def taken(*args, **kwargs):
+        made.append(make(*args, **kwargs))
+        if len(made) == 1 and held:
+            other.enter_context(files._locked(Path(made[0])))
+        elif len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", taken)
+    with ExitStack() as other, files.replacing(tmp_path / "loss.png") as file:
+        file.write(b"drawn")
+    assert len(made) == 2
+    assert os.listdir(tmp_path) == ["loss.png"]
