@@ -47,7 +47,7 @@ class SampleConfig:
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="system")
     dtype: str = setting("auto", "of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
-    compile: bool = setting(False, "torch.compile the model: slow to start, then faster")
+    compile: bool = setting(False, "torch.compile the model: slow to start")
 
 
 def load_model(config: SampleConfig, dtype: torch.dtype) -> tuple[GPT, Tokenizer, str]:
