@@ -131,6 +131,7 @@ HUGE, NESTED = (1 << 60).to_bytes(8, "little"), b"\x80\x02}N"
         ('{"vocab_size": 50, "val_tokens": -3}', "val_tokens"),
         ('{"vocab_size": 2, "tokenizer": "char", "chars": ["a", "a"]}', "distinct single characters"),
         ('{"vocab_size": 2, "tokenizer": "char", "chars": ["a", "b", "c"]}', "chars has 3 characters"),
+        ('{"vocab_size": 2, "tokenizer": "char", "chars": ["ab", "c"]}', "distinct single characters"),
         ('{"vocab_size": 50, "checksums": {"bytes": 2, "train": [], "val": []}}', "checksums.bytes"),
     ],
     ids=lambda value: repr(value)[:40],
