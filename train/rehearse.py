@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels import REFERENCE, Ops, too_wide
+from kernels import REFERENCE, Ops, select, too_wide
 from model.work import ATTAINED, POOR, Shares, Work, duration, flops_per_token, mfu, num_params
 from train.choices import has_fused_matmul
 from train.config import TrainConfig
@@ -93,15 +93,17 @@ def _ops(kernels: str, width: int) -> tuple[Ops, str]:
     if kernels == "reference":
         return REFERENCE, "the reference has none of its own"
     try:
-        from kernels import FUSED
         from kernels.launch import INTERPRETED
     except ImportError as error:
         return REFERENCE, f"Triton is not installed here ({error}); what follows is counted with the reference kernels"
-    if reason := too_wide(width):
-        if kernels == "fused":
-            raise UserError(f"kernels: got fused, expected reference or auto: {reason}")
-        return REFERENCE, f"the run would take the reference's, without a kernel of its own: {reason}"
-    return FUSED, "TRITON_INTERPRET is set, the interpreter takes the compiler's place" if INTERPRETED else ""
+    reason = too_wide(width)
+    try:
+        ops = select(kernels, torch.device("cuda"), lambda device: reason)
+    except ValueError as error:
+        raise UserError(f"kernels: {error}") from None
+    if reason:
+        return ops, f"the run would take the reference's, without a kernel of its own: {reason}"
+    return ops, "TRITON_INTERPRET is set, the interpreter takes the compiler's place" if INTERPRETED else ""
 
 
 def _launches(run: DryRun, job: Job) -> Iterator[str]:
