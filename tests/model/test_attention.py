@@ -81,7 +81,7 @@ def test_on_a_cpu_the_formula_with_the_mask_that_was_drawn(dtype: torch.dtype, T
     torch.manual_seed(5)
     y = cpu.attention(packed, p).flatten(2)
     torch.manual_seed(5)
-    keep, scale = cpu.random_mask(packed, p, (2, H, T, T))
+    keep, scale = cpu.random_mask(packed, p, (2, H, T, T))  # the bits of attention's mask, as numbers
     dqkv = torch.autograd.grad(y, qkv, dy)[0]
     for ours, exact in zip((y, dqkv), truth(qkv, dy, keep.double() * scale), strict=True):
         assert ours.dtype == dtype
