@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.fused.gelu import check_form, gelu_backward, gelu_forward
-from kernels.fused.linear import put_product, put_row_sum
+from kernels.fused.linear import put_product, put_row_sum, store
 from kernels.fused.matmul import BACKWARD_TILES, FORWARD_TILES, Tiles, linear_gelu, linear_gelu_backward, tiles_for
 from kernels.launch import check, custom_op, device_of, refusal, rows
 from kernels.reference import Grads
@@ -76,17 +76,34 @@ def _mlp(
     return (y, act, pre) if keep else (y, y.new_empty(0), y.new_empty(0))
 
 
-@custom_op("nanofuse::mlp_dpre")
+@custom_op("nanofuse::mlp_dpre", mutates_args=("into",))
 def _mlp_dpre(
-    dy: Tensor, proj_weight: Tensor, pre: Tensor, approximate: str, wants_dbias: bool, backward_tiles: int
+    dy: Tensor,
+    proj_weight: Tensor,
+    pre: Tensor,
+    approximate: str,
+    wants_dbias: bool,
+    backward_tiles: int,
+    into: Tensor,
+    accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dpre, float32 rows whose sum is the gradient of fc_bias; none unless they are wanted)."""
+    """(dpre, the gradient of fc_bias, empty if it is not wanted or put into `into`). `into` may be empty: torch 2.11
+    takes no None for what is written to.
+
+    The device decides how many partial rows a kernel writes. They are summed here, because torch.compile must know the
+    shapes of results without the device.
+    """
     if tiles := _tiles("backward_tiles", backward_tiles, BACKWARD_TILES, dy):
         dpre, partials = linear_gelu_backward(rows(dy), rows(proj_weight), pre, approximate, wants_dbias, tiles)
     else:
         dpre = dy @ proj_weight  # the gradient of act, until the kernel overwrites it
         partials = gelu_backward(dpre, pre, approximate, dpre, wants_dbias)
-    return dpre, dpre.new_empty(0) if partials is None else partials
+    if partials is None:
+        return dpre, dpre.new_empty(0)
+    if into.numel() == 0:
+        return dpre, partials.sum(0).to(dpre.dtype)
+    store(into, partials.sum(0), accumulate)
+    return dpre, dpre.new_empty(0)
 
 
 def _save_mlp(ctx, inputs, output):
@@ -99,18 +116,18 @@ def _differentiate_mlp(ctx, dy, _dact, _dpre):
     x, fc_weight, proj_weight, act, pre, dfc_weight, dfc_bias, dproj_weight, dproj_bias = ctx.saved_tensors
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = ctx.needs_input_grad[:5]
     if need_x or need_fc_weight or need_fc_bias:
-        dpre, partials = _mlp_dpre(dy, proj_weight, pre, ctx.approximate, need_fc_bias, ctx.tiles)
+        into = dy.new_empty(0) if dfc_bias is None else dfc_bias
+        dpre, dbias = _mlp_dpre(dy, proj_weight, pre, ctx.approximate, need_fc_bias, ctx.tiles, into, ctx.accumulate)
     if dfc_weight is not None:
         put_product(dfc_weight, dpre, x, ctx.accumulate)
         put_product(dproj_weight, dy, act, ctx.accumulate)
-        if dfc_bias is not None:
-            put_row_sum(dfc_bias, partials, ctx.accumulate)
+        if dproj_bias is not None:
             put_row_sum(dproj_bias, dy, ctx.accumulate)
         return dpre @ fc_weight if need_x else None, *(None,) * 13
     return (
         dpre @ fc_weight if need_x else None,
         dpre.t() @ x if need_fc_weight else None,
-        partials.sum(0).to(dy.dtype) if need_fc_bias else None,
+        dbias if need_fc_bias else None,
         dy.t() @ act if need_proj_weight else None,
         dy.sum(0) if need_proj_bias else None,
         *(None,) * 9,
