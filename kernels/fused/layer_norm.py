@@ -199,13 +199,14 @@ def _add_layer_norm(
     returns_stream: bool,
     partials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(residual', y, mean, rstd) of x, residual (M, C) with unit last stride. residual' is empty unless it is asked
-    for; with x it must be.
+    """(residual', y, mean, rstd) of x, residual (..., C). residual' is empty unless it is asked for; with x it must be.
 
     partials: only for the backward pass.
     """
+    stream = residual.new_empty(residual.shape if returns_stream else 0)
+    y = residual.new_empty(residual.shape, dtype=dtype)
+    x, residual = None if x is None else rows(x), rows(residual)
     M, C = residual.shape
-    stream, y = residual.new_empty(M if returns_stream else 0, C), residual.new_empty(M, C, dtype=dtype)
     mean, rstd = (residual.new_empty(M, dtype=torch.float32) for _ in range(2))
     BLOCK_M, BLOCK_N, num_warps = _block(C)
     args = dict(
@@ -232,19 +233,20 @@ def _add_layer_norm_backward(
     has_bias: bool,
     partials: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dresidual, dx, the gradients of weight and bias) of dy, dstream, stream (M, C) with unit last stride.
+    """(dresidual, dx, the gradients of weight and bias) of dy, dstream, stream (..., C).
 
     dx is empty if dx_dtype is None. partials (1 or with a bias 2, P, C) float32: what gets the partial rows of all P
     programs; then the last result is empty. If it is empty (torch 2.11 takes no None for what is written to), as many
     programs run as have work and fit, and the rows are summed: (1 or with a bias 2, C).
     """
+    dresidual, dx = stream.new_empty(stream.shape), dy.new_empty(dy.shape if dx_dtype else 0, dtype=dx_dtype)
+    dy, stream, dstream = rows(dy), rows(stream), None if dstream is None else rows(dstream)
     M, C = dy.shape
     BLOCK_M, BLOCK_N, num_warps = _block(C)
     tiles, given = triton.cdiv(M, BLOCK_M), partials.numel() > 0
     if not given:
         partials = dy.new_empty(1 + has_bias, min(tiles, partial_rows(C, dy.device)), C, dtype=torch.float32)
     (_, P, _), (dweight, *dbias) = partials.shape, partials
-    dresidual, dx = stream.new_empty(M, C), dy.new_empty(M if dx_dtype else 0, C, dtype=dx_dtype)
     args = dict(
         dy_ptr=dy, dstream_ptr=dstream, stream_ptr=stream, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
         **dropout_args(seed, p), dresidual_ptr=dresidual, dx_ptr=dx if dx_dtype else None,
@@ -267,8 +269,8 @@ def _save_add_layer_norm(ctx, inputs, output):
 
 def _differentiate_add_layer_norm(ctx, dstream, dy, dmean, drstd):
     stream, weight, mean, rstd, seed, partials = ctx.saved_tensors
-    dy = torch.zeros_like(stream) if dy is None else rows(dy)
-    dstream = rows(dstream) if dstream is not None and ctx.returns_stream else None
+    dy = torch.zeros_like(stream) if dy is None else dy
+    dstream = dstream if ctx.returns_stream else None
     same = ctx.x_dtype == stream.dtype and seed is None  # then dx is dresidual: written once
     dx_dtype = None if same else ctx.x_dtype
     into = dy.new_empty(0, dtype=torch.float32) if partials is None else partials
@@ -317,8 +319,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     ValueError for what cannot be served.
     """
     _check("x", x, weight, bias, dtype)
-    _, y, _, _ = _add_layer_norm(None, rows(x), weight.contiguous(), packed(bias), None, 0.0, dtype, False)
-    return y.view(x.shape)
+    return _add_layer_norm(None, x, weight.contiguous(), packed(bias), None, 0.0, dtype, False)[1]
 
 
 def add_layer_norm(
@@ -343,10 +344,10 @@ def add_layer_norm(
     """
     _check("residual", residual, weight, bias, dtype)
     check("x", x, residual.shape, on=residual)
-    x, seed = (None, None) if x is None else (rows(x), seed_for(x, p, seed))
+    seed = None if x is None else seed_for(x, p, seed)
     partials = None if grads is None else grads.weight
     new_stream = x is not None or (torch.is_grad_enabled() and residual.requires_grad)
     stream, y, _, _ = _add_layer_norm(
-        x, rows(residual), weight.contiguous(), packed(bias), seed, p, dtype, new_stream, partials
+        x, residual, weight.contiguous(), packed(bias), seed, p, dtype, new_stream, partials
     )
-    return stream.view(residual.shape) if new_stream else residual, y.view(residual.shape)
+    return stream if new_stream else residual, y

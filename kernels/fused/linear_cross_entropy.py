@@ -51,32 +51,33 @@ def _linear_cross_entropy(
     targets: Tensor,
     ignore_index: int,
     chunk_rows: int,
-    wanted: bool,
+    wants_dx: bool,
+    wants_dweight: bool,
     dloss: Tensor | None = None,
     into: Tensor | None = None,
     accumulate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, how many rows count, and of the gradients, if they are wanted, what the backward pass finishes).
+    """(loss, how many rows count, and of the gradients that are wanted what the backward pass finishes).
 
     That is, of all rows at once, dlogits (M, padded(V)); in chunks, dx and a float32 dweight. The others are empty.
     They are gradients of dloss * loss, or without dloss of the summed row losses. into, accumulate: only for the
     backward pass.
     """
     (M, C), V = x.shape, weight.shape[0]
-    chunked = chunk_rows > 0
+    chunked, wanted = chunk_rows > 0, wants_dx or wants_dweight
     size = min(chunk_rows, M) if chunked else M
     logits, losses, count = x.new_empty(size, padded(V)), room_for_losses(x, M), counted(targets, ignore_index)
-    multiplies = wanted and chunked
-    dx, dweight = x.new_empty(M if multiplies else 0, C), x.new_empty(V if multiplies else 0, C, dtype=torch.float32)
-    if multiplies:
-        dweight.zero_()
-    for start in range(0, M, max(size, 1)) if chunked else (0,):
+    dx = x.new_empty(M if chunked and wants_dx else 0, C)
+    dweight = x.new_zeros(V if chunked and wants_dweight else 0, C, dtype=torch.float32)
+    # one chunk is enough where torch.compile asks for shapes only: counting them, it would compile for one M alone
+    for start in range(0, M, max(size, 1)) if chunked and isinstance(M, int) else (0,):
         chunk = slice(start, start + size)
         part = logits[: M - start]
         torch.mm(x[chunk], weight.t(), out=part[:, :V])
         row_losses(part, V, targets[chunk], ignore_index, count, losses[chunk], dloss, part if wanted else None)
-        if multiplies:
+        if chunked and wants_dx:
             torch.mm(part[:, :V], weight, out=dx[chunk])
+        if chunked and wants_dweight:
             put_product(dweight, part[:, :V], x[chunk], True)
     dlogits = logits if wanted and not chunked else x.new_empty(0, padded(V))
     return losses.sum(), count, dlogits, dx, dweight
@@ -86,6 +87,7 @@ def _linear_cross_entropy(
 def _linear_cross_entropy_backward(
     dloss: Tensor,
     known: bool,
+    wants_dx: bool,
     count: Tensor,
     dlogits: Tensor,
     dx: Tensor,
@@ -95,42 +97,45 @@ def _linear_cross_entropy_backward(
     into: Tensor,
     accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dweight), in x's dtype; the latter is empty where it is put into `into`: unless that is empty, since torch
-    2.11 takes no None for what is written to.
+    """(dx, dweight), in x's dtype, each empty where it is not wanted; the latter also where it is put into `into`:
+    unless that is empty, since torch 2.11 takes no None for what is written to.
 
-    x and weight are None if dx and dweight are only to be scaled. known: the gradients are scaled already,
-    and dloss is not read. It is an argument all the same: where nothing in a backward pass depends on the loss's
-    gradient, torch.compile computes all of it in the forward pass.
+    x is None if dweight is not wanted. x and weight are None if dx and dweight are only to be scaled. known: the
+    gradients are scaled already, and dloss is not read. It is an argument all the same: where nothing in a backward
+    pass depends on the loss's gradient, torch.compile computes all of it in the forward pass.
     """
     put = into.numel() > 0
     scale = None if known else dloss / count.clamp_min(1.0)
-    if x is None or weight is None:
+    if weight is None:
         if put:
             store(into, dweight if scale is None else dweight * scale, accumulate)
             dweight = dweight[:0]
         return scaled(dx, scale, torch.empty_like(dx)), scaled(dweight, scale, dx.new_empty(dweight.shape))
     dlogits = dlogits[:, : weight.shape[0]]
-    dx = torch.mm(dlogits, weight)
-    if scale is not None:
-        scaled(dx, scale, dx)
-        x = scaled(x, scale, x.new_empty(x.shape))
-    dweight = weight.new_empty(0 if put else weight.shape[0], weight.shape[1])
-    put_product(into if put else dweight, dlogits, x, put and accumulate)
+    dx, dweight = weight.new_empty(0), weight.new_empty(0)
+    if wants_dx:
+        dx = torch.mm(dlogits, weight)
+        dx = dx if scale is None else scaled(dx, scale, dx)
+    if x is not None:
+        x = x if scale is None else scaled(x, scale, x.new_empty(x.shape))
+        dweight = dweight if put else weight.new_empty(weight.shape)
+        put_product(into if put else dweight, dlogits, x, put and accumulate)
     return dx, dweight
 
 
 def _save_linear_cross_entropy(ctx, inputs, output):
-    x, weight, _, _, chunk_rows, _, dloss, into, ctx.accumulate = inputs
+    x, weight, _, _, chunk_rows, ctx.wants_dx, wants_dweight, dloss, into, ctx.accumulate = inputs
     ctx.set_materialize_grads(False)  # as for `cross_entropy`
     ctx.known = dloss is not None
-    ctx.save_for_backward(*output[1:], *((None, None) if chunk_rows else (x, weight)), into)
+    read = (None, None) if chunk_rows else (x if wants_dweight else None, weight)
+    ctx.save_for_backward(*output[1:], *read, into)
 
 
 def _differentiate_linear_cross_entropy(ctx, dloss, *_):
     *saved, into = ctx.saved_tensors
     place = dloss.new_empty(0) if into is None else into
-    dx, dweight = _linear_cross_entropy_backward(dloss, ctx.known, *saved, place, ctx.accumulate)
-    return dx, dweight if into is None else None, *(None,) * 7
+    dx, dweight = _linear_cross_entropy_backward(dloss, ctx.known, ctx.wants_dx, *saved, place, ctx.accumulate)
+    return dx, dweight if into is None else None, *(None,) * 8
 
 
 _linear_cross_entropy.register_autograd(_differentiate_linear_cross_entropy, setup_context=_save_linear_cross_entropy)
@@ -150,8 +155,8 @@ def linear_cross_entropy(
 
     x (..., C) and weight (V, C) of one dtype, float32, bfloat16 or float16, targets (...) int64. `chunk_rows`: how many
     rows' logits exist at a time, 0 for all of them; 4096 or more keep the matmuls fast. Returns a float32 scalar, and
-    None for the logits. Where nothing is to be differentiated, no gradient is computed. Targets outside the vocabulary
-    as in `cross_entropy`. ValueError for what cannot be served.
+    None for the logits. A gradient that nothing asks for is not computed. Targets outside the vocabulary as in
+    `cross_entropy`. ValueError for what cannot be served.
 
     dloss: () float32, the gradient of the loss that the backward pass will be given (`loss.backward(dloss)`), if it is
     known already: it is taken into the gradient while that is written, and the one that comes later is not read. grads:
@@ -162,8 +167,11 @@ def linear_cross_entropy(
     check("targets", targets, x.shape[:-1], torch.int64, on=x)
     if chunk_rows < 0:
         raise refusal("chunk_rows", chunk_rows, "0 (all) or more")
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    x, targets = rows(x), targets.reshape(-1).contiguous()  # a view of targets may have any stride
     into, accumulate = (None, False) if grads is None else (grads.weight, grads.accumulate)
-    loss, *_ = _linear_cross_entropy(x, weight, targets, ignore_index, chunk_rows, wanted, dloss, into, accumulate)
+    wants_dx = torch.is_grad_enabled() and x.requires_grad
+    wants_dweight = torch.is_grad_enabled() and (weight.requires_grad or into is not None)
+    x, targets = rows(x), targets.reshape(-1).contiguous()  # a view of targets may have any stride
+    loss, *_ = _linear_cross_entropy(
+        x, weight, targets, ignore_index, chunk_rows, wants_dx, wants_dweight, dloss, into, accumulate
+    )
     return loss, None

@@ -45,6 +45,30 @@ def test_scaled_losses_ignored_targets_and_gradients_that_nobody_wants(
     assert not fault(fused_loss, plain_loss, inputs)
 
 
+@CHUNKS
+def test_a_frozen_tensors_gradient_costs_no_product(chunk_rows: int, device: torch.device) -> None:
+    x, weight = torch.randn(8, 24, device=device), torch.randn(65, 24, device=device)
+    products = []
+    for needs in ((True, False), (False, True), (True, True)):
+        x, weight = x.detach().requires_grad_(needs[0]), weight.detach().requires_grad_(needs[1])
+        with torch.autograd.profiler.profile() as profile:
+            linear_cross_entropy(x, weight, torch.arange(8, device=device), chunk_rows=chunk_rows)[0].backward()
+        names = [event.name for event in profile.function_events]
+        products.append(names.count("aten::mm") + names.count("aten::addmm_"))
+    chunks = 2 if chunk_rows else 1
+    assert products == [2 * chunks, 2 * chunks, 3 * chunks]
+
+
+@CHUNKS
+def test_compiled_for_any_number_of_rows(chunk_rows: int, device: torch.device) -> None:
+    inputs = {"x": torch.randn(9, 24, device=device), "targets": torch.arange(9, device=device)}
+    for tensor in inputs.values():
+        torch._dynamo.mark_dynamic(tensor, 0)  # an error where it is compiled for these 9 alone
+    inputs |= {"weight": torch.randn(65, 24, device=device), "chunk_rows": chunk_rows}
+    compiled = torch.compile(fused_loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**inputs), fused_loss(**inputs))
+
+
 def test_rows_beyond_32_bits_in_place(device: torch.device) -> None:
     """Rows 2^30 elements apart, the gradient over the logits."""
     near = torch.randn(3, 40, dtype=torch.float16, device=device, requires_grad=True)

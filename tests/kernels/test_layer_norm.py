@@ -16,6 +16,18 @@ def test_one_output_may_go_unused(used: int, device: torch.device) -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_two_leaves_gradients_that_are_equal_are_summed_apart(device: torch.device) -> None:
+    """The kernel writes them once. Had autograd been given views of that memory, the second sum would hold a third."""
+    x, residual = (torch.randn(2, 3, 48, device=device, requires_grad=True) for _ in range(2))
+    weight, gradients = torch.randn(48, device=device), []
+    for function in (add_layer_norm, reference.add_layer_norm):
+        x.grad = residual.grad = None
+        for _ in range(2):
+            function(x, residual, weight, None, torch.float32)[1].square().sum().backward()
+        gradients.append((x.grad, residual.grad))
+    torch.testing.assert_close(*gradients)
+
+
 def test_values_that_are_no_numbers_stay_in_their_row_and_a_mean_far_from_zero_costs_little(
     device: torch.device,
 ) -> None:
