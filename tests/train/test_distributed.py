@@ -243,6 +243,7 @@ def test_shares_compiled_in_bfloat16(here, compiler):
             for (n, name), value in numbers("one", kind).items()
         }
         assert numbers("two", kind) == alike
+    assert {weight.dtype for weight in last(here / "two")["model"].values()} == {torch.float32}
 
 
 @pytest.mark.slow
