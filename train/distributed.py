@@ -128,7 +128,8 @@ def process_group(world: World, backend: str, device: torch.device) -> Iterator[
     try:
         dist.init_process_group("gloo" if device.type != "cuda" else f"cpu:gloo,cuda:{gpu}")
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"backend: {backend!r} could not join {world.size} ranks: {error}") from error
+        told = "if they are on several machines, GLOO_SOCKET_IFNAME must name the network card that joins these"
+        raise UserError(f"backend: {backend!r} could not join {world.size} ranks: {error}; {told}") from error
     try:
         yield
         world.part()

@@ -110,9 +110,10 @@ def _launches(run: DryRun, job: Job) -> Iterator[str]:
     yield f"launches: {len(run.micro_step)} a micro-step, {len(run.update)} an update"
     small = sum(call.bytes < 2e6 for call in run.micro_step)
     step = job.accumulation * _bytes(run.micro_step) + _bytes(run.update)
+    without = "torch.compile" if job.shards == 1 else "torch.compile, FSDP's copies and torch's AdamW"
     yield (
         f"bytes: {amount(_bytes(run.micro_step))} a micro-step, {amount(_bytes(run.update))} an update, {amount(step)} "
-        f"a step; {small} launches of a micro-step move less than 2 MB; counted without torch.compile"
+        f"a step; {small} launches of a micro-step move less than 2 MB; counted without {without}"
     )
 
 

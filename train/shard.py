@@ -97,6 +97,7 @@ def whole(tree: Any, *, keep: bool) -> Any:
 
 def whole_model(model: GPT, *, keep: bool) -> dict[str, Tensor]:
     """A sharded model's state_dict, by `whole`. Every rank must call it. Tied weights stay one tensor."""
+    model.reshard()  # an evaluation leaves the embeddings and the last LayerNorm gathered, in the compute dtype
     parameters = whole({name: p.detach() for name, p in model.named_parameters()}, keep=keep)
     names = {p: name for name, p in model.named_parameters()}
     return {name: parameters[names[p]] for name, p in model.named_parameters(remove_duplicate=False)}

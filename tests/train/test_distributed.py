@@ -60,7 +60,7 @@ def test_ranks_that_cannot_meet(here, monkeypatch):
     place(monkeypatch, "0", "0", "2")
     for backend, message in (
         ("nccl", "backend: got 'nccl', expected auto or gloo on cpu"),
-        ("auto", r"backend: 'auto' could not join 2 ranks: .*MASTER_ADDR"),
+        ("auto", r"backend: 'auto' could not join 2 ranks: .*MASTER_ADDR.*; .*GLOO_SOCKET_IFNAME"),
     ):
         with pytest.raises(UserError, match=message), process_group(World(0, 0, 2), backend, CPU):
             pass
@@ -243,6 +243,7 @@ def test_shares_compiled_in_bfloat16(here, compiler):
             for (n, name), value in numbers("one", kind).items()
         }
         assert numbers("two", kind) == alike
+    assert {weight.dtype for weight in last(here / "two")["model"].values()} == {torch.float32}
 
 
 @pytest.mark.slow

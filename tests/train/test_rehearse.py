@@ -55,7 +55,9 @@ def test_gpt2_on_an_h100(rehearse, monkeypatch: pytest.MonkeyPatch) -> None:
     said = rehearse("gpt2", "--rehearse=h100")  # a rank has 5 of 40 micro-steps
     assert "4.7 GB an update, 161.5 GB a step" in said
     assert "nothing was measured, communication not counted" in said
-    assert "590.8 MB an update, 157.4 GB a step" in rehearse("gpt2", "--rehearse=h100", "--shard")  # an eighth
+    said = rehearse("gpt2", "--rehearse=h100", "--shard")
+    assert "590.8 MB an update, 157.4 GB a step" in said  # an eighth of an update
+    assert "; counted without torch.compile, FSDP's copies and torch's AdamW\n" in said
 
 
 def test_a_peak_that_is_set_is_the_mfus_alone(rehearse) -> None:
