@@ -230,9 +230,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     offers. UserError for others.
 
     bfloat16 runs on every CPU, slowly where the instructions are missing: good enough to try things out. float16 is
-    refused on a CPU: no faster there, and it costs loss scaling.
+    refused on a CPU: no faster there, and it costs loss scaling. Both are refused on mps: torch's causal attention lets
+    16-bit queries see later keys (pytorch #195910), and its AdamW makes updates that overflowed (pytorch #186360).
     """
-    offered = ["float32", "bfloat16", "float16"]  # mps
+    offered = ["float32"]  # mps
     if device.type == "cuda":
         # not torch.cuda.is_bf16_supported(): it counts emulation
         new = torch.cuda.get_device_capability(device) >= (8, 0)

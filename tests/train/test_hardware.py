@@ -83,7 +83,7 @@ def test_devices(cuda, monkeypatch, gpus, mac, named, refused, expected):
         ("cuda:0", False, "float16, float32", "bfloat16"),
         ("cpu", True, "bfloat16, float32", "float16"),
         ("cpu", False, "float32, bfloat16", "float16"),
-        ("mps", False, "float32, bfloat16, float16", "float64"),
+        ("mps", False, "float32", "bfloat16"),
     ],
 )
 def test_dtypes(cuda, monkeypatch, device, fast, offered, refused):
