@@ -16,6 +16,7 @@ from model import GPT, Precision
 from model.generate import generate
 from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint import best_of, load, named
+from train.compile import compile_module
 from train.data import checkpoint_tokenizer, weights_tokenizer
 from train.errors import UserError, first_line, one_line, quoted, run, safe, shown
 from train.hardware import device_name, resolve_device, resolve_dtype
@@ -79,8 +80,8 @@ def to_inference(model: GPT, device: torch.device) -> None:
 
 def try_compile(model: GPT, device: torch.device) -> nn.Module:
     """`model`, compiled for any number of tokens. If that fails: `model` itself, and a line on stderr says why."""
-    compiled = torch.compile(model, dynamic=True)
     try:
+        compiled = compile_module(model, device, dynamic=True)
         list(generate(compiled, torch.zeros(1, 2, dtype=torch.int64, device=device), 2, 0))
     except torch.OutOfMemoryError:
         raise

@@ -105,7 +105,7 @@ def test_casting_once_changes_nothing(dtype):
 def test_without_a_compiler_it_goes_on(run_dir, capsys, monkeypatch):
     expected, broken = samples(capsys), make_model()
     broken.forward = mock.Mock(side_effect=RuntimeError("\nno C++ compiler\nat all"))
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: broken)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: broken)
     main(["--device=cpu", "--num_samples=2", "--max_new_tokens=20", "--compile"])
     out, err = capsys.readouterr()
     assert out == "".join(text + "\n---------------\n" for text in expected)
