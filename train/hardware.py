@@ -8,6 +8,7 @@ not apply. A card that boosts over its rated clock can beat its data sheet by a 
 import ctypes
 import platform
 import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from train.errors import UserError
+from train.errors import UserError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -188,6 +189,9 @@ def _least_seconds(call: Callable[[], object], device: torch.device, budget: flo
 def use_device(device: torch.device) -> torch.device:
     """Make `device` the current one, and return it. On CUDA, let float32 matmuls run in TF32, as nanoGPT does.
 
+    UserError for a GPU that cannot be used: this torch has no kernels for it, it has no memory left, another process
+    has it for itself.
+
     Streams, graph captures and events belong to the current device, wherever their tensors lie: without this,
     `--device=cuda:1` captures an empty graph on device 0. TF32 is not set by
     `torch.backends.cuda.matmul.fp32_precision`: after it `torch.get_float32_matmul_precision()` raises, which Inductor
@@ -198,13 +202,24 @@ def use_device(device: torch.device) -> torch.device:
     `shakespeare_char`'s step on two cores.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+            torch.ones(1, device=device)  # launches a kernel
+        except RuntimeError as error:
+            raise UserError(f"device: {device} cannot be used: {first_line(error)}; --device=cpu runs") from None
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)  # never
     return device
+
+
+def unused_gpu() -> str:
+    """Why this machine's NVIDIA GPU cannot be used, if torch was built without CUDA. Else empty."""
+    if torch.version.cuda or torch.version.hip or shutil.which("nvidia-smi") is None:
+        return ""
+    return f"; torch {torch.__version__}, which was built without CUDA, cannot use this machine's NVIDIA GPU"
 
 
 def synchronize(device: torch.device) -> None:
@@ -221,7 +236,7 @@ def resolve_device(name: str) -> torch.device:
     devices += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     wanted = {"auto": devices[0], "cuda": "cuda:0"}.get(name, name)
     if wanted not in devices:
-        raise UserError(f"device: got {name!r}, expected one of: auto, {', '.join(devices)}")
+        raise UserError(f"device: got {name!r}, expected one of: auto, {', '.join(devices)}{unused_gpu()}")
     return torch.device(wanted)
 
 

@@ -19,7 +19,7 @@ from train.checkpoint import best_of, load, named
 from train.compile import compile_module
 from train.data import checkpoint_tokenizer, weights_tokenizer
 from train.errors import UserError, first_line, one_line, quoted, run, safe, shown
-from train.hardware import device_name, resolve_device, resolve_dtype
+from train.hardware import device_name, resolve_device, resolve_dtype, use_device
 from train.settings import command_line, setting
 from train.text import GPT2_TOKENS, CharTokenizer, Tokenizer, from_meta, read_text
 
@@ -141,7 +141,7 @@ def sample_text(
 def main(argv: list[str] | None = None) -> None:
     """The command. Samples go to stdout, a line about the model to stderr."""
     config, _ = command_line(SampleConfig, argv, "python -m train.sample", "Draw samples from a trained model.")
-    device = resolve_device(config.device)
+    device = use_device(resolve_device(config.device))
     dtype = resolve_dtype(config.dtype, device)
     model, tokenizer, source = load_model(config, dtype)
     config = dataclasses.replace(config, start=read_prompt(config.start, tokenizer))
