@@ -6,6 +6,7 @@ import os
 import pickle
 import runpy
 import signal
+import stat
 import sys
 import time
 from contextlib import ExitStack
@@ -159,13 +160,22 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("windows", [True, False])
 def test_without_locks_nothing_is_held(windows, tmp_path, monkeypatch):
+    """Nor can names be synced, on Windows or on its drives under WSL."""
     if windows:  # it has neither, and opens no folder
         monkeypatch.setitem(sys.modules, "fcntl", None)
         monkeypatch.delattr(os, "O_NONBLOCK")
-        monkeypatch.setattr("train.files._opened", None)
+        monkeypatch.setattr("train.files._opened", mock.Mock(side_effect=PermissionError))
         monkeypatch.setattr("train.files.fcntl", runpy.run_path(files.__file__)["fcntl"])
     else:
         monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+        sync = os.fsync
+
+        def sync_files(descriptor: int) -> None:
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", sync_files)
     with owned(tmp_path / "out"):
         assert run(tmp_path / "out", max_iters=2) == 0
 
