@@ -163,7 +163,8 @@ def farewell(state: TrainState, loop: Loop, say: Callable[[str], None]) -> None:
         drawn = SampleConfig(start=example_start(tokenizer), max_new_tokens=300)
         text = "".join(sample_text(state.model, tokenizer, drawn, generator))
         say(f"a sample:\n{text}\n---------------")
-    except (UserError, RuntimeError) as error:  # GPT-2's tokenizer must be downloaded once; no memory is left
+    # GPT-2's tokenizer must be downloaded once; no memory is left; Ctrl-C, on a slow device
+    except (UserError, RuntimeError, KeyboardInterrupt) as error:
         say(f"no sample of text: {first_line(error)}")
     out_dir = Path(plan.config.out_dir)
     for name, path in (("checkpoint", out_dir / checkpoints.LATEST), ("best", checkpoints.best_of(out_dir))):

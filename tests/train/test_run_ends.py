@@ -52,11 +52,25 @@ def test_max_minutes_evaluates_and_saves(tmp_path, monkeypatch, capsys):
     assert iterations(tmp_path / "out", "iter") == [0, 1, 2, 3, 4]
 
 
-def test_a_second_interrupt_does_not_wait(tmp_path):
+def test_a_second_interrupt_does_not_wait(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", at={3: send(signal.SIGINT, signal.SIGINT)}, eval_interval=2)
     assert iterations(tmp_path / "out", "iter") == [0, 1, 2]
     assert last(tmp_path / "out")["iter_num"] == 2
+    assert capsys.readouterr().err.count("a second Ctrl-C ends it now") == 1
+
+
+def test_an_interrupt_ends_an_evaluation_alone_at_once_and_the_last_sample_alone(tmp_path, monkeypatch, capsys):
+    once = iter([signal.SIGINT])
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "evaluate", lambda *given: signal.raise_signal(next(once)))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", eval_only=True)
+    monkeypatch.setattr("tests.train.runs.sample_text", mock.Mock(side_effect=KeyboardInterrupt))
+    assert run(tmp_path / "out", max_iters=2) == 0
+    said = capsys.readouterr().out
+    assert "no sample of text: KeyboardInterrupt" in said
+    assert "metrics: " in said
 
 
 @pytest.mark.parametrize(
