@@ -87,10 +87,12 @@ def main() -> int:
 @contextmanager
 def memory_suffices() -> Iterator[None]:
     """Inside, a device without memory left is a RunError. The estimate knows nothing of gaps between an allocator's
-    blocks, nor of what other processes take later."""
+    blocks, nor of what other processes take later, nor of what mps has."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or str(error).startswith("MPS backend out of memory")):
+            raise
         less = "a smaller --batch_size, --recompute=block and --loss_chunk=4096 need less"
         raise RunError(f"memory: {first_line(error)}; {less}") from error
 

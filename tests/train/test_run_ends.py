@@ -94,12 +94,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, mon
     assert iterations(tmp_path / "out", "eval") == [0, 3] + [5] * late
 
 
-def test_a_device_without_memory_ends_the_run_with_one_line(tmp_path):
+@pytest.mark.parametrize(("kind", "backend"), [(torch.OutOfMemoryError, "CUDA"), (RuntimeError, "MPS backend")])
+def test_a_device_without_memory_ends_the_run_with_one_line(tmp_path, kind, backend):
     def takes_all(step: TrainStep) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        raise kind(f"{backend} out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     said = refusal(run, tmp_path / "out", {1: takes_all}, status=1)
-    assert said.startswith("memory: CUDA out of memory. Tried to allocate 2.00 GiB.; a smaller --batch_size, ")
+    assert said.startswith(f"memory: {backend} out of memory. Tried to allocate 2.00 GiB.; a smaller --batch_size, ")
 
 
 def test_data_that_fails_costs_no_iteration(tmp_path):
