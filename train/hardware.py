@@ -10,14 +10,15 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from train.errors import UserError, first_line
+from train.errors import RunError, UserError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -213,6 +214,18 @@ def use_device(device: torch.device) -> torch.device:
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)  # never
     return device
+
+
+@contextmanager
+def memory_suffices(less: str) -> Iterator[None]:
+    """Inside, a device without memory left is a RunError, whose message ends with `less`. Of a run's step there is an
+    estimate. It knows nothing of gaps between an allocator's blocks, of what other processes take later, of mps."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or str(error).startswith("MPS backend out of memory")):
+            raise
+        raise RunError(f"memory: {first_line(error)}; {less}") from error
 
 
 def unused_gpu() -> str:

@@ -19,7 +19,7 @@ from train.checkpoint import best_of, load, named
 from train.compile import compile_module
 from train.data import checkpoint_tokenizer, weights_tokenizer
 from train.errors import UserError, first_line, one_line, quoted, run, safe, shown
-from train.hardware import device_name, resolve_device, resolve_dtype, use_device
+from train.hardware import device_name, memory_suffices, resolve_device, resolve_dtype, use_device
 from train.settings import command_line, setting
 from train.text import GPT2_TOKENS, CharTokenizer, Tokenizer, from_meta, read_text
 
@@ -138,6 +138,7 @@ def sample_text(
     return codecs.iterdecode(map(tokenizer.decode_bytes, drawn), "utf-8", "replace")  # holds half a character back
 
 
+@memory_suffices("--device=cpu takes none of it")
 def main(argv: list[str] | None = None) -> None:
     """The command. Samples go to stdout, a line about the model to stderr."""
     config, _ = command_line(SampleConfig, argv, "python -m train.sample", "Draw samples from a trained model.")
