@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import kernels, results, steps
+from bench import results, steps
 from bench.results import WRONG, Failure, Session, Tests
 from bench.rules import TimeBudget
 from bench.tables import summary
@@ -124,6 +124,10 @@ class Bench(Session):
             raise RuntimeError(f"{self.results.tests.failed} GPU tests failed: {self.results.tests.failures[0]}, …")
 
     def kernels(self, seconds: float) -> None:
+        try:
+            from bench import kernels  # imported here: Triton need not be installed
+        except ImportError as error:
+            return self.tell(f"kernels: they need Triton, which is not installed ({error})")
         for row in kernels.rows(self.device, seconds):
             self.results.kernels.append(row)
             self.at(f"{row.case} {'x'.join(map(str, row.shape))} {row.direction}")

@@ -2,12 +2,12 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from train.config import TrainConfig, check_each, choose_base, compose, notes, parse
-from train.errors import RunError, UserError, any_characters, command, ending, first_line, run, safe
+from train.errors import UserError, any_characters, command, ending, first_line, run, safe
 
 if __name__ == "__main__":  # --help and wrong settings end here: importing torch takes seconds
     any_characters()
@@ -23,7 +23,7 @@ from train.data import Loader
 from train.distributed import local_device, process_group, world_from_environment
 from train.files import owned
 from train.graph import GraphedStep
-from train.hardware import device_name, resolve_device, use_device
+from train.hardware import device_name, memory_suffices, resolve_device, use_device
 from train.log import RunLog, check_sinks, say
 from train.loop import Loop
 from train.plan import choose_graphs, decide
@@ -32,6 +32,8 @@ from train.profile import ProfiledStep
 from train.sample import SampleConfig, example_start, sample_text
 from train.state import TrainState, make_state
 from train.step import TrainStep
+
+LESS = "a smaller --batch_size, --recompute=block and --loss_chunk=4096 need less"
 
 
 def main() -> int:
@@ -70,7 +72,7 @@ def main() -> int:
         if world.master and not config.eval_only and not resumed:
             held.enter_context(owned(Path(config.out_dir)))
         device = use_device(local_device(resolve_device(config.device), world))
-        with memory_suffices(), process_group(world, config.backend, device):
+        with memory_suffices(LESS), process_group(world, config.backend, device):
             plan = decide(config, set(parsed.settings), why, checkpoint, world, device)
             state = make_state(plan, checkpoint)
             del checkpoint, stored  # frees as much memory as the model and the optimizer take
@@ -82,17 +84,6 @@ def main() -> int:
             sys.stderr.flush()
             os._exit(status)
         return status
-
-
-@contextmanager
-def memory_suffices() -> Iterator[None]:
-    """Inside, a device without memory left is a RunError. The estimate knows nothing of gaps between an allocator's
-    blocks, nor of what other processes take later."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        less = "a smaller --batch_size, --recompute=block and --loss_chunk=4096 need less"
-        raise RunError(f"memory: {first_line(error)}; {less}") from error
 
 
 def train(state: TrainState, *, resumed: bool) -> int:
@@ -163,7 +154,8 @@ def farewell(state: TrainState, loop: Loop, say: Callable[[str], None]) -> None:
         drawn = SampleConfig(start=example_start(tokenizer), max_new_tokens=300)
         text = "".join(sample_text(state.model, tokenizer, drawn, generator))
         say(f"a sample:\n{text}\n---------------")
-    except (UserError, RuntimeError) as error:  # GPT-2's tokenizer must be downloaded once; no memory is left
+    # GPT-2's tokenizer must be downloaded once; no memory is left; Ctrl-C, on a slow device
+    except (UserError, RuntimeError, KeyboardInterrupt) as error:
         say(f"no sample of text: {first_line(error)}")
     out_dir = Path(plan.config.out_dir)
     for name, path in (("checkpoint", out_dir / checkpoints.LATEST), ("best", checkpoints.best_of(out_dir))):

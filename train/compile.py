@@ -14,19 +14,24 @@ from train.errors import first_line
 from train.hardware import synchronize
 
 
-def compile_module(function: Callable, device: torch.device, *, profiled: bool = False) -> Callable:
-    """torch.compile for a model, or a part of one, that uses our operations, on `device`.
+def compile_module(
+    function: Callable, device: torch.device, *, profiled: bool = False, dynamic: bool | None = None
+) -> Callable:
+    """torch.compile for a model, or a part of one, that uses our operations, on `device`. RuntimeError on mps.
 
     torch's own generator draws random numbers, not Inductor's code. So dropout's masks are those of a run that is not
     compiled, and on a GPU the seeds of the fused kernels are one launch, not two.
 
     On a CPU C++ calls a graph's operations. Python would take about half a millisecond longer for a step of 4 layers.
-    But torch's profiler sees only what Python calls. profiled: whether it must see all.
+    But torch's profiler sees only what Python calls. profiled: whether it must see all. dynamic: as torch has it.
     """
+    if device.type == "mps":
+        raise RuntimeError("compiled for mps, torch's LayerNorm can be wrong (pytorch #184328, #191976)")
     register_fallbacks()
-    from_cpp = device.type == "cpu" and not profiled  # built separately from the kernels, it compiles sooner
+    from_cpp = device.type == "cpu" and not (profiled or dynamic)
+    # built separately from the kernels, it compiles sooner
     options = {"fallback_random": True, "cpp_wrapper": from_cpp, "cpp_wrapper_build_separate": from_cpp}
-    return torch.compile(function, options=options)
+    return torch.compile(function, dynamic=dynamic, options=options)
 
 
 def register_fallbacks() -> None:
@@ -97,10 +102,10 @@ def model_to_train(
     begin = time.perf_counter()
     compile = partial(compile_module, device=device, profiled=config.profile)
     shape = config.batch_size, config.block_size
-    # two tensors: with one in both places, the compiled code would serve only that case
-    idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
     try:
         compiled = compile_model(model, compile, in_parts=in_parts(device, sharded=sharded))
+        # two tensors: with one in both places, the compiled code would serve only that case
+        idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
         dloss = torch.ones((), device=device)
         compiled(idx, targets, dloss=dloss)[1].backward(dloss)
         with torch.no_grad():

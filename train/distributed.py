@@ -45,11 +45,11 @@ class World:
             return [*values]
         return self.sum(torch.tensor([value if self.master else 0 for value in values], dtype=torch.float64)).tolist()
 
-    def check_alike(self, got: str, *facts: object) -> None:
+    def check_alike(self, got: str, *facts: object, remedy: str = "all machines must read the same files") -> None:
         """UserError on each rank whose `facts`, numbers and text about what it got, are not rank 0's. Waits for it."""
         digest = zlib.crc32(repr(facts).encode())
         if self.from_master(digest) != [digest]:
-            raise UserError(f"rank {self.rank}: {got}, other than rank 0; all machines must read the same files")
+            raise UserError(f"rank {self.rank}: {got}, other than rank 0; {remedy}")
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

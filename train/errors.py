@@ -124,11 +124,11 @@ def any_characters() -> None:
 
 
 def complain(line: str) -> None:
-    """Print a line on stderr. If that fails, nothing happens.
+    """Print a line on stderr. If that fails, nothing happens. In a signal's handler it may fail with RuntimeError.
 
     It is one write. print makes two, text and newline, which mix if several ranks fail at once.
     """
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RuntimeError):
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
 

@@ -8,7 +8,7 @@ import stat
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
@@ -146,7 +146,14 @@ def _locked(folder: Path) -> Iterator[bool]:
         yield False
         return
     with _opened(folder) as descriptor:
-        yield _if_possible(fcntl.flock, descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except OSError as error:  # a file system may have no locks, some network ones for example
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF):
+                raise
+            locked = False
+        yield locked
 
 
 @contextmanager
@@ -188,11 +195,11 @@ def sync(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on the disk, so that renames survive a power cut. Windows cannot do this."""
-    if fcntl is None:
-        return
-    with _opened(folder) as descriptor:
-        _if_possible(os.fsync, descriptor)
+    """Wait until the names in `folder` are on the disk, so that renames survive a power cut. What the files hold is
+    there already. Windows cannot do this, nor can its drives under WSL and some network ones, each with another error.
+    """
+    with suppress(OSError), _opened(folder) as descriptor:
+        os.fsync(descriptor)
 
 
 @contextmanager
@@ -203,14 +210,3 @@ def _opened(folder: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _if_possible(call: Callable[..., None], *arguments: int) -> bool:
-    """Whether it was done. A file system may not be able to lock or sync, some network ones for example."""
-    try:
-        call(*arguments)
-        return True
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF):
-            raise
-        return False

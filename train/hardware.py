@@ -8,15 +8,17 @@ not apply. A card that boosts over its rated clock can beat its data sheet by a 
 import ctypes
 import platform
 import re
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from train.errors import UserError
+from train.errors import RunError, UserError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -188,6 +190,9 @@ def _least_seconds(call: Callable[[], object], device: torch.device, budget: flo
 def use_device(device: torch.device) -> torch.device:
     """Make `device` the current one, and return it. On CUDA, let float32 matmuls run in TF32, as nanoGPT does.
 
+    UserError for a GPU that cannot be used: this torch has no kernels for it, it has no memory left, another process
+    has it for itself.
+
     Streams, graph captures and events belong to the current device, wherever their tensors lie: without this,
     `--device=cuda:1` captures an empty graph on device 0. TF32 is not set by
     `torch.backends.cuda.matmul.fp32_precision`: after it `torch.get_float32_matmul_precision()` raises, which Inductor
@@ -198,13 +203,36 @@ def use_device(device: torch.device) -> torch.device:
     `shakespeare_char`'s step on two cores.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+            torch.ones(1, device=device)  # launches a kernel
+        except RuntimeError as error:
+            raise UserError(f"device: {device} cannot be used: {first_line(error)}; --device=cpu runs") from None
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)  # never
     return device
+
+
+@contextmanager
+def memory_suffices(less: str) -> Iterator[None]:
+    """Inside, a device without memory left is a RunError, whose message ends with `less`. Of a run's step there is an
+    estimate. It knows nothing of gaps between an allocator's blocks, of what other processes take later, of mps."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or str(error).startswith("MPS backend out of memory")):
+            raise
+        raise RunError(f"memory: {first_line(error)}; {less}") from error
+
+
+def unused_gpu() -> str:
+    """Why this machine's NVIDIA GPU cannot be used, if torch was built without CUDA. Else empty."""
+    if torch.version.cuda or torch.version.hip or shutil.which("nvidia-smi") is None:
+        return ""
+    return f"; torch {torch.__version__}, which was built without CUDA, cannot use this machine's NVIDIA GPU"
 
 
 def synchronize(device: torch.device) -> None:
@@ -221,7 +249,7 @@ def resolve_device(name: str) -> torch.device:
     devices += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     wanted = {"auto": devices[0], "cuda": "cuda:0"}.get(name, name)
     if wanted not in devices:
-        raise UserError(f"device: got {name!r}, expected one of: auto, {', '.join(devices)}")
+        raise UserError(f"device: got {name!r}, expected one of: auto, {', '.join(devices)}{unused_gpu()}")
     return torch.device(wanted)
 
 
@@ -230,9 +258,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     offers. UserError for others.
 
     bfloat16 runs on every CPU, slowly where the instructions are missing: good enough to try things out. float16 is
-    refused on a CPU: no faster there, and it costs loss scaling.
+    refused on a CPU: no faster there, and it costs loss scaling. Both are refused on mps: torch's causal attention lets
+    16-bit queries see later keys (pytorch #195910), and its AdamW makes updates that overflowed (pytorch #186360).
     """
-    offered = ["float32", "bfloat16", "float16"]  # mps
+    offered = ["float32"]  # mps
     if device.type == "cuda":
         # not torch.cuda.is_bf16_supported(): it counts emulation
         new = torch.cuda.get_device_capability(device) >= (8, 0)

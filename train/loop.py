@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from model.work import mfu
 from train.config import TrainConfig
 from train.data import Loader, Split
-from train.errors import RunError, UserError
+from train.errors import RunError, UserError, complain
 from train.hardware import synchronize
 from train.log import RunLog
 from train.profile import ProfiledStep
@@ -35,15 +35,19 @@ class Losses(NamedTuple):
 
 
 @contextmanager
-def signals_caught() -> Iterator[list[int]]:
+def signals_caught(*, tells: bool) -> Iterator[list[int]]:
     """Inside, SIGINT, SIGTERM and SIGHUP are only appended to a list, so that a step can finish. A second SIGINT
-    interrupts. SIGHUP, which a closed terminal sends, stays ignored where nohup has it ignored."""
+    interrupts. SIGHUP, which a closed terminal sends, stays ignored where nohup has it ignored.
+
+    tells: whether the first SIGINT says this on stderr, because an evaluation may take minutes."""
     caught: list[int] = []
 
     def catch(number: int, frame: FrameType | None) -> None:
         if caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         caught.append(number)
+        if number == signal.SIGINT and tells:
+            complain("interrupted: it ends, saved, after this step or evaluation; a second Ctrl-C ends it now, unsaved")
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
@@ -96,7 +100,8 @@ class Loop:
         config, progress = self.config, self.progress
         deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else float("inf")
         last = progress.iter_num >= config.max_iters
-        with signals_caught() as caught:
+        # an evaluation alone has nothing to save: a signal ends it at once
+        with nullcontext([]) if config.eval_only else signals_caught(tells=self.world.master) as caught:
             while True:
                 if last or config.eval_only or progress.iter_num % config.eval_interval == 0:
                     self._read_results()

@@ -10,6 +10,7 @@ import dataclasses
 import re
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,22 @@ def check_memory(job: Job, where: str, free: int | None, ranks: int) -> str:
     return f"memory: {total} estimated: {listed}; {where} has {amount(room)} free"
 
 
-def free_memory(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Free bytes on the device, None if the system does not say. On a CPU all ranks see the same number."""
+def free_memory(
+    device: torch.device, meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Free bytes on the device, None if the system does not say. On a CPU all ranks see the same number. A container's
+    limit counts, where control groups are of version 2."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and meminfo.exists():
         found = re.search(r"^MemAvailable:\s*(\d+) kB$", meminfo.read_text(), re.MULTILINE)
-        return 1024 * int(found[1]) if found else None
+        if found is None:
+            return None
+        free = 1024 * int(found[1])
+        with suppress(OSError, ValueError):  # not in a container; no limit
+            limit, stat = ((cgroup / name).read_text() for name in ("memory.max", "memory.stat"))
+            free = min(free, int(limit) - int(re.search(r"^anon (\d+)$", stat, re.MULTILINE)[1]))
+        return free
     return None
 
 

@@ -28,7 +28,7 @@ from train.data import Dataset, checkpoint_tokenizer, difference, weights_tokeni
 from train.distributed import World
 from train.dryrun import Job
 from train.errors import UserError
-from train.hardware import Peak, device_name, peak_flops, resolve_dtype, resolve_stream
+from train.hardware import Peak, device_name, peak_flops, resolve_dtype, resolve_stream, unused_gpu
 from train.log import say
 from train.memory import as_planned_for, check_memory, free_memory, job_of, rows_at_a_time
 from train.prepare import ensure_docs
@@ -90,6 +90,8 @@ def decide(
     dataset = open_dataset(config.dataset, world)
     shape = model_shape(config, named, checkpoint, dataset.vocab_size)
     ops, chunk, kernels = choose_ops(config, device, dtype, dataset.vocab_size, shape.n_embd)
+    got = f"device: got {device_name(device)}, which computes in {dtype} with {ops.name} kernels"
+    world.check_alike(got, dtype, ops.name, remedy="set --dtype and --kernels to what all GPUs can do")
     tokenizer = check_data(config, dataset, shape, checkpoint)
     config = dataclasses.replace(config, **{name: getattr(shape, name) for name in (*SHAPE, "block_size")})
     free = free_memory(device)  # first: torch's allocator keeps the memory that measuring attention takes
@@ -105,7 +107,8 @@ def decide(
     shared = f"parameters, gradients and moments shared out over {world.size} processes; no CUDA graphs"
     lines = (
         f"{why}; dataset {config.dataset}, {len(dataset.train):,} tokens to train on",
-        f"device: {device_name(device)} x {world.size}, {str(dtype).removeprefix('torch.')}, {ops.name} kernels",
+        f"device: {device_name(device)} x {world.size}, {str(dtype).removeprefix('torch.')}, {ops.name} kernels"
+        + (unused_gpu() if config.device == "auto" else ""),
         kernels,
         f"peak: {peak.flops / 1e12:.4g} TFLOP/s, {peak.source}",
         attention,

@@ -16,9 +16,10 @@ from model import GPT, Precision
 from model.generate import generate
 from model.pretrained import from_checkpoint, load_gpt2
 from train.checkpoint import best_of, load, named
+from train.compile import compile_module
 from train.data import checkpoint_tokenizer, weights_tokenizer
 from train.errors import UserError, first_line, one_line, quoted, run, safe, shown
-from train.hardware import device_name, resolve_device, resolve_dtype
+from train.hardware import device_name, memory_suffices, resolve_device, resolve_dtype, use_device
 from train.settings import command_line, setting
 from train.text import GPT2_TOKENS, CharTokenizer, Tokenizer, from_meta, read_text
 
@@ -79,8 +80,8 @@ def to_inference(model: GPT, device: torch.device) -> None:
 
 def try_compile(model: GPT, device: torch.device) -> nn.Module:
     """`model`, compiled for any number of tokens. If that fails: `model` itself, and a line on stderr says why."""
-    compiled = torch.compile(model, dynamic=True)
     try:
+        compiled = compile_module(model, device, dynamic=True)
         list(generate(compiled, torch.zeros(1, 2, dtype=torch.int64, device=device), 2, 0))
     except torch.OutOfMemoryError:
         raise
@@ -137,10 +138,11 @@ def sample_text(
     return codecs.iterdecode(map(tokenizer.decode_bytes, drawn), "utf-8", "replace")  # holds half a character back
 
 
+@memory_suffices("--device=cpu takes none of it")
 def main(argv: list[str] | None = None) -> None:
     """The command. Samples go to stdout, a line about the model to stderr."""
     config, _ = command_line(SampleConfig, argv, "python -m train.sample", "Draw samples from a trained model.")
-    device = resolve_device(config.device)
+    device = use_device(resolve_device(config.device))
     dtype = resolve_dtype(config.dtype, device)
     model, tokenizer, source = load_model(config, dtype)
     config = dataclasses.replace(config, start=read_prompt(config.start, tokenizer))

@@ -1,18 +1,20 @@
-"""Shared by the kernels' tests."""
+"""Shared by the kernels' tests. Fixtures import what needs Triton: where it is missing, tests are skipped."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from kernels.launch import INTERPRETED
-from tests.kernels.rounding import round_to_nearest
-from tests.kernels.watcher import Memory, watch
+if TYPE_CHECKING:
+    from tests.kernels.watcher import Memory
 
 
 @pytest.fixture
 def device() -> torch.device:
     """Where kernels run: a GPU, or this CPU in Triton's interpreter."""
+    from kernels.launch import INTERPRETED
+
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
@@ -23,8 +25,13 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def memory(monkeypatch: pytest.MonkeyPatch) -> Memory | None:
+def memory(monkeypatch: pytest.MonkeyPatch) -> "Memory | None":
     """Every access of every kernel is checked against the bounds of its tensors; None on a GPU."""
+    pytest.importorskip("triton")
+    from kernels.launch import INTERPRETED
+    from tests.kernels.rounding import round_to_nearest
+    from tests.kernels.watcher import watch
+
     if not INTERPRETED:
         return None
     round_to_nearest(monkeypatch)

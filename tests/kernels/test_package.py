@@ -1,6 +1,7 @@
 """`import kernels`: what it offers, with Triton and without, and the example in its docstring."""
 
 import doctest
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +31,20 @@ for name in kernels.__all__:
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"{name} triton" for name in kernels._TRITON]
+
+
+def test_without_triton_the_bench_and_the_tests_leave_out_what_needs_it(tmp_path: Path) -> None:
+    """As on a Mac, for which there is none."""
+    (tmp_path / "triton.py").write_text("raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)")
+
+    def run(*argv: str) -> str:
+        options = {"cwd": Path(__file__).parents[2], "env": os.environ | {"PYTHONPATH": str(tmp_path)}}
+        done = subprocess.run([sys.executable, "-m", *argv], **options, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    measured = run("bench", "--parts=kernels", "--device=cpu", f"--out={tmp_path / 'results.json'}")
+    assert "kernels: they need Triton, which is not installed (No module named 'triton')" in measured
+    there = [f"tests/{name}.py" for name in ("kernels/test_refused", "kernels/test_timing", "train/test_flat")]
+    collected = run("pytest", "--collect-only", "-rs", "-p", "no:cacheprovider", *there)
+    assert all(f"{path}: Triton is not installed" in collected for path in (there[0], there[2]))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_cases import NAMED
+from kernels.cases import CASES
 
+NAMED = {case.name: case for case in CASES}
 LAYER_NORM, GELU, MLP, LOSS = "add_layer_norm", "gelu, erf", "mlp, erf, cublas", "cross_entropy"
 HEAD, EMBEDDING, ADAMW = "linear_cross_entropy", "embedding", "adamw with a loss scale and a copy"
 zeros = torch.zeros

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ WORSE = dict(learning_rate=0.5, decay_lr=False, max_iters=100)  # every evaluati
 @pytest.fixture(scope="module")
 def worse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The out_dir of a run whose best state is that of iteration 4, after it got worse up to iteration 7. Its name is
-    not UTF-8: torch cannot map files there."""
-    out_dir = tmp_path_factory.mktemp("runs") / os.fsdecode(b"caf\xe9")
+    not UTF-8, where the system takes such names: torch cannot map files there."""
+    out_dir = tmp_path_factory.mktemp("runs") / ("café" if sys.platform == "darwin" else os.fsdecode(b"caf\xe9"))
     run(out_dir, max_iters=4, learning_rate=0.01, warmup_iters=0, lr_decay_iters=3, min_lr=0.0, **ONLY_BEST)
     assert resume(out_dir, at={2: send(signal.SIGINT)}, **WORSE) == 130
     assert held(best_of(out_dir)).iter_num == 4

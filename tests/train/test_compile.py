@@ -12,6 +12,7 @@ from tests.train.runs import logged, run
 from tests.train.steps import small_model
 from train.compile import compile_model, model_to_train, uncompile
 from train.config import TrainConfig
+from train.sample import try_compile
 from train.step import TrainStep
 
 CONFIG = TrainConfig(batch_size=2, block_size=8, n_layer=1, n_head=2, n_embd=16, compile=True)
@@ -27,6 +28,13 @@ def test_without_a_compiler_the_run_goes_on_in_eager_mode():
     assert [line for line in lines if line.startswith("compile: not possible on this machine, going on without")]
     assert "no/such/compiler" in lines[-1]
     assert "\n" not in lines[-1]
+
+
+def test_on_a_mac_nothing_is_compiled():
+    model, lines = small_model(), []
+    assert model_to_train(model, CONFIG, torch.device("mps"), lines.append) is model
+    assert lines[-1].startswith("compile: not possible on this machine, going on without it: compiled for mps, ")
+    assert try_compile(model, torch.device("mps")) is model
 
 
 @pytest.mark.slow

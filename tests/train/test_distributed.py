@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -54,6 +55,16 @@ def test_the_place_that_torchrun_gives(here, monkeypatch):
         place(monkeypatch, *given.split(", "))
         with pytest.raises(UserError, match=f"got '{given}', expected ranks from 0 to WORLD_SIZE - 1"):
             world_from_environment()
+
+
+def test_a_rank_whose_gpu_can_do_less_than_rank_0s_is_refused(tmp_path, monkeypatch):
+    """It would compute in float16 and scale its losses, beside a rank that does neither."""
+    place(monkeypatch, "1", "0", "2")
+    monkeypatch.setattr(train_command, "process_group", lambda *given: nullcontext())
+    monkeypatch.setattr(World, "from_master", lambda self, *values: [-1.0])
+    said = refusal(run, tmp_path / "out", gradient_accumulation_steps=2)
+    assert said.startswith("rank 1: device: got ")
+    assert "computes in torch.float32 with reference kernels, other than rank 0; set --dtype and --kernels to" in said
 
 
 def test_ranks_that_cannot_meet(here, monkeypatch):

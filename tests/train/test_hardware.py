@@ -71,9 +71,24 @@ def test_what_is_measured_by_a_clock_on_which_everything_takes_two_seconds(monke
 def test_devices(cuda, monkeypatch, gpus, mac, named, refused, expected):
     cuda(count=gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mac)
+    monkeypatch.setattr(hardware, "unused_gpu", lambda: "")
     assert {name: str(hardware.resolve_device(name)) for name in named} == named
     with pytest.raises(UserError, match=f"device: got '{refused}', expected one of: {expected}"):
         hardware.resolve_device(refused)
+
+
+def test_a_gpu_that_cannot_be_used_is_said(monkeypatch):
+    """Too old for this torch, or, where torch has no CUDA, any."""
+    said = "CUDA error: no kernel image is available for execution on the device"
+    monkeypatch.setattr(torch.cuda, "set_device", mock.Mock(side_effect=RuntimeError(f"{said}\nand more")))
+    with pytest.raises(UserError, match=f"device: cuda:0 cannot be used: {said}; --device=cpu runs"):
+        hardware.use_device(CUDA)
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: f"/usr/bin/{name}")
+    for version, gpu_unused in (("13.0", False), (None, True)):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        with pytest.raises(UserError) as refused:
+            hardware.resolve_device("cuda:99")
+        assert ("was built without CUDA, cannot use this machine's NVIDIA GPU" in str(refused.value)) == gpu_unused
 
 
 @pytest.mark.parametrize(
@@ -83,7 +98,7 @@ def test_devices(cuda, monkeypatch, gpus, mac, named, refused, expected):
         ("cuda:0", False, "float16, float32", "bfloat16"),
         ("cpu", True, "bfloat16, float32", "float16"),
         ("cpu", False, "float32, bfloat16", "float16"),
-        ("mps", False, "float32, bfloat16, float16", "float64"),
+        ("mps", False, "float32", "bfloat16"),
     ],
 )
 def test_dtypes(cuda, monkeypatch, device, fast, offered, refused):

@@ -29,10 +29,15 @@ kept = functools.cache(dry_run)  # on shapes, the same job gives the same number
 def test_what_is_free(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:        8000000 kB\nMemFree:          100000 kB\nMemAvailable:    4000000 kB\n")
-    assert free_memory(torch.device("cpu"), meminfo) == 4_096_000_000
+    cpu, none = torch.device("cpu"), tmp_path / "none"
+    assert free_memory(cpu, meminfo, none) == 4_096_000_000
+    (tmp_path / "memory.stat").write_text("anon 1000000000\nfile 900000000\nkernel 5000\n")
+    for limit, free in (("3000000000\n", 2_000_000_000), ("max\n", 4_096_000_000)):  # a container's
+        (tmp_path / "memory.max").write_text(limit)
+        assert free_memory(cpu, meminfo, tmp_path) == free
     meminfo.write_text("MemTotal:        8000000 kB\n")
-    assert free_memory(torch.device("cpu"), meminfo) is None
-    assert free_memory(torch.device("cpu"), tmp_path / "none") is None
+    assert free_memory(cpu, meminfo) is None
+    assert free_memory(cpu, none) is None
     assert free_memory(torch.device("mps"), meminfo) is None
 
 

@@ -12,6 +12,7 @@ import train.__main__ as command
 from tests.train.jobs import ROOT, make_data
 from tests.train.runs import refusal
 
+pytest.importorskip("triton")  # without it less is counted
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=64", "--block_size=64", "--batch_size=4", "--dataset=mine"]
 
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import runpy
 import signal
+import stat
 import sys
 import time
 from contextlib import ExitStack
@@ -51,11 +52,25 @@ def test_max_minutes_evaluates_and_saves(tmp_path, monkeypatch, capsys):
     assert iterations(tmp_path / "out", "iter") == [0, 1, 2, 3, 4]
 
 
-def test_a_second_interrupt_does_not_wait(tmp_path):
+def test_a_second_interrupt_does_not_wait(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", at={3: send(signal.SIGINT, signal.SIGINT)}, eval_interval=2)
     assert iterations(tmp_path / "out", "iter") == [0, 1, 2]
     assert last(tmp_path / "out")["iter_num"] == 2
+    assert capsys.readouterr().err.count("a second Ctrl-C ends it now") == 1
+
+
+def test_an_interrupt_ends_an_evaluation_alone_at_once_and_the_last_sample_alone(tmp_path, monkeypatch, capsys):
+    once = iter([signal.SIGINT])
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "evaluate", lambda *given: signal.raise_signal(next(once)))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", eval_only=True)
+    monkeypatch.setattr("tests.train.runs.sample_text", mock.Mock(side_effect=KeyboardInterrupt))
+    assert run(tmp_path / "out", max_iters=2) == 0
+    said = capsys.readouterr().out
+    assert "no sample of text: KeyboardInterrupt" in said
+    assert "metrics: " in said
 
 
 @pytest.mark.parametrize(
@@ -79,12 +94,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, mon
     assert iterations(tmp_path / "out", "eval") == [0, 3] + [5] * late
 
 
-def test_a_device_without_memory_ends_the_run_with_one_line(tmp_path):
+@pytest.mark.parametrize(("kind", "backend"), [(torch.OutOfMemoryError, "CUDA"), (RuntimeError, "MPS backend")])
+def test_a_device_without_memory_ends_the_run_with_one_line(tmp_path, kind, backend):
     def takes_all(step: TrainStep) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        raise kind(f"{backend} out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     said = refusal(run, tmp_path / "out", {1: takes_all}, status=1)
-    assert said.startswith("memory: CUDA out of memory. Tried to allocate 2.00 GiB.; a smaller --batch_size, ")
+    assert said.startswith(f"memory: {backend} out of memory. Tried to allocate 2.00 GiB.; a smaller --batch_size, ")
 
 
 def test_data_that_fails_costs_no_iteration(tmp_path):
@@ -159,13 +175,22 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("windows", [True, False])
 def test_without_locks_nothing_is_held(windows, tmp_path, monkeypatch):
+    """Nor can names be synced, on Windows or on its drives under WSL."""
     if windows:  # it has neither, and opens no folder
         monkeypatch.setitem(sys.modules, "fcntl", None)
         monkeypatch.delattr(os, "O_NONBLOCK")
-        monkeypatch.setattr("train.files._opened", None)
+        monkeypatch.setattr("train.files._opened", mock.Mock(side_effect=PermissionError))
         monkeypatch.setattr("train.files.fcntl", runpy.run_path(files.__file__)["fcntl"])
     else:
         monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+        sync = os.fsync
+
+        def sync_files(descriptor: int) -> None:
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", sync_files)
     with owned(tmp_path / "out"):
         assert run(tmp_path / "out", max_iters=2) == 0
 

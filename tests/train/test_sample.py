@@ -84,6 +84,13 @@ def test_text_streams_and_ends_at_the_end_of_text_where_asked_and_never_inside_a
         assert "".join(sample_text(make_model(), GPT2Tokenizer(), config)) == text
 
 
+def test_a_device_without_memory_is_said(run_dir, monkeypatch):
+    full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nmore"))
+    monkeypatch.setattr("train.sample.to_inference", full)
+    with pytest.raises(UserError, match=r"^memory: CUDA out of memory.; --device=cpu takes none of it$"):
+        main(["--device=cpu"])
+
+
 def test_the_prompt_that_a_message_suggests_works_and_does_nothing_to_the_terminal(run_dir, capsys):
     write_checkpoint(CharTokenizer("\x1b'").meta())
     with pytest.raises(UserError, match=r"^start: ") as caught:
@@ -105,7 +112,7 @@ def test_casting_once_changes_nothing(dtype):
 def test_without_a_compiler_it_goes_on(run_dir, capsys, monkeypatch):
     expected, broken = samples(capsys), make_model()
     broken.forward = mock.Mock(side_effect=RuntimeError("\nno C++ compiler\nat all"))
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: broken)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: broken)
     main(["--device=cpu", "--num_samples=2", "--max_new_tokens=20", "--compile"])
     out, err = capsys.readouterr()
     assert out == "".join(text + "\n---------------\n" for text in expected)
