@@ -187,7 +187,7 @@ def test_every_variant_of_a_gpu_trains_as_the_reference_does(
 ) -> None:
     """But those in graphs: tests/rehearsal captures them."""
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, options=None: real(function, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend="eager"))
     monkeypatch.setattr(steps, "LEAST", 1)
     rows = measure(*(each for each in on_a_gpu if "graphed" not in each.name), workload=TINY, dtype=torch.bfloat16)
     assert {row.variant: row.skipped for row in rows if row.skipped} == {}
@@ -206,7 +206,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return graph
 
     real = torch.compile  # another backend takes none of Inductor's options
-    monkeypatch.setattr(torch, "compile", lambda function, options=None: real(function, backend=compiler))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=compiler))
     return found
 
 
@@ -233,7 +233,7 @@ def test_what_is_not_compiled_code_alone_is_not_timed(graphs: list[bool], monkey
     assert second.seconds == second.host_seconds == []
     monkeypatch.setattr(rules, "LIMIT", 1)  # with dropout it needs two compilations
     assert "limit" in measure(EAGER, ours("compiled", compile=True), workload=DROPOUT)[1].skipped
-    monkeypatch.setattr(torch, "compile", lambda function, options=None: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     first, *others = measure(EAGER, reference(compile=True, float32=True), ours("compiled", compile=True))
     assert first.seconds
     assert {row.skipped for row in others} == {"torch.compile left it as Python"}
