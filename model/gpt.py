@@ -112,7 +112,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, h: Tensor, cache: KVCache | None) -> Tensor:
         p = self.dropout if self.training else 0.0
-        return self.c_proj(causal_attention(self.c_attn(h), self.n_head, p, self.backend, cache, self.layer))
+        layer = 0 if cache is None else self.layer  # unread in training: where graphs break, each number is compiled
+        return self.c_proj(causal_attention(self.c_attn(h), self.n_head, p, self.backend, cache, layer))
 
 
 class MLP(nn.Module):

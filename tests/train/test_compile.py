@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 
+from tests.model import flash_packages
 from tests.train.runs import logged, run
 from tests.train.steps import small_model
 from train.compile import compile_model, model_to_train, uncompile
@@ -81,6 +82,19 @@ def test_in_parts_two_blocks_are_compiled_whatever_the_depth():
     for length in (3, 4):
         model(idx[:, :length])
     assert counters["stats"]["unique_graphs"] == 5
+
+
+def test_where_a_package_breaks_the_graph_no_layer_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo would leave the ninth layer eager, with a warning."""
+    flash_packages.install(monkeypatch)
+    graphs = []
+    for n_layer in (3, 4):
+        torch.compiler.reset()
+        counters.clear()
+        model, idx = small_model(n_layer=n_layer, attention="fa4"), torch.randint(11, (2, 8))
+        compile_model(model, partial(torch.compile, backend="eager"), in_parts=True)(idx, idx.clone())
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1]
 
 
 @pytest.mark.slow
