@@ -128,7 +128,9 @@ def process_group(world: World, backend: str, device: torch.device) -> Iterator[
     try:
         dist.init_process_group("gloo" if device.type != "cuda" else f"cpu:gloo,cuda:{gpu}")
     except (RuntimeError, ValueError) as error:
-        told = "if they are on several machines, GLOO_SOCKET_IFNAME must name the network card that joins these"
+        # gloo listens where the host's name leads; torchrun's store keeps the addresses of ranks before a restart
+        told = "on several machines, GLOO_SOCKET_IFNAME must name the network card that joins them; "
+        told += "for --max-restarts, give torchrun TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         raise UserError(f"backend: {backend!r} could not join {world.size} ranks: {error}; {told}") from error
     try:
         yield
