@@ -29,7 +29,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import torch
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct
 
 from train.archive import load_archive
 from train.errors import UserError, first_line, quoted
@@ -41,14 +41,14 @@ Size = Annotated[int, Meta(ge=1, lt=2**24)]
 # What a checkpoint must hold. msgspec compares what was read with these classes; a bool is no number to it.
 
 
-class ModelArgs(Struct, forbid_unknown_fields=True):
+class ModelArgs(Struct, forbid_unknown_fields=True, kw_only=True):
     n_layer: Size
     n_head: Size
     n_embd: Size
     block_size: Size
-    bias: bool
+    bias: bool = True  # nanoGPT's oldest files do not say it
     vocab_size: Size
-    dropout: Annotated[float, Meta(ge=0, le=1)]
+    dropout: Annotated[float, Meta(ge=0, le=1)] = 0.0
 
 
 class Group(Struct):
@@ -78,9 +78,17 @@ class Checkpoint(Struct):
     iter_num: Annotated[int, Meta(ge=0)]  # optimizer steps done
     best_val_loss: float
     config: dict  # {setting: value} of the run
-    nanofuse: Ours = field(default_factory=Ours)  # what nanoGPT has no place for
+    nanofuse: Ours  # what nanoGPT has no place for
 
 
+# Only to resume needs more than the weights and their shape: people leave out the moments of a file that they share.
+ABSENT = {
+    "optimizer": {"state": {}, "param_groups": []},
+    "iter_num": 0,
+    "best_val_loss": 1e9,
+    "config": {},
+    "nanofuse": {},
+}
 MODEL_ARGS = ModelArgs.__struct_fields__
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter, beside its count of steps
 
@@ -276,10 +284,12 @@ def _previous(out_dir: Path) -> list[Path]:
 
 
 def unpack(raw: Any) -> dict:
-    """What torch.load returned, checked, in the layout above. ValueError if anything is wrong with it."""
+    """What torch.load returned, checked, in the layout above. ValueError if anything is wrong with it, or if it has no
+    weights or no shape."""
     if not isinstance(raw, dict):
         raise ValueError(f"is not a GPT's checkpoint: it holds a {type(raw).__name__}, not a dict")
-    best = raw.get("best_val_loss")
+    raw = ABSENT | raw
+    best = raw["best_val_loss"]
     if isinstance(best, torch.Tensor) and best.numel() == 1 and not best.is_meta:
         raw = {**raw, "best_val_loss": best.item()}  # as nanoGPT keeps it
     try:
@@ -291,5 +301,5 @@ def unpack(raw: Any) -> dict:
         for name, tensor in checked.model.items()
         if not (_MASK.search(name) and tensor.ndim == 4)
     }
-    found = {key: raw.get(key, {}) for key in Checkpoint.__struct_fields__}
+    found = {key: raw[key] for key in Checkpoint.__struct_fields__}
     return found | {"model": model, "best_val_loss": checked.best_val_loss}

@@ -151,8 +151,8 @@ def compose(parsed: Parsed, base: Mapping[str, Value]) -> TrainConfig:
     schedule without a cosine.
     """
     settings = settings_of(TrainConfig)
-    kept = {name: typed(settings[name], value) for name, value in base.items() if name in settings}
-    config = TrainConfig(**{**kept, **parsed.settings})
+    values = {**base, **parsed.settings}
+    config = TrainConfig(**{name: typed(settings[name], value) for name, value in values.items() if name in settings})
     check_each(config)
     rows = config.batch_size * config.block_size
     step = config.gradient_accumulation_steps * rows

@@ -134,7 +134,8 @@ class Dataset:
             if sums is None and len(ids) > 1 and ids.any() and not ids[1::2].any():
                 raise UserError(
                     f"{self.path(name)}: every second token is 0, as where the file has ids of more than "
-                    f"{8 * ids.itemsize} bits; expected {self.meta['dtype']} for vocab_size={self.n_vocab}"
+                    f"{8 * ids.itemsize} bits; expected {self.meta['dtype']} for vocab_size={self.n_vocab}, or another "
+                    f'"dtype" in {self.folder / "meta.json"}, beside "vocab_size" and "tokenizer"'
                 )
             count = sums["bytes"] // tokens.itemsize if sums else SCAN_TOKENS
             end = len(tokens) if whole else min(len(tokens), SCAN_BYTES // tokens.itemsize)

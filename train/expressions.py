@@ -86,7 +86,8 @@ TORCH = ("cuda.is_available", "cuda.is_bf16_supported", "cuda.device_count", "ba
 FUNCTIONS: dict[str, Callable] = {
     **{function.__name__: function for function in (str, int, float, abs, min, max)},
     **{f"math.{function.__name__}": function for function in (math.sqrt, math.log, math.ceil, math.floor)},
-    "round": lambda number: round(number),  # without digits: of a whole number, -10**9 has no end
+    # of a whole number, -10**9 digits have no end; it is 0 long before
+    "round": lambda number, digits=None: round(number, digits if digits is None else max(digits, -MAX_SIZE)),
     "os.path.join": os.path.join,
     "time.time": time.time,
     "time.strftime": time.strftime,

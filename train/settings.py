@@ -16,8 +16,9 @@ argparse cannot read this: it loses the order of options and config files, and t
 
 A config file is nanoGPT's, a list of `name = value` lines. It is parsed, never run. A value is an expression, read by
 `expressions.py`, of numbers and text, of names assigned further up, and of settings: as the command line gave them
-further left, or their defaults. A name that is no setting helps later lines; one that no line reads is noted and left
-out. Anything else is refused with its line. So a stranger's config file can only set settings. Presets are such files.
+further left, or their defaults (not `auto`, which is no value yet). A name that is no setting helps later lines; one
+that no line reads is noted and left out. Anything else is refused with its line. So a stranger's config file can only
+set settings. Presets are such files.
 """
 
 import ast
@@ -222,7 +223,9 @@ def read_config_file(name: str, known: Mapping[str, Field], parsed: Parsed) -> N
         source = read_regular(path, MAX_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a config file: {error.strerror}") from None
-    values: dict[str, Any] = {key: setting.default for key, setting in known.items()} | parsed.settings
+    # without `auto`: `compile = device == "cuda"` would be False on a GPU
+    defaults = {key: setting.default for key, setting in known.items() if setting.default != "auto"}
+    values: dict[str, Any] = defaults | parsed.settings
     line, others = 0, []
     try:
         with warnings.catch_warnings(action="ignore"):

@@ -243,7 +243,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte pair encoding. `<|endoftext|>` in a text is the token between two documents, as in nanoGPT."""
+    """GPT-2's byte pair encoding. `<|endoftext|>` in a text is the token between documents, as in nanoGPT's prompts."""
 
     name = "gpt2"
     n_vocab = GPT2_TOKENS

@@ -39,6 +39,18 @@ def test_loads_nanogpts(tmp_path, prefix):
     assert_same(checkpoint.load(tmp_path / "ckpt.pt"), expected)
 
 
+def test_weights_and_their_shape_are_enough_but_not_to_resume(tmp_path):
+    """As in files that people share, whose oldest have no "bias"."""
+    args = {name: value for name, value in MODEL_ARGS.items() if name not in ("bias", "dropout")}
+    model = dict(make_model().state_dict())
+    torch.save({"model": model, "model_args": args}, tmp_path / "ckpt.pt")
+    loaded = checkpoint.load(tmp_path / "ckpt.pt")
+    assert_same(loaded["model"], model)
+    assert (loaded["model_args"], loaded["config"], loaded["iter_num"]) == (args, {}, 0)
+    with pytest.raises(UserError, match="groups of no tensors, this model's 1 and 2"):
+        load_optimizer(make_adamw(make_model()), loaded["optimizer"])
+
+
 def test_nanogpt_loads_ours(tmp_path):
     """With the same statements as in its train.py and sample.py."""
     model = make_model()
