@@ -74,7 +74,7 @@ def test_a_step_waits_for_nothing(
     """No host sync, no mixed devices, no fake that differs from its body. Launches and memory with the real autograd
     engine, its threads and the device's tensors are the same as on shapes alone."""
     sums = {"several": True, "accumulation": 3} if recompute == "mlp" else {}
-    shapes = job(workload, {"n_layer": layers, "dropout": dropout}, recompute=recompute, **sums)
+    shapes = job(workload, {"n_layer": layers, "dropout": dropout, "bias": dropout > 0}, recompute=recompute, **sums)
     expected = dry_run(shapes)
     watching: list[Watching] = []
     monkeypatch.setattr(dryrun, "Recorder", lambda *given: watching.append(Watching(*given)) or watching[0])
