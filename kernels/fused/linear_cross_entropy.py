@@ -67,17 +67,19 @@ def _linear_cross_entropy(
     chunked, wanted = chunk_rows > 0, wants_dx or wants_dweight
     size = min(chunk_rows, M) if chunked else M
     logits, losses, count = x.new_empty(size, padded(V)), room_for_losses(x, M), counted(targets, ignore_index)
-    dx = x.new_empty(M if chunked and wants_dx else 0, C)
-    dweight = x.new_zeros(V if chunked and wants_dweight else 0, C, dtype=torch.float32)
+    makes_dx, makes_dweight = chunked and wants_dx, chunked and wants_dweight
+    dx, dweight = x.new_empty(M if makes_dx else 0, C), x.new_empty(V if makes_dweight else 0, C, dtype=torch.float32)
+    if makes_dweight:
+        dweight.zero_()
     # one chunk is enough where torch.compile asks for shapes only: counting them, it would compile for one M alone
     for start in range(0, M, max(size, 1)) if chunked and isinstance(M, int) else (0,):
         chunk = slice(start, start + size)
         part = logits[: M - start]
         torch.mm(x[chunk], weight.t(), out=part[:, :V])
         row_losses(part, V, targets[chunk], ignore_index, count, losses[chunk], dloss, part if wanted else None)
-        if chunked and wants_dx:
+        if makes_dx:
             torch.mm(part[:, :V], weight, out=dx[chunk])
-        if chunked and wants_dweight:
+        if makes_dweight:
             put_product(dweight, part[:, :V], x[chunk], True)
     dlogits = logits if wanted and not chunked else x.new_empty(0, padded(V))
     return losses.sum(), count, dlogits, dx, dweight
