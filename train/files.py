@@ -1,6 +1,7 @@
 """Files that appear whole or not at all. Files of others, read with care. Folders that belong to one process."""
 
 import errno
+import fcntl
 import functools
 import os
 import shutil
@@ -16,17 +17,12 @@ from typing import BinaryIO
 
 from train.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
-
 DAY = 24 * 60 * 60  # seconds
 
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. OSError for anything else: a pipe may never answer, a device may have no end."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -100,7 +96,7 @@ def owned(folder: Path) -> Iterator[None]:
     """Make `folder`, the out_dir of a run, and lock it. At the end, delete it if it was made here and is empty.
 
     The system drops the lock when the process ends, however it ends. UserError if another process holds the lock, or if
-    the folder cannot be made. Windows and some file systems have no locks: there nothing is locked.
+    the folder cannot be made. On a file system without locks nothing is locked.
     """
     with ExitStack() as stack:
         try:
@@ -142,9 +138,6 @@ def _staged(folder: Path, held: ExitStack) -> Path:
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Hold the folder's lock. BlockingIOError if another process holds it. False where there are no locks."""
-    if fcntl is None:
-        yield False
-        return
     with _opened(folder) as descriptor:
         yield _if_possible(fcntl.flock, descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -188,9 +181,7 @@ def sync(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on the disk, so that renames survive a power cut. Windows cannot do this."""
-    if fcntl is None:
-        return
+    """Wait until the names in `folder` are on the disk, so that renames survive a power cut."""
     with _opened(folder) as descriptor:
         _if_possible(os.fsync, descriptor)
 
