@@ -26,9 +26,11 @@ from train.errors import UserError, command, one_line, quoted, run, shown
 from train.files import checksums, making_folder, replace_together, staging_folder
 from train.settings import command_line, nearest, setting
 from train.text import (
+    ALL,
     END_OF_TEXT,
     GPT2_TOKENS,
     NAMES,
+    WORDS,
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
@@ -38,7 +40,6 @@ from train.text import (
     read_meta,
     read_text,
     split_at,
-    whole_words,
 )
 
 ABOUT = f"""Writes data/DATASET/train.bin, val.bin and meta.json. NAME is one of {", ".join(CORPORA)};
@@ -224,7 +225,7 @@ def write_dataset(folder: Path, paths: Sequence[Path], coder: Tokenizer | None, 
 
         def reading(digest: Any) -> Iterator[str | bytes]:
             pieces = read_text(paths, between, raw=of_bytes)
-            for piece in whole_words(pieces) if of_words else large(pieces):
+            for piece in large(pieces, WORDS if of_words else ALL):
                 data = piece.encode("utf-8", "surrogateescape")
                 digest.update(data)
                 bar.update(len(data))

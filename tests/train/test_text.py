@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from train import text as texts
 from train.errors import UserError
-from train.text import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_meta, read_text, split_at, whole_words
+from train.text import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_meta, large, read_text, split_at
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ WORDS = st.text(st.sampled_from("ab'sl ré\n\t\u00a0\x1c生。\uff112½,.!_\u030
 def test_bpe_in_pieces_is_bpe_of_the_whole(gpt2, text, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "CHUNK", size)
-        pieces = list(whole_words(text[i : i + size] for i in range(0, len(text), size)))
+        pieces = list(large((text[i : i + size] for i in range(0, len(text), size)), texts.WORDS))
     assert "".join(pieces) == text
     assert [i for piece in pieces for i in gpt2.encode_ordinary(piece)] == gpt2.encode_ordinary(text).tolist()
 
