@@ -4,7 +4,6 @@ Everything that changes from step to step lies in device memory. Nothing here wa
 results. So `graph.py` can capture `micro_step`, `update` and `evaluate` and replay them.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -92,10 +91,6 @@ class TrainStep:
         norm, found_inf = self.optimizer.update(self.grad_clip, inv_scale)
         self.scaler.update(found_inf)
         self.grad_norm.copy_(norm)
-
-    def evaluation(self, batches: Iterable[Batch]) -> Tensor:
-        """The loss of each batch, of one micro-step, (n,) float32 on the device."""
-        return torch.stack([self.evaluate(batch.x[0], batch.y[0]) for batch in batches])
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:

@@ -55,6 +55,10 @@ def train(
     return [(r.loss.item(), r.grad_norm.item()) for r in results]
 
 
+def evaluated(step: TrainStep, batches: list[Batch]) -> list[float]:
+    return [step.evaluate(batch.x[0], batch.y[0]).item() for batch in batches]
+
+
 def everything(step: TrainStep) -> list[torch.Tensor]:
     """Copies of all tensors that a capture must leave unchanged. A gradient that the next one replaces is none."""
     adam, scaler, flat = step.optimizer, step.scaler, step.optimizer.flat

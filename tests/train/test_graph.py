@@ -5,7 +5,7 @@ import torch
 
 from kernels import FUSED, REFERENCE, Ops
 from kernels.launch import INTERPRETED
-from tests.train.steps import B, T, assert_same, batch, everything, make, train
+from tests.train.steps import B, T, assert_same, batch, evaluated, everything, make, train
 from tests.train.tape import tape
 from train.errors import UserError
 from train.graph import GraphedStep, Task, Work
@@ -37,8 +37,8 @@ def test_a_replayed_step_is_the_eager_step(ops: Ops, dtype: torch.dtype, accumul
     for i in range(3 if ops is FUSED else 5):
         assert graphed(batch(i, accumulation), 1e-2) == eager(batch(i, accumulation), 1e-2)
         batches = [batch(100 + 10 * i + k) for k in range(2)]
-        losses = graphed.evaluation(batches)
-        assert torch.equal(losses, captured.evaluation(batches))
+        losses = evaluated(graphed, batches)
+        assert losses == evaluated(captured, batches)
         assert losses[0] != losses[1]
     assert_same(everything(captured), everything(eager))
 
