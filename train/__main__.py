@@ -102,12 +102,12 @@ def train(state: TrainState, *, resumed: bool) -> int:
     if world.master:  # makes out_dir
         facts = {"device": device_name(plan.device), "parameters": num_params(plan.shape)}
         log = RunLog(config, **facts, resume_iter=state.progress.iter_num if resumed else None)
-    say = log.message if log is not None else lambda line: None
+    tell = say if world.master else lambda line: None
     for line in plan.lines:
-        say(line)
-    if log is not None and state.other_data and not config.eval_only:
-        say(f"the best checkpoint until now was kept in {checkpoints.set_best_aside(Path(config.out_dir))}")
-    step = make_step(state, say)
+        tell(line)
+    if world.master and state.other_data and not config.eval_only:
+        tell(f"the best checkpoint until now was kept in {checkpoints.set_best_aside(Path(config.out_dir))}")
+    step = make_step(state, tell)
     with Loader(
         plan.dataset,
         batch_size=config.batch_size,
@@ -128,7 +128,7 @@ def train(state: TrainState, *, resumed: bool) -> int:
     if log is not None:
         say(loop.ended)
         if status == 0 and not config.eval_only:
-            farewell(state, loop, say)
+            farewell(state, loop)
         log.close()
     return 128 + status if status else 0
 
@@ -150,7 +150,7 @@ def make_step(state: TrainState, say: Callable[[str], None]) -> TrainStep | Prof
     return step
 
 
-def farewell(state: TrainState, loop: Loop, say: Callable[[str], None]) -> None:
+def farewell(state: TrainState, loop: Loop) -> None:
     """Print the final losses, a sample of text, and the paths of the run's files."""
     plan, losses, best = state.plan, loop.losses, state.progress.best_val_loss
     uncompile(state.model)  # each length of a text would be compiled
