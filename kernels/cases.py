@@ -17,7 +17,6 @@ from kernels import traffic as least
 from kernels.launch import FLOATS
 
 Shape = tuple[int, ...]
-Inputs = Callable[[Shape, torch.dtype, torch.device], dict[str, Any]]
 GPT = ((32 * 1024, 768), (64 * 256, 384), (8 * 1024, 1600))  # rows, channels: GPT-2 124M, shakespeare_char, GPT-2 XL
 
 
@@ -32,7 +31,7 @@ class Case:
     name: str
     fused: Callable[..., Any]
     reference: Callable[..., Any]
-    make_inputs: Inputs
+    make_inputs: Callable[[Shape, torch.dtype, torch.device], dict[str, Any]]
     shapes: tuple[Shape, ...]  # for tests; a comment says which regime of the kernel each exercises
     gpt_shapes: tuple[Shape, ...]
     # (*shape, bytes of one element) -> the least bytes that any implementation moves

@@ -44,11 +44,11 @@ def read_meta_pickle(data: bytes) -> dict[str, Any]:
 
 def _table(itos: Any, stoi: Any) -> dict[Any, Any]:
     """{id: token}; empty if there is none."""
+    if isinstance(itos, dict):
+        return itos
     if isinstance(itos, list | tuple):
         return dict(enumerate(itos))
-    if not isinstance(itos, dict) and isinstance(stoi, dict):
-        return {i: token for token, i in stoi.items() if type(i) is int}
-    return itos if isinstance(itos, dict) else {}
+    return {i: token for token, i in stoi.items() if type(i) is int} if isinstance(stoi, dict) else {}
 
 
 def digest(table: Mapping[int, Any]) -> str:
