@@ -176,10 +176,6 @@ class Tokenizer(ABC):
         """Ids of a prompt. ValueError for a character without one."""
         return self.encode_array(text).tolist()
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
     def meta(self) -> dict[str, Any]:
         """What `from_meta` needs to rebuild this tokenizer; primitives only."""
         return {"tokenizer": self.name, "vocab_size": self.n_vocab}
