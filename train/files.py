@@ -2,13 +2,11 @@
 
 import errno
 import fcntl
-import functools
 import os
 import shutil
 import stat
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, count
@@ -61,11 +59,6 @@ def check_output(path: Path) -> None:
     if not os.access(path.parent, os.W_OK | os.X_OK):
         found = errno.EACCES if path.parent.is_dir() else errno.ENOENT
         raise OSError(found, os.strerror(found), str(path.parent))
-
-
-def checksums(file: BinaryIO, size: int) -> list[int]:
-    """CRC-32 of each `size` bytes of an open file, from its current position to its end."""
-    return [zlib.crc32(data) for data in iter(functools.partial(file.read, size), b"")]
 
 
 @contextmanager

@@ -12,9 +12,11 @@ import pickle
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import numpy as np
 
 from train.corpora import CORPORA, dataset_folder, openwebtext
 from train.errors import UserError, command, one_line, quoted, run, shown
-from train.files import checksums, making_folder, replace_together, staging_folder
+from train.files import making_folder, replace_together, staging_folder
 from train.settings import command_line, nearest, setting
 from train.text import (
     ALL,
@@ -267,7 +269,7 @@ def write_tokens(
                 if count < 2:
                     raise UserError(f"too little text: the {name} part has {count} tokens, expected 2 or more")
                 file.seek(0)
-                sums[name] = checksums(file, CHECKSUM_BYTES)
+                sums[name] = [zlib.crc32(data) for data in iter(partial(file.read, CHECKSUM_BYTES), b"")]
         meta |= {"sha256": digest.hexdigest(), "checksums": sums}
         (staging / "meta.json").write_text(json.dumps(meta))
         if isinstance(tokenizer, CharTokenizer):  # nanoGPT's own form, for its scripts
