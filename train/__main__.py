@@ -37,16 +37,16 @@ from train.step import TrainStep
 def main() -> int:
     parsed = parse(sys.argv[1:])
     named = TrainConfig(**parsed.settings)  # what was not named has its plain default
-    absent = bool(named.rehearse)  # a rehearsal: all is checked, nothing is trained
-    device = None if absent else resolve_device(named.device)
+    rehearsal = bool(named.rehearse)  # a rehearsal: all is checked, nothing is trained
+    device = None if rehearsal else resolve_device(named.device)
     world = world_from_environment()
     resumed = named.init_from == "resume"
-    with ExitStack() as held:
+    with ExitStack() as stack:
         checkpoint = stored = None
         if resumed:
             out_dir = Path(named.out_dir)
-            if world.master and not absent and not named.eval_only and os.path.isdir(out_dir):
-                held.enter_context(owned(out_dir))  # before the load: a run that still goes on will save again
+            if world.master and not rehearsal and not named.eval_only and os.path.isdir(out_dir):
+                stack.enter_context(owned(out_dir))  # before the load: a run that still goes on will save again
             checkpoint = checkpoints.load(out_dir / checkpoints.LATEST)
             stored = {**checkpoint["config"], "out_dir": named.out_dir}
             if not checkpoint["nanofuse"]:  # nanoGPT's: it holds values for the machine that wrote it
@@ -54,12 +54,12 @@ def main() -> int:
                     stored.pop(machine, None)
         elif path := checkpoints.named(named.init_from):
             checkpoint = checkpoints.load(path)
-        base, why = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
+        base, why = choose_base(parsed, gpu=rehearsal or device.type != "cpu", stored=stored)
         config = compose(parsed, base)
         why = " over ".join([*reversed(parsed.sources), why])
         for note in notes(parsed, config) if world.master else ():
             say(note)
-        if absent:
+        if rehearsal:
             from train.rehearse import rehearse  # imported here: only a rehearsal needs it
 
             for line in rehearse(config, set(parsed.settings), why, checkpoint, world):
@@ -68,7 +68,7 @@ def main() -> int:
             return 0
         check_sinks(config)
         if world.master and not config.eval_only and not resumed:
-            held.enter_context(owned(Path(config.out_dir)))
+            stack.enter_context(owned(Path(config.out_dir)))
         device = use_device(local_device(resolve_device(config.device), world))
         with memory_suffices(), process_group(world, config.backend, device):
             plan = decide(config, set(parsed.settings), why, checkpoint, world, device)
