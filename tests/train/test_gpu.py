@@ -22,7 +22,7 @@ from tests.train import steps
 from tests.train.runs import last, logged, resume, run
 from tests.train.test_golden import TRACES, recorded, relative, train
 from train.choices import Layer, choose_mlp, why_not
-from train.compile import compile_model, compile_module, in_parts
+from train.compile import compile_model, compile_module
 from train.data import Batch
 from train.distributed import World
 from train.dryrun import Job, build, dry_run
@@ -48,7 +48,7 @@ def whole_float32() -> Iterator[None]:
 def compiled(model: GPT) -> torch.nn.Module:
     """The model as a run compiles it."""
     compile = functools.partial(compile_module, device=CUDA)
-    return compile_model(model, compile, in_parts=in_parts(CUDA))
+    return compile_model(model, compile, in_parts=True)
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled in parts"])
