@@ -130,7 +130,6 @@ class Shape(Struct, frozen=True):
 
     @property
     def config(self) -> GPTConfig:
-        """The model's."""
         return GPTConfig(**{name: getattr(self, name) for name in SIZES}, bias=bool(self.bias))
 
     def __post_init__(self) -> None:

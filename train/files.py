@@ -181,7 +181,6 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[int]:
-    """A descriptor of the folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         yield descriptor

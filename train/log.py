@@ -112,7 +112,6 @@ class RunLog:
         self._append("save", iter_num, seconds=seconds)
 
     def close(self) -> None:
-        """The run is over."""
         if self._file:
             self._try(self._path, self._file.close)
         if self._wandb:

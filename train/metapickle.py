@@ -52,7 +52,6 @@ def _table(itos: Any, stoi: Any) -> dict[Any, Any]:
 
 
 def digest(table: Mapping[int, Any]) -> str:
-    """A digest of a table {id: token}."""
     return hashlib.sha256(repr(sorted(table.items())).encode("utf-8", "surrogatepass")).hexdigest()
 
 

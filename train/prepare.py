@@ -56,8 +56,6 @@ DEFAULT_BLOCK_SIZE = 256  # the longest sequence of the default jobs, docs and d
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """The settings of `python -m train.prepare`."""
-
     tokenizer: str = setting("auto", "auto: gpt2 for shakespeare and openwebtext, else char", choices=("auto", *NAMES))
     dataset: str = setting(
         "", "folder in data/, or an absolute path; if empty, the name of the corpus or first file", path=True
