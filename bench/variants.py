@@ -213,9 +213,9 @@ def ours(
         if compile:
             checked = partial(only_compiled, compile=partial(compile_module, device=device))
             module = compile_model(model, checked, in_parts=device.type == "cuda")
-        step = TrainStep(module, optimizer, grad_clip=setting.grad_clip)
+        step = TrainStep(module, optimizer, grad_clip=setting.grad_clip, accumulation=workload.accumulation)
         if graphed:
-            step = GraphedStep(step, (workload.accumulation, workload.batch_size, workload.config.block_size))
+            step = GraphedStep(step, (workload.batch_size, workload.config.block_size))
         return lambda batch: step(batch, setting.learning_rate).loss
 
     return Variant(name, build, compares, compiled=compile)

@@ -139,12 +139,13 @@ def make_step(state: TrainState, say: Callable[[str], None]) -> TrainStep | Prof
     model = model_to_train(state.model, config, plan.device, say, sharded=plan.sharded)
     state.optimizer.clear()
     world = None if plan.sharded else plan.world
-    step = TrainStep(model, state.optimizer, grad_clip=config.grad_clip, scaler=state.scaler, world=world)
+    settings = {"grad_clip": config.grad_clip, "accumulation": plan.accumulation}
+    step = TrainStep(model, state.optimizer, **settings, scaler=state.scaler, world=world)
     graphs, without = choose_graphs(config, plan.device, sharded=plan.sharded)
     if without:
         say(without)
     if graphs:
-        step = GraphedStep(step, (plan.accumulation, config.batch_size, config.block_size), evaluates=True)
+        step = GraphedStep(step, (config.batch_size, config.block_size), evaluates=True)
     if config.profile and plan.world.master:
         step = ProfiledStep(step, plan, state.progress.iter_num, say)
     return step

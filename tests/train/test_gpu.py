@@ -100,7 +100,7 @@ def assert_replayed(
     for step in (eager, captured):
         steps.train(step, accumulation, 2, CUDA, size)
     before, generator = steps.everything(captured), torch.cuda.get_rng_state()
-    graphed = GraphedStep(captured, (accumulation, size, steps.T), evaluates=True)
+    graphed = GraphedStep(captured, (size, steps.T), evaluates=True)
     steps.assert_same(steps.everything(captured), before)
     assert torch.equal(torch.cuda.get_rng_state(), generator)
     for evaluated in range(2):
@@ -162,7 +162,7 @@ def test_a_capture_that_fails_is_one_line_and_the_step_goes_on(monkeypatch: pyte
 
     monkeypatch.setattr(step.optimizer, "gather", fails)
     with pytest.raises(UserError, match=r"no such thing in a capture; --no-cuda_graphs goes on without"):
-        GraphedStep(step, (1, steps.B, steps.T))
+        GraphedStep(step, (steps.B, steps.T))
     monkeypatch.undo()
     assert_same(steps.train(step, 1, 3, CUDA), steps.train(twin, 1, 3, CUDA))
 
