@@ -34,8 +34,6 @@ Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Machine(Struct, frozen=True):
-    """The device that was measured."""
-
     name: str  # "NVIDIA H100 80GB HBM3", "AMD EPYC ..."
     type: str  # "cuda", "cpu"
     driver: str | None = None  # CUDA only

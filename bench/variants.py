@@ -44,7 +44,6 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of an iteration."""
         return self.accumulation * self.batch_size * self.config.block_size
 
     @property

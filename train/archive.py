@@ -16,8 +16,6 @@ from torch.utils._pytree import tree_leaves
 from train.errors import first_line
 from train.files import open_regular
 
-ZIP64 = b"\x01\x00"  # how the only extra field begins that torch writes: sizes of archives over 4 GB
-
 
 def load_archive(path: Path, *, verify: bool = True) -> object:
     """What torch.save wrote to `path`: tensors on the CPU, plain values, and dicts, lists and tuples of those.
@@ -55,7 +53,8 @@ def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     members = archive.infolist()
     for member in members:
         packed = member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size
+        extra = member.extra[:2] not in (b"", b"\x01\x00")  # torch writes only the sizes of archives over 4 GB
         # Where these are set, torch's reader and Python's may see different files.
-        if packed or member.external_attr or member.internal_attr or member.extra[:2] not in (b"", ZIP64):
+        if packed or extra or member.external_attr or member.internal_attr:
             raise ValueError(f"its member {member.filename} is packed or marked, as torch.save never does")
     return members

@@ -15,8 +15,6 @@ from typing import BinaryIO
 
 from train.errors import UserError
 
-DAY = 24 * 60 * 60  # seconds
-
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. OSError for anything else: a pipe may never answer, a device may have no end."""
@@ -111,7 +109,7 @@ def staging_folder(folder: Path) -> Iterator[Path]:
     """
     for path in folder.glob(".staging-*"):
         with suppress(OSError), _locked(path) as locked:
-            if locked or time.time() - max(os.stat(inside).st_mtime for inside in (path, *path.iterdir())) > DAY:
+            if locked or time.time() - max(os.stat(inside).st_mtime for inside in (path, *path.iterdir())) > 86400:
                 shutil.rmtree(path)
     with ExitStack() as held:
         yield _staged(folder, held)

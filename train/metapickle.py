@@ -69,11 +69,6 @@ class _StandIn:
     __setstate__ = append = extend = add = __setitem__
 
 
-def _dict(*args: Any) -> dict:
-    """A defaultdict, for example, whose items follow or are an argument."""
-    return next((arg for arg in args if isinstance(arg, dict)), {})
-
-
 def _scalar(dtype: Any = None, data: Any = None, *_: Any) -> Any:
     """A number or a string of numpy, as Python's own. The arguments are numpy.dtype("i8"), for example, and bytes, in
     old pickles _codecs.encode(text, "latin1")."""
@@ -86,6 +81,6 @@ def _scalar(dtype: Any = None, data: Any = None, *_: Any) -> Any:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module == "collections":
-            return _dict
+        if module == "collections":  # a defaultdict, for example, whose items follow or are an argument
+            return lambda *args: next((arg for arg in args if isinstance(arg, dict)), {})
         return _scalar if module.startswith("numpy") and name == "scalar" else _StandIn
