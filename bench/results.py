@@ -30,6 +30,7 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")  # of a mode
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1, le=1 << 40)]
+Layers = Annotated[int, Meta(ge=1, le=1 << 16)]  # work is summed over them
 Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
@@ -117,7 +118,7 @@ class Kernel(Measured, frozen=True):
 class Shape(Struct, frozen=True):
     """The shape of a training step. ValueError for one that cannot be built."""
 
-    n_layer: Count
+    n_layer: Layers
     n_head: Count
     n_embd: Count
     block_size: Count
@@ -153,6 +154,10 @@ class Step(Measured, frozen=True):
     peak_memory: Natural | None = None  # bytes on the device; CUDA only
     losses: list[float | None] = []  # of the first steps, for the check; None: not a finite number
     skipped: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.seconds) % self.turn:
+            raise ValueError(f"turn: got {self.turn}, expected a divisor of the {len(self.seconds)} samples")
 
     @property
     def ours(self) -> bool:
@@ -197,6 +202,10 @@ class Results(Struct, frozen=True):
     complete: bool = False  # False: stopped, by hand or by its time, or a requested part failed
     format: Literal[FORMAT] = FORMAT
     version: Literal[VERSION] = VERSION
+
+    def __post_init__(self) -> None:
+        if not self.peak.flops > 0:
+            raise ValueError(f"peak: got {self.peak.flops} FLOP/s, expected more than 0")
 
     def ceiling(self, what: str, dtype: str = "") -> float | None:
         """The rate of the best ceiling of that kind, None if it was not measured. dtype: of a matmul; empty: of any."""
