@@ -39,6 +39,7 @@ LIGHT = {role: light for role, (light, _) in SCHEME.items()}
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 COLOURS = (LIGHT["ours"], "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#db2777")
 
+LARGEST = 1e30  # of a value drawn
 MOST = 1500  # points of a training curve, about: a picture has no more columns
 
 
@@ -141,10 +142,11 @@ def _draw(axes: "Axes", records: list[Record], colour: str, name: str) -> None:
 
 
 def _points(records: list[Record], kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The iterations and values of one field, without those that were not finite."""
-    of_kind = (record for record in records if record["kind"] == kind)
-    points = [(record["iter"], record[name]) for record in of_kind if record.get(name) is not None]
-    return np.array([x for x, _ in points]), np.array([y for _, y in points], dtype=float)
+    """The iterations and values of one field, without those that no axis and no loss has."""
+    points = [(record["iter"], record.get(name)) for record in records if record["kind"] == kind]
+    numbers = ((x, y) for x, y in points if isinstance(x, int) and isinstance(y, int | float))
+    known = [(x, y) for x, y in numbers if 0 <= x < 2**53 and abs(y) < LARGEST]
+    return np.array([x for x, _ in known]), np.array([y for _, y in known], dtype=float)
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
@@ -160,7 +162,9 @@ def _title(runs: dict[str, list[Record]]) -> str:
         return "validation loss, with the training loss behind it"
     ((name, records),) = runs.items()
     facts = next((record for record in reversed(records) if record["kind"] == "run"), {})
-    return f"{name}: {facts['parameters'] / 1e6:.2f}M parameters, {facts['device']}" if facts else name
+    if not (isinstance(facts.get("parameters"), int) and facts["parameters"] < 2**63):
+        return name
+    return f"{name}: {facts['parameters'] / 1e6:.2f}M parameters, {str(facts.get('device'))[:80]}"
 
 
 def main(argv: list[str] | None = None) -> None:

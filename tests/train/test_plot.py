@@ -64,7 +64,17 @@ def test_a_run_alone(tmp_path):
     assert "prefers-color-scheme:dark" in text
 
 
-@pytest.mark.parametrize("records", [[iteration(0, 0.0)], [evaluation(0, 4.0, 4.0), iteration(5, None)]])
+HUGE = int("9" * 400)
+WILD = [
+    {"kind": "run", "iter": 0, "parameters": HUGE},
+    {"kind": "iter", "iter": 9},
+    *(iteration(i, loss) for i, loss in enumerate([None, 1.0, 1e308, HUGE])),
+    *(evaluation(i, *losses) for i, losses in [(HUGE, (1.0, 1.0)), (3, (-1e308, [1.0])), (-(10**30), ("x", 1e308))]),
+    {"kind": "eval", "iter": "5", "val_loss": 1.0},
+]
+
+
+@pytest.mark.parametrize("records", [[iteration(0, 0.0)], [evaluation(0, 4.0, 4.0), iteration(5, None)], WILD])
 @pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's
 def test_odd_runs_have_a_picture_too(tmp_path, records):
     assert words(write_picture(tmp_path / "loss.svg", {"out": records}))
