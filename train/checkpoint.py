@@ -280,7 +280,7 @@ def unpack(raw: Any) -> dict:
     if not isinstance(raw, dict):
         raise ValueError(f"is not a GPT's checkpoint: it holds a {type(raw).__name__}, not a dict")
     best = raw.get("best_val_loss")
-    if isinstance(best, torch.Tensor) and best.numel() == 1:
+    if isinstance(best, torch.Tensor) and best.numel() == 1 and not best.is_meta:
         raw = {**raw, "best_val_loss": best.item()}  # as nanoGPT keeps it
     try:
         checked = msgspec.convert(raw, Checkpoint)

@@ -219,11 +219,12 @@ def _moments(entry: object, param: torch.Tensor, index: int) -> dict[str, torch.
     """`entry`, an AdamW's state of `param` in a checkpoint, checked. UserError if it is anything else."""
 
     def fits(moment: object) -> bool:
-        return isinstance(moment, torch.Tensor) and moment.is_floating_point() and moment.shape == param.shape
+        dense = isinstance(moment, torch.Tensor) and moment.layout == torch.strided and not moment.is_meta
+        return dense and moment.is_floating_point() and moment.shape == param.shape
 
     found = entry if isinstance(entry, dict) else {}
     step = found.get("step")  # a number or a tensor, as the AdamW of the file had it
-    if isinstance(step, torch.Tensor) and step.numel() == 1:
+    if isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_meta:
         step = step.item()
     if type(step) not in (int, float) or not 0 <= step < 1e15 or not all(fits(found.get(key)) for key in MOMENTS):
         raise UserError(

@@ -81,7 +81,7 @@ def test_an_optimizer_of_another_kind_or_model_is_refused():
 
     zeros, ours, missing = torch.zeros(32, 8), make_adamw(make_model()), changed()
     del missing["state"][1]
-    moments = (None, 0, [0.0] * 1000, zeros.long(), torch.zeros(33, 8))
+    moments = (None, 0, [0.0] * 1000, zeros.long(), zeros.to_sparse(), zeros.to("meta"), torch.zeros(33, 8))
     for state, message in (
         (torch.optim.AdamW(make_model().parameters()).state_dict(), "groups of 3 tensors, this model's 1 and 2"),
         (missing, "tensor 1 no count"),
