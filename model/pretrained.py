@@ -17,7 +17,7 @@ and then get the tensors. So the weights are in memory once, and nothing is init
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ MASKS = (".attn.bias", ".attn.masked_bias")
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}  # Hugging Face's names -> ours
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # people halve their files
+MAX_CONFIG = 1 << 20  # bytes of a config.json
 MAX_SIZE = 1 << 24  # of a dimension
 SHAPE = {  # our field -> config.json's
     "block_size": "n_positions",
@@ -82,13 +83,14 @@ def _read(
     path, config = _locate(source)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            shape, tensors = _read_config(config, dropout, gelu), {}
-            for key in file.keys() if weights else ():
-                if not key.endswith(MASKS):
-                    name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
-                    mapped = _transposed(name, file.get_tensor(key))  # a view of the file
-                    tensors[name] = mapped.clone(memory_format=torch.contiguous_format)
-            return path, shape, tensors
+            keys = [key for key in file.keys() if not key.endswith(MASKS)]  # noqa: SIM118
+            names = {key: key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}" for key in keys}
+            shape = _read_config(config, dropout, gelu)
+            _check_blocks(shape, names.values(), path)
+            # copies: the tensors of the file are views of it, mapped
+            how = {"memory_format": torch.contiguous_format}
+            read = names.items() if weights else ()
+            return path, shape, {name: _transposed(name, file.get_tensor(key)).clone(**how) for key, name in read}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 
@@ -179,6 +181,8 @@ def _read_config(path: Path, dropout: float, gelu: str | None) -> GPTConfig:
     if not os.path.lexists(path):
         raise ValueError(f"{path}: missing, expected it beside {WEIGHTS}: it tells the number of heads")
     try:
+        if not os.path.isfile(path) or path.stat().st_size > MAX_CONFIG:
+            raise ValueError(f"no regular file of at most {MAX_CONFIG:,} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
         shape = {ours: found[theirs] for ours, theirs in SHAPE.items()}
         for ours, size in shape.items():
@@ -207,11 +211,19 @@ def _transposed(name: str, tensor: Tensor) -> Tensor:
     return tensor.t() if name.endswith(CONV1D) else tensor
 
 
+def _check_blocks(config: GPTConfig, names: Iterable[str], where: object) -> None:
+    """ValueError unless there are tensors of n_layer blocks. To build a model of more could take forever."""
+    blocks = len({name.split(".")[2] for name in names if name.startswith("transformer.h.")})
+    if config.n_layer > blocks:
+        raise ValueError(f"{where}: transformer.h.{blocks} is missing: n_layer is {config.n_layer}")
+
+
 def _built(
     config: GPTConfig, tensors: Mapping[str, Tensor], where: object, ops: Ops, options: Mapping[str, Any]
 ) -> GPT:
     """A GPT that owns these tensors, under our names, in float32. The tied head may be absent. ValueError, with the
     first three differences, if they are not its weights."""
+    _check_blocks(config, tensors, where)
     with torch.device("meta"):  # no memory, no initialisation, no random numbers
         model = GPT(config, ops, **options)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -223,6 +235,8 @@ def _built(
             wrong.append(f"{name} has shape {tuple(tensor.shape)}, expected {expected[name]}")
         elif tensor.dtype not in FLOATS:
             wrong.append(f"{name} has {tensor.dtype}, expected one of {', '.join(map(str, FLOATS))}")
+        elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            wrong.append(f"{name} has more elements than values")
     if not wrong and HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
         wrong.append(f"{HEAD} differs from {EMBEDDING}, expected a head tied to the embedding")
     if wrong:
