@@ -1,7 +1,6 @@
 """Files that appear whole or not at all. Files of others, read with care. Folders that belong to one process."""
 
 import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -15,10 +14,15 @@ from typing import BinaryIO
 
 from train.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. OSError for anything else: a pipe may never answer, a device may have no end."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -87,7 +91,7 @@ def owned(folder: Path) -> Iterator[None]:
     """Make `folder`, the out_dir of a run, and lock it. At the end, delete it if it was made here and is empty.
 
     The system drops the lock when the process ends, however it ends. UserError if another process holds the lock, or if
-    the folder cannot be made. On a file system without locks nothing is locked.
+    the folder cannot be made. Windows and some file systems have no locks: there nothing is locked.
     """
     with ExitStack() as stack:
         try:
@@ -129,6 +133,9 @@ def _staged(folder: Path, held: ExitStack) -> Path:
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Hold the folder's lock. BlockingIOError if another process holds it. False where there are no locks."""
+    if fcntl is None:
+        yield False
+        return
     with _opened(folder) as descriptor:
         yield _if_possible(fcntl.flock, descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -172,7 +179,9 @@ def sync(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on the disk, so that renames survive a power cut."""
+    """Wait until the names in `folder` are on the disk, so that renames survive a power cut. Windows cannot do this."""
+    if fcntl is None:
+        return
     with _opened(folder) as descriptor:
         _if_possible(os.fsync, descriptor)
 

@@ -46,8 +46,9 @@ def signals_caught() -> Iterator[list[int]]:
         caught.append(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
     before = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught

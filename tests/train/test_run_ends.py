@@ -4,7 +4,9 @@ import errno
 import itertools
 import os
 import pickle
+import runpy
 import signal
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -155,8 +157,15 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     assert resume(out_dir, max_iters=7) == 0  # the first one has let go
 
 
-def test_without_locks_nothing_is_held(tmp_path, monkeypatch):
-    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+@pytest.mark.parametrize("windows", [True, False])
+def test_without_locks_nothing_is_held(windows, tmp_path, monkeypatch):
+    if windows:  # it has neither, and opens no folder
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+        monkeypatch.delattr(os, "O_NONBLOCK")
+        monkeypatch.setattr("train.files._opened", None)
+        monkeypatch.setattr("train.files.fcntl", runpy.run_path(files.__file__)["fcntl"])
+    else:
+        monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     with owned(tmp_path / "out"):
         assert run(tmp_path / "out", max_iters=2) == 0
 
