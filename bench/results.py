@@ -10,7 +10,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 import torch
@@ -229,14 +229,24 @@ def write(path: Path, results: Results) -> None:
 
 
 def read(path: Path) -> Results:
-    """The results in a file. If they cannot be read: ValueError, one line that names the file and the field."""
+    """The results in a file; control characters in its words are escaped. If they cannot be read: ValueError, one line
+    that names the file and the field."""
     try:
-        return msgspec.json.decode(read_regular(path, MAX_BYTES), type=Results)
+        return msgspec.convert(_printable(msgspec.json.decode(read_regular(path, MAX_BYTES))), Results)
     except OSError as error:
         raise ValueError(one_line(f"{path}: cannot be read: {error.strerror}")) from error
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         message = f"{path}: is no results file of {FORMAT}, version {VERSION}: {error}"
         raise ValueError(one_line(message)) from error
+
+
+def _printable(value: Any) -> Any:
+    """The same, with every text on one line that a terminal does not act upon."""
+    if isinstance(value, str):
+        return one_line(value)
+    if isinstance(value, dict):
+        return {key: _printable(each) for key, each in value.items()}
+    return [_printable(each) for each in value] if isinstance(value, list) else value
 
 
 # Where the numbers come from

@@ -74,6 +74,14 @@ def test_what_is_refused(tmp_path: Path, text: str, message: str) -> None:
     assert len(said) <= 1005  # its middle is left out
 
 
+def test_words_in_a_file_do_nothing_to_a_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(changed(device=WHOLE["device"] | {"name": "H100\x1b[31m\n# a heading" + "x" * 5000}))
+    name = results.read(path).device.name
+    assert name.startswith(r"H100\x1b[31m\n# a heading")
+    assert len(name) < 1100
+
+
 @pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
 def test_what_is_no_file_is_refused(tmp_path: Path, put: Callable) -> None:
     put(tmp_path / "x.json")
