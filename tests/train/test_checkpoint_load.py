@@ -170,6 +170,9 @@ def test_the_extra_field_of_files_over_4_gb_is_read(path):
     assert checkpoint.held(path)
 
 
+PROTO, TUPLE1, SET_ITEM, STOP = b"\x80\x02", b"\x85", b"K\x01s", b"."
+TUPLES_IN_TUPLES = PROTO + b"}N" + TUPLE1 * 100_000 + SET_ITEM + STOP  # hashing them overflows the stack
+DOUBLED = PROTO + b"]q\x00" + b"]q\x01(h\x00h\x00eq\x00" * 60 + STOP  # lists of 2**60 items, if each is visited
 FILES = [  # how a file is made, and what the refusal says
     (lambda path: path.write_bytes(b""), "not a zip file"),
     (lambda path: path.mkdir(), "Is a directory"),
@@ -179,7 +182,9 @@ FILES = [  # how a file is made, and what the refusal says
     (lambda path: rewritten(path, external_attr=16), "marked"),
     (lambda path: rewritten(path, internal_attr=1), "marked"),
     (lambda path: rewritten(path, extra=b"up\0\0"), "marked"),
-    (lambda path: torch.save([1], path), "not a dict"),
+    (lambda path: rewritten(path, TUPLES_IN_TUPLES), "50,000 tuples"),
+    (lambda path: rewritten(path, PROTO + b"]" * 10**5 + b"a" * (10**5 - 1) + STOP), "not a dict"),
+    (lambda path: rewritten(path, DOUBLED), "more than 2,000,000 values"),
     (lambda path: torch.save(torch.zeros(3), path), "it holds a Tensor"),
     (lambda path: torch.save({"x": Path("x")}, path), "it holds pathlib"),
     (lambda path: torch.save(make_model().state_dict(), path), "missing required field `model`"),
