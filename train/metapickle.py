@@ -9,7 +9,7 @@ import hashlib
 import io
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def _table(itos: Any, stoi: Any) -> dict[Any, Any]:
     """{id: token}; empty if there is none."""
     if isinstance(itos, dict):
         return itos
-    if isinstance(itos, list | tuple):
+    if isinstance(itos, list):
         return dict(enumerate(itos))
     return {i: token for token, i in stoi.items() if type(i) is int} if isinstance(stoi, dict) else {}
 
@@ -79,7 +79,24 @@ def _scalar(dtype: Any = None, data: Any = None, *_: Any) -> Any:
     return np.frombuffer(data, name, count=1)[0].item()
 
 
-class _Unpickler(pickle.Unpickler):
+def _list_of(count: int) -> Callable[["_Unpickler"], None]:
+    def load(unpickler: "_Unpickler") -> None:
+        unpickler.stack[-count:] = [unpickler.stack[-count:]]
+
+    return load
+
+
+class _Unpickler(pickle._Unpickler):
+    """The one in C takes all memory for an index of 2^60. Tuples are lists here: the hash of a tuple of tuples of
+    tuples can overflow the stack, or never end."""
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.TUPLE[0]: pickle._Unpickler.load_list,
+        pickle.EMPTY_TUPLE[0]: pickle._Unpickler.load_empty_list,
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,  # of no more bytes than there are
+        **{opcode[0]: _list_of(n) for n, opcode in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 1)},
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "collections":  # a defaultdict, for example, whose items follow or are an argument
             return lambda *args: next((arg for arg in args if isinstance(arg, dict)), {})

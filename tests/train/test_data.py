@@ -108,9 +108,18 @@ def test_meta_pickles_of_forks(tmp_path, monkeypatch, meta, size, known, protoco
             dataset.tokenizer()
 
 
+HUGE, NESTED = (1 << 60).to_bytes(8, "little"), b"\x80\x02}N"
+
+
 @pytest.mark.parametrize(
     ("meta", "said"),
     [
+        # pickles that would take all memory, or the stack
+        (b"}p%d\n." % (1 << 60), ""),  # an index
+        *((b"\x80\x05" + opcode + HUGE + b"a.", "") for opcode in (b"\x8e", b"\x95", b"\x96")),  # lengths
+        (NESTED + b"\x85" * 100_000 + b"K\x01s.", ""),  # a key that is a tuple of a tuple of a tuple ...
+        (NESTED + b"2\x86" * 100 + b"K\x01s.", ""),  # of two equal ones, of two equal ones, ...
+        (b"}X\x0a\0\0\0vocab_size\x8b" + (9999).to_bytes(4, "little") + b"\x7f" * 9999 + b"s.", ""),  # a long number
         (pickle.dumps({"vocab_size": Evil()}), "vocab_size"),
         (pickle.dumps(NANOGPTS)[:-3], "not a pickle"),
         (pickle.dumps([50]), "vocab_size"),
