@@ -46,9 +46,6 @@ class Rounds(NamedTuple):
     references: dict[str, np.ndarray]  # in the same rounds
 
 
-Rows = dict[str, Rounds]  # of one run, by name
-
-
 class Verdict(NamedTuple):
     ratio: float  # B/A, over the references'
     low: float
@@ -147,7 +144,7 @@ def split(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     return tuple([run for run in runs if run.commit == commit] for commit in commits)
 
 
-def _rows(found: Sequence[Kernel | Step]) -> Rows:
+def _rows(found: Sequence[Kernel | Step]) -> dict[str, Rounds]:
     """Our rows, and those of others that took turns with them."""
     rows = {}
     for row in (row for row in found if row.ours and row.seconds):

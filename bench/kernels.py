@@ -50,8 +50,10 @@ def variants(case: Case, device: torch.device) -> dict[str, Callable[[], Functio
         require_gpu(device)
         return fused
 
-    liger = {"liger": partial(ligers, case.name)} if case.name in LIGER else {}
-    return {OURS: ours} | found | liger
+    def ligers() -> Function:
+        return partial(LIGER[case.name], importlib.import_module("liger_kernel.transformers.functional"))
+
+    return {OURS: ours} | found | ({"liger": ligers} if case.name in LIGER else {})
 
 
 def require_gpu(device: torch.device) -> None:
@@ -72,11 +74,6 @@ LIGER: dict[str, Function] = {
     ).float(),
 }
 LIGER["linear_cross_entropy in chunks"] = LIGER["linear_cross_entropy"]  # it chooses its own chunks
-
-
-def ligers(case: str) -> Function:
-    """Liger-Kernel's function for a case. ImportError if it is not installed."""
-    return partial(LIGER[case], importlib.import_module("liger_kernel.transformers.functional"))
 
 
 def _qkv(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -35,8 +35,6 @@ Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Machine(Struct, frozen=True):
-    """The device that was measured."""
-
     name: str  # "NVIDIA H100 80GB HBM3", "AMD EPYC ..."
     type: str  # "cuda", "cpu"
     driver: str | None = None  # CUDA only
@@ -131,7 +129,6 @@ class Shape(Struct, frozen=True):
 
     @property
     def config(self) -> GPTConfig:
-        """The model's."""
         return GPTConfig(**{name: getattr(self, name) for name in SIZES}, bias=bool(self.bias))
 
     def __post_init__(self) -> None:

@@ -208,10 +208,9 @@ def report(config: ScaleConfig) -> str:
     return "\n\n".join(blocks)
 
 
-def main() -> int:
+def main() -> None:
     config, _ = command_line(ScaleConfig, None, "python -m bench.scale", ABOUT)
     print(report(config))
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from model.config import GPT2_SIZES
 from model.gpt import param_groups
 from model.work import FORMULAS, flops_per_token
 from train.choices import Layer, choose_attention, choose_mlp
-from train.compile import compile_model, compile_module, in_parts
+from train.compile import compile_model, compile_module
 from train.data import Batch
 from train.distributed import World
 from train.errors import UserError, shown
@@ -44,7 +44,6 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of an iteration."""
         return self.accumulation * self.batch_size * self.config.block_size
 
     @property
@@ -212,10 +211,10 @@ def ours(
         module = model
         if compile:
             checked = partial(only_compiled, compile=partial(compile_module, device=device))
-            module = compile_model(model, checked, in_parts=in_parts(device))
-        step = TrainStep(module, optimizer, grad_clip=setting.grad_clip)
+            module = compile_model(model, checked, in_parts=device.type == "cuda")
+        step = TrainStep(module, optimizer, grad_clip=setting.grad_clip, accumulation=workload.accumulation)
         if graphed:
-            step = GraphedStep(step, (workload.accumulation, workload.batch_size, workload.config.block_size))
+            step = GraphedStep(step, (workload.batch_size, workload.config.block_size))
         return lambda batch: step(batch, setting.learning_rate).loss
 
     return Variant(name, build, compares, compiled=compile)

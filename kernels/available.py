@@ -6,8 +6,6 @@ import torch
 
 from kernels.ops import REFERENCE, Ops
 
-OLDEST = (8, 0)  # compute capability of the oldest devices that the kernels are written for: Ampere
-
 
 def missing(device: torch.device) -> str:
     """What the fused kernels lack on this device, in one line; empty if they run. It launches a kernel to see."""
@@ -22,7 +20,7 @@ def missing(device: torch.device) -> str:
             instead = "TRITON_INTERPRET=1 tries them on a CPU, slowly"
             return f"Triton's kernels need a CUDA device, this is {device} ({instead})"
         capability = torch.cuda.get_device_capability(device)
-        if capability < OLDEST:
+        if capability < (8, 0):  # Ampere
             return f"they need compute capability 8.0 or more, this device has {'.'.join(map(str, capability))}"
     return why_no_launch(device)
 

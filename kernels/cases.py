@@ -17,7 +17,6 @@ from kernels import traffic as least
 from kernels.launch import FLOATS
 
 Shape = tuple[int, ...]
-Inputs = Callable[[Shape, torch.dtype, torch.device], dict[str, Any]]
 GPT = ((32 * 1024, 768), (64 * 256, 384), (8 * 1024, 1600))  # rows, channels: GPT-2 124M, shakespeare_char, GPT-2 XL
 
 
@@ -32,7 +31,7 @@ class Case:
     name: str
     fused: Callable[..., Any]
     reference: Callable[..., Any]
-    make_inputs: Inputs
+    make_inputs: Callable[[Shape, torch.dtype, torch.device], dict[str, Any]]
     shapes: tuple[Shape, ...]  # for tests; a comment says which regime of the kernel each exercises
     gpt_shapes: tuple[Shape, ...]
     # (*shape, bytes of one element) -> the least bytes that any implementation moves
@@ -202,10 +201,6 @@ def _targets(M: int, V: int, device: torch.device) -> Tensor:
     return targets.to(device)
 
 
-def _loss(**inputs: Any) -> Tensor:
-    return reference.linear_cross_entropy(**inputs)[0]
-
-
 def _cross_entropy() -> Case:
     def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         M, V = shape
@@ -240,7 +235,7 @@ def _linear_cross_entropy(name: str, *, chunked: bool) -> Case:
     return Case(
         name=name,
         fused=FUSED.linear_cross_entropy,
-        reference=_loss,
+        reference=lambda **inputs: reference.linear_cross_entropy(**inputs)[0],
         make_inputs=make_inputs,
         shapes=(
             (1, 16, 37),  # one row

@@ -120,7 +120,6 @@ def _embedding(idx: Tensor, weight: Tensor) -> Tensor:
 
 
 def _embedding_backward(dy: Tensor, idx: Tensor, V: int) -> Tensor:
-    """The gradient of a table of V rows."""
     return torch.ops.aten.embedding_dense_backward(dy, idx, V, -1, False)
 
 

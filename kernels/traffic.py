@@ -11,13 +11,11 @@ def layer_norm_forward(M: int, C: int, b: int, s: int, *, bias: bool, add: bool)
     return M * C * (b + s) * (1 + add) + 8 * M + 4 * C * (1 + bias)
 
 
-def layer_norm_backward(M: int, C: int, b: int, s: int, *, bias: bool, add: bool, partials: int = 1) -> int:
-    """dy, the stream and, added, its gradient -> dstream and, where it has a dtype of its own, dbranch.
-
-    The parameters' gradients are sums of `partials` rows each.
-    """
+def layer_norm_backward(M: int, C: int, b: int, s: int, *, bias: bool, add: bool) -> int:
+    """dy, the stream and, added, its gradient -> dstream and, where it has a dtype of its own, dbranch; the parameters'
+    gradients."""
     elements = b + 2 * s + add * (s + (b if s != b else 0))
-    return M * C * elements + 8 * M + 4 * C * (1 + partials * (1 + bias))
+    return M * C * elements + 8 * M + 4 * C * (2 + bias)
 
 
 def gelu_forward(M: int, N: int, b: int) -> int:

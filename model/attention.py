@@ -1,26 +1,14 @@
 """Causal self-attention with one of several backends, and the cache of keys and values for sampling.
 
-c_attn writes qkv (B, T, 3C), packed as (B, T, 3, H, Q). This table shows how each backend uses it. Copies are given in
-elements a token:
+c_attn writes qkv (B, T, 3C), packed as (B, T, 3, H, Q). flash_attn and fa3 read it as it is, and write its gradient in
+the same order. The others read q, k and v as views of it. Their three gradients are copied once more, into one dqkv.
+`math` and `kernels/cpu.py` also copy q, k and v first, and then y: c_proj reads it as (B, T, C), and their y is in the
+order (B, H, T, Q). With a cache, k and v are copied there. It holds (L, B, H, S, Q), S = block_size.
 
-| backend               | the kernel reads             | and writes y           | and its gradient                |
-|-----------------------|------------------------------|------------------------|---------------------------------|
-| cudnn flash efficient | q, k, v: (B, H, T, Q) views  | (B, H, T, Q), in       | dq, dk, dv, in memory as        |
-|                       | of qkv                       | memory (B, T, H, Q)    | (B, T, H, Q); stacked: 3C       |
-| math                  | copies of the same views: 3C | (B, H, T, Q); copied: C| dq, dk, dv; stacked: 3C         |
-| flash_attn fa3        | qkv itself                   | (B, T, H, Q)           | dqkv itself, (B, T, 3, H, Q)    |
-| fa4                   | q, k, v: (B, T, H, Q) views  | (B, T, H, Q)           | dq, dk, dv; stacked: 3C         |
-| `kernels/cpu.py`      | q, k, v: (BH, T, Q); 3C      | (B, H, T, Q); copied: C| dq, dk, dv; stacked: 3C         |
-| all, with a cache     | q: a view of qkv; k, v:      | as above               | none                            |
-|                       | written to the cache: 2C     |                        |                                 |
-
-c_proj reads y as (B, T, C). That is a view if y's memory is (B, T, H, Q). "Stacked" means that autograd writes dq, dk
-and dv once more, into one dqkv, in dqkv's own order. The cache holds (L, B, H, S, Q), S = block_size.
-
-The first four are torch's (`scaled_dot_product_attention`), and `auto` lets torch choose among them. On a CPU none of
-them is fast with dropout or in bfloat16; there `auto` uses plain matmuls (`kernels/cpu.py`). The others are packages,
-imported when they are used: flash_attn 2, its version for Hopper (`flash_attn_interface`) and the one for Hopper and
-Blackwell (`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
+cudnn, flash, efficient and math are torch's (`scaled_dot_product_attention`). `auto` lets torch choose among them. On a
+CPU none of them is fast with dropout or in bfloat16; there `auto` uses plain matmuls (`kernels/cpu.py`). The others are
+packages, imported when they are used: flash_attn 2, its version for Hopper (`flash_attn_interface`) and the one for
+Hopper and Blackwell (`flash_attn.cute`), https://github.com/Dao-AILab/flash-attention.
 """
 
 from contextlib import nullcontext
@@ -53,7 +41,8 @@ class KVCache:
     """Keys and values of the `length` tokens so far, for every layer. It has room for block_size tokens."""
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> None:
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.head_size)
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_size)
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0

@@ -34,7 +34,3 @@ class GPTConfig:
             raise ValueError(f"dropout: got {self.dropout}, expected 0 or more and less than 1")
         if self.gelu not in ("erf", "tanh"):
             raise ValueError(f"gelu: got {self.gelu!r}, expected 'erf' or 'tanh'")
-
-    @property
-    def head_size(self) -> int:
-        return self.n_embd // self.n_head

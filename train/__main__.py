@@ -39,16 +39,16 @@ LESS = "a smaller --batch_size, --recompute=block and --loss_chunk=4096 need les
 def main() -> int:
     parsed = parse(sys.argv[1:])
     named = TrainConfig(**parsed.settings)  # what was not named has its plain default
-    absent = bool(named.rehearse)  # a rehearsal: all is checked, nothing is trained
-    device = None if absent else resolve_device(named.device)
+    rehearsal = bool(named.rehearse)  # a rehearsal: all is checked, nothing is trained
+    device = None if rehearsal else resolve_device(named.device)
     world = world_from_environment()
     resumed = named.init_from == "resume"
-    with ExitStack() as held:
+    with ExitStack() as stack:
         checkpoint = stored = None
         if resumed:
             out_dir = Path(named.out_dir)
-            if world.master and not absent and not named.eval_only and os.path.isdir(out_dir):
-                held.enter_context(owned(out_dir))  # before the load: a run that still goes on will save again
+            if world.master and not rehearsal and not named.eval_only and os.path.isdir(out_dir):
+                stack.enter_context(owned(out_dir))  # before the load: a run that still goes on will save again
             checkpoint = checkpoints.load(out_dir / checkpoints.LATEST)
             stored = {**checkpoint["config"], "out_dir": named.out_dir}
             if not checkpoint["nanofuse"]:  # nanoGPT's: it holds values for the machine that wrote it
@@ -56,12 +56,12 @@ def main() -> int:
                     stored.pop(machine, None)
         elif path := checkpoints.named(named.init_from):
             checkpoint = checkpoints.load(path)
-        base, why = choose_base(parsed, gpu=absent or device.type != "cpu", stored=stored)
+        base, why = choose_base(parsed, gpu=rehearsal or device.type != "cpu", stored=stored)
         config = compose(parsed, base)
         why = " over ".join([*reversed(parsed.sources), why])
         for note in notes(parsed, config) if world.master else ():
             say(note)
-        if absent:
+        if rehearsal:
             from train.rehearse import rehearse  # imported here: only a rehearsal needs it
 
             for line in rehearse(config, set(parsed.settings), why, checkpoint, world):
@@ -70,7 +70,7 @@ def main() -> int:
             return 0
         check_sinks(config)
         if world.master and not config.eval_only and not resumed:
-            held.enter_context(owned(Path(config.out_dir)))
+            stack.enter_context(owned(Path(config.out_dir)))
         device = use_device(local_device(resolve_device(config.device), world))
         with memory_suffices(LESS), process_group(world, config.backend, device):
             plan = decide(config, set(parsed.settings), why, checkpoint, world, device)
@@ -93,12 +93,12 @@ def train(state: TrainState, *, resumed: bool) -> int:
     if world.master:  # makes out_dir
         facts = {"device": device_name(plan.device), "parameters": num_params(plan.shape)}
         log = RunLog(config, **facts, resume_iter=state.progress.iter_num if resumed else None)
-    say = log.message if log is not None else lambda line: None
+    tell = say if world.master else lambda line: None
     for line in plan.lines:
-        say(line)
-    if log is not None and state.other_data and not config.eval_only:
-        say(f"the best checkpoint until now was kept in {checkpoints.set_best_aside(Path(config.out_dir))}")
-    step = make_step(state, say)
+        tell(line)
+    if world.master and state.other_data and not config.eval_only:
+        tell(f"the best checkpoint until now was kept in {checkpoints.set_best_aside(Path(config.out_dir))}")
+    step = make_step(state, tell)
     with Loader(
         plan.dataset,
         batch_size=config.batch_size,
@@ -119,7 +119,7 @@ def train(state: TrainState, *, resumed: bool) -> int:
     if log is not None:
         say(loop.ended)
         if status == 0 and not config.eval_only:
-            farewell(state, loop, say)
+            farewell(state, loop)
         log.close()
     return 128 + status if status else 0
 
@@ -130,18 +130,19 @@ def make_step(state: TrainState, say: Callable[[str], None]) -> TrainStep | Prof
     model = model_to_train(state.model, config, plan.device, say, sharded=plan.sharded)
     state.optimizer.clear()
     world = None if plan.sharded else plan.world
-    step = TrainStep(model, state.optimizer, grad_clip=config.grad_clip, scaler=state.scaler, world=world)
+    settings = {"grad_clip": config.grad_clip, "accumulation": plan.accumulation}
+    step = TrainStep(model, state.optimizer, **settings, scaler=state.scaler, world=world)
     graphs, without = choose_graphs(config, plan.device, sharded=plan.sharded)
     if without:
         say(without)
     if graphs:
-        step = GraphedStep(step, (plan.accumulation, config.batch_size, config.block_size), evaluates=True)
+        step = GraphedStep(step, (config.batch_size, config.block_size), evaluates=True)
     if config.profile and plan.world.master:
         step = ProfiledStep(step, plan, state.progress.iter_num, say)
     return step
 
 
-def farewell(state: TrainState, loop: Loop, say: Callable[[str], None]) -> None:
+def farewell(state: TrainState, loop: Loop) -> None:
     """Print the final losses, a sample of text, and the paths of the run's files."""
     plan, losses, best = state.plan, loop.losses, state.progress.best_val_loss
     uncompile(state.model)  # each length of a text would be compiled

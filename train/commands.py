@@ -36,7 +36,3 @@ def main() -> None:
     (module, *before), _ = COMMANDS[name]
     sys.argv[1:] = [*before, *rest]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -56,6 +56,8 @@ def register_fallbacks() -> None:
 def compile_model(model: GPT, compile: Callable[[Callable], Callable], *, in_parts: bool) -> nn.Module:
     """`model` compiled by `compile`: as one graph, or in parts, which changes `model` itself until `uncompile`.
 
+    In parts is for CUDA and for sharded models, whose parameters are gathered between blocks.
+
     Parts are the blocks and, if operations are plain torch's, what surrounds them. Blocks are equal, so Dynamo compiles
     the first one, which has no branch to add yet, and one other, whatever the depth. As one graph, 12 layers take the
     processor four times as long. But calling a compiled block costs the host about half a millisecond. On CUDA graphs
@@ -80,11 +82,6 @@ def uncompile(model: GPT) -> None:
     model.ops = model.transformer.ln_f.ops  # all modules were built with the same bundle
 
 
-def in_parts(device: torch.device, *, sharded: bool = False) -> bool:
-    """Whether a run's model is compiled in parts. Sharded, it must be: parameters are gathered between blocks."""
-    return sharded or device.type == "cuda"
-
-
 def model_to_train(
     model: GPT, config: TrainConfig, device: torch.device, say: Callable[[str], None], *, sharded: bool = False
 ) -> nn.Module:
@@ -103,7 +100,7 @@ def model_to_train(
     compile = partial(compile_module, device=device, profiled=config.profile)
     shape = config.batch_size, config.block_size
     try:
-        compiled = compile_model(model, compile, in_parts=in_parts(device, sharded=sharded))
+        compiled = compile_model(model, compile, in_parts=sharded or device.type == "cuda")
         # two tensors: with one in both places, the compiled code would serve only that case
         idx, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
         dloss = torch.ones((), device=device)

@@ -63,17 +63,13 @@ class World:
         """
         if self.size == 1:
             return value
-        answer = self._finish_exchange()
+        answer = self.finish_exchange()
         sent = torch.tensor(value)
         self._exchange = dist.all_reduce(sent, dist.ReduceOp.MAX, async_op=True), sent
         return answer
 
-    def part(self) -> None:
-        """Finish the last exchange and wait for the others. Then no exchange is open when the ranks end."""
-        self._finish_exchange()
-        self.barrier()
-
-    def _finish_exchange(self) -> int:
+    def finish_exchange(self) -> int:
+        """The result of the last `agree`; 0 if there is none under way."""
         if self._exchange is None:
             return 0
         (work, largest), self._exchange = self._exchange, None
@@ -134,7 +130,8 @@ def process_group(world: World, backend: str, device: torch.device) -> Iterator[
         raise UserError(f"backend: {backend!r} could not join {world.size} ranks: {error}; {told}") from error
     try:
         yield
-        world.part()
+        world.finish_exchange()  # none is open when the ranks end
+        world.barrier()
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise

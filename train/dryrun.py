@@ -238,10 +238,10 @@ def dry_run(job: Job) -> DryRun:
     with planning, FakeTensorMode() if job.on != "meta" else nullcontext(), recorder:
         step = build(job)
         x, y = (torch.zeros(job.batch_size, job.shape.block_size, dtype=torch.int64, device=job.on) for _ in range(2))
-        step.micro_step(x, y, job.accumulation)  # not counted: the first one makes things that later ones reuse
+        step.micro_step(x, y)  # not counted: the first one makes things that later ones reuse
         state, recorder.launches = recorder.alive.total(), []
         for label, part in (
-            ("activations", lambda: step.micro_step(x, y, job.accumulation)),
+            ("activations", lambda: step.micro_step(x, y)),
             ("workspace", step.update),
             ("workspace", lambda: step.evaluate(x, y)),
         ):
@@ -266,7 +266,7 @@ def build(job: Job) -> TrainStep:
         model = GPT(job.shape, ops, precision=precision, attention=job.attention, recompute=job.recompute)
     optimizer = FlatAdamW(model, ops, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.1, several=job.several)
     scaler = LossScale(torch.device(job.on), enabled=job.dtype == torch.float16)
-    return TrainStep(model, optimizer, grad_clip=1.0, scaler=scaler)
+    return TrainStep(model, optimizer, grad_clip=1.0, accumulation=job.accumulation, scaler=scaler)
 
 
 def _memory(job: Job, step: TrainStep, state: int, peaks: list[Counter[str]]) -> dict[str, int]:

@@ -90,7 +90,6 @@ def check_folder(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command. Raises UserError."""
     about = "Write a checkpoint as a Hugging Face GPT-2 folder."
     config, _ = command_line(ExportConfig, argv, "python -m train.export", about)
     if not config.to:

@@ -1,13 +1,11 @@
 """Files that appear whole or not at all. Files of others, read with care. Folders that belong to one process."""
 
 import errno
-import functools
 import os
 import shutil
 import stat
 import tempfile
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, count
@@ -20,8 +18,6 @@ try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None
-
-DAY = 24 * 60 * 60  # seconds
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -65,11 +61,6 @@ def check_output(path: Path) -> None:
     if not os.access(path.parent, os.W_OK | os.X_OK):
         found = errno.EACCES if path.parent.is_dir() else errno.ENOENT
         raise OSError(found, os.strerror(found), str(path.parent))
-
-
-def checksums(file: BinaryIO, size: int) -> list[int]:
-    """CRC-32 of each `size` bytes of an open file, from its current position to its end."""
-    return [zlib.crc32(data) for data in iter(functools.partial(file.read, size), b"")]
 
 
 @contextmanager
@@ -122,7 +113,7 @@ def staging_folder(folder: Path) -> Iterator[Path]:
     """
     for path in folder.glob(".staging-*"):
         with suppress(OSError), _locked(path) as locked:
-            if locked or time.time() - max(os.stat(inside).st_mtime for inside in (path, *path.iterdir())) > DAY:
+            if locked or time.time() - max(os.stat(inside).st_mtime for inside in (path, *path.iterdir())) > 86400:
                 shutil.rmtree(path)
     with ExitStack() as held:
         yield _staged(folder, held)
@@ -204,7 +195,6 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[int]:
-    """A descriptor of the folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         yield descriptor

@@ -86,11 +86,9 @@ class FlatState:
         self._free()
 
     def clear(self) -> None:
-        """Clear the gradients."""
         self.grad.zero_()
         self._free()
 
     def _free(self) -> None:
-        """Free the gradients that autograd left."""
         for leaf in self.leaves:
             leaf.grad = None

@@ -49,8 +49,8 @@ def cuda_graphs(tasks: list[Task]) -> list[Work]:
 class GraphedStep(TrainStep):
     """A `step` whose micro-steps and updates are replayed. ValueError for inputs of another shape or dtype.
 
-    shape: (accumulation, batch_size, block_size) of all batches. Make it between two steps, when there are no
-    gradients. Capturing runs the parts of a step a few times. Afterwards `step` is as before: parameters, moments, step
+    shape: (batch_size, block_size) of all micro-batches. Make it between two steps, when there are no gradients.
+    Capturing runs the parts of a step a few times. Afterwards `step` is as before: parameters, moments, step
     count, loss scale, random state. This also holds if capturing fails, with a UserError. `capture` is `cuda_graphs`
     on CUDA; tests pass a tape.
 
@@ -59,14 +59,13 @@ class GraphedStep(TrainStep):
     """
 
     def __init__(
-        self, step: TrainStep, shape: tuple[int, int, int], evaluates: bool = False, capture: Capture = cuda_graphs
+        self, step: TrainStep, shape: tuple[int, int], evaluates: bool = False, capture: Capture = cuda_graphs
     ) -> None:
         vars(self).update(vars(step))  # the same model, optimizer and tensors
-        self.accumulation, *micro = shape
-        self._x, self._y = x, y = [torch.zeros(micro, dtype=torch.int64, device=step.loss.device) for _ in range(2)]
+        self._x, self._y = x, y = [torch.zeros(shape, dtype=torch.int64, device=step.loss.device) for _ in range(2)]
         self._evaluated = torch.zeros_like(step.loss)
         tasks = [
-            Task(lambda: step.micro_step(x, y, self.accumulation)),
+            Task(lambda: step.micro_step(x, y)),
             Task(step.update, prepare=step.optimizer.skip_next_update),
         ]
         if evaluates:
@@ -86,9 +85,7 @@ class GraphedStep(TrainStep):
                 f"--no-cuda_graphs goes on without"
             ) from error
 
-    def micro_step(self, x: Tensor, y: Tensor, accumulation: int) -> None:
-        if accumulation != self.accumulation:
-            raise ValueError(f"batch: got {accumulation} micro-steps, expected {self.accumulation}, as captured")
+    def micro_step(self, x: Tensor, y: Tensor) -> None:
         self._put(x, y)
         self._replay_micro_step()
 

@@ -58,7 +58,6 @@ class DataSheet:
     source: str
 
     def peak(self, dtype: torch.dtype) -> Peak:
-        """For matmuls of `dtype`."""
         column = {torch.float32: "tf32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
         return Peak((self.tf32 if column == "tf32" else self.bf16) * 1e12, f"{self.source}, dense {column}")
 
@@ -115,7 +114,6 @@ def card(name: str) -> Card:
 
 
 def card_at(device: torch.device) -> Card:
-    """The GPU at hand."""
     p = torch.cuda.get_device_properties(device)
     return Card(p.name, 10 * p.major + p.minor, p.multi_processor_count, torch.cuda.mem_get_info(device)[0])
 

@@ -51,8 +51,6 @@ class RunLog:
     the console says so, once for each. With eval_only nothing is written to out_dir.
     """
 
-    message = staticmethod(say)
-
     def __init__(self, config: TrainConfig, *, device: str, parameters: int, resume_iter: int | None = None) -> None:
         self._path = Path(config.out_dir) / METRICS
         self._mfu: float | None = None  # the last one logged; nanoGPT sends it to wandb with an evaluation
@@ -114,7 +112,6 @@ class RunLog:
         self._append("save", iter_num, seconds=seconds)
 
     def close(self) -> None:
-        """The run is over."""
         if self._file:
             self._try(self._path, self._file.close)
         if self._wandb:

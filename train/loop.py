@@ -20,7 +20,7 @@ from train.config import TrainConfig
 from train.data import Loader, Split
 from train.errors import RunError, UserError, complain
 from train.hardware import synchronize
-from train.log import RunLog
+from train.log import RunLog, say
 from train.profile import ProfiledStep
 from train.state import TrainState
 from train.step import TrainStep
@@ -223,13 +223,14 @@ class Loop:
         """
         count = self.config.eval_iters
         mine = range(self.world.rank, self.world.rank + count, self.world.size)
-        losses = self.step.evaluation(self.loader.evaluation(split, min(k, count - 1)) for k in mine).cpu().double()
+        batches = (self.loader.evaluation(split, min(k, count - 1)) for k in mine)
+        losses = torch.stack([self.step.evaluate(batch.x[0], batch.y[0]) for batch in batches]).cpu().double()
         return losses[: len([k for k in mine if k < count])].sum()
 
     def _save(self) -> None:
         begin = time.perf_counter()
         if self.log is not None:
-            self.log.message(f"saving checkpoint to {self.config.out_dir}")
+            say(f"saving checkpoint to {self.config.out_dir}")
         self.state.save()
         if self.log is not None:
             self.log.saved(self.progress.iter_num, seconds=time.perf_counter() - begin)

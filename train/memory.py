@@ -23,7 +23,6 @@ from train.config import MOST_ROWS, TrainConfig
 from train.distributed import World
 from train.dryrun import Job, dry_run
 from train.errors import UserError
-from train.hardware import card_at
 
 LOSS_CHUNK = 4096  # rows of logits in a chunk: enough to keep the matmuls large
 MOST_CHUNKS = MOST_ROWS // LOSS_CHUNK  # more cost only time
@@ -63,13 +62,6 @@ def rows_at_a_time(
         raise UserError(f"loss_chunk: got {chunk}, expected 0, -1 or at least {least}: at most {MOST_CHUNKS} chunks")
     logits = rows * vocab_size * dtype.itemsize
     return chunk if chunk >= 0 else LOSS_CHUNK if logits > room / 4 else 0
-
-
-def as_planned_for(device: torch.device) -> dict[str, Any]:
-    """The fields of a `Job` that describe `device`."""
-    if device.type == "cuda":
-        return {"card": card_at(device)}
-    return {"on": "cpu" if device.type == "cpu" else "meta"}
 
 
 def check_memory(job: Job, where: str, free: int | None, ranks: int) -> str:

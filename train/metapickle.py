@@ -44,15 +44,14 @@ def read_meta_pickle(data: bytes) -> dict[str, Any]:
 
 def _table(itos: Any, stoi: Any) -> dict[Any, Any]:
     """{id: token}; empty if there is none."""
+    if isinstance(itos, dict):
+        return itos
     if isinstance(itos, list):
         return dict(enumerate(itos))
-    if not isinstance(itos, dict) and isinstance(stoi, dict):
-        return {i: token for token, i in stoi.items() if type(i) is int}
-    return itos if isinstance(itos, dict) else {}
+    return {i: token for token, i in stoi.items() if type(i) is int} if isinstance(stoi, dict) else {}
 
 
 def digest(table: Mapping[int, Any]) -> str:
-    """A digest of a table {id: token}."""
     return hashlib.sha256(repr(sorted(table.items())).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -68,11 +67,6 @@ class _StandIn:
         pass
 
     __setstate__ = append = extend = add = __setitem__
-
-
-def _dict(*args: Any) -> dict:
-    """A defaultdict, for example, whose items follow or are an argument."""
-    return next((arg for arg in args if isinstance(arg, dict)), {})
 
 
 def _scalar(dtype: Any = None, data: Any = None, *_: Any) -> Any:
@@ -104,6 +98,6 @@ class _Unpickler(pickle._Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "collections":
-            return _dict
+        if module == "collections":  # a defaultdict, for example, whose items follow or are an argument
+            return lambda *args: next((arg for arg in args if isinstance(arg, dict)), {})
         return _scalar if module.startswith("numpy") and name == "scalar" else _StandIn

@@ -28,9 +28,17 @@ from train.data import Dataset, checkpoint_tokenizer, difference, weights_tokeni
 from train.distributed import World
 from train.dryrun import Job
 from train.errors import UserError
-from train.hardware import Peak, device_name, peak_flops, resolve_dtype, resolve_stream, unused_gpu
+from train.hardware import (
+    Peak,
+    card_at,
+    device_name,
+    peak_flops,
+    resolve_dtype,
+    resolve_stream,
+    unused_gpu,
+)
 from train.log import say
-from train.memory import as_planned_for, check_memory, free_memory, job_of, rows_at_a_time
+from train.memory import check_memory, free_memory, job_of, rows_at_a_time
 from train.prepare import ensure_docs
 from train.text import GPT2_TOKENS
 
@@ -97,8 +105,8 @@ def decide(
     free = free_memory(device)  # first: torch's allocator keeps the memory that measuring attention takes
     layer = Layer(shape, config.batch_size, dtype, device)
     backend, attention = choose_attention(config.attention, layer, world)
-    at = {"resumed": checkpoint is not None, **as_planned_for(device)}
-    job = job_of(config, world, shape, ops, dtype, loss_chunk=chunk, **at)
+    where = {"card": card_at(device)} if device.type == "cuda" else {"on": "cpu" if device.type == "cpu" else "meta"}
+    job = job_of(config, world, shape, ops, dtype, loss_chunk=chunk, resumed=checkpoint is not None, **where)
     memory = "" if config.eval_only else check_memory(job, str(device), free, world.size)
     ops, mlp = choose_mlp(ops, layer, world)
     peak = Peak(config.peak_flops, "as set") if config.peak_flops else peak_flops(device, dtype)
@@ -154,13 +162,12 @@ def choose_ops(
 ) -> tuple[Ops, int, str]:
     """(the run's kernels; how many rows of logits their loss holds at a time, 0 for all; a message about the choice,
     may be empty). UserError for kernels that cannot run."""
-    # a call compiles and launches a kernel
-    lacks = functools.cache(lambda device: missing(device) or too_wide(width))
+    wanted = config.kernels == "fused" or (config.kernels == "auto" and device.type == "cuda")
+    reason = (missing(device) or too_wide(width)) if wanted else ""
     try:
-        ops = select(config.kernels, device, lacks)
+        ops = select(config.kernels, device, lambda device: reason)
     except ValueError as error:
         raise UserError(f"kernels: {error}") from error
-    reason = lacks(device) if config.kernels == "auto" and device.type == "cuda" else ""
     said = reason and f"kernels: the fused ones cannot run here, going on with the reference's: {reason}"
     fused_on_cuda = device.type == "cuda" and ops.name == "fused"
     room = torch.cuda.get_device_properties(device).total_memory if fused_on_cuda else float("inf")
@@ -234,13 +241,9 @@ def weights_wanted(config: TrainConfig) -> Iterator[None]:
         raise UserError(f"init_from={config.init_from}: {error}") from error
 
 
-def choose_graphs(
-    config: TrainConfig, device: torch.device, *, sharded: bool, cuda: str | None = torch.version.cuda
-) -> tuple[bool, str]:
-    """(whether the step is captured in CUDA graphs, the same on every rank; a message about it, may be empty).
-
-    cuda: the version of CUDA that torch was built for, as in torch.version.
-    """
+def choose_graphs(config: TrainConfig, device: torch.device, *, sharded: bool) -> tuple[bool, str]:
+    """(whether the step is captured in CUDA graphs, the same on every rank; a message about it, may be empty)."""
+    cuda = torch.version.cuda
     graphs = config.cuda_graphs and device.type == "cuda" and not sharded and not config.eval_only
     if graphs and config.profile and cuda in GRAPHS_MISREAD:
         return False, (

@@ -12,9 +12,11 @@ import pickle
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,14 @@ import numpy as np
 
 from train.corpora import CORPORA, dataset_folder, openwebtext
 from train.errors import UserError, command, one_line, quoted, run, shown
-from train.files import checksums, making_folder, replace_together, staging_folder
+from train.files import making_folder, replace_together, staging_folder
 from train.settings import command_line, nearest, setting
 from train.text import (
+    ALL,
     END_OF_TEXT,
     GPT2_TOKENS,
     NAMES,
+    WORDS,
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
@@ -38,7 +42,6 @@ from train.text import (
     read_meta,
     read_text,
     split_at,
-    whole_words,
 )
 
 ABOUT = f"""Writes data/DATASET/train.bin, val.bin and meta.json. NAME is one of {", ".join(CORPORA)};
@@ -53,8 +56,6 @@ DEFAULT_BLOCK_SIZE = 256  # the longest sequence of the default jobs, docs and d
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """The settings of `python -m train.prepare`."""
-
     tokenizer: str = setting("auto", "auto: gpt2 for shakespeare and openwebtext, else char", choices=("auto", *NAMES))
     dataset: str = setting(
         "", "folder in data/, or an absolute path; if empty, the name of the corpus or first file", path=True
@@ -224,7 +225,7 @@ def write_dataset(folder: Path, paths: Sequence[Path], coder: Tokenizer | None, 
 
         def reading(digest: Any) -> Iterator[str | bytes]:
             pieces = read_text(paths, between, raw=of_bytes)
-            for piece in whole_words(pieces) if of_words else large(pieces):
+            for piece in large(pieces, WORDS if of_words else ALL):
                 data = piece.encode("utf-8", "surrogateescape")
                 digest.update(data)
                 bar.update(len(data))
@@ -266,7 +267,7 @@ def write_tokens(
                 if count < 2:
                     raise UserError(f"too little text: the {name} part has {count} tokens, expected 2 or more")
                 file.seek(0)
-                sums[name] = checksums(file, CHECKSUM_BYTES)
+                sums[name] = [zlib.crc32(data) for data in iter(partial(file.read, CHECKSUM_BYTES), b"")]
         meta |= {"sha256": digest.hexdigest(), "checksums": sums}
         (staging / "meta.json").write_text(json.dumps(meta))
         if isinstance(tokenizer, CharTokenizer):  # nanoGPT's own form, for its scripts

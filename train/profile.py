@@ -111,7 +111,7 @@ class ProfiledStep:
         self._rates = measure_flops(plan.device, plan.precision.compute), measure_bandwidth(plan.device)
         self.which = profiled_iterations(first, config.max_iters, config.eval_interval, plan.accumulation)
         self._named = f"iterations {self.which.start} to {self.which.stop - 1}"
-        self.step, self.scaler, self.evaluation = step, step.scaler, step.evaluation
+        self.step, self.scaler, self.evaluate = step, step.scaler, step.evaluate
         self.say, self._path = say, Path(config.out_dir) / TRACE
         self._iteration, self._device = first, plan.device
         self._running = ExitStack()  # the profiler and the annotation of its window

@@ -72,14 +72,12 @@ class ShardedAdamW(Optimizer, torch.optim.AdamW):
         """Load whole tensors, as in a checkpoint. Every rank passes the same ones."""
         state = {}
         for index, entry in state_dict["state"].items():
-            moments = {name: share(entry[name], self._params[index]) for name in MOMENTS}
-            state[index] = {**entry, **moments}
+            p = self._params[index]
+            for name in MOMENTS:  # this rank's share of a tensor that every rank has whole
+                moment = distribute_tensor(entry[name].to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+                entry = {**entry, name: moment}
+            state[index] = entry
         super().load_state_dict({**state_dict, "state": state})
-
-
-def share(whole: Tensor, like: DTensor) -> DTensor:
-    """This rank's share of a tensor that every rank has whole, with the layout of `like`."""
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole(tree: Any, *, keep: bool) -> Any:

@@ -4,7 +4,6 @@ Everything that changes from step to step lies in device memory. Nothing here wa
 results. So `graph.py` can capture `micro_step`, `update` and `evaluate` and replay them.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -25,9 +24,10 @@ class StepResult(NamedTuple):
 class TrainStep:
     """step(batch, lr) -> StepResult. Makes one AdamW update and clears the gradients.
 
-    `model` maps (idx, targets) to (logits, loss) and may be compiled. `grad_clip` is the largest global gradient norm,
-    0 for no clipping. `scaler` scales float16's losses, so that small gradients do not vanish; updates whose gradients
-    overflowed are skipped. `world`: the ranks to sum gradients over; None for a sharded model, which does it itself.
+    `model` maps (idx, targets) to (logits, loss) and may be compiled. `accumulation`: micro-steps in a step.
+    `grad_clip`: the largest global gradient norm, 0 for no clipping. `scaler` scales float16's losses, so that small
+    gradients do not vanish; updates whose gradients overflowed are skipped. `world`: the ranks to sum gradients over;
+    None for a sharded model, which does it itself.
     """
 
     def __init__(
@@ -36,18 +36,21 @@ class TrainStep:
         optimizer: Optimizer,
         *,
         grad_clip: float,
+        accumulation: int = 1,
         scaler: LossScale | None = None,
         world: World | None = None,
     ) -> None:
-        self.model, self.optimizer, self.grad_clip = model, optimizer, grad_clip
+        self.model, self.optimizer, self.grad_clip, self.accumulation = model, optimizer, grad_clip, accumulation
         weight = optimizer.param_groups[0]["params"][0]
         self._results = torch.zeros(2, dtype=weight.dtype, device=weight.device)
         self.loss, self.grad_norm = self._results[0], self._results[1]
         self.scaler = scaler or LossScale(self.loss.device, enabled=False)
         self.world = world or World()
-        self._shares: dict[int, Tensor] = {}  # 1 / accumulation, on the device
+        assert optimizer.several or accumulation == self.world.size == 1, "gradients would be lost"
+        self._share = torch.full_like(self.loss, 1 / accumulation)  # of a micro-step in the mean loss
 
     def __call__(self, batch: Batch, lr: float) -> StepResult:
+        assert len(batch.seeds) == self.accumulation
         self.optimizer.set_lr(lr)
         self.loss.zero_()
         for micro, seed in enumerate(batch.seeds):
@@ -57,29 +60,21 @@ class TrainStep:
                 torch.default_generator.manual_seed(seed)
             else:  # all devices; for those that are not there yet it stores the call, with its traceback: 0.1 to 0.4 ms
                 torch.manual_seed(seed)
-            self.micro_step(batch.x[micro], batch.y[micro], len(batch.seeds))
+            self.micro_step(batch.x[micro], batch.y[micro])
         if self.world.size > 1:
             self.optimizer.reduce(self.world)
         self.update()
         return StepResult(*self._results.clone())  # copies: the next step overwrites the originals
 
-    def micro_step(self, x: Tensor, y: Tensor, accumulation: int) -> None:
-        """Forward and backward of one of `accumulation` micro-steps. Adds to the gradients and to the mean loss."""
-        assert self.optimizer.several or accumulation == self.world.size == 1, "gradients would be lost"
-        dloss = self.dloss(accumulation)
+    def micro_step(self, x: Tensor, y: Tensor) -> None:
+        """Forward and backward of one micro-step. Adds to the gradients and to the mean loss."""
+        # the gradient of its loss, () on the device: its share of the mean, times the loss scale
+        dloss = self.scaler.scale / self.accumulation if self.scaler.enabled else self._share
         loss = self.model(x, y, dloss=dloss)[1]  # does not keep the logits
         loss.backward(dloss)
         self.optimizer.gather()
         loss = loss.detach()
-        self.loss += loss if accumulation == 1 else loss / accumulation
-
-    def dloss(self, accumulation: int) -> Tensor:
-        """The gradient of a micro-step's loss: its share of the mean, times the loss scale. () on the device."""
-        if self.scaler.enabled:
-            return self.scaler.scale / accumulation
-        if accumulation not in self._shares:
-            self._shares[accumulation] = torch.full_like(self.loss, 1 / accumulation)
-        return self._shares[accumulation]
+        self.loss += loss if self.accumulation == 1 else loss / self.accumulation
 
     def update(self) -> None:
         """Compute the gradient norm, clip, make the AdamW update, clear the gradients."""
@@ -92,10 +87,6 @@ class TrainStep:
         norm, found_inf = self.optimizer.update(self.grad_clip, inv_scale)
         self.scaler.update(found_inf)
         self.grad_norm.copy_(norm)
-
-    def evaluation(self, batches: Iterable[Batch]) -> Tensor:
-        """The loss of each batch, of one micro-step, (n,) float32 on the device."""
-        return torch.stack([self.evaluate(batch.x[0], batch.y[0]) for batch in batches])
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ SIGNATURES = {  # first bytes of files that are not UTF-8 text: what such a file
 ZEROS = "zero bytes, as in UTF-16 or in a file that is no text, expected UTF-8 text"
 # All up to the end of the last word that a space or newline follows. No word of GPT-2's BPE goes on there.
 WORDS = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+ALL = re.compile(r".*", re.DOTALL)
 
 
 # Text files
@@ -139,25 +140,15 @@ def split_at(pieces: Iterable[Any], size: int, whole: str = "") -> Iterator[tupl
         size -= len(piece)
 
 
-def large(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text, in pieces of CHUNK characters or more: each one costs, and a document may be a line."""
-    held, length = [], 0
-    for piece in pieces:
-        held.append(piece)
-        length += len(piece)
-        if length >= CHUNK:
-            yield "".join(held)
-            held, length = [], 0
-    if held:
-        yield "".join(held)
+def large(pieces: Iterable[str], up_to: re.Pattern[str] = ALL) -> Iterator[str]:
+    """The same text, in pieces of about CHUNK characters: each one costs, and a document may be a line.
 
-
-def whole_words(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text, in pieces of about CHUNK characters. GPT-2's BPE gives them the same ids as the whole text."""
+    up_to: ALL; or WORDS, for pieces that end with a word: GPT-2's BPE gives them the same ids as the whole text.
+    """
     held = ""
     for piece in pieces:
         held += piece
-        if len(held) >= CHUNK and (found := WORDS.match(held)):
+        if len(held) >= CHUNK and (found := up_to.match(held)):
             yield found[0]
             held = held[found.end() :]
     if held:
@@ -184,10 +175,6 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt. ValueError for a character without one."""
         return self.encode_array(text).tolist()
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def meta(self) -> dict[str, Any]:
         """What `from_meta` needs to rebuild this tokenizer; primitives only."""

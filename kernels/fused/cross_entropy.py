@@ -129,8 +129,6 @@ def tile(logits: Tensor) -> tuple[int, int, int, int]:
 def counted(targets: Tensor, ignore_index: int) -> Tensor:
     """How many of targets (M,) count, () float32."""
     M = targets.shape[0]
-    if M == 0:
-        return targets.new_zeros((), dtype=torch.float32)
     count = targets.new_empty((), dtype=torch.float32)
     args = dict(targets_ptr=targets, count_ptr=count, M=M, ignore_index=ignore_index, BLOCK=4096)
     run(targets, Launch(count_kernel, (1,), args, num_warps=8))

@@ -27,8 +27,6 @@ from torch import Tensor
 
 from kernels.launch import Launch, check, custom_op, device_of, refusal, rows, run
 
-FORMS = ("erf", "tanh")
-
 
 @triton.jit
 def tail_of(a, TANH: tl.constexpr):
@@ -201,7 +199,7 @@ _gelu.register_autograd(_differentiate_gelu, setup_context=_save_gelu)
 
 def check_form(approximate: str) -> None:
     """ValueError unless it names a form of GELU."""
-    if approximate not in FORMS:
+    if approximate not in ("erf", "tanh"):
         raise refusal("approximate", repr(approximate), "'erf' or 'tanh'")
 
 

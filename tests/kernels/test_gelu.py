@@ -7,9 +7,8 @@ import torch
 
 from kernels import gelu, reference
 from kernels.check import in_float64, outputs_and_gradients
-from kernels.fused.gelu import FORMS
 
-forms = pytest.mark.parametrize("approximate", FORMS)
+forms = pytest.mark.parametrize("approximate", ["erf", "tanh"])
 
 
 @forms

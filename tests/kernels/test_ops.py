@@ -51,7 +51,7 @@ def calls() -> dict[str, dict[tuple, tuple]]:
             inputs = case.make_inputs(case.shapes[0], case.dtypes[-1], DEVICE)
             for more in case.compiled_with:
                 outputs_and_gradients(case.fused, inputs | more)
-        step.micro_step(x, y, 1)
+        step.micro_step(x, y)
         step.update()
         packed, table = torch.randn(2, 5, 3, 2, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
         (cpu.attention(packed, 0.3) + cpu.attention(packed, 0.0)).sum().backward()

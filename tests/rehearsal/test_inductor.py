@@ -59,7 +59,7 @@ def test_two_blocks_are_compiled_whatever_the_depth(
             inductor.launches.clear()
             recorder.calls.clear()
             with recorder:
-                step.micro_step(x, y, 1)
+                step.micro_step(x, y)
             seen = [call.bytes for call in recorder.calls] + inductor.launches
             step.update()
             step.evaluate(x, y)

@@ -121,7 +121,7 @@ def test_a_capture_is_on_one_stream(gpu: Gpu, workload: str, dropout: float, rec
         step.model(x, x.clone(), dloss=dloss)[1].backward(dloss)  # as model_to_train does, on the default stream
     allocations = Allocations(gpu)
     with allocations:
-        graphed = GraphedStep(step, (2, *x.shape), evaluates=True)
+        graphed = GraphedStep(step, x.shape, evaluates=True)
     assert len(gpu.captures) == 3  # micro-step, update, evaluation
     assert allocations.streams == {capture.stream for capture in gpu.captures}
     assert len(allocations.streams) == 1
@@ -132,7 +132,8 @@ def test_a_capture_is_on_one_stream(gpu: Gpu, workload: str, dropout: float, rec
     both = torch.stack([x, x])
     graphed(Batch(both, both, (1, 2)), 1e-3)
     assert [capture.replays - n for capture, n in zip(gpu.captures, before, strict=True)] == [2, 1, 0]
-    graphed.evaluation([Batch(x[None], x[None], (0,))] * 5)
+    for _ in range(5):
+        graphed.evaluate(x, x)
     assert [capture.replays - n for capture, n in zip(gpu.captures, before, strict=True)] == [2, 1, 5]
 
 
@@ -144,12 +145,12 @@ def test_a_loss_of_another_stream_is_seen_unless_nothing_holds_it(gpu: Gpu) -> N
     gc.disable()  # so that a collection by chance cannot help; the process runs only this test
     held = [step.model(tokens, tokens)[1]]
     with contextlib.suppress(UserError):
-        GraphedStep(step, (1, *tokens.shape))
+        GraphedStep(step, tokens.shape)
     assert gpu.captures[0].failed or gpu.captures[0].strays
     gpu.captures.clear()
     held.append(held)  # only the garbage collector frees it
     del held
-    GraphedStep(step, (1, *tokens.shape))
+    GraphedStep(step, tokens.shape)
     assert [capture.strays for capture in gpu.captures] == [0, 0]
 
 
@@ -164,5 +165,5 @@ def test_a_step_whose_warm_up_fails_is_cleared_when_it_has_ended(gpu: Gpu, monke
 
     monkeypatch.setattr(step.optimizer, "gather", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        GraphedStep(step, (1, 2, 256))
+        GraphedStep(step, (2, 256))
     assert gpu.waits[-1] == (0, *streams)

@@ -32,13 +32,20 @@ def small_model(
 
 
 def make(
-    ops: Ops = REFERENCE, *, accumulation: int = 1, grad_clip: float = 0.5, device: torch.device = CPU, **model: Any
+    ops: Ops = REFERENCE,
+    *,
+    accumulation: int = 1,
+    several: bool = False,
+    grad_clip: float = 0.5,
+    device: torch.device = CPU,
+    **model: Any,
 ) -> TrainStep:
     """The optimizer's own rate is not the step's, which comes with the call."""
+    several = several or accumulation > 1
     model = small_model(ops, **model).to(device)
-    optimizer = FlatAdamW(model, ops, learning_rate=1.0, betas=(0.9, 0.95), weight_decay=0.1, several=accumulation > 1)
+    optimizer = FlatAdamW(model, ops, learning_rate=1.0, betas=(0.9, 0.95), weight_decay=0.1, several=several)
     scaler = LossScale(device, enabled=model.precision.compute == torch.float16)
-    return TrainStep(model, optimizer, grad_clip=grad_clip, scaler=scaler)
+    return TrainStep(model, optimizer, grad_clip=grad_clip, accumulation=accumulation, scaler=scaler)
 
 
 def batch(step: int, accumulation: int = 1, device: torch.device = CPU, size: int = B) -> Batch:
@@ -53,6 +60,10 @@ def train(
 ) -> list[tuple[float, float]]:
     results = [step(batch(i, accumulation, device, size), 1e-2 / (1 + i)) for i in range(steps)]
     return [(r.loss.item(), r.grad_norm.item()) for r in results]
+
+
+def evaluated(step: TrainStep, batches: list[Batch]) -> list[float]:
+    return [step.evaluate(batch.x[0], batch.y[0]).item() for batch in batches]
 
 
 def everything(step: TrainStep) -> list[torch.Tensor]:

@@ -1,5 +1,6 @@
 """Compiling the model. If a machine cannot compile, the run goes on without it."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 
+from model import GPT
 from tests.model import flash_packages
 from tests.train.runs import logged, run
 from tests.train.steps import small_model
@@ -103,7 +105,11 @@ def test_where_a_package_breaks_the_graph_no_layer_has_graphs_of_its_own(monkeyp
 def test_nothing_is_compiled_again_after_the_warm_up(in_parts, graphs, tmp_path, monkeypatch):
     """The warm-up makes the graphs of training and evaluation. Nothing later makes one, not even the sample of text. In
     parts: the embedding, the only block, the last LayerNorm, the loss."""
-    monkeypatch.setattr("train.compile.in_parts", lambda device, sharded: in_parts)
+
+    def compiled(model: GPT, compile: Callable, **_: bool) -> torch.nn.Module:
+        return compile_model(model, compile, in_parts=in_parts)
+
+    monkeypatch.setattr("train.compile.compile_model", compiled)
     counters.clear()
     seen = []
 

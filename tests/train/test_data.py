@@ -52,7 +52,7 @@ def test_opens_files_and_meta(tmp_path):
     assert (len(dataset.train), len(dataset.val), dataset.n_vocab, dataset.vocab_size) == (4000, 300, 50, 50)
     assert isinstance(dataset.train, np.memmap)
     assert not dataset.train.flags.writeable
-    assert dataset.tokenizer().decode(dataset.train[:3]) == "ABC"
+    assert dataset.tokenizer().decode_bytes(dataset.train[:3]) == b"ABC"
     gpt2 = Dataset(make(tmp_path / "b", None))
     assert (gpt2.n_vocab, gpt2.vocab_size, gpt2.train.dtype, gpt2.tokenizer().name) == (50257, 50304, "<u2", "gpt2")
 

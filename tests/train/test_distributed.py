@@ -148,11 +148,11 @@ def test_the_device_of_a_run_is_the_current_one_and_takes_tf32(here, monkeypatch
 def test_gradients_are_exchanged_once_a_step(graphed, accumulation, dtype, monkeypatch):
     sent = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: sent.append(x))
-    step, alone = (steps.make(accumulation=2, dtype=dtype) for _ in range(2))
+    step, alone = (steps.make(accumulation=accumulation, several=True, dtype=dtype) for _ in range(2))
     for each in (step, alone):
         each.scaler.scale.fill_(2.0**10)  # of float16
     step.world = World(0, 0, 2)
-    call = GraphedStep(step, (accumulation, steps.B, steps.T), capture=tape) if graphed else step
+    call = GraphedStep(step, (steps.B, steps.T), capture=tape) if graphed else step
     losses = steps.train(call, accumulation, 1)
     assert [x.data_ptr() for x in sent] == [step.optimizer.flat.grad.data_ptr()]
     assert (sent[0].dtype, sent[0].numel()) == (torch.float32, len(step.optimizer.flat.grad))
@@ -284,7 +284,7 @@ def test_what_ranks_tell_each_other_and_what_each_holds_of_a_sharded_model(here)
 
             second.register_forward_pre_hook(look)
             step, batch = TrainStep(model, optimizer, grad_clip=1.0), steps.batch(0)
-            step.micro_step(batch.x[0], batch.y[0], 1)
+            step.micro_step(batch.x[0], batch.y[0])
             half = model.get_num_params(non_embedding=False) / 2
             assert sum(p.to_local().numel() for p in model.parameters()) == half
             assert sum(p.grad.to_local().numel() for p in model.parameters()) == half

@@ -88,9 +88,9 @@ def train(
     if mode.startswith("compiled"):
         compile = functools.partial(compile_module, device=device)
         compiled = compile_model(model, compile, in_parts=mode == "compiled in parts")
-    step = TrainStep(compiled, optimizer, grad_clip=case["grad_clip"])
+    step = TrainStep(compiled, optimizer, grad_clip=case["grad_clip"], accumulation=case["gradient_accumulation_steps"])
     if mode == "graphed":
-        shape = case["gradient_accumulation_steps"], case["batch_size"], case["config"]["block_size"]
+        shape = case["batch_size"], case["config"]["block_size"]
         step = GraphedStep(step, shape, capture=tape)
     batches = [golden_batch(case, i, device) for i in range(steps or len(case["loss"]))]
     results = [step(batch, case["learning_rate"]) for batch in batches]

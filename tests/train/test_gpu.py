@@ -22,7 +22,7 @@ from tests.train import steps
 from tests.train.runs import last, logged, resume, run
 from tests.train.test_golden import TRACES, recorded, relative, train
 from train.choices import Layer, choose_mlp, why_not
-from train.compile import compile_model, compile_module, in_parts
+from train.compile import compile_model, compile_module
 from train.data import Batch
 from train.distributed import World
 from train.dryrun import Job, build, dry_run
@@ -48,7 +48,7 @@ def whole_float32() -> Iterator[None]:
 def compiled(model: GPT) -> torch.nn.Module:
     """The model as a run compiles it."""
     compile = functools.partial(compile_module, device=CUDA)
-    return compile_model(model, compile, in_parts=in_parts(CUDA))
+    return compile_model(model, compile, in_parts=True)
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled in parts"])
@@ -100,7 +100,7 @@ def assert_replayed(
     for step in (eager, captured):
         steps.train(step, accumulation, 2, CUDA, size)
     before, generator = steps.everything(captured), torch.cuda.get_rng_state()
-    graphed = GraphedStep(captured, (accumulation, size, steps.T), evaluates=True)
+    graphed = GraphedStep(captured, (size, steps.T), evaluates=True)
     steps.assert_same(steps.everything(captured), before)
     assert torch.equal(torch.cuda.get_rng_state(), generator)
     for evaluated in range(2):
@@ -108,7 +108,7 @@ def assert_replayed(
         assert_same(got, expected, nan_ok=captured.scaler.enabled)  # a gradient that overflowed
         if not (evaluated or compile):
             batches = [steps.batch(100 + k, 1, CUDA, size) for k in range(3)]
-            assert torch.equal(graphed.evaluation(batches), captured.evaluation(batches))
+            assert steps.evaluated(graphed, batches) == steps.evaluated(captured, batches)
 
 
 B16 = torch.bfloat16
@@ -162,7 +162,7 @@ def test_a_capture_that_fails_is_one_line_and_the_step_goes_on(monkeypatch: pyte
 
     monkeypatch.setattr(step.optimizer, "gather", fails)
     with pytest.raises(UserError, match=r"no such thing in a capture; --no-cuda_graphs goes on without"):
-        GraphedStep(step, (1, steps.B, steps.T))
+        GraphedStep(step, (steps.B, steps.T))
     monkeypatch.undo()
     assert_same(steps.train(step, 1, 3, CUDA), steps.train(twin, 1, 3, CUDA))
 

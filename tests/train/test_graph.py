@@ -5,7 +5,7 @@ import torch
 
 from kernels import FUSED, REFERENCE, Ops
 from kernels.launch import INTERPRETED
-from tests.train.steps import B, T, assert_same, batch, everything, make, train
+from tests.train.steps import B, T, assert_same, batch, evaluated, everything, make, train
 from tests.train.tape import tape
 from train.errors import UserError
 from train.graph import GraphedStep, Task, Work
@@ -32,13 +32,13 @@ def test_a_replayed_step_is_the_eager_step(ops: Ops, dtype: torch.dtype, accumul
     for step in (eager, captured):  # so that moments and step count are not 0
         train(step, accumulation, 2)
     before = everything(captured)
-    graphed = GraphedStep(captured, (accumulation, B, T), evaluates=True, capture=tape)
+    graphed = GraphedStep(captured, (B, T), evaluates=True, capture=tape)
     assert_same(everything(captured), before)
     for i in range(3 if ops is FUSED else 5):
         assert graphed(batch(i, accumulation), 1e-2) == eager(batch(i, accumulation), 1e-2)
         batches = [batch(100 + 10 * i + k) for k in range(2)]
-        losses = graphed.evaluation(batches)
-        assert torch.equal(losses, captured.evaluation(batches))
+        losses = evaluated(graphed, batches)
+        assert losses == evaluated(captured, batches)
         assert losses[0] != losses[1]
     assert_same(everything(captured), everything(eager))
 
@@ -55,7 +55,7 @@ def test_a_failed_capture_is_one_line_and_leaves_no_trace() -> None:
         raise RuntimeError("\noperation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
 
     with pytest.raises(UserError) as caught:
-        GraphedStep(step, (2, B, T), capture=capture)
+        GraphedStep(step, (B, T), capture=capture)
     assert str(caught.value) == (
         "cuda_graphs: got True, but the step could not be captured: operation not permitted when stream is capturing; "
         "--no-cuda_graphs goes on without"
@@ -64,11 +64,10 @@ def test_a_failed_capture_is_one_line_and_leaves_no_trace() -> None:
 
 
 def test_another_shape_or_dtype_is_refused() -> None:
-    graphed, good = GraphedStep(make(accumulation=2), (2, B, T), capture=tape), batch(0, 2)
+    graphed, good = GraphedStep(make(accumulation=2), (B, T), capture=tape), batch(0, 2)
     for given, message in (
         (batch(0, 2, size=1), r"x: got torch.int64 \(1, 8\), expected torch.int64 \(2, 8\), as captured"),
         (good._replace(y=good.y.int()), r"y: got torch.int32 \(2, 8\), expected torch.int64 \(2, 8\), as captured"),
-        (batch(0, 1), "batch: got 1 micro-steps, expected 2, as captured"),
     ):
         with pytest.raises(ValueError, match=message):
             graphed(given, 1e-3)

@@ -13,7 +13,7 @@ import pytest
 
 from train.config import TrainConfig
 from train.errors import UserError
-from train.log import METRICS, RunLog, read_metrics
+from train.log import METRICS, RunLog, read_metrics, say
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_the_lines_and_the_records(start, capsys):
     log = start()
     log.iteration(5000, loss=0.82361, seconds=0.033219, mfu=0.11071, lr=1e-4, grad_norm=1.0, tokens_per_second=4.9e5)
     log.evaluation(5000, train_loss=0.62238, val_loss=1.70441, lr=1e-4, seconds=4.4)
-    log.message("a\x1b[31m\nb")
+    say("a\x1b[31m\nb")
     log.saved(5000, seconds=0.3)
     log_iteration(log, 5001, loss=float("nan"), mfu=float("inf"))
     assert capsys.readouterr().out.splitlines() == [

@@ -5,7 +5,7 @@ import functools
 import math
 import re
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from model.work import flops_per_token
 from tests.train.runs import CONSTANT, iterations, last, logged, records, run
 from tests.train.tape import tape
 from train.config import TrainConfig
-from train.data import Batch, Dataset, Loader
+from train.data import Dataset, Loader
 from train.graph import GraphedStep, Task, Work
 from train.loop import Loop, learning_rate
 from train.state import TrainState
@@ -81,7 +81,7 @@ def test_what_is_logged_saved_and_timed(tmp_path, clock, monkeypatch, capsys, ma
         monkeypatch.setattr(owner, name, method)
 
     takes(1, TrainStep, "__call__")
-    takes(100, TrainStep, "evaluation")
+    takes(100, Loop, "_sum_of_losses")
     takes(10_000, TrainState, "save")
     settings = dict(eval_interval=4, eval_iters=3, warmup_iters=11, learning_rate=0.12, peak_flops=1e8)
     assert run(tmp_path / "out", max_iters=max_iters, log_interval=log_interval, **settings) == 0
@@ -106,11 +106,11 @@ def script(monkeypatch: pytest.MonkeyPatch, *losses: float, then: Callable[[], o
     """Evaluations show these validation losses, one after the other."""
     shown = iter(x for loss in losses for x in (0.0, loss))  # the training split comes first
 
-    def evaluate(step: TrainStep, batches: Iterable[Batch]) -> Tensor:
+    def sum_of_losses(loop: Loop, split: str) -> Tensor:
         then()
-        return torch.tensor([next(shown)] * len(list(batches)))
+        return torch.tensor(next(shown) * loop.config.eval_iters)
 
-    monkeypatch.setattr(TrainStep, "evaluation", evaluate)
+    monkeypatch.setattr(Loop, "_sum_of_losses", sum_of_losses)
 
 
 @pytest.mark.parametrize("always", [True, False])

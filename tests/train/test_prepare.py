@@ -60,7 +60,7 @@ def tree() -> dict[str, bytes]:
 
 
 def whole_text(dataset: Dataset) -> str:
-    return dataset.tokenizer().decode([*dataset.train, *dataset.val])
+    return dataset.tokenizer().decode_bytes([*dataset.train, *dataset.val]).decode("utf-8", "replace")
 
 
 # The result

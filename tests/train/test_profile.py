@@ -102,9 +102,10 @@ def test_a_trace_that_cannot_be_written_ends_no_training(tmp_path: Path, capsys,
     assert not list(tmp_path.glob("out/.staging-*"))
 
 
-def test_no_graphs_where_cuda_would_misread_them() -> None:
+def test_no_graphs_where_cuda_would_misread_them(monkeypatch) -> None:
     def graphs(where: str = "cuda", sharded: bool = False, cuda: str = "13.0", **settings: bool) -> tuple[bool, str]:
-        made, said = choose_graphs(TrainConfig(**settings), torch.device(where), sharded=sharded, cuda=cuda)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        made, said = choose_graphs(TrainConfig(**settings), torch.device(where), sharded=sharded)
         return made, said.split(",")[0]
 
     assert graphs(profile=True) == (False, "profile: this run makes no CUDA graphs")

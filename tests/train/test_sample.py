@@ -127,7 +127,7 @@ def test_mistakes(run_dir, capsys):
         ("--start=FILE:nowhere.txt", r"start: nowhere\.txt: ", {}),
         ("--top_p=0", "top_p: got 0", {}),
         ("--end_of_text", "end_of_text: got True, but the tokenizer, char, has no end-of-text token", {}),
-        ("--seed=1", "the checkpoint's tokenizer: ", {"vocab_size": "28"}),
+        ("--seed=1", "tokenizer: Expected `int`", {"vocab_size": "28"}),
         ("--seed=1", r"the model has 32 tokens, its tokenizer \(char\) 33", CharTokenizer(map(chr, range(33))).meta()),
     ):
         write_checkpoint(mine | tokenizer)

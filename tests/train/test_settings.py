@@ -290,19 +290,9 @@ def test_a_config_file_is_read_as_python_reads_it(text, expected, load):
         ("batch_sise = 3; batch_size = batch_sise + n", "n is not assigned further up"),
         ("compile = device == 'cuda'", "device is not assigned further up"),  # `auto`, which may become cuda
         ("n_layer = 2; x = 1; x = [2]; n_layer = x", "x is not assigned further up in this file, or not understood"),
-        # what would be too large
-        ("max_iters = 9 ** 9 ** 9 ** 9", "so large an exponent"),
-        ("out_dir = 'a' * 9999", "* is for numbers"),
-        ("out_dir = f'{1:9999999999}'", "so long a format"),
-        ("out_dir = '%9999999d' % 1", "plain fields"),
-        ("out_dir = '%*d' % (9999, 1)", "plain fields"),
-        ("out_dir = '{:9999999}'.format(1)", "plain fields"),
-        ("out_dir = '{:{}}'.format(1, 9999999)", "plain fields"),
-        ("seed = 10; " + "seed = seed * seed; " * 60, "a whole number of more bits"),
-        ("out_dir = 'a'; " + "out_dir = out_dir + out_dir; " * 60, "text of more than 1000 characters"),
         # what would run
         ("out_dir = ''.__class__", "refused"),
-        ("out_dir = '{0.__class__}'.format(1)", "plain fields"),
+        ("out_dir = '{0.a}'.format(1)", "cannot be computed: 'int' object has no attribute 'a'"),
         ("import os; out_dir = os.mkdir('ran')", "refused: os.mkdir('ran')"),
         ("wandb_run_name = str(time.time(open('ran', 'w')))", "refused: open('ran', 'w')"),
         ("if open('ran', 'w'): batch_size = 3", "refused"),
