@@ -238,7 +238,10 @@ def cropped(checkpoint: dict, block_size: int) -> dict:
     """The checkpoint's AdamW state. The moments of its position embeddings are cut to `block_size`, as the weights."""
     state, before = checkpoint["optimizer"], checkpoint["model_args"]["block_size"]
     entry = state["state"].get(1)  # the second tensor, after the embedding of tokens
-    if block_size == before or not entry:
+    if block_size == before or not isinstance(entry, dict):
         return state
-    cut = {name: entry[name][:block_size] for name in MOMENTS if name in entry}
-    return {**state, "state": {**state["state"], 1: entry | cut}}
+    cut = {
+        key: value[:block_size] if key in MOMENTS and getattr(value, "shape", ())[:1] == (before,) else value
+        for key, value in entry.items()
+    }
+    return {**state, "state": {**state["state"], 1: cut}}
