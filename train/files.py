@@ -113,7 +113,8 @@ def staging_folder(folder: Path) -> Iterator[Path]:
     """
     for path in folder.glob(".staging-*"):
         with suppress(OSError), _locked(path) as locked:
-            if locked or time.time() - max(os.stat(inside).st_mtime for inside in (path, *path.iterdir())) > 86400:
+            touched = max(os.stat(inside).st_mtime for inside in (path, *path.iterdir()))
+            if locked or time.time() - touched > 24 * 60 * 60:
                 shutil.rmtree(path)
     with ExitStack() as held:
         yield _staged(folder, held)
