@@ -126,7 +126,9 @@ class Bench(Session):
     def kernels(self, seconds: float) -> None:
         try:
             from bench import kernels  # imported here: Triton need not be installed
-        except ImportError as error:
+        except ModuleNotFoundError as error:
+            if error.name != "triton":  # it is there, but broken
+                raise
             return self.tell(f"kernels: they need Triton, which is not installed ({error})")
         for row in kernels.rows(self.device, seconds):
             self.results.kernels.append(row)

@@ -58,7 +58,7 @@ def clock(monkeypatch: pytest.MonkeyPatch):
 def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     """Where Triton is not installed, on a Mac for one, the files that import it are skipped."""
     report = yield
-    if report.failed and "No module named 'triton" in str(report.longrepr):
+    if report.failed and "No module named 'triton'" in str(report.longrepr):
         report.outcome, report.longrepr = "skipped", (str(collector.path), None, "Skipped: Triton is not installed")
     return report
 

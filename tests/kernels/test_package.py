@@ -34,16 +34,20 @@ for name in kernels.__all__:
 
 
 def test_without_triton_the_bench_and_the_tests_leave_out_what_needs_it(tmp_path: Path) -> None:
-    """As on a Mac, for which there is none."""
-    (tmp_path / "triton.py").write_text("raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)")
+    """As on a Mac, for which there is none. One that is there, but broken, is an error."""
 
-    def run(*argv: str) -> str:
+    def run(*argv: str, status: int = 0) -> str:
         options = {"cwd": Path(__file__).parents[2], "env": os.environ | {"PYTHONPATH": str(tmp_path)}}
         done = subprocess.run([sys.executable, "-m", *argv], **options, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    measured = run("bench", "--parts=kernels", "--device=cpu", f"--out={tmp_path / 'results.json'}")
+    bench = ["bench", "--parts=kernels", "--device=cpu", f"--out={tmp_path / 'results.json'}"]
+    (tmp_path / "triton.py").write_text("")
+    assert "kernels: No module named 'triton.language'" in run(*bench, status=1)
+    run("pytest", "--collect-only", "-p", "no:cacheprovider", "tests/kernels/test_refused.py", status=2)
+    (tmp_path / "triton.py").write_text("raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)")
+    measured = run(*bench)
     assert "kernels: they need Triton, which is not installed (No module named 'triton')" in measured
     there = [f"tests/{name}.py" for name in ("kernels/test_refused", "kernels/test_timing", "train/test_flat")]
     collected = run("pytest", "--collect-only", "-rs", "-p", "no:cacheprovider", *there)
