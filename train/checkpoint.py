@@ -81,7 +81,7 @@ class Checkpoint(Struct):
     nanofuse: Ours  # what nanoGPT has no place for
 
 
-# Only to resume needs more than the weights and their shape: people leave out the moments of a file that they share.
+# Only resuming needs more than the weights and their shape: people leave out the moments of a file that they share.
 ABSENT = {
     "optimizer": {"state": {}, "param_groups": []},
     "iter_num": 0,

@@ -28,15 +28,7 @@ from train.data import Dataset, checkpoint_tokenizer, difference, weights_tokeni
 from train.distributed import World
 from train.dryrun import Job
 from train.errors import UserError
-from train.hardware import (
-    Peak,
-    card_at,
-    device_name,
-    peak_flops,
-    resolve_dtype,
-    resolve_stream,
-    unused_gpu,
-)
+from train.hardware import Peak, card_at, device_name, peak_flops, resolve_dtype, resolve_stream, unused_gpu
 from train.log import say
 from train.memory import check_memory, free_memory, job_of, rows_at_a_time
 from train.prepare import ensure_docs
