@@ -49,7 +49,7 @@ def main() -> int:
             out_dir = Path(named.out_dir)
             if world.master and not rehearsal and not named.eval_only and os.path.isdir(out_dir):
                 stack.enter_context(owned(out_dir))  # before the load: a run that still goes on will save again
-            checkpoint = checkpoints.load(out_dir / checkpoints.LATEST)
+            checkpoint = checkpoints.load(out_dir / checkpoints.LATEST, complete=True)
             stored = {**checkpoint["config"], "out_dir": named.out_dir}
             if not checkpoint["nanofuse"]:  # nanoGPT's: it holds values for the machine that wrote it
                 for machine in ("device", "dtype", "backend"):

@@ -116,7 +116,7 @@ def save(out_dir: Path, checkpoint: dict, keep: int, *, again: bool = False) -> 
     UserError if the disk is full or out_dir cannot be written. The old files are then untouched. ValueError for what
     `load` would refuse: now, while the run is still alive.
     """
-    unpack(checkpoint)
+    unpack(checkpoint, complete=True)
     latest, best_iter = out_dir / LATEST, checkpoint["nanofuse"].get("best_iter")
     old, best = held(latest), best_iter == checkpoint["iter_num"]
     try:
@@ -147,13 +147,14 @@ def save(out_dir: Path, checkpoint: dict, keep: int, *, again: bool = False) -> 
         raise UserError(f"out_dir={out_dir}: the checkpoint could not be written ({cause}); {left}") from error
 
 
-def load(path: Path) -> dict:
+def load(path: Path, *, complete: bool = False) -> dict:
     """The checkpoint at `path`, ours or nanoGPT's, as `unpack` lays it out, its tensors on the CPU.
 
-    UserError if there is none, or it is damaged. The message offers the newest other one that is whole.
+    complete: also what only resuming needs must be in it. UserError if there is none, or it is damaged. The message
+    offers the newest other one that is whole.
     """
     try:
-        return unpack(load_archive(path))
+        return unpack(load_archive(path), complete=complete)
     except FileNotFoundError:
         problem = f"init_from=resume: there is no {path}; out_dir={path.parent} should be an earlier run's"
     except OSError as error:
@@ -283,19 +284,19 @@ def _previous(out_dir: Path) -> list[Path]:
 # What is in the file
 
 
-def unpack(raw: Any) -> dict:
-    """What torch.load returned, checked, in the layout above. ValueError if anything is wrong with it, or if it has no
-    weights or no shape."""
+def unpack(raw: Any, *, complete: bool = False) -> dict:
+    """What torch.load returned, checked, in the layout above. ValueError if anything is wrong with it, if it has no
+    weights or no shape, and, where it must be complete, if any other of nanoGPT's keys is missing."""
     if not isinstance(raw, dict):
         raise ValueError(f"is not a GPT's checkpoint: it holds a {type(raw).__name__}, not a dict")
-    raw = ABSENT | raw
-    best = raw["best_val_loss"]
+    raw = ({"nanofuse": {}} if complete else ABSENT) | raw
+    best = raw.get("best_val_loss")
     if isinstance(best, torch.Tensor) and best.numel() == 1 and not best.is_meta:
         raw = {**raw, "best_val_loss": best.item()}  # as nanoGPT keeps it
     try:
         checked = msgspec.convert(raw, Checkpoint)
     except Exception as error:  # msgspec's own, and a tensor's, which it takes for a dict
-        raise ValueError(f"is not a GPT's checkpoint: {first_line(error)}") from error
+        raise ValueError(f"is not a GPT's checkpoint{' to resume' * complete}: {first_line(error)}") from error
     model = {
         _WRAPPERS.sub("", name): tensor
         for name, tensor in checked.model.items()

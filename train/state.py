@@ -203,7 +203,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     here, there = ([str(len(group["params"])) for group in groups] for groups in (own, state["param_groups"]))
     if here != there:
         raise UserError(
-            f"init_from=resume: the optimizer of the checkpoint has groups of {' and '.join(there) or 'no'} tensors, "
+            f"init_from=resume: the optimizer of the checkpoint has groups of {' and '.join(there)} tensors, "
             f"this model's {' and '.join(here)}"
         )
     moments = {}
