@@ -23,7 +23,8 @@ def compile_module(
     compiled, and on a GPU the seeds of the fused kernels are one launch, not two.
 
     On a CPU C++ calls a graph's operations. Python would take about half a millisecond longer for a step of 4 layers.
-    But torch's profiler sees only what Python calls. profiled: whether it must see all. dynamic: as torch has it.
+    But torch's profiler sees only what Python calls. profiled: whether it must see all. dynamic: as torch has it; where
+    it is set, Python calls.
     """
     if device.type == "mps":
         raise RuntimeError("compiled for mps, torch's LayerNorm can be wrong (pytorch #184328, #191976)")
