@@ -63,6 +63,12 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     return report
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """`-n auto` on a machine with a GPU: no workers, since some tests need most of the GPU's memory."""
+    return 0 if torch.cuda.is_available() else None
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """`-m gpu`, and `-m "gpu and smoke"`, open no file without GPU tests: torch, triton, numpy, tiktoken, msgspec and
     pytest are all that these need."""
