@@ -44,6 +44,12 @@ def nothing_compiled() -> None:
         torch.compiler.reset()
 
 
+@pytest.fixture(autouse=True)
+def whole_float32() -> None:
+    """A run on a GPU lets float32 matmuls take TF32, for the whole process. Each test begins without."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch):
     """In place of the host's: it shows what it is told."""
