@@ -44,6 +44,12 @@ def nothing_compiled() -> None:
         torch.compiler.reset()
 
 
+@pytest.fixture(autouse=True)
+def whole_float32() -> None:
+    """A run on a GPU lets float32 matmuls take TF32, for the whole process. Each test begins without."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch):
     """In place of the host's: it shows what it is told."""
@@ -61,6 +67,12 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     if report.failed and "No module named 'triton'" in str(report.longrepr):
         report.outcome, report.longrepr = "skipped", (str(collector.path), None, "Skipped: Triton is not installed")
     return report
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """`-n auto` on a machine with a GPU: no workers, since some tests need most of the GPU's memory."""
+    return 0 if torch.cuda.is_available() else None
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

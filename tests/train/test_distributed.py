@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -126,11 +125,9 @@ def test_a_rank_that_has_another_gpu_or_has_read_other_files_is_refused(tmp_path
 
 
 @pytest.mark.parametrize(("command", "work"), [(train_command, "decide"), (bench_command, "variants")])
-def test_the_device_of_a_run_is_the_current_one_and_takes_tf32(here, monkeypatch, request, command, work):
+def test_the_device_of_a_run_is_the_current_one_and_takes_tf32(here, monkeypatch, command, work):
     """Streams and captures belong to the current device, so it must be set before any work. TF32 is set in a way that
     Inductor can still ask for it."""
-    request.addfinalizer(partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
-    torch.set_float32_matmul_precision("highest")
     for name, answer in {"device_count": 2, "is_available": True, "get_device_capability": (9, 0)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
     begun = mock.Mock(side_effect=InterruptedError)

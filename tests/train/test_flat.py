@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import FUSED, REFERENCE, Ops
 from model import GPT
+from tests.model.test_fused import DEVICE
 from tests.train.steps import small_model
 from train.flat import FlatState
 
@@ -18,7 +19,7 @@ B, T = 2, 13  # more rows than a program of a kernel takes: sums over rows are m
 def batch(seed: int) -> tuple[Tensor, Tensor]:
     tokens = torch.randint(70, (2, B, T), generator=torch.Generator().manual_seed(seed))
     tokens[1, 0, 3] = -1  # does not count
-    return tokens[0], tokens[1]
+    return tuple(tokens.to(DEVICE))
 
 
 def make(ops: Ops, dtype: torch.dtype, recompute: str = "none", **shape: bool | float) -> GPT:
@@ -26,7 +27,7 @@ def make(ops: Ops, dtype: torch.dtype, recompute: str = "none", **shape: bool | 
     model = small_model(ops, dtype=dtype, recompute=recompute, **large, **shape)
     for p in model.parameters():  # biases and LayerNorms' weights that differ
         torch.nn.init.normal_(p, std=0.1)
-    return model
+    return model.to(DEVICE)
 
 
 def backward(model: GPT, seed: int, dloss: Tensor, known: Tensor | None) -> None:
@@ -60,7 +61,7 @@ def test_gradients_are_put_in_place(ops, dtype, several, bias, dropout, chunk_ro
     allowed of one."""
     loss = functools.partial(ops.linear_cross_entropy, chunk_rows=chunk_rows)
     ops = dataclasses.replace(ops, linear_cross_entropy=loss)
-    seeds, dloss = [1, 2] if several else [1], torch.tensor(0.3)
+    seeds, dloss = [1, 2] if several else [1], torch.tensor(0.3, device=DEVICE)
     exact = expected = by_autograd(make(ops, torch.float32, bias=bias, dropout=dropout), seeds, dloss)
     if dtype != torch.float32:
         expected = by_autograd(make(ops, dtype, bias=bias, dropout=dropout), seeds, dloss, known=dloss)

@@ -5,7 +5,6 @@ import functools
 import gc
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def whole_float32() -> Iterator[None]:
-    """A run lets float32 matmuls take TF32, for the whole process. The next test begins without."""
-    yield
-    torch.set_float32_matmul_precision("highest")
 
 
 def compiled(model: GPT) -> torch.nn.Module:

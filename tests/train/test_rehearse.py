@@ -92,7 +92,7 @@ def test_bad_settings_are_refused_as_for_a_run(rehearse, argv: list[str], words:
     assert words in refusal(rehearse, *SMALL, "--rehearse=h100", *argv)
 
 
-def test_weights_by_name_and_what_the_card_would_measure(rehearse) -> None:
+def test_weights_by_name_and_what_the_card_would_measure(rehearse, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are not downloaded. Of the fused kernels, the MLP's matmuls are measured too: `test_gpt2_on_an_h100`."""
     said = rehearse("--init_from=gpt2", "--dataset=openwebtext", "--batch_size=1", "--rehearse=b200")
     assert re.search(r"^number of parameters: 123\.\d\dM", said, re.MULTILINE)
@@ -101,6 +101,7 @@ def test_weights_by_name_and_what_the_card_would_measure(rehearse) -> None:
     assert "kernels: not compiled: the reference has none of its own" in said
     said = rehearse(*SMALL, "--n_embd=4160", "--rehearse=b200")  # wider than a kernel takes
     assert "kernels: not compiled: the run would take the reference's" in said
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     said = rehearse(*SMALL, "--dtype=float32", "--attention=flash", "--rehearse")  # bare: an H100, if there is no GPU
     assert "measured on the card" not in said
     assert "H100" in said.splitlines()[0]
