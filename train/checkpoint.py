@@ -296,7 +296,8 @@ def unpack(raw: Any, *, complete: bool = False) -> dict:
     try:
         checked = msgspec.convert(raw, Checkpoint)
     except Exception as error:  # msgspec's own, and a tensor's, which it takes for a dict
-        raise ValueError(f"is not a GPT's checkpoint{' to resume' * complete}: {first_line(error)}") from error
+        kind = "checkpoint to resume" if complete else "checkpoint"
+        raise ValueError(f"is not a GPT's {kind}: {first_line(error)}") from error
     model = {
         _WRAPPERS.sub("", name): tensor
         for name, tensor in checked.model.items()
