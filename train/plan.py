@@ -6,6 +6,7 @@ run (`__main__.py`) and a rehearsal (`rehearse.py`) share these checks. Only the
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,6 +129,10 @@ def check_together(config: TrainConfig, world: World, device: str, dtype: torch.
             f"gradient_accumulation_steps: got {config.gradient_accumulation_steps}, expected a multiple of the "
             f"{world.size} processes, which share them out"
         )
+    start = config.init_from  # checked here: before a dataset is asked for, which may be large
+    if start not in ("scratch", "resume", *GPT2_SIZES) and not os.path.exists(start):
+        offered = f"scratch, resume, {', '.join(GPT2_SIZES)}, or a path"
+        raise UserError(f"init_from={start}: no such file or folder; expected {offered}")
     if config.profile and device == "mps":
         raise UserError("profile: got True, expected False on mps, whose kernels torch's profiler does not see")
     if reason := why_not_dropout(config.attention, config.dropout):

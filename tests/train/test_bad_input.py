@@ -65,7 +65,7 @@ SETTINGS = [
     ("--block_size=500", "block_size=500: .*val.bin .*500 tokens.* at least 501"),
     ("--dataset=numbers", "data/numbers: no such dataset; .*python -m train.prepare FILE ... --dataset=numbers"),
     ("--init_from=resume", "init_from=resume: there is no .*ckpt.pt"),
-    ("--init_from=gpt3", "init_from=gpt3: .*no such file.* gpt2-xl"),
+    ("--init_from=gpt3 --dataset=numbers", "init_from=gpt3: .*no such file.* gpt2-xl"),  # said before the dataset
     ("--init_from=data/letters/train.bin", "init_from=data/letters/train.bin: .*not a whole safetensors file"),
     ("--init_from=gpt2 --block_size=16", "init_from=gpt2: .*path of a model.safetensors"),
     ("--out_dir=data/letters/train.bin/deeper", "data/letters/train.bin is no folder that can be written"),
